@@ -1,0 +1,191 @@
+"""The typed schema of a run. Pure pydantic: importing this file imports neither torch nor a model.
+
+`RunConfig` holds every generic field, with the same defaults as `training.yaml`. `ModelConfig` is the
+base of every architecture's own `Config` class, which lives beside its model in `models/<type>.py`.
+Both are strict (a bool is not an int, a quoted number is a string, an int is fine where a float is
+wanted), closed (unknown keys are errors) and frozen.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+OpenFraction = Annotated[float, Field(ge=0, lt=1)]
+# 1.0 silences a layer completely. It is legal (some file formats allow it) and draws a warning.
+Dropout = Fraction
+
+# YAML 1.1 reads a bare `no` as false; as a value of `mixed_precision` it can only mean the word.
+_WordNo = BeforeValidator(lambda v: "no" if v is False else v)
+_NullIsNone = BeforeValidator(lambda v: "none" if v is None else v)
+
+
+def _strings(value: Any) -> Any:
+    """`env` values are strings whatever they look like: `OMP_NUM_THREADS: 1` means "1"."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        k: str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for k, v in value.items()
+    }
+
+
+def divisible(width_name: str, width: int, heads_name: str, heads: int) -> list[str]:
+    """Problem (at most one) if `width` is no multiple of `heads`, with the nearest legal widths."""
+    if heads < 1 or width % heads == 0:
+        return []
+    below = width // heads * heads
+    nearest = [str(v) for v in (below, below + heads) if v > 0]
+    return [
+        f"model_cfg.{width_name} ({width}) must be divisible by model_cfg.{heads_name} ({heads}); "
+        f"nearest: {', '.join(nearest)}"
+    ]
+
+
+def within_context(run: RunConfig, n_ctx: int) -> list[str]:
+    """Problems of a row longer than a learned position table; for models without one nothing is wrong."""
+    problems = []
+    for name in ("train_seq_len", "val_seq_len"):
+        length = getattr(run, name)
+        if length is not None and length > n_ctx:
+            problems.append(
+                f"{name} ({length}) must not exceed model_cfg.n_ctx ({n_ctx}): positions are learned. "
+                f"Nearest: {name}={n_ctx}, or model_cfg.n_ctx={length}"
+            )
+    return problems
+
+
+class ModelConfig(BaseModel):
+    """Base of every architecture's `Config`. Field names are canonical (`d_model`, `n_layers`, ...):
+    other spellings are folded before validation, so a Config class knows one name per quantity."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    def problems(self, run: RunConfig) -> list[str]:
+        """Constraints between fields, and between the architecture and the run. One complete sentence
+        per problem, naming fields by their full path (`model_cfg.d_model`) with the nearest legal values.
+        Subclasses extend the list of their parent. Single-field ranges belong into the annotations."""
+        return []
+
+
+class DefaultModelConfig(ModelConfig):
+    """The sizes that almost every decoder has."""
+
+    vocab_size: Positive | None = None
+    n_ctx: Positive = 1024
+    d_model: Positive = 768
+    n_heads: Positive = 12
+    n_layers: Positive = 12
+
+    def problems(self, run: RunConfig) -> list[str]:
+        return super().problems(run) + divisible("d_model", self.d_model, "n_heads", self.n_heads)
+
+
+class RunConfig(BaseModel):
+    """One run: every generic field, the architecture's name and its raw fields.
+
+    `model_cfg` is checked apart from this class, against the architecture's own Config (that needs the
+    model file, hence torch). What each field means stands as a comment in `training.yaml`.
+    JSON-able: `RunConfig.model_validate(cfg.model_dump(mode="json")) == cfg`.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, protected_namespaces=())
+
+    # what is trained
+    type: str
+    model_cfg: dict[str, Any] = Field(default_factory=dict)
+    model_adapter: str | None = None
+    preset: str = "auto"
+
+    # where it goes
+    model_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]*[A-Za-z0-9_-][A-Za-z0-9._-]*$")] | None = None
+    output_dir: str | None = None
+    seed: NonNegative = 1337
+    deterministic: bool = False
+
+    # text and tokens
+    data: Literal["embedded", "text", "synthetic"] = "embedded"
+    input_file: str | None = None
+    data_root: str | None = None
+    synthetic: Literal["markov", "grammar"] = "markov"
+    synthetic_bytes: Positive = 1_000_000
+    synthetic_symbols: Annotated[int, Field(ge=2, le=95)] = 32
+    synthetic_order: Positive = 1
+    tokenizer: str = "auto"
+
+    # rows, batches, steps
+    train_seq_len: Positive = 1024
+    val_seq_len: Positive | None = None
+    global_batch_size: Positive = 48
+    batch_size: Positive | Literal["auto"] = "auto"
+    gradient_accumulation_steps: Positive | None = None
+    num_iterations: Positive = 1750
+    num_epochs: Rate | None = None
+
+    # evaluation
+    val_loss_every: NonNegative = 125
+    val_bytes: Positive | None = None
+    val_bytes_interim: Positive | None = None
+    val_tokens: Positive | None = None
+    val_steps: Positive | None = None
+
+    # optimisation
+    optimizer: Literal["adamw", "adam", "sgd", "muon"] = "adamw"
+    learning_rate: Rate = 6e-4
+    muon_learning_rate: Rate = 0.02
+    muon_momentum: OpenFraction = 0.95
+    muon_scale: Literal["spectral", "rms"] = "spectral"
+    muon_ns_steps: Positive = 5
+    lr_scaling: Literal["width", "none"] = "width"
+    lr_base_width: Positive | None = None
+    weight_decay: NonNegativeFloat = 0.1
+    adam_beta1: OpenFraction = 0.9
+    adam_beta2: OpenFraction = 0.95
+    adam_epsilon: Rate = 1e-8
+    max_grad_norm: NonNegativeFloat = 1.0
+    ema_decay: OpenFraction = 0.0
+
+    # learning-rate schedule
+    scheduler: Literal["cooldown", "cosine", "linear", "constant"] = "cooldown"
+    cooldown_frac: Fraction = 0.45
+    warmup_steps: NonNegative = 0
+    warmup_ratio: OpenFraction | None = None
+    min_lr_ratio: Fraction = 0.1
+    min_lr: NonNegativeFloat | None = None
+    lr_decay_steps: Positive | None = None
+
+    # machine
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda|cuda:\d+)$")] = "auto"
+    mixed_precision: Annotated[Literal["auto", "no", "bf16", "fp16"], _WordNo] = "auto"
+    torch_compile: bool | Literal["auto"] = "auto"
+    gradient_checkpointing: bool = False
+    num_gpus: Positive | Literal["auto"] = "auto"
+    ddp_backend: Literal["nccl", "gloo"] | None = None
+
+    # checkpoints
+    save_checkpoint: bool = True
+    save_minutes: Rate | None = 10.0
+    save_steps: Positive | None = None
+    save_total_limit: Positive | None = 3
+    save_best_model: bool = False
+    save_only_best: bool = False
+    early_stopping: bool = False
+    early_stopping_patience: Positive = 3
+    early_stopping_threshold: NonNegativeFloat = 0.0
+    resume: Annotated[str, _NullIsNone] = "none"
+    init_from_checkpoint: str | None = None
+    eval_only: bool = False
+
+    # what is printed
+    logging_steps: Positive = 10
+    sample_tokens: NonNegative = 200
+    sample_prompt: str = ""
+    env: Annotated[dict[str, str], BeforeValidator(_strings)] = Field(default_factory=dict)
+
+
+GENERIC_FIELDS: tuple[str, ...] = tuple(RunConfig.model_fields)
