@@ -1,4 +1,4 @@
-"""`DefaultModelConfig` and `DefaultModelAdapter`, the base classes that other architectures and adapters inherit from.
+"""`DefaultModelConfig` and `DefaultModelAdapter`: what other architectures and adapters inherit from.
 
 The adapter is fetched on first use: importing `configs` must not import torch.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 from configs.schema import DefaultModelConfig
 
-__all__ = ["DefaultModelAdapter", "DefaultModelConfig"]
+__all__ = ["DefaultModelAdapter", "DefaultModelConfig"]  # noqa: F822 (the first by __getattr__)
 
 
 def __getattr__(name: str) -> Any:
