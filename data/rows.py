@@ -1,0 +1,181 @@
+"""Rows of tokens: what a step trains on and what an evaluation scores. Both are functions of a row id.
+
+B rows, S scored positions, n look-ahead: a row is 1 context token + S targets + (n - 1) more, so S + n tokens;
+inputs are tokens[:, :S], next-token targets tokens[:, 1 : S + 1].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.errors import DataError
+from data.order import DocumentOrder
+from data.store import TokenStore
+
+EVALUATION_SEED = 0  # the order in which `val_bytes` picks held-out documents: fixed, whatever the run's seed
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows as arrays. A document's id covers its start token and its text, and restarts at 0 in each row."""
+
+    tokens: np.ndarray  # (B, S + n) int64
+    doc_ids: np.ndarray  # (B, S + n) int32
+    weights: np.ndarray  # (B, S) float32, 1 = the target counts
+    end_weights: np.ndarray  # (B, S) float32, 1 = a document-end target (held-out rows only)
+    rows: np.ndarray  # (B,) int64 global row ids
+    bytes: int  # UTF-8 bytes of the targets that count
+
+
+class TrainingRows:
+    """Rows of seq_len targets over the endless stream of epochs.
+
+    An epoch is every document behind its start token, `[EOT] doc [EOT] doc ...`, in this epoch's order: N tokens.
+    Its rows advance by seq_len, so each token but the first is a target exactly once; the (N - 1) % seq_len targets
+    of the last partial row are dropped. Global row g is row g % R of epoch g // R, with R = `rows_per_epoch`.
+    Look-ahead beyond an epoch's end reads start tokens, each a document of its own.
+
+    Raises:
+        DataError: the text is too short for one row.
+    """
+
+    def __init__(self, store: TokenStore, eot: int, seq_len: int, lookahead: int = 1, seed: int = 0):
+        self.store, self.eot, self.seq_len, self.lookahead = store, eot, seq_len, lookahead
+        self.order = DocumentOrder(store.n_docs, seed)
+        self.tokens_per_epoch = int(len(store.tokens)) + store.n_docs
+        self.rows_per_epoch = (self.tokens_per_epoch - 1) // seq_len
+        if self.rows_per_epoch < 1:
+            raise DataError(
+                f"the training text is too short for one row: it has {self.tokens_per_epoch} tokens "
+                f"(start tokens included), and train_seq_len {seq_len} needs {seq_len + 1}. "
+                f"The largest train_seq_len for it is {max(self.tokens_per_epoch - 1, 0)}."
+            )
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        """The given global rows (B,), in the given order."""
+        rows = np.asarray(rows, dtype=np.int64)
+        shape = (len(rows), self.seq_len + self.lookahead)
+        tokens, doc_ids = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int32)
+        epochs = rows // self.rows_per_epoch
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            tokens[chosen], doc_ids[chosen] = self._gather(int(epoch), rows[chosen] % self.rows_per_epoch)
+        weights = np.ones((len(rows), self.seq_len), dtype=np.float32)
+        targets = tokens[:, 1 : self.seq_len + 1]
+        scored = int(self.store.tokenizer.token_bytes[targets].sum())
+        return Batch(tokens, doc_ids, weights, np.zeros_like(weights), rows, scored)
+
+    def _gather(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        permutation, starts = self._epoch(epoch)
+        span = np.arange(self.seq_len + self.lookahead)
+        positions = rows[:, None] * self.seq_len + span  # (B, S + n)
+        # Documents in this epoch's order; beyond the end, every position is a start token of its own.
+        beyond = np.maximum(positions - (self.tokens_per_epoch - 1), 0)
+        inside = np.minimum(positions, self.tokens_per_epoch - 1)
+        place = np.searchsorted(starts, inside, side="right") - 1
+        within = inside - starts[place]  # 0 = the start token
+        index = self.store.offsets[permutation[place]] + within - 1
+        is_start = (within == 0) | (beyond > 0)
+        tokens = self.store.tokens[np.where(is_start, 0, index)].astype(np.int64)
+        tokens[is_start] = self.eot
+        place = place + beyond
+        return tokens, (place - place[:, :1]).astype(np.int32)
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Permutation (n_docs,) and the stream position of each document's start token (n_docs,)."""
+        if epoch not in self._epochs:
+            permutation = self.order.permutation(epoch)
+            starts = np.zeros(len(permutation), dtype=np.int64)
+            np.cumsum(self.store.lengths[permutation][:-1] + 1, out=starts[1:])
+            while len(self._epochs) >= 2:  # a step may straddle two epochs
+                self._epochs.pop(next(iter(self._epochs)))
+            self._epochs[epoch] = (permutation, starts)
+        return self._epochs[epoch]
+
+
+def select_heldout(store: TokenStore, max_bytes: int | None = None) -> np.ndarray:
+    """Indices of the documents that are scored, in a fixed order that no seed or tokenizer changes.
+
+    With `max_bytes`: as many documents of that order as fit whole, at least one.
+    """
+    order = DocumentOrder(store.n_docs, EVALUATION_SEED).permutation(0)
+    if max_bytes is None:
+        return order
+    fitting = int(np.searchsorted(np.cumsum(store.doc_bytes[order]), max_bytes, side="right"))
+    return order[: max(1, fitting)]
+
+
+class HeldoutRows:
+    """Held-out documents scored whole, each from its start token, in windows of seq_len targets; a window is a row.
+
+    A window begins with the last token of the one before as context. A document's last target is its end, with
+    weight 0 and end weight 1. Rows are sorted by length, longest first, and a batch is as wide as its longest row.
+
+    `max_bytes` selects whole documents (the score stays comparable between runs that agree on it); `max_tokens` cuts
+    the list of windows, and `complete` is False where it cut. `total_bytes` is what the rows score together.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        eot: int,
+        seq_len: int,
+        max_bytes: int | None = None,
+        max_tokens: int | None = None,
+        lookahead: int = 1,
+    ):
+        self.store, self.eot, self.seq_len, self.lookahead = store, eot, seq_len, lookahead
+        self.documents = select_heldout(store, max_bytes)
+        if not len(self.documents):
+            raise DataError("there is no held-out text to score.")
+        targets = store.lengths[self.documents] + 1  # the document's end is one
+        windows = -(-targets // seq_len)
+        document = np.repeat(np.arange(len(windows)), windows)
+        first = (np.arange(len(document)) - np.repeat(np.cumsum(windows) - windows, windows)) * seq_len
+        length = np.minimum(targets[document] - first, seq_len)
+        keep = len(length)
+        if max_tokens is not None:
+            keep = max(1, int(np.searchsorted(np.cumsum(length), max_tokens, side="right")))
+        self.complete = keep >= len(length)
+        by_length = np.argsort(-length[:keep], kind="stable")
+        self._document = self.documents[document[:keep][by_length]]
+        self._first = first[:keep][by_length]  # targets of the document before this window
+        self._length = length[:keep][by_length]
+        self.n_rows = keep
+        self.n_targets = int(self._length.sum())
+        self.total_bytes = self._count_bytes()
+
+    def _count_bytes(self) -> int:
+        if self.complete:
+            return int(self.store.doc_bytes[self.documents].sum())
+        every = (self.batch(np.arange(row, min(row + 64, self.n_rows))) for row in range(0, self.n_rows, 64))
+        return sum(batch.bytes for batch in every)
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        """Rows by number, 0 to n_rows - 1. A row of -1 is padding: nothing in it counts (uneven processes)."""
+        rows = np.asarray(rows, dtype=np.int64)
+        padding = rows < 0
+        document, first = self._document[rows], self._first[rows]
+        length = np.where(padding, 0, self._length[rows])
+        width = max(1, int(length.max(initial=0)))
+        total = self.store.lengths[document]  # tokens of the document
+        # Position 0 is the start token, 1 to `total` the text, then its end; beyond that, ends of nothing.
+        positions = first[:, None] + np.arange(width + self.lookahead)  # (B, width + n)
+        is_text = (positions >= 1) & (positions <= total[:, None]) & ~padding[:, None]
+        index = np.where(is_text, self.store.offsets[document][:, None] + positions - 1, 0)
+        tokens = np.where(is_text, self.store.tokens[index].astype(np.int64), self.eot)
+        doc_ids = np.maximum(positions - total[:, None], 0).astype(np.int32)
+        targets = slice(1, width + 1)
+        counts = np.arange(width) < length[:, None]
+        scored = counts & is_text[:, targets]
+        return Batch(
+            tokens=tokens,
+            doc_ids=doc_ids,
+            weights=scored.astype(np.float32),
+            end_weights=(counts & ~scored).astype(np.float32),
+            rows=rows,
+            bytes=int(self.store.tokenizer.token_bytes[tokens[:, targets]][scored].sum()),
+        )

@@ -1,0 +1,96 @@
+"""Token arrays of one side of a corpus, in memory or mapped from the cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data.cache import file_digest, write_atomic
+from data.corpus import Document
+from data.errors import DataError
+from data.tokenizers import Tokenizer
+
+_ARRAYS = ("tokens", "offsets", "doc_bytes")
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """Documents as ids, one behind the other, without end-of-text.
+
+    tokens (L,) uint16 or uint32; offsets (n_docs + 1,) int64: document i is tokens[offsets[i]:offsets[i + 1]];
+    doc_bytes (n_docs,) int64: raw UTF-8 bytes. Tokenizers are lossless, so the text itself is not kept.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    doc_bytes: np.ndarray
+    tokenizer: Tokenizer
+
+    @property
+    def n_docs(self) -> int:
+        return len(self.doc_bytes)
+
+    @property
+    def total_bytes(self) -> int:
+        """Raw UTF-8 bytes of all documents."""
+        return int(self.doc_bytes.sum())
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens per document (n_docs,) int64."""
+        return np.diff(self.offsets)
+
+    def text(self, index: int) -> bytes:
+        """The raw text of one document."""
+        return self.tokenizer.decode(self.tokens[self.offsets[index] : self.offsets[index + 1]])
+
+
+def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> TokenStore:
+    """Encode documents in the order given."""
+    ids = [tokenizer.encode(document.text) for document in documents]
+    offsets = np.zeros(len(ids) + 1, dtype=np.int64)
+    np.cumsum([len(array) for array in ids], out=offsets[1:])
+    tokens = np.concatenate(ids) if ids else np.zeros(0, dtype=tokenizer.dtype)
+    doc_bytes = np.array([len(document.text) for document in documents], dtype=np.int64)
+    return TokenStore(tokens, offsets, doc_bytes, tokenizer)
+
+
+def save_stores(folder: Path, stores: dict[str, TokenStore]) -> None:
+    """Write `<side>.<array>.npy` files and, last, `meta.json` with their digests. Raises OSError."""
+    digests = {}
+    for side, store in stores.items():
+        for name in _ARRAYS:
+            path = folder / f"{side}.{name}.npy"
+            array = getattr(store, name)
+            write_atomic(path, lambda file, array=array: np.save(file, array, allow_pickle=False))
+            digests[path.name] = file_digest(path)
+    meta = json.dumps({"sha256": digests}, indent=1)
+    write_atomic(folder / "meta.json", lambda file: file.write(meta.encode()))
+
+
+def load_stores(folder: Path, sides: Sequence[str], tokenizer: Tokenizer) -> dict[str, TokenStore]:
+    """Map the arrays of `save_stores` read-only.
+
+    Raises:
+        DataError: a file is missing or its bytes are not those that were written. The caller rebuilds.
+    """
+    try:
+        digests = json.loads((folder / "meta.json").read_bytes())["sha256"]
+        return {side: _load_store(folder, side, digests, tokenizer) for side in sides}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"token cache {folder} is incomplete or damaged: {error}") from error
+
+
+def _load_store(folder: Path, side: str, digests: dict[str, str], tokenizer: Tokenizer) -> TokenStore:
+    arrays = {}
+    for name in _ARRAYS:
+        path = folder / f"{side}.{name}.npy"
+        if file_digest(path) != digests[path.name]:
+            raise DataError(f"{path.name} has changed since it was written")
+        # An empty array has no bytes to map; the small ones are better in memory.
+        arrays[name] = np.load(path, mmap_mode="r" if name == "tokens" else None, allow_pickle=False)
+    return TokenStore(**arrays, tokenizer=tokenizer)
