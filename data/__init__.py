@@ -56,8 +56,8 @@ def load_dataset(
     """Read `cfg.data`, tokenise it (or map the cached tokens) and split it.
 
     Args:
-        cfg: fields data, input_file, data_root, synthetic, synthetic_bytes, synthetic_symbols, synthetic_order,
-            tokenizer, train_seq_len.
+        cfg: fields data, input_file, data_root, synthetic, synthetic_bytes, synthetic_symbols,
+            synthetic_order, tokenizer, train_seq_len.
         cache_dir: instead of `data.cache.cache_root()`.
         tokenizer: instead of the one `cfg.tokenizer` names (a checkpoint's own, for resuming and scoring).
 
@@ -112,8 +112,8 @@ def _tokenizer(spec: str, source: str, corpus: Corpus, cache: Path, notes: list[
             likely, ["auto", "byte", f"bpe-{AUTO_BPE}", *([likely] if likely.startswith("bpe-") else [])]
         )
         raise DataError(
-            f"tokenizer is {spec!r}: allowed are auto, byte, bpe-<N> (such as bpe-{AUTO_BPE}) and the path of a "
-            f"tokenizer.json; there is no such file.{hint}"
+            f"tokenizer is {spec!r}: allowed are auto, byte, bpe-<N> (such as bpe-{AUTO_BPE}) and the "
+            f"path of a tokenizer.json; there is no such file.{hint}"
         )
     return load_tokenizer(path)
 
@@ -139,8 +139,8 @@ def _cached_bpe(vocab_size: int, corpus: Corpus, cache: Path, notes: list[str]) 
     if not SMALLEST_BPE <= vocab_size <= LARGEST_BPE:
         legal = min(max(vocab_size, SMALLEST_BPE), LARGEST_BPE)
         raise DataError(
-            f"tokenizer is 'bpe-{vocab_size}': N counts the 256 bytes and end-of-text, so it is {SMALLEST_BPE} to "
-            f"{LARGEST_BPE}. Nearest: bpe-{legal}."
+            f"tokenizer is 'bpe-{vocab_size}': N counts the 256 bytes and end-of-text, so it is "
+            f"{SMALLEST_BPE} to {LARGEST_BPE}. Nearest: bpe-{legal}."
         )
     path = cache / "tokenizers" / f"bpe-{vocab_size}-{corpus.fingerprint[:16]}-v{CACHE_FORMAT}.json"
     if path.exists():

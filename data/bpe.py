@@ -1,7 +1,7 @@
 """Training a byte-level BPE (Sennrich et al., arXiv:1508.07909, on bytes as in GPT-2) in pure Python.
 
-Words are counted first and every distinct word is merged once, weighted by its count; a heap with lazy deletion finds
-the next pair. Seconds for a few megabytes, and deterministic: ties go to the smaller bytes.
+Words are counted first and every distinct word is merged once, weighted by its count; a heap with lazy
+deletion finds the next pair. Seconds for a few megabytes, and deterministic: ties go to the smaller bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from collections.abc import Iterable
 import regex
 
 # GPT-4's split pattern with digits in groups of at most two, which suits small vocabularies (nanochat).
-SPLIT_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+    r"|\s*[\r\n]|\s+(?!\S)|\s+"
+)
 MIN_COUNT = 2  # a pair seen once is a quotation, not a regularity
 
 Pair = tuple[int, int]

@@ -36,8 +36,8 @@ def load(cfg: Any = None, root: Path | None = None) -> Corpus:
     heldout = [document for document in documents if is_held_out(document.name)]
     if not train or not heldout:
         raise DataError(
-            f"data=embedded needs the Python standard library's source, but {root} has {len(documents)} usable "
-            ".py files. Use a full Python installation, or data=text input_file=<file or folder>."
+            f"data=embedded needs the Python standard library's source, but {root} has {len(documents)} "
+            f"usable .py files. Use a full Python installation, or data=text input_file=<file or folder>."
         )
     notes = (f"left out: {duplicates} duplicates, {undecodable} files that are not UTF-8",)
     name = f"standard library of Python {platform.python_version()}"

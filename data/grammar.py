@@ -1,9 +1,9 @@
 """Sentences from a small context-free grammar over English words, of exactly known entropy.
 
-Subjects and verbs agree in number across relative clauses, so a good score needs more than neighbours. The grammar is
-LL(1), which is checked when it is built: one word decides the rule, so every sentence has one derivation, and the
-entropy of derivations is the entropy of strings. Samples can be parsed: the share of valid sentences means the
-same for every kind of model.
+Subjects and verbs agree in number across relative clauses, so a good score needs more than neighbours. The
+grammar is LL(1), which is checked when it is built: one word decides the rule, so every sentence has one
+derivation, and the entropy of derivations is the entropy of strings. Samples can be parsed: the share of
+valid sentences means the same for every kind of model.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ for _kind, (_one, _many) in _VERBS.items():
 
 
 class GrammarSource:
-    """The language of `rules`, from `SENTENCE`. A document is sentences, a line each: words, then a full stop.
+    """The language of `rules`, from `SENTENCE`. A document is lines, a sentence each.
 
-    `bits_per_sentence` and `bytes_per_sentence` are exact expectations; their ratio is `entropy_bits_per_byte`.
+    `bits_per_sentence` and `bytes_per_sentence` are exact expectations, `entropy_bits_per_byte` their ratio.
     """
 
     def __init__(self, rules: dict[str, list[Choice]] | None = None):
@@ -148,7 +148,7 @@ class GrammarSource:
         return nats if place == len(words) else math.inf
 
     def valid_fraction(self, text: str | bytes) -> float:
-        """The share of complete lines in generated text that are sentences of the language; 0 if there are none."""
+        """The share of complete lines of a text that are sentences of the language; 0 without any."""
         if isinstance(text, bytes):
             text = text.decode("utf-8", "replace")
         lines = text.split("\n")[:-1]

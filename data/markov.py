@@ -1,7 +1,7 @@
 """Text from a Markov chain whose entropy is known exactly: the floor that no honest score goes below.
 
-`symbols` printable bytes, order `order`; each context's next-symbol law is drawn once from Dirichlet(0.3) with a fixed
-seed. Documents of 2,000 symbols start from the stationary law.
+`symbols` printable bytes, order `order`; each context's next-symbol law is drawn once from Dirichlet(0.3)
+with a fixed seed. Documents of 2,000 symbols start from the stationary law.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ CHAIN_SEED = 2021
 class MarkovSource:
     """The chain: `transitions` (contexts, V), a context being the last `order` symbols as a number in base V.
 
-    `entropy_rate` is bits per symbol in the limit; `entropy_bits_per_byte` that of a document, whose first `order`
-    symbols cost the stationary law's entropy instead.
+    `entropy_rate` is bits per symbol in the limit; `entropy_bits_per_byte` that of a document, whose first
+    `order` symbols cost the stationary law's entropy instead.
     """
 
     def __init__(self, symbols: int = 32, order: int = 1):
@@ -109,6 +109,6 @@ def _check(symbols: int, order: int) -> None:
         nearest = [f"synthetic_order={largest}"] if largest >= 1 else []
         nearest += [f"synthetic_symbols={min(fewer, MAX_SYMBOLS)}"] if fewer >= 2 else []
         raise DataError(
-            f"synthetic_symbols={symbols} with synthetic_order={order} needs a table of {symbols}^{order + 1} entries; "
-            f"the limit is {MAX_TABLE:,}. Nearest: {' or '.join(nearest)}."
+            f"synthetic_symbols={symbols} with synthetic_order={order} needs a table of "
+            f"{symbols}^{order + 1} entries; the limit is {MAX_TABLE:,}. Nearest: {' or '.join(nearest)}."
         )

@@ -1,8 +1,9 @@
-"""Interpolated Witten-Bell n-gram models over bytes, vectorised: what a model must beat to have learned anything.
+"""Interpolated Witten-Bell n-gram models over bytes, vectorised.
 
-P(w | h) = (c(hw) + t(h) P(w | h')) / (c(h) + t(h)), where h' is h without its first byte, c counts in the training
-text, t(h) is the number of different bytes seen after h, and below the empty context stands the uniform law over 256
-bytes (Witten and Bell 1991; Chen and Goodman 1999, section 2.4). A context never seen leaves P(w | h').
+P(w | h) = (c(hw) + t(h) P(w | h')) / (c(h) + t(h)), where h' is h without its first byte, c counts in the
+training text, t(h) is the number of different bytes seen after h, and below the empty context stands the
+uniform law over 256 bytes (Witten and Bell 1991; Chen and Goodman 1999, section 2.4). A context never seen
+leaves P(w | h').
 
 Contexts stop at a document's start: its first bytes are predicted from as many bytes as there are.
 """

@@ -1,7 +1,7 @@
 """The order of documents: a function of (seed, epoch), not a state.
 
-It knows nothing of tokenizers, row lengths, batches or processes, so a byte model and a BPE model see the same
-documents in the same order, and a resumed run needs no more than a position.
+It knows nothing of tokenizers, row lengths, batches or processes, so a byte model and a BPE model see the
+same documents in the same order, and a resumed run needs no more than a position.
 """
 
 from __future__ import annotations

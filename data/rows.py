@@ -1,7 +1,7 @@
 """Rows of tokens: what a step trains on and what an evaluation scores. Both are functions of a row id.
 
-B rows, S scored positions, n look-ahead: a row is 1 context token + S targets + (n - 1) more, so S + n tokens;
-inputs are tokens[:, :S], next-token targets tokens[:, 1 : S + 1].
+B rows, S scored positions, n look-ahead: a row is 1 context token + S targets + (n - 1) more, so S + n
+tokens; inputs are tokens[:, :S], next-token targets tokens[:, 1 : S + 1].
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Batch:
 class TrainingRows:
     """Rows of seq_len targets over the endless stream of epochs.
 
-    An epoch is every document behind its start token, `[EOT] doc [EOT] doc ...`, in this epoch's order: N tokens.
-    Its rows advance by seq_len, so each token but the first is a target exactly once; the (N - 1) % seq_len targets
-    of the last partial row are dropped. Global row g is row g % R of epoch g // R, with R = `rows_per_epoch`.
-    Look-ahead beyond an epoch's end reads start tokens, each a document of its own.
+    An epoch is every document behind its start token, `[EOT] doc [EOT] doc ...`, in this epoch's order: N
+    tokens. Its rows advance by seq_len, so each token but the first is a target exactly once; the (N - 1) %
+    seq_len targets of the last partial row are dropped. Global row g is row g % R of epoch g // R, with R =
+    `rows_per_epoch`. Look-ahead beyond an epoch's end reads start tokens, each a document of its own.
 
     Raises:
         DataError: the text is too short for one row.
@@ -109,13 +109,15 @@ def select_heldout(store: TokenStore, max_bytes: int | None = None) -> np.ndarra
 
 
 class HeldoutRows:
-    """Held-out documents scored whole, each from its start token, in windows of seq_len targets; a window is a row.
+    """Held-out documents scored whole, each from its start token: a row is a window of seq_len targets.
 
-    A window begins with the last token of the one before as context. A document's last target is its end, with
-    weight 0 and end weight 1. Rows are sorted by length, longest first, and a batch is as wide as its longest row.
+    A window begins with the last token of the one before as context. A document's last target is its end,
+    with weight 0 and end weight 1. Rows are sorted by length, longest first, and a batch is as wide as its
+    longest row.
 
-    `max_bytes` selects whole documents (the score stays comparable between runs that agree on it); `max_tokens` cuts
-    the list of windows, and `complete` is False where it cut. `total_bytes` is what the rows score together.
+    `max_bytes` selects whole documents (the score stays comparable between runs that agree on it);
+    `max_tokens` cuts the list of windows, and `complete` is False where it cut. `total_bytes` is what the
+    rows score together.
     """
 
     def __init__(
@@ -155,7 +157,7 @@ class HeldoutRows:
         return sum(batch.bytes for batch in every)
 
     def batch(self, rows: np.ndarray) -> Batch:
-        """Rows by number, 0 to n_rows - 1. A row of -1 is padding: nothing in it counts (uneven processes)."""
+        """Rows by number, 0 to n_rows - 1. Row -1 is padding: nothing in it counts (uneven processes)."""
         rows = np.asarray(rows, dtype=np.int64)
         padding = rows < 0
         document, first = self._document[rows], self._first[rows]

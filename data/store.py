@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ _ARRAYS = ("tokens", "offsets", "doc_bytes")
 class TokenStore:
     """Documents as ids, one behind the other, without end-of-text.
 
-    tokens (L,) uint16 or uint32; offsets (n_docs + 1,) int64: document i is tokens[offsets[i]:offsets[i + 1]];
+    tokens (L,) uint16 or uint32; offsets (n_docs + 1,) int64: document i is offsets[i] to offsets[i + 1];
     doc_bytes (n_docs,) int64: raw UTF-8 bytes. Tokenizers are lossless, so the text itself is not kept.
     """
 
@@ -65,8 +66,7 @@ def save_stores(folder: Path, stores: dict[str, TokenStore]) -> None:
     for side, store in stores.items():
         for name in _ARRAYS:
             path = folder / f"{side}.{name}.npy"
-            array = getattr(store, name)
-            write_atomic(path, lambda file, array=array: np.save(file, array, allow_pickle=False))
+            write_atomic(path, functools.partial(np.save, arr=getattr(store, name), allow_pickle=False))
             digests[path.name] = file_digest(path)
     meta = json.dumps({"sha256": digests}, indent=1)
     write_atomic(folder / "meta.json", lambda file: file.write(meta.encode()))

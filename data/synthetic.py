@@ -1,7 +1,7 @@
 """`data=synthetic`: generated text of exactly known entropy, from a Markov chain or a small grammar.
 
-The text depends on the settings alone, never on the run's seed; `synthetic_bytes` sizes the training side to the nearest
-document, and a tenth as much from another stream is held out.
+The text depends on the settings alone, never on the run's seed; `synthetic_bytes` sizes the training side
+to the nearest document, and a tenth as much from another stream is held out.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ def load(cfg: Any) -> Corpus:
         per_document = source.bytes_per_sentence * DOCUMENT_SENTENCES
         name = "grammar text"
     else:
-        raise DataError(
-            f"synthetic is {cfg.synthetic!r}; allowed are {' and '.join(KINDS)}.{nearest(str(cfg.synthetic), KINDS)}"
-        )
+        hint = nearest(str(cfg.synthetic), KINDS)
+        raise DataError(f"synthetic is {cfg.synthetic!r}; allowed are {' and '.join(KINDS)}.{hint}")
     train = _documents(source, cfg.synthetic_bytes / per_document, "train", 0)
     heldout = _documents(source, cfg.synthetic_bytes / per_document / 10, "heldout", 1)
     note = f"true entropy: {source.entropy_bits_per_byte:.4f} bits per byte"

@@ -4,9 +4,9 @@ A folder: every regular file below it whose suffix is in `TEXT_SUFFIXES`, hidden
 file. One file in twenty is held out by a hash of its relative path; where that would hold out nothing or
 everything (small folders), the last tenth of the files in hash order.
 
-A single file: its last 10 %, cut at a line end, is held out. Each side is read as sections of about 64 KiB cut
-at line ends, a section a document: the order of training is a permutation of documents, and one document
-could not be shuffled. So attention does not reach further back than its section's start.
+A single file: its last 10 %, cut at a line end, is held out. Each side is read as sections of about 64 KiB
+cut at line ends, a section a document: the order of training is a permutation of documents, and one
+document could not be shuffled. So attention does not reach further back than its section's start.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from data.corpus import Corpus, Document, drop_duplicates, fingerprint, is_held_
 from data.errors import DataError, nearest
 
 SECTION_BYTES = 64 * 1024
-TEXT_SUFFIXES = frozenset(
-    ".txt .text .md .markdown .rst .org .tex .log .html .htm .xml .css .csv .tsv .py .pyi .c .h .cc .cpp .hpp .cu "
-    ".cuh .rs .go .java .kt .scala .swift .js .ts .jsx .tsx .rb .pl .lua .php .r .jl .hs .ml .el .sh .sql .toml .yaml "
-    ".yml .ini .cfg".split()
+TEXT_SUFFIXES = (
+    *(".txt", ".text", ".md", ".markdown", ".rst", ".org", ".tex", ".log", ".html", ".htm", ".xml", ".css"),
+    *(".csv", ".tsv", ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh", ".rs", ".go", ".java"),
+    *(".kt", ".scala", ".swift", ".js", ".ts", ".jsx", ".tsx", ".rb", ".pl", ".lua", ".php", ".r", ".jl"),
+    *(".hs", ".ml", ".el", ".sh", ".sql", ".toml", ".yaml", ".yml", ".ini", ".cfg"),
 )
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -81,7 +82,7 @@ def read_text(path: Path) -> bytes:
     raw = raw.removeprefix(codecs.BOM_UTF8)
     if (zero := raw.find(b"\0")) >= 0:
         raise DataError(
-            f"{str(path)!r} is a binary file, not text: NUL byte at offset {zero}. data=text reads UTF-8 text."
+            f"{str(path)!r} is a binary file: NUL byte at offset {zero}. data=text reads UTF-8 text."
         )
     try:
         raw.decode("utf-8")
@@ -149,8 +150,9 @@ def _load_folder(root: Path) -> tuple[list[Document], list[Document], tuple[str,
         notes.append(f"dropped {duplicates} exact duplicates")
     if not kept:
         found = f" ({'; '.join(notes)})" if notes else ""
+        suffixes = " ".join(TEXT_SUFFIXES)
         raise DataError(
-            f"{str(root)!r} has no usable text file{found}. Text files are those ending in {' '.join(sorted(TEXT_SUFFIXES))}."
+            f"{str(root)!r} has no usable text file{found}. Text files are those ending in {suffixes}."
         )
     if len(kept) == 1:
         train, heldout, more = _load_file(root / kept[0].name)
@@ -165,7 +167,7 @@ def _split(documents: list[Document]) -> tuple[list[Document], list[Document], s
     if not 0 < len(held) < len(documents):
         order = sorted(documents, key=lambda document: (path_hash(document.name), document.name))
         held = {document.name for document in order[-max(1, len(order) // 10) :]}
-        how = f"held out: {len(held)} of {len(documents)} files, the last tenth in path hash order (small folder)"
+        how = f"held out: {len(held)} of {len(documents)} files, the last tenth by path hash (small folder)"
     train = [document for document in documents if document.name not in held]
     return train, [document for document in documents if document.name in held], how
 

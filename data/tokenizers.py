@@ -1,8 +1,8 @@
 """Tokenizers: text to ids and back, byte for byte, whatever the bytes.
 
-Two kinds: single bytes, and byte-level BPE trained on the training split. Both are lossless for arbitrary bytes,
-end with `<|endoftext|>` as the last id, and are saved as one JSON file. Text never produces `<|endoftext|>`: a
-literal one is encoded as ordinary characters.
+Two kinds: single bytes, and byte-level BPE trained on the training split. Both are lossless for arbitrary
+bytes, end with `<|endoftext|>` as the last id, and are saved as one JSON file. Text never produces
+`<|endoftext|>`: a literal one is encoded as ordinary characters.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ FORMAT_VERSION = 1
 SMALLEST_BPE = 257  # the bytes and end-of-text: no merge at all
 LARGEST_BPE = 131_072
 SAMPLE_BYTES_PER_TOKEN = 4096  # BPE statistics come from this much text per vocabulary entry (4 MB for 1,024)
-# Longer texts are encoded in pieces cut behind a line end: some inputs (runs of blanks) cost tiktoken quadratic time.
+# Longer texts are encoded in pieces cut behind a line end: some inputs (runs of blanks) cost tiktoken
+# quadratic time.
 PIECE_BYTES = 256 * 1024
 
 _NOT_UTF8 = re.compile("[\udc80-\udcff]+")
@@ -37,7 +38,7 @@ _NOT_UTF8 = re.compile("[\udc80-\udcff]+")
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """`vocab_size` counts end-of-text, whose id is `eot`; `token_bytes` (V,) are lengths, 0 for end-of-text."""
+    """`vocab_size` counts end-of-text, whose id is `eot`; `token_bytes` (V,) are lengths, 0 for that one."""
 
     name: str
     vocab_size: int
@@ -191,8 +192,8 @@ def check_ids(ids: np.ndarray, vocab_size: int) -> None:
 def train_bpe(documents: Sequence[Document], vocab_size: int) -> BpeTokenizer:
     """A BPE of exactly `vocab_size` ids, end-of-text included, from a sample of the documents.
 
-    The sample is whole documents in hash order until 4 KB per vocabulary entry is reached (4 MB for 1,024). A text with
-    too few repeated pairs is a DataError that names the largest size it supports.
+    The sample is whole documents in hash order until 4 KB per vocabulary entry is reached (4 MB for 1,024).
+    A text with too few repeated pairs is a DataError that names the largest size it supports.
     """
     budget = SAMPLE_BYTES_PER_TOKEN * vocab_size
     sample, size = [], 0
@@ -204,8 +205,8 @@ def train_bpe(documents: Sequence[Document], vocab_size: int) -> BpeTokenizer:
     ranks = train_ranks(count_words(sample), vocab_size - 1)
     if len(ranks) < vocab_size - 1:
         raise DataError(
-            f"tokenizer=bpe-{vocab_size} needs more text: {size:,} bytes support at most bpe-{len(ranks) + 1}. "
-            f"Use that, or tokenizer=byte."
+            f"tokenizer=bpe-{vocab_size} needs more text: {size:,} bytes support at most "
+            f"bpe-{len(ranks) + 1}. Use that, or tokenizer=byte."
         )
     return BpeTokenizer(ranks)
 
@@ -228,7 +229,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def _from_content(content: Any) -> Tokenizer:
     if not isinstance(content, dict) or "format_version" not in content:
         raise DataError(
-            'not a tokenizer of this project (no "format_version"). Tokenizers of other programs are not read; '
+            'not a tokenizer of this project (no "format_version"): other programs\' are not read; '
             "a run folder holds its own as tokenizer.json."
         )
     if content["format_version"] != FORMAT_VERSION:
@@ -237,7 +238,7 @@ def _from_content(content: Any) -> Tokenizer:
         )
     kind = content.get("type")
     if kind == "byte":
-        tokenizer: _TableTokenizer = ByteTokenizer()
+        tokenizer: ByteTokenizer | BpeTokenizer = ByteTokenizer()
     elif kind == "bpe":
         tokenizer = BpeTokenizer(_ranks(content), _pattern(content))
     else:

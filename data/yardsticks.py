@@ -5,8 +5,8 @@ unigram   token frequencies of the training split, add-one, document ends left o
 3-gram, 6-gram   interpolated Witten-Bell over bytes, trained on the training split
 xz, bz2   compressors on the held-out text alone: they see the whole file, a model does not
 
-A few seconds of work, so a run starts it in a child process at low priority (`start_background`) and reads the result at
-its end. By hand: `python -m data.yardsticks <token cache folder>`.
+A few seconds of work, so a run starts it in a child process at low priority (`start_background`) and reads
+the result at its end. By hand: `python -m data.yardsticks <token cache folder>`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from data import Dataset
 
 NAMES = ("uniform", "unigram", "3-gram", "6-gram", "xz", "bz2")
-# The n-gram counts take about 30 bytes of memory per byte of text; more text than this is sampled by document.
+# The n-gram counts take about 30 bytes of memory per byte of text; more text than this is sampled by
+# document.
 NGRAM_TRAINING_BYTES = 32_000_000
 FORMAT = 1
 
@@ -47,8 +48,9 @@ FORMAT = 1
 def yardsticks(dataset: Dataset, max_bytes: int | None = None) -> dict[str, float]:
     """Bits per byte by name (`NAMES`), from the cache if it is there.
 
-    `max_bytes` selects the held-out documents as `HeldoutRows` does (`val_bytes`). Where the training text is larger than
-    `NGRAM_TRAINING_BYTES`, the key "ngram_training_bytes" says how much of it the n-grams saw.
+    `max_bytes` selects the held-out documents as `HeldoutRows` does (`val_bytes`). Where the training text
+    is larger than `NGRAM_TRAINING_BYTES`, the key "ngram_training_bytes" says how much of it the n-grams
+    saw.
     """
     folder = dataset.cache_path
     if folder is not None and (cached := _read_result(folder, max_bytes)) is not None:
@@ -86,7 +88,7 @@ def _ngram_sample(train: TokenStore) -> np.ndarray:
 
 
 def _unigram_bits(train: TokenStore, heldout: TokenStore, scored: np.ndarray) -> float:
-    """Bits of the scored documents' tokens under add-one frequencies over the text tokens (end-of-text is none)."""
+    """Bits of the scored documents under add-one token frequencies (end-of-text is not counted)."""
     kinds = train.tokenizer.vocab_size - 1
     counts = np.bincount(train.tokens, minlength=kinds) + 1
     bits = math.log2(counts.sum()) - np.log2(counts)
@@ -157,8 +159,9 @@ class Background:
 def start_background(dataset: Dataset, max_bytes: int | None = None) -> Background:
     """Compute yardsticks beside the run; a cached result starts no process.
 
-    The child ends with its parent, however that ends: it holds a pipe from it and leaves when the pipe closes. A signal from
-    the keyboard does not reach it, so that it cannot spoil the output of a run that is saving its state.
+    The child ends with its parent, however that ends: it holds a pipe from it and leaves when the pipe
+    closes. A signal from the keyboard does not reach it, so that it cannot spoil the output of a run that
+    is saving its state.
     """
     folder = dataset.cache_path
     if folder is not None and _read_result(folder, max_bytes) is not None:
@@ -174,7 +177,7 @@ def start_background(dataset: Dataset, max_bytes: int | None = None) -> Backgrou
     project = str(Path(__file__).resolve().parent.parent)
     paths = [project, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    output = tempfile.TemporaryFile()
+    output = tempfile.TemporaryFile()  # noqa: SIM115 (Background closes it)
     process = subprocess.Popen(
         command,
         cwd=project,
