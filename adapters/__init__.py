@@ -1,0 +1,68 @@
+"""How an architecture is trained and scored: objective, likelihood, generation, parameter roles.
+
+`build_adapter` turns a run's configuration into the module that the trainer drives. It is the only place
+where the table in `models/__init__.py` and an out-of-tree `model_adapter` meet.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+import models
+
+if TYPE_CHECKING:
+    from adapters.base import ModelAdapter
+    from configs.schema import ModelConfig, RunConfig
+    from data.tokenizers import Tokenizer
+
+__all__ = ["adapter_class", "build_adapter", "complete_model_config"]
+
+
+def adapter_class(cfg: RunConfig) -> type[ModelAdapter]:
+    """The adapter class of a run: `model_adapter` if given, else the one its type is registered with."""
+    from adapters.base import ModelAdapter
+
+    spec = cfg.model_adapter or models.resolve(cfg.type).adapter
+    cls = models.load(spec)
+    if not (isinstance(cls, type) and issubclass(cls, ModelAdapter)):
+        raise ValueError(f"model_adapter {spec!r} is not a subclass of adapters.base.ModelAdapter")
+    return cls
+
+
+def complete_model_config(model_cfg: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """Fill `vocab_size: null` with the tokenizer's size; refuse one that the token ids would overrun."""
+    vocab_size = getattr(model_cfg, "vocab_size", None)
+    if vocab_size is None:
+        return model_cfg.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    if vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"model_cfg.vocab_size: {vocab_size} is smaller than the {tokenizer.vocab_size} tokens of tokenizer "
+            f"{tokenizer.name!r}, so token ids would fall outside the embedding. Set it to null or at least "
+            f"{tokenizer.vocab_size}"
+        )
+    return model_cfg
+
+
+def build_adapter(
+    cfg: RunConfig,
+    model_cfg: ModelConfig,
+    tokenizer: Tokenizer,
+    device: torch.device | str = "cpu",
+) -> ModelAdapter:
+    """Build the adapter with its model initialised from `cfg.seed`.
+
+    The model is made on the meta device, so that no memory is touched twice, and initialised on the CPU,
+    so that one seed gives the same weights on every device. On `device="meta"` it stays without storage.
+    """
+    cls = adapter_class(cfg)
+    model_cfg = complete_model_config(model_cfg, tokenizer)
+    with torch.device("meta"):
+        model = cls.build_model(models.load(models.resolve(cfg.type).model), model_cfg)
+    adapter = cls(model, model_cfg, tokenizer)
+    if torch.device(device).type != "meta":
+        adapter.to_empty(device="cpu")
+        adapter.init_weights(torch.Generator().manual_seed(cfg.seed))
+        adapter.to(device)
+    return adapter

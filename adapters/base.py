@@ -1,0 +1,254 @@
+"""The contract between the trainer and every architecture.
+
+The trainer owns the step (backward, accumulation, clipping, optimizers, schedules, EMA, checkpoints, logging)
+and knows nothing of objectives. An adapter turns a batch into named loss SUMS with denominators, scores text,
+generates it, and says what role each parameter plays. One step of the trainer is
+
+    1. `prepare` every micro-batch (CPU, loader's thread) and add up the denominators over the whole step
+       and all processes;
+    2. per micro-batch: `loss = sum_k weight_k * sum_k / denominator_k`, backward;
+    3. finite check, clip, optimizer, `after_step`, EMA.
+
+Because a term is a sum and its denominator belongs to the step, eight rows in one micro-batch, one row in
+eight, or four on each of two processes give the same gradient.
+
+Shapes: B rows, S scored positions of a row, n look-ahead (1 for next-token), D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from models.layers.flops import Flops
+from models.layers.roles import Rule
+
+if TYPE_CHECKING:
+    from configs.schema import ModelConfig
+    from data.rows import Batch
+    from data.tokenizers import Tokenizer
+
+__all__ = [
+    "Context",
+    "DataSpec",
+    "Flops",
+    "GenerateOptions",
+    "Generation",
+    "Likelihood",
+    "LossTerm",
+    "Metric",
+    "ModelAdapter",
+    "Prepared",
+    "Rule",
+    "StepOutput",
+]
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What an architecture asks of the data.
+
+    `unit`: "token" (the run's tokenizer) or "byte". `lookahead`: n, so that a row has 1 context token,
+    S scored ones and n - 1 further targets.
+    """
+
+    unit: Literal["token", "byte"] = "token"
+    lookahead: int = 1
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a batch stands in the run. Everything random in an objective is a function of this and of the
+    batch's global row ids, never of a generator's history, so that resuming, splitting a batch and recomputing
+    activations cannot change it."""
+
+    seed: int
+    step: int  # 0-based optimizer step; 0 in evaluation
+    phase: Literal["train", "eval"]
+    rows_in_step: int  # global batch size
+
+
+@dataclass
+class Prepared:
+    """A micro-batch ready for `forward`: tensors, and the denominators its loss terms will be divided by.
+
+    `denominators` are host floats that depend on the batch and its context only (rows, tokens, bytes), never
+    on hidden states: the trainer adds them up over the step before the first forward.
+    """
+
+    tensors: dict[str, Tensor]
+    denominators: dict[str, float]
+
+    def to(self, device: torch.device) -> Prepared:
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}
+        return replace(self, tensors=moved)
+
+
+@dataclass
+class LossTerm:
+    """`sum`: scalar, at least fp32; `denominator`: a key of `Prepared.denominators`; `weight` 0 = reported only."""
+
+    sum: Tensor
+    denominator: str
+    weight: float = 1.0
+
+
+@dataclass
+class Metric:
+    """A reported statistic: `sum` and `count` are added over micro-batches and processes ("mean" divides them);
+    "max" and "last" look at `sum` alone."""
+
+    sum: Tensor
+    count: float = 1.0
+    reduce: Literal["mean", "sum", "max", "last"] = "mean"
+
+
+@dataclass
+class StepOutput:
+    """What `forward` returns. The first term is the one called "loss" on the console."""
+
+    terms: dict[str, LossTerm]
+    metrics: dict[str, Metric] = field(default_factory=dict)
+
+
+@dataclass
+class Likelihood:
+    """Negative log-likelihood of held-out rows, in nats.
+
+    `nats`: (B,) fp64 over the positions that stand for text; `end_nats`: (B,) fp64 over document ends, which
+    are reported apart. `kind` "exact", or "bound" for an upper bound estimated by `estimator`, whose variance
+    (nats squared, per row) is `variance`, (B,).
+    """
+
+    nats: Tensor
+    end_nats: Tensor
+    kind: Literal["exact", "bound"] = "exact"
+    estimator: str = "exact"
+    variance: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Sampling options. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off; `seed` makes it repeatable."""
+
+    max_new_tokens: int = 100
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop_at_document_end: bool = True
+    use_cache: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: must be at least 1, got {self.max_new_tokens}")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature: must be 0 (greedy) or more, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k: must be 0 (off) or more, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: must satisfy 0 < top_p <= 1, got {self.top_p}")
+
+
+@dataclass
+class Generation:
+    """`tokens`: one list of new token ids per prompt; `network_calls`: forward passes it took."""
+
+    tokens: list[list[int]]
+    network_calls: int
+
+
+# Called with (row, new token ids) whenever text of a row becomes final.
+OnTokens = Callable[[int, list[int]], None]
+
+
+class ModelAdapter(nn.Module):
+    """Wraps a backbone; this module is what data-parallel training wraps, with ONE `forward`.
+
+    Subclasses must define `prepare`, `forward`, `likelihood` and `generate`; everything else has a default
+    that asks the model. The training mode is decided by what `prepare` returns, never by another method name:
+    calling anything but the wrapper's `forward` leaves gradients un-synced under DistributedDataParallel.
+    """
+
+    Cfg: type[ModelConfig] | None = None  # schema of `model_cfg` when it is not the model's own `Config`
+    may_skip_parameters = False  # True: a step may leave parameters without gradient
+
+    model: Any  # the backbone, an nn.Module; Any because each has attributes of its own
+
+    def __init__(self, model: nn.Module, model_cfg: ModelConfig, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.model = model
+        self.model_cfg: Any = model_cfg
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def build_model(cls, model_class: Any, model_cfg: ModelConfig) -> nn.Module:
+        """Make the backbone. An adapter that brings its own model overrides this."""
+        return model_class(model_cfg)
+
+    # -- training ------------------------------------------------------------------------------------------
+
+    def data_spec(self) -> DataSpec:
+        return DataSpec()
+
+    def prepare(self, batch: Batch, ctx: Context) -> Prepared:
+        """CPU work in the loader's thread: targets, masks, noise, times, denominators."""
+        raise NotImplementedError(f"{type(self).__name__} must define prepare")
+
+    def forward(self, prepared: Prepared) -> StepOutput:
+        raise NotImplementedError(f"{type(self).__name__} must define forward")
+
+    def on_step_start(self, step: int, total_steps: int) -> None:
+        """Curricula. Called on every process before the micro-batches of a step are run."""
+
+    def after_step(self, step: int, skipped: Tensor) -> None:
+        """Called once per optimizer step after all parameters moved, before EMA, evaluation and checkpoints.
+
+        `skipped` is a device-side fp32 scalar, 1.0 when the step's gradients were not finite and nothing moved;
+        what this does must then be a no-op too.
+        """
+
+    # -- scoring and sampling ------------------------------------------------------------------------------
+
+    def likelihood(self, batch: Batch, ctx: Context) -> Likelihood:
+        """Score held-out rows. `batch.weights` marks text positions, `batch.end_weights` document ends."""
+        raise NotImplementedError(f"{type(self).__name__} must define likelihood")
+
+    def generate(
+        self, prompts: list[list[int]], options: GenerateOptions, on_tokens: OnTokens | None = None
+    ) -> Generation:
+        raise NotImplementedError(f"{type(self).__name__} must define generate")
+
+    # -- what the trainer must know of the parameters --------------------------------------------------------
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        self.model.init_weights(generator)
+
+    def param_roles(self) -> list[Rule]:
+        """Rules over the MODEL's parameter names; first match wins, every trainable parameter must match."""
+        return self.model.param_roles()
+
+    def blocks(self) -> list[str]:
+        """Module paths inside `model`: the units of compilation and activation recompute."""
+        return self.model.blocks()
+
+    def flops(self, seq_len: int) -> Flops:
+        """Floating-point operations per token at this row length, by the documented formula."""
+        return self.model.flops(seq_len)
+
+    @property
+    def width(self) -> int:
+        """The width that learning rates scale with."""
+        return self.model_cfg.d_model
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def named_model_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters under the names that roles, checkpoints and optimizer state use. Shared ones once."""
+        return self.model.named_parameters()

@@ -1,0 +1,170 @@
+"""How the rows of an optimizer step are cut into micro-batches and spread over processes, and the thread
+that prepares them ahead of time.
+
+Results depend on the global batch size alone. Process k of W takes the k-th contiguous share of a step's rows.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from adapters.base import Context, ModelAdapter, Prepared
+
+if TYPE_CHECKING:
+    from data.rows import TrainingRows
+
+__all__ = ["BatchPlan", "StepBatch", "StepLoader", "largest_batch_that_fits", "plan_batch"]
+
+CPU_TOKENS_PER_MICRO_BATCH = 16_384
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """`rows` per optimizer step over all processes = micro_rows * accumulation * world_size."""
+
+    rows: int
+    micro_rows: int
+    accumulation: int
+    world_size: int
+
+    @property
+    def rows_per_process(self) -> int:
+        return self.rows // self.world_size
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def plan_batch(
+    rows: int, micro_rows: int | None, accumulation: int | None, world_size: int, seq_len: int
+) -> BatchPlan:
+    """Derive what was not given. Inconsistent numbers are an error that names the nearest legal ones.
+
+    `micro_rows` None: the largest divisor of a process's rows with at most 16,384 tokens, where a CPU is at
+    full speed.
+    """
+    if rows % world_size:
+        near = sorted({max(1, rows // world_size) * world_size, (rows // world_size + 1) * world_size})
+        raise ValueError(
+            f"global_batch_size ({rows}) must be divisible by the {world_size} processes; nearest: "
+            f"{', '.join(map(str, near))}"
+        )
+    share = rows // world_size
+    if micro_rows is None and accumulation is not None:
+        if share % accumulation:
+            raise ValueError(
+                f"gradient_accumulation_steps ({accumulation}) must divide the {share} rows of a process "
+                f"(global_batch_size {rows} / {world_size} processes); legal: {_short(divisors(share))}"
+            )
+        micro_rows = share // accumulation
+    if micro_rows is None:
+        micro_rows = max(d for d in divisors(share) if d == 1 or d * seq_len <= CPU_TOKENS_PER_MICRO_BATCH)
+    if share % micro_rows:
+        raise ValueError(
+            f"batch_size ({micro_rows}) must divide the {share} rows of a process (global_batch_size {rows} / "
+            f"{world_size} processes); legal: {_short(divisors(share))}"
+        )
+    plan = BatchPlan(rows, micro_rows, share // micro_rows, world_size)
+    if accumulation is not None and accumulation != plan.accumulation:
+        legal = micro_rows * accumulation * world_size
+        raise ValueError(
+            f"global_batch_size ({rows}) is not batch_size ({micro_rows}) x gradient_accumulation_steps "
+            f"({accumulation}) x {world_size} processes = {legal}. Leave one of them out, or set "
+            f"global_batch_size={legal} or gradient_accumulation_steps={plan.accumulation}"
+        )
+    return plan
+
+
+def _short(numbers: list[int]) -> str:
+    text = [str(n) for n in numbers]
+    return ", ".join(text if len(text) <= 12 else [*text[:6], "...", *text[-5:]])
+
+
+def largest_batch_that_fits(share: int, try_rows: Callable[[int], None]) -> int:
+    """The largest divisor of a process's rows for which `try_rows` does not run out of device memory."""
+    for rows in reversed(divisors(share)):
+        try:
+            try_rows(rows)
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            continue
+        return rows
+    raise ValueError("not even one row fits in device memory. Use a smaller preset or a shorter train_seq_len")
+
+
+@dataclass
+class StepBatch:
+    """One process's share of an optimizer step."""
+
+    step: int
+    micro: list[Prepared]
+    first_rows: list[int]  # global id of the first row of each micro-batch
+    denominators: dict[str, float]  # of this process
+    tokens: int
+    bytes: int
+
+
+class StepLoader:
+    """Prepares the steps in order, in a background thread, a few ahead. Holds no state: a step's content is a
+    function of its number, so resuming is starting at another number."""
+
+    def __init__(self, rows: TrainingRows, adapter: ModelAdapter, plan: BatchPlan, rank: int, seed: int) -> None:
+        self.rows, self.adapter, self.plan, self.rank, self.seed = rows, adapter, plan, rank, seed
+
+    def load(self, step: int) -> StepBatch:
+        plan = self.plan
+        start = step * plan.rows + self.rank * plan.rows_per_process
+        ctx = Context(seed=self.seed, step=step, phase="train", rows_in_step=plan.rows)
+        out = StepBatch(step, [], [], {}, 0, 0)
+        for micro in range(plan.accumulation):
+            first = start + micro * plan.micro_rows
+            batch = self.rows.batch(np.arange(first, first + plan.micro_rows))
+            prepared = self.adapter.prepare(batch, ctx)
+            out.micro.append(prepared)
+            out.first_rows.append(first)
+            out.tokens += int(batch.weights.sum())
+            out.bytes += batch.bytes
+            for name, value in prepared.denominators.items():
+                out.denominators[name] = out.denominators.get(name, 0.0) + value
+        return out
+
+    def steps(self, first: int, end: int, ahead: int = 2) -> Iterator[StepBatch]:
+        """Steps first, ..., end - 1. An error in the thread is raised here, where it can be reported."""
+        ready: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=ahead)
+        stop = threading.Event()
+
+        def put(item: StepBatch | BaseException) -> None:
+            while not stop.is_set():
+                try:
+                    return ready.put(item, timeout=0.2)
+                except queue.Full:
+                    continue
+
+        def work() -> None:
+            try:
+                for step in range(first, end):
+                    if stop.is_set():
+                        return
+                    put(self.load(step))
+            except BaseException as error:
+                put(error)
+
+        thread = threading.Thread(target=work, name="loader", daemon=True)
+        thread.start()
+        try:
+            for _ in range(first, end):
+                item = ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stop.set()
+            thread.join()

@@ -1,0 +1,227 @@
+"""Checkpoints: complete or absent.
+
+`checkpoint-<step>/` is written under a temporary name, every file flushed to disk and digested, and renamed
+when it is whole. The newest one is found by reading the folder; one whose digests do not match is named and
+skipped. Links (`model.pt` at the top, `best_model/`, `final_model/`) are for people and never read on resume.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.errors import TrainingError
+
+__all__ = [
+    "FORMAT",
+    "checkpoints_in",
+    "damage",
+    "find_checkpoint",
+    "link_files",
+    "link_folder",
+    "load_json",
+    "load_tensors",
+    "newest_checkpoint",
+    "prune",
+    "save_checkpoint",
+    "write_atomically",
+]
+
+FORMAT = 1
+_NAME = re.compile(r"checkpoint-(\d+)")
+DIGESTS = "digests.json"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` by `text`, or leave it as it was."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def checkpoints_in(run_dir: Path) -> list[Path]:
+    """The `checkpoint-<step>` folders of a run, oldest first, by step number."""
+    found = [(int(m[1]), p) for p in run_dir.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
+    return [path for _, path in sorted(found)]
+
+
+def save_checkpoint(run_dir: Path, step: int, tensors: dict[str, Any], texts: dict[str, str]) -> Path:
+    """Write `checkpoint-<step>/`. `tensors`: file name -> what torch.save takes; `texts`: file name -> text.
+
+    Raises TrainingError when the disk is full or not writable; whatever was saved before is untouched.
+    """
+    final = run_dir / f"checkpoint-{step}"
+    if final.exists() and damage(final) is None:
+        return final  # a step's state is a function of the run: what is there is what would be written
+    temporary = run_dir / f".checkpoint-{step}.{os.getpid()}.tmp"
+    try:
+        temporary.mkdir(parents=True)
+        digests = {}
+        for name, value in tensors.items():
+            digests[name] = _write(temporary / name, lambda file, value=value: torch.save(value, file))
+        for name, text in texts.items():
+            digests[name] = _write(temporary / name, lambda file, text=text: file.write(text.encode()))
+        _write(temporary / DIGESTS, lambda file: file.write(json.dumps(digests, indent=1).encode()))
+        _sync_folder(temporary)
+        if final.exists():  # damaged: checked above
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+        _sync_folder(run_dir)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise TrainingError(_explain_write_failure(final, error)) from error
+    return final
+
+
+def _explain_write_failure(path: Path, error: Exception) -> str:
+    """torch.save reports a failed write as a RuntimeError, so the reason is looked up from the disk itself."""
+    kept = checkpoints_in(path.parent)
+    rest = f"The last complete checkpoint is {kept[-1]}." if kept else "No checkpoint had been saved before."
+    free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
+    if getattr(error, "errno", None) == errno.ENOSPC or free < 1 << 20:
+        reason = f"the disk is full ({free / 1e6:.1f} MB free)"
+    else:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f"could not write {path}: {reason}. {rest} Free some space and resume"
+
+
+class _Digesting:
+    """A file that hashes what passes through; torch.save only needs `write` and `flush`."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.hash = file, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.hash.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _write(path: Path, write: Callable[[Any], object]) -> str:
+    with open(path, "wb") as raw:
+        file = _Digesting(raw)
+        write(file)
+        raw.flush()
+        os.fsync(raw.fileno())
+    return file.hash.hexdigest()
+
+
+def _sync_folder(path: Path) -> None:
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None when every file matches its digest."""
+    try:
+        digests = json.loads((checkpoint / DIGESTS).read_text())
+    except (OSError, ValueError):
+        return f"{DIGESTS} is missing or unreadable"
+    for name, expected in digests.items():
+        try:
+            with open(checkpoint / name, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                    return f"{name} does not match its digest"
+        except OSError:
+            return f"{name} is missing"
+    return None
+
+
+def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest undamaged checkpoint of a run; damaged ones are reported and passed over."""
+    for checkpoint in reversed(checkpoints_in(run_dir)):
+        problem = damage(checkpoint)
+        if problem is None:
+            return checkpoint
+        warn(f"{checkpoint} is damaged ({problem}); using the one before it")
+    return None
+
+
+def find_checkpoint(path: str | Path, warn: Callable[[str], None]) -> Path:
+    """A checkpoint folder from what a person names: the folder itself, a run folder (its newest), or a link
+    folder such as `best_model`."""
+    path = Path(path)
+    if not path.exists():
+        near = sorted(p.name for p in path.parent.glob("*") if p.is_dir() and not p.name.startswith("."))[:8]
+        there = f" In {path.parent}: {', '.join(near)}" if near else ""
+        raise ValueError(f"no such checkpoint or run folder: {path}.{there}")
+    if (path / "training_state.json").exists() and (path / DIGESTS).exists() and not checkpoints_in(path):
+        problem = damage(path)
+        if problem:
+            raise ValueError(f"{path} is damaged: {problem}")
+        return path
+    found = newest_checkpoint(path, warn)
+    if found is None:
+        raise ValueError(f"{path} holds no complete checkpoint")
+    return found
+
+
+def load_json(checkpoint: Path, name: str) -> Any:
+    return json.loads((checkpoint / name).read_text())
+
+
+def load_tensors(checkpoint: Path, name: str) -> Any:
+    """Tensors and plain containers only: nothing in a checkpoint is executed."""
+    return torch.load(checkpoint / name, map_location="cpu", weights_only=True)
+
+
+def prune(run_dir: Path, keep: int | None) -> None:
+    """Delete the oldest checkpoints beyond `keep`. Link folders keep their files: hard links outlive this."""
+    if keep is not None:
+        for old in checkpoints_in(run_dir)[:-keep]:
+            shutil.rmtree(old)
+
+
+def link_folder(checkpoint: Path, target: Path) -> None:
+    """Make `target` a folder of hard links (copies where impossible) to a checkpoint's files."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    for file in checkpoint.iterdir():
+        _link(file, temporary / file.name)
+    if target.exists():
+        retired = target.with_name(f".{target.name}.{os.getpid()}.old")
+        os.rename(target, retired)
+        os.rename(temporary, target)
+        shutil.rmtree(retired)
+    else:
+        os.rename(temporary, target)
+
+
+def link_files(checkpoint: Path, run_dir: Path) -> None:
+    """Put the newest checkpoint's files at the top of the run folder, each replaced atomically."""
+    for file in checkpoint.iterdir():
+        if file.name == DIGESTS:
+            continue
+        temporary = run_dir / f".{file.name}.{os.getpid()}.tmp"
+        temporary.unlink(missing_ok=True)
+        _link(file, temporary)
+        os.replace(temporary, run_dir / file.name)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

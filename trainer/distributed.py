@@ -1,0 +1,139 @@
+"""Processes and devices: joining the group a launcher started, talking over it, leaving it cleanly.
+
+Two groups: a gloo one on the CPU for everything the hosts agree on (denominators, stop flags, metrics), so that
+no step waits for a device just to exchange three numbers; and the one gradients travel on (nccl on CUDA).
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:
+    from configs.schema import RunConfig
+
+__all__ = ["World", "choose_device", "join_process_group", "leave_process_group", "open_world"]
+
+
+def choose_device(requested: str, local_rank: int = 0) -> torch.device:
+    """`auto` = CUDA, then MPS, then CPU. Asking for a device that is not there is an error."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if requested == "auto":
+        requested = "cuda" if cuda else "mps" if mps else "cpu"
+    device = torch.device(requested)
+    if device.type == "cuda":
+        if not cuda:
+            raise ValueError(f"device: {requested!r} was asked for, but no CUDA device is visible. Use device=cpu")
+        if device.index is None:
+            device = torch.device("cuda", local_rank)
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"device: {device} does not exist; {torch.cuda.device_count()} CUDA devices are visible")
+    if device.type == "mps" and not mps:
+        raise ValueError("device: 'mps' was asked for, but this machine has no MPS device. Use device=cpu")
+    return device
+
+
+def join_process_group() -> None:
+    """Join the group that torchrun, accelerate or our own launcher describes in the environment, if any."""
+    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=30))
+
+
+def leave_process_group() -> None:
+    """Wait for the others, drop what still refers to the group, destroy it. A plain destroy can abort."""
+    if dist.is_initialized():
+        dist.barrier()
+        gc.collect()
+        dist.destroy_process_group()
+
+
+class World:
+    """This process among its peers."""
+
+    def __init__(self, device: torch.device, backend: str | None = None) -> None:
+        joined = dist.is_initialized()
+        self.rank = dist.get_rank() if joined else 0
+        self.size = dist.get_world_size() if joined else 1
+        self.device = device
+        backend = backend or ("nccl" if device.type == "cuda" else "gloo")
+        if backend == "nccl" and device.type != "cuda":
+            raise ValueError(f"ddp_backend: 'nccl' needs CUDA devices, but this run is on {device.type}. Use gloo")
+        self.backend = backend if self.size > 1 else None
+        self._gradient_group = dist.new_group(backend=backend) if self.size > 1 else None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def add_up(self, values: Sequence[float]) -> list[float]:
+        """Element-wise sum of host numbers over all processes, in fp64."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def maximum(self, values: Sequence[float]) -> list[float]:
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: Sequence[float], op: Any) -> list[float]:
+        if self.size == 1 or not values:
+            return list(values)
+        vector = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(vector, op=op)
+        return vector.tolist()
+
+    def agree(self, flag: bool) -> bool:
+        """True on every process if it is True on any."""
+        return self.maximum([float(flag)])[0] > 0
+
+    def any_on_device(self, flag: Tensor) -> Tensor:
+        """Element-wise maximum of a device tensor over all processes, without waiting for it."""
+        if self.size > 1:
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._gradient_group)
+        return flag
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every process."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def wrap(self, module: nn.Module, *, may_skip_parameters: bool) -> nn.Module:
+        """DistributedDataParallel when there is more than one process, else the module itself."""
+        if self.size == 1:
+            return module
+        return DistributedDataParallel(
+            module,
+            process_group=self._gradient_group,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=may_skip_parameters,
+        )
+
+    def without_sync(self, wrapped: nn.Module, skip: bool) -> Any:
+        """Context in which backward leaves gradients local (`skip`), for all micro-batches but the last."""
+        return wrapped.no_sync() if skip and isinstance(wrapped, DistributedDataParallel) else nullcontext()
+
+
+@contextmanager
+def open_world(cfg: RunConfig) -> Iterator[World]:
+    """Join, choose the device, and leave at the end. After an error the group is not waited for: the peers
+    may never arrive, and the launcher ends them."""
+    join_process_group()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = choose_device(cfg.device, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    yield World(device, cfg.ddp_backend)
+    leave_process_group()

@@ -1,0 +1,13 @@
+"""Failures that a person should read as one message, not as a traceback."""
+
+from __future__ import annotations
+
+__all__ = ["StopRequested", "TrainingError"]
+
+
+class TrainingError(RuntimeError):
+    """A run cannot go on: the message says what happened, what was kept, and what to do. Exit status 1."""
+
+
+class StopRequested(Exception):
+    """SIGTERM or Ctrl-C arrived: save and leave with exit status 0."""

@@ -1,0 +1,178 @@
+"""The one comparable number: bits per byte of held-out text, and the `eval` command that prints it.
+
+Held-out documents are scored whole, each from its start token, in windows of the model's own context. Every byte
+is scored once; document ends and padding are left out and shown apart; the denominator is the raw text's byte
+count. Sums run in fp64 and do not depend on batch size or the number of processes (beyond rounding).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from adapters.base import Context, ModelAdapter
+from trainer.precision import autocast
+
+if TYPE_CHECKING:
+    from data.rows import HeldoutRows
+    from trainer.distributed import World
+
+__all__ = ["Score", "evaluate", "main"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """What an evaluation found. `standard_error` is the estimator's own noise in bits per byte (0 when exact)."""
+
+    bits_per_byte: float
+    kind: str
+    estimator: str
+    standard_error: float
+    nats_per_token: float
+    perplexity: float
+    end_nats_per_document: float
+    bytes: int
+    tokens: int
+    documents: int
+    context_tokens: int
+    context_bytes: float
+    comparable: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def text(self) -> str:
+        """`1.234`, or `<= 1.234 +- 0.005` for a bound."""
+        if self.kind == "exact":
+            return f"{self.bits_per_byte:.3f}"
+        return f"<= {self.bits_per_byte:.3f} +- {self.standard_error:.3f}"
+
+
+@torch.no_grad()
+def evaluate(
+    adapter: ModelAdapter,
+    rows: HeldoutRows,
+    world: World,
+    *,
+    batch_rows: int,
+    seed: int,
+    precision: str = "no",
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Score | None:
+    """Score `rows`; None when a stop was asked for on any process before the end.
+
+    Rows are dealt out to the processes in turn, all getting the same number of batches: what is missing at the
+    end is filled with row 0 and counted nowhere.
+    """
+    training = adapter.training
+    adapter.eval()
+    per_process = -(-rows.n_rows // world.size)
+    mine = np.arange(per_process) * world.size + world.rank
+    ctx = Context(seed=seed, step=0, phase="eval", rows_in_step=rows.n_rows)
+    nats = end_nats = variance = tokens = 0.0
+    kind, estimator = "exact", "exact"
+    try:
+        for start in range(0, per_process, batch_rows):
+            if world.agree(should_stop()):
+                return None
+            ids = mine[start : start + batch_rows]
+            real = torch.from_numpy(ids < rows.n_rows)
+            batch = rows.batch(np.where(ids < rows.n_rows, ids, 0))
+            with autocast(precision, world.device):
+                found = adapter.likelihood(batch, ctx)
+            kind, estimator = found.kind, found.estimator
+            nats += float(found.nats[real].sum())
+            end_nats += float(found.end_nats[real].sum())
+            tokens += float(torch.from_numpy(batch.weights).double().sum(1)[real].sum())
+            if found.variance is not None:
+                variance += float(found.variance[real].sum())
+    finally:
+        adapter.train(training)
+    nats, end_nats, variance, tokens = world.add_up([nats, end_nats, variance, tokens])
+    per_token = nats / tokens
+    context_bytes = rows.seq_len * rows.total_bytes / tokens
+    return Score(
+        bits_per_byte=nats / (math.log(2) * rows.total_bytes),
+        kind=kind,
+        estimator=estimator,
+        standard_error=math.sqrt(variance) / (math.log(2) * rows.total_bytes),
+        nats_per_token=per_token,
+        perplexity=math.exp(min(per_token, 700.0)),
+        end_nats_per_document=end_nats / rows.n_documents,
+        bytes=rows.total_bytes,
+        tokens=int(tokens),
+        documents=rows.n_documents,
+        context_tokens=rows.seq_len,
+        context_bytes=round(context_bytes, 1),
+        comparable=rows.complete,
+    )
+
+
+def main(argv: list[str]) -> int:
+    """`python mytrainer.py eval`: score a checkpoint on held-out text."""
+    from trainer.restore import add_checkpoint_arguments, restore
+
+    parser = argparse.ArgumentParser(
+        prog="python mytrainer.py eval",
+        description="Bits per byte of a trained model on the held-out documents of its run, or of other text.",
+    )
+    add_checkpoint_arguments(parser)
+    parser.add_argument("--data", choices=["embedded", "text", "synthetic"], help="score other data than the run's")
+    parser.add_argument("--input_file", help="with --data text: a file or folder; its held-out part is scored")
+    parser.add_argument("--val_seq_len", type=int, help="context in tokens (default: the run's)")
+    parser.add_argument("--val_bytes", type=int, help="score at most this many bytes of whole documents")
+    parser.add_argument("--batch_size", type=int, default=16, help="rows per forward pass")
+    parser.add_argument("--output", help="write the result to this JSON file")
+    args = parser.parse_args(argv)
+
+    from data import load_dataset
+    from data.rows import HeldoutRows
+    from trainer.checkpoint import write_atomically
+    from trainer.distributed import World
+
+    changes = {name: getattr(args, name) for name in ("data", "input_file", "val_seq_len") if getattr(args, name)}
+    restored = restore(args, changes)
+    cfg = restored.cfg
+    dataset = load_dataset(cfg, tokenizer=restored.tokenizer)
+    rows = HeldoutRows(
+        dataset.heldout,
+        restored.tokenizer.eot,
+        cfg.val_seq_len or cfg.train_seq_len,
+        max_bytes=args.val_bytes or cfg.val_bytes,
+    )
+    score = evaluate(
+        restored.adapter,
+        rows,
+        World(restored.device),
+        batch_rows=args.batch_size,
+        seed=cfg.seed,
+        precision=restored.precision,
+    )
+    assert score is not None
+    result = {
+        "checkpoint": str(restored.checkpoint) if restored.checkpoint else None,
+        "type": cfg.type,
+        "weights": restored.weights,
+        "data": dataset.name,
+        "data_fingerprint": dataset.fingerprint,
+        "precision": restored.precision,
+        "score": score.as_dict(),
+    }
+    if args.output:
+        write_atomically(Path(args.output), json.dumps(result, indent=2) + "\n")
+    print(f"{cfg.type} ({restored.weights} weights) on the held-out part of {dataset.name}", file=sys.stderr)
+    print(f"  bits per byte     {score.text()}", file=sys.stderr)
+    print(f"  nats per token    {score.nats_per_token:.4f}  (perplexity {score.perplexity:.2f})", file=sys.stderr)
+    print(f"  text              {score.documents:,} documents, {score.bytes:,} bytes", file=sys.stderr)
+    print(f"  context           {score.context_tokens} tokens, {score.context_bytes:.0f} bytes", file=sys.stderr)
+    print(json.dumps(result))
+    return 0

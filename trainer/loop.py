@@ -1,0 +1,367 @@
+"""THE training loop: every architecture goes through this one.
+
+    for each step:
+        agree on denominators and stop/save flags      one small host all-reduce
+        for each micro-batch: forward, backward        gradients exchanged in the last one only
+        finite check, clip, optimizers, after_step, EMA
+        log, evaluate, checkpoint when due
+
+Nothing here knows an architecture. The step itself never waits for the device: the flag that says whether a step's
+gradients were finite is read one step later, and until then every update after it is a no-op too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from data.tokenizers import load_tokenizer
+from trainer.batching import StepBatch
+from trainer.checkpoint import find_checkpoint, load_json, load_tensors, newest_checkpoint
+from trainer.diagnose import explain_non_finite
+from trainer.distributed import open_world
+from trainer.errors import TrainingError
+from trainer.evaluate import Score, evaluate
+from trainer.meter import Meter
+from trainer.optimizers import clip_gradients
+from trainer.precision import autocast
+from trainer.restore import load_weights
+from trainer.run_folder import RunFolder
+from trainer.schedules import schedule_factor
+from trainer.session import Session, open_session
+from trainer.signals import StopSignal
+
+if TYPE_CHECKING:
+    from configs.schema import ModelConfig, RunConfig
+
+__all__ = ["Progress", "train"]
+
+
+@dataclass
+class Progress:
+    """How far a run is. Everything else that a step needs is a function of `step`."""
+
+    step: int = 0  # optimizer steps done
+    tokens: int = 0  # scored training tokens, all processes
+    bytes: int = 0
+    seconds: float = 0.0  # spent in training steps, over all lives of the run
+    evaluated_at: int = -1
+    best_bits_per_byte: float = math.inf
+    best_step: int = -1
+    evaluations_without_improvement: int = 0
+    skipped_steps: int = 0  # fp16 overflows
+    logged_at_seconds: float = 0.0
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> Progress:
+        best = saved["best_bits_per_byte"]
+        return cls(**{**saved, "best_bits_per_byte": math.inf if best is None else best})
+
+
+def train(cfg: RunConfig, model_cfg: ModelConfig, run_dir: Path) -> float:
+    """Train, score and sample; returns bits per byte (of the best model if `save_best_model`), NaN if stopped
+    before the first score."""
+    with open_world(cfg) as world, RunFolder(run_dir, world) as folder, StopSignal() as stop:
+        checkpoint = _checkpoint_to_resume(cfg, folder)
+        saved = load_json(checkpoint, "training_state.json") if checkpoint else {}
+        micro_rows = tokenizer = None
+        if checkpoint:
+            tokenizer = load_tokenizer(checkpoint / "tokenizer.json")
+            if saved["execution"]["world_size"] == world.size:
+                micro_rows = saved["execution"]["micro_rows"]
+        session = open_session(cfg, model_cfg, world, micro_rows=micro_rows, tokenizer=tokenizer)
+        trainer = Trainer(session, folder, stop)
+        if checkpoint:
+            trainer.resume(checkpoint, saved)
+        elif cfg.init_from_checkpoint:
+            source = find_checkpoint(cfg.init_from_checkpoint, folder.console.warn)
+            load_weights(session.adapter, load_tensors(source, "model.pt"), f"{source}/model.pt")
+            folder.console.note(f"weights from {source}; optimizer and step start anew")
+        return trainer.run()
+
+
+def _checkpoint_to_resume(cfg: RunConfig, folder: RunFolder) -> Path | None:
+    """Rank 0 looks and decides, so that all processes load the same one."""
+    found: Path | None = None
+    if cfg.resume != "none" and folder.world.is_main:
+        if cfg.resume == "auto":
+            found = newest_checkpoint(folder.path, folder.console.warn)
+        else:
+            found = find_checkpoint(cfg.resume, folder.console.warn)
+            newest = newest_checkpoint(folder.path, folder.console.warn)
+            if newest and found.resolve().parent == newest.resolve().parent and found.resolve() != newest.resolve():
+                raise ValueError(
+                    f"{newest} is newer than {found}, and going on from the older one would overwrite it. Add "
+                    f"output_dir=<new folder> to branch off, or resume={folder.path}"
+                )
+    return folder.world.broadcast(found)
+
+
+def dropout_seed(seed: int, step: int, first_row: int) -> int:
+    """Dropout is a function of (seed, step, first global row of the micro-batch)."""
+    digest = hashlib.sha256(f"dropout/{seed}/{step}/{first_row}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+class Trainer:
+    """The state of a running training and the few things that can happen to it."""
+
+    def __init__(self, session: Session, folder: RunFolder, stop: StopSignal) -> None:
+        self.s, self.cfg, self.world = session, session.cfg, session.world
+        self.folder, self.console, self.stop = folder, folder.console, stop
+        self.progress = Progress()
+        self.meter = Meter(self.world.device)
+        self.total = session.total_steps
+        self.last_norm: Tensor = torch.zeros((), device=self.world.device)
+        # 1.0 from the first non-finite step on; keeps later updates from building on it until the host has seen it.
+        self.halted = torch.zeros((), device=self.world.device)
+        self.unread_flag: tuple[int, Tensor] | None = None
+        self.last_save = time.monotonic()
+        self.latest: Score | None = None  # of the most recent evaluation of this life
+        self.interim_rows = session.heldout(self.cfg.val_bytes_interim or self.cfg.val_bytes)
+
+    # -- the run -------------------------------------------------------------------------------------------
+
+    def run(self) -> float:
+        self.folder.begin(self.s, self.progress)
+        if self.cfg.eval_only:
+            score = self._final_score()
+            return self._finish(score) if score else self._leave()
+        if self.progress.step >= self.total:
+            self.console.note(
+                f"nothing to do: step {self.progress.step} >= num_iterations {self.total}. Raise num_iterations to go on"
+            )
+            return self.progress.best_bits_per_byte if self.progress.step else math.nan
+        if self._evaluation_due() and not self._evaluate():
+            return self._leave()
+        self.s.adapter.train()
+        for batch in self.s.loader.steps(self.progress.step, self.total):
+            started = time.perf_counter()
+            denominators, stop, save = self._agree(batch)
+            if stop:
+                return self._leave()
+            self._train_step(batch, denominators)
+            self.progress.seconds += time.perf_counter() - started
+            if self.progress.step % self.cfg.logging_steps == 0 or self.progress.step == self.total:
+                self._log()
+            if self._evaluation_due() and not self._evaluate():
+                return self._leave()
+            if save or self._save_step_due():
+                self._save()
+            if self._out_of_patience():
+                self.console.note(
+                    f"early stopping: no improvement in {self.cfg.early_stopping_patience} evaluations; best was "
+                    f"{self.progress.best_bits_per_byte:.4f} bits per byte at step {self.progress.best_step}"
+                )
+                break
+        self._raise_if_not_finite()
+        score = self._final_score()
+        return self._finish(score) if score else self._leave()
+
+    def _save_step_due(self) -> bool:
+        cfg = self.cfg
+        regular = cfg.save_checkpoint and not cfg.save_only_best and cfg.save_steps is not None
+        return regular and self.progress.step % cfg.save_steps == 0
+
+    def _agree(self, batch: StepBatch) -> tuple[dict[str, float], bool, bool]:
+        """(global denominators, anyone asked to stop, rank 0's clock says save), in one exchange."""
+        names = sorted(batch.denominators)
+        cfg = self.cfg
+        by_time = cfg.save_checkpoint and not cfg.save_only_best and cfg.save_minutes is not None
+        due = by_time and time.monotonic() - self.last_save >= 60 * cfg.save_minutes
+        vector = [*(batch.denominators[n] for n in names), batch.tokens, batch.bytes]
+        vector += [float(self.stop.requested), float(due and self.world.is_main)]
+        *values, tokens, bytes_, stop, save = self.world.add_up(vector)
+        denominators = dict(zip(names, values, strict=True))
+        if not stop:
+            self.meter.add_step(denominators, tokens, bytes_)
+            self.progress.tokens += int(tokens)
+            self.progress.bytes += int(bytes_)
+        return denominators, stop > 0, save > 0
+
+    # -- one step --------------------------------------------------------------------------------------------
+
+    def _train_step(self, batch: StepBatch, denominators: dict[str, float]) -> None:
+        s, step = self.s, batch.step
+        s.adapter.on_step_start(step, self.total)
+        bad_loss = torch.zeros((), dtype=torch.bool, device=self.world.device)
+        for index, prepared in enumerate(batch.micro):
+            torch.manual_seed(dropout_seed(self.cfg.seed, step, batch.first_rows[index]))
+            with self.world.without_sync(s.wrapped, skip=index + 1 < len(batch.micro)):
+                with autocast(s.precision, self.world.device):
+                    output = s.wrapped(prepared.to(self.world.device))
+                loss = torch.zeros((), device=self.world.device)
+                for term in output.terms.values():
+                    loss = loss + term.weight * term.sum / (denominators[term.denominator] or 1.0)
+                # DistributedDataParallel averages over processes; the denominators are already global.
+                (loss * (self.world.size * s.scaler.scale)).backward()
+            self.meter.add_output(output)
+            bad_loss |= ~torch.isfinite(loss.detach())
+
+        parameters = s.parameters
+        s.scaler.unscale([p.grad for p in parameters if p.grad is not None])
+        self.last_norm = clip_gradients(parameters, self.cfg.max_grad_norm)
+        found_inf = self.world.any_on_device((~torch.isfinite(self.last_norm) | bad_loss).float())
+        if not s.scaler.enabled:
+            found_inf = self.halted = torch.maximum(self.halted, found_inf)
+        s.optimizers.step(schedule_factor(step, self.total, self.cfg), found_inf)
+        s.optimizers.zero_grad()
+        s.scaler.update(found_inf)
+        s.adapter.after_step(step, found_inf)
+        if s.ema:
+            s.ema.update(found_inf)
+        self.progress.step = step + 1
+        self._raise_if_not_finite()
+        self.unread_flag = (step, found_inf)
+
+    def _raise_if_not_finite(self) -> None:
+        """Read the flag of the step before last: by now the device is past it."""
+        if self.unread_flag is None:
+            return
+        (step, flag), self.unread_flag = self.unread_flag, None
+        if flag.item() == 0:
+            return
+        if self.s.scaler.enabled and self.s.scaler.scale.item() > 2.0**-14:
+            self.progress.skipped_steps += 1
+            return
+        batch = self.s.loader.load(step)
+        why = explain_non_finite(
+            self.s.adapter,
+            batch,
+            self.s.precision,
+            self.world.device,
+            lambda i: torch.manual_seed(dropout_seed(self.cfg.seed, step, batch.first_rows[i])),
+        )
+        rates = ", ".join(f"{k} {v:.2e}" for k, v in self._learning_rates(step).items())
+        newest = newest_checkpoint(self.folder.path, self.console.warn)
+        kept = f"{newest} is untouched" if newest else "no checkpoint had been saved yet"
+        raise TrainingError(
+            f"step {step} is not finite: {why}. Learning rates: {rates}. Nothing of this step was kept; {kept}. "
+            f"Try a lower learning rate, a longer warm-up or mixed_precision=no"
+        )
+
+    def _learning_rates(self, step: int) -> dict[str, float]:
+        return self.s.optimizers.learning_rates(schedule_factor(step, self.total, self.cfg))
+
+    # -- what happens now and then ----------------------------------------------------------------------------
+
+    def _log(self) -> None:
+        steps = self.meter.steps
+        seconds = self.progress.seconds
+        line: dict[str, Any] = {"step": self.progress.step, "total_steps": self.total, **self.meter.read(self.world)}
+        window = max(seconds - self.progress.logged_at_seconds, 1e-9)
+        self.progress.logged_at_seconds = seconds
+        tokens = steps * self.s.plan.rows * self.cfg.train_seq_len
+        line |= {
+            "grad_norm": self.last_norm.item(),
+            "tokens": self.progress.tokens,
+            "bytes": self.progress.bytes,
+            "seconds": round(seconds, 3),
+            "tokens_per_second": tokens / window,
+            "eta_seconds": window / max(steps, 1) * (self.total - self.progress.step),
+        }
+        line |= {f"lr/{role}": rate for role, rate in self._learning_rates(self.progress.step - 1).items()}
+        if self.s.scaler.enabled:
+            line |= {"loss_scale": self.s.scaler.scale.item(), "skipped_steps": self.progress.skipped_steps}
+        self.folder.log_step(line, self.s)
+
+    def _evaluation_due(self) -> bool:
+        step, every = self.progress.step, self.cfg.val_loss_every
+        due = every > 0 and step > 0 and (step % every == 0 or step == self.total)
+        return due and self.progress.evaluated_at != step
+
+    def _score(self, rows: Any) -> Score | None:
+        s = self.s
+        with torch.compiler.set_stance("force_eager"), s.ema.swap() if s.ema else nullcontext():
+            score = evaluate(
+                s.adapter,
+                rows,
+                self.world,
+                batch_rows=s.plan.micro_rows,
+                seed=self.cfg.seed,
+                precision=s.precision,
+                should_stop=lambda: self.stop.requested,
+            )
+            if score and not math.isfinite(score.bits_per_byte):
+                raise TrainingError(f"the held-out score at step {self.progress.step} is {score.bits_per_byte}")
+            if score:
+                self.folder.sample(s, self.progress.step, self.stop)
+        return score
+
+    def _evaluate(self) -> bool:
+        """Score the held-out text and take note of it. False when a stop was asked for meanwhile."""
+        self._raise_if_not_finite()
+        score = self._score(self.interim_rows)
+        if score is None:
+            return False
+        p, cfg = self.progress, self.cfg
+        p.evaluated_at = p.step
+        if p.best_bits_per_byte - score.bits_per_byte > cfg.early_stopping_threshold:
+            p.evaluations_without_improvement = 0
+        else:
+            p.evaluations_without_improvement += 1
+        better = score.bits_per_byte < p.best_bits_per_byte
+        if better:
+            p.best_bits_per_byte, p.best_step = score.bits_per_byte, p.step
+        self.folder.log_evaluation(p, score)
+        if better and (cfg.save_best_model or cfg.save_only_best):
+            self._save(best=cfg.save_best_model)
+        self.latest = score
+        return True
+
+    def _out_of_patience(self) -> bool:
+        waited = self.progress.evaluations_without_improvement
+        return self.cfg.early_stopping and waited >= self.cfg.early_stopping_patience
+
+    def _final_score(self) -> Score | None:
+        """The score over `val_bytes`; the last interim evaluation if that covered the same text."""
+        cfg = self.cfg
+        same_text = cfg.val_bytes_interim in (None, cfg.val_bytes)
+        if same_text and self.latest and self.progress.evaluated_at == self.progress.step:
+            return self.latest
+        return self._score(self.s.heldout(cfg.val_bytes))
+
+    # -- saving, resuming, leaving -------------------------------------------------------------------------------
+
+    def _save(self, best: bool = False) -> None:
+        self._raise_if_not_finite()
+        meter = self.meter.state_dict(self.world)  # takes part on every process
+        self.folder.save(self.s, self.progress, meter, best=best)
+        self.last_save = time.monotonic()
+
+    def resume(self, checkpoint: Path, saved: dict[str, Any]) -> None:
+        s = self.s
+        self.folder.check_resumable(s, checkpoint, saved)
+        load_weights(s.adapter, load_tensors(checkpoint, "model.pt"), f"{checkpoint}/model.pt")
+        state = load_tensors(checkpoint, saved["optimizer_file"])
+        s.optimizers.load_state_dict(state["optimizers"])
+        s.scaler.load_state_dict(state["scaler"])
+        if s.ema:
+            s.ema.load_state_dict(load_tensors(checkpoint, "ema.pt"))
+        self.meter.load_state_dict(state["meter"], self.world)
+        self.progress = Progress.from_json(saved["progress"])
+        self.folder.resumed(checkpoint, self.progress.step, self.progress.seconds)
+
+    def _leave(self) -> float:
+        """A stop was asked for: save, say how to go on, end well."""
+        if self.cfg.save_checkpoint and self.progress.step > 0:
+            self._save()
+        self.folder.stopped(self.progress.step, self.stop.name, saved=self.cfg.save_checkpoint)
+        return self.progress.best_bits_per_byte if self.progress.best_step >= 0 else math.nan
+
+    def _finish(self, score: Score) -> float:
+        if not self.cfg.eval_only and self.cfg.save_checkpoint and not self.cfg.save_only_best:
+            self._save()
+        self.folder.finish(self.s, self.progress, score)
+        if self.cfg.save_best_model and self.progress.best_step >= 0:
+            return self.progress.best_bits_per_byte
+        return score.bits_per_byte
+

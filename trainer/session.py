@@ -1,0 +1,176 @@
+"""Everything a run is made of, put together once: data, rows, adapter, optimizer, EMA, loader.
+
+`open_session` needs a validated configuration and a `World`; it touches no run folder, so `bench` uses it too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from adapters import build_adapter
+from adapters.base import ModelAdapter
+from data import Dataset, load_dataset
+from data.rows import HeldoutRows, TrainingRows
+from trainer.batching import BatchPlan, StepLoader, largest_batch_that_fits, plan_batch
+from trainer.distributed import World
+from trainer.ema import EMA
+from trainer.optimizers import Optimizers, build_optimizers
+from trainer.precision import LossScaler, choose_precision, should_compile, tune_host
+
+if TYPE_CHECKING:
+    from configs.schema import ModelConfig, RunConfig
+    from data.tokenizers import Tokenizer
+
+__all__ = ["Session", "open_session", "total_steps"]
+
+
+@dataclass
+class Session:
+    cfg: RunConfig
+    world: World
+    dataset: Dataset
+    rows: TrainingRows
+    adapter: ModelAdapter
+    wrapped: nn.Module  # the adapter, or DistributedDataParallel around it
+    optimizers: Optimizers
+    ema: EMA | None
+    scaler: LossScaler
+    plan: BatchPlan
+    loader: StepLoader
+    precision: str
+    precision_reason: str
+    compiled: bool
+    total_steps: int
+
+    def heldout(self, max_bytes: int | None) -> HeldoutRows:
+        cfg = self.cfg
+        tokens = cfg.val_tokens
+        if cfg.val_steps is not None:
+            tokens = cfg.val_steps * self.plan.micro_rows * (cfg.val_seq_len or cfg.train_seq_len)
+        return HeldoutRows(
+            self.dataset.heldout,
+            self.dataset.tokenizer.eot,
+            cfg.val_seq_len or cfg.train_seq_len,
+            lookahead=self.adapter.data_spec().lookahead,
+            max_bytes=max_bytes,
+            max_tokens=tokens,
+        )
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.adapter.parameters() if p.requires_grad]
+
+
+def total_steps(cfg: RunConfig, rows: TrainingRows) -> int:
+    """Optimizer steps of the run: `num_epochs` over the training rows if set, else `num_iterations`."""
+    if cfg.num_epochs is None:
+        return cfg.num_iterations
+    return max(1, math.floor(cfg.num_epochs * rows.rows_per_epoch / cfg.global_batch_size))
+
+
+def open_session(
+    cfg: RunConfig,
+    model_cfg: ModelConfig,
+    world: World,
+    *,
+    micro_rows: int | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> Session:
+    """`micro_rows` and `tokenizer`: what a resumed run used, where the configuration leaves them open."""
+    device = world.device
+    tune_host(cfg, device)
+    precision, reason = choose_precision(cfg.mixed_precision, device)
+    if not world.is_main:
+        world.barrier()  # rank 0 fills the caches of the tokenizer and the token shards first
+    dataset = load_dataset(cfg, tokenizer=tokenizer)
+    if world.is_main:
+        world.barrier()
+    adapter = build_adapter(cfg, model_cfg, dataset.tokenizer, device)
+    spec = adapter.data_spec()
+    rows = TrainingRows(
+        dataset.train, dataset.tokenizer.eot, cfg.train_seq_len, lookahead=spec.lookahead, seed=cfg.seed
+    )
+    if cfg.gradient_checkpointing:
+        _recompute_blocks(adapter)
+    compiled = should_compile(cfg.torch_compile, device)
+    if compiled:
+        for path in adapter.blocks():
+            adapter.model.get_submodule(path).compile()
+    optimizers = build_optimizers(adapter.named_model_parameters(), adapter.param_roles(), cfg, adapter.width)
+    ema = EMA(adapter.named_model_parameters(), cfg.ema_decay) if cfg.ema_decay else None
+    scaler = LossScaler(precision == "fp16", device)
+    wrapped = world.wrap(adapter, may_skip_parameters=adapter.may_skip_parameters)
+
+    given = cfg.batch_size if isinstance(cfg.batch_size, int) else micro_rows
+    plan = plan_batch(cfg.global_batch_size, given, cfg.gradient_accumulation_steps, world.size, cfg.train_seq_len)
+    if given is None and cfg.gradient_accumulation_steps is None and device.type == "cuda":
+        plan = _probe(cfg, world, rows, adapter, optimizers, precision)
+    loader = StepLoader(rows, adapter, plan, world.rank, cfg.seed)
+    return Session(
+        cfg=cfg,
+        world=world,
+        dataset=dataset,
+        rows=rows,
+        adapter=adapter,
+        wrapped=wrapped,
+        optimizers=optimizers,
+        ema=ema,
+        scaler=scaler,
+        plan=plan,
+        loader=loader,
+        precision=precision,
+        precision_reason=reason,
+        compiled=compiled,
+        total_steps=total_steps(cfg, rows),
+    )
+
+
+def _recompute_blocks(adapter: ModelAdapter) -> None:
+    """Recompute each block's activations in backward instead of keeping them. The forward method is replaced,
+    not the module, so that names in the state dict stay."""
+    for path in adapter.blocks():
+        block = adapter.model.get_submodule(path)
+        block.forward = partial(_recomputed, block, block.forward)  # type: ignore[method-assign]
+
+
+def _recomputed(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if block.training and torch.is_grad_enabled():
+        return recompute(forward, *args, use_reentrant=False, **kwargs)
+    return forward(*args, **kwargs)
+
+
+def _probe(
+    cfg: RunConfig,
+    world: World,
+    rows: TrainingRows,
+    adapter: ModelAdapter,
+    optimizers: Optimizers,
+    precision: str,
+) -> BatchPlan:
+    """Find the largest micro-batch that fits beside the optimizer state; every process takes the smallest found."""
+    from trainer.precision import autocast
+
+    optimizers.allocate()
+
+    def try_rows(n: int) -> None:
+        plan = plan_batch(n * world.size, n, None, world.size, cfg.train_seq_len)
+        batch = StepLoader(rows, adapter, plan, world.rank, cfg.seed).load(0)
+        try:
+            with autocast(precision, world.device):
+                output = adapter(batch.micro[0].to(world.device))
+            sum(term.weight * term.sum for term in output.terms.values()).backward()
+        finally:
+            adapter.zero_grad(set_to_none=True)
+
+    share = cfg.global_batch_size // world.size
+    fits = largest_batch_that_fits(share, try_rows)
+    fits = int(-world.maximum([-float(fits)])[0])
+    return plan_batch(cfg.global_batch_size, fits, None, world.size, cfg.train_seq_len)
