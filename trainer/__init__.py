@@ -1,0 +1,1 @@
+"""The one training loop and its organs: optimizers, schedules, checkpoints, evaluation, reports."""

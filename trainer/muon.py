@@ -1,0 +1,200 @@
+"""Muon: momentum whose matrices are orthogonalised before they are applied.
+
+Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); the `rms` scale is that of
+Liu et al., "Muon is Scalable for LLM Training" (arXiv:2502.16982, eq. 4).
+
+Matrices of one shape are orthogonalised together. `torch.optim.Muon` walks over them one by one, which on a
+GPU is a launch per matrix and product (1,080 for a 12-layer GPT against 45 here), and it takes a fused
+query-key-value weight for one matrix.
+
+Shapes: B matrices of one shape, m rows, n columns.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+# Maximal slope at zero, so that five steps lift even small singular values into about [0.7, 1.2].
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+EPSILON = 1e-7
+
+# Update scale as a function of rows and columns. `spectral` keeps the change of the layer's output
+# independent of its shape; `rms` gives each update the RMS of a typical AdamW update (0.2).
+SCALES: dict[str, Callable[[int, int], float]] = {
+    "spectral": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
+    "rms": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
+}
+
+
+def newton_schulz(matrices: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
+    """Approximate U V^T of every matrix U S V^T in a (B, m, n) stack.
+
+    The odd quintic X <- aX + (bA + cA^2)X with A = X X^T is iterated on the shorter side, after division by
+    the Frobenius norm (which bounds the largest singular value by 1).
+
+    Args:
+        matrices: (B, m, n), any floating dtype.
+        steps: number of iterations.
+        dtype: of the iteration; None keeps the input's.
+    Returns:
+        (B, m, n) in `dtype`; singular values lie near 1, not at 1.
+    """
+    a, b, c = COEFFICIENTS
+    norms = matrices.flatten(1).norm(dim=1)[:, None, None]  # (B, 1, 1)
+    x = (matrices / (norms + EPSILON)).to(dtype or matrices.dtype)
+    tall = x.shape[1] > x.shape[2]
+    if tall:
+        x = x.mT
+    for _ in range(steps):
+        gram = x @ x.mT  # (B, s, s), s = min(m, n)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT if tall else x
+
+
+@cache
+def iteration_dtype(parameter_dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """Dtype of the Newton-Schulz products: bf16 where the hardware multiplies it, fp64 in an fp64 model.
+
+    Rounding only perturbs singular values that the iteration leaves at 1 +- 0.3 anyway. On an EPYC core with
+    AVX512-BF16, 12 matrices of 192 x 512 take 26 ms in bf16 and 59 ms in fp32; without those instructions
+    bf16 is emulated and slower than fp32.
+    """
+    if parameter_dtype == torch.float64:
+        return torch.float64
+    if device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    if device_type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def matrices_of(parameter: Tensor, split: int) -> tuple[int, int, int]:
+    """(count, rows, columns) of the matrices that a parameter holds.
+
+    Two dimensions are one matrix, or `split` matrices stacked along the rows (a fused query-key-value
+    projection); three dimensions are a stack of such (experts).
+    """
+    if parameter.ndim not in (2, 3):
+        raise ValueError(f"a matrix or a stack of matrices is needed, got shape {tuple(parameter.shape)}")
+    *stack, rows, columns = parameter.shape
+    if rows % split:
+        raise ValueError(f"{rows} rows cannot be split into {split} equal matrices")
+    return math.prod(stack) * split, rows // split, columns
+
+
+@dataclass
+class _Bucket:
+    """All matrices of one shape in one group, with their momentum in one tensor."""
+
+    parameters: list[Parameter]
+    counts: list[int]  # matrices per parameter; they sum to B
+    momentum: Tensor  # (B, m, n)
+
+    def slices(self) -> Sequence[Tensor]:
+        """Momentum per parameter, as views."""
+        return self.unstack(self.momentum)
+
+    def stack_gradients(self) -> Tensor:
+        shape = (-1, *self.momentum.shape[1:])
+        gradients = [p.grad.reshape(shape) for p in self.parameters if p.grad is not None]
+        return torch.cat(gradients).to(self.momentum.dtype)
+
+    def unstack(self, stacked: Tensor) -> list[Tensor]:
+        parts = stacked.split(self.counts)
+        return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
+
+
+class Muon(torch.optim.Optimizer):
+    """M <- mu M + (1 - mu) g;  u = (1 - mu) g + mu M;  W <- W - lr wd W - lr s orth(u).
+
+    A group may carry `splits`, one integer per parameter (see `matrices_of`). Momentum is fp32 (fp64 in an
+    fp64 model) and is allocated at construction. Setting `found_inf` to a device scalar that holds 1 makes
+    the next step leave parameters and momentum exactly as they are, without a host synchronisation: the
+    contract of torch's fused optimizers.
+    """
+
+    found_inf: Tensor | None = None
+
+    def __init__(
+        self,
+        params,
+        lr: float,
+        *,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        scale: str = "spectral",
+        ns_steps: int = 5,
+    ) -> None:
+        if scale not in SCALES:
+            raise ValueError(f"muon_scale: {scale!r} is not one of {', '.join(SCALES)}")
+        if ns_steps < 1:
+            raise ValueError(f"muon_ns_steps must be at least 1, got {ns_steps}")
+        if not 0.0 <= momentum < 1.0:
+            raise ValueError(f"muon_momentum must satisfy 0 <= momentum < 1, got {momentum}")
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "scale": scale,
+            "ns_steps": ns_steps,
+            "splits": None,
+        }
+        super().__init__(params, defaults)
+        self._buckets = [self._make_buckets(group) for group in self.param_groups]
+
+    def _make_buckets(self, group: dict) -> list[_Bucket]:
+        splits = group["splits"] or [1] * len(group["params"])
+        members: dict[tuple, list[tuple[Parameter, int]]] = {}
+        for parameter, split in zip(group["params"], splits, strict=True):
+            count, rows, columns = matrices_of(parameter, split)
+            key = (rows, columns, parameter.dtype, parameter.device)
+            members.setdefault(key, []).append((parameter, count))
+        buckets = []
+        for (rows, columns, dtype, device), pairs in members.items():
+            parameters, counts = [p for p, _ in pairs], [count for _, count in pairs]
+            state_dtype = torch.promote_types(dtype, torch.float32)
+            momentum = torch.zeros(sum(counts), rows, columns, dtype=state_dtype, device=device)
+            bucket = _Bucket(parameters, counts, momentum)
+            for parameter, part in zip(parameters, bucket.slices(), strict=True):
+                self.state[parameter]["momentum_buffer"] = part
+            buckets.append(bucket)
+        return buckets
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Apply one update; every parameter needs a gradient."""
+        assert closure is None, "Muon takes no closure"
+        for group, buckets in zip(self.param_groups, self._buckets, strict=True):
+            for bucket in buckets:
+                self._step_bucket(group, bucket)
+
+    def _step_bucket(self, group: dict, bucket: _Bucket) -> None:
+        momentum, mu = bucket.momentum, group["momentum"]
+        rows, columns = momentum.shape[1:]
+        dtype = bucket.parameters[0].dtype
+        gradient = bucket.stack_gradients()  # (B, m, n)
+
+        averaged = momentum.lerp(gradient, 1 - mu)
+        nesterov = gradient.lerp(averaged, mu)
+        update = newton_schulz(nesterov, group["ns_steps"], iteration_dtype(dtype, momentum.device.type))
+        update = update.to(dtype).mul_(-group["lr"] * SCALES[group["scale"]](rows, columns))
+        decay = momentum.new_full((), 1 - group["lr"] * group["weight_decay"])
+
+        if self.found_inf is not None:
+            # Selected, not multiplied: a skipped gradient may hold NaN. Adding -0.0 changes no float.
+            skip = self.found_inf > 0
+            averaged = torch.where(skip, momentum, averaged)
+            update = torch.where(skip, -0.0, update)
+            decay = torch.where(skip, 1.0, decay)
+
+        momentum.copy_(averaged)
+        weights: list[Tensor] = list(bucket.parameters)
+        if group["weight_decay"]:
+            torch._foreach_mul_(weights, decay)
+        torch._foreach_add_(weights, tuple(bucket.unstack(update.contiguous())))
