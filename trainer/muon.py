@@ -179,21 +179,22 @@ class Muon(torch.optim.Optimizer):
         rows, columns = momentum.shape[1:]
         dtype = bucket.parameters[0].dtype
         gradient = bucket.stack_gradients()  # (B, m, n)
-
-        averaged = momentum.lerp(gradient, 1 - mu)
-        nesterov = gradient.lerp(averaged, mu)
-        update = newton_schulz(nesterov, group["ns_steps"], iteration_dtype(dtype, momentum.device.type))
-        update = update.to(dtype).mul_(-group["lr"] * SCALES[group["scale"]](rows, columns))
+        # A skipped step goes through the same arithmetic with a gradient (which may hold NaN) and rates of 0.
+        # `new_full` and not `tensor`: filling on the device does not wait for it.
+        share = momentum.new_full((), 1 - mu)
+        rate = momentum.new_full((), -group["lr"] * SCALES[group["scale"]](rows, columns))
         decay = momentum.new_full((), 1 - group["lr"] * group["weight_decay"])
-
         if self.found_inf is not None:
-            # Selected, not multiplied: a skipped gradient may hold NaN. Adding -0.0 changes no float.
             skip = self.found_inf > 0
-            averaged = torch.where(skip, momentum, averaged)
-            update = torch.where(skip, -0.0, update)
-            decay = torch.where(skip, 1.0, decay)
+            gradient.masked_fill_(skip, 0.0)
+            share.masked_fill_(skip, 0.0)
+            rate.masked_fill_(skip, 0.0)
+            decay.masked_fill_(skip, 1.0)
 
-        momentum.copy_(averaged)
+        momentum.lerp_(gradient, share)
+        nesterov = gradient.lerp_(momentum, mu)
+        update = newton_schulz(nesterov, group["ns_steps"], iteration_dtype(dtype, momentum.device.type))
+        update = update.to(dtype).mul_(rate)
         weights: list[Tensor] = list(bucket.parameters)
         if group["weight_decay"]:
             torch._foreach_mul_(weights, decay)
