@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from configs.messages import REDACTED, is_secret
+
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -189,3 +191,10 @@ class RunConfig(BaseModel):
 
 
 GENERIC_FIELDS: tuple[str, ...] = tuple(RunConfig.model_fields)
+
+
+def redacted(cfg: RunConfig) -> dict[str, Any]:
+    """The run as JSON values, for whatever is saved or printed: no secret of `env` is in it."""
+    values = cfg.model_dump(mode="json")
+    values["env"] = {k: REDACTED if is_secret(k) else v for k, v in values["env"].items()}
+    return values

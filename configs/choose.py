@@ -1,0 +1,110 @@
+"""Which files `--hydra_model_cfg=V` means: option names, paths, patterns, lists, sweep functions."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import os
+from pathlib import Path
+
+from configs.files import BASE, CONFIGS, EXTENSIONS, ROOT, options, shown
+from configs.frontend import Request, override_choices, parse_override
+from configs.messages import ConfigError, did_you_mean
+
+
+def model_paths(request: Request) -> tuple[list[Path], str]:
+    """The model files asked for, and the sweep function around them (`choice`, `shuffle` or nothing)."""
+    paths: list[Path] = []
+    function = ""
+    for value in request.models:
+        items, wrapped = _items(value)
+        function = function or wrapped
+        for item in items:
+            paths += _resolve(item, request.config_path)
+    unique = list(dict.fromkeys(paths))
+    if len(unique) > 1 and not request.multirun and request.mode == "run":
+        raise ConfigError(
+            f"command line: --hydra_model_cfg: {len(unique)} configs given for one run. "
+            "Add -m to run them as a sweep"
+        )
+    return unique, function
+
+
+def _items(value: str) -> tuple[list[str], str]:
+    """Split one value of the flag at top-level commas, or take Hydra's sweep functions apart."""
+    for name in ("choice", "glob", "sort", "shuffle"):
+        if value.startswith(f"{name}("):
+            parsed = parse_override(f"configs@_global_={value}")
+            items = override_choices(parsed, options())
+            if name == "glob" and not items:
+                raise ConfigError(f"command line: the pattern '{value}' matches no config")
+            return items, name if name in ("choice", "shuffle") else ""
+    items, depth, quote, start = [], 0, "", 0
+    for i, char in enumerate(value):
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "'\"":
+            quote = char
+        elif char in "[(":
+            depth += 1
+        elif char in ")]":
+            depth -= 1
+        elif char == "," and depth == 0:
+            items.append(value[start:i])
+            start = i + 1
+    items = [i.strip().strip("'\"") for i in [*items, value[start:]]]
+    return [i for i in items if i], ""
+
+
+def _resolve(item: str, folder: str | None) -> list[Path]:
+    """One item of the flag: an option name, a path or a file pattern."""
+    path = Path(item).expanduser()
+    if path.suffix in EXTENSIONS or "/" in item or folder:
+        bases = [Path(folder).expanduser().absolute()] if folder else [Path.cwd(), ROOT]
+    else:
+        bases = [CONFIGS]
+    if any(c in item for c in "*?[") and not any((b / path).exists() for b in bases):
+        return _glob(item, path, bases)
+    endings = [""] if path.suffix in EXTENSIONS else ["", *EXTENSIONS] if folder else [*EXTENSIONS, ""]
+    tried = [Path(os.path.abspath(f"{base / path}{end}")) for base in bases for end in endings]
+    found = next((t for t in tried if t.exists() and (t != CONFIGS or "/" not in item)), None)
+    if path == Path("configs") or (found and found.is_dir()):
+        raise ConfigError(
+            f"command line: '{item}' is a directory. "
+            f"Use --hydra_model_cfg='{item.rstrip('/')}/*.yaml' -m to sweep over it"
+        )
+    if found is None:
+        raise ConfigError(_not_found(item, path, tried))
+    if found.resolve() == BASE:
+        raise ConfigError(
+            f"command line: {shown(BASE)} is the shared base, not a model. "
+            f"Choose one of: {', '.join(options())}"
+        )
+    if found.suffix not in EXTENSIONS:
+        raise ConfigError(f"command line: cannot read '{found.suffix}'. Accepted: {' '.join(EXTENSIONS)}")
+    return [found]
+
+
+def _glob(item: str, path: Path, bases: list[Path]) -> list[Path]:
+    for base in bases:
+        pattern = str(base / path)
+        if base == CONFIGS and path.suffix not in EXTENSIONS:
+            matches = [CONFIGS / f"{n}.yaml" for n in fnmatch.filter(options(), item)]
+        else:
+            matches = [Path(m) for m in sorted(glob.glob(pattern, recursive=True))]
+        found = [m for m in matches if m.suffix in EXTENSIONS and m.resolve() != BASE and m.is_file()]
+        if found:
+            return found
+    raise ConfigError(f"command line: the pattern '{item}' matches no config")
+
+
+def _not_found(item: str, path: Path, tried: list[Path]) -> str:
+    if path.suffix and path.suffix not in EXTENSIONS:
+        return f"command line: cannot read '{path.suffix}'. Accepted: {' '.join(EXTENSIONS)}"
+    near = did_you_mean(path.stem, options()).replace("'", "")
+    if near and (path.suffix or "/" in item):
+        folder = path.parent.as_posix()
+        names = near.removeprefix(" Did you mean ").removesuffix("?").replace(" or ", ", ").split(", ")
+        near = f" Did you mean {' or '.join(f'{folder}/{n}{path.suffix or EXTENSIONS[0]}' for n in names)}?"
+    places = " and ".join(dict.fromkeys(str(t) for t in tried if t.suffix in EXTENSIONS))
+    return f"command line: no such file: {item} (tried {places}).{near}"

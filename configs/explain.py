@@ -1,0 +1,137 @@
+"""What pydantic found wrong, said for people: the key, what is allowed, what was given."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import annotated_types as at
+from pydantic import BaseModel, ValidationError
+
+from configs.messages import did_you_mean
+
+_NAMES = {int: "int", float: "float", str: "str", bool: "bool", type(None): "null"}
+
+
+def explain(
+    error: ValidationError,
+    model: type[BaseModel],
+    values: Mapping[str, Any],
+    where: Callable[[str], str],
+    prefix: str = "",
+) -> list[tuple[str, str]]:
+    """One `(field, message)` per field that failed. `values` is what was given, `prefix` leads the key."""
+    by_key: dict[str, list[Any]] = {}
+    for item in error.errors():
+        by_key.setdefault(_key(item["loc"], model), []).append(item)
+    messages = []
+    for key, items in by_key.items():
+        place = where(f"{prefix}{key}")
+        text = _message(f"{prefix}{key}", key.split(".")[0], items, model, values)
+        messages.append((key, f"{place}: {text}" if place else text))
+    return messages
+
+
+def _key(loc: tuple[Any, ...], model: type[BaseModel]) -> str:
+    """The field, with the entry of a mapping or list behind it; pydantic's names of union members dropped."""
+    if not loc:
+        return ""
+    field = model.model_fields.get(str(loc[0]))
+    inside = field is not None and any(
+        typing.get_origin(a) in (dict, list) for a in _leaves(field.annotation)
+    )
+    rest = [str(p) for p in loc[1:] if inside and not str(p).startswith(("dict", "list"))]
+    return ".".join([str(loc[0]), *rest])
+
+
+def _message(
+    name: str, field_name: str, items: list[Any], model: type[BaseModel], values: Mapping[str, Any]
+) -> str:
+    kinds = {i["type"] for i in items}
+    if "missing" in kinds:
+        return f"required key '{name}' has no value. Set it: {name}=<value>"
+    if kinds <= {"value_error", "assertion_error"} or field_name not in model.model_fields:
+        return f"{name}: {items[0]['msg'].removeprefix('Value error, ')}" if name else items[0]["msg"]
+    field = model.model_fields[field_name]
+    given = items[-1]["input"]
+    bounds = _bounds(field.annotation, field.metadata)
+    if any(k.startswith(("greater_than", "less_than", "finite")) for k in kinds):
+        return f"{name}: must satisfy {_range(field_name, bounds)}, got {given}"
+    if "string_pattern_mismatch" in kinds:
+        pattern = next(i["ctx"]["pattern"] for i in items if i["type"] == "string_pattern_mismatch")
+        return f"{name}: {given!r} does not match {pattern}"
+    choices = _choices(field.annotation)
+    if isinstance(given, str) and choices:
+        others = [_NAMES[leaf] for leaf in _leaves(field.annotation) if leaf in _NAMES]
+        allowed = ", ".join([*map(str, choices), *others])
+        hint = did_you_mean(given, map(str, choices))
+        return f"{name}: '{given}' is not one of {allowed}" + (f".{hint}" if hint else "")
+    expected = "str" if "." in name.removeprefix("model_cfg.") else _expected(field.annotation)
+    return f"{name}: expected {expected}, got {_shown(given)}{_hint(given, field.annotation)}"
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else f"{value!r} ({type(value).__name__})"
+
+
+def _hint(value: Any, annotation: Any) -> str:
+    if isinstance(value, float) and value.is_integer() and int in _leaves(annotation):
+        return f". Write {int(value)}"
+    if isinstance(value, str) and {int, float} & set(_leaves(annotation)):
+        try:
+            return f". Write {float(value):g} without quotes"
+        except ValueError:
+            return ""
+    return ""
+
+
+def _leaves(annotation: Any) -> list[Any]:
+    """Members of a union, without their constraints."""
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return _leaves(typing.get_args(annotation)[0])
+    if origin in (typing.Union, types.UnionType):
+        return [leaf for a in typing.get_args(annotation) for leaf in _leaves(a)]
+    return [annotation]
+
+
+def _choices(annotation: Any) -> list[Any]:
+    literals = (a for a in _leaves(annotation) if typing.get_origin(a) is typing.Literal)
+    return [value for a in literals for value in typing.get_args(a)]
+
+
+def _expected(annotation: Any) -> str:
+    """`int or 'auto'`, `float or null`, `mapping`."""
+    words = []
+    for leaf in _leaves(annotation):
+        origin = typing.get_origin(leaf)
+        if origin is typing.Literal:
+            words += [repr(v) for v in typing.get_args(leaf)]
+        else:
+            words.append({dict: "mapping", list: "list"}.get(origin or leaf, _NAMES.get(leaf, str(leaf))))
+    return " or ".join(words)
+
+
+def _bounds(annotation: Any, metadata: typing.Sequence[Any]) -> list[Any]:
+    """Every bound attached to the annotation or to a member of its union."""
+    found = [m for m in metadata if isinstance(m, at.Ge | at.Gt | at.Le | at.Lt)]
+    if typing.get_origin(annotation) is typing.Annotated:
+        inner, *extra = typing.get_args(annotation)
+        # pydantic's Field keeps its bounds in `.metadata`
+        flat = [m for e in extra for m in getattr(e, "metadata", [e])]
+        return found + _bounds(inner, flat)
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        for member in typing.get_args(annotation):
+            found += _bounds(member, ())
+    return found
+
+
+def _range(name: str, bounds: list[Any]) -> str:
+    """`0 <= dropout < 1` from the bounds of a field."""
+    low = next((f"{m.ge} <= " for m in bounds if isinstance(m, at.Ge)), "")
+    low = low or next((f"{m.gt} < " for m in bounds if isinstance(m, at.Gt)), "")
+    high = next((f" <= {m.le}" for m in bounds if isinstance(m, at.Le)), "")
+    high = high or next((f" < {m.lt}" for m in bounds if isinstance(m, at.Lt)), "")
+    return f"{low}{name}{high}" if low or high else f"{name} finite"

@@ -1,0 +1,300 @@
+"""Model files: finding them, reading them with line numbers, following `defaults`, handing them to Hydra.
+
+A file that lies directly in `configs/` and needs nothing special is left to Hydra's own loader. Every
+other file (elsewhere on disk, with other spellings, with a `preset:` of its own) is read here and stored
+in Hydra's ConfigStore as one more option of the group `configs`, so that composition, sweeps and
+`--info` treat it like a shipped one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from configs.messages import ARCHITECTURE_ALIASES, RENAMED, ConfigError, did_you_mean
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configs"
+BASE = CONFIGS / "training.yaml"
+EXTENSIONS = (".yaml", ".yml")
+SELF = "_self_"
+
+
+def options(folder: str = "") -> list[str]:
+    """Names of the YAML files in `configs/<folder>`; the shared base is not among them."""
+    found = (p for p in sorted((CONFIGS / folder).iterdir()) if p.suffix in EXTENSIONS and p != BASE)
+    return [p.stem for p in found]
+
+
+def description(path: Path) -> str:
+    """First comment line of a YAML file that says something."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        if "@package" not in line:
+            return line.lstrip("# ").strip()
+    return ""
+
+
+def shown(path: Path) -> str:
+    """A path as people write it: relative to where they are or to the project, else in full."""
+    for base in (Path.cwd(), ROOT):
+        if path.is_relative_to(base):
+            return str(path.relative_to(base))
+    return str(path)
+
+
+@dataclasses.dataclass
+class Node:
+    """One YAML file, spellings folded, its parents loaded."""
+
+    path: Path
+    values: dict[str, Any]
+    lines: dict[str, int]  # dotted key -> line
+    parents: list[Node | str]  # in order, SELF among them
+    plain: bool  # Hydra's loader would read the same: nothing folded, every entry a plain name
+    notices: list[str] = dataclasses.field(default_factory=list)
+
+    def chain(self) -> Iterator[Node]:
+        """This file and its parents in the order in which they apply."""
+        for parent in self.parents:
+            if isinstance(parent, Node):
+                yield from parent.chain()
+            else:
+                yield self
+
+    def stated(self, key: str) -> Any:
+        """The value that the chain gives to a top-level key, `None` where it is missing or `???`."""
+        values = [n.values[key] for n in self.chain() if n.values.get(key) not in (None, "???")]
+        return values[-1] if values else None
+
+    def native(self) -> bool:
+        """Whether Hydra may load file and parents by itself."""
+        parents = (p for p in self.parents if isinstance(p, Node))
+        return self.plain and self.path.is_relative_to(CONFIGS) and all(p.native() for p in parents)
+
+
+def read(path: Path, stack: tuple[Path, ...] = ()) -> Node:
+    """Load a file and, recursively, the files of its `defaults`. Raises ConfigError."""
+    path = path.resolve()
+    if path in stack:
+        cycle = (*stack[stack.index(path) :], path)
+        raise ConfigError(f"{shown(path)}: inheritance cycle: {' -> '.join(shown(p) for p in cycle)}")
+    values, lines = _parse(path)
+    entries = values.pop("defaults", [])
+    if not isinstance(entries, list):
+        raise ConfigError(
+            f"{shown(path)}:{lines['defaults']}: defaults must be a list, e.g. [training, _self_]"
+        )
+    notices = _fold(path, values, lines)
+    plain = not notices and all(isinstance(e, str) and Path(e).suffix not in EXTENSIONS for e in entries)
+    parents: list[Node | str] = []
+    for entry in entries:
+        parents += _parents(path, lines.get("defaults", 1), entry, (*stack, path))
+    if SELF not in parents:
+        parents.append(SELF)
+    # The `seq_len` notice is for people; folded architecture names are an accepted spelling.
+    return Node(path, values, lines, parents, plain, [n for n in notices if "model_cfg" not in n])
+
+
+def read_model(path: Path) -> Node:
+    """Load a file as the model of a run: it must build on `training`, in the right order."""
+    node = read(path)
+    bases = [i for i, p in enumerate(node.parents) if isinstance(p, Node) and _has_base(p)]
+    if not bases:
+        raise ConfigError(
+            f"{shown(path)}: defaults must contain 'training'. "
+            "Begin the file with: defaults: [training, _self_]"
+        )
+    if node.parents.index(SELF) < bases[-1]:
+        raise ConfigError(
+            f"{shown(path)}:{node.lines['defaults']}: defaults lists _self_ before training, "
+            "so training.yaml would override this file. Put _self_ last"
+        )
+    return node
+
+
+def _has_base(node: Node) -> bool:
+    return any(n.path.name == BASE.name for n in node.chain())
+
+
+def _parse(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = OmegaConf.to_container(OmegaConf.create(text) if text.strip() else OmegaConf.create({}))
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{shown(path)}{line}: {place}{error.problem}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{shown(path)}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{shown(path)}: cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{shown(path)}: a model file is a mapping of keys to values")
+    # A file of bare words is read by OmegaConf as keys without values; nobody means that.
+    if tree is not None and not isinstance(tree, yaml.MappingNode):
+        raise ConfigError(
+            f"{shown(path)}:1: expected 'key: value' lines, got {text.strip().splitlines()[0]!r}"
+        )
+    return {str(k): v for k, v in values.items()}, dict(_lines(tree, "")) if tree is not None else {}
+
+
+def _lines(tree: yaml.Node, prefix: str) -> Iterator[tuple[str, int]]:
+    if isinstance(tree, yaml.MappingNode):
+        for key, value in tree.value:
+            name = f"{prefix}{key.value}"
+            yield name, key.start_mark.line + 1
+            yield from _lines(value, f"{name}.")
+
+
+def fold_names(values: dict[str, Any], names: dict[str, str], prefix: str = "") -> list[tuple[str, str]]:
+    """Rename keys in place; the renamed pairs. Both spellings with different values are an error."""
+    folded = []
+    for old, new in names.items():
+        if old not in values:
+            continue
+        value = values.pop(old)
+        if new in values and values[new] != value:
+            raise ConfigError(
+                f"{prefix}{new} ({values[new]}) and {prefix}{old} ({value}) name the same field and differ. "
+                f"Keep {prefix}{new}"
+            )
+        values[new] = value
+        folded.append((f"{prefix}{old}", f"{prefix}{new}"))
+    return folded
+
+
+def _fold(path: Path, values: dict[str, Any], lines: dict[str, int]) -> list[str]:
+    try:
+        folded = fold_names(values, RENAMED)
+        if isinstance(values.get("model_cfg"), dict):
+            folded += fold_names(values["model_cfg"], ARCHITECTURE_ALIASES, "model_cfg.")
+    except ConfigError as error:
+        raise ConfigError([f"{shown(path)}: {p}" for p in error.problems]) from None
+    for old, new in folded:
+        lines.setdefault(new, lines.get(old, 1))
+    return [f"{shown(path)}: '{old}' is read as '{new}'" for old, new in folded]
+
+
+def _parents(path: Path, line: int, entry: Any, stack: tuple[Path, ...]) -> list[Node | str]:
+    """The nodes of one entry of `defaults`."""
+    if entry == SELF:
+        return [SELF]
+    where = f"{shown(path)}:{line}"
+    names = [entry]
+    if isinstance(entry, dict) and len(entry) == 1:
+        (group, value) = next(iter(entry.items()))
+        if str(group).startswith("override ") or str(group).lstrip("/").startswith("hydra"):
+            raise ConfigError(
+                f"{where}: '{group}: {value}' cannot stand in a model file. "
+                f"Give it on the command line: {str(group).removeprefix('override ').lstrip('/')}={value}"
+            )
+        values = value if isinstance(value, list) else [value]
+        names = [f"{group}/{v}" for v in values if v is not None]
+    if not all(isinstance(n, str) for n in names):
+        raise ConfigError(f"{where}: a defaults entry is a name or a path, got {entry!r}")
+    return [read(_find_parent(path, where, name), stack) for name in names]
+
+
+def _find_parent(path: Path, where: str, name: str) -> Path:
+    """Beside the file first, then in configs/. A leading slash is Hydra's way to say: from the project."""
+    bare = name[1:] if name.startswith("/configs/") else name
+    folders = [ROOT] if bare != name else [path.parent, CONFIGS]
+    endings = [""] if Path(bare).suffix in EXTENSIONS else list(EXTENSIONS)
+    tried = [folder / (Path(bare).expanduser().as_posix() + end) for folder in folders for end in endings]
+    for candidate in tried:
+        # A file called training.yaml may build on the shared one; any other self-reference is a cycle.
+        if candidate.is_file() and not (bare == BASE.stem and candidate.resolve() == path):
+            return candidate
+    raise ConfigError(f"{where}: no such config: {name} (tried {', '.join(shown(t) for t in tried)})")
+
+
+class Registry:
+    """Gives each model file its option name in the group `configs`, storing it where Hydra needs that."""
+
+    def __init__(self, *, use_presets: bool) -> None:
+        self.use_presets = (
+            use_presets  # whether `preset:` inside a file applies (no preset on the command line)
+        )
+        self.names: dict[str, Path] = {name: CONFIGS / f"{name}.yaml" for name in options()}
+        self.names[BASE.stem] = BASE
+
+    def option(self, node: Node, extra: dict[str, Any] | None = None) -> str:
+        """The option name of a file. `extra`: values to add where the file does not state them."""
+        if not extra and self._untouched(node):
+            return node.path.relative_to(CONFIGS).with_suffix("").as_posix()
+        name = self._unique(node.path)
+        defaults: list[str] = []
+        for parent in node.parents:
+            if isinstance(parent, Node):
+                defaults.append(self.option(parent))
+            else:
+                preset = node.values.get("preset")
+                if self.use_presets and preset not in (None, "auto"):
+                    defaults.append(f"preset/{check_option('preset', preset, shown(node.path))}")
+                defaults.append(SELF)
+        content = {"defaults": defaults, **(extra or {}), **node.values}
+        ConfigStore.instance().store(group="configs", name=name, node=content, provider=str(node.path))
+        return name
+
+    def _untouched(self, node: Node) -> bool:
+        # Only our own loader applies a preset that a file names.
+        named = any(
+            n.values.get("preset") not in (None, "auto") for n in node.chain() if n.path.parent == CONFIGS
+        )
+        return node.native() and not named
+
+    def _unique(self, path: Path) -> str:
+        stem = re.sub(r"[^A-Za-z0-9_.-]+", "_", path.stem) or "model"
+        name, n = stem, 1
+        while name in self.names:
+            n += 1
+            name = f"{stem}-{n}"
+        self.names[name] = path
+        return name
+
+
+def check_option(group: str, name: Any, where: str) -> str:
+    """The name, if `configs/<group>/<name>.yaml` exists."""
+    available = options(group)
+    if name in available:
+        return str(name)
+    raise ConfigError(
+        f"{where}: no {group} '{name}'.{did_you_mean(str(name), available)} Available: {', '.join(available)}"
+    )
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, first 16 hex digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+class Locations:
+    """Where a key of the composed tree got its value, for messages."""
+
+    def __init__(self, layers: list[Node], command_line: set[str]) -> None:
+        self.layers = layers  # in the order in which they apply
+        self.command_line = command_line
+
+    def __call__(self, key: str) -> str:
+        """`configs/gpt2.yaml:12`, `command line`, or the key itself where its origin is not known."""
+        parts = key.split(".")
+        for length in range(len(parts), 0, -1):
+            name = ".".join(parts[:length])
+            if name in self.command_line:
+                return "command line"
+            for node in reversed(self.layers):
+                if name in node.lines and (length > 1 or len(parts) == 1):
+                    return f"{shown(node.path)}:{node.lines[name]}"
+        return ""

@@ -1,0 +1,116 @@
+"""Errors for people: one line per problem, where it is, what to do, the nearest legal value."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+# Spellings that mean the same field everywhere: applied to the command line and to every file.
+RENAMED = {"seq_len": "train_seq_len", "resume_from_checkpoint": "resume"}
+ARCHITECTURE_ALIASES = {
+    "model_dim": "d_model",
+    "num_layers": "n_layers",
+    "block_size": "n_ctx",
+    "num_heads": "n_heads",
+    "num_kv_heads": "n_kv_heads",
+}
+# Names that other projects use. They are not accepted, but lead the suggestions.
+SYNONYMS = {
+    "n_layer": "model_cfg.n_layers",
+    "n_embd": "model_cfg.d_model",
+    "hidden_dim": "model_cfg.d_model",
+    "hidden_size": "model_cfg.d_model",
+    "n_head": "model_cfg.n_heads",
+    "max_seq_len": "train_seq_len",
+    "max_iters": "num_iterations",
+    "max_steps": "num_iterations",
+    "epochs": "num_epochs",
+    "eval_interval": "val_loss_every",
+    "eval_steps": "val_loss_every",
+    "eval_iters": "val_steps",
+    "log_interval": "logging_steps",
+    "compile": "torch_compile",
+    "grad_clip": "max_grad_norm",
+    "lr": "learning_rate",
+    "beta1": "adam_beta1",
+    "beta2": "adam_beta2",
+    "eps": "adam_epsilon",
+    "wd": "weight_decay",
+    "warmup_iters": "warmup_steps",
+    "lr_decay_iters": "lr_decay_steps",
+    "out_dir": "output_dir",
+    "dataset": "data",
+    "dtype": "mixed_precision",
+    "precision": "mixed_precision",
+    "grad_accum": "gradient_accumulation_steps",
+    "micro_batch_size": "batch_size",
+    "nproc": "num_gpus",
+    "init_from": "init_from_checkpoint",
+}
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
+REDACTED = "<redacted>"
+
+
+class ConfigError(ValueError):
+    """The user's mistakes, all of one stage together. Each problem is `<where>: <what>. <what to do>`."""
+
+    def __init__(self, problems: str | Iterable[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # survives the way back from a sweep worker
+        return type(self), (self.problems,)
+
+    def report(self) -> str:
+        """The text for stderr."""
+        count = len(self.problems)
+        lines = [f"config error: {p}" for p in self.problems]
+        return "\n".join([*lines, f"{count} problem{'s' * (count != 1)}; nothing was started"])
+
+
+def is_secret(name: str) -> bool:
+    """Whether an environment variable of this name must never be written or printed."""
+    return bool(_SECRET.search(name))
+
+
+def did_you_mean(word: str, choices: Iterable[str], limit: int = 3) -> str:
+    """` Did you mean 'a' or 'b'?`, or nothing if nothing is close."""
+    close = difflib.get_close_matches(word, list(choices), n=limit, cutoff=0.6)
+    return f" Did you mean {_or(close)}?" if close else ""
+
+
+def suggest_key(key: str, siblings: Iterable[str], paths: Iterable[str] = ()) -> str:
+    """Up to three suggestions for an unknown key, for use behind a sentence.
+
+    `key` may be dotted. Sources, best first: what other projects call it, the keys beside it, and every
+    full path whose last part is similar.
+    """
+    prefix, _, leaf = key.rpartition(".")
+    prefix = prefix + "." if prefix else ""
+    by_leaf: dict[str, list[str]] = {}
+    for path in paths:
+        by_leaf.setdefault(path.rpartition(".")[2], []).append(path)
+    found: list[str] = []
+    if leaf in SYNONYMS:
+        found.append(SYNONYMS[leaf])
+    if leaf in ARCHITECTURE_ALIASES:
+        found.append(f"model_cfg.{ARCHITECTURE_ALIASES[leaf]}")
+    found += [SYNONYMS[s] for s in difflib.get_close_matches(leaf, SYNONYMS, n=1, cutoff=0.8)]
+    found += by_leaf.get(leaf, [])
+    found += [prefix + s for s in difflib.get_close_matches(leaf, list(siblings), n=3, cutoff=0.6)]
+    for name in difflib.get_close_matches(leaf, list(by_leaf), n=3, cutoff=0.6):
+        found += by_leaf[name]
+    unique = [f for f in dict.fromkeys(found) if f != key][:3]
+    return f" Did you mean {_or(unique)}?" if unique else ""
+
+
+def differences(asked: Mapping[str, Any], fixed: Mapping[str, Any]) -> list[str]:
+    """Names whose values differ; a name missing on either side is no difference."""
+    return [k for k in fixed if k in asked and asked[k] != fixed[k]]
+
+
+def _or(words: list[str]) -> str:
+    quoted = [f"'{w}'" for w in words]
+    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} or {quoted[-1]}"

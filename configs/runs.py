@@ -1,0 +1,141 @@
+"""Runs that exist already: which folder a command means, its saved config, the lock on its architecture."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from configs.files import shown
+from configs.frontend import Request
+from configs.messages import ConfigError, did_you_mean, differences
+
+RUNS = Path("checkpoints")
+
+
+def folder_of_path(path: str | Path) -> Path:
+    """The run folder of `resume=<path>`, where the path is that folder or one of its checkpoints."""
+    path = Path(path).expanduser()
+    inside = re.fullmatch(r"checkpoint-\d+|best_model|final_model", path.name)
+    return path.parent if inside else path
+
+
+def named_folder(values: Mapping[str, Any], explicit: set[str] = frozenset()) -> Path | None:  # type: ignore[assignment]
+    """The run folder that the settings name, `None` if they leave it to the clock.
+
+    What stands on the command line (`explicit`) comes first: `output_dir=new resume=old/checkpoint-100`
+    branches off, `resume=old` alone goes on in `old` whatever the files say.
+    """
+    resume = values.get("resume")
+    said_here = {"output_dir", "model_name"} & explicit
+    if resume not in (None, "none", "auto", "???") and not said_here:
+        return folder_of_path(resume)
+    if values.get("output_dir"):
+        return Path(values["output_dir"]).expanduser()
+    return RUNS / str(values["model_name"]) if values.get("model_name") else None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """`checkpoint-<step>` folders, oldest first."""
+    found = (p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir())
+    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+
+
+def implied_model(request: Request) -> str | None:
+    """The model file of a command that names a run instead of one: the run's own config.yaml.
+
+    `--model_name X` also goes on with that run if it has checkpoints; the override is added to the request.
+    """
+    folder = named_folder(request.values, request.keys)
+    if folder is None:
+        return None
+    config = folder / "config.yaml"
+    if not config.is_file():
+        raise ConfigError(_no_such_run(folder, request))
+    if "resume" not in request.keys and checkpoints(folder):
+        request.overrides.append("resume=auto")
+        request.values["resume"] = "auto"
+    return str(config.absolute())
+
+
+def _no_such_run(folder: Path, request: Request) -> str:
+    known = sorted(p.parent.name for p in RUNS.glob("*/config.yaml"))
+    if request.values.get("model_name") and "output_dir" not in request.values:
+        name = str(request.values["model_name"])
+        runs = f" Runs: {', '.join(known)}." if known else ""
+        return (
+            f"command line: no run called '{name}' ({shown(folder.absolute())} has no config.yaml)."
+            f"{did_you_mean(name, known)}{runs} To start it, add --hydra_model_cfg=configs/<name>.yaml"
+        )
+    return (
+        f"command line: {folder} holds no run to go on with (no config.yaml). "
+        "To start one, add --hydra_model_cfg=configs/<name>.yaml"
+    )
+
+
+def saved_architecture(values: Mapping[str, Any], folder: Path | None) -> tuple[dict[str, Any], Path] | None:
+    """(contents, path) of the config.json that fixes the architecture of a run that goes on, if any."""
+    resume = values.get("resume")
+    if resume in (None, "none"):
+        return None
+    source = folder if resume == "auto" else Path(str(resume)).expanduser()
+    if source is None:
+        return None
+    run = folder_of_path(source)
+    for candidate in (
+        source / "config.json",
+        run / "config.json",
+        *(c / "config.json" for c in checkpoints(run)[::-1]),
+    ):
+        try:
+            saved = json.loads(candidate.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(saved, dict) and {"format", "type", "model_cfg"} <= saved.keys():
+            return saved, candidate
+    return None
+
+
+def apply_lock(
+    tree: dict[str, Any], saved: Mapping[str, Any], source: Path, explicit: set[str], notices: list[str]
+) -> None:
+    """Put the saved architecture into the tree. What the user asked for differently on the command line is
+    an error; what a model file or preset says differently is replaced, with a warning."""
+    asked = tree.get("model_cfg") or {}
+    fixed = saved["model_cfg"]
+    differing = differences(asked, fixed)
+    name = folder_of_path(source.parent)
+    lock = f"command line: the architecture of '{name}' is fixed by {source}"
+    problems = [
+        f"{lock}: {k} is {fixed[k]}, {asked[k]} was asked" for k in differing if f"model_cfg.{k}" in explicit
+    ]
+    if tree.get("type") != saved["type"] and "type" in explicit:
+        problems.append(f"{lock}: type is {saved['type']}, {tree.get('type')} was asked")
+    if problems:
+        raise ConfigError(problems)
+    # A vocabulary size of null means the tokenizer's, which is what the checkpoint was built with.
+    told = [f"{k} {fixed[k]} (not {asked[k]})" for k in differing if asked[k] is not None]
+    if tree.get("type") not in (saved["type"], None, "???"):
+        told.insert(0, f"type {saved['type']} (not {tree['type']})")
+    if told:
+        notices.append(f"the architecture is that of {source}: {', '.join(told)}")
+    # A field that the saved model does not know is dropped if a file brought it; one from the command line
+    # stays, for the typed check to refuse.
+    tree["model_cfg"] = {**{k: v for k, v in asked.items() if f"model_cfg.{k}" in explicit}, **fixed}
+    tree["type"] = saved["type"]
+    if saved.get("model_adapter") is not None:
+        tree["model_adapter"] = saved["model_adapter"]
+
+
+def refuse_overwrite(values: Mapping[str, Any], folder: Path | None) -> None:
+    """A folder with checkpoints is gone on with, or left alone."""
+    if folder is None or values.get("resume") not in (None, "none") or values.get("eval_only"):
+        return
+    existing = checkpoints(folder)
+    if existing:
+        raise ConfigError(
+            f"{folder} already holds {existing[-1].name}. Add resume=auto to go on with it, "
+            "or choose another model_name or output_dir"
+        )

@@ -1,0 +1,266 @@
+"""A composed tree, checked stage by stage, becomes a `RunConfig` and the architecture's own Config.
+
+Stages: unknown keys and types and ranges of the generic fields; relations between them; the files they
+name; then, importing the one model file, the architecture's fields and its constraints. All problems of
+a stage are reported together, a later stage runs only if the earlier ones passed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from pydantic import BaseModel, ValidationError
+
+from configs.explain import explain
+from configs.files import CONFIGS, fold_names
+from configs.frontend import unknown_key
+from configs.hardware import process_count, uses_cuda
+from configs.messages import ARCHITECTURE_ALIASES, RENAMED, ConfigError, did_you_mean, suggest_key
+from configs.schema import GENERIC_FIELDS, ModelConfig, RunConfig
+
+Where = Callable[[str], str]  # key -> place of its value, "" if unknown
+DEFAULT_GLOBAL_BATCH = 48
+
+
+def validate(
+    tree: Mapping[str, Any], where: Where = lambda key: "", notices: list[str] | None = None
+) -> tuple[RunConfig, ModelConfig]:
+    """Check a resolved tree. Raises ConfigError with every problem of the first stage that has one.
+
+    `notices` collects remarks that stop nothing (a preset's field that the architecture does not have).
+    The returned `RunConfig.model_cfg` states every field of the architecture.
+    """
+    notices = [] if notices is None else notices
+    values = dict(tree)
+    run = _generic(values, where)
+    _raise(_relations(run), where)
+    _raise(_files(run), where)
+    config_class = architecture_config(run.type, run.model_adapter, where)
+    fields = _drop_preset_extras(run, config_class, notices)
+    model_cfg = _architecture(run.type, config_class, fields, where)
+    _raise(model_cfg.problems(run), where)
+    if getattr(model_cfg, "dropout", 0.0) == 1.0:
+        notices.append("model_cfg.dropout is 1.0: every activation it touches becomes zero")
+    return run.model_copy(update={"model_cfg": model_cfg.model_dump(mode="json")}), model_cfg
+
+
+def _raise(problems: list[str], where: Where) -> None:
+    """Raise if there are problems, each with the place of the first key that it names."""
+    if problems:
+        raise ConfigError([_placed(p, where) for p in problems])
+
+
+def _placed(problem: str, where: Where) -> str:
+    for key in re.findall(r"[A-Za-z_][\w.]*", problem):
+        if key.startswith("model_cfg.") or key in GENERIC_FIELDS:
+            place = where(key)
+            return f"{place}: {problem}" if place else problem
+    return problem
+
+
+def _generic(values: dict[str, Any], where: Where) -> RunConfig:
+    fold_names(values, RENAMED)
+    model_cfg = values.get("model_cfg")
+    if isinstance(model_cfg, dict):
+        model_cfg = values["model_cfg"] = dict(model_cfg)
+        fold_names(model_cfg, ARCHITECTURE_ALIASES, "model_cfg.")
+    problems = [unknown_key(k, where(k) or "config") for k in values if k not in GENERIC_FIELDS]
+    problems += [
+        f"{where(k) or 'config'}: required key '{k}' has no value. Set it: {k}=<value>"
+        for k, v in values.items()
+        if v == "???" and k in GENERIC_FIELDS
+    ]
+    known = {k: v for k, v in values.items() if k in GENERIC_FIELDS and v != "???"}
+    if known.get("global_batch_size") is None:
+        known["global_batch_size"] = _derived_batch(known)
+    try:
+        run = RunConfig.model_validate(known)
+    except ValidationError as error:
+        said = {"type"} if any("'type'" in p for p in problems) else set()
+        problems += [p for key, p in explain(error, RunConfig, known, where) if key not in said]
+    if problems:
+        raise ConfigError(problems)
+    return run
+
+
+def _derived_batch(values: Mapping[str, Any]) -> int:
+    """Rows per step where a file states the micro-batch and its accumulation instead."""
+    rows, steps = values.get("batch_size"), values.get("gradient_accumulation_steps")
+    if not (type(rows) is int and type(steps) is int):
+        return DEFAULT_GLOBAL_BATCH
+    return rows * steps * world_size(values.get("num_gpus", "auto"), str(values.get("device", "auto")))
+
+
+def world_size(num_gpus: Any, device: str) -> int:
+    """Processes of this run: those a launcher started, else as many as the config asks for."""
+    if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    return process_count(num_gpus if type(num_gpus) is int else "auto", device)
+
+
+def _relations(run: RunConfig) -> list[str]:
+    """Problems between generic fields."""
+    problems = _batch(run) + _schedule(run) + _machine(run)
+    if run.resume != "none" and run.init_from_checkpoint:
+        problems.append("resume and init_from_checkpoint exclude each other: the second takes weights only")
+    if run.resume == "auto" and not (run.model_name or run.output_dir):
+        problems.append("resume=auto needs model_name or output_dir, to know which run goes on")
+    if run.data == "text" and not run.input_file:
+        problems.append("data=text needs input_file=<file or folder>")
+    if run.data != "text" and run.input_file:
+        problems.append(f"input_file is read by data=text only, and data is '{run.data}'. Add data=text")
+    if run.early_stopping and run.val_loss_every == 0:
+        problems.append("early_stopping needs evaluations during training: val_loss_every is 0")
+    if run.save_only_best and not run.save_checkpoint:
+        problems.append("save_only_best needs save_checkpoint: true")
+    return problems
+
+
+def _batch(run: RunConfig) -> list[str]:
+    world = world_size(run.num_gpus, run.device)
+    total, steps = run.global_batch_size, run.gradient_accumulation_steps or 1
+    rows = run.batch_size if isinstance(run.batch_size, int) else 1
+    unit = rows * steps * world
+    both = isinstance(run.batch_size, int) and run.gradient_accumulation_steps is not None
+    if total == unit or (not both and total % unit == 0):
+        return []
+    parts = [f"num_gpus ({world} processes)"] if world > 1 else []
+    if isinstance(run.batch_size, int):
+        parts.append(f"batch_size ({rows})")
+    if run.gradient_accumulation_steps is not None:
+        parts.append(f"gradient_accumulation_steps ({steps})")
+    if both:
+        return [
+            f"global_batch_size ({total}) must equal {' * '.join(reversed(parts))} = {unit}. "
+            f"Set global_batch_size={unit}, or null to derive it"
+        ]
+    near = [v for v in (total // unit * unit, (total // unit + 1) * unit) if v > 0]
+    return [
+        f"global_batch_size ({total}) must be divisible by {' * '.join(parts)} = {unit}; "
+        f"nearest: {', '.join(map(str, near))}"
+    ]
+
+
+def _schedule(run: RunConfig) -> list[str]:
+    problems = []
+    length = run.lr_decay_steps or (None if run.num_epochs else run.num_iterations)
+    if run.warmup_ratio is None and length is not None and run.warmup_steps >= length:
+        name = "lr_decay_steps" if run.lr_decay_steps else "num_iterations"
+        problems.append(f"warmup_steps ({run.warmup_steps}) must be less than {name} ({length})")
+    if run.min_lr is not None and run.min_lr > run.learning_rate:
+        problems.append(f"min_lr ({run.min_lr}) must not exceed learning_rate ({run.learning_rate})")
+    return problems
+
+
+def _machine(run: RunConfig) -> list[str]:
+    problems = []
+    on_cuda = uses_cuda(run.device)
+    started = int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else None
+    if started is not None and run.num_gpus not in ("auto", started):
+        plural = "es were" if started > 1 else " was"
+        problems.append(
+            f"num_gpus is {run.num_gpus} but {started} process{plural} started. "
+            f"Use: torchrun --nproc_per_node={run.num_gpus} mytrainer.py ..."
+        )
+    if run.num_gpus not in ("auto", 1) and (run.device == "mps" or re.match(r"cuda:\d", run.device)):
+        problems.append(f"num_gpus is {run.num_gpus} but device={run.device} is a single one")
+    if run.ddp_backend == "nccl" and not on_cuda:
+        problems.append(
+            "ddp_backend: 'nccl' needs CUDA; on this device use gloo, or null to choose by device"
+        )
+    return problems
+
+
+def _files(run: RunConfig) -> list[str]:
+    """Problems with what the run is to read, found before anything starts."""
+    problems = []
+    if run.input_file:
+        path = Path(run.data_root or "", run.input_file).expanduser()
+        if not path.exists():
+            problems.append(f"input_file: no such file or folder: {path} (looked from {Path.cwd()})")
+    for name in ("resume", "init_from_checkpoint"):
+        value = getattr(run, name)
+        if value not in (None, "none", "auto") and not Path(value).expanduser().exists():
+            problems.append(f"{name}: no such run or checkpoint: {value}")
+    size = re.fullmatch(r"bpe-(\d+)", run.tokenizer)
+    if size and int(size[1]) < 257:
+        problems.append(f"tokenizer: '{run.tokenizer}' is too small: 256 bytes and one end mark make bpe-257")
+    elif not size and run.tokenizer not in ("auto", "byte") and not Path(run.tokenizer).expanduser().exists():
+        problems.append(
+            f"tokenizer: '{run.tokenizer}' is not one of auto, byte, bpe-<N>, and no such file exists"
+        )
+    return problems
+
+
+def architecture_config(type_: str, adapter: str | None, where: Where) -> type[ModelConfig]:
+    """The Config class of an architecture: an adapter's own `Cfg`, else the model's `Config`."""
+    import models
+
+    if ":" not in type_ and type_ not in models.ARCHITECTURES:
+        names = list(models.ARCHITECTURES)
+        hint = did_you_mean(type_, names)
+        _raise([f"type: unknown type '{type_}'.{hint} Registered: {', '.join(sorted(names))}"], where)
+    if adapter:
+        own = getattr(_imported("model_adapter", adapter, where), "Cfg", None)
+        if own is not None:
+            return own
+    model = _imported("type", models.resolve(type_).model, where)
+    config_class = getattr(model, "Config", None)
+    if not (isinstance(config_class, type) and issubclass(config_class, BaseModel)):
+        _raise(
+            [f"type: {type_} has no class attribute `Config` derived from configs.schema.ModelConfig"], where
+        )
+    return config_class
+
+
+def _imported(field: str, spec: str, where: Where) -> Any:
+    module, _, name = (spec if ":" in spec else ":".join(spec.rsplit(".", 1))).partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            _placed(f"{field}: cannot import '{spec}': {error}. Expected pkg.mod:Class on PYTHONPATH", where)
+        ) from error
+
+
+def _drop_preset_extras(
+    run: RunConfig, config_class: type[ModelConfig], notices: list[str]
+) -> dict[str, Any]:
+    """`model_cfg` without the sizes that a preset brought and this architecture has no counterpart for."""
+    file = CONFIGS / "preset" / f"{run.preset}.yaml"
+    if not file.is_file():
+        return run.model_cfg
+    brought = OmegaConf.to_container(OmegaConf.load(file)).get("model_cfg") or {}
+    extras = {
+        k for k, v in run.model_cfg.items() if k not in config_class.model_fields and brought.get(k, ...) == v
+    }
+    if extras:
+        notices.append(f"preset {run.preset}: {run.type} has no {', '.join(sorted(extras))}; left out")
+    return {k: v for k, v in run.model_cfg.items() if k not in extras}
+
+
+def _architecture(
+    type_: str, config_class: type[ModelConfig], fields: dict[str, Any], where: Where
+) -> ModelConfig:
+    names = list(config_class.model_fields)
+    problems = []
+    for key in fields:
+        if key not in names:
+            place = where(f"model_cfg.{key}")
+            hint = suggest_key(f"model_cfg.{key}", names, GENERIC_FIELDS)
+            problems.append(
+                f"{place + ': ' if place else ''}unknown key 'model_cfg.{key}' for type '{type_}'.{hint}"
+            )
+    try:
+        model_cfg = config_class.model_validate({k: v for k, v in fields.items() if k in names})
+    except ValidationError as error:
+        problems += [p for _, p in explain(error, config_class, fields, where, "model_cfg.")]
+    if problems:
+        raise ConfigError(problems)
+    return model_cfg

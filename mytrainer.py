@@ -1,0 +1,49 @@
+"""The front door: picks the command and hands over. `python mytrainer.py --help` says what there is."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+COMMANDS = {
+    "train": "trainer.app:main",
+    "generate": "trainer.generate:main",
+    "eval": "trainer.evaluate:main",
+    "show": "trainer.show:main",
+    "show_configs": "trainer.show:main",
+    "bench": "trainer.bench:main",
+    "worker": "trainer.launch:worker_main",  # started by us: one process of a run
+}
+
+
+def _import_paths() -> None:
+    """Child processes (sweep jobs, workers) must find the project first, and the user's modules last."""
+    old = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    paths = [str(ROOT), *(p for p in old if p), os.getcwd()]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    sys.path[:] = list(dict.fromkeys([str(ROOT), *sys.path, os.getcwd()]))
+
+
+def main(argv: list[str]) -> int:
+    """Run one command; the exit status is 0, 1 (a run failed), or 2 (the configuration is wrong)."""
+    _import_paths()
+    command = argv[0] if argv and argv[0] in COMMANDS else None
+    module, _, function = COMMANDS[command or "train"].partition(":")
+    from configs.messages import ConfigError
+
+    try:
+        return getattr(importlib.import_module(module), function)(argv[1:] if command else argv) or 0
+    except ConfigError as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(error.report(), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
