@@ -1,0 +1,193 @@
+"""`load_dataset`: choices, the cache and its repair, and what a user's mistake says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data
+from data import load_dataset
+from data.cache import cache_root, write_atomic
+from data.errors import DataError
+from data.tokenizers import ByteTokenizer
+
+
+@pytest.fixture
+def book(tmp_path, documents) -> str:
+    path = tmp_path / "book.txt"
+    path.write_bytes(b"\n".join(document.text for document in documents) * 3)
+    return str(path)
+
+
+@pytest.fixture
+def cache(tmp_path) -> Path:
+    return tmp_path / "cache"
+
+
+def test_text_comes_back_from_its_tokens(config, book, cache) -> None:
+    for tokenizer in ("byte", "bpe-300"):
+        dataset = load_dataset(config(input_file=book, tokenizer=tokenizer), cache_dir=cache)
+        sides = (dataset.train, dataset.heldout)
+        text = b"".join(store.text(index) for store in sides for index in range(store.n_docs))
+        assert text == Path(book).read_bytes()
+        assert sum(store.total_bytes for store in sides) == len(text)
+        assert dataset.tokenizer.name == tokenizer and dataset.name == "book.txt"
+        assert dataset.entropy_bits_per_byte is None
+
+
+def test_second_load_maps_the_cache_and_trains_nothing(config, book, cache, monkeypatch) -> None:
+    cfg = config(input_file=book, tokenizer="bpe-300")
+    first = load_dataset(cfg, cache_dir=cache)
+    monkeypatch.setattr("data.tokenizers.train_bpe", lambda *_: pytest.fail("trained twice"))
+    monkeypatch.setattr("data.store.encode_documents", lambda *_: pytest.fail("encoded twice"))
+    second = load_dataset(cfg, cache_dir=cache)
+    assert isinstance(second.train.tokens, np.memmap) and not second.train.tokens.flags.writeable
+    assert (second.train.tokens == first.train.tokens).all()
+    assert (second.heldout.doc_bytes == first.heldout.doc_bytes).all()
+    assert second.tokenizer.digest == first.tokenizer.digest and second.fingerprint == first.fingerprint
+
+
+def test_changed_text_is_not_served_from_the_cache(config, book, cache) -> None:
+    cfg = config(input_file=book)
+    first = load_dataset(cfg, cache_dir=cache)
+    Path(book).write_bytes(Path(book).read_bytes().replace(b"cat", b"cow"))
+    second = load_dataset(cfg, cache_dir=cache)
+    assert second.fingerprint != first.fingerprint
+    assert b"cow" in second.train.text(0) and b"cat" not in second.train.text(0)
+
+
+def test_every_damaged_cache_file_is_noticed_and_rebuilt(config, book, cache) -> None:
+    cfg = config(input_file=book, tokenizer="bpe-300")
+    first = load_dataset(cfg, cache_dir=cache)
+    files = sorted(path for path in cache.rglob("*") if path.suffix in {".npy", ".json"})
+    rebuilt = [path for path in files if path != first.cache_path / "tokenizer.json"]  # the yardsticks' copy
+    assert len(rebuilt) == 8
+    for path in rebuilt:
+        good = path.read_bytes()
+        for bad in (good[: len(good) // 2], good[:-3] + bytes([good[-3] ^ 1]) + good[-2:], b""):
+            path.write_bytes(bad)
+            again = load_dataset(cfg, cache_dir=cache)
+            assert (again.train.tokens == first.train.tokens).all()
+            assert (again.heldout.offsets == first.heldout.offsets).all()
+            assert again.tokenizer.digest == first.tokenizer.digest
+            assert any("rebuilt" in note for note in again.notes), path
+            assert path.read_bytes() == good
+
+
+def test_missing_cache_file_is_rebuilt(config, book, cache) -> None:
+    first = load_dataset(config(input_file=book), cache_dir=cache)
+    (first.cache_path / "train.offsets.npy").unlink()
+    again = load_dataset(config(input_file=book), cache_dir=cache)
+    assert (again.train.offsets == first.train.offsets).all()
+    assert (first.cache_path / "train.offsets.npy").exists()
+
+
+def test_a_cache_that_cannot_be_written_costs_a_note_only(config, book, tmp_path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    dataset = load_dataset(config(input_file=book, tokenizer="bpe-300"), cache_dir=tmp_path / "file")
+    assert dataset.cache_path is None and dataset.train.n_docs
+    assert sum("could not be cached" in note for note in dataset.notes) == 2
+
+
+def test_processes_at_once_end_with_one_sound_cache(config, book, cache) -> None:
+    code = (
+        "import sys; from types import SimpleNamespace; from data import load_dataset\n"
+        "cfg = SimpleNamespace(data='text', input_file=sys.argv[1], data_root=None, train_seq_len=32)\n"
+        "cfg.tokenizer = 'bpe-300'\n"
+        "print(load_dataset(cfg, cache_dir=sys.argv[2]).tokenizer.digest)\n"
+    )
+    project = Path(data.__file__).resolve().parent.parent
+    command = [sys.executable, "-c", code, book, str(cache)]
+    children = [subprocess.Popen(command, cwd=project, stdout=subprocess.PIPE) for _ in range(3)]
+    digests = {child.communicate(timeout=120)[0] for child in children}
+    assert len(digests) == 1 and all(child.returncode == 0 for child in children)
+    dataset = load_dataset(config(input_file=book, tokenizer="bpe-300"), cache_dir=cache)
+    assert isinstance(dataset.train.tokens, np.memmap)
+    assert not any("rebuilt" in note for note in dataset.notes)
+    assert not list(cache.rglob(".*"))  # no temporary files left
+
+
+def test_auto_tokenizer(config, book, cache) -> None:
+    synthetic = load_dataset(config(data="synthetic", tokenizer="auto"), cache_dir=cache)
+    assert synthetic.tokenizer.name == "byte" and any(
+        "tokenizer auto: byte" in note for note in synthetic.notes
+    )
+    assert synthetic.entropy_bits_per_byte == synthetic.truth.entropy_bits_per_byte
+    small = load_dataset(config(input_file=book, tokenizer="auto"), cache_dir=cache)
+    assert small.tokenizer.name == "byte" and any("the text is small" in note for note in small.notes)
+
+
+def test_auto_is_bpe_1024_where_the_text_supports_it(config, tmp_path, cache) -> None:
+    source = Path(data.__file__).parent
+    cfg = config(input_file=str(source), tokenizer="auto")
+    dataset = load_dataset(cfg, cache_dir=cache)
+    assert dataset.tokenizer.name == "bpe-1024" and dataset.tokenizer.vocab_size == 1024
+
+
+def test_tokenizer_from_a_path_and_from_a_checkpoint(config, book, cache, tmp_path, bpe) -> None:
+    bpe.save(tmp_path / "tokenizer.json")
+    by_path = load_dataset(
+        config(input_file=book, tokenizer=str(tmp_path / "tokenizer.json")), cache_dir=cache
+    )
+    assert by_path.tokenizer.digest == bpe.digest
+    given = load_dataset(
+        config(input_file=book, tokenizer="auto"), cache_dir=cache, tokenizer=ByteTokenizer()
+    )
+    assert given.tokenizer.name == "byte"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": "embeded"}, "Did you mean 'embedded'"),
+        ({"tokenizer": "bpe1024"}, "Did you mean 'bpe-1024'"),
+        ({"tokenizer": "bytes"}, "Did you mean 'byte'"),
+        ({"tokenizer": "bpe-256"}, "Nearest: bpe-257"),
+        ({"tokenizer": "bpe-9999999"}, "Nearest: bpe-131072"),
+        ({"tokenizer": "bpe-5000"}, "needs more text"),
+        ({"tokenizer": "some/tokenizer.json"}, "there is no such file"),
+        ({"train_seq_len": 10**6}, r"too short for one row: .*largest train_seq_len for it is \d+"),
+    ],
+)
+def test_mistakes(config, book, cache, changes: dict, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load_dataset(config(input_file=book, **changes), cache_dir=cache)
+
+
+def test_cache_root_follows_the_environment(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("MYTRAINER_CACHE", str(tmp_path / "mine"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_root() == tmp_path / "mine"
+    monkeypatch.delenv("MYTRAINER_CACHE")
+    assert cache_root() == tmp_path / "xdg" / "mytrainer"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_root() == tmp_path / ".cache" / "mytrainer"
+
+
+def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path) -> None:
+    path = tmp_path / "file"
+    write_atomic(path, lambda file: file.write(b"old"))
+
+    def fail(file) -> None:
+        file.write(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomic(path, fail)
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_the_package_imports_no_torch() -> None:
+    code = (
+        "import sys, data, data.tokenizers, data.yardsticks, data.synthetic, data.text, data.embedded\n"
+        "heavy = {'torch', 'hydra', 'trainer', 'models', 'adapters', 'configs'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    project = Path(data.__file__).resolve().parent.parent
+    assert subprocess.run([sys.executable, "-c", code], cwd=project).returncode == 0

@@ -1,0 +1,188 @@
+"""Tokenizers are lossless, deterministic, and refuse files and ids that are not theirs."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from data import tokenizers
+from data.bpe import MIN_COUNT, count_words, train_ranks
+from data.corpus import Document
+from data.errors import DataError
+from data.tokenizers import END_OF_TEXT, BpeTokenizer, ByteTokenizer, StreamDecoder, load_tokenizer, train_bpe
+
+messy_bytes = st.one_of(st.binary(max_size=80), st.text(max_size=60).map(lambda text: text.encode()))
+
+
+@given(raw=messy_bytes)
+@example(raw=b"caf\xc3\xa9 \xff\xc3 the cat\xe2\x82")
+@example(raw=b"\xed\xa0\x80")  # an encoded surrogate: not UTF-8
+@settings(deadline=None)
+def test_round_trip_is_exact_for_any_bytes(raw: bytes, bpe: BpeTokenizer) -> None:
+    for tokenizer in (bpe, ByteTokenizer()):
+        ids = tokenizer.encode(raw)
+        assert tokenizer.decode(ids) == raw
+        assert int(tokenizer.token_bytes[ids].sum()) == len(raw)
+        assert ids.dtype == tokenizer.dtype and not (ids == tokenizer.eot).any()
+
+
+@given(raw=st.lists(messy_bytes, max_size=12).map(b"\n".join))
+@settings(deadline=None, max_examples=50)
+def test_long_texts_are_cut_into_pieces_without_loss(raw: bytes, bpe: BpeTokenizer) -> None:
+    limit = tokenizers.PIECE_BYTES
+    tokenizers.PIECE_BYTES = 16
+    try:
+        assert bpe.decode(bpe.encode(raw)) == raw
+        spans = list(tokenizers._pieces(raw))
+    finally:
+        tokenizers.PIECE_BYTES = limit
+    assert b"".join(raw[start:stop] for start, stop in spans) == raw
+    assert all(0 < stop - start <= 16 for start, stop in spans)
+
+
+def test_pieces_never_cut_a_character() -> None:
+    raw = "é€𝄞".encode() * 100_000
+    for start, stop in tokenizers._pieces(raw):
+        raw[start:stop].decode("utf-8")
+
+
+def test_text_and_its_bytes_encode_alike(bpe: BpeTokenizer) -> None:
+    text = "the café on a mat"
+    assert (bpe.encode(text) == bpe.encode(text.encode())).all()
+    assert bpe.decode(bpe.encode("arg\udcff")) == b"arg\xff"  # how Python passes undecodable arguments
+
+
+def test_a_lone_surrogate_is_refused() -> None:
+    with pytest.raises(DataError, match="character 3"):
+        ByteTokenizer().encode("abc\ud800")
+
+
+def test_literal_end_of_text_stays_text(bpe: BpeTokenizer) -> None:
+    for tokenizer in (bpe, ByteTokenizer()):
+        ids = tokenizer.encode(END_OF_TEXT)
+        assert tokenizer.eot not in ids.tolist()
+        assert tokenizer.decode(ids) == END_OF_TEXT.encode()
+        assert tokenizer.decode([tokenizer.eot]) == b""
+
+
+def test_vocabulary_sizes(bpe: BpeTokenizer) -> None:
+    assert (ByteTokenizer().vocab_size, ByteTokenizer().eot) == (257, 256)
+    assert (bpe.vocab_size, bpe.eot, bpe.name, len(bpe.token_bytes)) == (300, 299, "bpe-300", 300)
+    assert bpe.token_bytes[bpe.eot] == 0
+
+
+@pytest.mark.parametrize("wrong", [300, -1])
+def test_ids_beyond_the_vocabulary_are_named(bpe: BpeTokenizer, wrong: int) -> None:
+    with pytest.raises(DataError, match=rf"token id {wrong} at position 2 .*0 to 299"):
+        bpe.decode([1, 2, wrong, 4])
+
+
+def test_training_merges_like_a_plain_count_of_pairs(merging_text: bytes) -> None:
+    """Against a restatement that recounts everything before each merge."""
+    words = count_words([merging_text])
+    ranks = train_ranks(words, 340)
+    spelled = {word: [bytes([value]) for value in word.encode()] for word in words}
+    expected = [bytes([value]) for value in range(256)]
+    while len(expected) < 340:
+        pairs: Counter[tuple[bytes, bytes]] = Counter()
+        for word, parts in spelled.items():
+            for pair in zip(parts, parts[1:], strict=False):
+                pairs[pair] += words[word]
+        pair = min(pairs, key=lambda pair: (-pairs[pair], pair))  # ties: the smaller bytes
+        if pairs[pair] < MIN_COUNT:
+            break
+        if (merged := pair[0] + pair[1]) not in expected:
+            expected.append(merged)
+        for parts in spelled.values():
+            place = 0
+            while place < len(parts) - 1:
+                if (parts[place], parts[place + 1]) == pair:
+                    parts[place : place + 2] = [merged]
+                place += 1
+    assert ranks == expected
+    assert 300 < len(expected) < 340  # the text ran out of pairs, as intended
+
+
+def test_training_is_deterministic_and_sees_the_sample_only(
+    documents: list[Document], bpe: BpeTokenizer
+) -> None:
+    again = train_bpe(list(reversed(documents)), 300)
+    assert again.digest == bpe.digest
+    assert train_bpe(documents, 299).digest != bpe.digest
+
+
+def test_too_little_text_names_the_largest_vocabulary() -> None:
+    document = Document("a", b"abab abab")
+    with pytest.raises(DataError, match=r"at most bpe-(\d+)") as error:
+        train_bpe([document], 1024)
+    largest = int(str(error.value).split("at most bpe-")[1].split(".")[0])
+    assert train_bpe([document], largest).vocab_size == largest
+
+
+def test_save_and_load(tmp_path, bpe: BpeTokenizer) -> None:
+    for tokenizer in (bpe, ByteTokenizer()):
+        path = tmp_path / f"{tokenizer.name}.json"
+        tokenizer.save(path)
+        loaded = load_tokenizer(path)
+        assert (loaded.digest, loaded.vocab_size, loaded.eot) == (
+            tokenizer.digest,
+            tokenizer.vocab_size,
+            tokenizer.eot,
+        )
+        assert (loaded.encode(b"the cat\xff") == tokenizer.encode(b"the cat\xff")).all()
+    content = json.loads((tmp_path / "bpe-300.json").read_text())
+    assert content.keys() == {"format_version", "type", "pat_str", "special_tokens", "ranks", "digest"}
+
+
+def _damage(content: dict, **changes) -> bytes:
+    return json.dumps({**content, **changes}).encode()
+
+
+def test_files_that_are_no_tokenizer_are_refused_by_reason(tmp_path, bpe: BpeTokenizer) -> None:
+    path = tmp_path / "tokenizer.json"
+    with pytest.raises(DataError, match="cannot be read"):
+        load_tokenizer(path)
+    bpe.save(path)
+    content = json.loads(path.read_text())
+    cases = {
+        "not a JSON file": path.read_bytes()[:-20],
+        'no "format_version"': b'{"model": {"type": "BPE"}}',
+        "format_version 2 is not known": _damage(content, format_version=2),
+        "'unigram' is not known": _damage(content, type="unigram"),
+        "list of base64": _damage(content, ranks=["?"]),
+        "all 256 single bytes": _damage(content, ranks=content["ranks"][1:]),
+        "same bytes twice": _damage(content, ranks=[*content["ranks"], content["ranks"][-1]]),
+        "the last id": _damage(content, special_tokens={END_OF_TEXT: 0}),
+        "does not match its digest": _damage(content, pat_str=content["pat_str"] + "|x"),
+        "tiktoken does not accept": _damage(content, pat_str="("),
+        "pat_str must be a string": _damage(content, pat_str=None),
+    }
+    for reason, raw in cases.items():
+        path.write_bytes(raw)
+        with pytest.raises(DataError, match=reason) as error:
+            load_tokenizer(path)
+        assert str(path) in str(error.value)
+
+
+def test_streaming_decoder_waits_for_whole_characters(bpe: BpeTokenizer) -> None:
+    text = "naïve 𝄞 €"
+    decoder = StreamDecoder(ByteTokenizer())
+    pushed = [decoder.push([byte]) for byte in text.encode()]
+    assert "".join(pushed) == text and decoder.flush() == ""
+    assert all("\ufffd" not in part for part in pushed)
+    decoder = StreamDecoder(bpe)
+    assert decoder.push(bpe.encode("é".encode()[:1])) == ""
+    assert decoder.flush() == "\ufffd"
+    assert decoder.push(bpe.encode(b"\xff!")) == "\ufffd!"
+
+
+def test_dtype_follows_the_vocabulary() -> None:
+    assert ByteTokenizer().dtype == np.uint16
+    ranks = [bytes([value]) for value in range(256)]
+    ranks += [bytes([first, second]) for first in range(256) for second in range(256)]
+    assert BpeTokenizer(ranks).dtype == np.uint32
