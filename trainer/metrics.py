@@ -1,0 +1,112 @@
+"""metrics.jsonl: one JSON object per log line, the only source of plots and reports.
+
+Every line is strict JSON. What JSON cannot hold (NaN, infinities) is written as a string and read back as a
+float. A line is in the file once `write` has returned, so a killed process loses at most the line it was
+writing.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import TrainingError
+
+__all__ = ["MetricsWriter", "read_metrics"]
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class MetricsWriter:
+    """Appends to `<run_dir>/metrics.jsonl`. A line that an earlier process left half-written is removed."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = Path(run_dir) / "metrics.jsonl"
+        self.truncate_after(math.inf)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append one object: numbers (of Python, numpy or one-element tensors), strings, lists, mappings."""
+        text = json.dumps(_to_json(line), allow_nan=False)
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(text + "\n")
+        except OSError as error:
+            raise TrainingError(f"cannot write {self.path}: {error.strerror or error}") from error
+
+    def truncate_after(self, step: float) -> None:
+        """Drop lines of steps beyond `step`, and unreadable ones; the file is replaced in one go."""
+        if not self.path.exists():
+            return
+        old = self.path.read_bytes()
+        lines = old.splitlines(keepends=True)
+        new = b"".join(line for line in lines if (at := _step_of(line)) is not None and at <= step)
+        if new == old:
+            return
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(new)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path)
+        except OSError as error:
+            raise TrainingError(f"cannot write {self.path}: {error.strerror or error}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All lines of a metrics.jsonl (or of the one in a run folder); a half-written last line is left out.
+
+    Raises ValueError naming the line where anything else is not a JSON object.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    records = []
+    for number, line in enumerate(lines, start=1):
+        record = _parse(line)
+        if record is not None:
+            records.append(record)
+        elif number < len(lines):
+            raise ValueError(
+                f"{path}:{number}: not a JSON object: {line[:60].decode(errors='replace').strip()}"
+            )
+    return records
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        record = json.loads(line)
+    except ValueError:  # also what is not UTF-8
+        return None
+    return _restore(record) if isinstance(record, dict) else None
+
+
+def _step_of(line: bytes) -> float | None:
+    record = _parse(line)
+    return None if record is None else record.get("step", 0)
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _to_json(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_json(entry) for entry in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _restore(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _restore(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_restore(entry) for entry in value]
+    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
