@@ -1,0 +1,86 @@
+"""Numbers and text as people read them: shared by the console and the report."""
+
+import math
+from typing import Any
+
+
+def duration(seconds: float) -> str:
+    """At most six characters: `42s`, `12m03s`, `5h07m`, `3d04h`."""
+    if not math.isfinite(seconds):
+        return "?"
+    seconds = max(0, round(seconds))
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    if seconds < 86400:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    return f"{seconds // 86400}d{seconds % 86400 // 3600:02d}h"
+
+
+def quantity(value: float) -> str:
+    """At most five characters for what is below 10^15: `950`, `12.3k`, `4.56M`."""
+    if not math.isfinite(value):
+        return "?"
+    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= 0.9995 * scale:
+            scaled = value / scale
+            return f"{scaled:.{2 if abs(scaled) < 9.995 else 1 if abs(scaled) < 99.95 else 0}f}{unit}"
+    return f"{value:.0f}"
+
+
+def bits_per_byte(score: dict[str, Any], prefix: str = "") -> str:
+    """`1.234`, or `<= 1.234 ± 0.005` where the number is an upper bound."""
+    value = f"{score[prefix + 'bits_per_byte']:.3f}"
+    if score.get(prefix + "kind") != "bound":
+        return value
+    error = score.get(prefix + "standard_error")
+    return f"<= {value}" + (f" ± {error:.3f}" if error else "")
+
+
+def printable(text: str | bytes) -> str:
+    """`text` with every character escaped that could move a cursor or reorder a line.
+
+    Newlines stay, tabs are expanded; bytes that are not UTF-8 appear as `\\xff`.
+    """
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", errors="backslashreplace")
+    text = text.expandtabs(4)
+    return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+# What a yardstick is, where its name does not say it.
+YARDSTICK_NOTES = {
+    "uniform": "every byte equally likely",
+    "unigram": "token frequencies",
+    "3-gram": "bytes, Witten-Bell",
+    "6-gram": "bytes, Witten-Bell",
+    "xz": "sees the whole file",
+    "bz2": "sees the whole file",
+    "true entropy": "of the source: nothing can do better",
+}
+
+
+def ranking(score: dict[str, Any], yardsticks: dict[str, float]) -> list[tuple[str, float, str, bool]]:
+    """(name, bits per byte, printed number, is ours), best first; ours before an equal yardstick."""
+    rows = [
+        (name, value, f"{value:.3f}", False)
+        for name, value in yardsticks.items()
+        if name != "ngram_training_bytes" and value is not None
+    ]
+    rows.append(("this model", score["bits_per_byte"], bits_per_byte(score), True))
+    return sorted(rows, key=lambda row: (row[1], not row[3]))
+
+
+def ranking_notes(score: dict[str, Any], yardsticks: dict[str, float]) -> list[str]:
+    """Sentences without which the ranking would mislead."""
+    notes = []
+    if score.get("kind") == "bound":
+        notes.append(
+            f"an upper bound ({score.get('estimator', 'unnamed estimator')}): the model may be better"
+        )
+    if score.get("comparable") is False:
+        notes.append("scored on a part chosen by tokens: not comparable with other runs")
+    if sampled := yardsticks.get("ngram_training_bytes"):
+        notes.append(f"the n-grams were trained on {quantity(sampled)}B of the training text")
+    return notes
