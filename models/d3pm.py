@@ -1,0 +1,88 @@
+"""D3PM: discrete-time diffusion with structured transition matrices (Austin et al. 2021, arXiv:2107.03006).
+
+The network is the shared diffusion transformer; the chains, the bound and the sampler are in the adapter.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from configs.schema import NonNegativeFloat, Positive
+from models.dit import DiT, DiTConfig
+
+if TYPE_CHECKING:
+    from configs.schema import RunConfig
+
+__all__ = ["D3PM", "D3PMConfig"]
+
+Probability = Annotated[float, Field(gt=0, le=1)]
+DENSE_CHAINS = ("gaussian", "nearest_neighbor")  # a table of K x K transition probabilities
+
+
+class D3PMConfig(DiTConfig):
+    transition_type: Literal["absorbing", "uniform", "gaussian", "nearest_neighbor"] = "absorbing"
+    # The paper: mutual_info for absorbing and nearest_neighbor, cosine for uniform, linear for gaussian.
+    noise_schedule: Literal["mutual_info", "cosine", "linear"] = "mutual_info"
+    num_timesteps: Positive = 1000  # T, steps of the chain
+    auxiliary_loss_weight: NonNegativeFloat = 0.01  # lambda of the cross-entropy; the paper's 0 on uniform
+    sampling_timesteps: Positive = 1000  # reverse steps S <= T; fewer are even skips
+    gaussian_beta_min: Probability = 1e-4  # linear schedule of the gaussian chain
+    gaussian_beta_max: Probability = 0.02
+    linear_beta_min: Probability = 0.02  # linear schedule of the other chains
+    linear_beta_max: Probability = 1.0
+    nearest_neighbors: Positive = 5  # k of the graph over embeddings
+    nn_embedding_path: str | None = None  # pretrained embeddings, (K, any width), .npy or .pt
+    nn_construction: Literal["expm", "sinkhorn"] = "expm"
+    dense_state_limit: Positive = 16384  # most states K of a chain with a dense table: K^2 numbers
+    reverse_param: Literal["joint", "mixture"] = "joint"  # equation 4, or a mixture of normalised posteriors
+    l0_mode: Literal["posterior", "x0"] = "posterior"  # last step by equation 4, or by p(x0) itself
+    zero_mask_logit: bool = False  # absorbing: the network gives the mask no probability
+
+    @property
+    def has_mask(self) -> bool:
+        return self.transition_type == "absorbing"
+
+    def problems(self, run: RunConfig) -> list[str]:
+        return super().problems(run) + self._schedule_problems() + self._chain_problems()
+
+    def _schedule_problems(self) -> list[str]:
+        problems = []
+        if self.sampling_timesteps > self.num_timesteps:
+            problems.append(
+                f"model_cfg.sampling_timesteps ({self.sampling_timesteps}) must not exceed "
+                f"model_cfg.num_timesteps ({self.num_timesteps}); nearest: {self.num_timesteps}"
+            )
+        for chain in ("gaussian", "linear"):
+            low, high = getattr(self, f"{chain}_beta_min"), getattr(self, f"{chain}_beta_max")
+            if low > high:
+                problems.append(
+                    f"model_cfg.{chain}_beta_min ({low}) must not exceed model_cfg.{chain}_beta_max ({high})"
+                )
+        return problems
+
+    def _chain_problems(self) -> list[str]:
+        problems = []
+        if self.zero_mask_logit and not self.has_mask:
+            problems.append(
+                f"model_cfg.zero_mask_logit needs a mask state, and model_cfg.transition_type is "
+                f"'{self.transition_type}'. Set zero_mask_logit=false or transition_type=absorbing"
+            )
+        if self.transition_type == "nearest_neighbor" and self.nn_embedding_path is None:
+            problems.append(
+                "model_cfg.transition_type=nearest_neighbor needs model_cfg.nn_embedding_path, a file of "
+                "pretrained embeddings: neighbours in untrained ones mean nothing"
+            )
+        dense = self.transition_type in DENSE_CHAINS
+        if dense and self.vocab_size is not None and self.vocab_size > self.dense_state_limit:
+            problems.append(
+                f"model_cfg.vocab_size ({self.vocab_size}) exceeds model_cfg.dense_state_limit "
+                f"({self.dense_state_limit}): a {self.transition_type} chain keeps tables of K x K numbers. "
+                "Use a smaller tokenizer, or transition_type=absorbing or uniform"
+            )
+        return problems
+
+
+class D3PM(DiT):
+    Config = D3PMConfig

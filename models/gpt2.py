@@ -1,0 +1,224 @@
+"""GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; openai/gpt-2 `model.py`).
+
+Learned positions, pre-norm LayerNorm, fused qkv, GELU in its tanh form, biases, tied head. Published
+checkpoints load and give the same logits.
+
+Shapes: B rows, T tokens, D width, H heads, h = D/H head width, V vocabulary, V_p padded vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from configs.schema import DefaultModelConfig, Dropout, within_context
+from kernels.precision import compute_dtype
+from models.layers.attention import attention, attention_bias
+from models.layers.cache import KVCache
+from models.layers.decoder import Decoder, document_positions, match_keys, padded_vocabulary
+from models.layers.flops import Flops, decoder_flops, mean_keys
+from models.layers.init import INIT_STD, normal_, residual_std
+from models.layers.norms import LayerNorm
+from models.layers.roles import Rule
+
+if TYPE_CHECKING:
+    from configs.schema import RunConfig
+
+__all__ = ["GPT2", "GPT2Config"]
+
+NORM_EPS = 1e-5
+# Linear layers whose weights GPT-2 files store as (in, out), the layout of their `Conv1D`.
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+class GPT2Config(DefaultModelConfig):
+    """Defaults are the released 124M model. Medium, large and xl are (n_layers, d_model, n_heads) =
+    (24, 1024, 16), (36, 1280, 20) and (48, 1600, 25)."""
+
+    dropout: Dropout = 0.0  # of embeddings, attention probabilities and what blocks add; 0.1 in the paper
+    bias: bool = True  # False: none in any linear or norm
+    pad_vocab: bool = True  # embedding rows up to a multiple of 128, never predicted
+    wpe_init_std: Annotated[float, Field(gt=0, allow_inf_nan=False)] = INIT_STD  # 0.01 in OpenAI's code
+    tie_embeddings: bool = True
+
+    def problems(self, run: RunConfig) -> list[str]:
+        return super().problems(run) + within_context(run, self.n_ctx)
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg: GPT2Config, layer: int) -> None:
+        super().__init__()
+        self.n_heads, self.dropout, self.layer = cfg.n_heads, cfg.dropout, layer
+        self.c_attn = nn.Linear(cfg.d_model, 3 * cfg.d_model, bias=cfg.bias)
+        self.c_proj = nn.Linear(cfg.d_model, cfg.d_model, bias=cfg.bias)
+
+    def forward(self, x: Tensor, bias: Tensor | None, cache: KVCache | None) -> Tensor:
+        qkv = self.c_attn(x).unflatten(-1, (3, self.n_heads, -1))  # (B, T, 3, H, h)
+        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))  # (B, H, T, h)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        y = attention(q, k, v, bias, dropout=self.dropout if self.training else 0.0)
+        return F.dropout(self.c_proj(y.transpose(1, 2).flatten(2)), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg: GPT2Config) -> None:
+        super().__init__()
+        self.dropout = cfg.dropout
+        self.c_fc = nn.Linear(cfg.d_model, 4 * cfg.d_model, bias=cfg.bias)
+        self.c_proj = nn.Linear(4 * cfg.d_model, cfg.d_model, bias=cfg.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # the erf form does not reproduce released weights
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: GPT2Config, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(cfg.d_model, NORM_EPS, cfg.bias)
+        self.attn = Attention(cfg, layer)
+        self.ln_2 = LayerNorm(cfg.d_model, NORM_EPS, cfg.bias)
+        self.mlp = MLP(cfg)
+
+    def forward(self, x: Tensor, bias: Tensor | None, cache: KVCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), bias, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT2(Decoder):
+    Config = GPT2Config
+
+    def __init__(self, cfg: GPT2Config) -> None:
+        super().__init__()
+        if cfg.vocab_size is None:
+            raise ValueError("vocab_size: must be filled in before the model is built")
+        self.cfg, self.vocab_size, self.n_ctx = cfg, cfg.vocab_size, cfg.n_ctx
+        rows = padded_vocabulary(cfg.vocab_size) if cfg.pad_vocab else cfg.vocab_size
+        self.wte = nn.Embedding(rows, cfg.d_model)
+        self.wpe = nn.Embedding(cfg.n_ctx, cfg.d_model)
+        self.h = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layers))
+        self.ln_f = LayerNorm(cfg.d_model, NORM_EPS, cfg.bias)
+        self.lm_head = None if cfg.tie_embeddings else nn.Linear(cfg.d_model, rows, bias=False)
+
+    def forward(self, tokens: Tensor, doc_ids: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """tokens (B, T) int64 -> hidden (B, T, D) after the final norm.
+
+        doc_ids (B, T): attention stays within equal ids, positions restart at each change. None: one document
+        per row. With a cache the tokens continue what it holds. ValueError beyond n_ctx tokens.
+        """
+        past = self.check_input(tokens, doc_ids, cache, learned=True)
+        length = tokens.shape[1]
+        if doc_ids is None:
+            positions = torch.arange(past, past + length, device=tokens.device)  # (T,)
+        else:
+            positions = document_positions(doc_ids)  # (B, T)
+        x = self.wte(tokens) + self.wpe(positions)  # (B, T, D)
+        x = F.dropout(x, self.cfg.dropout, self.training)
+        bias = attention_bias(
+            length, past + length, doc_ids=doc_ids, device=tokens.device, dtype=compute_dtype(x)
+        )
+        for block in self.h:
+            x = block(x, bias, cache)
+        if cache is not None:
+            cache.advance(length)
+        return self.ln_f(x)
+
+    @property
+    def embedding_weight(self) -> Tensor:
+        return self.wte.weight
+
+    def init_cache(
+        self,
+        batch: int,
+        max_len: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> KVCache:
+        c = self.cfg
+        return KVCache(c.n_layers, batch, c.n_heads, max_len, c.d_model // c.n_heads, device, dtype)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """N(0, 0.02^2), residual projections N(0, (0.02 / sqrt(2L))^2), biases 0, gains 1."""
+        for name, module in self.named_modules():
+            if isinstance(module, LayerNorm):
+                module.init_weights()
+            elif isinstance(module, nn.Linear):
+                residual = name.endswith("c_proj")
+                normal_(module.weight, residual_std(self.cfg.n_layers) if residual else INIT_STD, generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        normal_(self.wte.weight, INIT_STD, generator)
+        normal_(self.wpe.weight, self.cfg.wpe_init_std, generator)
+
+    def blocks(self) -> list[str]:
+        return [f"h.{layer}" for layer in range(self.cfg.n_layers)]
+
+    def param_roles(self) -> list[Rule]:
+        return [
+            Rule(r"(wte|wpe)\.weight", "embedding"),
+            Rule(r"lm_head\.weight", "head"),
+            Rule(r"h\.\d+\.attn\.c_attn\.weight", "matrix", split=3),
+            Rule(r"h\.\d+\.(attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight", "matrix"),
+            Rule(r"h\.\d+\.(ln_1|ln_2)\.weight|ln_f\.weight|.*\.bias", "scalar"),
+        ]
+
+    def flops(self, seq_len: int) -> Flops:
+        c = self.cfg
+        matmul_weights = 12 * c.n_layers * c.d_model**2 + self.head_weight.numel()
+        return decoder_flops(matmul_weights, [mean_keys(seq_len)] * c.n_layers, c.d_model)
+
+    # -- the files of Hugging Face transformers (`GPT2LMHeadModel`) ------------------------------------------
+
+    def to_hf_state_dict(self) -> dict[str, Tensor]:
+        """Weights under their names and in their layout; a model without biases gets zero ones."""
+        hf = self._hf_views()
+        if not self.cfg.bias:
+            for name, module in self.named_modules():
+                if isinstance(module, nn.Linear | LayerNorm) and module is not self.lm_head:
+                    hf[f"transformer.{name}.bias"] = module.weight.new_zeros(module.weight.shape[0])
+        return {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in hf.items()}
+
+    def from_hf_state_dict(self, hf: Mapping[str, Tensor]) -> None:
+        """Load such weights, also those of a base model file (no `transformer.` prefix, no head).
+
+        ValueError if a key is missing or left over, if a shape differs, or if the file needs what this
+        configuration lacks (biases that are not zero, a head of its own).
+        """
+        prefixes = ("transformer.", "lm_head.")
+        buffers = (".attn.bias", ".attn.masked_bias")  # causal masks of older files
+        found = {
+            name if name.startswith(prefixes) else f"transformer.{name}": tensor
+            for name, tensor in hf.items()
+            if not name.endswith(buffers)
+        }
+        if not self.cfg.bias:
+            found = {n: t for n, t in found.items() if not (n.endswith(".bias") and not t.any())}
+        if self.lm_head is None and "transformer.wte.weight" in found:
+            table = found["transformer.wte.weight"]
+            if not torch.equal(found.setdefault("lm_head.weight", table), table):
+                raise ValueError("this GPT-2 file has a head of its own: it needs tie_embeddings: false")
+        views = self._hf_views()
+        match_keys(found, views, "GPT-2")
+        with torch.no_grad():
+            for name, view in views.items():
+                view.copy_(found[name])
+            for padded in {self.embedding_weight, self.head_weight}:
+                padded[self.vocab_size :] = 0.0
+
+    def _hf_views(self) -> dict[str, Tensor]:
+        """Our tensors in foreign names and layout, sharing memory with the parameters."""
+        views = {}
+        for name, tensor in self.state_dict().items():
+            if name in ("wte.weight", "lm_head.weight"):
+                tensor = tensor[: self.vocab_size]
+            if name.endswith(TRANSPOSED):
+                tensor = tensor.T
+            views[name if name == "lm_head.weight" else f"transformer.{name}"] = tensor
+        views.setdefault("lm_head.weight", views["transformer.wte.weight"])
+        return views

@@ -1,0 +1,91 @@
+"""What every decoder here offers to the outside, besides its own `forward`.
+
+Shapes: B rows, T tokens, D width, V vocabulary, V_p padded vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.layers.cache import KVCache
+
+__all__ = ["Decoder", "document_positions", "match_keys", "padded_vocabulary"]
+
+VOCABULARY_MULTIPLE = 128
+
+
+class Decoder(nn.Module):
+    """Head and cache of a decoder with a padded, possibly tied vocabulary.
+
+    A subclass sets `lm_head` (None when tied), and defines `embedding_weight`, `init_cache`, `forward`.
+    """
+
+    vocab_size: int
+    n_ctx: int
+    lm_head: nn.Linear | None
+    head_bias: Tensor | None = None
+
+    @property
+    def embedding_weight(self) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V_p, D). Rows from `vocab_size` on are padding."""
+        return self.embedding_weight if self.lm_head is None else self.lm_head.weight
+
+    @property
+    def max_context(self) -> int:
+        return self.n_ctx
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V): without the padding."""
+        return F.linear(hidden, self.head_weight[: self.vocab_size].to(hidden.dtype))
+
+    def check_input(
+        self, tokens: Tensor, doc_ids: Tensor | None, cache: KVCache | None, learned: bool
+    ) -> int:
+        """Refuse what the model cannot process; returns the number of tokens already in the cache."""
+        past = 0 if cache is None else cache.length
+        if doc_ids is not None and cache is not None:
+            raise ValueError("doc_ids cannot be combined with a cache: a cached row is one document")
+        if learned and past + tokens.shape[1] > self.n_ctx:
+            raise ValueError(
+                f"input of {past + tokens.shape[1]} tokens exceeds n_ctx ({self.n_ctx}): positions are learned"
+            )
+        return past
+
+
+def padded_vocabulary(vocab_size: int) -> int:
+    """The next multiple of 128: odd numbers of columns make matrix products slow."""
+    return -(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def document_positions(doc_ids: Tensor) -> Tensor:
+    """Position of each token since the last change of document in its row, (B, T) -> (B, T) int64."""
+    index = torch.arange(doc_ids.shape[1], device=doc_ids.device).expand(doc_ids.shape)
+    starts = F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0), value=True)
+    return index - torch.where(starts, index, 0).cummax(dim=1).values
+
+
+def match_keys(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
+    """ValueError that names the missing and unexpected keys and wrong shapes of a foreign state dict."""
+    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    wrong = [
+        f"{key}: {tuple(found[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in sorted(expected.keys() & found.keys())
+        if found[key].shape != expected[key].shape
+    ]
+    parts = [("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong)]
+    told = [f"{what}: {_shortened(names)}" for what, names in parts if names]
+    if told:
+        raise ValueError(f"not the state dict of this {source} model; " + "; ".join(told))
+
+
+def _shortened(names: list[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

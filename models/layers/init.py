@@ -1,0 +1,27 @@
+"""Weight initialisation from an explicit generator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["INIT_STD", "normal_", "residual_std"]
+
+INIT_STD = 0.02  # GPT-2, and since then almost everyone
+
+
+def residual_std(n_layers: int) -> float:
+    """Std of the two projections of a block that write to the residual stream: their 2L contributions add up
+    to a variance that does not grow with depth (Radford et al. 2019, section 2.3)."""
+    return INIT_STD / (2 * n_layers) ** 0.5
+
+
+@torch.no_grad()
+def normal_(tensor: Tensor, std: float, generator: torch.Generator) -> None:
+    """Fill with N(0, std^2). Drawn on the generator's device, so that a CPU generator gives the same weights
+    on every device; drawn in fp32 or better, so that the dtype does not change the draw."""
+    if tensor.is_meta:
+        return
+    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    draw = torch.empty(tensor.shape, dtype=dtype, device=generator.device)
+    tensor.copy_(draw.normal_(0.0, std, generator=generator))

@@ -1,0 +1,72 @@
+"""SEDD: score entropy discrete diffusion (Lou et al. 2024, arXiv:2310.16834).
+
+The network is the shared diffusion transformer, read as log-scores; graphs, noise, the bound and the samplers
+are in the adapter.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from configs.schema import NonNegativeFloat, OpenFraction, Positive, Rate
+from models.dit import DiT, DiTConfig
+
+if TYPE_CHECKING:
+    from configs.schema import RunConfig
+
+__all__ = ["SEDD", "SEDDConfig"]
+
+# On the absorbing graph 1 - exp(-sigma) grows linearly in t: D3PM's mutual-information schedule.
+_MutualInfoIsLoglinear = BeforeValidator(lambda v: "loglinear" if v == "mutual_info" else v)
+
+
+class SEDDConfig(DiTConfig):
+    transition_type: Literal["absorbing", "uniform"] = "absorbing"
+    noise_schedule: Annotated[Literal["loglinear", "geometric"], _MutualInfoIsLoglinear] = "loglinear"
+    sampling_eps: OpenFraction = 1e-3  # smallest t that training draws
+    num_timesteps: Positive = 1000  # times per sequence in a likelihood evaluation
+    sampling_timesteps: Positive = 1024
+    se_loss_weight: NonNegativeFloat = 1.0  # of the score entropy, which is the bound
+    lm_loss_weight: NonNegativeFloat = 0.0  # of a denoising cross-entropy at masked positions
+    predictor: Literal["analytic", "euler"] = "analytic"
+    scale_by_sigma: bool | None = None  # scores in units of the noise; null = true iff absorbing
+    use_low_discrepancy_sampler: bool = False  # times stratified over the rows of a step
+    noise_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-3  # loglinear: exp(-sigma(1))
+    sigma_min: Rate = 1e-4  # geometric: noise at t = 0 and 1
+    sigma_max: Rate = 20.0
+
+    @property
+    def has_mask(self) -> bool:
+        return self.transition_type == "absorbing"
+
+    @property
+    def scaled(self) -> bool:
+        """Whether scores are divided by (exp(sigma) - 1) n, which makes a zero output a uniform prediction."""
+        return self.has_mask if self.scale_by_sigma is None else self.scale_by_sigma
+
+    def problems(self, run: RunConfig) -> list[str]:
+        problems = super().problems(run)
+        if self.sigma_min >= self.sigma_max:
+            problems.append(
+                f"model_cfg.sigma_min ({self.sigma_min}) must be below model_cfg.sigma_max ({self.sigma_max})"
+            )
+        if self.se_loss_weight == 0 and self.lm_loss_weight == 0:
+            problems.append(
+                "model_cfg.se_loss_weight and model_cfg.lm_loss_weight are both 0: nothing is trained"
+            )
+        if not self.has_mask and self.scaled:
+            problems.append(
+                "model_cfg.scale_by_sigma must be false with transition_type=uniform: its scores are near 1"
+            )
+        if not self.has_mask and self.lm_loss_weight > 0:
+            problems.append(
+                f"model_cfg.lm_loss_weight ({self.lm_loss_weight}) scores masked positions, and "
+                "transition_type=uniform has none. Set lm_loss_weight=0"
+            )
+        return problems
+
+
+class SEDD(DiT):
+    Config = SEDDConfig

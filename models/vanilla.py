@@ -1,0 +1,302 @@
+"""The control: a Llama-style decoder, exactly standard.
+
+Pre-norm RMSNorm, rotary positions, SwiGLU, optional grouped-query attention, no biases, no embedding scale
+(Touvron et al. 2023, arXiv:2302.13971; Su et al. 2021, 2104.09864; Shazeer 2020, 2002.05202; Zhang and
+Sennrich 2019, 1910.07467; Ainslie et al. 2023, 2305.13245). Each modern part has a switch back to its
+predecessor, so that a comparison changes one thing. Parameter names are those of Llama in `transformers`.
+
+Shapes: B rows, T tokens, D width, H query heads, G key/value heads, h = D/H head width, f hidden width of
+the feed-forward layer, V vocabulary, V_p padded vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from configs.schema import DefaultModelConfig, Dropout, Positive, Rate, within_context
+from kernels.precision import compute_dtype
+from models.layers.attention import attention, attention_bias
+from models.layers.cache import KVCache
+from models.layers.decoder import Decoder, document_positions, match_keys, padded_vocabulary
+from models.layers.flops import Flops, decoder_flops, mean_keys
+from models.layers.init import INIT_STD, normal_, residual_std
+from models.layers.norms import LayerNorm, RMSNorm
+from models.layers.roles import Rule
+from models.layers.rotary import apply_rotary, rotary_tables
+
+if TYPE_CHECKING:
+    from configs.schema import RunConfig
+
+__all__ = ["Vanilla", "VanillaConfig"]
+
+Rotation = tuple[Tensor, Tensor]  # cosines and sines, see rotary_tables
+
+
+class VanillaConfig(DefaultModelConfig):
+    n_kv_heads: Positive | None = None  # None = n_heads
+    ffn_hidden: Positive | None = None  # None = 8/3 d_model (GELU: 4 d_model), rounded up to multiple_of
+    multiple_of: Positive = 64
+    rope_theta: Rate = 10000.0
+    norm_eps: Rate = 1e-5
+    tie_embeddings: bool = True
+    qk_norm: bool = False  # RMSNorm over the head width on queries and keys, before rotation
+    attn_softcap: Rate | None = None  # c: scores become c tanh(score / c)
+    sliding_window: Positive | None = None  # tokens that a token sees, itself included
+    dropout: Dropout = 0.0  # of embeddings, attention probabilities and what blocks add
+    bias: bool = False
+    use_rope: bool = True  # False: learned positions, then n_ctx is a limit
+    use_rmsnorm: bool = True  # False: LayerNorm
+    use_swiglu: bool = True  # False: GELU
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.d_model // self.n_heads
+
+    @property
+    def hidden_width(self) -> int:
+        if self.ffn_hidden is not None:
+            return self.ffn_hidden
+        thirds = 8 if self.use_swiglu else 12  # 8/3 D or 12/3 D, in integers: no rounding error before ceil
+        return self.multiple_of * -(-thirds * self.d_model // (3 * self.multiple_of))
+
+    def problems(self, run: RunConfig) -> list[str]:
+        found = super().problems(run)
+        if self.n_heads % self.kv_heads:
+            legal = [n for n in range(1, self.n_heads + 1) if self.n_heads % n == 0]
+            nearest = sorted(sorted(legal, key=lambda n: abs(n - self.kv_heads))[:2])
+            found.append(
+                f"model_cfg.n_heads ({self.n_heads}) must be divisible by model_cfg.n_kv_heads "
+                f"({self.kv_heads}); nearest n_kv_heads: {', '.join(map(str, nearest))}"
+            )
+        if self.use_rope and self.d_model % self.n_heads == 0 and self.head_width % 2:
+            below, above = self.n_heads * (self.head_width - 1), self.n_heads * (self.head_width + 1)
+            nearest_widths = ", ".join(str(width) for width in (below, above) if width > 0)
+            found.append(
+                f"model_cfg.d_model / model_cfg.n_heads ({self.d_model} / {self.n_heads} = {self.head_width}) "
+                f"must be even for rotary positions; nearest d_model: {nearest_widths}"
+            )
+        return found if self.use_rope else found + within_context(run, self.n_ctx)
+
+    def norm(self, width: int) -> nn.Module:
+        if self.use_rmsnorm:
+            return RMSNorm(width, self.norm_eps)
+        return LayerNorm(width, self.norm_eps, self.bias)
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg: VanillaConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.dropout, self.softcap = layer, cfg.dropout, cfg.attn_softcap
+        self.head_width = cfg.head_width
+        kv_width = cfg.kv_heads * cfg.head_width
+        self.q_proj = nn.Linear(cfg.d_model, cfg.d_model, bias=cfg.bias)
+        self.k_proj = nn.Linear(cfg.d_model, kv_width, bias=cfg.bias)
+        self.v_proj = nn.Linear(cfg.d_model, kv_width, bias=cfg.bias)
+        self.o_proj = nn.Linear(cfg.d_model, cfg.d_model, bias=cfg.bias)
+        self.q_norm = RMSNorm(cfg.head_width, cfg.norm_eps) if cfg.qk_norm else None
+        self.k_norm = RMSNorm(cfg.head_width, cfg.norm_eps) if cfg.qk_norm else None
+
+    def forward(
+        self, x: Tensor, bias: Tensor | None, rotation: Rotation | None, cache: KVCache | None
+    ) -> Tensor:
+        per_head = (-1, self.head_width)
+        q = self.q_proj(x).unflatten(-1, per_head)  # (B, T, H, h)
+        k = self.k_proj(x).unflatten(-1, per_head)  # (B, T, G, h)
+        v = self.v_proj(x).unflatten(-1, per_head)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = apply_rotary(q, *rotation), apply_rotary(k, *rotation)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, h)
+        if cache is not None:  # keys are stored rotated, each kv head once
+            k, v = cache.append(self.layer, k, v)
+        dropout = self.dropout if self.training else 0.0
+        y = attention(q, k, v, bias, softcap=self.softcap, dropout=dropout)
+        return F.dropout(self.o_proj(y.transpose(1, 2).flatten(2)), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down( silu(gate x) * up x ); or GELU: down( gelu(up x) )."""
+
+    def __init__(self, cfg: VanillaConfig) -> None:
+        super().__init__()
+        self.dropout = cfg.dropout
+        hidden = cfg.hidden_width
+        self.gate_proj = nn.Linear(cfg.d_model, hidden, bias=cfg.bias) if cfg.use_swiglu else None
+        self.up_proj = nn.Linear(cfg.d_model, hidden, bias=cfg.bias)
+        self.down_proj = nn.Linear(hidden, cfg.d_model, bias=cfg.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.up_proj(x)  # (B, T, f)
+        y = F.gelu(up, approximate="tanh") if self.gate_proj is None else F.silu(self.gate_proj(x)) * up
+        return F.dropout(self.down_proj(y), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: VanillaConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = cfg.norm(cfg.d_model)
+        self.self_attn = Attention(cfg, layer)
+        self.post_attention_layernorm = cfg.norm(cfg.d_model)
+        self.mlp = MLP(cfg)
+
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        rotation: Rotation | None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), bias, rotation, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Vanilla(Decoder):
+    Config = VanillaConfig
+
+    def __init__(self, cfg: VanillaConfig) -> None:
+        super().__init__()
+        if cfg.vocab_size is None:
+            raise ValueError("vocab_size: must be filled in before the model is built")
+        self.cfg, self.vocab_size, self.n_ctx = cfg, cfg.vocab_size, cfg.n_ctx
+        rows = padded_vocabulary(cfg.vocab_size)
+        self.embed_tokens = nn.Embedding(rows, cfg.d_model)
+        self.positions = None if cfg.use_rope else nn.Embedding(cfg.n_ctx, cfg.d_model)
+        self.layers = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layers))
+        self.norm = cfg.norm(cfg.d_model)
+        self.lm_head = None if cfg.tie_embeddings else nn.Linear(cfg.d_model, rows, bias=False)
+
+    def forward(self, tokens: Tensor, doc_ids: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """tokens (B, T) int64 -> hidden (B, T, D) after the final norm.
+
+        doc_ids (B, T): attention stays within equal ids (rotary positions are relative and need no restart;
+        learned ones restart). None: one document per row. With a cache the tokens continue what it holds.
+        """
+        past = self.check_input(tokens, doc_ids, cache, learned=self.positions is not None)
+        length = tokens.shape[1]
+        index = torch.arange(past, past + length, device=tokens.device)  # (T,)
+        x = self.embed_tokens(tokens)  # (B, T, D)
+        rotation = None
+        if self.positions is None:
+            rotation = rotary_tables(index, self.cfg.head_width, self.cfg.rope_theta, x.dtype)
+        else:
+            x = x + self.positions(index if doc_ids is None else document_positions(doc_ids))
+        x = F.dropout(x, self.cfg.dropout, self.training)
+        bias = attention_bias(
+            length,
+            past + length,
+            doc_ids=doc_ids,
+            window=self.cfg.sliding_window,
+            device=tokens.device,
+            dtype=compute_dtype(x),
+        )
+        for block in self.layers:
+            x = block(x, bias, rotation, cache)
+        if cache is not None:
+            cache.advance(length)
+        return self.norm(x)
+
+    @property
+    def embedding_weight(self) -> Tensor:
+        return self.embed_tokens.weight
+
+    def init_cache(
+        self,
+        batch: int,
+        max_len: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> KVCache:
+        c = self.cfg
+        return KVCache(c.n_layers, batch, c.kv_heads, max_len, c.head_width, device, dtype)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """N(0, 0.02^2), residual projections N(0, (0.02 / sqrt(2L))^2), biases 0, gains 1."""
+        for name, module in self.named_modules():
+            if isinstance(module, RMSNorm | LayerNorm):
+                module.init_weights()
+            elif isinstance(module, nn.Embedding):
+                normal_(module.weight, INIT_STD, generator)
+            elif isinstance(module, nn.Linear):
+                residual = name.endswith(("o_proj", "down_proj"))
+                normal_(module.weight, residual_std(self.cfg.n_layers) if residual else INIT_STD, generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def blocks(self) -> list[str]:
+        return [f"layers.{layer}" for layer in range(self.cfg.n_layers)]
+
+    def param_roles(self) -> list[Rule]:
+        return [
+            Rule(r"(embed_tokens|positions)\.weight", "embedding"),
+            Rule(r"lm_head\.weight", "head"),
+            Rule(r"layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj\.weight", "matrix"),
+            Rule(r"(.*(_layernorm|q_norm|k_norm)|norm)\.weight|.*\.bias", "scalar"),
+        ]
+
+    def flops(self, seq_len: int) -> Flops:
+        c = self.cfg
+        attention_weights = 2 * c.d_model**2 + 2 * c.d_model * c.kv_heads * c.head_width
+        mlp_weights = (3 if c.use_swiglu else 2) * c.d_model * c.hidden_width
+        matmul_weights = c.n_layers * (attention_weights + mlp_weights) + self.head_weight.numel()
+        return decoder_flops(matmul_weights, [mean_keys(seq_len, c.sliding_window)] * c.n_layers, c.d_model)
+
+    # -- the files of Hugging Face transformers (`LlamaForCausalLM`) -----------------------------------------
+
+    def to_hf_state_dict(self) -> dict[str, Tensor]:
+        """Weights under Llama's names, without padding. ValueError if this model is no Llama."""
+        return {name: t.detach().clone() for name, t in self._hf_views().items()}
+
+    def from_hf_state_dict(self, hf: Mapping[str, Tensor]) -> None:
+        """Load such weights, also those of a base model file (no `model.` prefix, no head).
+
+        ValueError if a key is missing or left over, if a shape differs, or if the file has a head of its own
+        and this configuration has none.
+        """
+        found = {
+            name if name.startswith(("model.", "lm_head.")) else f"model.{name}": tensor
+            for name, tensor in hf.items()
+            if not name.endswith("rotary_emb.inv_freq")  # a buffer of older files
+        }
+        if self.lm_head is None and "model.embed_tokens.weight" in found:
+            table = found["model.embed_tokens.weight"]
+            if not torch.equal(found.setdefault("lm_head.weight", table), table):
+                raise ValueError("this Llama file has a head of its own: it needs tie_embeddings: false")
+        views = self._hf_views()
+        match_keys(found, views, "Llama")
+        with torch.no_grad():
+            for name, view in views.items():
+                view.copy_(found[name])
+            for padded in {self.embedding_weight, self.head_weight}:
+                padded[self.vocab_size :] = 0.0
+
+    def _hf_views(self) -> dict[str, Tensor]:
+        """Our tensors in foreign names, sharing memory with the parameters."""
+        c = self.cfg
+        off = {
+            "use_rope: false": not c.use_rope,
+            "use_rmsnorm: false": not c.use_rmsnorm,
+            "use_swiglu: false": not c.use_swiglu,
+            "qk_norm: true": c.qk_norm,
+            "attn_softcap": c.attn_softcap is not None,
+            "sliding_window": c.sliding_window is not None,
+        }
+        if any(off.values()):
+            raise ValueError(f"Llama has no counterpart of {', '.join(k for k, v in off.items() if v)}")
+        views = {}
+        for name, tensor in self.state_dict().items():
+            if name in ("embed_tokens.weight", "lm_head.weight"):
+                tensor = tensor[: self.vocab_size]
+            views[name if name == "lm_head.weight" else f"model.{name}"] = tensor
+        views.setdefault("lm_head.weight", views["model.embed_tokens.weight"])
+        return views
