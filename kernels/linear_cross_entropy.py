@@ -63,8 +63,8 @@ def reference(
 
 
 # Bytes of logits (in the dtype of the statistics) up to which the plain path is taken, and about the size of
-# a chunk beyond. On a CPU it is a matter of caches: D = 192, V = 1,025, one thread, forward and backward, plain
-# against chunked: 4,096 rows (19 MB) 66 : 67 ms fp32, 33 : 39 bf16; 8,192 rows (38 MB) 185 : 134, 108 : 78;
+# a chunk beyond. On a CPU it is a matter of caches: D = 192, V = 1,025, one thread, forward and backward,
+# plain : chunked: 4,096 rows (19 MB) 66 : 67 ms fp32, 33 : 39 bf16; 8,192 rows (38 MB) 185 : 134, 108 : 78;
 # 16,384 rows (75 MB) 377 : 270, 278 : 160. On a GPU it is a matter of memory, and of products large enough.
 LOGIT_BYTES = {"cpu": 24 * 2**20, "cuda": 256 * 2**20}
 # Fewer rows make the matrix products inefficient (V = 50,257, bf16, CPU: 128 rows cost 1.3 times 512 rows).

@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; openai/gpt-2 `model.py`).
+"""GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; openai/gpt-2).
 
 Learned positions, pre-norm LayerNorm, fused qkv, GELU in its tanh form, biases, tied head. Published
 checkpoints load and give the same logits.

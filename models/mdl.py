@@ -60,7 +60,9 @@ class MDLConfig(DiTConfig):
                 f"model_cfg.sigma_min ({self.sigma_min}) must be below model_cfg.sigma_max ({self.sigma_max})"
             )
         if self.alpha_type == "geometric" and self.sigma_min == 0:
-            problems.append("model_cfg.sigma_min must be above 0 with alpha_type=geometric; the paper's is 1e-4")
+            problems.append(
+                "model_cfg.sigma_min must be above 0 with alpha_type=geometric; the paper's is 1e-4"
+            )
         if not self.use_subs_parameterization and self.continuous_time:
             problems.append(
                 "model_cfg.use_subs_parameterization=false has a bound in discrete time only. "

@@ -12,11 +12,10 @@ the feed-forward layer, V vocabulary, V_p padded vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from configs.schema import DefaultModelConfig, Dropout, Positive, Rate, within_context
@@ -82,8 +81,8 @@ class VanillaConfig(DefaultModelConfig):
             below, above = self.n_heads * (self.head_width - 1), self.n_heads * (self.head_width + 1)
             nearest_widths = ", ".join(str(width) for width in (below, above) if width > 0)
             found.append(
-                f"model_cfg.d_model / model_cfg.n_heads ({self.d_model} / {self.n_heads} = {self.head_width}) "
-                f"must be even for rotary positions; nearest d_model: {nearest_widths}"
+                f"model_cfg.d_model / model_cfg.n_heads ({self.d_model} / {self.n_heads} = {self.head_width})"
+                f" must be even for rotary positions; nearest d_model: {nearest_widths}"
             )
         return found if self.use_rope else found + within_context(run, self.n_ctx)
 

@@ -85,7 +85,7 @@ def attention(
 def _blocked_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, softcap: float | None, dropout: float
 ) -> Tensor:
-    """`attention` in plain operations, block after block of queries, each against the keys up to its own end."""
+    """`attention` in plain operations, one block of queries after another against the keys up to its end."""
     queries, keys = q.shape[2], k.shape[2]
     if bias is None and queries > 1:
         one_document = torch.zeros(1, queries, dtype=torch.int32, device=q.device)

@@ -33,7 +33,7 @@ class KVCache:
         self._storage: Tensor | None = None
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, G, T, h) behind what is there; returns all S = length + T keys and values, (B, G, S, h)."""
+        """Store (B, G, T, h) behind what is there; returns all keys and values, (B, G, length + T, h)."""
         if self._storage is None:
             self._storage = torch.empty(self.shape, device=self.device, dtype=self.dtype or keys.dtype)
         batch, tokens = keys.shape[0], keys.shape[2]

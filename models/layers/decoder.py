@@ -49,14 +49,13 @@ class Decoder(nn.Module):
     def check_input(
         self, tokens: Tensor, doc_ids: Tensor | None, cache: KVCache | None, learned: bool
     ) -> int:
-        """Refuse what the model cannot process; returns the number of tokens already in the cache."""
+        """Refuse what a model (with `learned` positions) cannot process; returns the length of the cache."""
         past = 0 if cache is None else cache.length
         if doc_ids is not None and cache is not None:
             raise ValueError("doc_ids cannot be combined with a cache: a cached row is one document")
-        if learned and past + tokens.shape[1] > self.n_ctx:
-            raise ValueError(
-                f"input of {past + tokens.shape[1]} tokens exceeds n_ctx ({self.n_ctx}): positions are learned"
-            )
+        length = past + tokens.shape[1]
+        if learned and length > self.n_ctx:
+            raise ValueError(f"input of {length} tokens exceeds n_ctx ({self.n_ctx}): positions are learned")
         return past
 
 
