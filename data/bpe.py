@@ -37,14 +37,11 @@ def train_ranks(words: Counter[str], size: int) -> list[bytes]:
     The first 256 are the single bytes. Fewer than `size` come back where no pair occurs twice any more.
     """
     vocabulary = [bytes([value]) for value in range(256)]
-    ids = {token: index for index, token in enumerate(vocabulary)}
     table = _PairTable(words, vocabulary)
     while len(vocabulary) < size and (pair := table.most_frequent()) is not None:
-        merged = vocabulary[pair[0]] + vocabulary[pair[1]]
-        if merged not in ids:  # the same bytes may be reached by two ways of pairing; they are one token
-            ids[merged] = len(vocabulary)
-            vocabulary.append(merged)
-        table.merge(pair, ids[merged])
+        # Always new bytes: merges apply everywhere, so a stretch between token ends is split one way only.
+        vocabulary.append(vocabulary[pair[0]] + vocabulary[pair[1]])
+        table.merge(pair, len(vocabulary) - 1)
     return vocabulary
 
 

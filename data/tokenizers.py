@@ -59,6 +59,10 @@ class Tokenizer(Protocol):
         """Write the JSON file that `load_tokenizer` reads."""
         ...
 
+    def to_json(self) -> str:
+        """The text of that file."""
+        ...
+
 
 class _TableTokenizer:
     """What both kinds share: a table of byte strings with end-of-text behind it."""
@@ -83,8 +87,10 @@ class _TableTokenizer:
         return b"".join([table[index] for index in array.tolist()])
 
     def save(self, path: str | Path) -> None:
-        text = json.dumps({**self._content(), "digest": self.digest}, indent=1)
-        write_atomic(Path(path), lambda file: file.write(text.encode()))
+        write_atomic(Path(path), lambda file: file.write(self.to_json().encode()))
+
+    def to_json(self) -> str:
+        return json.dumps({**self._content(), "digest": self.digest}, indent=1)
 
     def _content(self) -> dict[str, Any]:
         content: dict[str, Any] = {"format_version": FORMAT_VERSION, "type": self.kind}
