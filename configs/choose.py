@@ -22,7 +22,7 @@ def model_paths(request: Request) -> tuple[list[Path], str]:
         for item in items:
             paths += _resolve(item, request.config_path)
     unique = list(dict.fromkeys(paths))
-    if len(unique) > 1 and not request.multirun and request.mode == "run":
+    if len(unique) > 1 and not request.multirun:
         raise ConfigError(
             f"command line: --hydra_model_cfg: {len(unique)} configs given for one run. "
             "Add -m to run them as a sweep"

@@ -122,7 +122,9 @@ def prepare(argv: list[str]) -> Plan:
         overrides.insert(0, f"configs/preset={preset}")
     if names:
         value = ",".join(f"'{n}'" for n in names)
-        overrides.insert(0, f"{MODEL_GROUP}={f'{function}({value})' if function else value}")
+        overrides.insert(
+            0, f"{MODEL_GROUP}={f'{function}({value})' if function and request.multirun else value}"
+        )
     secrets = _hide_secrets(request, nodes, overrides)
     register(request)
     request.notices += [note for n in nodes for node in n.chain() for note in node.notices]
@@ -229,7 +231,7 @@ def _help(with_config: bool) -> str:
         lines = [f"  {n:<12} {description(CONFIGS / folder / f'{n}.yaml')}" for n in options(folder)]
         return "\n".join(lines)
 
-    text = f"""Train:  python mytrainer.py --hydra_model_cfg=configs/<name>.yaml [preset=<size>] [field=value ...]
+    text = f"""Train:  python mytrainer.py --hydra_model_cfg=configs/<name>.yaml [preset=<size>] [key=value]
 Sweep:  python mytrainer.py --hydra_model_cfg=a,b learning_rate=1e-3,3e-4 -m    (a process per point)
 Go on:  python mytrainer.py --model_name <name> [--num_iterations N]           (checkpoints/<name>)
 Other:  python mytrainer.py generate | eval | show | bench --help

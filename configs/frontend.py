@@ -17,7 +17,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override
 from hydra.core.plugins import Plugins
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException
 
 from configs.files import EXTENSIONS, check_option, options
 from configs.messages import (
@@ -131,6 +131,11 @@ def parse(argv: list[str]) -> Request:
                 _override(request, word)
         except ConfigError as error:
             request.problems += error.problems
+    if not request.multirun:
+        request.problems += [
+            f"command line: {key} has several values for one run. Add -m to run them as a sweep"
+            for key in sorted(request.sweeps)
+        ]
     both = {"batch_size", "gradient_accumulation_steps"}
     if both <= request.keys and not {"global_batch_size"} & request.keys:
         request.overrides.append("global_batch_size=null")  # the two asked for decide it
@@ -304,7 +309,7 @@ def _check_plugin(key: str, value: str) -> None:
 def parse_override(text: str) -> Override:
     try:
         return OverridesParser.create().parse_override(text)
-    except OverrideParseException as error:
+    except HydraException as error:
         key, _, value = text.lstrip("+").partition("=")
         reason = str(error).splitlines()[0]
         raise ConfigError(
@@ -322,7 +327,7 @@ def _quoted(key: str, value: str) -> str:
         parsed = OverridesParser.create().parse_override(f"x={value}")
         if parsed.is_sweep_override() or isinstance(parsed.value(), str):
             return value
-    except OverrideParseException:
+    except HydraException:
         pass
     escaped = value.replace("\\'", "\\\\'").replace("'", "\\'")
     return f"'{escaped}'" if not escaped.endswith("\\") else value

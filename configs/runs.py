@@ -119,6 +119,11 @@ def apply_lock(
     told = [f"{k} {fixed[k]} (not {asked[k]})" for k in differing if asked[k] is not None]
     if tree.get("type") not in (saved["type"], None, "???"):
         told.insert(0, f"type {saved['type']} (not {tree['type']})")
+    # What a row is belongs to the run; only the command line may change it on the way.
+    for key in {"train_seq_len", "preset"} & saved.keys() - explicit:
+        if key == "train_seq_len" and tree.get(key) != saved[key]:
+            told.append(f"{key} {saved[key]} (not {tree.get(key)})")
+        tree[key] = saved[key]
     if told:
         notices.append(f"the architecture is that of {source}: {', '.join(told)}")
     # A field that the saved model does not know is dropped if a file brought it; one from the command line

@@ -1,0 +1,168 @@
+"""Check every configuration of this folder: `python configs/test_configs.py [--no-model] [--filter TEXT]`.
+
+For each model file: it composes as an option of the group and as a primary config, to the same tree; it
+validates with every preset and every source of data; its type and adapter exist; its dump loads to the same
+run; the model builds without storage. Then: mistakes made on purpose are refused. Exit status 1 if anything
+is wrong. pytest collects the same checks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+# This folder must not shadow top-level modules when the file runs as a script.
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT / "configs"]
+
+import hydra  # noqa: E402
+import yaml  # noqa: E402
+from hydra.core.global_hydra import GlobalHydra  # noqa: E402
+from omegaconf import OmegaConf  # noqa: E402
+
+from configs.compose import compose, compose_tree, model_config_class, prepare  # noqa: E402
+from configs.files import CONFIGS, options  # noqa: E402
+from configs.messages import ConfigError  # noqa: E402
+from configs.schema import RunConfig, redacted  # noqa: E402
+from configs.validate import validate  # noqa: E402
+
+# A mistake made on purpose, and words of the message that must refuse it.
+MISTAKES = [
+    (["num_iteration=3"], "Did you mean 'num_iterations'"),
+    (["model_cfg.n_embd=64"], "model_cfg.d_model"),
+    (["model_cfg.d_model=abc"], "expected int, got 'abc'"),
+    (["seed=true"], "expected int"),
+    (["scheduler=cosin"], "Did you mean 'cosine'"),
+    (["learning_rate=-1"], "must satisfy 0 < learning_rate"),
+    (["model_cfg.d_model=770", "model_cfg.n_heads=12"], "nearest: 768, 780"),
+    (["batch_size=7"], "nearest:"),
+    (["preset=huge"], "no preset 'huge'"),
+    (["type=seddd"], "unknown type 'seddd'"),
+    (["resume=auto"], "needs model_name or output_dir"),
+]
+
+
+def _quiet(text: str) -> None:
+    del text
+
+
+def _compose(*words: str) -> RunConfig:
+    return compose(list(words), notify=_quiet)[0]
+
+
+def check_model_file(name: str, build: bool) -> None:
+    """Everything that must hold for configs/<name>.yaml. Raises if something does not."""
+    path = CONFIGS / f"{name}.yaml"
+    grouped = compose_tree(prepare([str(path), "preset=none"]).overrides)
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        primary = OmegaConf.to_container(hydra.compose(name), resolve=True)
+    assert isinstance(primary, dict)
+    assert validate(grouped)[0] == validate({**primary, "preset": "none"})[0], "group and primary differ"
+    for data in options("data"):
+        words = [f"input_file={path}"] if data == "text" else []
+        assert _compose(str(path), f"data={data}", *words).data == data
+    for preset in options("preset"):
+        cfg = _compose(str(path), f"preset={preset}")
+        _check_run(cfg)
+    if build:
+        _build(cfg)
+    _check_stated(path, cfg)
+
+
+def _check_run(cfg: RunConfig) -> None:
+    import models
+
+    architecture = models.resolve(cfg.type)
+    module, _, cls = (cfg.model_adapter or architecture.adapter).partition(":")
+    assert hasattr(importlib.import_module(module), cls), f"no adapter {module}:{cls}"
+    again = RunConfig.model_validate(yaml.safe_load(yaml.safe_dump(redacted(cfg))))
+    assert again == cfg, "the dump loads to another run"
+
+
+def _check_stated(path: Path, cfg: RunConfig) -> None:
+    """A shipped file states every field of its architecture with the default of the Config class."""
+    stated = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(stated, dict)
+    defaults = model_config_class(cfg)().model_dump()
+    assert stated["model_cfg"] == defaults, f"model_cfg states {stated['model_cfg']}, defaults are {defaults}"
+
+
+def _build(cfg: RunConfig) -> None:
+    """The model on the meta device: shapes without storage."""
+    import torch
+
+    import models
+
+    values = {**cfg.model_cfg, "vocab_size": cfg.model_cfg.get("vocab_size") or 1024}
+    with torch.device("meta"):
+        model = models.load(models.resolve(cfg.type).model)(model_config_class(cfg).model_validate(values))
+    assert all(p.is_meta for p in model.parameters())
+
+
+def check_option(group: str, name: str) -> None:
+    """An option file composes over any model, and says so in its own field."""
+    first = options()[0]
+    words = [f"input_file={CONFIGS / 'training.yaml'}"] if name == "text" else []
+    assert getattr(_compose(f"model={first}", f"{group}={name}", *words), group) == name
+    text = (CONFIGS / group / f"{name}.yaml").read_text(encoding="utf-8")
+    assert text.startswith("# @package _global_\n"), "must begin with '# @package _global_'"
+
+
+def check_mistake(words: list[str], message: str) -> None:
+    """A mistake must be refused in the words that help."""
+    try:
+        _compose(f"model={options()[0]}", *words)
+    except ConfigError as error:
+        assert message in error.report(), error.report()
+        return
+    raise AssertionError("accepted")
+
+
+def checks(build: bool) -> Iterator[tuple[str, Callable[[], None]]]:
+    """(label, check) of everything there is."""
+    for name in options():
+        yield f"configs/{name}.yaml", lambda n=name: check_model_file(n, build)
+    for group in ("data", "preset"):
+        for name in options(group):
+            yield f"configs/{group}/{name}.yaml", lambda g=group, n=name: check_option(g, n)
+    for words, message in MISTAKES:
+        yield f"refused: {' '.join(words)}", lambda w=words, m=message: check_mistake(w, m)
+
+
+def test_every_configuration() -> None:
+    for label, check in checks(build=True):
+        try:
+            check()
+        except Exception as error:
+            raise AssertionError(f"{label}: {error}") from error
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--no-model", action="store_true", help="do not build the models")
+    parser.add_argument("--filter", default="", metavar="TEXT", help="only what has this text in its name")
+    args = parser.parse_args(argv)
+    chosen = [(label, check) for label, check in checks(not args.no_model) if args.filter in label]
+    if not chosen:
+        print(f"nothing matches '{args.filter}'", file=sys.stderr)
+        return 1
+    failures = 0
+    for label, check in chosen:
+        try:
+            check()
+            print(f"✓ {label}")
+        except Exception as error:
+            failures += 1
+            print(f"✗ {label}: {error}")
+    print(f"{len(chosen) - failures} of {len(chosen)} passed")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

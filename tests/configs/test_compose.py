@@ -1,0 +1,309 @@
+"""From the command line to one typed configuration."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from configs import compose
+from configs.compose import check_grid, compose_tree, prepare
+from configs.files import CONFIGS, ROOT, options
+from configs.messages import ConfigError
+from configs.schema import RunConfig
+from configs.validate import validate
+
+
+def quiet(*words: str):
+    return compose(list(words), notify=lambda text: None)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--hydra_model_cfg=mine.yaml"],
+        ["--hydra_model_cfg", "mine.yaml"],
+        ["hydra_model_cfg=mine.yaml"],
+        ["model=mine.yaml"],
+        ["--config", "mine.yaml"],
+        ["--config=./mine.yaml"],
+        ["mine.yaml"],
+        ["--config-path=.", "--config-name=mine"],
+        ["-cp", ".", "-cn", "mine"],
+        ["--hydra_model_cfg=m?ne.yaml"],
+        ["--hydra_model_cfg='mine.yaml'"],
+    ],
+)
+def test_every_spelling_of_the_flag_names_the_same_file(work, words):
+    cfg, model_cfg = quiet(*words)
+    assert (cfg.type, cfg.learning_rate, model_cfg.d_model) == ("fake_arch:Model", 0.001, 96)
+
+
+@pytest.mark.parametrize(
+    "value", ["gpt2", "configs/gpt2.yaml", f"{CONFIGS}/gpt2.yaml", "choice(gpt2)", "glob(gpt*)"]
+)
+def test_shipped_files_are_found_from_any_directory(work, value):
+    tree = compose_tree(prepare([f"--hydra_model_cfg={value}", "preset=none"]).overrides)
+    assert tree["type"] == "gpt2" and tree["scheduler"] == "cosine"
+
+
+def test_priority_class_then_base_then_file_then_preset_then_command_line(work):
+    cfg, model_cfg = quiet("model=mine.yaml", "preset=tiny", "model_cfg.n_layers=7", "seed=3")
+    assert model_cfg.bias is True  # the class
+    assert cfg.logging_steps == 10  # training.yaml
+    assert cfg.learning_rate == 0.001  # the file
+    assert (model_cfg.d_model, cfg.train_seq_len, cfg.preset) == (192, 128, "tiny")
+    assert (model_cfg.n_layers, cfg.seed) == (7, 3)
+    assert cfg.model_cfg == model_cfg.model_dump()
+
+
+def test_fields_are_overridden_without_plus_also_where_the_file_is_silent(work):
+    _, model_cfg = quiet(
+        "model=mine.yaml", "model_cfg.tag=x", "+model_cfg.dropout=0.5", "++model_cfg.bias=false"
+    )
+    assert (model_cfg.tag, model_cfg.dropout, model_cfg.bias) == ("x", 0.5, False)
+
+
+@pytest.mark.parametrize(
+    ("words", "field", "value"),
+    [
+        (["--num_iterations", "20"], "num_iterations", 20),
+        (["--num-iterations=20"], "num_iterations", 20),
+        (["--deterministic"], "deterministic", True),
+        (["--deterministic", "seed=4"], "deterministic", True),
+        (["--deterministic=false"], "deterministic", False),
+        (["mixed_precision=no"], "mixed_precision", "no"),
+        (["learning_rate=1"], "learning_rate", 1.0),
+        (["sample_prompt=def f(x):"], "sample_prompt", "def f(x):"),
+        (["sample_prompt=it's"], "sample_prompt", "it's"),
+        (["--model_name", "2024"], "model_name", "2024"),
+        (["seq_len=64"], "train_seq_len", 64),
+        (["env.OMP_NUM_THREADS=3"], "env", {"OMP_NUM_THREADS": "3"}),
+        (["resume=null"], "resume", "none"),
+        (["val_loss_every=0"], "val_loss_every", 0),
+    ],
+)
+def test_spellings_of_generic_fields(work, words, field, value):
+    found = getattr(quiet("model=mine.yaml", *words)[0], field)
+    assert found == value and type(found) is type(value)
+
+
+def test_aliases_are_folded_in_files_and_overrides(work, write):
+    write(
+        "aliased.yaml",
+        """
+        defaults: [mine, _self_]
+        seq_len: 32
+        model_cfg: {model_dim: 48, num_layers: 5, block_size: 64}
+        """,
+    )
+    cfg, model_cfg = quiet("aliased.yaml", "model_cfg.num_heads=4")
+    assert (model_cfg.d_model, model_cfg.n_layers, model_cfg.n_ctx, model_cfg.n_heads) == (48, 5, 64, 4)
+    assert cfg.train_seq_len == 32
+
+
+def test_files_outside_configs_find_relative_parents(work, write):
+    write("sub/base one.yaml", "defaults: [training, _self_]\nseed: 1\nlogging_steps: 3\n")
+    write("sub/deep/child 1.yaml", "defaults: ['../base one', _self_]\ntype: 'fake_arch:Model'\nseed: 2\n")
+    cfg, _ = quiet(f"--hydra_model_cfg={work}/sub/deep/child 1.yaml")
+    assert (cfg.seed, cfg.logging_steps) == (2, 3)
+
+
+def test_a_sibling_training_yaml_takes_the_place_of_the_shared_one(work, write):
+    write("training.yaml", "defaults: [/configs/training, _self_]\nseed: 99\n")
+    assert quiet("model=mine.yaml")[0].seed == 99
+
+
+def test_a_parent_in_configs_and_a_preset_in_defaults(work, write):
+    write("short.yaml", "defaults: [mine, {preset: tiny}, _self_]\nmodel_cfg: {n_layers: 9}\n")
+    _, model_cfg = quiet("short.yaml")
+    assert (model_cfg.n_layers, model_cfg.d_model) == (9, 192)
+
+
+def test_a_preset_named_in_a_file_lies_under_the_files_own_values(work, write):
+    write("sized.yaml", "defaults: [mine, _self_]\npreset: tiny\nmodel_cfg: {n_layers: 9}\n")
+    cfg, model_cfg = quiet("sized.yaml")
+    assert (cfg.preset, model_cfg.n_layers, model_cfg.d_model) == ("tiny", 9, 192)
+    cfg, model_cfg = quiet("sized.yaml", "preset=small")
+    assert (cfg.preset, model_cfg.n_layers, model_cfg.d_model) == ("small", 6, 384)
+
+
+def test_without_self_the_file_still_wins_over_the_base(work, write):
+    write("noself.yaml", "defaults: [training]\ntype: 'fake_arch:Model'\nseed: 5\n")
+    assert quiet("noself.yaml")[0].seed == 5
+
+
+def test_a_file_without_type_takes_its_name_or_vanilla(work, write):
+    notes: list[str] = []
+    write("gpt2.yaml", "defaults: [training, _self_]\n")
+    write("other.yaml", "defaults: [training, _self_]\n")
+    for name, type_ in (("gpt2", "gpt2"), ("other", "vanilla")):
+        plan = prepare([f"./{name}.yaml"])
+        notes += plan.notices
+        assert compose_tree(plan.overrides)["type"] == type_
+    assert any("states no type" in n for n in notes)
+
+
+def test_sizes_an_architecture_does_not_have(write):
+    notes: list[str] = []
+    write("headless.yaml", "defaults: [training, _self_]\ntype: 'fake_arch:Headless'\n")
+    _, model_cfg = compose(["headless.yaml", "preset=tiny"], notes.append)
+    assert model_cfg.d_model == 192
+    assert any("preset tiny" in n and "n_heads" in n for n in notes)
+    with pytest.raises(ConfigError, match=r"unknown key 'model_cfg.n_heads'"):
+        quiet("headless.yaml", "preset=tiny", "model_cfg.n_heads=3")
+
+
+@pytest.mark.parametrize(
+    ("words", "preset"),
+    [
+        (["gpt2"], "nano"),
+        (["gpt2", "num_iterations=5"], "nano"),
+        (["gpt2", "preset=auto"], "nano"),
+        (["gpt2", "model_cfg.d_model=96"], "none"),
+        (["gpt2", "data=synthetic"], "none"),
+        (["gpt2", "preset=tiny"], "tiny"),
+        (["./mine.yaml"], "none"),
+    ],
+)
+def test_auto_preset_on_a_machine_without_cuda(work, words, preset):
+    model, *rest = words
+    assert compose_tree(prepare([f"model={model}", *rest]).overrides)["preset"] == preset
+
+
+def test_auto_preset_says_what_it_chose_and_how_to_get_the_full_size(work, monkeypatch):
+    (note,) = prepare(["model=gpt2"]).notices
+    assert "nano" in note and "preset=none" in note and "gpt2.yaml" in note
+    monkeypatch.setattr("configs.hardware.cuda_device_count", lambda: 1)
+    assert compose_tree(prepare(["model=gpt2"]).overrides)["preset"] == "small"
+    assert compose_tree(prepare(["model=gpt2", "device=cpu"]).overrides)["preset"] == "nano"
+
+
+@pytest.mark.parametrize("preset", options("preset"))
+def test_presets_set_sizes_and_never_learning_rates(preset):
+    stated = OmegaConf.to_container(OmegaConf.load(CONFIGS / "preset" / f"{preset}.yaml"))
+    sizes = {
+        "preset",
+        "model_cfg",
+        "train_seq_len",
+        "batch_size",
+        "gradient_accumulation_steps",
+        "global_batch_size",
+    }
+    extra = {"num_iterations", "val_loss_every", "val_bytes_interim"} if preset == "nano" else set()
+    assert set(stated) <= sizes | extra and stated["preset"] == preset
+
+
+def test_training_yaml_states_every_field_with_the_default_of_the_schema():
+    stated = OmegaConf.to_container(OmegaConf.load(CONFIGS / "training.yaml"))
+    assert set(stated) == set(RunConfig.model_fields)
+    defaults = RunConfig(type="x").model_dump()
+    stated["global_batch_size"] = 48  # null there: derived
+    assert {k: v for k, v in stated.items() if k != "type"} == {
+        k: v for k, v in defaults.items() if k != "type"
+    }
+
+
+def test_every_line_of_training_yaml_that_needs_a_word_has_one():
+    obvious = {"adam_beta1", "adam_beta2", "adam_epsilon"}
+    for line in (CONFIGS / "training.yaml").read_text().splitlines():
+        if line and line[0].isalpha() and line.split(":")[0] not in obvious:
+            assert "#" in line, line
+
+
+@pytest.mark.parametrize(
+    ("stated", "rows"),
+    [
+        ({}, 48),
+        ({"batch_size": 4, "gradient_accumulation_steps": 3}, 12),
+        ({"batch_size": 4, "gradient_accumulation_steps": 3, "num_gpus": 2, "device": "cpu"}, 24),
+        ({"global_batch_size": 6, "batch_size": 2}, 6),
+    ],
+)
+def test_rows_per_step(work, stated, rows):
+    tree = {"type": "fake_arch:Model", "global_batch_size": None, **stated}
+    assert validate(tree)[0].global_batch_size == rows
+
+
+def test_micro_batch_and_accumulation_on_the_command_line_decide_the_batch(work):
+    cfg, _ = quiet("mine.yaml", "preset=tiny", "batch_size=5", "gradient_accumulation_steps=3")
+    assert cfg.global_batch_size == 15
+
+
+def test_the_result_is_frozen_and_survives_json(work):
+    cfg, _ = quiet("mine.yaml")
+    assert RunConfig.model_validate(cfg.model_dump(mode="json")) == cfg
+    with pytest.raises(ValueError, match="frozen"):
+        cfg.seed = 1  # type: ignore[misc]
+
+
+def test_secrets_never_reach_hydra(work):
+    plan = prepare(["mine.yaml", "env.MY_API_KEY=abc123", "env.PLAIN=7"])
+    assert plan.secrets == {"MY_API_KEY": "abc123"}
+    assert compose_tree(plan.overrides)["env"] == {"PLAIN": "7", "MY_API_KEY": "<redacted>"}
+    assert "abc123" not in str(plan.overrides)
+
+
+def test_secrets_in_files_are_hidden_too(work, write):
+    write("s.yaml", "defaults: [mine, _self_]\nenv: {HF_TOKEN: hf_x}\n")
+    plan = prepare(["s.yaml"])
+    assert plan.secrets == {"HF_TOKEN": "hf_x"}
+    assert compose_tree(plan.overrides)["env"] == {"HF_TOKEN": "<redacted>"}
+
+
+def test_a_grid_is_composed_and_checked_in_full(work):
+    checked = check_grid(prepare(["mine.yaml", "seed=1,2", "model_cfg.d_model=48,96", "-m"]))
+    assert checked is not None
+    assert [(c.cfg.seed, c.model_cfg.d_model) for c in checked] == [(1, 48), (1, 96), (2, 48), (2, 96)]
+
+
+def test_a_grid_over_models(work, write):
+    write("other.yaml", "defaults: [mine, _self_]\nseed: 8\n")
+    checked = check_grid(prepare(["--hydra_model_cfg=mine.yaml,other.yaml", "-m"]))
+    assert checked is not None and [c.cfg.seed for c in checked] == [1337, 8]
+    assert checked[1].origin.startswith(str(work / "other.yaml"))
+
+
+def test_one_bad_point_stops_the_grid_and_every_bad_point_is_listed(work):
+    with pytest.raises(ConfigError) as caught:
+        check_grid(prepare(["mine.yaml", "model_cfg.d_model=48,49,96,97", "-m"]))
+    assert [p.split(":")[0] for p in caught.value.problems] == [
+        "job 1 (++model_cfg.d_model=49)",
+        "job 3 (++model_cfg.d_model=97)",
+    ]
+
+
+def test_jobs_of_a_sweep_may_not_share_a_folder(work):
+    with pytest.raises(ConfigError, match="2 jobs would share the run folder checkpoints/x"):
+        check_grid(prepare(["mine.yaml", "model_name=x", "seed=1,2", "-m"]))
+    assert check_grid(prepare(["mine.yaml", "model_name=x,y", "seed=1", "-m"])) is not None
+
+
+def test_importing_the_schema_and_composing_leave_torch_alone(work):
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, configs; configs.compose(['mine.yaml'], notify=print); sys.exit('torch' in sys.modules)"
+    )
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{work}"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=work)
+
+
+def test_the_default_adapter_is_re_exported_lazily():
+    import configs.default_model_adapter as module
+    from configs.schema import DefaultModelConfig
+
+    assert module.DefaultModelConfig is DefaultModelConfig
+    assert "DefaultModelAdapter" not in vars(module)
+    from adapters.default import DefaultModelAdapter
+
+    assert module.DefaultModelAdapter is DefaultModelAdapter
+
+
+def test_paths_are_relative_to_where_the_command_was_given(work, write):
+    write("texts/a.txt", "hello")
+    cfg, _ = quiet("mine.yaml", "data=text", "data_root=texts", "input_file=a.txt")
+    assert (cfg.data, Path(cfg.data_root or "", cfg.input_file or "").read_text()) == ("text", "hello")

@@ -1,0 +1,172 @@
+"""What people read when something is wrong: where it is, what is allowed, what to do."""
+
+from __future__ import annotations
+
+import pytest
+
+from configs import compose
+from configs.messages import ConfigError
+
+# ruff: noqa: E501 (a message per line reads better than a wrapped one)
+CASES = [
+    # words, text that the message must contain
+    ([], ["no model chosen. Give --hydra_model_cfg=configs/<name>.yaml; available: gpt2, vanilla"]),
+    (["configs/gpt3.yaml"], ["no such file: configs/gpt3.yaml (tried ", "Did you mean configs/gpt2.yaml?"]),
+    (["model=vanila"], ["no such file: vanila", "Did you mean vanilla?"]),
+    (["model=configs/x*.yaml"], ["the pattern 'configs/x*.yaml' matches no config"]),
+    (["model=glob(x*)"], ["matches no config"]),
+    (["model=gpt2,vanilla"], ["2 configs given for one run. Add -m to run them as a sweep"]),
+    (["configs/training.yaml"], ["configs/training.yaml is the shared base, not a model. Choose one of: gpt2"]),
+    (["model=configs"], ["'configs' is a directory", "--hydra_model_cfg='configs/*.yaml' -m"]),
+    (["model=mine.toml"], ["cannot read '.toml'. Accepted: .yaml .yml"]),
+    (["mine.json"], ["cannot read '.json'"]),
+    (["mine.yaml", "num_iteration=3"], ["command line: unknown key 'num_iteration'", "'num_iterations'?"]),
+    (["mine.yaml", "+lr=3"], ["unknown key 'lr'", "'learning_rate'"]),
+    (["mine.yaml", "max_steps=3"], ["unknown key 'max_steps'", "'num_iterations'"]),
+    (["mine.yaml", "model_cfg.n_embd=3"], ["unknown key 'model_cfg.n_embd' for type 'fake_arch:Model'", "d_model'"]),
+    (["mine.yaml", "model_cfg.learning_rate=3"], ["unknown key 'model_cfg.learning_rate'", "'learning_rate'"]),
+    (["mine.yaml", "model_cfg.n_layrs=3"], ["Did you mean 'model_cfg.n_layers'"]),
+    (["mine.yaml", "model_dim=3"], ["'model_dim' is an architecture field here: set model_cfg.d_model"]),
+    (["mine.yaml", "model_cfg.d_model=abc"], ["model_cfg.d_model: expected int, got 'abc' (str)"]),
+    (["mine.yaml", "model_cfg.d_model=96.0"], ["expected int, got 96.0 (float). Write 96"]),
+    (["mine.yaml", "seed='3'"], ["seed: expected int, got '3' (str). Write 3 without quotes"]),
+    (["mine.yaml", "seed=true"], ["seed: expected int, got True (bool)"]),
+    (["mine.yaml", "seed=null"], ["seed: expected int, got null"]),
+    (["mine.yaml", "learning_rate=nan"], ["learning_rate: must satisfy 0 < learning_rate"]),
+    (["mine.yaml", "model_cfg.dropout=1.5"], ["model_cfg.dropout: must satisfy 0 <= dropout <= 1, got 1.5"]),
+    (["mine.yaml", "val_bytes=0"], ["val_bytes: must satisfy 1 <= val_bytes, got 0"]),
+    (["mine.yaml", "scheduler=cosin"], ["'cosin' is not one of cooldown, cosine, linear", "mean 'cosine'?"]),
+    (["mine.yaml", "batch_size=big"], ["batch_size: 'big' is not one of auto, int"]),
+    (["mine.yaml", "device=gpu"], ["device: 'gpu' does not match"]),
+    (["mine.yaml", "model_name=a/b"], ["model_name: 'a/b' does not match"]),
+    (["mine.yaml", "model_name=.."], ["model_name: '..' does not match"]),
+    (
+        ["mine.yaml", "model_cfg.d_model=770", "model_cfg.n_heads=6"],
+        ["model_cfg.d_model (770) must be divisible by model_cfg.n_heads (6); nearest: 768, 774"],
+    ),
+    (["mine.yaml", "train_seq_len=2048"], ["train_seq_len (2048) must not exceed model_cfg.n_ctx (1024)"]),
+    (["mine.yaml", "batch_size=5"], ["global_batch_size (48) must be divisible by batch_size (5)", "45, 50"]),
+    (
+        ["mine.yaml", "batch_size=5", "gradient_accumulation_steps=2", "global_batch_size=48"],
+        ["global_batch_size (48) must equal gradient_accumulation_steps (2) * batch_size (5) = 10"],
+    ),
+    (["mine.yaml", "num_gpus=5", "device=cpu"], ["divisible by num_gpus (5 processes) = 5; nearest: 45, 50"]),
+    (["mine.yaml", "num_gpus=2", "device=cuda:1"], ["num_gpus is 2 but device=cuda:1 is a single one"]),
+    (["mine.yaml", "ddp_backend=nccl", "device=cpu"], ["ddp_backend: 'nccl' needs CUDA"]),
+    (["mine.yaml", "warmup_steps=9", "num_iterations=9"], ["warmup_steps (9) must be less than num_iterations (9)"]),
+    (["mine.yaml", "min_lr=1"], ["min_lr (1.0) must not exceed learning_rate (0.001)"]),
+    (["mine.yaml", "data=text"], ["data=text needs input_file=<file or folder>"]),
+    (["mine.yaml", "input_file=mine.yaml"], ["input_file is read by data=text only", "Add data=text"]),
+    (["mine.yaml", "data=text", "input_file=no.txt"], ["input_file: no such file or folder: no.txt"]),
+    (["mine.yaml", "data=txt"], ["no data 'txt'. Did you mean 'text'? Available: embedded, synthetic, text"]),
+    (["mine.yaml", "preset=huge"], ["no preset 'huge'", "Available: 150M, 200M, 250M, nano, none, small, tiny"]),
+    (["mine.yaml", "tokenizer=gpt3"], ["tokenizer: 'gpt3' is not one of auto, byte, bpe-<N>"]),
+    (["mine.yaml", "tokenizer=bpe-100"], ["tokenizer: 'bpe-100' is too small"]),
+    (["mine.yaml", "resume=auto"], ["resume=auto needs model_name or output_dir"]),
+    (["mine.yaml", "resume=nowhere"], ["resume: no such run or checkpoint: nowhere"]),
+    (
+        ["mine.yaml", "resume=auto", "model_name=x", "init_from_checkpoint=mine.yaml"],
+        ["resume and init_from_checkpoint exclude each other"],
+    ),
+    (["mine.yaml", "early_stopping=true", "val_loss_every=0"], ["early_stopping needs evaluations"]),
+    (["mine.yaml", "save_only_best=true", "save_checkpoint=false"], ["save_only_best needs save_checkpoint"]),
+    (["mine.yaml", "type=gtp2"], ["unknown type 'gtp2'. Did you mean 'gpt2'? Registered: gpt2, vanilla"]),
+    (["mine.yaml", "type=no_such_module:X"], ["type: cannot import 'no_such_module:X'"]),
+    (["mine.yaml", "model_adapter=fake_arch:Nope"], ["model_adapter: cannot import 'fake_arch:Nope'"]),
+    (["mine.yaml", "~seed"], ["'seed' is required and cannot be deleted"]),
+    (["mine.yaml", "--max_iter", "3"], ["unknown option --max_iter. Did you mean '--num_iterations'"]),
+    (["mine.yaml", "--seed"], ["--seed needs a value"]),
+    (["mine.yaml", "--cfg", "jobs"], ["--cfg: 'jobs' is not one of job, hydra, all. Did you mean 'job'?"]),
+    (["trian", "mine.yaml"], ["'trian' is neither a command nor key=value", "mean 'train'"]),
+    (["mine.yaml", "seed=[1,"], ["command line: seed: cannot read the value"]),
+    (["mine.yaml", "hydra/launcher=ray"], ["needs the package hydra-ray-launcher: pip install \"mytrainer[ray]\""]),
+    (["mine.yaml", "hydra/sweeper=ax"], ["needs the package hydra-ax-sweeper: pip install \"mytrainer[ax]\""]),
+    (["mine.yaml", "seed=1,2"], ["seed has several values for one run. Add -m"]),
+    (["--model_name", "nobody"], ["no run called 'nobody'", "add --hydra_model_cfg=configs/<name>.yaml"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "texts"), CASES, ids=[" ".join(w)[:60] or "nothing" for w, _ in CASES])
+def test_message(work, words, texts):
+    with pytest.raises(ConfigError) as caught:
+        compose(words, notify=lambda text: None)
+    for text in texts:
+        assert text in caught.value.report()
+    assert len(caught.value.problems) == 1
+
+
+FILES = [
+    ("[1, 2", "x.yaml:", "line "),
+    ("seed: 1\nseed: 2\ndefaults: [training, _self_]", "x.yaml:2", "duplicate"),
+    ("seed: 3", "x.yaml", "defaults must contain 'training'"),
+    ("defaults: [_self_, training]", "x.yaml:1", "lists _self_ before training"),
+    ("seed: 3\ndefaults: [_self_, mine]", "x.yaml:2", "lists _self_ before training"),
+    ("defaults: [training, nowhere, _self_]", "x.yaml:1", "no such config: nowhere (tried nowhere.yaml"),
+    ("defaults: training", "x.yaml:1", "defaults must be a list"),
+    ("defaults: [training, override hydra/launcher: joblib, _self_]", "x.yaml:1", "hydra/launcher=joblib"),
+    ("defaults: [mine, _self_]\n\nnum_iteration: 3", "x.yaml:3", "unknown key 'num_iteration'"),
+    ("defaults: [mine, _self_]\nmodel_cfg:\n  d_model: '96'", "x.yaml:3", "expected int, got '96' (str)"),
+    ("defaults: [mine, _self_]\nmodel_cfg:\n  d_model: 97", "x.yaml:3", "divisible"),
+    ("defaults: [mine, _self_]\nmodel_cfg:\n  n_heads: 5", "mine.yaml:6", "nearest: 95, 100"),
+    (
+        "defaults: [mine, _self_]\nmodel_cfg: {d_model: 96, model_dim: 48}",
+        "x.yaml",
+        "name the same field and differ",
+    ),
+    ("defaults: [mine, _self_]\nseq_len: 3\ntrain_seq_len: 4", "x.yaml", "name the same field and differ"),
+    ("defaults: [mine, _self_]\npreset: huge", "x.yaml", "no preset 'huge'"),
+    ("- 1\n- 2", "x.yaml", "mapping"),
+    ("just words", "x.yaml:1", "expected 'key: value' lines"),
+    ("defaults: [mine, _self_]\ndevice: ${nope}", "", "nope"),
+]
+
+
+@pytest.mark.parametrize(("text", "where", "what"), FILES, ids=[t[0][:40] for t in FILES])
+def test_message_about_a_file(write, text, where, what):
+    write("x.yaml", text)
+    with pytest.raises(ConfigError) as caught:
+        compose(["x.yaml"], notify=lambda text: None)
+    (problem,) = caught.value.problems
+    assert problem.startswith(where) and what in problem
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_inheritance_cycles_are_named(write, length):
+    for i in range(length):
+        write(f"c{i}.yaml", f"defaults: [training, c{(i + 1) % length}, _self_]")
+    with pytest.raises(
+        ConfigError, match="inheritance cycle: " + " -> ".join([*(f"c{i}.yaml" for i in range(length)), "c0"])
+    ):
+        compose(["c0.yaml"])
+
+
+def test_a_file_that_is_not_text(work):
+    (work / "x.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"x.yaml: not UTF-8 text"):
+        compose(["x.yaml"])
+
+
+def test_all_problems_of_a_stage_come_together(work):
+    with pytest.raises(ConfigError) as caught:
+        compose(["mine.yaml", "seed=x", "batch_size=0", "scheduler=y", "model_cfg.d_model=97"])
+    assert len(caught.value.problems) == 3  # the architecture comes in a later stage
+    assert caught.value.report().endswith("3 problems; nothing was started")
+
+
+def test_dropout_of_one_is_a_warning(work):
+    notes: list[str] = []
+    compose(["mine.yaml", "model_cfg.dropout=1.0"], notes.append)
+    assert any("dropout is 1.0" in n for n in notes)
+
+
+def test_a_repeated_override_is_noticed(work):
+    notes: list[str] = []
+    cfg, _ = compose(["mine.yaml", "seed=1", "seed=2"], notes.append)
+    assert cfg.seed == 2 and any("seed is given more than once" in n for n in notes)
+
+
+def test_started_processes_must_match(work, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="num_gpus is 4 but 2 processes were started. Use: torchrun"):
+        compose(["mine.yaml", "num_gpus=4"])

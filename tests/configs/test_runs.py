@@ -1,0 +1,118 @@
+"""Going on with a run: which folder, which config, and the lock on its architecture."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from configs import compose, runs
+from configs.compose import check, compose_tree, prepare
+from configs.messages import ConfigError
+from trainer.launch import read_config, write_config
+
+ASKED = ["mine.yaml", "model_name=dante", "model_cfg.n_layers=5", "preset=tiny"]
+
+
+@pytest.fixture
+def dante(work):
+    """A run called dante, with one checkpoint, as the trainer leaves it."""
+    cfg, model_cfg = compose(ASKED, notify=lambda text: None)
+    folder = work / "checkpoints" / "dante"
+    (folder / "checkpoint-20").mkdir(parents=True)
+    write_config(cfg, folder)
+    saved = {
+        "format": 1,
+        "type": cfg.type,
+        "model_adapter": None,
+        "model_cfg": model_cfg.model_dump(),
+        "train_seq_len": cfg.train_seq_len,
+        "batch_size": 4,
+        "preset": cfg.preset,
+    }
+    for path in (folder, folder / "checkpoint-20"):
+        (path / "config.json").write_text(json.dumps(saved))
+    return folder
+
+
+def planned(*words):
+    plan = prepare(list(words))
+    return check(plan, compose_tree(plan.overrides)), plan
+
+
+def test_the_saved_config_reproduces_the_run(dante, work):
+    first, _ = compose([*ASKED, "eval_only=true"], notify=lambda text: None)
+    first = first.model_copy(update={"eval_only": False})
+    again, _ = compose([f"{dante}/config.yaml", "model_name=virgil"], notify=lambda text: None)
+    assert again == first.model_copy(update={"model_name": "virgil"})
+    assert read_config(dante / "config.yaml")[0] == first
+
+
+def test_a_name_alone_goes_on_with_the_run(dante):
+    checked, _ = planned("--model_name", "dante", "--num_iterations", "2000")
+    assert (checked.cfg.resume, checked.cfg.num_iterations, checked.model_cfg.n_layers) == ("auto", 2000, 5)
+    assert checked.cfg.preset == "tiny" and str(checked.folder) == "checkpoints/dante"
+
+
+@pytest.mark.parametrize("path", ["checkpoints/dante", "checkpoints/dante/checkpoint-20"])
+def test_a_path_alone_goes_on_with_its_run(dante, path):
+    checked, _ = planned(f"resume={path}", "num_iterations=30")
+    assert (checked.model_cfg.n_layers, str(checked.folder)) == (5, "checkpoints/dante")
+
+
+def test_a_moved_run_goes_on_where_it_lies(dante, work):
+    dante.rename(work / "elsewhere")
+    checked, _ = planned("resume=elsewhere")
+    assert str(checked.folder) == "elsewhere"
+
+
+def test_a_new_folder_branches_off(dante):
+    checked, _ = planned("resume=checkpoints/dante/checkpoint-20", "output_dir=new", "model=mine.yaml")
+    assert (str(checked.folder), checked.model_cfg.n_layers) == ("new", 5)
+
+
+def test_a_file_that_differs_gives_way_and_says_so(dante, write):
+    write("other.yaml", "defaults: [mine, _self_]\nmodel_cfg: {n_layers: 3}\n")
+    checked, plan = planned("other.yaml", "model_name=dante", "resume=auto", "preset=small")
+    assert (checked.model_cfg.n_layers, checked.model_cfg.d_model) == (5, 192)
+    (note,) = [n for n in plan.notices if "architecture" in n]
+    assert checked.cfg.train_seq_len == 128 and "train_seq_len 128 (not 256)" in note
+    assert "n_layers 5 (not 6)" in note and "d_model 192 (not 384)" in note
+
+
+def test_an_explicit_override_that_differs_is_refused(dante):
+    with pytest.raises(ConfigError, match="fixed by .*config.json: n_layers is 5, 8 was asked"):
+        planned("--model_name", "dante", "model_cfg.n_layers=8")
+    planned("--model_name", "dante", "model_cfg.n_layers=5")
+    with pytest.raises(ConfigError, match="type is fake_arch:Model, fake_arch:Headless was asked"):
+        planned("--model_name", "dante", "type=fake_arch:Headless")
+
+
+def test_a_field_the_saved_model_does_not_have_is_still_refused(dante):
+    with pytest.raises(ConfigError, match="unknown key 'model_cfg.nope'"):
+        planned("--model_name", "dante", "model_cfg.nope=8")
+
+
+def test_auto_preset_of_a_resumed_run_is_the_one_it_began_with(dante):
+    saved = json.loads((dante / "config.json").read_text()) | {"preset": "small"}
+    (dante / "config.json").write_text(json.dumps(saved))
+    plan = prepare(["model=gpt2", "model_name=dante", "resume=auto"])
+    assert compose_tree(plan.overrides)["preset"] == "small"
+
+
+def test_a_run_is_never_overwritten(dante):
+    with pytest.raises(ConfigError, match="already holds checkpoint-20. Add resume=auto"):
+        planned("mine.yaml", "model_name=dante", "preset=tiny")
+    planned("mine.yaml", "model_name=dante", "preset=tiny", "resume=auto")
+
+
+def test_a_mistyped_name_lists_the_runs(dante):
+    with pytest.raises(ConfigError, match="no run called 'dnate'.*Did you mean 'dante'.* Runs: dante"):
+        prepare(["--model_name", "dnate"])
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path):
+    for step in (9, 100, 20):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-x").mkdir()
+    assert [p.name for p in runs.checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-20", "checkpoint-100"]
