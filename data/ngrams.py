@@ -18,24 +18,29 @@ LONGEST = 8  # bytes packed into one 64-bit key
 
 
 class Texts:
-    """Documents as one byte array (n,) with the distance of each byte to its document's ends."""
+    """Documents as one byte array (n,), with the number of bytes before each in its document (up to 255)."""
 
     def __init__(self, documents: Sequence[bytes]):
         self.bytes = np.frombuffer(b"".join(documents), dtype=np.uint8)
-        lengths = np.array([len(document) for document in documents], dtype=np.int64)
-        starts = np.cumsum(lengths) - lengths
-        self.before = np.arange(len(self.bytes)) - np.repeat(
-            starts, lengths
-        )  # bytes of the document before this one
+        self.before = np.full(len(self.bytes), 255, dtype=np.uint8)
+        start = 0
+        for document in documents:
+            reach = min(len(document), 255)
+            self.before[start : start + reach] = np.arange(reach)
+            start += len(document)
 
-    def grams(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """Packed n-grams inside documents (m,) uint64 and the index (m,) of the last byte of each."""
-        last = np.flatnonzero(self.before >= n - 1)
-        keys = np.zeros(len(last), dtype=np.uint64)
-        for back in range(n - 1, -1, -1):
+    def grams(self, n: int) -> np.ndarray:
+        """Packed n-grams inside documents (m,) uint64, by place."""
+        count = max(len(self.bytes) - n + 1, 0)
+        keys = np.zeros(count, dtype=np.uint64)
+        for place in range(n):
             keys <<= np.uint64(8)
-            keys |= self.bytes[last - back]
-        return keys, last
+            keys |= self.bytes[place : place + count]
+        return keys[self.before[n - 1 :] >= n - 1]
+
+    def ends(self, n: int) -> np.ndarray:
+        """Index (m,) of the last byte of each of `grams(n)`."""
+        return np.flatnonzero(self.before >= n - 1)
 
 
 def witten_bell(train: Texts, heldout: Texts, orders: Sequence[int]) -> dict[int, np.ndarray]:
@@ -52,7 +57,7 @@ def witten_bell(train: Texts, heldout: Texts, orders: Sequence[int]) -> dict[int
 
 def _interpolate(train: Texts, heldout: Texts, n: int, probability: np.ndarray) -> None:
     """Raise `probability` from order n - 1 to order n, in place."""
-    keys = train.grams(n)[0]
+    keys = train.grams(n)
     if not len(keys):
         return
     keys.sort()
@@ -62,7 +67,7 @@ def _interpolate(train: Texts, heldout: Texts, n: int, probability: np.ndarray) 
     types = np.diff(first_gram)
     totals = np.add.reduceat(counts, first_gram[:-1])
 
-    wanted, last = heldout.grams(n)
+    wanted, last = heldout.grams(n), heldout.ends(n)
     context, known = _find(contexts, wanted >> np.uint64(8))
     wanted, last, context = wanted[known], last[known], context[known]
     gram, seen = _find(grams, wanted)

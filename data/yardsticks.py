@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from data import Dataset
 
 NAMES = ("uniform", "unigram", "3-gram", "6-gram", "xz", "bz2")
-# The n-gram counts take about 30 bytes of memory per byte of text; more text than this is sampled by
+# The n-gram counts take about 25 bytes of memory per byte of text; more text than this is sampled by
 # document.
 NGRAM_TRAINING_BYTES = 32_000_000
 FORMAT = 1
