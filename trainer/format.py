@@ -19,10 +19,10 @@ def duration(seconds: float) -> str:
 
 
 def quantity(value: float) -> str:
-    """At most five characters for what is below 10^15: `950`, `12.3k`, `4.56M`."""
+    """At most five characters below 10^21: `950`, `12.3k`, `4.56M`."""
     if not math.isfinite(value):
         return "?"
-    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    for unit, scale in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= 0.9995 * scale:
             scaled = value / scale
             return f"{scaled:.{2 if abs(scaled) < 9.995 else 1 if abs(scaled) < 99.95 else 0}f}{unit}"

@@ -1,0 +1,40 @@
+"use strict";
+
+// The x axis: all three charts are in the page, CSS shows the one that <body data-axis> names.
+const buttons = document.querySelectorAll("button[data-axis]");
+function show(axis) {
+  document.body.dataset.axis = axis;
+  for (const b of buttons) b.setAttribute("aria-pressed", b.dataset.axis === axis);
+}
+for (const b of buttons) b.addEventListener("click", () => show(b.dataset.axis));
+show("step");
+
+// Pointing at a chart prints the nearest values, read back from the drawn points.
+function duration(s) {
+  return s < 60 ? `${s.toFixed(1)} s` : `${Math.floor(s / 60)}m${String(Math.floor(s % 60)).padStart(2, "0")}s`;
+}
+function short(v) { return v.toLocaleString("en", { maximumSignificantDigits: 4 }); }
+function value(fraction, low, high) { return low + fraction * (high - low); }
+for (const svg of document.querySelectorAll("svg[data-axis]")) {
+  const [width, height] = svg.getAttribute("viewBox").split(" ").slice(2).map(Number);
+  const [left, right, top, bottom] = svg.dataset.frame.split(" ").map(Number);
+  const range = ["x0", "x1", "y0", "y1"].map((k) => Number(svg.dataset[k]));
+  const curves = [...svg.querySelectorAll("polyline")].map((line) => ({
+    name: line.dataset.name,
+    points: line.getAttribute("points").split(" ").map((p) => p.split(",").map(Number)),
+  }));
+  const out = svg.closest("figure").querySelector("output");
+  svg.addEventListener("pointermove", (event) => {
+    const box = svg.getBoundingClientRect();
+    const at = ((event.clientX - box.left) / box.width) * width;
+    let x = 0;
+    const values = curves.map(({ points }) => {
+      const p = points.reduce((a, b) => (Math.abs(b[0] - at) < Math.abs(a[0] - at) ? b : a));
+      x = value((p[0] - left) / (width - left - right), range[0], range[1]);
+      return value((height - bottom - p[1]) / (height - top - bottom), range[2], range[3]);
+    });
+    const where = svg.dataset.axis === "seconds" ? duration(x) : Math.round(x).toLocaleString("en");
+    out.textContent = `${where}: ${values.map(short).join(" · ")}`;
+  });
+  svg.addEventListener("pointerleave", () => { out.textContent = ""; });
+}
