@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import torch
 from pydantic import Field
+from torch import Tensor
 
 from configs.schema import OpenFraction, Positive
 from models.dit import DiT, DiTConfig
+from models.layers.block_diffusion import cached_mask, one_pass_mask
+from models.layers.cache import KVCache
+from models.layers.flops import Flops
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
@@ -56,6 +61,82 @@ class BD3LMConfig(DiTConfig):
 
 
 class BD3LM(DiT):
-    """The shared diffusion transformer with the attention pattern of `models.layers.block_diffusion`."""
+    """Denoises each block given the clean blocks before it.
+
+    Training: noisy and clean tokens go through the network side by side (2L tokens, one pass). Sampling:
+    finished blocks are in a cache, where they were stored by a pass over their clean tokens.
+    """
 
     Config = BD3LMConfig
+    cfg: BD3LMConfig
+
+    def forward(  # type: ignore[override]
+        self,
+        tokens: Tensor,
+        tau: Tensor,
+        doc_ids: Tensor | None = None,
+        clean: Tensor | None = None,
+        blocks: Tensor | None = None,
+        cache: KVCache | None = None,
+        store: bool = False,
+    ) -> Tensor:
+        """tokens (B, T) int64 -> hidden (B, T, D). Give either `clean` or `cache`.
+
+        tau (B,) or (B, T). clean (B, T): the row without noise; the result belongs to the noisy `tokens`.
+        cache: `tokens` continue what it holds; `store` keeps their keys and values (`tokens` must then be
+        clean and tau 0, which is what clean tokens get in training). blocks (T,): block of each position,
+        not decreasing; default: consecutive blocks of `block_size` from the first position on.
+        """
+        if (clean is None) == (cache is None):
+            raise ValueError(
+                "bd3lm: give either the clean tokens (training) or a cache (sampling), and not both"
+            )
+        if blocks is None:
+            blocks = torch.arange(tokens.shape[1], device=tokens.device) // self.cfg.block_size
+        if cache is None:
+            return self._one_pass(tokens, clean, tau, doc_ids, blocks)  # type: ignore[arg-type]
+        if doc_ids is not None:
+            raise ValueError("doc_ids cannot be combined with a cache: a cached row is one document")
+        return self._continue(tokens, tau, blocks, cache, store)
+
+    def _one_pass(
+        self, noisy: Tensor, clean: Tensor, tau: Tensor, doc_ids: Tensor | None, blocks: Tensor
+    ) -> Tensor:
+        length = noisy.shape[1]
+        if self.cfg.time_conditioning:
+            tau = tau if tau.ndim == 2 else tau[:, None].expand(noisy.shape)
+            tau = torch.cat((tau, torch.zeros_like(tau)), dim=1)  # (B, 2L): clean tokens carry no noise
+        mask = one_pass_mask(blocks)
+        if doc_ids is not None:
+            ids = doc_ids.repeat(1, 2)  # (B, 2L)
+            mask = mask & (ids[:, None, :, None] == ids[:, None, None, :])
+        positions = torch.arange(length, device=noisy.device).repeat(2)
+        hidden = self.trunk(torch.cat((noisy, clean), dim=1), self.condition(tau), positions, mask)
+        return hidden[:, :length]
+
+    def _continue(self, tokens: Tensor, tau: Tensor, blocks: Tensor, cache: KVCache, store: bool) -> Tensor:
+        past, length = cache.length, tokens.shape[1]
+        positions = torch.arange(past, past + length, device=tokens.device)
+        hidden = self.trunk(tokens, self.condition(tau), positions, cached_mask(blocks, past), cache)
+        if store:
+            cache.advance(length)
+        return hidden
+
+    def init_cache(
+        self,
+        batch: int,
+        max_len: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> KVCache:
+        """`max_len` counts stored tokens and the block in work."""
+        c = self.cfg
+        return KVCache(c.n_layers, batch, c.n_heads, max_len, c.d_model // c.n_heads, device, dtype)
+
+    def flops(self, seq_len: int) -> Flops:
+        """Per token of text: the blocks run on 2L tokens, which attend to L^2 + L L' pairs in all."""
+        c = self.cfg
+        trunk = 2 * self._products() + c.n_layers * 4 * (seq_len + c.block_size) * c.d_model
+        taus = 2 * seq_len if c.time_conditioning else 1
+        forward = trunk + 2 * self.head_weight.numel() + self._conditioning() * taus / seq_len
+        return Flops(forward_per_token=forward, training_per_token=3 * forward)

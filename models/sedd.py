@@ -43,7 +43,7 @@ class SEDDConfig(DiTConfig):
 
     @property
     def scaled(self) -> bool:
-        """Whether scores are divided by (exp(sigma) - 1) n, which makes a zero output a uniform prediction."""
+        """Whether scores are divided by (exp(sigma) - 1) n, so that a zero output is a uniform prediction."""
         return self.has_mask if self.scale_by_sigma is None else self.scale_by_sigma
 
     def problems(self, run: RunConfig) -> list[str]:

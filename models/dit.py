@@ -1,0 +1,299 @@
+"""The backbone of the diffusion models: a bidirectional transformer that knows how noisy its input is.
+
+Peebles and Xie 2022 (DiT, arXiv:2212.09748) with rotary positions (Su et al. 2021), as used for text by SEDD
+(louaaron/Score-Entropy-Discrete-Diffusion, `model/transformer.py`) and MDLM (kuleshov-group/mdlm,
+`models/dit.py`).
+
+Shapes: B rows, L positions, D width, H heads, h = D/H head width, c conditioning width, n real tokens,
+V states of a position: n, or n + 1 with the mask.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from configs.schema import DefaultModelConfig, Dropout, Positive, Rate
+from kernels.precision import compute_dtype
+from models.layers.adaln import AdaLN, AdaptiveNorm, TimeEmbedding, gated_residual
+from models.layers.bidirectional import additive, bidirectional_attention
+from models.layers.cache import KVCache
+from models.layers.flops import Flops
+from models.layers.init import INIT_STD, normal_
+from models.layers.roles import Rule
+from models.layers.rotary import apply_rotary, rotary_tables
+
+if TYPE_CHECKING:
+    from configs.schema import RunConfig
+
+__all__ = ["DiT", "DiTConfig"]
+
+ROTARY_THETA = 10_000.0
+
+
+class DiTConfig(DefaultModelConfig):
+    """Fields of every diffusion model. `vocab_size` is the tokenizer's, without an appended mask."""
+
+    cond_dim: Positive = 128  # width of the time embedding
+    d_mult: Positive = 4  # hidden width of the MLP, in units of d_model
+    eps: Rate = 1e-5  # of every LayerNorm
+    dropout: Dropout = 0.1  # of what attention and MLP add
+    tie_word_embeddings: bool = False
+    time_conditioning: bool = True  # False: the network always sees time 0
+    absorbing_state_idx: Annotated[int, Field(ge=-1)] = -1  # -1 appends a mask id; or a reserved token's id
+    ignore_bos: bool = True  # the first token of a row is given: not noised, not scored
+    loss_impl: Literal["naive", "chunked"] = "chunked"  # chunked never holds all logits
+    final_step: Literal["sample", "argmax"] = "sample"  # of the sampler
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether the chain has a mask state."""
+        return True
+
+    def problems(self, run: RunConfig) -> list[str]:
+        problems = super().problems(run)
+        if self.d_model % self.n_heads == 0 and self.d_model // self.n_heads % 2:
+            problems.append(
+                f"model_cfg.d_model ({self.d_model}) / model_cfg.n_heads ({self.n_heads}) must be even: "
+                f"rotary positions turn pairs. Nearest: d_model={self.d_model + self.n_heads}"
+            )
+        index = self.absorbing_state_idx
+        if index >= 0 and not self.has_mask:
+            problems.append(
+                f"model_cfg.absorbing_state_idx ({index}) names a mask, and this chain has none. Set it to -1"
+            )
+        if index >= 0 and self.vocab_size is not None and index >= self.vocab_size:
+            problems.append(
+                f"model_cfg.absorbing_state_idx ({index}) must be below model_cfg.vocab_size "
+                f"({self.vocab_size}), or -1 to append a mask"
+            )
+        return problems
+
+
+class Attention(nn.Module):
+    """Every position sees every other one, unless a mask says otherwise. No biases."""
+
+    def __init__(self, cfg: DiTConfig, layer: int) -> None:
+        super().__init__()
+        self.n_heads, self.layer = cfg.n_heads, layer
+        self.qkv = nn.Linear(cfg.d_model, 3 * cfg.d_model, bias=False)
+        self.out = nn.Linear(cfg.d_model, cfg.d_model, bias=False)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], bias: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(2)  # (B, L, H, h)
+        q, k, v = (t.transpose(1, 2) for t in (apply_rotary(q, *rotary), apply_rotary(k, *rotary), v))
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        y = bidirectional_attention(q, k, v, bias)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg: DiTConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(cfg.d_model, cfg.d_mult * cfg.d_model)
+        self.down = nn.Linear(cfg.d_mult * cfg.d_model, cfg.d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a norm that the time modulates and before a gate that starts at zero."""
+
+    def __init__(self, cfg: DiTConfig, layer: int) -> None:
+        super().__init__()
+        self.dropout = cfg.dropout
+        self.adaln = AdaLN(cfg.cond_dim, cfg.d_model, parts=6)
+        self.norm1 = AdaptiveNorm(cfg.d_model, cfg.eps)
+        self.attn = Attention(cfg, layer)
+        self.norm2 = AdaptiveNorm(cfg.d_model, cfg.eps)
+        self.mlp = MLP(cfg)
+
+    def forward(
+        self,
+        x: Tensor,
+        c: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        bias: Tensor | None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c)
+        branch = self.attn(self.norm1(x, shift1, scale1), rotary, bias, cache)
+        x = gated_residual(x, gate1, F.dropout(branch, self.dropout, self.training))
+        branch = self.mlp(self.norm2(x, shift2, scale2))
+        return gated_residual(x, gate2, F.dropout(branch, self.dropout, self.training))
+
+
+class Output(nn.Module):
+    """Parameters of the output layer; no weight of its own if it is the embedding's. The product itself
+    happens inside the loss, a few rows at a time."""
+
+    def __init__(self, states: int, width: int, tied: bool) -> None:
+        super().__init__()
+        self.register_parameter("weight", None if tied else nn.Parameter(torch.empty(states, width)))
+        self.bias = nn.Parameter(torch.empty(states))
+
+
+class DiT(nn.Module):
+    """Noisy tokens and their time in, hidden states of the output layer out.
+
+    Attributes: `n` real tokens, `V` states, `mask_id` (None for a chain without a mask). Parameters have
+    exactly V rows, so that their number is the published one; kernels pad their own copies.
+    """
+
+    Config: type[DiTConfig] = DiTConfig
+
+    def __init__(self, cfg: DiTConfig) -> None:
+        super().__init__()
+        if cfg.vocab_size is None:
+            raise ValueError("vocab_size: must be filled in before the model is built")
+        self.cfg = cfg
+        self.n, self.V, self.mask_id = _states(cfg)
+        self.embed = nn.Embedding(self.V, cfg.d_model)
+        self.time = TimeEmbedding(cfg.cond_dim)
+        self.layers = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layers))
+        self.final_adaln = AdaLN(cfg.cond_dim, cfg.d_model, parts=2)
+        self.final_norm = AdaptiveNorm(cfg.d_model, cfg.eps)
+        self.output = Output(self.V, cfg.d_model, cfg.tie_word_embeddings)
+
+    def forward(
+        self, tokens: Tensor, tau: Tensor, doc_ids: Tensor | None = None, attention: Tensor | None = None
+    ) -> Tensor:
+        """tokens (B, L) int64 -> hidden (B, L, D), the input of the output layer.
+
+        tau (B,) or (B, L): time or noise level of each row or position. doc_ids (B, L): attention stays
+        within equal ids (rotary positions are relative and need no restart). attention: a further
+        restriction, bool, broadcastable to (B, 1, L, L), True where a query (row) may look.
+        """
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        mask = _combine(attention, _same_document(doc_ids))
+        return self.trunk(tokens, self.condition(tau), positions, mask)
+
+    def trunk(
+        self, tokens: Tensor, c: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache | None = None
+    ) -> Tensor:
+        """tokens (B, L), c (B or 1, L or 1, c), positions (L,), mask bool -> hidden (B, L, D)."""
+        x = self.embed(tokens)  # (B, L, D)
+        head_width = self.cfg.d_model // self.cfg.n_heads
+        rotary = rotary_tables(positions, head_width, ROTARY_THETA, x.dtype)
+        bias = additive(mask, compute_dtype(x))
+        for block in self.layers:
+            x = block(x, c, rotary, bias, cache)
+        return self.final_norm(x, *self.final_adaln(c))
+
+    def condition(self, tau: Tensor) -> Tensor:
+        """(B,) -> (B, 1, c), (B, L) -> (B, L, c); (1, 1, c), the same for all, without time conditioning."""
+        if not self.cfg.time_conditioning:
+            tau = tau.new_zeros(1)
+        c = self.time(tau)
+        return c if tau.ndim == 2 else c[:, None]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V)."""
+        return F.linear(hidden, self.head_weight.to(hidden.dtype), self.head_bias.to(hidden.dtype))
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D)."""
+        return self.embed.weight if self.output.weight is None else self.output.weight
+
+    @property
+    def head_bias(self) -> Tensor:
+        """(V,)."""
+        return self.output.bias
+
+    @property
+    def max_context(self) -> int:
+        return self.cfg.n_ctx
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Linears as PyTorch's default, U(+-1/sqrt(fan_in)), the embedding U(+-1/sqrt(D)); modulation and
+        output zero, so that blocks start as identities and predictions as uniform. A tied matrix cannot be
+        zero: N(0, 0.02^2)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                bound = module.in_features**-0.5
+                _uniform_(module.weight, bound, generator)
+                if module.bias is not None:
+                    _uniform_(module.bias, bound, generator)
+            elif isinstance(module, AdaLN | AdaptiveNorm):
+                module.init_weights()
+        if self.output.weight is None:
+            normal_(self.embed.weight, INIT_STD, generator)
+        else:
+            _uniform_(self.embed.weight, self.cfg.d_model**-0.5, generator)
+            nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def blocks(self) -> list[str]:
+        return [f"layers.{layer}" for layer in range(self.cfg.n_layers)]
+
+    def param_roles(self) -> list[Rule]:
+        return [
+            Rule(r"embed\.weight", "embedding"),
+            Rule(r"output\.weight", "head"),
+            Rule(r"layers\.\d+\.attn\.qkv\.weight", "matrix", split=3),
+            Rule(r"layers\.\d+\.(attn\.out|mlp\.up|mlp\.down)\.weight", "matrix"),
+            # Modulation sets scales and gates; it and the time MLP are no maps between hidden states.
+            Rule(r"(layers\.\d+\.|final_)adaln\.weight|time\.(inner|outer)\.weight", "scalar"),
+            Rule(r".*norm\d?\.weight|.*\.bias", "scalar"),
+        ]
+
+    def flops(self, seq_len: int) -> Flops:
+        """Per token: `n_layers (24 D^2 + 4 L D) + 2 D V` forward at d_mult = 4, every position attending to
+        all L, and the conditioning, which each row pays once. Training is three times that."""
+        trunk = self._products() + self.cfg.n_layers * 4 * seq_len * self.cfg.d_model
+        forward = trunk + 2 * self.head_weight.numel() + self._conditioning() / seq_len
+        return Flops(forward_per_token=forward, training_per_token=3 * forward)
+
+    def _products(self) -> float:
+        """Operations of the blocks' matrices, per token."""
+        return self.cfg.n_layers * (8 + 4 * self.cfg.d_mult) * self.cfg.d_model**2
+
+    def _conditioning(self) -> float:
+        """Operations of the time MLP and all modulations, per value of tau."""
+        modules = [m for m in self.modules() if isinstance(m, AdaLN)] + [self.time.inner, self.time.outer]
+        return 2 * sum(m.weight.numel() for m in modules)
+
+
+def _states(cfg: DiTConfig) -> tuple[int, int, int | None]:
+    """(n, V, mask_id): a mask is appended behind the vocabulary, or is a token reserved inside it."""
+    if cfg.vocab_size is None:
+        raise ValueError("vocab_size: must be filled in before the model is built")
+    if not cfg.has_mask:
+        return cfg.vocab_size, cfg.vocab_size, None
+    if cfg.absorbing_state_idx == -1:
+        return cfg.vocab_size, cfg.vocab_size + 1, cfg.vocab_size
+    if cfg.absorbing_state_idx >= cfg.vocab_size:
+        raise ValueError(
+            f"absorbing_state_idx ({cfg.absorbing_state_idx}) must be below vocab_size ({cfg.vocab_size})"
+        )
+    return cfg.vocab_size - 1, cfg.vocab_size, cfg.absorbing_state_idx
+
+
+def _same_document(doc_ids: Tensor | None) -> Tensor | None:
+    """(B, L) -> (B, 1, L, L) bool."""
+    return None if doc_ids is None else (doc_ids[:, None, :, None] == doc_ids[:, None, None, :])
+
+
+def _combine(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return a if b is None else b
+    return a & b
+
+
+@torch.no_grad()
+def _uniform_(tensor: Tensor, bound: float, generator: torch.Generator) -> None:
+    """U(-bound, bound), drawn on the generator's device and in fp32 or better (see `layers.init.normal_`)."""
+    if tensor.is_meta:
+        return
+    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    draw = torch.empty(tensor.shape, dtype=dtype, device=generator.device)
+    tensor.copy_(draw.uniform_(-bound, bound, generator=generator))
