@@ -28,9 +28,9 @@ for (const svg of document.querySelectorAll("svg[data-axis]")) {
     const box = svg.getBoundingClientRect();
     const at = ((event.clientX - box.left) / box.width) * width;
     let x = 0;
-    const values = curves.map(({ points }) => {
+    const values = curves.map(({ points }, index) => {
       const p = points.reduce((a, b) => (Math.abs(b[0] - at) < Math.abs(a[0] - at) ? b : a));
-      x = value((p[0] - left) / (width - left - right), range[0], range[1]);
+      if (index === 0) x = value((p[0] - left) / (width - left - right), range[0], range[1]);
       return value((height - bottom - p[1]) / (height - top - bottom), range[2], range[3]);
     });
     const where = svg.dataset.axis === "seconds" ? duration(x) : Math.round(x).toLocaleString("en");
