@@ -71,33 +71,33 @@ def evaluate(
     """Score `rows`; None when a stop was asked for on any process before the end.
 
     Rows are dealt out to the processes in turn, all getting the same number of batches: what is missing at the
-    end is filled with row 0 and counted nowhere.
+    end is padding that counts nowhere.
     """
     training = adapter.training
     adapter.eval()
     per_process = -(-rows.n_rows // world.size)
     mine = np.arange(per_process) * world.size + world.rank
     ctx = Context(seed=seed, step=0, phase="eval", rows_in_step=rows.n_rows)
-    nats = end_nats = variance = tokens = 0.0
+    nats = end_nats = variance = tokens = ends = 0.0
     kind, estimator = "exact", "exact"
     try:
         for start in range(0, per_process, batch_rows):
             if world.agree(should_stop()):
                 return None
             ids = mine[start : start + batch_rows]
-            real = torch.from_numpy(ids < rows.n_rows)
-            batch = rows.batch(np.where(ids < rows.n_rows, ids, 0))
+            batch = rows.batch(np.where(ids < rows.n_rows, ids, -1))
             with autocast(precision, world.device):
                 found = adapter.likelihood(batch, ctx)
             kind, estimator = found.kind, found.estimator
-            nats += float(found.nats[real].sum())
-            end_nats += float(found.end_nats[real].sum())
-            tokens += float(torch.from_numpy(batch.weights).double().sum(1)[real].sum())
+            nats += float(found.nats.sum())
+            end_nats += float(found.end_nats.sum())
+            tokens += float(batch.weights.sum(dtype=np.float64))
+            ends += float(batch.end_weights.sum(dtype=np.float64))
             if found.variance is not None:
-                variance += float(found.variance[real].sum())
+                variance += float(found.variance.sum())
     finally:
         adapter.train(training)
-    nats, end_nats, variance, tokens = world.add_up([nats, end_nats, variance, tokens])
+    nats, end_nats, variance, tokens, ends = world.add_up([nats, end_nats, variance, tokens, ends])
     per_token = nats / tokens
     context_bytes = rows.seq_len * rows.total_bytes / tokens
     return Score(
@@ -107,10 +107,10 @@ def evaluate(
         standard_error=math.sqrt(variance) / (math.log(2) * rows.total_bytes),
         nats_per_token=per_token,
         perplexity=math.exp(min(per_token, 700.0)),
-        end_nats_per_document=end_nats / rows.n_documents,
+        end_nats_per_document=end_nats / max(ends, 1.0),
         bytes=rows.total_bytes,
         tokens=int(tokens),
-        documents=rows.n_documents,
+        documents=len(rows.documents),
         context_tokens=rows.seq_len,
         context_bytes=round(context_bytes, 1),
         comparable=rows.complete,

@@ -1,0 +1,139 @@
+"""Loss, gradients, invariance, causality, likelihood."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels import linear_cross_entropy as head_loss
+from tests.contract.tiny import (
+    SEQ_LEN,
+    VOCABULARY,
+    adapter_of,
+    batch_of,
+    context,
+    loss_and_gradients,
+    random_batch,
+    split,
+)
+
+
+def test_forward_and_backward_are_finite_and_reach_every_parameter(type_):
+    adapter = adapter_of(type_)
+    losses, gradients = loss_and_gradients(adapter, [random_batch()])
+    assert all(math.isfinite(v) for v in losses.values())
+    assert set(gradients) == {n for n, p in adapter.named_model_parameters() if p.requires_grad}
+    assert all(torch.isfinite(g).all() for g in gradients.values())
+
+
+def test_first_loss_is_that_of_a_uniform_guess(type_):
+    losses, _ = loss_and_gradients(adapter_of(type_), [random_batch(rows=16)], rows=16)
+    assert abs(next(iter(losses.values())) - math.log(VOCABULARY)) < 0.3
+
+
+@pytest.mark.parametrize("sizes", [[1, 1, 1, 1], [3, 1], [2, 2]])
+def test_splitting_a_batch_changes_no_loss_and_no_gradient(type_, sizes):
+    adapter = adapter_of(type_, dtype=torch.float64)
+    batch = random_batch()
+    batch.weights[1, 5:] = 0  # uneven denominators: means of means would differ
+    whole, whole_gradients = loss_and_gradients(adapter, [batch])
+    parts, part_gradients = loss_and_gradients(adapter, split(batch, sizes))
+    assert parts == pytest.approx(whole, rel=1e-9)
+    for name, gradient in whole_gradients.items():
+        torch.testing.assert_close(part_gradients[name], gradient, rtol=1e-7, atol=1e-12, msg=name)
+
+
+def test_rows_are_independent(type_):
+    adapter = adapter_of(type_, dtype=torch.float64).eval()
+    batch = random_batch()
+    together = adapter.likelihood(batch, context(phase="eval")).nats
+    alone = torch.cat([adapter.likelihood(part, context(phase="eval")).nats for part in split(batch, [1] * 4)])
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9)
+
+
+def nats_by_position(adapter, tokens):
+    """(L,) nats of each position, by scoring one position at a time."""
+    batch = batch_of(np.repeat(tokens, SEQ_LEN, axis=0))
+    batch.weights[:] = np.eye(SEQ_LEN, dtype=np.float32)
+    return adapter.likelihood(batch, context(SEQ_LEN, phase="eval")).nats
+
+
+def test_a_later_token_changes_nothing_earlier(type_):
+    adapter = adapter_of(type_, dtype=torch.float64).eval()
+    tokens = random_batch(rows=1).tokens
+    before = nats_by_position(adapter, tokens)
+    if adapter.likelihood(random_batch(), context(phase="eval")).kind != "exact":
+        pytest.skip("a bound has no order of positions; what it may see is tested with its objective")
+    for place in (1, 7, SEQ_LEN - 1):
+        changed = tokens.copy()
+        changed[0, place] = (changed[0, place] + 1) % (VOCABULARY - 1)
+        after = nats_by_position(adapter, changed)
+        torch.testing.assert_close(after[: place - 1], before[: place - 1], rtol=0, atol=1e-12)
+        assert not torch.allclose(after[place - 1 :], before[place - 1 :])
+
+
+def test_documents_in_a_row_do_not_see_each_other(type_):
+    adapter = adapter_of(type_, dtype=torch.float64).eval()
+    batch = random_batch(rows=2)
+    batch.tokens[1, SEQ_LEN // 2 :] = batch.tokens[0, SEQ_LEN // 2 :]  # same second document, other first
+    batch.tokens[:, SEQ_LEN // 2] = VOCABULARY - 1
+    batch.doc_ids[:, SEQ_LEN // 2 :] = 1
+    batch.weights[:, : SEQ_LEN // 2] = 0
+    batch.rows[:] = 0  # the same noise, where there is any
+    nats = adapter.likelihood(batch, context(phase="eval")).nats
+    torch.testing.assert_close(nats[0], nats[1], rtol=1e-12, atol=0)
+
+
+def test_likelihood_sums_to_one_over_all_texts(type_):
+    """By brute force on three symbols and length four; a bound may only leave probability over."""
+    adapter = adapter_of(type_, vocabulary=3, dtype=torch.float64)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        for parameter in adapter.parameters():  # away from the uniform initial distribution
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    texts = np.array(list(itertools.product(range(3), repeat=4)))
+    tokens = np.concatenate([np.full((len(texts), 1), 2), texts], axis=1)
+    found = adapter.eval().likelihood(batch_of(tokens), context(len(texts), phase="eval"))
+    total = float(torch.exp(-found.nats).sum())
+    if found.kind == "exact":
+        assert total == pytest.approx(1.0, abs=1e-9)
+        assert found.nats.std() > 0.1
+    else:
+        assert total < 1.05
+
+
+def test_chunked_and_plain_head_losses_agree(type_, monkeypatch):
+    adapter = adapter_of(type_, dtype=torch.float64)
+    plain, plain_gradients = loss_and_gradients(adapter, [random_batch()])
+    monkeypatch.setattr(head_loss, "LOGIT_BYTES", {"cpu": 5 * 8 * 128, "cuda": 1})
+    chunked, chunked_gradients = loss_and_gradients(adapter, [random_batch()])
+    assert chunked == pytest.approx(plain, rel=1e-10)
+    for name, gradient in plain_gradients.items():
+        torch.testing.assert_close(chunked_gradients[name], gradient, rtol=1e-8, atol=1e-12, msg=name)
+
+
+class NoHostSync(TorchDispatchMode):
+    """Refuses the operations that make a GPU's host wait."""
+
+    REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "_unique")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__ if hasattr(func, "__name__") else str(func)
+        assert not any(word in name for word in self.REFUSED), f"{name} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_host_synchronisation_in_forward_and_backward(type_):
+    adapter = adapter_of(type_)
+    prepared = adapter.prepare(random_batch(), context())
+    with NoHostSync():
+        output = adapter(prepared)
+        total = torch.zeros(())
+        for term in output.terms.values():
+            total = total + term.weight * term.sum / prepared.denominators[term.denominator]
+        total.backward()
+    with pytest.raises(AssertionError, match="waits for the device"), NoHostSync():
+        torch.ones(()).item()

@@ -1,0 +1,68 @@
+"""The house rules that a machine can check."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("kernels", "models", "adapters", "trainer", "data", "configs")
+# Imports point one way. What a package may import at all, at module level or inside a function.
+ALLOWED = {
+    "kernels": set(),
+    "configs": {"models", "data"},  # lazily: the table, and the one model file that validates a run
+    "data": set(),
+    "models": {"kernels", "configs"},
+    "adapters": {"models", "kernels", "configs", "data"},
+    "trainer": {"adapters", "models", "kernels", "configs", "data"},
+}
+FILES = [f for package in PACKAGES for f in sorted((ROOT / package).rglob("*.py"))]
+
+
+def imports(tree, top_level_only=False):
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module, node.lineno
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    package = path.relative_to(ROOT).parts[0]
+    if path.name in ("test_configs.py", "default_model_adapter.py", "show_configs.py") and package == "configs":
+        return  # programs and the lazy re-export; the next test keeps them off the import path
+    for name, line in imports(ast.parse(path.read_text())):
+        top = name.split(".")[0]
+        if top in PACKAGES and top != package:
+            assert top in ALLOWED[package], f"{path.name}:{line}: {package} imports {name}"
+
+
+@pytest.mark.parametrize("module", ["configs", "configs.schema", "configs.compose", "models", "data"])
+def test_importing_these_brings_no_torch(module):
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_the_trainer_names_no_architecture():
+    from models import ARCHITECTURES
+
+    for path in sorted((ROOT / "trainer").glob("*.py")):
+        if path.name.startswith("bench"):
+            continue  # compares gpt2 with a plain loop
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert node.value not in ARCHITECTURES, f"{path.name}:{node.lineno} names {node.value!r}"
+
+
+def test_every_generic_field_is_read_by_the_code():
+    """A field that is accepted and ignored is worse than none."""
+    from configs.schema import GENERIC_FIELDS
+
+    code = "\n".join(p.read_text() for p in FILES if p.parts[-2] != "configs") + (ROOT / "mytrainer.py").read_text()
+    launch = "\n".join((ROOT / "configs" / name).read_text() for name in ("choose.py", "compose.py", "frontend.py"))
+    unread = [f for f in GENERIC_FIELDS if f".{f}" not in code + launch and f'"{f}"' not in code + launch]
+    assert not unread

@@ -1,0 +1,87 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from adapters.base import Prepared
+from trainer.batching import BatchPlan, StepLoader, largest_batch_that_fits, plan_batch
+
+
+def test_derivations():
+    assert plan_batch(48, 6, None, 2, 128) == BatchPlan(48, 6, 4, 2)
+    assert plan_batch(48, None, 3, 2, 128) == BatchPlan(48, 8, 3, 2)
+    assert plan_batch(48, None, None, 1, 1024) == BatchPlan(48, 16, 3, 1), "16,384 tokens per micro-batch"
+    assert plan_batch(48, None, None, 1, 100_000).micro_rows == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ((10, None, None, 4, 8), ["global_batch_size (10)", "nearest: 8, 12"]),
+        ((12, 5, None, 1, 8), ["batch_size (5)", "1, 2, 3, 4, 6, 12"]),
+        ((12, None, 5, 1, 8), ["gradient_accumulation_steps (5)", "1, 2, 3, 4, 6, 12"]),
+        ((12, 3, 3, 1, 8), ["global_batch_size=9", "gradient_accumulation_steps=4"]),
+    ],
+)
+def test_inconsistent_numbers_name_the_nearest_legal(args, words):
+    with pytest.raises(ValueError) as error:
+        plan_batch(*args)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_out_of_memory_recovery_picks_divisors_only():
+    tried = []
+
+    def fits(rows):
+        tried.append(rows)
+        if rows > 5:
+            raise torch.cuda.OutOfMemoryError
+
+    assert largest_batch_that_fits(12, fits) == 4
+    assert tried == [12, 6, 4]
+    with pytest.raises(ValueError, match="not even one row"):
+        largest_batch_that_fits(2, lambda rows: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError()))
+
+
+class FakeRows:
+    def batch(self, rows):
+        tokens = np.repeat(rows[:, None], 4, axis=1)
+        return SimpleNamespace(tokens=tokens, weights=np.ones((len(rows), 3), np.float32), rows=rows, bytes=7 * len(rows))
+
+
+class FakeAdapter:
+    def prepare(self, batch, ctx):
+        assert ctx.rows_in_step == 12
+        return Prepared({"rows": torch.from_numpy(batch.rows)}, {"tokens": float(batch.weights.sum())})
+
+
+def rows_of(plan, rank, step):
+    batch = StepLoader(FakeRows(), FakeAdapter(), plan, rank, seed=0).load(step)
+    assert batch.first_rows == [int(m.tensors["rows"][0]) for m in batch.micro]
+    return torch.cat([m.tensors["rows"] for m in batch.micro]).tolist()
+
+
+@pytest.mark.parametrize(("micro", "world"), [(12, 1), (1, 1), (3, 2), (2, 3)])
+def test_every_split_covers_the_same_rows(micro, world):
+    plan = plan_batch(12, micro, None, world, 3)
+    for step in (0, 5):
+        seen = [row for rank in range(world) for row in rows_of(plan, rank, step)]
+        assert seen == list(range(12 * step, 12 * step + 12))
+
+
+def test_thread_delivers_in_order_counts_and_stops():
+    loader = StepLoader(FakeRows(), FakeAdapter(), plan_batch(12, 4, None, 1, 3), 0, 0)
+    got = list(loader.steps(3, 8))
+    assert [b.step for b in got] == [3, 4, 5, 6, 7]
+    assert got[0].tokens == 36 and got[0].bytes == 84 and got[0].denominators == {"tokens": 36.0}
+    for batch in loader.steps(0, 10**9):  # leaving early must not hang
+        assert batch.step == 0
+        break
+
+
+def test_an_error_in_the_thread_is_raised_in_the_loop():
+    loader = StepLoader(FakeRows(), FakeAdapter(), plan_batch(12, 4, None, 1, 3), 0, 0)
+    loader.adapter = SimpleNamespace(prepare=lambda batch, ctx: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(iter(loader.steps(0, 1)))

@@ -1,0 +1,45 @@
+import torch
+
+from trainer.precision import LossScaler, choose_precision, should_compile
+
+CPU = torch.device("cpu")
+
+
+def test_explicit_choice_is_kept_and_auto_gives_a_reason():
+    assert choose_precision("no", CPU)[0] == "no"
+    chosen, reason = choose_precision("auto", CPU)
+    assert chosen == ("bf16" if torch.cpu._is_avx512_bf16_supported() else "no") and "bf16" in reason.lower()
+
+
+def test_compile_is_automatic_on_cuda_only():
+    assert not should_compile("auto", CPU)
+    assert should_compile("auto", torch.device("cuda"))
+    assert should_compile(True, CPU) and not should_compile(False, torch.device("cuda"))
+
+
+def test_scaler_halves_on_overflow_and_doubles_after_good_steps():
+    scaler = LossScaler(True, CPU, growth_interval=3)
+    good, bad = torch.zeros(()), torch.ones(())
+    start = scaler.scale.item()
+    scaler.update(bad)
+    assert scaler.scale == start / 2
+    for _ in range(3):
+        scaler.update(good)
+    assert scaler.scale == start
+    scaler.update(good)
+    scaler.update(bad)
+    assert scaler.scale == start / 2 and scaler.good_steps == 0
+    copy = LossScaler(True, CPU)
+    copy.load_state_dict(scaler.state_dict())
+    assert copy.scale == scaler.scale
+    grad = [torch.full((2,), 3.0)]
+    scaler.unscale(grad)
+    assert torch.equal(grad[0], torch.full((2,), 3.0 / (start / 2)))
+
+
+def test_scaler_off_changes_nothing():
+    scaler = LossScaler(False, CPU)
+    scaler.update(torch.ones(()))
+    grad = [torch.ones(2)]
+    scaler.unscale(grad)
+    assert scaler.scale == 1 and torch.equal(grad[0], torch.ones(2))
