@@ -104,9 +104,9 @@ def test_width_scaling_is_by_role():
 
 
 def test_weight_decay_is_by_role_and_dimension():
-    rules = [Rule(r"mlp\.bias", "matrix_bias"), Rule(r"head\.weight", "scalar"), *RULES]
+    rules = [Rule(r"mlp\.bias", "router"), Rule(r"head\.weight", "scalar"), *RULES]
     table = role_table(Toy().named_parameters(), rules, config(), width=8)
-    assert row(table, "matrix_bias")["weight_decay"] == 0.0  # one dimension
+    assert row(table, "router")["weight_decay"] == 0.0  # one dimension
     assert row(table, "scalar")["weight_decay"] == 0.0  # two dimensions, but a scalar by role
     assert sorted(r["weight_decay"] for r in table if r["role"] == "matrix") == [0.1, 0.2]
     assert row(table, "embedding")["weight_decay"] == 0.1
