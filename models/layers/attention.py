@@ -117,4 +117,4 @@ def _plain_attention(
         scores = scores.add_(bias)
     # torch.softmax computes in fp32 also where it reads and writes bf16.
     probabilities = F.dropout(torch.softmax(scores, dim=-1), dropout).to(v.dtype)
-    return (probabilities.view(batch, groups, -1, keys) @ v).view(batch, heads, queries, width)
+    return (probabilities.view(batch, groups, -1, keys) @ v).view(batch, heads, queries, v.shape[-1])

@@ -93,7 +93,14 @@ def test_cache_stores_each_kv_head_once():
     model = build("vanilla", n_kv_heads=2)
     cache = model.init_cache(3, 20)
     logits_of(model, tokens_of(rows=3, length=5), cache=cache)
-    assert cache._storage.shape == (2, 2, 3, 2, 20, 4)  # layers, keys and values, rows, kv heads, tokens, width
+    assert cache._storage.shape == (
+        2,
+        2,
+        3,
+        2,
+        20,
+        4,
+    )  # layers, keys and values, rows, kv heads, tokens, width
 
 
 def test_cache_refuses_what_does_not_fit():
