@@ -126,7 +126,7 @@ def prepare(argv: list[str]) -> Plan:
             0, f"{MODEL_GROUP}={f'{function}({value})' if function and request.multirun else value}"
         )
     secrets = _hide_secrets(request, nodes, overrides)
-    register(request)
+    register()
     request.notices += [note for n in nodes for node in n.chain() for note in node.notices]
     return Plan(request, overrides, names, saved, secrets, list(dict.fromkeys(request.notices)))
 
@@ -205,14 +205,12 @@ def _hide_secrets(request: Request, nodes: list[Node], overrides: list[str]) -> 
     return {k: v for k, v in secrets.items() if v != REDACTED}
 
 
-def register(request: Request | None = None) -> None:
+def register() -> None:
     """Store the root config: three group choices and Hydra's own settings."""
     settings: dict[str, Any] = {
         "job": {"name": APP, "chdir": False},
         "sweep": {"dir": "multirun/${now:%Y-%m-%d}/${now:%H-%M-%S}", "subdir": "${hydra.job.num}"},
     }
-    if request and request.mode == "help":
-        settings["help"] = {"app_name": APP, "template": _help(with_config=bool(request.models))}
     node = {
         "defaults": [
             {MODEL_GROUP: None},
@@ -226,12 +224,14 @@ def register(request: Request | None = None) -> None:
     ConfigStore.instance().store(name=APP, node=node)
 
 
-def _help(with_config: bool) -> str:
+def help_text() -> str:
+    """What `--help` says before it shows the composed config."""
+
     def listing(folder: str) -> str:
         lines = [f"  {n:<12} {description(CONFIGS / folder / f'{n}.yaml')}" for n in options(folder)]
         return "\n".join(lines)
 
-    text = f"""Train:  python mytrainer.py --hydra_model_cfg=configs/<name>.yaml [preset=<size>] [key=value]
+    return f"""Train:  python mytrainer.py --hydra_model_cfg=configs/<name>.yaml [preset=<size>] [key=value]
 Sweep:  python mytrainer.py --hydra_model_cfg=a,b learning_rate=1e-3,3e-4 -m    (a process per point)
 Go on:  python mytrainer.py --model_name <name> [--num_iterations N]           (checkpoints/<name>)
 Other:  python mytrainer.py generate | eval | show | bench --help
@@ -247,10 +247,6 @@ Sizes (preset=<name>):
 Data (data=<name>):
 {listing("data")}
 """
-    text = text.replace("$", "$$")
-    return text + (
-        "\nThis configuration; override anything in it (field=value):\n\n$CONFIG" if with_config else ""
-    )
 
 
 @contextmanager

@@ -10,10 +10,20 @@ from pathlib import Path
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 
-from configs.compose import APP, Checked, Plan, check, check_grid, compose_hydra, compose_tree, prepare
+from configs.compose import (
+    APP,
+    Checked,
+    Plan,
+    check,
+    check_grid,
+    compose_hydra,
+    compose_tree,
+    help_text,
+    prepare,
+)
 from configs.files import CONFIGS, ROOT, digest
 from configs.messages import ConfigError
 from configs.runs import named_folder
@@ -49,7 +59,16 @@ def _say(plan: Plan) -> None:
 
 
 def _show(plan: Plan) -> int:
-    """--help, --cfg, --info: Hydra prints, then what is wrong goes to stderr."""
+    """--help, --cfg, --info: Hydra prints, then what is wrong goes to stderr.
+
+    Except for --help: Hydra's walks every folder of the project in search of option groups.
+    """
+    if plan.request.mode == "help":
+        print(help_text())
+        if plan.models:
+            print("This configuration; override anything in it (key=value):\n")
+            print(OmegaConf.to_yaml(OmegaConf.create(compose_tree(plan.overrides))))
+        return 0
     _say(plan)
     _hydra(plan, lambda cfg: None, [])
     if plan.request.mode == "cfg" and not plan.request.multirun and len(plan.models) == 1:
@@ -82,7 +101,7 @@ def _sweep(plan: Plan) -> int:
     check_grid(plan)
     model = f"configs@_global_='{next(iter(plan.models))}'"
     fixed = [o for o in plan.overrides if o.startswith("hydra")]
-    launch.require_writable(Path(compose_hydra([*fixed, model]).hydra.sweep.dir).parents[1])
+    launch.require_writable(Path(compose_hydra([*fixed, model]).hydra.sweep.dir).absolute().parent)
     _say(plan)
     _hydra(plan, sweep_job, [])
     return 0
@@ -99,9 +118,9 @@ def sweep_job(cfg: DictConfig) -> float:
         folder = named_folder(run_cfg.model_dump(), explicit) or Path(job.runtime.output_dir)
         return launch.start(run_cfg, model_cfg, folder, isolated=True, origin=_origin(job))
     except ConfigError as error:
-        raise HydraException(error.report()) from None
+        raise CompactHydraException(error.report()) from None
     except launch.JobFailed as failed:
-        raise HydraException(f"job {job.job.num}: {failed}") from None
+        raise CompactHydraException(f"job {job.job.num}: {failed}") from None
 
 
 def _origin(job: DictConfig) -> str:

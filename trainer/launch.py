@@ -95,9 +95,7 @@ def apply_env(env: Mapping[str, str], secrets_: Mapping[str, str] | None = None)
         present = os.environ.get(name)
         if value == REDACTED:
             if present is None:
-                print(
-                    f"note: env.{name} is a secret and was not saved; set it in your shell", file=sys.stderr
-                )
+                print(f"note: env.{name} was not saved (a secret); set it in your shell", file=sys.stderr)
         elif present is None:
             os.environ[name] = value
         elif present != value and not (secrets_ and name in secrets_):
