@@ -72,8 +72,9 @@ class VanillaConfig(DefaultModelConfig):
         found = super().problems(run)
         if self.n_heads % self.kv_heads:
             legal = [n for n in range(1, self.n_heads + 1) if self.n_heads % n == 0]
-            below, above = (n for n in legal if n < self.kv_heads), (n for n in legal if n > self.kv_heads)
-            nearest = [max(below), *list(above)[:1]]  # 1 divides everything, so there is one below
+            # 1 divides everything, so there is one below; above n_heads there is none.
+            nearest = [max(n for n in legal if n < self.kv_heads)]
+            nearest += [n for n in legal if n > self.kv_heads][:1]
             found.append(
                 f"model_cfg.n_heads ({self.n_heads}) must be divisible by model_cfg.n_kv_heads "
                 f"({self.kv_heads}); nearest n_kv_heads: {', '.join(map(str, nearest))}"
