@@ -70,6 +70,8 @@ def train(cfg: RunConfig, model_cfg: ModelConfig, run_dir: Path) -> float:
     """Train, score and sample; returns bits per byte (of the best model if `save_best_model`), NaN if stopped
     before the first score."""
     with open_world(cfg) as world, RunFolder(run_dir, world) as folder, StopSignal() as stop:
+        if cfg.resume == "none":
+            folder.refuse_to_overwrite()
         checkpoint = _checkpoint_to_resume(cfg, folder)
         saved = load_json(checkpoint, "training_state.json") if checkpoint else {}
         micro_rows = tokenizer = None

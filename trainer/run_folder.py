@@ -49,7 +49,6 @@ class RunFolder:
         self._lock = filelock.FileLock(str(self.path / ".lock"))
         self._metrics: MetricsWriter | None = None
         self._yardsticks: Any = None
-        self._resumed = False
         self._sampled_at = -1
         self._started = time.monotonic()
 
@@ -68,6 +67,15 @@ class RunFolder:
             raise TrainingError(problem)
         return self
 
+    def refuse_to_overwrite(self) -> None:
+        """A new run into a folder that holds another's results would mix or lose them."""
+        there = [name for name in ("metrics.jsonl", "summary.json") if (self.path / name).exists()]
+        if self.world.broadcast(bool(there)):
+            raise ValueError(
+                f"{self.path} already holds a run ({', '.join(there)}). Add resume=auto to go on with it, or choose "
+                f"another output_dir"
+            )
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -84,8 +92,7 @@ class RunFolder:
             return
         cfg = s.cfg
         self._metrics = MetricsWriter(self.path)
-        if self._resumed:
-            self._metrics.truncate_after(progress.step)
+        self._metrics.truncate_after(progress.step)  # what a life cut short wrote after its last checkpoint
         manifest = self._manifest(s)
         write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
         counts = manifest["parameters"]
@@ -163,7 +170,6 @@ class RunFolder:
                 self.console.note(f"{key} was {then} and is {now}: equal to rounding from here, not bit for bit")
 
     def resumed(self, checkpoint: Path, step: int, seconds: float) -> None:
-        self._resumed = True
         self.console.note(f"resumed {checkpoint.name} at step {step}, after {seconds:.0f} s of training")
 
     # -- along the way -----------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def golden_curve(type_: str) -> list[float]:
         optimizers.step(schedule_factor(step, 20, cfg), skipped)
         adapter.after_step(step, skipped)
         optimizers.zero_grad()
-        curve.append(float(loss))
+        curve.append(loss.item())
     return curve
 
 

@@ -51,25 +51,25 @@ def test_initialisation_leaves_nothing_out_and_depends_on_the_seed_alone(type_):
 
 
 def test_flops_formula_against_the_counter(type_):
-    """Short rows, so that the formula's causal discount on attention (absent from the counter) stays below 5 %."""
+    """Short rows, so that the formula's causal discount on attention (absent from the counter) stays below 5 %; a
+    vocabulary that needs no padding, as padded columns are not multiplied."""
     length = 8
-    adapter = adapter_of(type_, "train_seq_len=8")
+    adapter = adapter_of(type_, "train_seq_len=8", vocabulary=128)
     prepared = adapter.prepare(random_batch(length=length), context())
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         adapter(prepared)
     counted = counter.get_total_flops() / (4 * length)
-    # The head multiplies the real columns only.
-    assert adapter.flops(length).forward_per_token == pytest.approx(counted, rel=0.25)
-    exact = adapter.flops(length)
-    assert exact.training_per_token == pytest.approx(3 * exact.forward_per_token)
+    formula = adapter.flops(length)
+    assert formula.forward_per_token == pytest.approx(counted, rel=0.05)
+    assert formula.training_per_token == pytest.approx(3 * formula.forward_per_token)
 
 
 def test_overfits_one_batch(type_):
-    cfg, model_cfg = config(type_, "num_iterations=200", "warmup_ratio=0.05")
+    """Through the architecture's own optimizer grouping and hooks."""
+    cfg, model_cfg = config(type_, "scheduler=constant", "warmup_ratio=0.05")
     session = open_session(cfg, model_cfg, World(torch.device("cpu")))
-    batch = random_batch(vocabulary=session.dataset.tokenizer.vocab_size)
-    losses = train_on(session, batch, 200)
-    assert losses[-1] < 0.25 * losses[0] and losses[-1] < 0.5, losses[::20]
+    losses = train_on(session, random_batch(), 200)
+    assert losses[-1] < 0.1 * losses[0], losses[::20]
 
 
 def test_activations_keep_their_scale_over_four_times_the_width(type_):

@@ -82,7 +82,7 @@ def test_resume_is_exact(whole_run, type_, tmp_path, at):
     run, score = whole_run
     shutil.copytree(run / f"checkpoint-{at}", tmp_path / f"checkpoint-{at}")
     (tmp_path / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text() + '{"step": 7, "lo')
-    again = train(*config(type_, *HARD, *with_dropout(type_), "resume=auto"), tmp_path)
+    again = train(*config(type_, *HARD, *with_dropout(type_), "resume=auto", f"output_dir={tmp_path}"), tmp_path)
     assert again == score
     assert_same_state(run / "checkpoint-6", tmp_path / "checkpoint-6")
     assert losses(tmp_path) == losses(run)

@@ -47,7 +47,9 @@ RUN = [
 
 
 def overrides(type_: str, *more: str) -> list[str]:
-    return [f"--hydra_model_cfg={type_}", *SIZES, *EXTRA.get(type_, []), *RUN, *more]
+    """Command-line arguments; a later value replaces an earlier one of the same key."""
+    merged = {item.partition("=")[0]: item for item in [*SIZES, *EXTRA.get(type_, []), *RUN, *more]}
+    return [f"--hydra_model_cfg={type_}", *merged.values()]
 
 
 def config(type_: str, *more: str) -> tuple[RunConfig, Any]:
@@ -114,7 +116,7 @@ def loss_and_gradients(adapter: ModelAdapter, parts: list[Batch], rows: int = 4)
         total = torch.zeros((), dtype=torch.float64)
         for name, term in output.terms.items():
             part = term.sum / denominators[term.denominator]
-            losses[name] = losses.get(name, 0.0) + float(part)
+            losses[name] = losses.get(name, 0.0) + part.item()
             total = total + term.weight * part
         total.backward()
     return losses, {n: p.grad.clone() for n, p in adapter.named_model_parameters() if p.grad is not None}
