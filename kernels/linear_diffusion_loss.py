@@ -1,0 +1,262 @@
+"""Output projection and diffusion loss in one op: logits of all rows never exist at once.
+
+Rows are processed in chunks. A chunk's logits, losses AND gradients are computed in the forward pass, where
+the weight of every row is known; the backward only scales what is stored (the idea of Liger-Kernel, Hsu et
+al. 2024, arXiv:2410.10989, section 3.2, for the losses of discrete diffusion). `reference` is the definition.
+
+Shapes: M rows (positions of all sequences, or the masked ones among them), D width, V states, V_p rows of the
+head (V, or more with padding), n real tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.diffusion_reference import product_dtype, reference
+from kernels.diffusion_rows import MODES, Chunk, States
+from kernels.precision import at_least_fp32
+
+__all__ = ["MODES", "linear_diffusion_loss", "reference"]
+
+# Bytes of a chunk's logits in the dtype of the statistics. Some modes hold three such buffers at a time.
+LOGIT_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
+COLUMN_MULTIPLE = 64  # of low-precision copies of the head: odd numbers of columns make products slow
+
+
+def linear_diffusion_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x0: Tensor,
+    xt: Tensor,
+    weights: Tensor,
+    coefficients: Mapping[str, Tensor],
+    *,
+    mode: str,
+    V: int,
+    n: int,
+    mask_id: int | None,
+    aux_weight: float | Tensor = 0.0,
+    chunk_rows: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns `sum_i weights_i nats_i + aux_weight_i ce_i`, (), differentiable in hidden, weight and bias;
+    nats, (M,) detached, what each row adds to the bound; ce, (M,) detached, or None without an auxiliary
+    term.
+
+    hidden (M, D); weight (V_p, D); bias (V_p,) or None; x0, xt (M,) int64 clean and noisy ids; weights (M,).
+    `mode` is a key of `MODES`, whose class documents the loss and its per-row `coefficients` (M,); give these
+    in fp64 where the device has it. aux_weight: a tensor (M,) weighs the cross-entropy of each row by itself,
+    a number does so relative to `weights`. Rows whose weights are 0 may be padding. Columns from V on never
+    count. Statistics and sums are in at least fp32 (fp64 for fp64), matrix products in autocast's dtype; fp16
+    is raised to fp32, because exp(logits) overflows it and the loss scale is not known here.
+
+    `chunk_rows`: rows per chunk; None = as many as a budget of memory allows. ValueError on misuse.
+    """
+    states = States(V, n, mask_id)
+    _check(hidden, weight, bias, x0, xt, weights, coefficients, mode, states)
+    stats = at_least_fp32(hidden.dtype)
+    with torch.no_grad():
+        scalars = tuple(s.to(stats) for s in MODES[mode].prepare(x0, xt, coefficients, states))
+        weights = weights.to(stats)
+        aux_weights = _auxiliary(aux_weight, weights, mode)
+    hidden = hidden.to(product_dtype(hidden))
+    if chunk_rows is None:
+        chunk_rows = max(1, LOGIT_BYTES.get(hidden.device.type, LOGIT_BYTES["cuda"]) // (stats.itemsize * V))
+    gradient = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (hidden, weight, bias)
+    )
+    total, nats, aux = _Chunked.apply(
+        hidden,
+        weight,
+        bias,
+        x0,
+        xt,
+        weights,
+        aux_weights,
+        mode,
+        V,
+        n,
+        mask_id,
+        chunk_rows,
+        gradient,
+        *scalars,
+    )  # type: ignore[misc]
+    return total, nats, None if aux_weights is None else aux
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        x0: Tensor,
+        xt: Tensor,
+        weights: Tensor,
+        aux_weights: Tensor | None,
+        mode: str,
+        V: int,
+        n: int,
+        mask_id: int | None,
+        chunk_rows: int,
+        gradient: bool,
+        *scalars: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        stats, states = weights.dtype, States(V, n, mask_id)
+        head = _Head(weight, bias, hidden.dtype, stats)
+        nats = torch.empty_like(weights)
+        aux = torch.empty_like(weights if aux_weights is not None else weights[:0])
+        grads = _Gradients(hidden, head) if gradient else None
+        for start in range(0, hidden.shape[0], chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            chunk = Chunk(
+                x0[rows],
+                xt[rows],
+                weights[rows],
+                None if aux_weights is None else aux_weights[rows],
+                tuple(s[rows] for s in scalars),
+            )
+            z = head.logits(hidden[rows])  # (r, V_p)
+            nats[rows], ce = MODES[mode].rows(z[:, :V], chunk, states, gradient)
+            if ce is not None:
+                aux[rows] = ce
+            if grads is not None:
+                z[:, V:] = 0
+                grads.add(rows, z, hidden[rows], head)
+        if grads is not None:
+            grad_weight = grads.weight[: weight.shape[0]]
+            ctx.save_for_backward(
+                grads.hidden, grad_weight, None if bias is None else grads.bias[: bias.shape[0]]
+            )
+            ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(nats, aux)
+        total = (weights * nats).sum()
+        if aux_weights is not None:
+            total = total + (aux_weights * aux).sum()
+        return total, nats, aux
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_sum: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = [
+            (grad * grad_sum).to(dtype) if needed and grad is not None else None
+            for grad, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
+        ]
+        return (*scaled, *[None] * (len(ctx.needs_input_grad) - 3))
+
+
+class _Head:
+    """The output layer, converted once for all chunks: `weight` (V_p, D) in the dtype of products, padded if
+    that takes a copy anyway; `bias` (V_p,) in the dtype of statistics, or None."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, stats: torch.dtype) -> None:
+        rows = weight.shape[0]
+        self.weight, self.stats = weight.detach(), stats
+        if weight.dtype != dtype:
+            rows = -(-rows // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
+            self.weight = weight.new_zeros(rows, weight.shape[1], dtype=dtype)
+            self.weight[: weight.shape[0]] = weight.detach()
+        self.bias = None
+        if bias is not None:
+            self.bias = bias.new_zeros(rows, dtype=stats)
+            self.bias[: bias.shape[0]] = bias.detach()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(r, D) -> (r, V_p) in the dtype of statistics, the caller's to overwrite."""
+        if self.bias is not None and hidden.dtype == self.stats:
+            return torch.addmm(self.bias, hidden, self.weight.T)
+        z = torch.mm(hidden, self.weight.T).to(self.stats)
+        return z if self.bias is None else z.add_(self.bias)
+
+
+class _Gradients:
+    """Sums over chunks, in the dtype of statistics: a sum of thousands of bf16 terms would stop growing."""
+
+    def __init__(self, hidden: Tensor, head: _Head) -> None:
+        self.hidden = torch.empty_like(hidden)
+        self.weight = head.weight.new_zeros(head.weight.shape, dtype=head.stats)
+        self.bias = head.weight.new_zeros(head.weight.shape[0], dtype=head.stats)
+
+    def add(self, rows: slice, grad: Tensor, hidden: Tensor, head: _Head) -> None:
+        """grad (r, V_p): d sum / d logits of these rows."""
+        self.bias += grad.sum(0)
+        if hidden.dtype == grad.dtype:
+            torch.mm(grad, head.weight, out=self.hidden[rows])
+            self.weight.addmm_(grad.T, hidden)
+        else:
+            narrow = grad.to(hidden.dtype)
+            torch.mm(narrow, head.weight, out=self.hidden[rows])
+            self.weight += torch.mm(narrow.T, hidden)
+
+
+def _auxiliary(aux_weight: float | Tensor, weights: Tensor, mode: str) -> Tensor | None:
+    if isinstance(aux_weight, Tensor):
+        if aux_weight.shape != weights.shape:
+            raise ValueError(f"aux_weight: expected {tuple(weights.shape)}, got {tuple(aux_weight.shape)}")
+        aux_weights = aux_weight.to(weights.dtype)
+    elif aux_weight == 0:
+        return None
+    else:
+        aux_weights = aux_weight * weights
+    if not MODES[mode].has_aux:
+        raise ValueError(f"aux_weight: mode '{mode}' has no auxiliary cross-entropy")
+    return aux_weights
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x0: Tensor,
+    xt: Tensor,
+    weights: Tensor,
+    coefficients: Mapping[str, Tensor],
+    mode: str,
+    states: States,
+) -> None:
+    if mode not in MODES:
+        raise ValueError(f"mode: '{mode}' is not one of {', '.join(MODES)}")
+    rows = (hidden.shape[0],)
+    matrices = hidden.ndim == 2 and weight.ndim == 2 and hidden.shape[1] == weight.shape[1]
+    vectors = {"x0": x0, "xt": xt, "weights": weights, **coefficients}
+    wrong = [f"{name} {tuple(v.shape)}" for name, v in vectors.items() if v.shape != rows]
+    if not matrices or wrong or (bias is not None and bias.shape != weight.shape[:1]):
+        shapes = [
+            f"hidden {tuple(hidden.shape)}",
+            f"weight {tuple(weight.shape)}",
+            f"bias {None if bias is None else tuple(bias.shape)}",
+        ]
+        raise ValueError(
+            "linear_diffusion_loss: expected hidden (M, D), weight (V_p, D), bias (V_p,) or None, all else "
+            f"(M,); got {', '.join(shapes + wrong)}"
+        )
+    if any(v.requires_grad for v in (weights, *coefficients.values())):
+        raise ValueError("linear_diffusion_loss: weights and coefficients are constants; detach them")
+    known = (*MODES[mode].names, *MODES[mode].optional)
+    missing = [name for name in MODES[mode].names if name not in coefficients]
+    unknown = [name for name in coefficients if name not in known]
+    if missing or unknown:
+        raise ValueError(
+            f"coefficients: mode '{mode}' takes {', '.join(known) or 'none'}; "
+            f"missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}"
+        )
+    _check_states(states, weight.shape[0], MODES[mode].needs_mask, mode)
+
+
+def _check_states(states: States, rows: int, needs_mask: bool, mode: str) -> None:
+    if not 0 < states.V <= rows:
+        raise ValueError(f"V: must be 1 to {rows} (rows of the head), got {states.V}")
+    if needs_mask != (states.mask_id is not None):
+        raise ValueError(
+            f"mask_id: mode '{mode}' needs {'a mask' if needs_mask else 'None'}, got {states.mask_id}"
+        )
+    if states.n != states.V - needs_mask or (
+        states.mask_id is not None and not 0 <= states.mask_id < states.V
+    ):
+        raise ValueError(f"V, n, mask_id: inconsistent: {states.V}, {states.n}, {states.mask_id}")
