@@ -170,7 +170,8 @@ def _preset(request: Request, nodes: list[Node], saved: tuple[dict[str, Any], Pa
     if stated and "preset" not in request.values:
         return ""
     if saved:
-        return saved[0].get("preset") if saved[0].get("preset") in options("preset") else "none"
+        begun_with = str(saved[0].get("preset"))
+        return begun_with if begun_with in options("preset") else "none"
     shipped = all(n.path.parent == CONFIGS and n.stated("type") == n.path.stem for n in nodes)
     sized = any(f"model_cfg.{k}" in request.keys for k in SIZE_KEYS)
     data = request.values.get("data") or next(

@@ -9,6 +9,7 @@ is wrong. pytest collects the same checks.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterator
@@ -63,7 +64,8 @@ def check_model_file(name: str, build: bool) -> None:
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         primary = OmegaConf.to_container(hydra.compose(name), resolve=True)
     assert isinstance(primary, dict)
-    assert validate(grouped)[0] == validate({**primary, "preset": "none"})[0], "group and primary differ"
+    primary_tree = {**{str(k): v for k, v in primary.items()}, "preset": "none"}
+    assert validate(grouped)[0] == validate(primary_tree)[0], "group and primary differ"
     for data in options("data"):
         words = [f"input_file={path}"] if data == "text" else []
         assert _compose(str(path), f"data={data}", *words).data == data
@@ -127,12 +129,12 @@ def check_mistake(words: list[str], message: str) -> None:
 def checks(build: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     """(label, check) of everything there is."""
     for name in options():
-        yield f"configs/{name}.yaml", lambda n=name: check_model_file(n, build)
+        yield f"configs/{name}.yaml", functools.partial(check_model_file, name, build)
     for group in ("data", "preset"):
         for name in options(group):
-            yield f"configs/{group}/{name}.yaml", lambda g=group, n=name: check_option(g, n)
+            yield f"configs/{group}/{name}.yaml", functools.partial(check_option, group, name)
     for words, message in MISTAKES:
-        yield f"refused: {' '.join(words)}", lambda w=words, m=message: check_mistake(w, m)
+        yield f"refused: {' '.join(words)}", functools.partial(check_mistake, words, message)
 
 
 def test_every_configuration() -> None:

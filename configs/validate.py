@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from configs.explain import explain
 from configs.files import CONFIGS, fold_names
@@ -206,17 +206,13 @@ def architecture_config(type_: str, adapter: str | None, where: Where) -> type[M
         names = list(models.ARCHITECTURES)
         hint = did_you_mean(type_, names)
         _raise([f"type: unknown type '{type_}'.{hint} Registered: {', '.join(sorted(names))}"], where)
-    if adapter:
-        own = getattr(_imported("model_adapter", adapter, where), "Cfg", None)
-        if own is not None:
-            return own
-    model = _imported("type", models.resolve(type_).model, where)
-    config_class = getattr(model, "Config", None)
-    if not (isinstance(config_class, type) and issubclass(config_class, BaseModel)):
-        _raise(
-            [f"type: {type_} has no class attribute `Config` derived from configs.schema.ModelConfig"], where
-        )
-    return config_class
+    own = getattr(_imported("model_adapter", adapter, where), "Cfg", None) if adapter else None
+    spec = models.resolve(type_).model
+    config_class = own or getattr(_imported("type", spec, where), "Config", None)
+    if isinstance(config_class, type) and issubclass(config_class, ModelConfig):
+        return config_class
+    message = f"type: {spec} has no class attribute `Config` derived from configs.schema.ModelConfig"
+    raise ConfigError(_placed(message, where))
 
 
 def _imported(field: str, spec: str, where: Where) -> Any:
@@ -236,7 +232,7 @@ def _drop_preset_extras(
     file = CONFIGS / "preset" / f"{run.preset}.yaml"
     if not file.is_file():
         return run.model_cfg
-    brought = OmegaConf.to_container(OmegaConf.load(file)).get("model_cfg") or {}
+    brought = OmegaConf.load(file).get("model_cfg") or {}
     extras = {
         k for k, v in run.model_cfg.items() if k not in config_class.model_fields and brought.get(k, ...) == v
     }

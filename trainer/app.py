@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import hydra
+from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
@@ -123,7 +124,7 @@ def sweep_job(cfg: DictConfig) -> float:
         raise CompactHydraException(f"job {job.job.num}: {failed}") from None
 
 
-def _origin(job: DictConfig) -> str:
+def _origin(job: HydraConf) -> str:
     """The model file of a sweep job and its digest."""
     option = job.runtime.choices["configs@_global_"]
     path = CONFIGS / f"{option}.yaml"
