@@ -70,22 +70,11 @@ def linear_diffusion_loss(
     gradient = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (hidden, weight, bias)
     )
-    total, nats, aux = _Chunked.apply(
-        hidden,
-        weight,
-        bias,
-        x0,
-        xt,
-        weights,
-        aux_weights,
-        mode,
-        V,
-        n,
-        mask_id,
-        chunk_rows,
-        gradient,
-        *scalars,
-    )  # type: ignore[misc]
+    sizes = (mode, V, n, mask_id, chunk_rows, gradient)
+    with torch.autocast(hidden.device.type, enabled=False):  # the dtypes are chosen here
+        total, nats, aux = _Chunked.apply(
+            hidden, weight, bias, x0, xt, weights, aux_weights, *sizes, *scalars
+        )
     return total, nats, None if aux_weights is None else aux
 
 
