@@ -232,7 +232,7 @@ def _drop_preset_extras(
     file = CONFIGS / "preset" / f"{run.preset}.yaml"
     if not file.is_file():
         return run.model_cfg
-    brought = OmegaConf.load(file).get("model_cfg") or {}
+    brought = OmegaConf.select(OmegaConf.load(file), "model_cfg") or {}
     extras = {
         k for k, v in run.model_cfg.items() if k not in config_class.model_fields and brought.get(k, ...) == v
     }

@@ -34,7 +34,7 @@ def train(cfg, model_cfg, folder):
     from trainer.errors import TrainingError
     facts = {"pid": os.getpid(), "parent": os.getppid(), "seed": cfg.seed,
              "env": os.environ.get("SOME_TOKEN"), "plain": os.environ.get("PLAIN"),
-             "d_model": model_cfg.d_model, "argv": sys.argv, "torch": "torch" in sys.modules, "threads": os.environ.get("OMP_NUM_THREADS")}
+             "d_model": model_cfg.d_model, "argv": sys.argv, "torch": "torch" in sys.modules}
     Path(folder, f"ran-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(facts))
     if cfg.seed == 13:
         raise TrainingError("step 3 is not finite")
