@@ -35,15 +35,16 @@ from trainer.precision import autocast
 from trainer.session import open_session
 
 if TYPE_CHECKING:
+    from configs.schema import RunConfig
     from trainer.session import Session
 
 __all__ = ["main"]
 
 ROOT = Path(__file__).resolve().parent.parent
-VARIANTS = {
-    "fp32": ["mixed_precision=no", "torch_compile=false"],
-    "bf16": ["mixed_precision=bf16", "torch_compile=false"],
-    "bf16 compiled": ["mixed_precision=bf16", "torch_compile=true"],
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fp32": {"mixed_precision": "no", "torch_compile": False},
+    "bf16": {"mixed_precision": "bf16", "torch_compile": False},
+    "bf16 compiled": {"mixed_precision": "bf16", "torch_compile": True},
 }
 
 
@@ -61,16 +62,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--one", help=argparse.SUPPRESS)  # child: run one variant and report its peak memory
     args, overrides = parser.parse_known_args(argv)
     overrides = [f"--hydra_model_cfg={args.hydra_model_cfg}", "resume=none", *overrides]
+    configs = compose(overrides, notify=lambda text: None if args.one else print(f"note: {text}", file=sys.stderr))
     if args.one:
-        print(json.dumps({"peak_memory_bytes": _memory_child(args.one, overrides)}))
+        print(json.dumps({"peak_memory_bytes": _memory_child(args.one, configs)}))
         return 0
     result: dict[str, Any] = {"environment": collect_environment(choose_device("auto")), "overrides": overrides}
-    result["loop"] = _loop_overhead(overrides, args.steps)
-    if args.hydra_model_cfg.removesuffix(".yaml").endswith("gpt2"):
+    result["loop"] = _loop_overhead(configs, args.steps)
+    if configs[0].type == "gpt2":
         names = [n for n in VARIANTS if not (args.no_compile and "compiled" in n)]
-        result["against_plain_loop"] = _against_plain(overrides, names, args.steps)
+        result["against_plain_loop"] = _against_plain(configs, names, args.steps)
     if not args.no_processes:
-        result["peak_memory_bytes"] = _memory(args.hydra_model_cfg, overrides)
+        result["peak_memory_bytes"] = _memory(overrides, ["plain loop"] * (configs[0].type == "gpt2") + ["fp32", "bf16"])
         result["seconds_to_first_step"] = _start_up(overrides)
     print(_report(result))
     if args.output:
@@ -78,8 +80,9 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _open(overrides: list[str]) -> Session:
-    cfg, model_cfg = compose(overrides)
+def _open(configs: tuple[RunConfig, Any], variant: str | None = None) -> Session:
+    cfg, model_cfg = configs
+    cfg = cfg.model_copy(update=VARIANTS[variant] if variant else {})
     return open_session(cfg, model_cfg, World(choose_device(cfg.device)))
 
 
@@ -117,14 +120,14 @@ def _bare_step(s: Session, index: int) -> None:
     s.optimizers.zero_grad()
 
 
-def _loop_overhead(overrides: list[str], steps: int) -> dict[str, float]:
+def _loop_overhead(configs: tuple[RunConfig, Any], steps: int) -> dict[str, float]:
     """The real Trainer's step against the bare one, on the same kind of session."""
     from trainer.loop import Trainer
     from trainer.run_folder import RunFolder
     from trainer.signals import StopSignal
 
     with tempfile.TemporaryDirectory() as scratch:
-        bare, ours = _open(overrides), _open(overrides)
+        bare, ours = _open(configs), _open(configs)
         with RunFolder(Path(scratch), ours.world) as folder, StopSignal() as stop:
             trainer = Trainer(ours, folder, stop)
 
@@ -163,8 +166,8 @@ def _plain_side(s: Session) -> Callable[[int], None]:
     return step
 
 
-def _against_plain(overrides: list[str], names: list[str], steps: int) -> dict[str, Any]:
-    sessions = {name: _open([*overrides, *VARIANTS[name]]) for name in names}
+def _against_plain(configs: tuple[RunConfig, Any], names: list[str], steps: int) -> dict[str, Any]:
+    sessions = {name: _open(configs, name) for name in names}
     first = sessions[names[0]]
     sides: dict[str, Callable[[int], None]] = {"plain loop": _plain_side(first)}
     sides |= {name: (lambda i, s=s: _bare_step(s, i)) for name, s in sessions.items()}
@@ -176,19 +179,17 @@ def _against_plain(overrides: list[str], names: list[str], steps: int) -> dict[s
     }
 
 
-def _memory_child(which: str, overrides: list[str]) -> int:
-    s = _open([*overrides, *VARIANTS.get(which, VARIANTS["fp32"])])
+def _memory_child(which: str, configs: tuple[RunConfig, Any]) -> int:
+    s = _open(configs, "fp32" if which == "plain loop" else which)
     step = _plain_side(s) if which == "plain loop" else lambda i: _bare_step(s, i)
     for index in range(3):
         step(index)
     return peak_memory_bytes(s.world.device)
 
 
-def _memory(model_cfg: str, overrides: list[str]) -> dict[str, int]:
+def _memory(overrides: list[str], sides: list[str]) -> dict[str, int]:
     found = {}
-    for which in ("plain loop", "fp32", "bf16"):
-        if which == "plain loop" and not model_cfg.removesuffix(".yaml").endswith("gpt2"):
-            continue
+    for which in sides:
         command = [sys.executable, "mytrainer.py", "bench", "step", "--one", which]
         done = subprocess.run([*command, *overrides], cwd=ROOT, capture_output=True, text=True)
         if done.returncode:

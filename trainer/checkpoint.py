@@ -42,14 +42,17 @@ DIGESTS = "digests.json"
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text`, or leave it as it was."""
+    """Replace `path` by `text`, or leave it as it was. Raises TrainingError if that cannot be done."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise TrainingError(_explain_write_failure(path, error)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

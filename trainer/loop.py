@@ -136,6 +136,8 @@ class Trainer:
         self.folder.begin(self.s, self.progress)
         if self.cfg.eval_only:
             score = self._final_score()
+            if score:
+                self.folder.log_evaluation(self.progress, score)
             return self._finish(score) if score else self._leave()
         if self.progress.step >= self.total:
             self.console.note(

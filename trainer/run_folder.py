@@ -218,8 +218,11 @@ class RunFolder:
         finally:
             s.adapter.train(training)
         text = tokenizer.decode(prompt + new).decode("utf-8", errors="replace")
-        with open(self.path / "samples.txt", "a", encoding="utf-8") as file:
-            file.write(f"--- step {step} ---\n{text}\n\n")
+        try:
+            with open(self.path / "samples.txt", "a", encoding="utf-8") as file:
+                file.write(f"--- step {step} ---\n{text}\n\n")
+        except OSError as error:
+            raise TrainingError(f"could not write {self.path / 'samples.txt'}: {error.strerror or error}") from error
         self._sampled_at = step
 
     def save(self, s: Session, progress: Progress, meter: dict[str, Any], *, best: bool) -> None:
@@ -314,7 +317,8 @@ class RunFolder:
 
 
 # Where a run is and how long it may go on do not make it another run.
-_NOT_COMPARED = {"resume", "output_dir", "model_name", "preset", "env", "init_from_checkpoint"}
+# The architecture is compared apart.
+_NOT_COMPARED = {"type", "model_cfg", "resume", "output_dir", "model_name", "preset", "env", "init_from_checkpoint"}
 
 
 def execution(s: Session) -> dict[str, Any]:

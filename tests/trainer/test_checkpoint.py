@@ -140,6 +140,6 @@ def test_atomic_text(tmp_path, monkeypatch):
     path = tmp_path / "summary.json"
     ck.write_atomically(path, "old")
     monkeypatch.setattr(ck.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("no")))
-    with pytest.raises(OSError):
+    with pytest.raises(TrainingError, match="could not write.*summary.json"):
         ck.write_atomically(path, "new")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["summary.json"]

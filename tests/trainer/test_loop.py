@@ -1,0 +1,317 @@
+"""Training end to end, in process, tiny: what each field changes and what goes wrong well."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import threading
+import time
+
+import filelock
+import pytest
+import torch
+
+from tests.contract.tiny import config
+from trainer import loop
+from trainer.checkpoint import checkpoints_in, load_json, load_tensors
+from trainer.errors import TrainingError
+from trainer.loop import train
+
+
+def run(path, *more):
+    return train(*config("gpt2", f"output_dir={path}", *more), path)
+
+
+def lines(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(path):
+    return load_tensors(path, "model.pt")
+
+
+def same(left, right):
+    return all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+# -- fields ------------------------------------------------------------------------------------------------------
+
+
+def test_accumulation_and_recompute_change_nothing(tmp_path):
+    whole, split, recomputed = tmp_path / "whole", tmp_path / "split", tmp_path / "recomputed"
+    run(whole, "batch_size=4")
+    run(split, "batch_size=1")
+    run(recomputed, "batch_size=4", "gradient_checkpointing=true")
+    for left, right in zip(lines(whole), lines(split), strict=True):
+        if "loss" in left:
+            assert left["loss"] == pytest.approx(right["loss"], rel=1e-5)
+    assert same(weights(whole / "final_model"), weights(recomputed / "final_model"))
+
+
+def test_recompute_calls_the_blocks_again(tmp_path, monkeypatch):
+    from tests.contract.tiny import adapter_of
+
+    adapter = adapter_of("gpt2")
+    block = type(adapter.model.get_submodule(adapter.blocks()[0]))
+    calls = []
+    original = block.forward
+
+    def counted(self, *args, **kwargs):
+        calls.append(torch.is_grad_enabled())
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(block, "forward", counted)
+    run(tmp_path / "a", "num_iterations=1", "val_loss_every=0", "sample_tokens=0")
+    plain = len(calls)
+    run(tmp_path / "b", "num_iterations=1", "val_loss_every=0", "sample_tokens=0", "gradient_checkpointing=true")
+    assert len(calls) - plain == plain + 2, "two blocks run once more in backward"
+
+
+def test_ema_is_what_is_evaluated_and_saved_beside(tmp_path):
+    run(tmp_path / "raw")
+    run(tmp_path / "ema", "ema_decay=0.9")
+    assert same(weights(tmp_path / "raw/final_model"), weights(tmp_path / "ema/final_model"))
+    shadow = load_tensors(tmp_path / "ema/final_model", "ema.pt")["shadow"]
+    assert not same(shadow, weights(tmp_path / "ema/final_model"))
+    scores = [json.loads((tmp_path / n / "summary.json").read_text())["score"]["bits_per_byte"] for n in ("raw", "ema")]
+    assert scores[0] != scores[1]
+
+
+def test_precisions(tmp_path):
+    results = {p: run(tmp_path / p, f"mixed_precision={p}") for p in ('"no"', "bf16", "fp16")}
+    assert len(set(results.values())) == 3, "each computes in its own format"
+    assert max(results.values()) - min(results.values()) < 0.05
+    scales = [line["loss_scale"] for line in lines(tmp_path / "fp16") if "loss_scale" in line]
+    assert scales and all(s > 1 for s in scales)
+
+
+def test_seed_changes_weights_and_order(tmp_path):
+    assert run(tmp_path / "a") != run(tmp_path / "b", "seed=7")
+
+
+def test_epochs_replace_steps(tmp_path):
+    run(tmp_path, "num_epochs=0.05", "val_loss_every=0")
+    assert lines(tmp_path)[-1]["step"] == math.floor(0.05 * (20_000 // 32) / 4)
+
+
+def test_evaluation_only_changes_no_weight(tmp_path):
+    run(tmp_path / "trained")
+    score = run(tmp_path / "scored", "eval_only=true", f"init_from_checkpoint={tmp_path / 'trained'}")
+    assert score == json.loads((tmp_path / "trained/summary.json").read_text())["score"]["bits_per_byte"]
+    assert not checkpoints_in(tmp_path / "scored")
+
+
+def test_limits_on_tokens_mark_the_score_as_not_comparable(tmp_path):
+    run(tmp_path / "a", "val_steps=1", "val_bytes=null")
+    run(tmp_path / "b")
+    flags = [json.loads((tmp_path / n / "summary.json").read_text())["score"]["comparable"] for n in "ab"]
+    assert flags == [False, True]
+
+
+def test_interim_evaluations_may_cover_less_than_the_final_one(tmp_path):
+    run(tmp_path, "synthetic_bytes=60000", "val_bytes=null", "val_bytes_interim=2000")
+    interim = [line["val_bytes"] for line in lines(tmp_path) if "val_bytes" in line]
+    final = json.loads((tmp_path / "summary.json").read_text())["score"]["bytes"]
+    assert len(interim) == 2 and max(interim) <= 2000 < final
+
+
+def test_best_model_retention_and_only_best(tmp_path):
+    # A rate that ruins the model after the first evaluation: the best one is not the last.
+    ruin = ["optimizer=sgd", "learning_rate=6.0", "max_grad_norm=0", "scheduler=constant", "val_loss_every=1"]
+    best = run(tmp_path / "best", *ruin, "save_best_model=true", "save_steps=1", "save_total_limit=2", "num_iterations=5")
+    summary = json.loads((tmp_path / "best/summary.json").read_text())
+    assert best < summary["score"]["bits_per_byte"], "the best score is returned"
+    assert len(checkpoints_in(tmp_path / "best")) == 2
+    state = load_json(tmp_path / "best/best_model", "training_state.json")
+    assert state["progress"]["best_bits_per_byte"] == best and state["step"] < 5
+    run(tmp_path / "only", *ruin, "save_only_best=true", "num_iterations=5", "save_total_limit=null")
+    improved, low = [], math.inf
+    for line in lines(tmp_path / "only"):
+        if line.get("val_bits_per_byte", math.inf) < low:
+            low = line["val_bits_per_byte"]
+            improved.append(f"checkpoint-{line['step']}")
+    assert [c.name for c in checkpoints_in(tmp_path / "only")] == improved
+
+
+def test_early_stopping(tmp_path):
+    args = ["val_loss_every=1", "early_stopping=true", "early_stopping_patience=2", "early_stopping_threshold=5.0"]
+    run(tmp_path, *args)
+    # The first evaluation improves on nothing; the next two by less than the threshold.
+    assert lines(tmp_path)[-1]["step"] == 3
+
+
+# -- resuming --------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_to_do(tmp_path, capsys):
+    run(tmp_path)
+    run(tmp_path, "resume=auto", "num_iterations=4")
+    assert "nothing to do: step 6 >= num_iterations 4" in capsys.readouterr().out
+
+
+def test_damaged_newest_checkpoint_is_skipped_and_replaced(tmp_path, capsys):
+    run(tmp_path / "whole", "save_steps=3")
+    shutil.copytree(tmp_path / "whole", tmp_path / "hurt")
+    (tmp_path / "hurt/checkpoint-6/optimizer.pt").unlink()
+    (tmp_path / "hurt/checkpoint-6/optimizer.pt").write_bytes(b"short")
+    run(tmp_path / "hurt", "resume=auto", "save_steps=3")
+    assert "checkpoint-6 is damaged (optimizer.pt" in capsys.readouterr().out
+    assert same(weights(tmp_path / "whole/checkpoint-6"), weights(tmp_path / "hurt/checkpoint-6"))
+
+
+def test_other_architecture_data_or_optimizer_is_refused(tmp_path):
+    run(tmp_path)
+    for change, words in (
+        ("model_cfg.n_layers=3", "n_layers 2 -> 3"),
+        ("synthetic_bytes=30000", "the data is not what"),
+        ("optimizer=sgd", "another optimizer"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            cfg, model_cfg = config("gpt2", "num_iterations=9", change)
+            train(cfg.model_copy(update={"resume": "auto"}), model_cfg, tmp_path)
+
+
+def test_changed_fields_are_announced(tmp_path, capsys):
+    run(tmp_path)
+    run(tmp_path, "resume=auto", "num_iterations=8", "learning_rate=0.001")
+    out = capsys.readouterr().out
+    assert "learning_rate 0.0006 -> 0.001" in out and "num_iterations 6 -> 8" in out
+
+
+def test_an_older_checkpoint_is_not_gone_on_with_in_place(tmp_path):
+    run(tmp_path / "a", "save_steps=3")
+    with pytest.raises(ValueError, match="branch off"):
+        run(tmp_path / "a", f"resume={tmp_path / 'a/checkpoint-3'}", "num_iterations=9")
+    run(tmp_path / "b", f"resume={tmp_path / 'a/checkpoint-3'}")
+    assert same(weights(tmp_path / "a/checkpoint-6"), weights(tmp_path / "b/checkpoint-6"))
+
+
+def test_a_run_is_not_written_over(tmp_path):
+    run(tmp_path, "save_checkpoint=false")
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match="already holds a run"):
+        cfg, model_cfg = config("gpt2")
+        train(cfg, model_cfg, tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+# -- faults ----------------------------------------------------------------------------------------------------------
+
+
+def test_two_runs_on_one_folder(tmp_path):
+    with filelock.FileLock(str(tmp_path / ".lock")), pytest.raises(TrainingError, match="another run is writing"):
+        run(tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(("where", "words"), [("module", "mlp"), ("loss", "loss term 'ce'")])
+def test_not_finite_stops_with_the_place_and_keeps_what_was(tmp_path, monkeypatch, where, words):
+    """Step 3 turns bad. Nothing of it, nor of the step already under way behind it, reaches the weights."""
+    from adapters.default import DefaultModelAdapter
+
+    bad_step: list[bool] = []
+    forward = DefaultModelAdapter.forward
+    original = loop.Trainer._train_step
+
+    def stepping(self, batch, denominators):
+        bad_step[:] = [batch.step == 3]
+        original(self, batch, denominators)
+        stepping.snapshots.append({k: v.clone() for k, v in self.s.adapter.model.state_dict().items()})
+
+    def poisoned(self, prepared):
+        hooks = []
+        if not bad_step or not bad_step[0]:
+            return forward(self, prepared)
+        if where == "module":
+            target = next(m for n, m in self.model.named_modules() if "mlp" in n and not list(m.children()))
+            hooks.append(target.register_forward_hook(lambda m, i, o: o * float("nan")))
+            # before the replay's own hooks, so that they see it
+            target._forward_hooks.move_to_end(hooks[0].id, last=False)
+        output = forward(self, prepared)
+        if where == "loss":
+            output.terms["ce"].sum = output.terms["ce"].sum * float("inf")
+        for hook in hooks:
+            hook.remove()
+        return output
+
+    stepping.snapshots = []
+    replay = loop.explain_non_finite
+
+    def replaying(*args):
+        bad_step[:] = [True]
+        return replay(*args)
+
+    monkeypatch.setattr(loop, "explain_non_finite", replaying)
+    monkeypatch.setattr(loop.Trainer, "_train_step", stepping)
+    monkeypatch.setattr(DefaultModelAdapter, "forward", poisoned)
+    with pytest.raises(TrainingError) as error:
+        run(tmp_path, "save_steps=2", "val_loss_every=0")
+    assert "step 3 is not finite" in str(error.value) and words in str(error.value)
+    assert "checkpoint-2 is untouched" in str(error.value)
+    good = stepping.snapshots[2]
+    assert all(same(good, later) for later in stepping.snapshots[3:]), "no update after the bad step"
+    assert [c.name for c in checkpoints_in(tmp_path)] == ["checkpoint-2"]
+
+
+def test_a_learning_rate_that_explodes(tmp_path):
+    args = ["optimizer=sgd", "learning_rate=1.0e30", "max_grad_norm=0", "num_iterations=20", "val_loss_every=0"]
+    with pytest.raises(TrainingError, match=r"step \d+ is not finite.*Learning rates: .*e\+"):
+        run(tmp_path, *args)
+
+
+def test_full_disk_at_a_checkpoint(tmp_path, monkeypatch):
+    import trainer.checkpoint as ck
+
+    run(tmp_path)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ck.os, "fsync", full)
+    with pytest.raises(TrainingError, match="disk is full.*checkpoint-6"):
+        cfg, model_cfg = config("gpt2", f"output_dir={tmp_path}", "resume=auto", "num_iterations=9", "save_steps=1")
+        train(cfg, model_cfg, tmp_path)
+    assert ck.damage(tmp_path / "checkpoint-6") is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_can_go_on(tmp_path, capsys, number):
+    run(tmp_path / "whole", "num_iterations=40")
+    path = tmp_path / "stopped"
+
+    def interrupt():
+        while not (path / "metrics.jsonl").exists() or len(lines(path)) < 3:
+            time.sleep(0.005)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    run(path, "num_iterations=40")
+    thread.join()
+    out = capsys.readouterr().out
+    stopped_at = load_json(checkpoints_in(path)[-1], "training_state.json")["step"]
+    assert f"python mytrainer.py resume={path}" in out and 0 < stopped_at < 40
+    run(path, "num_iterations=40", "resume=auto")
+    assert same(weights(tmp_path / "whole/checkpoint-40"), weights(path / "checkpoint-40"))
+
+
+def test_a_signal_during_an_evaluation_repeats_it_after_the_resume(tmp_path, monkeypatch):
+    run(tmp_path / "whole")
+    evaluate = loop.evaluate
+    calls = []
+
+    def interrupted(*args, should_stop, **kwargs):
+        calls.append(1)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args, should_stop=should_stop, **kwargs)
+
+    monkeypatch.setattr(loop, "evaluate", interrupted)
+    assert math.isnan(run(tmp_path / "stopped"))
+    run(tmp_path / "stopped", "resume=auto")
+
+    def scores(path):
+        return [(line["step"], line["val_bits_per_byte"]) for line in lines(path) if "val_bits_per_byte" in line]
+
+    assert scores(tmp_path / "stopped") == scores(tmp_path / "whole")
