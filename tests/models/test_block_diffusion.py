@@ -1,0 +1,192 @@
+"""Block diffusion: who sees whom, one pass against a cache, and its two limits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.bd3lm import BD3LM, BD3LMConfig
+from models.layers.block_diffusion import cached_mask, one_pass_mask
+from models.mdl import MDL, MDLConfig
+
+L, BLOCK, MASK = 8, 2, 11
+SIZES = {
+    "vocab_size": 11,
+    "n_ctx": L,
+    "d_model": 12,
+    "n_layers": 2,
+    "n_heads": 2,
+    "cond_dim": 8,
+    "dropout": 0.0,
+}
+
+
+def build(**fields: Any) -> BD3LM:
+    model = BD3LM(BD3LMConfig(**{**SIZES, "block_size": BLOCK, **fields})).double()
+    generator = torch.Generator().manual_seed(0)
+    model.init_weights(generator)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return model.eval()
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    """Clean and noisy tokens (2, L), and one time per block (2, L)."""
+    generator = torch.Generator().manual_seed(1)
+    clean = torch.randint(0, 11, (2, L), generator=generator)
+    noisy = torch.where(torch.rand(2, L, generator=generator) < 0.5, MASK, clean)
+    tau = torch.rand(2, L // BLOCK, generator=generator).repeat_interleave(BLOCK, 1)
+    return clean, noisy, tau
+
+
+@pytest.mark.parametrize("block", [1, 2, 4, 8])
+def test_number_of_pairs(block: int) -> None:
+    mask = one_pass_mask(torch.arange(L) // block)
+    assert mask.sum() == L * L + L * block
+
+
+def test_mask_pair_by_pair() -> None:
+    """Same half and block; noisy to earlier clean; clean to clean not later. Nothing else."""
+    blocks = [0, 1, 1, 2, 2, 2]
+    mask = one_pass_mask(torch.tensor(blocks))
+    for i in range(12):
+        for j in range(12):
+            noisy_query, noisy_key = i < 6, j < 6
+            q, k = blocks[i % 6], blocks[j % 6]
+            if noisy_query == noisy_key:
+                allowed = q == k or (not noisy_query and q > k)
+            else:
+                allowed = noisy_query and q > k
+            assert mask[i, j] == allowed, (i, j)
+    assert torch.equal(
+        cached_mask(torch.tensor([0, 0, 1]), 2), torch.tensor([[1, 1, 1, 1, 0]] * 2 + [[1] * 5]) > 0
+    )
+
+
+@pytest.mark.parametrize("time", [False, True])
+def test_dependence(time: bool) -> None:
+    """Clean tokens of block b move noisy blocks after b only; noisy tokens of block b move block b only."""
+    model = build(time_conditioning=time)
+    clean, noisy, tau = inputs()
+    before = model(noisy, tau, clean=clean)
+    for position in range(L):
+        b = position // BLOCK
+        changed = clean.clone()
+        changed[:, position] = (changed[:, position] + 1) % 11
+        moved = (model(noisy, tau, clean=changed) - before).abs().amax((0, 2)) > 1e-9
+        assert moved.tolist() == [p // BLOCK > b for p in range(L)]
+        changed = noisy.clone()
+        changed[:, position] = (changed[:, position] + 1) % 12
+        moved = (model(changed, tau, clean=clean) - before).abs().amax((0, 2)) > 1e-9
+        assert moved.tolist() == [p // BLOCK == b for p in range(L)]
+
+
+@pytest.mark.parametrize("time", [False, True])
+def test_cache_equals_one_pass(time: bool) -> None:
+    """A block at a time over the cache of the clean blocks before it, as sampling does."""
+    model = build(time_conditioning=time)
+    clean, noisy, tau = inputs()
+    wanted = model(noisy, tau, clean=clean)
+    cache = model.init_cache(2, L)
+    for start in range(0, L, BLOCK):
+        block = slice(start, start + BLOCK)
+        for _ in range(2):  # trying a block leaves nothing behind
+            found = model(noisy[:, block], tau[:, block], cache=cache)
+            assert (found - wanted[:, block]).abs().max() < 1e-10
+        model(clean[:, block], torch.zeros(2), cache=cache, store=True)
+        assert cache.length == start + BLOCK
+
+
+def test_prompt_of_several_blocks_fills_the_cache() -> None:
+    model = build()
+    clean, noisy, tau = inputs()
+    wanted = model(noisy, tau, clean=clean)[:, 6:]
+    cache = model.init_cache(2, L)
+    model(clean[:, :6], torch.zeros(2), cache=cache, store=True)
+    assert (model(noisy[:, 6:], tau[:, 6:], cache=cache) - wanted).abs().max() < 1e-10
+
+
+def test_one_block_is_masked_diffusion() -> None:
+    model = build(block_size=L)
+    clean, noisy, _ = inputs()
+    whole = MDL(MDLConfig(**SIZES)).double().eval()
+    whole.load_state_dict(model.state_dict())
+    tau = torch.zeros(2)
+    assert (model(noisy, tau, clean=clean) - whole(noisy, tau)).abs().max() < 1e-10
+
+
+def test_blocks_of_one_are_autoregressive() -> None:
+    """All positions masked: the state at i equals that of a mask token put behind the clean prefix, under a
+    causal mask in a network without clean half."""
+    model = build(block_size=1)
+    clean, _, _ = inputs()
+    tau = torch.zeros(2)
+    found = model(torch.full_like(clean, MASK), tau, clean=clean)
+    plain = MDL(MDLConfig(**SIZES)).double().eval()
+    plain.load_state_dict(model.state_dict())
+    for i in range(L):
+        prefix = torch.cat((clean[:, :i], torch.full((2, 1), MASK)), dim=1)
+        causal = torch.ones(i + 1, i + 1, dtype=torch.bool).tril()
+        assert (plain(prefix, tau, attention=causal)[:, -1] - found[:, i]).abs().max() < 1e-10
+
+
+def test_own_partition_into_blocks() -> None:
+    """A context token as a block of its own shifts all other blocks by one position."""
+    model = build()
+    clean, noisy, tau = inputs()
+    blocks = torch.tensor([0, 1, 1, 2, 2, 3, 3, 4])
+    before = model(noisy, tau, clean=clean, blocks=blocks)
+    changed = noisy.clone()
+    changed[:, 3] = (changed[:, 3] + 1) % 12
+    moved = (model(changed, tau, clean=clean, blocks=blocks) - before).abs().amax((0, 2)) > 1e-9
+    assert moved.tolist() == [p in (3, 4) for p in range(L)]
+
+
+def test_documents() -> None:
+    model = build()
+    clean, noisy, tau = inputs()
+    doc_ids = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]] * 2)
+    found = model(noisy, tau, doc_ids=doc_ids, clean=clean)
+    alone = model(noisy[:, 4:], tau[:, 4:], clean=clean[:, 4:])
+    assert (found[:, 4:] - alone).abs().max() < 1e-10
+
+
+def test_clean_half_has_time_zero() -> None:
+    """The time of a block acts on its own noisy tokens and on nothing else."""
+    model = build(time_conditioning=True)
+    clean, noisy, tau = inputs()
+    later = tau.clone()
+    later[:, 2:4] += 0.3
+    moved = (model(noisy, later, clean=clean) - model(noisy, tau, clean=clean)).abs().amax((0, 2)) > 1e-9
+    assert moved.tolist() == [p in (2, 3) for p in range(L)]
+    row = model(noisy, tau[:, 0], clean=clean)
+    assert (row - model(noisy, tau[:, :1].expand(2, L), clean=clean)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("time", [False, True])
+def test_flops_equal_the_counter_up_to_masked_pairs(time: bool) -> None:
+    """The counter sees a dense (2L)^2 attention; L^2 + L L' of its pairs are allowed."""
+    model = build(time_conditioning=time).float()
+    clean, noisy, tau = (t[:1] for t in inputs())
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.logits(model(noisy, tau, clean=clean))
+    dense, allowed = 4 * L * L, L * L + L * BLOCK
+    masked = 2 * 4 * 12 * (dense - allowed)  # layers, two products of 2 D
+    assert counter.get_total_flops() - masked == L * model.flops(L).forward_per_token
+
+
+def test_misuse() -> None:
+    model = build()
+    clean, noisy, tau = inputs()
+    with pytest.raises(ValueError, match="either the clean tokens"):
+        model(noisy, tau)
+    with pytest.raises(ValueError, match="either the clean tokens"):
+        model(noisy, tau, clean=clean, cache=model.init_cache(2, L))
+    with pytest.raises(ValueError, match="doc_ids cannot"):
+        model(noisy, tau, doc_ids=noisy, cache=model.init_cache(2, L))
