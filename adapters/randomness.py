@@ -21,7 +21,7 @@ _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = np.uint64(0xFFFFFFFF)
 _32 = np.uint64(32)
-_11 = np.uint64(11)
+_12 = np.uint64(12)
 
 
 def philox(counter: Sequence[np.ndarray], key: tuple[int, int]) -> tuple[np.ndarray, ...]:
@@ -52,6 +52,10 @@ class Noise:
         self.seed, self.step, self.phase = seed, step, phase
         self.rows = np.asarray(rows, dtype=np.int64)  # (B,) global ids
 
+    def child(self, name: str) -> Noise:
+        """The same rows with streams of their own."""
+        return Noise(self.seed, self.step, f"{self.phase}/{name}", self.rows)
+
     def uniform(self, stream: str, count: int) -> Tensor:
         """(B, count) fp64 in the open interval (0, 1)."""
         rows = self.rows.astype(np.uint64)[:, None]  # (B, 1); padding rows are -1 and wrap around
@@ -59,9 +63,9 @@ class Noise:
         zero = np.zeros((1, 1), dtype=np.uint64)
         key = _key(self.phase, self.seed, self.step, stream)
         w0, w1, w2, w3 = philox((pair, rows & _LOW, rows >> _32, zero), key)
-        first, second = (w0 << _32 | w1) >> _11, (w2 << _32 | w3) >> _11  # 53 bits each
+        first, second = (w0 << _32 | w1) >> _12, (w2 << _32 | w3) >> _12  # 52 bits each: 1 is out of reach
         words = np.stack([first, second], axis=-1).reshape(len(self.rows), -1)[:, :count]
-        return torch.from_numpy((words.astype(np.float64) + 0.5) * 2.0**-53)
+        return torch.from_numpy((words.astype(np.float64) + 0.5) * 2.0**-52)
 
     def stratified(self, stream: str, rows_in_step: int, per_row: int = 1) -> Tensor:
         """(B, per_row) fp64 in (0, 1): over the whole step, one number in each of rows_in_step * per_row strata.

@@ -27,8 +27,9 @@ LARGEST_TABLE_BYTES = 4 * 2**30
 def draw(probabilities: Tensor, u: Tensor) -> Tensor:
     """Inverse-CDF draw from unnormalised fp64 rows (M, K) with uniforms (M,): (M,) ids, never one of probability 0."""
     cumulative = probabilities.cumsum(1)
-    threshold = u.unsqueeze(1).to(cumulative) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp_max(probabilities.shape[1] - 1)
+    total = cumulative[:, -1:]
+    threshold = (u.unsqueeze(1).to(cumulative) * total).minimum(total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
 
 
 class Chain(ABC):

@@ -32,9 +32,7 @@ def lost_information_uniform(unigram: Tensor, exponent: float) -> float:
     return (joint - _entropy(a * p + (1 - a) / k)) / _entropy(p)
 
 
-def lost_information_spectral(
-    unigram: Tensor, values: Tensor, vectors: Tensor
-) -> Callable[[float], float]:
+def lost_information_spectral(unigram: Tensor, values: Tensor, vectors: Tensor) -> Callable[[float], float]:
     """r for a symmetric R = U diag(values) U'."""
     p = unigram.double()
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 __all__ = ["Spectrum", "balance", "generator_matrix", "load_embedding", "neighbor_graph", "spectrum"]
 
-SINKHORN_ROUNDS = 200
+SINKHORN_ROUNDS = 2000
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,23 @@ def generator_matrix(graph: Tensor, k: int) -> Tensor:
 
 
 def balance(graph: Tensor) -> Tensor:
-    """Doubly stochastic S from G + G' by normalising rows and columns in turn; symmetric."""
-    s = graph + graph.T
+    """Doubly stochastic, symmetric S = D (G + G') D, by scaling rows and columns in turn until the sums are 1.
+
+    Raises ValueError where the pattern of neighbours admits no such matrix.
+    """
+    matrix = graph + graph.T
+    scale = torch.ones(len(graph), dtype=matrix.dtype)
     for _ in range(SINKHORN_ROUNDS):
-        s = s / s.sum(1, keepdim=True)
-        s = s / s.sum(0, keepdim=True)
-        s = (s + s.T) / 2
-    return s / s.sum(1, keepdim=True).sqrt() / s.sum(0, keepdim=True).sqrt()
+        sums = matrix @ scale
+        scale = (scale / sums).sqrt()
+    balanced = scale.unsqueeze(1) * matrix * scale
+    worst = float((balanced.sum(1) - 1).abs().max())
+    if worst > 1e-8:
+        raise ValueError(
+            f"model_cfg.nn_construction=sinkhorn: this neighbour graph cannot be balanced (sums are off by {worst:.1e}). "
+            f"Use more nearest_neighbors, or nn_construction=expm"
+        )
+    return balanced
 
 
 def spectrum(matrix: Tensor, amounts: Tensor, construction: str) -> Spectrum:

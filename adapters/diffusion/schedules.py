@@ -28,8 +28,7 @@ __all__ = [
 ]
 
 HALF_PI = math.pi / 2
-# sigma is infinite where alpha is 0; times e^sigma this is still far from the fp64 limit.
-SMALLEST_ALPHA = 1e-30
+LARGEST_SIGMA = 69.0  # sigma is infinite where alpha is 0; e^-69 = 1e-30 is as good as that
 
 
 class Schedule(ABC):
@@ -47,7 +46,7 @@ class Schedule(ABC):
         return 1 - self.mask_probability(t)
 
     def sigma(self, t: Tensor) -> Tensor:
-        return -torch.log(self.alpha(t).clamp_min(SMALLEST_ALPHA))
+        return -torch.log1p(-self.mask_probability(t)).clamp_min(-LARGEST_SIGMA)
 
     def rate(self, t: Tensor) -> Tensor:
         """sigma'(t) = w(t) (e^sigma - 1)."""

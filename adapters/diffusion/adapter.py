@@ -1,0 +1,353 @@
+"""The trainer's contract for diffusion: noise and masked-row lists in `prepare`, one pass and one fused loss in
+`forward`, a bound in `likelihood`, windows of text in `generate` and `infill`.
+
+A row has S + 1 tokens: the first is given, as the autoregressive models' context token is; the S others are noised and
+scored. All positions of a row share one time. Attention stays within documents. A document's end is not modelled: the
+text behind it is another document, so a row's text is scored given its length.
+
+B rows, L = S + 1 positions, M positions that the loss reads.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from adapters.base import (
+    Context,
+    GenerateOptions,
+    Generation,
+    Likelihood,
+    Metric,
+    ModelAdapter,
+    OnState,
+    OnTokens,
+    Prepared,
+    StepOutput,
+)
+from adapters.diffusion.bd3lm import BD3LMProcess, ClipSearch
+from adapters.diffusion.d3pm import D3PMProcess, needs_unigram
+from adapters.diffusion.likelihood import REPLICATES, estimate_bound
+from adapters.diffusion.mdl import MDLProcess
+from adapters.diffusion.network import Network, Rows
+from adapters.diffusion.process import Choice, Process
+from adapters.diffusion.sampling import continue_text, fill, same_length
+from adapters.diffusion.sedd import SEDDProcess
+from adapters.randomness import Noise
+
+if TYPE_CHECKING:
+    from data.rows import Batch
+    from data.store import TokenStore
+
+__all__ = ["BD3LMAdapter", "D3PMAdapter", "DiffusionAdapter", "MDLAdapter", "SEDDAdapter"]
+
+DECILES = 10
+
+
+class DiffusionAdapter(ModelAdapter):
+    """Subclasses name their process."""
+
+    process_class: type[Process]
+
+    def __init__(self, model: nn.Module, model_cfg: Any, tokenizer: Any) -> None:
+        super().__init__(model, model_cfg, tokenizer)
+        self._process: Process | None = None
+
+    @property
+    def process(self) -> Process:
+        if self._process is None:
+            self._process = self.make_process()
+        return self._process
+
+    def make_process(self) -> Process:
+        return self.process_class(self.model_cfg, self.model.n, self.model.V, self.model.mask_id)
+
+    def process_at(self, step: int) -> Process:
+        """The process as training step `step` uses it."""
+        return self.process
+
+    def network(self) -> Network:
+        return Network(self.model, chunked=self.model_cfg.loss_impl == "chunked")
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def tokens_of(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Clean tokens (B, L), positions that are noised and scored (B, L), document ids (B, L)."""
+        x0 = torch.from_numpy(batch.tokens)[:, : batch.weights.shape[1] + 1]
+        scored = torch.from_numpy(batch.weights) > 0  # (B, S)
+        first = scored.any(1, keepdim=True) & (not self.model_cfg.ignore_bos)
+        if self.model.mask_id is not None and bool((x0 == self.model.mask_id).any()):
+            raise ValueError(
+                f"the text contains token {self.model.mask_id}, which model_cfg.absorbing_state_idx reserves for the "
+                f"mask. Set it to -1 to append a mask id"
+            )
+        return x0, torch.cat([first, scored], 1), torch.from_numpy(batch.doc_ids)[:, : x0.shape[1]]
+
+    def prepare(self, batch: Batch, ctx: Context) -> Prepared:
+        process = self.process_at(ctx.step)
+        x0, noised, doc_ids = self.tokens_of(batch)
+        noise = Noise(ctx.seed, ctx.step, ctx.phase, batch.rows)
+        streams = process.time_streams(x0.shape[1])
+        if process.stratified:
+            r = noise.stratified("time", ctx.rows_in_step, streams)
+        else:
+            r = noise.uniform("time", streams)
+        time = process.training_time(r)
+        xt = process.corrupt(x0, noised, time, noise.uniform("mask", process.noise_width(x0.shape[1])))
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        rows = process.rows(x0, xt, noised, time).to(torch.device("cpu"), dtype)
+        decile = (process.per_position(r, x0.shape[1]) * DECILES).long().expand(x0.shape)  # (B, L)
+        counts = torch.bincount(decile[noised], minlength=DECILES).tolist()
+        return Prepared(
+            tensors={
+                "xt": xt,
+                "tau": process.network_tau(time, x0.shape[1]),
+                "doc_ids": doc_ids,
+                "decile": decile.flatten()[rows.index],
+                "changed": (xt != x0).sum().float(),
+                **rows.tensors(),
+                **{f"extra.{k}": v for k, v in process.extra(x0).items()},
+            },
+            denominators={
+                "tokens": float(noised.sum()),
+                **{f"tokens_t{d}": float(c) for d, c in enumerate(counts)},
+            },
+        )
+
+    def forward(self, prepared: Prepared) -> StepOutput:
+        t = prepared.tensors
+        network, process, rows = self.network(), self.process, Rows.from_tensors(t)
+        extra = {k.removeprefix("extra."): v for k, v in t.items() if k.startswith("extra.")}
+        hidden = network.hidden(t["xt"], t["tau"], rows.index, doc_ids=t["doc_ids"], **extra)
+        loss = process.row_loss(network, hidden, rows)
+        nats = process.bound_nats(loss, rows)
+        by_decile = nats.new_zeros(DECILES).index_add_(0, t["decile"], nats)
+        tokens = prepared.denominators["tokens"]
+        metrics = {"noised_fraction": Metric(t["changed"], tokens)}
+        for d in range(DECILES):
+            metrics[f"nelbo_t{d}"] = Metric(by_decile[d], prepared.denominators[f"tokens_t{d}"])
+        for name, total in process.statistics(network, hidden.detach(), loss, rows).items():
+            metrics[name] = Metric(total, float(len(rows.index)))
+        return StepOutput(process.terms(network, hidden, loss, rows), metrics)
+
+    # -- scoring -------------------------------------------------------------------------------------------------
+
+    @property
+    def draws(self) -> int:
+        """Noise draws per row in a likelihood evaluation."""
+        return self.model_cfg.nelbo_draws
+
+    def likelihood(self, batch: Batch, ctx: Context) -> Likelihood:
+        x0, noised, doc_ids = self.tokens_of(batch)
+        noise = Noise(ctx.seed, 0, "likelihood", batch.rows)
+        bound = estimate_bound(self.process, self.network(), x0, noised, doc_ids, noise, self.draws)
+        return Likelihood(
+            nats=bound.nats,
+            end_nats=torch.zeros_like(bound.nats),
+            kind="exact" if self.process.exact else "bound",
+            estimator=f"{self.process.estimator}; {self.draws} noise draws per row",
+            variance=bound.variance,
+            parts=bound.parts,
+        )
+
+    # -- text ------------------------------------------------------------------------------------------------------
+
+    @property
+    def window(self) -> int:
+        """Positions that are generated together, with the given one before them."""
+        return self.model_cfg.n_ctx + 1
+
+    def _choice(self, options: GenerateOptions) -> Choice:
+        if options.by_confidence and self.model.mask_id is None:
+            raise ValueError(
+                "by_confidence: reveals masked positions in order of confidence, and this chain has no mask"
+            )
+        return Choice(options.temperature, options.top_k, options.top_p, options.steps, options.by_confidence)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: list[list[int]],
+        options: GenerateOptions,
+        on_tokens: OnTokens | None = None,
+        on_state: OnState | None = None,
+    ) -> Generation:
+        """Continue each prompt, all positions of a window at once. A prompt is a document that has just begun. A row's
+        text does not depend on the other prompts."""
+        network, eot = self.network(), self.tokenizer.eot
+        texts = [[eot, *prompt] for prompt in prompts]
+        generated: list[list[int]] = [[] for _ in prompts]
+        for group in same_length(texts):
+            chosen = [texts[i] for i in group]
+
+            def show(i: int, tokens: list[int | None], group: list[int] = group) -> None:
+                if on_tokens is not None and i == 0:
+                    on_tokens(group[0], [])  # nothing is final yet; the caller may want to stop
+                if on_state is not None:
+                    on_state(group[i], tokens[1:])
+
+            done = continue_text(
+                self.process,
+                network,
+                chosen,
+                group,
+                options.max_new_tokens,
+                self.window,
+                self.process.chunk,
+                options.seed,
+                self._choice(options),
+                show,
+            )
+            for i, text in zip(group, done, strict=True):
+                new = text[len(texts[i]) :]
+                if options.stop_at_document_end and eot in new:
+                    new = new[: new.index(eot)]
+                generated[i] = new
+        if on_tokens is not None:
+            for i, new in enumerate(generated):
+                on_tokens(i, new)
+        return Generation(generated, network.calls)
+
+    @torch.no_grad()
+    def infill(
+        self,
+        texts: list[list[int | None]],
+        options: GenerateOptions,
+        on_state: OnState | None = None,
+    ) -> Generation:
+        """Fill the None positions of each text; the others come back as they are."""
+        longest = max((len(text) for text in texts), default=0)
+        if longest > self.window - 1:
+            raise ValueError(
+                f"infill: the text has {longest} tokens with its gaps, and the model's context is {self.window - 1}. "
+                f"Shorten the text or the gaps"
+            )
+        network = self.network()
+        out: list[list[int]] = [[] for _ in texts]
+        for group in same_length(texts):
+            windows: list[list[int | None]] = [[self.tokenizer.eot, *texts[i]] for i in group]
+
+            def show(i: int, tokens: list[int | None], group: list[int] = group) -> None:
+                if on_state is not None:
+                    on_state(group[i], tokens[1:])
+
+            filled = fill(self.process, network, windows, group, options.seed, 0, self._choice(options), show)
+            for i, text in zip(group, filled, strict=True):
+                out[i] = text[1:]
+        return Generation(out, network.calls)
+
+
+class MDLAdapter(DiffusionAdapter):
+    process_class = MDLProcess
+
+
+class SEDDAdapter(DiffusionAdapter):
+    process_class = SEDDProcess
+
+    @property
+    def draws(self) -> int:
+        """`nelbo_draws`, or the paper's number of times per sequence (appendix C.6), as whole replicates."""
+        cfg = self.model_cfg
+        return cfg.nelbo_draws or -(-cfg.num_timesteps // REPLICATES) * REPLICATES
+
+
+class D3PMAdapter(DiffusionAdapter):
+    """Where the schedule is fitted to the text's token frequencies, these are kept beside the weights, so that a
+    checkpoint brings its own schedule."""
+
+    process_class = D3PMProcess
+
+    def __init__(self, model: nn.Module, model_cfg: Any, tokenizer: Any) -> None:
+        super().__init__(model, model_cfg, tokenizer)
+        if needs_unigram(model_cfg):
+            model.register_buffer("unigram", torch.empty(model.V))
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        super().init_weights(generator)
+        if needs_unigram(self.model_cfg):
+            nn.init.constant_(self.model.unigram, 1 / self.model.V)
+
+    def on_training_text(self, store: TokenStore) -> None:
+        if needs_unigram(self.model_cfg):
+            counts = torch.bincount(torch.from_numpy(store.tokens[:].astype("int64")), minlength=self.model.V)
+            counts[self.tokenizer.eot] += store.n_docs
+            self.model.unigram.copy_(counts / counts.sum())
+            self._process = None
+
+    def make_process(self) -> Process:
+        unigram = self.model.unigram.double().cpu() if needs_unigram(self.model_cfg) else None
+        return D3PMProcess(self.model_cfg, self.model.n, self.model.V, self.model.mask_id, unigram=unigram)
+
+
+class BD3LMAdapter(DiffusionAdapter):
+    """Holds the range that masking probabilities are drawn from, and looks for a better one after each evaluation.
+
+    Steps are prepared ahead of time, so a range found at a step applies from `AHEAD` steps later; until then the one
+    before it stays in force. Both live in a buffer of the model, with the statistics of an evaluation that no step has
+    followed yet, so that a resumed run prepares the very same steps.
+    """
+
+    process_class = BD3LMProcess
+    AHEAD = 16
+
+    def __init__(self, model: nn.Module, model_cfg: Any, tokenizer: Any) -> None:
+        super().__init__(model, model_cfg, tokenizer)
+        self.searching = model_cfg.clip_search and model_cfg.block_size > 1
+        self._fresh_statistics = True  # maybe: a checkpoint can bring some
+        self._plan: tuple[int, list[float]] = (-1, [])  # version of the buffer, its content
+        if self.searching:
+            model.register_buffer("clip_plan", torch.empty(5))  # low, high; next low, high, its first step
+            model.register_buffer("clip_table", torch.empty(3, ClipSearch.BINS))
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        super().init_weights(generator)
+        if self.searching:
+            self.model.clip_plan.copy_(torch.tensor([*self._limits(), *self._limits(), 0.0]))
+            self.model.clip_table.zero_()
+
+    def _limits(self) -> tuple[float, float]:
+        return self.model_cfg.sampling_eps_min, self.model_cfg.sampling_eps_max
+
+    def make_process(self) -> Process:
+        process = super().make_process()
+        if self.searching:
+            process.search = ClipSearch(lambda: self.model.clip_table)  # type: ignore[attr-defined]
+        return process
+
+    def plan(self) -> list[float]:
+        """The buffer on the host; read again only after it has changed."""
+        buffer = self.model.clip_plan
+        if self._plan[0] != buffer._version:
+            self._plan = buffer._version, buffer.tolist()
+        return self._plan[1]
+
+    def process_at(self, step: int) -> Process:
+        if not self.searching:
+            return self.process
+        low, high, next_low, next_high, first = self.plan()
+        process = copy.copy(self.process)
+        process.clip = (next_low, next_high) if step >= first else (low, high)  # type: ignore[attr-defined]
+        return process
+
+    def likelihood(self, batch: Batch, ctx: Context) -> Likelihood:
+        self._fresh_statistics = True
+        return super().likelihood(batch, ctx)
+
+    def on_step_start(self, step: int, total_steps: int) -> None:
+        if not (self.searching and self._fresh_statistics) or step < self.plan()[4]:
+            return
+        self._fresh_statistics = False
+        found = self.process.search.best()  # type: ignore[attr-defined]
+        answer = torch.tensor([0.0, 0.0, 0.0] if found is None else [1.0, *found], device=self.device)
+        if dist.is_available() and dist.is_initialized():
+            dist.broadcast(answer, src=0)  # each process has scored rows of its own
+        seen, low, high = answer.tolist()
+        if seen:
+            smallest, largest = self._limits()
+            now = self.plan()[2:4]
+            fresh = [*now, max(low, smallest), min(high, largest), float(step + self.AHEAD)]
+            self.model.clip_plan.copy_(torch.tensor(fresh))

@@ -1,0 +1,297 @@
+"""BD3-LM (Arriola et al. 2025, arXiv:2503.09573): masked diffusion inside blocks, autoregression across them.
+
+    -log p(x)  <=  sum over blocks b of  NELBO(x^b | x^{<b})
+
+Each block has a time of its own, and one pass sees noisy blocks beside the clean text. The row's first token is a block
+by itself; blocks of `block_size` follow. B rows, L positions, N blocks, M gathered positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapters.base import LossTerm
+from adapters.diffusion import masked
+from adapters.diffusion.mdl import MDLProcess
+from adapters.diffusion.network import Network, RowLoss, Rows
+from adapters.diffusion.process import Draw, Process, Window
+from adapters.diffusion.schedules import AlphaSchedule
+from adapters.diffusion.scores import AbsorbingGraph, reveal_by_scores
+
+__all__ = ["BD3LMProcess", "ClipSearch", "block_of"]
+
+SMALLEST_U = 1e-3  # where the bound over time of a time-conditioned network begins
+UNCLIPPED = (SMALLEST_U, 1.0)  # what training counts as all of (0, 1]
+
+
+def block_of(length: int, size: int) -> Tensor:
+    """(L,) block of each position: 0 for the first, then blocks of `size`."""
+    return (torch.arange(length) + size - 1) // size
+
+
+class BD3LMProcess(MDLProcess):
+    """The masking probability is u = t, per block. Training may draw it from a part of (0, 1], `clip`, which lowers
+    the variance of the gradient and is no bound any more; evaluation never does."""
+
+    def __init__(self, cfg: Any, n: int, V: int, mask_id: int | None) -> None:
+        Process.__init__(self, cfg, n, V, mask_id)
+        self.schedule = AlphaSchedule("loglinear", alpha_min=0.0)
+        self.mode, self.size = "subs", cfg.block_size
+        self.last_u = 1.0
+        # A block of one token is masked for certain: its cross-entropy does not depend on the time.
+        self.exact = self.size == 1 and not cfg.time_conditioning
+        self.clip = (cfg.sampling_eps_min, cfg.sampling_eps_max)
+        self.search: ClipSearch | None = None
+        kind = "exact mask counts" if not cfg.time_conditioning else f"u in [{SMALLEST_U:g}, 1] and both ends"
+        self.estimator = "exact" if self.exact else f"the bound of blocks of {self.size} with {kind}"
+
+    @property
+    def chunk(self) -> int:
+        return max(1, self.cfg.n_ctx // 2 // self.size) * self.size
+
+    def time_streams(self, length: int) -> int:
+        return int(block_of(length, self.size)[-1]) + 1
+
+    def noise_width(self, length: int) -> int:
+        """One more number per block, for the number of masks in it."""
+        return length + self.time_streams(length)
+
+    def per_position(self, values: Tensor, length: int) -> Tensor:
+        return values[:, block_of(length, self.size)]
+
+    def extra(self, x0: Tensor) -> dict[str, Tensor]:
+        return {"clean": x0, "blocks": block_of(x0.shape[1], self.size)}
+
+    # -- corruption and objective ------------------------------------------------------------------------------
+
+    def training_time(self, r: Tensor) -> Tensor:
+        if self.size == 1:
+            return torch.ones_like(r)
+        low, high = self.clip
+        return low + (high - low) * r
+
+    def corrupt(self, x0: Tensor, noised: Tensor, time: Tensor, u: Tensor) -> Tensor:
+        """Masks with probability `time` (B, N) per block; with `resample_masks` and a clip, given that the masked
+        fraction of each block lies within the clip, as if drawn again until it does."""
+        length = x0.shape[1]
+        if not self.cfg.resample_masks or self.clip == UNCLIPPED or self.size == 1:
+            chosen = noised & (u[:, :length] < self.per_position(time, length))
+        else:
+            counts = self._block_sums(noised)
+            chosen = self._choose(
+                noised, _clipped_count(counts, time, u[:, length:], self.clip), u[:, :length]
+            )
+        return x0.masked_fill(chosen, self.mask_id)
+
+    def _block_sums(self, values: Tensor) -> Tensor:
+        """(B, L) -> (B, N) fp64."""
+        length = values.shape[1]
+        sums = torch.zeros(len(values), self.time_streams(length), dtype=torch.float64)
+        return sums.index_add_(1, block_of(length, self.size), values.double())
+
+    def _choose(self, candidates: Tensor, k: Tensor, u: Tensor) -> Tensor:
+        """(B, L) bool: in each block, the k (B, N) candidates with the smallest u."""
+        blocks = block_of(candidates.shape[1], self.size)
+        key = blocks + torch.where(candidates, u, 1 + u) / 2  # by block; in a block, candidates first
+        rank = key.argsort(1).argsort(1) - torch.searchsorted(blocks, blocks)
+        return candidates & (rank < self.per_position(k, candidates.shape[1]))
+
+    def tau(self, time: Tensor) -> Tensor:
+        return self.schedule.sigma(time).float()  # (B, N), expanded in rows and hidden
+
+    def network_tau(self, time: Tensor, length: int) -> Tensor:
+        return self.per_position(self.tau(time), length)
+
+    def rows(self, x0: Tensor, xt: Tensor, noised: Tensor, time: Tensor) -> Rows:
+        weights = self.per_position(1 / time, x0.shape[1])
+        return Rows.of(noised & (xt == self.mask_id), x0, xt, {"weights": weights})
+
+    def terms(self, network: Network, hidden: Tensor, loss: RowLoss, rows: Rows) -> dict[str, LossTerm]:
+        """Under clipping the training loss is no bound, and is not called one."""
+        cfg = self.cfg
+        limits = (cfg.sampling_eps_min, cfg.sampling_eps_max)
+        clipped = self.size > 1 and (cfg.clip_search or limits != UNCLIPPED)
+        return {"clipped_loss" if clipped else "nelbo": LossTerm(loss.sum, "tokens")}
+
+    # -- bound ---------------------------------------------------------------------------------------------------
+
+    def estimate(self, draw: Draw) -> dict[str, Tensor]:
+        if self.cfg.time_conditioning:
+            return self._over_time(draw)
+        length = draw.x0.shape[1]
+        counts = self._block_sums(draw.noised)  # (B, N)
+        k = ((draw.r * counts).floor().clamp_max(counts - 1) + 1).clamp_min(1)
+        chosen = self._choose(draw.noised, k, draw.u[:, :length])
+        nats = self._block_nats(draw, draw.x0.masked_fill(chosen, self.mask_id), torch.ones_like(draw.r))
+        if self.search is not None:
+            self.search.add(k[counts > 0] / counts[counts > 0], (nats / k)[counts > 0])
+        # The released code's weights, as in `mdl`, with u in [1e-3, 1].
+        share = 1 - masked.binomial_tail(counts.flatten(), SMALLEST_U, k.flatten()).view_as(k)
+        total = counts / k * nats
+        return {"diffusion": total.sum(1), "paper": (total * share / (1 - SMALLEST_U)).sum(1)}
+
+    def _over_time(self, draw: Draw) -> dict[str, Tensor]:
+        t = SMALLEST_U + (1 - SMALLEST_U) * draw.r
+        length, clean_end = draw.x0.shape[1], torch.full_like(draw.r, SMALLEST_U)
+        integrand = (self._block_nats(draw, self._mask(draw, t, draw.u[:, :length]), t) / t).sum(1)
+        recon = self._block_nats(draw, self._mask(draw, clean_end, draw.u_recon[:, :length]), clean_end).sum(
+            1
+        )
+        return {"diffusion": (1 - SMALLEST_U) * integrand, "recon": recon, "paper": integrand}
+
+    def _mask(self, draw: Draw, time: Tensor, u: Tensor) -> Tensor:
+        chosen = draw.noised & (u < self.per_position(time, draw.x0.shape[1]))
+        return draw.x0.masked_fill(chosen, self.mask_id)
+
+    def _block_nats(self, draw: Draw, xt: Tensor, time: Tensor) -> Tensor:
+        """(B, N) cross-entropy at masked positions, summed over each block, unweighted."""
+        length = draw.x0.shape[1]
+        ones = {"weights": torch.ones(xt.shape, dtype=torch.float64)}
+        rows = Rows.of(draw.noised & (xt == self.mask_id), draw.x0, xt, ones)
+        rows = rows.to(draw.network.device, draw.network.dtype)
+        hidden = draw.hidden(xt, self.network_tau(time, length), rows, **self.extra(draw.x0))
+        nats = torch.zeros(xt.numel(), dtype=torch.float64)
+        nats[rows.index.cpu()] = draw.network.loss(hidden, rows, "subs").nats.double().cpu()
+        return self._block_sums(nats.view_as(xt))
+
+    # -- sampling --------------------------------------------------------------------------------------------------
+
+    def resolve(self, network: Network, window: Window) -> Iterator[Tensor]:
+        """Block by block from left to right. A finished block is run once more, clean, to keep its keys and values.
+        Known text is conditioned on if it stands in an earlier block or in the same one."""
+        x = window.x.masked_fill(window.unknown, self.mask_id)
+        blocks = block_of(x.shape[1], self.size)
+        state = _Prefix(network, self.cfg.kv_cache, x.shape, self.cfg.time_conditioning)
+        for block in range(int(blocks[-1]) + 1):
+            here = blocks == block
+            part = replace(
+                window,
+                x=x[:, here],
+                unknown=window.unknown[:, here],
+                noise=window.noise.child(f"block {block}"),
+            )
+            if bool(part.unknown.any()):
+                for inside in self._resolve_block(network, part, state):
+                    x = x.clone()
+                    x[:, here] = inside
+                    yield x
+            state.store(x[:, here])
+
+    def _resolve_block(self, network: Network, part: Window, state: _Prefix) -> Iterator[Tensor]:
+        cfg, steps = self.cfg, part.choice.steps or self.cfg.num_sampling_steps
+
+        def at_mask_probability(u: Tensor, x: Tensor, index: Tensor) -> Tensor:
+            sigma = self.schedule.sigma(u.double())
+            return state.hidden(x, sigma, index)
+
+        if part.choice.by_confidence:
+            return masked.reveal_by_confidence(self, network, part, steps, at_mask_probability)
+        if cfg.sampler == "first_hitting":
+            return masked.first_hitting(self, network, part, at_mask_probability)
+        times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        if cfg.sampler == "analytic":
+            sigma, step = self.schedule.sigma(times), AbsorbingGraph(self.mask_id).analytic
+            plan = list(zip(sigma[:-1].tolist(), [step] * steps, (-sigma.diff()).tolist(), strict=True))
+            return reveal_by_scores(self, self, state, part, plan)
+
+        def at_step(i: int, x: Tensor, index: Tensor) -> Tensor:
+            sigma = self.schedule.sigma(times[min(i, steps)]).expand(len(x))
+            return state.hidden(x, sigma, index)
+
+        stay = (times[1:] / times[:-1]).tolist()
+        return masked.reveal_on_grid(
+            self, network, part, stay, at_step, lazy=cfg.sampler == "ancestral_cache"
+        )
+
+
+class _Prefix(Network):
+    """A network that reads one block behind the finished ones. Without `cached`, these are run again every time."""
+
+    def __init__(self, network: Network, cached: bool, shape: torch.Size, time_conditioning: bool) -> None:
+        super().__init__(network.model, network.chunked)
+        self.network, self.cached = network, cached
+        self.batch, self.length = shape
+        self.finished: list[Tensor] = []  # clean blocks
+        self.cache = self._new_cache()
+
+    def _new_cache(self) -> Any:
+        return self.model.init_cache(self.batch, self.length, device=self.device, dtype=None)
+
+    def _run(self, x: Tensor, tau: Tensor, store: bool) -> Tensor:
+        self.network.calls += 1
+        one_block = torch.zeros(x.shape[1], dtype=torch.int64, device=self.device)
+        tokens, tau = x.to(self.device), tau.to(self.device, torch.float32)
+        return self.model(tokens, tau, cache=self.cache, blocks=one_block, store=store)
+
+    def store(self, x: Tensor) -> None:
+        """Add a finished block (B, T)."""
+        self.finished.append(x)
+        if self.cached:
+            self._run(x, torch.zeros(len(x)), store=True)
+
+    def hidden(self, xt: Tensor, tau: Tensor, index: Tensor, **extra: Tensor | None) -> Tensor:
+        if not self.cached:
+            self.cache = self._new_cache()
+            for block in self.finished:
+                self._run(block, torch.zeros(len(block)), store=True)
+        return self._run(xt, tau, store=False).flatten(0, 1).index_select(0, index.to(self.device))
+
+
+def _clipped_count(counts: Tensor, time: Tensor, u: Tensor, clip: tuple[float, float]) -> Tensor:
+    """(B, N) k ~ Binomial(counts, time) given clip[0] <= k/counts <= clip[1], by inverse CDF from u (B, N). Where no
+    whole number lies in the range, the nearest one above its lower end."""
+    low = (counts * clip[0] - 1e-9).ceil()
+    high = torch.maximum((counts * clip[1] + 1e-9).floor(), low)
+    most = int(counts.max()) if counts.numel() else 0
+    k = torch.arange(most + 1, dtype=torch.float64)  # (K,)
+    n, t = counts.unsqueeze(2), time.unsqueeze(2)
+    allowed = (k >= low.unsqueeze(2)) & (k <= high.unsqueeze(2)) & (k <= n)
+    log_choose = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma((n - k).clamp_min(0) + 1)
+    log_mass = log_choose + torch.xlogy(k, t) + torch.xlogy((n - k).clamp_min(0), 1 - t)
+    log_mass = log_mass.masked_fill(~allowed, -torch.inf)
+    # A time of exactly 1 leaves no mass below k = n; then n is the count.
+    best = log_mass.amax(2, keepdim=True)
+    mass = torch.where(best > -torch.inf, (log_mass - best).exp(), (k == n).double())
+    cumulative = mass.cumsum(2)
+    return (cumulative <= u.unsqueeze(2) * cumulative[..., -1:]).sum(2).double()
+
+
+class ClipSearch:
+    """Which range of masking probabilities gives the per-block loss the least variance (section 4.2 of the paper).
+
+    `add` collects losses per token by masked fraction, in bins of a twentieth; `best` tries widths 0.5, 0.55, ..., 0.9 at
+    every place. `table` (3, 20): count, sum, sum of squares, kept where a checkpoint finds it.
+    """
+
+    BINS = 20
+    ENOUGH = 64  # blocks that a range must have been seen with
+
+    def __init__(self, table: Callable[[], Tensor]) -> None:
+        self.table = table
+
+    def add(self, fraction: Tensor, nats_per_mask: Tensor) -> None:
+        """(blocks,) masked fractions and mean cross-entropies of the masked tokens."""
+        place = ((fraction * self.BINS).ceil().long() - 1).clamp(0, self.BINS - 1)
+        new = torch.stack([torch.ones_like(nats_per_mask), nats_per_mask, nats_per_mask**2])
+        table = self.table()
+        table += torch.zeros(3, self.BINS, dtype=torch.float64).index_add_(1, place, new.double()).to(table)
+
+    def best(self) -> tuple[float, float] | None:
+        """(low, high), or None where too little has been seen. Clears the table."""
+        table = self.table().double().cpu().clone()
+        self.table().zero_()
+        found: tuple[float, tuple[float, float]] | None = None
+        for width in range(self.BINS // 2, self.BINS * 9 // 10 + 1):
+            for low in range(self.BINS - width + 1):
+                count, total, squares = table[:, low : low + width].sum(1).tolist()
+                if count < self.ENOUGH:
+                    continue
+                variance = squares / count - (total / count) ** 2
+                if found is None or variance < found[0]:
+                    found = variance, (low / self.BINS, (low + width) / self.BINS)
+        return None if found is None else found[1]

@@ -1,0 +1,370 @@
+"""D3PM (Austin et al. 2021, arXiv:2107.03006): a chain of T steps, its exact posterior, and the bound by Bayes' rule.
+
+The network predicts p(x_0 | x_t); equation 4 turns that into the reverse step with the chain's own matrices:
+
+    p(x_s = j | x_t = i)  ~  [Q_{s..t}]_ji  [p(x_0 | x_t) Qbar_s]_j
+
+which holds for any s < t, so that sampling and bounds may skip steps. M positions, K states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapters.base import LossTerm
+from adapters.diffusion.chains import AbsorbingChain, Chain, GaussianChain, SpectralChain, UniformChain, draw
+from adapters.diffusion.mutual_information import (
+    exponents,
+    lost_information_spectral,
+    lost_information_uniform,
+)
+from adapters.diffusion.neighbors import balance, generator_matrix, load_embedding, neighbor_graph, spectrum
+from adapters.diffusion.network import Network, RowLoss, Rows, sampling_dtype
+from adapters.diffusion.process import Choice, Draw, Process, Window
+from adapters.diffusion.schedules import absorbing_mutual_info_betas, cosine_betas, linear_betas
+
+__all__ = [
+    "D3PMProcess",
+    "ancestral_step",
+    "build_chain",
+    "log_posterior",
+    "log_reverse",
+    "needs_unigram",
+    "reverse_kl",
+]
+
+LARGEST_BETA = 1 - 1e-6  # exp(a R) reaches beta = 1 at no finite a
+
+
+# -- the chain of a configuration ------------------------------------------------------------------------------
+
+
+def needs_unigram(cfg: Any) -> bool:
+    """Whether the schedule is fitted to the training text's token frequencies."""
+    return cfg.noise_schedule == "mutual_info" and cfg.transition_type != "absorbing"
+
+
+def build_chain(cfg: Any, states: int, mask_id: int | None, unigram: Tensor | None = None) -> Chain:
+    """The chain of a `D3PMConfig`. `unigram` (K,): token frequencies, where `needs_unigram`."""
+    kind = cfg.transition_type
+    if kind in ("gaussian", "nearest_neighbor") and states > cfg.dense_state_limit:
+        raise ValueError(
+            f"model_cfg.transition_type={kind} keeps {states} x {states} tables, and model_cfg.dense_state_limit is "
+            f"{cfg.dense_state_limit}. Use a smaller tokenizer, or transition_type=absorbing or uniform"
+        )
+    if needs_unigram(cfg) and unigram is None:
+        raise ValueError(
+            f"the mutual_info schedule of a {kind} chain needs the token frequencies of the text"
+        )
+    if kind not in _BUILDERS:
+        raise ValueError(f"model_cfg.transition_type: {kind!r} is not one of {', '.join(_BUILDERS)}")
+    return _BUILDERS[kind](cfg, states, mask_id, unigram)
+
+
+def _betas(cfg: Any) -> Tensor:
+    if cfg.noise_schedule == "cosine":
+        return cosine_betas(cfg.num_timesteps)
+    if cfg.noise_schedule == "linear":
+        gaussian = cfg.transition_type == "gaussian"
+        low = cfg.gaussian_beta_min if gaussian else cfg.linear_beta_min
+        high = cfg.gaussian_beta_max if gaussian else cfg.linear_beta_max
+        return linear_betas(cfg.num_timesteps, low, high)
+    raise ValueError(
+        f"model_cfg.noise_schedule={cfg.noise_schedule} is not defined for transition_type={cfg.transition_type}"
+        f"{' with nn_construction=' + cfg.nn_construction if cfg.transition_type == 'nearest_neighbor' else ''}. "
+        f"Use cosine or linear"
+    )
+
+
+def _absorbing(cfg: Any, states: int, mask_id: int | None, unigram: Tensor | None) -> Chain:
+    steps = cfg.num_timesteps
+    betas = absorbing_mutual_info_betas(steps) if cfg.noise_schedule == "mutual_info" else _betas(cfg)
+    assert mask_id is not None
+    return AbsorbingChain(states, betas, mask_id)
+
+
+def _uniform(cfg: Any, states: int, mask_id: int | None, unigram: Tensor | None) -> Chain:
+    if unigram is None or cfg.noise_schedule != "mutual_info":
+        return UniformChain(states, _betas(cfg))
+    total = exponents(lambda e: lost_information_uniform(unigram, e), cfg.num_timesteps)
+    return UniformChain(states, -torch.expm1(-total.diff()))
+
+
+def _gaussian(cfg: Any, states: int, mask_id: int | None, unigram: Tensor | None) -> Chain:
+    return GaussianChain(states, _betas(cfg))
+
+
+def _nearest_neighbor(cfg: Any, states: int, mask_id: int | None, unigram: Tensor | None) -> Chain:
+    graph = neighbor_graph(load_embedding(cfg.nn_embedding_path, states), cfg.nearest_neighbors)
+    if cfg.nn_construction == "sinkhorn":
+        return SpectralChain(spectrum(balance(graph), _betas(cfg), "sinkhorn"))
+    matrix = generator_matrix(graph, cfg.nearest_neighbors)
+    if unigram is not None and cfg.noise_schedule == "mutual_info":
+        lost = lost_information_spectral(unigram, *torch.linalg.eigh(matrix))
+        amounts = exponents(lost, cfg.num_timesteps).diff()
+    else:
+        amounts = -torch.log1p(-_betas(cfg).clamp_max(LARGEST_BETA))
+    return SpectralChain(spectrum(matrix, amounts, cfg.nn_construction))
+
+
+_BUILDERS = {
+    "absorbing": _absorbing,
+    "uniform": _uniform,
+    "gaussian": _gaussian,
+    "nearest_neighbor": _nearest_neighbor,
+}
+
+
+# -- posteriors and reverse steps of any chain -------------------------------------------------------------------
+
+
+def log_posterior(chain: Chain, x0: Tensor, xt: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """log q(x_s | x_t, x_0), (M, K); -inf where it is impossible."""
+    joint = chain.column(xt, s, t).log() + chain.row(x0, s).log()
+    return joint.log_softmax(1)
+
+
+def log_reverse(
+    chain: Chain, log_p: Tensor, xt: Tensor, s: Tensor, t: Tensor, parameterization: str = "joint"
+) -> Tensor:
+    """log p(x_s | x_t), (M, K), from log p(x_0 | x_t) (M, K).
+
+    `joint` is the paper's equation 4. `mixture` averages the normalised posteriors q(x_s | x_t, x_0) instead: the same
+    formula with each x_0's probability divided by q(x_t | x_0), as that is the posterior's normaliser.
+    """
+    column = chain.column(xt, s, t).to(log_p.dtype)
+    if parameterization == "mixture":
+        reach = chain.column(xt, torch.zeros_like(t), t).to(log_p.dtype)  # q(x_t | x_0) for every x_0
+        possible = reach > 0
+        log_p = torch.where(possible, log_p - reach.clamp_min(1e-300).log(), -torch.inf)
+    return (column.log() + chain.log_push(log_p, s)).log_softmax(1)
+
+
+def reverse_kl(
+    chain: Chain, log_p: Tensor, x0: Tensor, xt: Tensor, s: Tensor, t: Tensor, parameterization: str
+) -> Tensor:
+    """KL(q(x_s | x_t, x_0) || p(x_s | x_t)), (M,); at s = 0 this is -log p(x_0 | x_t)."""
+    log_q = log_posterior(chain, x0, xt, s, t).to(log_p.dtype)
+    log_r = log_reverse(chain, log_p, xt, s, t, parameterization)
+    # Where q is 0 the term is 0, whatever the logarithms are.
+    possible = log_q > -torch.inf
+    return torch.where(possible, log_q.exp() * (log_q - log_r.where(possible, 0.0)), 0.0).sum(1)
+
+
+# -- two ways to compute the same loss ---------------------------------------------------------------------------
+
+
+class _Fused:
+    """Closed-form KL inside the fused loss: absorbing and uniform chains, equation 4."""
+
+    def __init__(self, chain: AbsorbingChain | UniformChain, mode: str) -> None:
+        self.chain, self.mode = chain, mode
+
+    def coefficients(self, s: Tensor, t: Tensor) -> dict[str, Tensor]:
+        values = {"a": self.chain.alpha_bar[s], "b": self.chain.alpha_bar[t], "first": s == 0}
+        if self.mode == "d3pm_uniform":
+            values["beta"] = 1 - self.chain.survival(s, t)
+        return values
+
+    def loss(self, network: Network, hidden: Tensor, rows: Rows, aux_weight: float) -> RowLoss:
+        return network.loss(hidden, rows, self.mode, aux_weight)
+
+
+class _Dense:
+    """The definition on logits, for chains and parameterisations without a closed form."""
+
+    def __init__(self, chain: Chain, cfg: Any) -> None:
+        self.chain, self.cfg = chain, cfg
+
+    def coefficients(self, s: Tensor, t: Tensor) -> dict[str, Tensor]:
+        return {"s": s, "t": t}
+
+    def loss(self, network: Network, hidden: Tensor, rows: Rows, aux_weight: float) -> RowLoss:
+        chain = self.chain.to(hidden.device, network.dtype)
+
+        def row_nats(logits: Tensor, chosen: slice) -> tuple[Tensor, Tensor]:
+            if self.cfg.zero_mask_logit:
+                is_mask = torch.arange(logits.shape[1], device=logits.device) == chain.mask_id
+                logits = logits.masked_fill(is_mask, -1e30)
+            log_p = logits.log_softmax(1)
+            x0, xt = rows.x0[chosen], rows.xt[chosen]
+            s, t = rows.coefficients["s"][chosen], rows.coefficients["t"][chosen]
+            cross_entropy = -log_p.gather(1, x0.unsqueeze(1)).squeeze(1)
+            kl = reverse_kl(chain, log_p, x0, xt, s, t, self.cfg.reverse_param)
+            if self.cfg.l0_mode == "x0":
+                last = s == 0 if chain.mask_id is None else (s == 0) & (xt == chain.mask_id)
+                kl = torch.where(last, cross_entropy, kl)
+            return kl, cross_entropy
+
+        return network.loss_of_logits(hidden, rows.weights, row_nats, aux_weight)
+
+
+# -- the process -------------------------------------------------------------------------------------------------
+
+
+class D3PMProcess(Process):
+    """Times are int64 steps t = 1..T."""
+
+    def __init__(self, cfg: Any, n: int, V: int, mask_id: int | None, unigram: Tensor | None = None) -> None:
+        super().__init__(cfg, n, V, mask_id)
+        self.chain = build_chain(cfg, V, mask_id, unigram)
+        self.steps = cfg.num_timesteps
+        self.objective = self._objective()
+        bound_steps = cfg.nelbo_steps or self.steps
+        self.bound_grid = even_grid(self.steps, bound_steps)
+        self.estimator = f"the {bound_steps}-step bound of {cfg.transition_type} D3PM, prior included"
+
+    def _objective(self) -> _Fused | _Dense:
+        cfg, chain = self.cfg, self.chain
+        plain = cfg.reverse_param == "joint" and cfg.l0_mode == "posterior"
+        if isinstance(chain, AbsorbingChain) and plain:
+            return _Fused(chain, "d3pm_absorb_zero_mask" if cfg.zero_mask_logit else "d3pm_absorb")
+        if isinstance(chain, UniformChain) and plain:
+            return _Fused(chain, "d3pm_uniform")
+        return _Dense(chain, cfg)
+
+    def training_time(self, r: Tensor) -> Tensor:
+        return (r * self.steps).long().clamp_max(self.steps - 1) + 1
+
+    def corrupt(self, x0: Tensor, noised: Tensor, time: Tensor, u: Tensor) -> Tensor:
+        xt = x0.clone()
+        t = time.expand(x0.shape)[noised]
+        xt[noised] = self.chain.sample(x0[noised], t, u[noised])
+        return xt
+
+    def tau(self, time: Tensor) -> Tensor:
+        return (1000 * time / self.steps).float().squeeze(1)
+
+    def rows(self, x0: Tensor, xt: Tensor, noised: Tensor, time: Tensor) -> Rows:
+        return self._rows(x0, xt, noised, time - 1, time, self.cfg.auxiliary_loss_weight > 0)
+
+    def _rows(self, x0: Tensor, xt: Tensor, noised: Tensor, s: Tensor, t: Tensor, every: bool) -> Rows:
+        """A position that an absorbing chain has left alone has no KL: only the cross-entropy reads it."""
+        chosen = noised if every or self.mask_id is None else noised & (xt == self.mask_id)
+        per_position = {
+            "weights": torch.ones_like(t, dtype=torch.float64),
+            **self.objective.coefficients(s, t),
+        }
+        return Rows.of(chosen, x0, xt, per_position)
+
+    def row_loss(self, network: Network, hidden: Tensor, rows: Rows) -> RowLoss:
+        return self.objective.loss(network, hidden, rows, self.cfg.auxiliary_loss_weight)
+
+    def bound_nats(self, loss: RowLoss, rows: Rows) -> Tensor:
+        return self.steps * loss.nats
+
+    def terms(self, network: Network, hidden: Tensor, loss: RowLoss, rows: Rows) -> dict[str, LossTerm]:
+        """The bound is T times the KL of one step. The objective is not: multiplying the KL alone would shrink the
+        cross-entropy beside it."""
+        terms = {"nelbo": LossTerm(self.bound_nats(loss, rows).sum(), "tokens", 0.0)}
+        terms["objective"] = LossTerm(loss.sum, "tokens")
+        if loss.aux is not None:
+            terms["cross_entropy"] = LossTerm(loss.aux.sum(), "tokens", 0.0)
+        return terms
+
+    def estimate(self, draw: Draw) -> dict[str, Tensor]:
+        """One step of the bound's grid, times the number of steps; stratified over all of it this is the whole sum."""
+        steps = len(self.bound_grid) - 1
+        place = (draw.r * steps).long().clamp_max(steps - 1)  # (B, 1)
+        s, t = self.bound_grid[steps - place], self.bound_grid[steps - place - 1]
+        xt = self.corrupt(draw.x0, draw.noised, t, draw.u)
+        rows = self._rows(draw.x0, xt, draw.noised, s, t, False).to(draw.network.device, draw.network.dtype)
+        hidden = draw.hidden(xt, self.tau(t), rows)
+        diffusion = steps * draw.by_row(rows, self.objective.loss(draw.network, hidden, rows, 0.0).nats)
+        prior = torch.zeros(draw.x0.shape, dtype=torch.float64)
+        prior[draw.noised] = self.chain.prior_nats(draw.x0[draw.noised]).double()
+        return {"diffusion": diffusion, "prior": prior.sum(1), "paper": diffusion}
+
+    # -- sampling --------------------------------------------------------------------------------------------------
+
+    def resolve(self, network: Network, window: Window) -> Iterator[Tensor]:
+        """Ancestral sampling over an even grid (section 3.3). On a chain with a mask, known text stays as it is, and the conditional
+        is exact; on others it is noised as far as the rest at every step, which is an approximation."""
+        grid = even_grid(self.steps, min(window.choice.steps or self.cfg.sampling_timesteps, self.steps))
+        noise, unknown, length = window.noise, window.unknown, window.x.shape[1]
+        known = ~unknown
+        known[:, 0] &= not self.cfg.ignore_bos
+        x = window.x.clone()
+        x[unknown] = self.chain.start(noise.uniform("start", length))[unknown]
+        for t, s in zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True):
+            if self.mask_id is None:
+                x = self._noise_known(window, known, x, t)
+            moving = unknown if self.mask_id is None else unknown & (x == self.mask_id)
+            if not bool(moving.any()):
+                return
+            index = moving.flatten().nonzero().squeeze(1)
+            tau = torch.full((len(x),), 1000 * t / self.steps)
+            hidden = network.hidden(x, tau, index)
+            u = noise.uniform(f"step {t}", length).flatten()[index]
+            drawn = ancestral_step(
+                self.chain,
+                network,
+                hidden,
+                x.flatten()[index],
+                (s, t),
+                u,
+                window.choice,
+                self.cfg,
+                self.cfg.reverse_param,
+                self.cfg.l0_mode == "x0",
+                self.cfg.zero_mask_logit,
+            )
+            x = x.flatten().index_put((index,), drawn).view_as(x)
+            if s == 0:
+                x = torch.where(window.unknown, x, window.x)
+            yield x
+
+    def _noise_known(self, window: Window, known: Tensor, x: Tensor, t: int) -> Tensor:
+        u = window.noise.uniform(f"known {t}", x.shape[1])[known]
+        text = window.x[known]
+        noisy = x.clone()
+        noisy[known] = self.chain.sample(text, torch.full_like(text, t), u)
+        return noisy
+
+
+def ancestral_step(
+    chain: Chain,
+    network: Network,
+    hidden: Tensor,
+    xt: Tensor,
+    times: tuple[int, int],
+    u: Tensor,
+    choice: Choice,
+    cfg: Any,
+    parameterization: str = "joint",
+    last_from_clean: bool = False,
+    zero_mask: bool = False,
+) -> Tensor:
+    """x_s (M,) drawn from p(x_s | x_t), from hidden states (M, D) and uniforms u (M,); times = (s, t).
+
+    At s = 0 the mask is left out. `last_from_clean`: there, draw from p(x_0 | x_t) itself.
+    """
+    device, dtype = sampling_dtype(network.device)
+    chain = chain.to(device, dtype)
+    drawn = torch.empty_like(xt)
+    for rows, logits in network.logits(hidden):
+        if zero_mask:
+            logits[:, chain.mask_id] = -torch.inf
+        log_p = choice(logits.log_softmax(1))
+        now = xt[rows].to(device)
+        s, t = (torch.full_like(now, time) for time in times)
+        if times[0] == 0 and last_from_clean:
+            p = log_p.exp()
+        else:
+            p = log_reverse(chain, log_p, now, s, t, parameterization).exp()
+        if times[0] == 0 and chain.mask_id is not None:
+            p[:, chain.mask_id] = 0
+        argmax = times[0] == 0 and cfg.final_step == "argmax"
+        drawn[rows] = (p.argmax(1) if argmax else draw(p, u[rows].to(device))).cpu()
+    return drawn
+
+
+def even_grid(steps: int, wanted: int) -> Tensor:
+    """(S+1,) int64 from T down to 0 in S even skips."""
+    if not 1 <= wanted <= steps:
+        raise ValueError(f"sampling steps: must be 1 to {steps} (model_cfg.num_timesteps), got {wanted}")
+    return (torch.arange(wanted, -1, -1, dtype=torch.float64) * steps / wanted).round().long()

@@ -1,0 +1,212 @@
+"""MDLM (Sahoo et al. 2024, arXiv:2406.07524): masking, and a network whose output respects two known facts.
+
+A clean token is never the mask, and an unmasked token is already known (SUBS). The bound becomes a cross-entropy at
+masked positions, weighted by w(t) = -alpha'/(1 - alpha):
+
+    -log p(x)  <=  E_t  w(t)  sum over masked positions of  -log p(x_i | z_t)
+
+B rows, L positions, M gathered positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapters.diffusion import masked
+from adapters.diffusion.chains import AbsorbingChain
+from adapters.diffusion.d3pm import ancestral_step
+from adapters.diffusion.network import Network, RowLoss, Rows
+from adapters.diffusion.process import Draw, Process, Window
+from adapters.diffusion.schedules import AlphaSchedule, Geometric, LinearSigma, Schedule
+from adapters.diffusion.scores import AbsorbingGraph, reveal_by_scores
+
+__all__ = ["MDLProcess", "build_schedule"]
+
+
+def build_schedule(cfg: Any) -> Schedule:
+    """`alpha_type` with its end points."""
+    if cfg.alpha_type == "geometric":
+        return Geometric(cfg.sigma_min, cfg.sigma_max)
+    if cfg.alpha_type == "linear_sigma":
+        return LinearSigma(cfg.sigma_min, cfg.sigma_max)
+    return AlphaSchedule(cfg.alpha_type, cfg.alpha_min, cfg.alpha_max)
+
+
+class MDLProcess(Process):
+    """Times are fp64 in (0, 1], on the grid 1/T, ..., 1 where `continuous_time` is off."""
+
+    def __init__(self, cfg: Any, n: int, V: int, mask_id: int | None) -> None:
+        super().__init__(cfg, n, V, mask_id)
+        self.schedule = build_schedule(cfg)
+        self.mode = "subs" if cfg.use_subs_parameterization else "d3pm_absorb"
+        start, end = self._mask_probability(0.0), self._mask_probability(1.0)
+        self.first_u, self.last_u = start, end
+        self.exact_count = cfg.continuous_time and not cfg.time_conditioning and cfg.use_subs_parameterization
+        if self.exact_count:
+            self.estimator = "the any-order bound with exact mask counts"
+        elif cfg.continuous_time:
+            self.estimator = f"the masked bound over t in [{cfg.sampling_eps:g}, 1], with both ends"
+        else:
+            self.estimator = f"the masked bound of {cfg.num_timesteps} steps, with both ends"
+
+    @property
+    def stratified(self) -> bool:  # type: ignore[override]
+        return self.cfg.use_low_discrepancy_sampler
+
+    @property
+    def chunk(self) -> int:
+        return self.cfg.sar_chunk
+
+    def _mask_probability(self, t: float) -> float:
+        return float(self.schedule.mask_probability(torch.tensor(t, dtype=torch.float64)))
+
+    # -- corruption and objective ------------------------------------------------------------------------------
+
+    def training_time(self, r: Tensor) -> Tensor:
+        eps = self.cfg.sampling_eps
+        t = (1 - eps) * r + eps
+        if self.cfg.continuous_time:
+            return t
+        steps = self.cfg.num_timesteps
+        return (((t * steps).floor() + 1) / steps).clamp_max(1)
+
+    def corrupt(self, x0: Tensor, noised: Tensor, time: Tensor, u: Tensor) -> Tensor:
+        return x0.masked_fill(noised & (u < self.schedule.mask_probability(time)), self.mask_id)
+
+    def tau(self, time: Tensor) -> Tensor:
+        return self.schedule.sigma(time).float().squeeze(1)
+
+    def weight(self, time: Tensor) -> Tensor:
+        """w(t), or T times a step's (alpha_s - alpha_t)/(1 - alpha_t) in discrete time."""
+        if self.cfg.continuous_time:
+            return self.schedule.weight(time)
+        if not self.cfg.use_subs_parameterization:
+            return torch.full_like(time, self.cfg.num_timesteps)
+        u_s, u_t = self._step_ends(time)
+        return self.cfg.num_timesteps * (u_t - u_s) / u_t
+
+    def _step_ends(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        """Mask probabilities at s = t - 1/T and t."""
+        s = (time - 1 / self.cfg.num_timesteps).clamp_min(0)
+        s = torch.where(s < 1e-9, 0.0, s)  # 1/T - 1/T is not always 0 in fp64
+        return self.schedule.mask_probability(s), self.schedule.mask_probability(time)
+
+    def rows(self, x0: Tensor, xt: Tensor, noised: Tensor, time: Tensor) -> Rows:
+        per_position = {"weights": self.weight(time)}
+        if self.mode == "d3pm_absorb":
+            u_s, u_t = self._step_ends(time)
+            per_position |= {"a": 1 - u_s, "b": 1 - u_t, "first": u_s == 0}
+        return Rows.of(noised & (xt == self.mask_id), x0, xt, per_position)
+
+    def row_loss(self, network: Network, hidden: Tensor, rows: Rows) -> RowLoss:
+        return network.loss(hidden, rows, self.mode)
+
+    # -- bound ---------------------------------------------------------------------------------------------------
+
+    def estimate(self, draw: Draw) -> dict[str, Tensor]:
+        return self._exact_count(draw) if self.exact_count else self._over_time(draw)
+
+    def _exact_count(self, draw: Draw) -> dict[str, Tensor]:
+        """(N/k) sum of cross-entropies with exactly k of N positions masked, k uniform: the mean over all orders of
+        the autoregressive loss, nothing left out at either end (Ou et al. 2024; Nie et al. 2025, LLaDA).
+
+        The released code's integral over t in [eps, 1] is the same sum with other weights on k:
+        (1/k)(I_u1 - I_u0)(k, N - k + 1) / (1 - eps), I the regularised incomplete beta function.
+        """
+        n = draw.counts
+        k = (draw.r.squeeze(1) * n).floor().clamp_max(n - 1) + 1
+        xt = draw.x0.masked_fill(masked.choose_exactly(draw.noised, k, draw.u), self.mask_id)
+        nats = self._cross_entropy(draw, xt, torch.ones_like(draw.r))
+        k = k.clamp_min(1)
+        eps = self.cfg.sampling_eps
+        u0 = self._mask_probability(eps)
+        share = masked.binomial_tail(n, self.last_u, k) - masked.binomial_tail(n, u0, k)
+        return {"diffusion": n / k * nats, "paper": n / k * nats * share / (1 - eps)}
+
+    def _over_time(self, draw: Draw) -> dict[str, Tensor]:
+        cfg, eps = self.cfg, self.cfg.sampling_eps
+        if cfg.continuous_time:
+            t, clean_end, length = eps + (1 - eps) * draw.r, torch.full_like(draw.r, eps), 1 - eps
+        else:
+            steps = cfg.num_timesteps
+            t, clean_end, length = ((draw.r * steps).floor() + 1) / steps, torch.zeros_like(draw.r), 1.0
+        xt = self.corrupt(draw.x0, draw.noised, t, draw.u)
+        rows = self.rows(draw.x0, xt, draw.noised, t).to(draw.network.device, draw.network.dtype)
+        loss = self.row_loss(draw.network, draw.hidden(xt, self.tau(t), rows), rows)
+        integrand = draw.by_row(rows, self.bound_nats(loss, rows))
+        recon = torch.zeros_like(integrand)
+        if bool((self.schedule.mask_probability(clean_end) > 0).all()):
+            recon = self._cross_entropy(
+                draw, self.corrupt(draw.x0, draw.noised, clean_end, draw.u_recon), clean_end
+            )
+        prior = draw.counts * (1 - self.last_u) * math.log(self.n)
+        return {"diffusion": length * integrand, "recon": recon, "prior": prior, "paper": integrand}
+
+    def _cross_entropy(self, draw: Draw, xt: Tensor, time: Tensor) -> Tensor:
+        """(B,) summed over the masked positions, unweighted."""
+        per_position = {"weights": torch.ones_like(time)}
+        rows = Rows.of(draw.noised & (xt == self.mask_id), draw.x0, xt, per_position)
+        rows = rows.to(draw.network.device, draw.network.dtype)
+        return draw.by_row(rows, draw.network.loss(draw.hidden(xt, self.tau(time), rows), rows, "subs").nats)
+
+    # -- sampling --------------------------------------------------------------------------------------------------
+
+    def resolve(self, network: Network, window: Window) -> Iterator[Tensor]:
+        cfg, steps = self.cfg, window.choice.steps or self.cfg.num_sampling_steps
+        times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        if window.choice.by_confidence:
+            return masked.reveal_by_confidence(
+                self, network, window, steps, self._at_mask_probability(network)
+            )
+        if cfg.sampler == "first_hitting":
+            return masked.first_hitting(self, network, window, self._at_mask_probability(network))
+        if not cfg.use_subs_parameterization:
+            return self._ancestral_with_mask(network, window, times)
+        if cfg.sampler == "analytic":
+            sigma = self.schedule.sigma(times)
+            step = AbsorbingGraph(self.mask_id).analytic
+            plan = list(zip(sigma[:-1].tolist(), [step] * steps, (-sigma.diff()).tolist(), strict=True))
+            return reveal_by_scores(self, self, network, window, plan)
+        u = self.schedule.mask_probability(times)
+        stay = (u[1:] / u[:-1]).tolist()
+
+        def denoise(i: int, x: Tensor, index: Tensor) -> Tensor:
+            t = times[min(i, steps)].expand(len(x), 1)
+            return network.hidden(x, self.tau(t), index)
+
+        return masked.reveal_on_grid(
+            self, network, window, stay, denoise, lazy=cfg.sampler == "ancestral_cache"
+        )
+
+    def log_scores(self, logits: Tensor, now: Tensor, sigma: float) -> Tensor:
+        """A prediction read as scores (appendix B of the paper): s_y = alpha/(1 - alpha) p(y) at masked positions."""
+        return (self.clean_log_probs(logits) - math.log(math.expm1(sigma))).scatter(1, now.unsqueeze(1), 0.0)
+
+    def _ancestral_with_mask(self, network: Network, window: Window, times: Tensor) -> Iterator[Tensor]:
+        """Without SUBS the prediction may be the mask itself: D3PM's reverse step on this schedule."""
+        alpha = self.schedule.alpha(times.flip(0))  # at steps 0, ..., S
+        chain = AbsorbingChain(self.V, 1 - alpha[1:] / alpha[:-1], self.mask_id)
+        x, length = window.x.masked_fill(window.unknown, self.mask_id), window.x.shape[1]
+        for t in range(len(times) - 1, 0, -1):
+            index = (x == self.mask_id).flatten().nonzero().squeeze(1)
+            if not len(index):
+                return
+            tau = self.tau(times[len(times) - 1 - t].expand(len(x), 1))
+            hidden = network.hidden(x, tau, index)
+            u = window.noise.uniform(f"step {t}", length).flatten()[index]
+            now = x.flatten()[index]
+            drawn = ancestral_step(chain, network, hidden, now, (t - 1, t), u, window.choice, self.cfg)
+            x = x.flatten().index_put((index,), drawn).view_as(x)
+            yield x
+
+    def _at_mask_probability(self, network: Network) -> masked.Denoise:
+        def denoise(u: Tensor, x: Tensor, index: Tensor) -> Tensor:
+            sigma = -torch.log1p(-u.clamp_max(self.last_u))  # tau is the total noise, whatever the time
+            return network.hidden(x, sigma.float(), index)
+
+        return denoise

@@ -1,0 +1,206 @@
+"""From noisy tokens to hidden states, losses and logits of chosen positions.
+
+B rows, L positions, M gathered positions, D width, V states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import linear_diffusion_loss as fused
+
+__all__ = ["Network", "RowLoss", "Rows", "sampling_dtype"]
+
+CHUNK_BYTES = 64 * 2**20  # of logits that exist at once outside the fused losses
+
+RowFunction = Callable[[Tensor, slice], tuple[Tensor, "Tensor | None"]]
+
+
+@dataclass
+class Rows:
+    """The positions that a loss reads, and what it needs to know of each.
+
+    `index` (M,) into the flattened (B, L); `x0`, `xt` (M,); `weights` (M,) multiply the loss; `aux_weights` (M,) its
+    cross-entropy beside the bound; `coefficients` of the fused loss by name.
+    """
+
+    index: Tensor
+    x0: Tensor
+    xt: Tensor
+    weights: Tensor
+    coefficients: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, chosen: Tensor, x0: Tensor, xt: Tensor, per_position: dict[str, Tensor]) -> Rows:
+        """Gather where `chosen` (B, L) is true. `per_position` are (B, L), or (B, 1): one number per row; it must hold
+        `weights`."""
+        index = chosen.flatten().nonzero().squeeze(1)
+        values = {k: v.expand(x0.shape).flatten()[index] for k, v in per_position.items()}
+        return cls(index, x0.flatten()[index], xt.flatten()[index], values.pop("weights"), values)
+
+    def tensors(self) -> dict[str, Tensor]:
+        named = {"index": self.index, "x0": self.x0, "xt": self.xt, "weights": self.weights}
+        return {f"rows.{k}": v for k, v in named.items()} | {
+            f"rows.c.{k}": v for k, v in self.coefficients.items()
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> Rows:
+        prefix = "rows.c."
+        coefficients = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        return cls(*(tensors[f"rows.{k}"] for k in ("index", "x0", "xt", "weights")), coefficients)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Rows:
+        """There, with fractions in `dtype`."""
+        moved = {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in self.tensors().items()}
+        return Rows.from_tensors(moved)
+
+    def sum_by_row(self, values: Tensor, batch: int, length: int) -> Tensor:
+        """(M,) -> (B,) fp64 on the CPU."""
+        owner = (self.index // length).cpu()
+        return torch.zeros(batch, dtype=torch.float64).index_add_(0, owner, values.double().cpu())
+
+
+@dataclass
+class RowLoss:
+    """`sum` of weights * (bound + aux_weight * cross-entropy), differentiable; `nats` (M,) of the bound and `aux` (M,) of
+    the cross-entropy, unweighted and detached."""
+
+    sum: Tensor
+    nats: Tensor
+    aux: Tensor | None = None
+
+
+def sampling_dtype(device: torch.device) -> tuple[torch.device, torch.dtype]:
+    """Where probabilities are computed: in fp64, hence on the CPU where a device has none. Draws from fp32 truncate the
+    tails, which acts like a lower temperature (Zheng et al. 2024, arXiv:2409.02908)."""
+    return (torch.device("cpu") if device.type == "mps" else device), torch.float64
+
+
+class Network:
+    """A backbone with its output layer. `chunked` False holds all logits of a loss at once (the reference)."""
+
+    def __init__(self, model: Any, chunked: bool = True) -> None:
+        self.model, self.chunked = model, chunked
+        self.calls = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.head_weight.device
+
+    def hidden(self, xt: Tensor, tau: Tensor, index: Tensor, **extra: Tensor | None) -> Tensor:
+        """Hidden states (M, D) at `index` (M,) of the flattened (B, L). `extra`: further inputs of the backbone."""
+        self.calls += 1
+        device = self.device
+        moved = {k: None if v is None else v.to(device) for k, v in extra.items()}
+        hidden = self.model(xt.to(device), tau.to(device, torch.float32), **moved)  # (B, L, D)
+        return hidden.flatten(0, 1).index_select(0, index.to(device))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of losses: at least fp32."""
+        return torch.promote_types(self.model.head_weight.dtype, torch.float32)
+
+    def loss(self, hidden: Tensor, rows: Rows, mode: str, aux_weight: float | Tensor = 0.0) -> RowLoss:
+        """A fused loss of the kernel's `mode` over gathered hidden states. `aux_weight` of the cross-entropy: relative
+        to the rows' weights, or (M,) by itself."""
+        model = self.model
+        args = (hidden, model.head_weight, model.head_bias, rows.x0, rows.xt, rows.weights, rows.coefficients)
+        kind = {"mode": mode, "V": model.V, "n": model.n, "mask_id": model.mask_id, "aux_weight": aux_weight}
+        run = fused.linear_diffusion_loss if self.chunked else fused.reference
+        return RowLoss(*run(*args, **kind))
+
+    def loss_of_logits(
+        self, hidden: Tensor, weights: Tensor, function: RowFunction, aux_weight: float = 0.0
+    ) -> RowLoss:
+        """A loss that no kernel knows, written on logits: `function(logits (m, V), rows)` returns nats (m,) and a
+        cross-entropy (m,) or None for a slice of the rows."""
+        chunk = self._rows_per_chunk() if self.chunked else max(1, len(hidden))
+        args = (
+            hidden,
+            self.model.head_weight,
+            self.model.head_bias,
+            weights,
+            function,
+            aux_weight,
+            chunk,
+            self.model.V,
+        )
+        return RowLoss(*_LossOfLogits.apply(*args))
+
+    def _rows_per_chunk(self) -> int:
+        return max(1, CHUNK_BYTES // (4 * self.model.V))
+
+    def logits(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, logits (m, V) fp64) in chunks, for sampling; never all positions at once."""
+        device, dtype = sampling_dtype(self.device)
+        chunk = max(1, self._rows_per_chunk() // 2)
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, min(start + chunk, len(hidden)))
+            yield rows, self.model.logits(hidden[rows])[:, : self.model.V].to(device, dtype)
+
+
+class _LossOfLogits(torch.autograd.Function):
+    """Gradients of a chunk are computed while its logits exist, in the forward pass; backward scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        row_weights: Tensor,
+        function: RowFunction,
+        aux_weight: float,
+        chunk: int,
+        states: int,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        wanted = [
+            t for t, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True) if needed
+        ]
+        stats = torch.promote_types(hidden.dtype, torch.float32)
+        grads = [
+            torch.zeros(t.shape, dtype=torch.promote_types(t.dtype, stats), device=t.device) for t in wanted
+        ]
+        total = torch.zeros((), dtype=stats, device=hidden.device)
+        nats, aux = [hidden.new_empty(0, dtype=stats)], []
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, min(start + chunk, len(hidden)))
+            with torch.enable_grad():
+                parts = [t.detach().requires_grad_(bool(wanted)) for t in (hidden[rows], weight, bias)]
+                logits = F.linear(parts[0], parts[1].to(hidden.dtype), parts[2].to(hidden.dtype))[
+                    :, :states
+                ].to(stats)
+                row_nats, row_aux = function(logits, rows)
+                value = row_nats if row_aux is None else row_nats + aux_weight * row_aux
+                part = (value * row_weights[rows].to(stats)).sum()
+            if wanted:
+                needed = [p for p, n in zip(parts, ctx.needs_input_grad[:3], strict=True) if n]
+                for i, (tensor, grad) in enumerate(
+                    zip(wanted, torch.autograd.grad(part, needed), strict=True)
+                ):
+                    if tensor is hidden:
+                        grads[i][rows] = grad
+                    else:
+                        grads[i] += grad
+            total += part.detach()
+            nats.append(row_nats.detach())
+            if row_aux is not None:
+                aux.append(row_aux.detach())
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = [t.dtype for t in wanted]
+        all_nats, all_aux = torch.cat(nats), torch.cat(aux) if aux else None
+        ctx.mark_non_differentiable(*(t for t in (all_nats, all_aux) if t is not None))
+        return total, all_nats, all_aux
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        scaled = iter([(g * grad).to(d) for g, d in zip(ctx.saved_tensors, ctx.dtypes, strict=True)])
+        return *(next(scaled) if needed else None for needed in ctx.needs_input_grad[:3]), *(None,) * 5

@@ -1,0 +1,178 @@
+"""What the diffusion models differ in: how text turns into noise, what is learned, and how a step is undone.
+
+The adapter, the evaluation and the generation loops know only this class.
+
+B rows, L positions, M gathered positions, V states. Masks of positions are (B, L) bool.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapters.base import LossTerm
+from adapters.diffusion.network import Network, RowLoss, Rows
+from adapters.randomness import Noise
+
+__all__ = ["Choice", "Process", "Window"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Changes to the predicted distribution of a clean token; off by default, as they are not the model's own law."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    steps: int = 0  # reverse steps; 0 = the model's own number
+    by_confidence: bool = False  # masked processes: reveal the surest positions first
+
+    def __call__(self, log_p: Tensor) -> Tensor:
+        """Normalised log-probabilities (M, V) fp64 -> the same, changed."""
+        if self.temperature == 0:
+            best = log_p.argmax(1, keepdim=True)
+            return torch.full_like(log_p, -torch.inf).scatter_(1, best, 0.0)
+        if self.temperature != 1:
+            log_p = log_p / self.temperature
+        if 0 < self.top_k < log_p.shape[1]:
+            log_p = log_p.masked_fill(log_p < log_p.topk(self.top_k, dim=1).values[:, -1:], -torch.inf)
+        if self.top_p < 1:
+            p, order = log_p.softmax(1).sort(dim=1, descending=True, stable=True)
+            drop = p.cumsum(1) - p >= self.top_p  # keep the smallest set whose mass reaches top_p
+            log_p = log_p.masked_fill(torch.zeros_like(drop).scatter_(1, order, drop), -torch.inf)
+        return log_p.log_softmax(1)
+
+
+@dataclass
+class Window:
+    """Positions being generated together. `x` (B, L) holds the text where `unknown` (B, L) is False; the first
+    position is always known. `noise` is keyed by the window."""
+
+    x: Tensor
+    unknown: Tensor
+    noise: Noise
+    choice: Choice
+
+
+class Process(ABC):
+    """`cfg`: the architecture's Config; `n` real tokens, `V` states, `mask_id` or None."""
+
+    estimator: str  # how the bound is estimated, in words
+    stratified = True  # training times are stratified over a step
+    exact = False  # the bound is the likelihood itself
+
+    def __init__(self, cfg: Any, n: int, V: int, mask_id: int | None) -> None:
+        self.cfg, self.n, self.V, self.mask_id = cfg, n, V, mask_id
+
+    def time_streams(self, length: int) -> int:
+        """Times per row of `length` positions; more than one where each block has its own."""
+        return 1
+
+    def per_position(self, values: Tensor, length: int) -> Tensor:
+        """(B, time_streams) -> broadcastable to (B, length)."""
+        return values
+
+    def noise_width(self, length: int) -> int:
+        """Uniform numbers per row that `corrupt` reads."""
+        return length
+
+    def network_tau(self, time: Tensor, length: int) -> Tensor:
+        """`tau` as the network takes it: (B,), or (B, L) where positions differ."""
+        return self.tau(time)
+
+    def extra(self, x0: Tensor) -> dict[str, Tensor]:
+        """Further inputs of the network beside noisy tokens, time and document ids."""
+        return {}
+
+    @property
+    def chunk(self) -> int:
+        """New tokens per window when text is longer than one window: half the context."""
+        return max(1, self.cfg.n_ctx // 2)
+
+    # -- corruption --------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def training_time(self, r: Tensor) -> Tensor:
+        """Uniform numbers r in (0, 1) -> times, (B, 1), as `corrupt` and `rows` read them."""
+
+    @abstractmethod
+    def corrupt(self, x0: Tensor, noised: Tensor, time: Tensor, u: Tensor) -> Tensor:
+        """x_t (B, L): a draw from q(x_t | x_0) at `noised` positions, from uniforms u (B, L); x_0 elsewhere."""
+
+    @abstractmethod
+    def tau(self, time: Tensor) -> Tensor:
+        """What the network is told of the time: (B,)."""
+
+    # -- objective ---------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def rows(self, x0: Tensor, xt: Tensor, noised: Tensor, time: Tensor) -> Rows:
+        """The positions that the loss reads, with their weights."""
+
+    @abstractmethod
+    def row_loss(self, network: Network, hidden: Tensor, rows: Rows) -> RowLoss:
+        """Loss of gathered hidden states (M, D)."""
+
+    def bound_nats(self, loss: RowLoss, rows: Rows) -> Tensor:
+        """(M,) each row's part of the estimate of the bound, in nats."""
+        return loss.nats * rows.weights.to(loss.nats.dtype)
+
+    def terms(self, network: Network, hidden: Tensor, loss: RowLoss, rows: Rows) -> dict[str, LossTerm]:
+        """Loss terms over the step's tokens; the first is the bound."""
+        return {"nelbo": LossTerm(loss.sum, "tokens")}
+
+    def statistics(self, network: Network, hidden: Tensor, loss: RowLoss, rows: Rows) -> dict[str, Tensor]:
+        """Sums over the loss's rows of further quantities, reported as means."""
+        return {}
+
+    # -- bound -------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def estimate(self, draw: Draw) -> dict[str, Tensor]:
+        """One unbiased draw of the bound: nats (B,) fp64 by part. `diffusion`, `recon` and `prior` add up to it;
+        `paper` is the estimate of the released code, without the ends."""
+
+    # -- sampling ----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def resolve(self, network: Network, window: Window) -> Iterator[Tensor]:
+        """Draw the unknown positions; yields x (B, L) after every step, the result last."""
+
+    def clean_log_probs(self, logits: Tensor) -> Tensor:
+        """Log-probabilities (M, V) of the clean token at a masked position: a softmax without the mask."""
+        if self.mask_id is not None:
+            logits = logits.clone()
+            logits[:, self.mask_id] = -torch.inf
+        return logits.log_softmax(1)
+
+
+@dataclass
+class Draw:
+    """One draw of the bound for a batch: `r` (B, streams) and `u` (B, L) uniforms, independent of all others.
+
+    `u_recon` (B, L) is for the noise at the clean end. `doc_ids` (B, L) or None keeps attention within documents.
+    """
+
+    network: Network
+    x0: Tensor
+    noised: Tensor
+    doc_ids: Tensor | None
+    r: Tensor
+    u: Tensor
+    u_recon: Tensor
+
+    @property
+    def counts(self) -> Tensor:
+        """(B,) fp64: positions that are noised and scored."""
+        return self.noised.sum(1).double()
+
+    def hidden(self, xt: Tensor, tau: Tensor, rows: Rows, **extra: Tensor) -> Tensor:
+        return self.network.hidden(xt, tau, rows.index, doc_ids=self.doc_ids, **extra)
+
+    def by_row(self, rows: Rows, values: Tensor) -> Tensor:
+        return rows.sum_by_row(values, *self.x0.shape)
