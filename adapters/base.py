@@ -30,6 +30,7 @@ from models.layers.roles import Rule
 if TYPE_CHECKING:
     from configs.schema import ModelConfig
     from data.rows import Batch
+    from data.store import TokenStore
     from data.tokenizers import Tokenizer
 
 __all__ = [
@@ -42,6 +43,8 @@ __all__ = [
     "LossTerm",
     "Metric",
     "ModelAdapter",
+    "OnState",
+    "OnTokens",
     "Prepared",
     "Rule",
     "StepOutput",
@@ -129,11 +132,17 @@ class Likelihood:
     kind: Literal["exact", "bound"] = "exact"
     estimator: str = "exact"
     variance: Tensor | None = None
+    # Further sums (B,) fp64 in nats, shown beside the score: what a bound consists of, or other estimates of it.
+    parts: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """Sampling options. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off; `seed` makes it repeatable."""
+    """Sampling options. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off; `seed` makes it repeatable.
+
+    For models that draw many positions at once: `steps` of the sampler (0 = the model's own number), and
+    `by_confidence`, which reveals the surest positions first instead of sampling the model's distribution.
+    """
 
     max_new_tokens: int = 100
     temperature: float = 0.8
@@ -142,8 +151,12 @@ class GenerateOptions:
     seed: int = 0
     stop_at_document_end: bool = True
     use_cache: bool = True
+    steps: int = 0
+    by_confidence: bool = False
 
     def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError(f"steps: must be 0 (the model's own) or more, got {self.steps}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: must be at least 1, got {self.max_new_tokens}")
         if not self.temperature >= 0:
@@ -164,6 +177,9 @@ class Generation:
 
 # Called with (row, new token ids) whenever text of a row becomes final.
 OnTokens = Callable[[int, list[int]], None]
+# Called with (row, the whole text so far) after every step of a model that draws positions in any order; None where a
+# position is undecided.
+OnState = Callable[[int, list[int | None]], None]
 
 
 class ModelAdapter(nn.Module):
@@ -202,6 +218,10 @@ class ModelAdapter(nn.Module):
     def forward(self, prepared: Prepared) -> StepOutput:
         raise NotImplementedError(f"{type(self).__name__} must define forward")
 
+    def on_training_text(self, store: TokenStore) -> None:
+        """Called once before training with the training text, for objectives that are fitted to its statistics. What is
+        learned here belongs into a buffer of the model, so that checkpoints carry it."""
+
     def on_step_start(self, step: int, total_steps: int) -> None:
         """Curricula. Called on every process before the micro-batches of a step are run."""
 
@@ -219,9 +239,22 @@ class ModelAdapter(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define likelihood")
 
     def generate(
-        self, prompts: list[list[int]], options: GenerateOptions, on_tokens: OnTokens | None = None
+        self,
+        prompts: list[list[int]],
+        options: GenerateOptions,
+        on_tokens: OnTokens | None = None,
+        on_state: OnState | None = None,
     ) -> Generation:
+        """Continue each prompt. `on_state` is for models that draw positions in any order; others leave it alone."""
         raise NotImplementedError(f"{type(self).__name__} must define generate")
+
+    def infill(
+        self, texts: list[list[int | None]], options: GenerateOptions, on_state: OnState | None = None
+    ) -> Generation:
+        """Replace every None of each text by a token; `tokens` of the result are whole texts."""
+        raise ValueError(
+            "this architecture writes from left to right and cannot fill gaps; use a prompt instead"
+        )
 
     # -- what the trainer must know of the parameters --------------------------------------------------------
 

@@ -17,6 +17,7 @@ from adapters.base import (
     Likelihood,
     LossTerm,
     ModelAdapter,
+    OnState,
     OnTokens,
     Prepared,
     StepOutput,
@@ -75,7 +76,11 @@ class DefaultModelAdapter(ModelAdapter):
 
     @torch.no_grad()
     def generate(
-        self, prompts: list[list[int]], options: GenerateOptions, on_tokens: OnTokens | None = None
+        self,
+        prompts: list[list[int]],
+        options: GenerateOptions,
+        on_tokens: OnTokens | None = None,
+        on_state: OnState | None = None,
     ) -> Generation:
         """Continue each prompt token by token. A prompt is a document that has just begun, so the document
         token stands before it, as in training. Rows are independent: each has its own generator, and a row's
