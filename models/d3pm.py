@@ -26,6 +26,7 @@ class D3PMConfig(DiTConfig):
     # The paper: mutual_info for absorbing and nearest_neighbor, cosine for uniform, linear for gaussian.
     noise_schedule: Literal["mutual_info", "cosine", "linear"] = "mutual_info"
     num_timesteps: Positive = 1000  # T, steps of the chain
+    nelbo_steps: Positive | None = None  # steps of the chain in the bound; fewer: coarser, cheaper; null = all
     auxiliary_loss_weight: NonNegativeFloat = 0.01  # lambda of the cross-entropy; the paper's 0 on uniform
     sampling_timesteps: Positive = 1000  # reverse steps S <= T; fewer are even skips
     gaussian_beta_min: Probability = 1e-4  # linear schedule of the gaussian chain
@@ -52,6 +53,11 @@ class D3PMConfig(DiTConfig):
         if self.sampling_timesteps > self.num_timesteps:
             problems.append(
                 f"model_cfg.sampling_timesteps ({self.sampling_timesteps}) must not exceed "
+                f"model_cfg.num_timesteps ({self.num_timesteps}); nearest: {self.num_timesteps}"
+            )
+        if self.nelbo_steps is not None and self.nelbo_steps > self.num_timesteps:
+            problems.append(
+                f"model_cfg.nelbo_steps ({self.nelbo_steps}) must not exceed "
                 f"model_cfg.num_timesteps ({self.num_timesteps}); nearest: {self.num_timesteps}"
             )
         for chain in ("gaussian", "linear"):

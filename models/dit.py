@@ -30,9 +30,12 @@ from models.layers.rotary import apply_rotary, rotary_tables
 if TYPE_CHECKING:
     from configs.schema import RunConfig
 
-__all__ = ["DiT", "DiTConfig"]
+__all__ = ["DiT", "DiTConfig", "Draws"]
 
 ROTARY_THETA = 10_000.0
+
+
+Draws = Annotated[int, Field(ge=4, multiple_of=4)]
 
 
 class DiTConfig(DefaultModelConfig):
@@ -48,6 +51,7 @@ class DiTConfig(DefaultModelConfig):
     ignore_bos: bool = True  # the first token of a row is given: not noised, not scored
     loss_impl: Literal["naive", "chunked"] = "chunked"  # chunked never holds all logits
     final_step: Literal["sample", "argmax"] = "sample"  # of the sampler
+    nelbo_draws: Draws = 8  # noise draws per held-out row of the bound, in 4 independent replicates
 
     @property
     def has_mask(self) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from configs.schema import NonNegativeFloat, OpenFraction, Positive, Rate
-from models.dit import DiT, DiTConfig
+from models.dit import DiT, DiTConfig, Draws
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
@@ -26,7 +26,8 @@ class SEDDConfig(DiTConfig):
     transition_type: Literal["absorbing", "uniform"] = "absorbing"
     noise_schedule: Annotated[Literal["loglinear", "geometric"], _MutualInfoIsLoglinear] = "loglinear"
     sampling_eps: OpenFraction = 1e-3  # smallest t that training draws
-    num_timesteps: Positive = 1000  # times per sequence in a likelihood evaluation
+    num_timesteps: Positive = 1000  # times per sequence in a likelihood evaluation, where nelbo_draws is null
+    nelbo_draws: Draws | None = 8  # type: ignore[assignment]
     sampling_timesteps: Positive = 1024
     se_loss_weight: NonNegativeFloat = 1.0  # of the score entropy, which is the bound
     lm_loss_weight: NonNegativeFloat = 0.0  # of a denoising cross-entropy at masked positions
