@@ -33,7 +33,10 @@ def imports(tree, top_level_only=False):
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_one_way(path):
     package = path.relative_to(ROOT).parts[0]
-    if path.name in ("test_configs.py", "default_model_adapter.py", "show_configs.py") and package == "configs":
+    if (
+        path.name in ("test_configs.py", "default_model_adapter.py", "show_configs.py")
+        and package == "configs"
+    ):
         return  # programs and the lazy re-export; the next test keeps them off the import path
     for name, line in imports(ast.parse(path.read_text())):
         top = name.split(".")[0]
@@ -62,7 +65,12 @@ def test_every_generic_field_is_read_by_the_code():
     """A field that is accepted and ignored is worse than none."""
     from configs.schema import GENERIC_FIELDS
 
-    code = "\n".join(p.read_text() for p in FILES if p.parts[-2] != "configs") + (ROOT / "mytrainer.py").read_text()
-    launch = "\n".join((ROOT / "configs" / name).read_text() for name in ("choose.py", "compose.py", "frontend.py"))
+    code = (
+        "\n".join(p.read_text() for p in FILES if p.parts[-2] != "configs")
+        + (ROOT / "mytrainer.py").read_text()
+    )
+    launch = "\n".join(
+        (ROOT / "configs" / name).read_text() for name in ("choose.py", "compose.py", "frontend.py")
+    )
     unread = [f for f in GENERIC_FIELDS if f".{f}" not in code + launch and f'"{f}"' not in code + launch]
     assert not unread

@@ -97,7 +97,9 @@ def largest_batch_that_fits(share: int, try_rows: Callable[[int], None]) -> int:
             torch.cuda.empty_cache()
             continue
         return rows
-    raise ValueError("not even one row fits in device memory. Use a smaller preset or a shorter train_seq_len")
+    raise ValueError(
+        "not even one row fits in device memory. Use a smaller preset or a shorter train_seq_len"
+    )
 
 
 @dataclass
@@ -116,7 +118,9 @@ class StepLoader:
     """Prepares the steps in order, in a background thread, a few ahead. Holds no state: a step's content is a
     function of its number, so resuming is starting at another number."""
 
-    def __init__(self, rows: TrainingRows, adapter: ModelAdapter, plan: BatchPlan, rank: int, seed: int) -> None:
+    def __init__(
+        self, rows: TrainingRows, adapter: ModelAdapter, plan: BatchPlan, rank: int, seed: int
+    ) -> None:
         self.rows, self.adapter, self.plan, self.rank, self.seed = rows, adapter, plan, rank, seed
 
     def load(self, step: int) -> StepBatch:

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,17 +63,24 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--one", help=argparse.SUPPRESS)  # child: run one variant and report its peak memory
     args, overrides = parser.parse_known_args(argv)
     overrides = [f"--hydra_model_cfg={args.hydra_model_cfg}", "resume=none", *overrides]
-    configs = compose(overrides, notify=lambda text: None if args.one else print(f"note: {text}", file=sys.stderr))
+    configs = compose(
+        overrides, notify=lambda text: None if args.one else print(f"note: {text}", file=sys.stderr)
+    )
     if args.one:
         print(json.dumps({"peak_memory_bytes": _memory_child(args.one, configs)}))
         return 0
-    result: dict[str, Any] = {"environment": collect_environment(choose_device("auto")), "overrides": overrides}
+    result: dict[str, Any] = {
+        "environment": collect_environment(choose_device("auto")),
+        "overrides": overrides,
+    }
     result["loop"] = _loop_overhead(configs, args.steps)
     if configs[0].type == "gpt2":
         names = [n for n in VARIANTS if not (args.no_compile and "compiled" in n)]
         result["against_plain_loop"] = _against_plain(configs, names, args.steps)
     if not args.no_processes:
-        result["peak_memory_bytes"] = _memory(overrides, ["plain loop"] * (configs[0].type == "gpt2") + ["fp32", "bf16"])
+        result["peak_memory_bytes"] = _memory(
+            overrides, ["plain loop"] * (configs[0].type == "gpt2") + ["fp32", "bf16"]
+        )
         result["seconds_to_first_step"] = _start_up(overrides)
     print(_report(result))
     if args.output:
@@ -86,7 +94,9 @@ def _open(configs: tuple[RunConfig, Any], variant: str | None = None) -> Session
     return open_session(cfg, model_cfg, World(choose_device(cfg.device)))
 
 
-def _interleaved(sides: dict[str, Callable[[int], None]], steps: int, device: torch.device) -> dict[str, list[float]]:
+def _interleaved(
+    sides: dict[str, Callable[[int], None]], steps: int, device: torch.device
+) -> dict[str, list[float]]:
     """Seconds of every call, the sides taking turns, so that a noisy neighbour hits all alike."""
     for side in sides.values():
         for i in range(2):  # first calls allocate and compile
@@ -138,7 +148,9 @@ def _loop_overhead(configs: tuple[RunConfig, Any], steps: int) -> dict[str, floa
                 if (index + 1) % ours.cfg.logging_steps == 0:
                     trainer._log()
 
-            seconds = _interleaved({"bare": lambda i: _bare_step(bare, i), "loop": real}, steps, ours.world.device)
+            seconds = _interleaved(
+                {"bare": lambda i: _bare_step(bare, i), "loop": real}, steps, ours.world.device
+            )
     tokens = ours.plan.rows * ours.cfg.train_seq_len
     return {
         "overhead_percent": 100 * (_ratio(seconds["loop"], seconds["bare"]) - 1),
@@ -151,7 +163,9 @@ def _plain_side(s: Session) -> Callable[[int], None]:
     """The loop everybody has written: fp32, eager, all logits, torch's AdamW."""
     torch.manual_seed(s.cfg.seed)
     model = PlainGPT2(s.adapter.model_cfg).to(s.world.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=s.cfg.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=s.cfg.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
+    )
 
     def step(index: int) -> None:
         batch = s.loader.load(index)
@@ -170,7 +184,7 @@ def _against_plain(configs: tuple[RunConfig, Any], names: list[str], steps: int)
     sessions = {name: _open(configs, name) for name in names}
     first = sessions[names[0]]
     sides: dict[str, Callable[[int], None]] = {"plain loop": _plain_side(first)}
-    sides |= {name: (lambda i, s=s: _bare_step(s, i)) for name, s in sessions.items()}
+    sides |= {name: partial(_bare_step, s) for name, s in sessions.items()}
     seconds = _interleaved(sides, steps, first.world.device)
     tokens = first.plan.rows * first.cfg.train_seq_len
     return {
@@ -181,7 +195,7 @@ def _against_plain(configs: tuple[RunConfig, Any], names: list[str], steps: int)
 
 def _memory_child(which: str, configs: tuple[RunConfig, Any]) -> int:
     s = _open(configs, "fp32" if which == "plain loop" else which)
-    step = _plain_side(s) if which == "plain loop" else lambda i: _bare_step(s, i)
+    step = _plain_side(s) if which == "plain loop" else partial(_bare_step, s)
     for index in range(3):
         step(index)
     return peak_memory_bytes(s.world.device)
@@ -202,7 +216,13 @@ def _start_up(overrides: list[str]) -> float:
     """Seconds from starting the command to its first logged step, with the tokenizer and tokens cached."""
     with tempfile.TemporaryDirectory() as scratch:
         run = Path(scratch) / "run"
-        extra = [f"output_dir={run}", "num_iterations=2", "logging_steps=1", "val_loss_every=0", "val_bytes=2000"]
+        extra = [
+            f"output_dir={run}",
+            "num_iterations=2",
+            "logging_steps=1",
+            "val_loss_every=0",
+            "val_bytes=2000",
+        ]
         started = time.perf_counter()
         child = subprocess.Popen(
             [sys.executable, "mytrainer.py", *overrides, *extra, "sample_tokens=0"],

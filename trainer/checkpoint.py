@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,9 @@ def write_atomically(path: Path, text: str) -> None:
 
 def checkpoints_in(run_dir: Path) -> list[Path]:
     """The `checkpoint-<step>` folders of a run, oldest first, by step number."""
-    found = [(int(m[1]), p) for p in run_dir.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
+    found = [
+        (int(m[1]), p) for p in run_dir.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name)) and p.is_dir()
+    ]
     return [path for _, path in sorted(found)]
 
 
@@ -76,10 +79,10 @@ def save_checkpoint(run_dir: Path, step: int, tensors: dict[str, Any], texts: di
         temporary.mkdir(parents=True)
         digests = {}
         for name, value in tensors.items():
-            digests[name] = _write(temporary / name, lambda file, value=value: torch.save(value, file))
+            digests[name] = _write(temporary / name, partial(torch.save, value))
         for name, text in texts.items():
-            digests[name] = _write(temporary / name, lambda file, text=text: file.write(text.encode()))
-        _write(temporary / DIGESTS, lambda file: file.write(json.dumps(digests, indent=1).encode()))
+            digests[name] = _write(temporary / name, partial(_write_text, text))
+        _write(temporary / DIGESTS, partial(_write_text, json.dumps(digests, indent=1)))
         _sync_folder(temporary)
         if final.exists():  # damaged: checked above
             shutil.rmtree(final)
@@ -115,6 +118,10 @@ class _Digesting:
 
     def flush(self) -> None:
         self.file.flush()
+
+
+def _write_text(text: str, file: Any) -> None:
+    file.write(text.encode())
 
 
 def _write(path: Path, write: Callable[[Any], object]) -> str:

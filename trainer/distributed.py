@@ -32,11 +32,15 @@ def choose_device(requested: str, local_rank: int = 0) -> torch.device:
     device = torch.device(requested)
     if device.type == "cuda":
         if not cuda:
-            raise ValueError(f"device: {requested!r} was asked for, but no CUDA device is visible. Use device=cpu")
+            raise ValueError(
+                f"device: {requested!r} was asked for, but no CUDA device is visible. Use device=cpu"
+            )
         if device.index is None:
             device = torch.device("cuda", local_rank)
         if device.index >= torch.cuda.device_count():
-            raise ValueError(f"device: {device} does not exist; {torch.cuda.device_count()} CUDA devices are visible")
+            raise ValueError(
+                f"device: {device} does not exist; {torch.cuda.device_count()} CUDA devices are visible"
+            )
     if device.type == "mps" and not mps:
         raise ValueError("device: 'mps' was asked for, but this machine has no MPS device. Use device=cpu")
     return device
@@ -66,7 +70,9 @@ class World:
         self.device = device
         backend = backend or ("nccl" if device.type == "cuda" else "gloo")
         if backend == "nccl" and device.type != "cuda":
-            raise ValueError(f"ddp_backend: 'nccl' needs CUDA devices, but this run is on {device.type}. Use gloo")
+            raise ValueError(
+                f"ddp_backend: 'nccl' needs CUDA devices, but this run is on {device.type}. Use gloo"
+            )
         self.backend = backend if self.size > 1 else None
         self._gradient_group = dist.new_group(backend=backend) if self.size > 1 else None
 

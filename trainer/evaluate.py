@@ -126,8 +126,12 @@ def main(argv: list[str]) -> int:
         description="Bits per byte of a trained model on the held-out documents of its run, or of other text.",
     )
     add_checkpoint_arguments(parser)
-    parser.add_argument("--data", choices=["embedded", "text", "synthetic"], help="score other data than the run's")
-    parser.add_argument("--input_file", help="with --data text: a file or folder; its held-out part is scored")
+    parser.add_argument(
+        "--data", choices=["embedded", "text", "synthetic"], help="score other data than the run's"
+    )
+    parser.add_argument(
+        "--input_file", help="with --data text: a file or folder; its held-out part is scored"
+    )
     parser.add_argument("--val_seq_len", type=int, help="context in tokens (default: the run's)")
     parser.add_argument("--val_bytes", type=int, help="score at most this many bytes of whole documents")
     parser.add_argument("--batch_size", type=int, default=16, help="rows per forward pass")
@@ -139,7 +143,9 @@ def main(argv: list[str]) -> int:
     from trainer.checkpoint import write_atomically
     from trainer.distributed import World
 
-    changes = {name: getattr(args, name) for name in ("data", "input_file", "val_seq_len") if getattr(args, name)}
+    changes = {
+        name: getattr(args, name) for name in ("data", "input_file", "val_seq_len") if getattr(args, name)
+    }
     restored = restore(args, changes)
     cfg = restored.cfg
     dataset = load_dataset(cfg, tokenizer=restored.tokenizer)
@@ -171,8 +177,13 @@ def main(argv: list[str]) -> int:
         write_atomically(Path(args.output), json.dumps(result, indent=2) + "\n")
     print(f"{cfg.type} ({restored.weights} weights) on the held-out part of {dataset.name}", file=sys.stderr)
     print(f"  bits per byte     {score.text()}", file=sys.stderr)
-    print(f"  nats per token    {score.nats_per_token:.4f}  (perplexity {score.perplexity:.2f})", file=sys.stderr)
+    print(
+        f"  nats per token    {score.nats_per_token:.4f}  (perplexity {score.perplexity:.2f})",
+        file=sys.stderr,
+    )
     print(f"  text              {score.documents:,} documents, {score.bytes:,} bytes", file=sys.stderr)
-    print(f"  context           {score.context_tokens} tokens, {score.context_bytes:.0f} bytes", file=sys.stderr)
+    print(
+        f"  context           {score.context_tokens} tokens, {score.context_bytes:.0f} bytes", file=sys.stderr
+    )
     print(json.dumps(result))
     return 0

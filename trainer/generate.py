@@ -6,7 +6,6 @@ import argparse
 import sys
 import time
 
-
 from adapters.base import GenerateOptions
 from data.tokenizers import StreamDecoder, Tokenizer
 from trainer.errors import StopRequested
@@ -30,7 +29,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--top_p", type=float, default=1.0, help="1 is off")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_samples", type=int, default=1)
-    parser.add_argument("--ignore_document_end", action="store_true", help="go on after the model ends the document")
+    parser.add_argument(
+        "--ignore_document_end", action="store_true", help="go on after the model ends the document"
+    )
     parser.add_argument("--no_cache", action="store_true", help="recompute the whole text for every token")
     args = parser.parse_args(argv)
     if args.num_samples < 1:

@@ -1,8 +1,8 @@
 """Starting a run: its folder, its processes, its exit status.
 
-One worker, started in four ways: in this process; by `torch.distributed.run` where the config asks for
-several processes; as one subprocess per job of a sweep, so that nothing leaks from job to job; or already
-started by torchrun or accelerate, in which case rank 0 alone reads the command line and tells the others.
+One worker, started in four ways: in this process; as several processes where the config asks for them; as one
+subprocess per job of a sweep, so that nothing leaks from job to job; or already started by torchrun or accelerate,
+in which case rank 0 alone reads the command line and tells the others.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import math
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -142,22 +144,45 @@ def run_here(cfg: RunConfig, model_cfg: ModelConfig, folder: Path) -> float:
 
 def run_workers(config: Path, folder: Path, processes: int) -> float:
     """Start the worker(s) of one run, pass signals on to them, wait. Raises JobFailed if they failed."""
-    script = [str(ROOT / "mytrainer.py"), "worker", str(config), str(folder)]
-    command = [sys.executable, *script]
-    env = dict(os.environ)
-    if processes > 1:
-        run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        command = [sys.executable, *run, *script]
-        # torchrun would set one thread per process, with a warning.
-        env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    command = [sys.executable, str(ROOT / "mytrainer.py"), "worker", str(config), str(folder)]
     with tempfile.TemporaryDirectory(prefix="mytrainer-") as post:
-        env[_POST] = post
-        # A session of its own: Ctrl-C in a terminal reaches the workers once, through us, and the launcher
-        # between us never (it would kill them before they have saved).
-        child = subprocess.Popen(command, env=env, start_new_session=True)
-        with _forwarding(child, Path(post)) as received:
-            status = child.wait()
+        env = {**os.environ, _POST: post}
+        if processes > 1:
+            env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+            env |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        # Sessions of their own: Ctrl-C in a terminal reaches the workers once, through us.
+        children = [
+            subprocess.Popen(
+                command,
+                env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else env,
+                start_new_session=True,
+            )
+            for rank in range(processes)
+        ]
+        with _forwarding(children) as received:
+            status = _wait(children)
         return _outcome(Path(post), status, received)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _wait(children: list[subprocess.Popen[bytes]], grace: float = 20.0) -> int:
+    """Wait for all; the first bad exit status, or 0. When one fails the others usually do so by themselves;
+    one that hangs in an exchange with the dead is ended after `grace` seconds."""
+    failed_at = None
+    while any(child.poll() is None for child in children):
+        if failed_at is None and any(child.returncode for child in children):
+            failed_at = time.monotonic()
+        if failed_at is not None and time.monotonic() - failed_at > grace:
+            for child in children:
+                child.kill()
+        time.sleep(0.05)
+    return next((child.returncode for child in children if child.returncode), 0)
 
 
 def _outcome(post: Path, status: int, received: list[int]) -> float:
@@ -176,18 +201,15 @@ def _outcome(post: Path, status: int, received: list[int]) -> float:
 
 
 @contextmanager
-def _forwarding(child: subprocess.Popen[bytes], post: Path) -> Iterator[list[int]]:
+def _forwarding(children: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
     """While open, SIGTERM and SIGINT go to the worker processes. Yields the signals received."""
     received: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        workers = [int(p.name.removeprefix("pid-")) for p in post.glob("pid-*")]
-        for pid in workers or [child.pid]:
-            try:
-                os.kill(pid, number)
-            except ProcessLookupError:
-                continue
+        for child in children:
+            if child.poll() is None:
+                child.send_signal(number)
 
     try:
         previous = {n: signal.signal(n, forward) for n in (signal.SIGTERM, signal.SIGINT)}
@@ -204,8 +226,6 @@ def worker_main(argv: list[str]) -> int:
     """`worker <config.yaml> <run folder>`: one process of a run that `run_workers` started."""
     config, folder = Path(argv[0]), Path(argv[1])
     post = Path(os.environ[_POST]) if _POST in os.environ else None
-    if post:
-        (post / f"pid-{os.getpid()}").touch()
     status, score = 1, math.nan
     try:
         env = OmegaConf.to_container(OmegaConf.load(config)).get("env") or {}  # type: ignore[union-attr]

@@ -99,7 +99,11 @@ def _checkpoint_to_resume(cfg: RunConfig, folder: RunFolder) -> Path | None:
         else:
             found = find_checkpoint(cfg.resume, folder.console.warn)
             newest = newest_checkpoint(folder.path, folder.console.warn)
-            if newest and found.resolve().parent == newest.resolve().parent and found.resolve() != newest.resolve():
+            if (
+                newest
+                and found.resolve().parent == newest.resolve().parent
+                and found.resolve() != newest.resolve()
+            ):
                 raise ValueError(
                     f"{newest} is newer than {found}, and going on from the older one would overwrite it. Add "
                     f"output_dir=<new folder> to branch off, or resume={folder.path}"
@@ -141,7 +145,8 @@ class Trainer:
             return self._finish(score) if score else self._leave()
         if self.progress.step >= self.total:
             self.console.note(
-                f"nothing to do: step {self.progress.step} >= num_iterations {self.total}. Raise num_iterations to go on"
+                f"nothing to do: step {self.progress.step} >= num_iterations {self.total}. "
+                "Raise num_iterations to go on"
             )
             return self.progress.best_bits_per_byte if self.progress.step else math.nan
         if self._evaluation_due() and not self._evaluate():
@@ -172,15 +177,16 @@ class Trainer:
 
     def _save_step_due(self) -> bool:
         cfg = self.cfg
-        regular = cfg.save_checkpoint and not cfg.save_only_best and cfg.save_steps is not None
-        return regular and self.progress.step % cfg.save_steps == 0
+        if cfg.save_steps is None or not cfg.save_checkpoint or cfg.save_only_best:
+            return False
+        return self.progress.step % cfg.save_steps == 0
 
     def _agree(self, batch: StepBatch) -> tuple[dict[str, float], bool, bool]:
         """(global denominators, anyone asked to stop, rank 0's clock says save), in one exchange."""
         names = sorted(batch.denominators)
         cfg = self.cfg
-        by_time = cfg.save_checkpoint and not cfg.save_only_best and cfg.save_minutes is not None
-        due = by_time and time.monotonic() - self.last_save >= 60 * cfg.save_minutes
+        due = cfg.save_checkpoint and not cfg.save_only_best and cfg.save_minutes is not None
+        due = due and time.monotonic() - self.last_save >= 60 * (cfg.save_minutes or math.inf)
         vector = [*(batch.denominators[n] for n in names), batch.tokens, batch.bytes]
         vector += [float(self.stop.requested), float(due and self.world.is_main)]
         *values, tokens, bytes_, stop, save = self.world.add_up(vector)
@@ -260,7 +266,11 @@ class Trainer:
     def _log(self) -> None:
         steps = self.meter.steps
         seconds = self.progress.seconds
-        line: dict[str, Any] = {"step": self.progress.step, "total_steps": self.total, **self.meter.read(self.world)}
+        line: dict[str, Any] = {
+            "step": self.progress.step,
+            "total_steps": self.total,
+            **self.meter.read(self.world),
+        }
         window = max(seconds - self.progress.logged_at_seconds, 1e-9)
         self.progress.logged_at_seconds = seconds
         tokens = steps * self.s.plan.rows * self.cfg.train_seq_len
@@ -295,7 +305,9 @@ class Trainer:
                 should_stop=lambda: self.stop.requested,
             )
             if score and not math.isfinite(score.bits_per_byte):
-                raise TrainingError(f"the held-out score at step {self.progress.step} is {score.bits_per_byte}")
+                raise TrainingError(
+                    f"the held-out score at step {self.progress.step} is {score.bits_per_byte}"
+                )
             if score:
                 self.folder.sample(s, self.progress.step, self.stop)
         return score
@@ -368,4 +380,3 @@ class Trainer:
         if self.cfg.save_best_model and self.progress.best_step >= 0:
             return self.progress.best_bits_per_byte
         return score.bits_per_byte
-

@@ -50,7 +50,12 @@ class Meter:
             self._sums[key] = torch.maximum(old, value) if key.startswith("max/") else old + value
 
     def add_step(self, denominators: dict[str, float], tokens: float, bytes_: float) -> None:
-        for name, value in {**denominators, "tokens seen": tokens, "bytes seen": bytes_, "steps": 1.0}.items():
+        for name, value in {
+            **denominators,
+            "tokens seen": tokens,
+            "bytes seen": bytes_,
+            "steps": 1.0,
+        }.items():
             self._totals[name] = self._totals.get(name, 0.0) + value
 
     @property
@@ -92,7 +97,12 @@ class Meter:
     def state_dict(self, world: World) -> dict[str, Any]:
         """The unread sums, so that the log line after a resume is the one an unbroken run writes."""
         sums, counts = self._gathered(world)
-        return {"sums": sums, "counts": counts, "denominator_of": self._denominator_of, "totals": self._totals}
+        return {
+            "sums": sums,
+            "counts": counts,
+            "denominator_of": self._denominator_of,
+            "totals": self._totals,
+        }
 
     def load_state_dict(self, state: dict[str, Any], world: World) -> None:
         share = 1.0 if world.is_main else 0.0  # they are global sums: one process carries them

@@ -36,9 +36,13 @@ class Restored:
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--checkpoint", help="a run folder, a checkpoint-<step> folder, best_model or final_model")
+    which.add_argument(
+        "--checkpoint", help="a run folder, a checkpoint-<step> folder, best_model or final_model"
+    )
     which.add_argument("--model_name", help="short for --checkpoint checkpoints/<model_name>")
-    parser.add_argument("--hydra_model_cfg", "--config", help="with no checkpoint: score this untrained model")
+    parser.add_argument(
+        "--hydra_model_cfg", "--config", help="with no checkpoint: score this untrained model"
+    )
     parser.add_argument("--raw", action="store_true", help="use the raw weights even if the run kept an EMA")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
 
@@ -56,7 +60,9 @@ def config_of(checkpoint: Path) -> tuple[RunConfig, Any]:
 def load_weights(adapter: ModelAdapter, state: dict[str, torch.Tensor], source: str) -> None:
     """Exact match of names and shapes, or a ValueError that lists the differences."""
     own = adapter.model.state_dict()
-    problems = [f"missing {n}" for n in own if n not in state] + [f"unexpected {n}" for n in state if n not in own]
+    problems = [f"missing {n}" for n in own if n not in state] + [
+        f"unexpected {n}" for n in state if n not in own
+    ]
     problems += [
         f"{n} is {tuple(state[n].shape)}, the model has {tuple(own[n].shape)}"
         for n in own
@@ -114,6 +120,10 @@ def _check_same_architecture(given: str, cfg: RunConfig, model_cfg: Any, checkpo
     if other.type != cfg.type or differing:
         raise ValueError(
             f"{given} is not the architecture of {checkpoint}: "
-            + (f"type {other.type} against {cfg.type}" if other.type != cfg.type else f"{', '.join(differing)} differ")
+            + (
+                f"type {other.type} against {cfg.type}"
+                if other.type != cfg.type
+                else f"{', '.join(differing)} differ"
+            )
             + ". Leave --hydra_model_cfg out: the checkpoint knows its architecture"
         )

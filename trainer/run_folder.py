@@ -1,8 +1,8 @@
 """What a run leaves behind, and who may write it: rank 0 alone, one run at a time.
 
-    config.yaml      written by the launcher before this starts
-    manifest.json metrics.jsonl samples.txt summary.json report.html
-    checkpoint-<step>/  best_model/  final_model/  and links to the newest checkpoint's files
+config.yaml      written by the launcher before this starts
+manifest.json metrics.jsonl samples.txt summary.json report.html
+checkpoint-<step>/  best_model/  final_model/  and links to the newest checkpoint's files
 """
 
 from __future__ import annotations
@@ -119,7 +119,9 @@ class RunFolder:
 
     def _manifest(self, s: Session) -> dict[str, Any]:
         by_role: dict[str, int] = {}
-        roles = role_table(s.adapter.named_model_parameters(), s.adapter.param_roles(), s.cfg, s.adapter.width)
+        roles = role_table(
+            s.adapter.named_model_parameters(), s.adapter.param_roles(), s.cfg, s.adapter.width
+        )
         for row in roles:
             by_role[row["role"]] = by_role.get(row["role"], 0) + row["parameters"]
         flops = s.adapter.flops(s.cfg.train_seq_len)
@@ -153,8 +155,13 @@ class RunFolder:
         differing = [k for k in mine["model_cfg"] if mine["model_cfg"][k] != theirs["model_cfg"].get(k)]
         if theirs["type"] != mine["type"] or differing:
             what = ", ".join(f"{k} {theirs['model_cfg'].get(k)} -> {mine['model_cfg'][k]}" for k in differing)
-            raise ValueError(f"the architecture is fixed by {checkpoint}/config.json (type {theirs['type']}): {what}")
-        for key, now in (("fingerprint", s.dataset.fingerprint), ("tokenizer_digest", s.dataset.tokenizer.digest)):
+            raise ValueError(
+                f"the architecture is fixed by {checkpoint}/config.json (type {theirs['type']}): {what}"
+            )
+        for key, now in (
+            ("fingerprint", s.dataset.fingerprint),
+            ("tokenizer_digest", s.dataset.tokenizer.digest),
+        ):
             if saved["data"][key] != now:
                 raise ValueError(
                     f"the data is not what {checkpoint} was trained on ({key} {saved['data'][key][:12]} then, "
@@ -167,7 +174,9 @@ class RunFolder:
         for key, now in execution(s).items():
             then = saved["execution"].get(key)
             if then != now:
-                self.console.note(f"{key} was {then} and is {now}: equal to rounding from here, not bit for bit")
+                self.console.note(
+                    f"{key} was {then} and is {now}: equal to rounding from here, not bit for bit"
+                )
 
     def resumed(self, checkpoint: Path, step: int, seconds: float) -> None:
         self.console.note(f"resumed {checkpoint.name} at step {step}, after {seconds:.0f} s of training")
@@ -209,7 +218,9 @@ class RunFolder:
         s.adapter.eval()
         tokenizer = s.dataset.tokenizer
         prompt = tokenizer.encode(s.cfg.sample_prompt).tolist()
-        options = GenerateOptions(max_new_tokens=s.cfg.sample_tokens, seed=s.cfg.seed, stop_at_document_end=False)
+        options = GenerateOptions(
+            max_new_tokens=s.cfg.sample_tokens, seed=s.cfg.seed, stop_at_document_end=False
+        )
         try:
             with torch.random.fork_rng(devices=[]):
                 new = s.adapter.generate([prompt], options, check).tokens[0]
@@ -222,7 +233,9 @@ class RunFolder:
             with open(self.path / "samples.txt", "a", encoding="utf-8") as file:
                 file.write(f"--- step {step} ---\n{text}\n\n")
         except OSError as error:
-            raise TrainingError(f"could not write {self.path / 'samples.txt'}: {error.strerror or error}") from error
+            raise TrainingError(
+                f"could not write {self.path / 'samples.txt'}: {error.strerror or error}"
+            ) from error
         self._sampled_at = step
 
     def save(self, s: Session, progress: Progress, meter: dict[str, Any], *, best: bool) -> None:
@@ -288,7 +301,7 @@ class RunFolder:
         if s.dataset.entropy_bits_per_byte is not None:
             yardsticks["true entropy"] = s.dataset.entropy_bits_per_byte
         per_token = s.adapter.flops(s.cfg.train_seq_len).training_per_token
-        summary = {
+        summary: dict[str, Any] = {
             "type": s.cfg.type,
             "score": score.as_dict(),
             "yardsticks": yardsticks,
@@ -318,7 +331,16 @@ class RunFolder:
 
 # Where a run is and how long it may go on do not make it another run.
 # The architecture is compared apart.
-_NOT_COMPARED = {"type", "model_cfg", "resume", "output_dir", "model_name", "preset", "env", "init_from_checkpoint"}
+_NOT_COMPARED = {
+    "type",
+    "model_cfg",
+    "resume",
+    "output_dir",
+    "model_name",
+    "preset",
+    "env",
+    "init_from_checkpoint",
+}
 
 
 def execution(s: Session) -> dict[str, Any]:

@@ -110,7 +110,9 @@ def open_session(
     wrapped = world.wrap(adapter, may_skip_parameters=adapter.may_skip_parameters)
 
     given = cfg.batch_size if isinstance(cfg.batch_size, int) else micro_rows
-    plan = plan_batch(cfg.global_batch_size, given, cfg.gradient_accumulation_steps, world.size, cfg.train_seq_len)
+    plan = plan_batch(
+        cfg.global_batch_size, given, cfg.gradient_accumulation_steps, world.size, cfg.train_seq_len
+    )
     if given is None and cfg.gradient_accumulation_steps is None and device.type == "cuda":
         plan = _probe(cfg, world, rows, adapter, optimizers, precision)
     loader = StepLoader(rows, adapter, plan, world.rank, cfg.seed)

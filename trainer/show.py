@@ -77,7 +77,10 @@ def describe(cfg: RunConfig, model_cfg: Any, vocab_size: int | None = None) -> d
         "type": cfg.type,
         "preset": cfg.preset,
         "vocab_size": adapter.model_cfg.vocab_size,
-        "parameters": {"total": total, "trainable": sum(r["parameters"] for r in roles if r["optimizer"] != "frozen")},
+        "parameters": {
+            "total": total,
+            "trainable": sum(r["parameters"] for r in roles if r["optimizer"] != "frozen"),
+        },
         "roles": roles,
         "flops_per_token": {"forward": flops.forward_per_token, "training": flops.training_per_token},
         "tokens_per_step": tokens_per_step,
@@ -138,25 +141,33 @@ def _measured_speed(cfg: RunConfig) -> dict[str, Any] | None:
 def _page(d: dict[str, Any]) -> str:
     lines = [f"{d['type']} (preset {d['preset']}, vocabulary {d['vocab_size']:,})", "", "parameters by role"]
     for row in d["roles"]:
-        rate = "frozen" if row["optimizer"] == "frozen" else f"{row['optimizer']}, learning rate {row['lr']:.3g}"
+        rate = (
+            "frozen" if row["optimizer"] == "frozen" else f"{row['optimizer']}, learning rate {row['lr']:.3g}"
+        )
         lines.append(f"  {row['role']:<12}{row['parameters']:>15,}  {row['tensors']:>4} tensors  {rate}")
     lines.append(f"  {'total':<12}{d['parameters']['total']:>15,}  ({human(d['parameters']['total'])})")
     f = d["flops_per_token"]
-    lines += ["", f"FLOPs per token   forward {f['forward']:.4g}, training {f['training']:.4g} (causal attention)"]
+    lines += [
+        "",
+        f"FLOPs per token   forward {f['forward']:.4g}, training {f['training']:.4g} (causal attention)",
+    ]
     b = d["batch"]
     lines.append(
         f"step              {b['global']} rows = {b['processes']} x {b['accumulation']} x {b['micro']}, "
         f"{d['tokens_per_step']:,} tokens"
     )
     if d["tokens"]:
-        lines.append(f"run               {d['steps']:,} steps, {d['tokens']:,} tokens, {d['training_flops']:.3g} FLOPs")
+        lines.append(
+            f"run               {d['steps']:,} steps, {d['tokens']:,} tokens, {d['training_flops']:.3g} FLOPs"
+        )
     m = d["memory_bytes"]
     parts = ", ".join(f"{k} {v / 2**20:,.0f}" for k, v in m.items() if k != "total" and v)
     lines.append(f"memory (estimate) {m['total'] / 2**20:,.0f} MiB a process ({parts})")
     speed = d["measured_tokens_per_second"]
     if speed and d["tokens"]:
         seconds = d["tokens"] / speed["tokens_per_second"]
-        lines.append(f"time              {seconds / 60:.1f} min at the {speed['tokens_per_second']:,.0f} tokens/s of {speed['run']}")
+        rate = f"{speed['tokens_per_second']:,.0f} tokens/s of {speed['run']}"
+        lines.append(f"time              {seconds / 60:.1f} min at the {rate}")
     elif d["tokens"]:
         lines.append("time              unknown until a run of this type and preset has finished here")
     return "\n".join(lines)
@@ -169,7 +180,13 @@ def _list_row(name: str, text: str, vocab_size: int | None) -> dict[str, Any]:
     except ValueError as error:
         return {"file": name, "description": text, "problem": str(error)}
     sizes = {k: getattr(model_cfg, k, None) for k in ("n_layers", "n_heads", "d_model")}
-    return {"file": name, "description": text, "parameters": found["parameters"]["total"], **sizes, "problem": None}
+    return {
+        "file": name,
+        "description": text,
+        "parameters": found["parameters"]["total"],
+        **sizes,
+        "problem": None,
+    }
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
@@ -179,10 +196,11 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
         if row["problem"]:
             lines.append(f"{row['file']:<16}invalid: {row['problem']}")
             continue
-        cells = [row[k] if row[k] is not None else "-" for k in ("n_layers", "n_heads", "d_model")]
-        lines.append(
-            f"{row['file']:<16}{human(row['parameters']):>10}{cells[0]:>8}{cells[1]:>7}{cells[2]:>7}  {row['description']}"
+        layers, heads, width = (
+            row[k] if row[k] is not None else "-" for k in ("n_layers", "n_heads", "d_model")
         )
+        size = human(row["parameters"])
+        lines.append(f"{row['file']:<16}{size:>10}{layers:>8}{heads:>7}{width:>7}  {row['description']}")
     lines += ["", "python mytrainer.py show --hydra_model_cfg=configs/gpt2.yaml preset=small"]
     return "\n".join(lines)
 

@@ -79,15 +79,21 @@ def test_activations_keep_their_scale_over_four_times_the_width(type_):
         size = [f"model_cfg.d_model={width}", "lr_base_width=64", *more]
         cfg, model_cfg = config(type_, *size, "optimizer=adamw", "learning_rate=0.003", "warmup_ratio=0.0")
         adapter = build_adapter(cfg, model_cfg, Letters())
-        optimizers = build_optimizers(adapter.named_model_parameters(), adapter.param_roles(), cfg, adapter.width)
+        optimizers = build_optimizers(
+            adapter.named_model_parameters(), adapter.param_roles(), cfg, adapter.width
+        )
         prepared = adapter.prepare(random_batch(), context())
         blocks = adapter.blocks()
         seen: list[torch.Tensor] = []
         last = adapter.model.get_submodule(blocks[-1])
-        hook = last.register_forward_hook(lambda m, i, o: seen.append((o[0] if isinstance(o, tuple) else o).detach()))
+        hook = last.register_forward_hook(
+            lambda m, i, o: seen.append((o[0] if isinstance(o, tuple) else o).detach())
+        )
         for _ in range(5):
             output = adapter(prepared)
-            sum(t.weight * t.sum / prepared.denominators[t.denominator] for t in output.terms.values()).backward()
+            sum(
+                t.weight * t.sum / prepared.denominators[t.denominator] for t in output.terms.values()
+            ).backward()
             optimizers.step(1.0)
             optimizers.zero_grad()
         hook.remove()
@@ -104,7 +110,9 @@ def test_generation_is_repeatable_and_the_cache_changes_nothing(type_):
     prompts = [[1, 2, 3], []]
 
     def text(**changes):
-        return adapter.generate(prompts, GenerateOptions(**{"max_new_tokens": 12, "seed": 5, **changes})).tokens
+        return adapter.generate(
+            prompts, GenerateOptions(**{"max_new_tokens": 12, "seed": 5, **changes})
+        ).tokens
 
     first = text(stop_at_document_end=False)
     assert [len(t) for t in first] == [12, 12]

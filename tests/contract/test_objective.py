@@ -50,7 +50,9 @@ def test_rows_are_independent(type_):
     adapter = adapter_of(type_, dtype=torch.float64).eval()
     batch = random_batch()
     together = adapter.likelihood(batch, context(phase="eval")).nats
-    alone = torch.cat([adapter.likelihood(part, context(phase="eval")).nats for part in split(batch, [1] * 4)])
+    alone = torch.cat(
+        [adapter.likelihood(part, context(phase="eval")).nats for part in split(batch, [1] * 4)]
+    )
     torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9)
 
 

@@ -82,7 +82,9 @@ def test_resume_is_exact(whole_run, type_, tmp_path, at):
     run, score = whole_run
     shutil.copytree(run / f"checkpoint-{at}", tmp_path / f"checkpoint-{at}")
     (tmp_path / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text() + '{"step": 7, "lo')
-    again = train(*config(type_, *HARD, *with_dropout(type_), "resume=auto", f"output_dir={tmp_path}"), tmp_path)
+    again = train(
+        *config(type_, *HARD, *with_dropout(type_), "resume=auto", f"output_dir={tmp_path}"), tmp_path
+    )
     assert again == score
     assert_same_state(run / "checkpoint-6", tmp_path / "checkpoint-6")
     assert losses(tmp_path) == losses(run)
@@ -121,7 +123,11 @@ def test_kill_at_a_random_moment_and_resume(type_, tmp_path):
     chance = random.Random(os.getpid())
     for _ in range(2):
         child = subprocess.Popen(
-            [*base, f"output_dir={killed}", "resume=auto"], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            [*base, f"output_dir={killed}", "resume=auto"],
+            cwd=ROOT,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         before = len(checkpoints_in(killed)) and checkpoints_in(killed)[-1].name
         deadline = time.monotonic() + 60
@@ -133,7 +139,9 @@ def test_kill_at_a_random_moment_and_resume(type_, tmp_path):
         time.sleep(chance.uniform(0, 0.3))
         child.send_signal(signal.SIGKILL)
         child.wait()
-    done = subprocess.run([*base, f"output_dir={killed}", "resume=auto"], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [*base, f"output_dir={killed}", "resume=auto"], cwd=ROOT, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert_same_state(alone / "checkpoint-60", killed / "checkpoint-60")
 
@@ -143,16 +151,28 @@ def test_two_processes_equal_one(type_, tmp_path):
     """The same global batch on one process and on two: the same losses to rounding; and one resumed on two."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     one, two, mixed = (tmp_path / name for name in ("one", "two", "mixed"))
-    base = [sys.executable, "mytrainer.py", *overrides(type_, "batch_size=1", "logging_steps=1", "save_steps=3")]
+    base = [
+        sys.executable,
+        "mytrainer.py",
+        *overrides(type_, "batch_size=1", "logging_steps=1", "save_steps=3"),
+    ]
     for run, processes in ((one, 1), (two, 2)):
         done = subprocess.run(
-            [*base, f"output_dir={run}", f"num_gpus={processes}"], cwd=ROOT, env=env, capture_output=True, text=True
+            [*base, f"output_dir={run}", f"num_gpus={processes}"],
+            cwd=ROOT,
+            env=env,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
     shutil.copytree(one / "checkpoint-3", mixed / "checkpoint-3")
     shutil.copy(one / "metrics.jsonl", mixed / "metrics.jsonl")
     done = subprocess.run(
-        [*base, f"output_dir={mixed}", "num_gpus=2", "resume=auto"], cwd=ROOT, env=env, capture_output=True, text=True
+        [*base, f"output_dir={mixed}", "num_gpus=2", "resume=auto"],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert "world_size was 1 and is 2" in done.stdout + done.stderr

@@ -64,12 +64,16 @@ class Letters:
         self.token_bytes = np.array([1] * (size - 1) + [0])
 
 
-def adapter_of(type_: str, *more: str, vocabulary: int = VOCABULARY, dtype: torch.dtype = torch.float32) -> ModelAdapter:
+def adapter_of(
+    type_: str, *more: str, vocabulary: int = VOCABULARY, dtype: torch.dtype = torch.float32
+) -> ModelAdapter:
     cfg, model_cfg = config(type_, *more)
     return build_adapter(cfg, model_cfg, Letters(vocabulary)).to(dtype)
 
 
-def random_batch(rows: int = 4, length: int = SEQ_LEN, vocabulary: int = VOCABULARY, seed: int = 0, n: int = 1) -> Batch:
+def random_batch(
+    rows: int = 4, length: int = SEQ_LEN, vocabulary: int = VOCABULARY, seed: int = 0, n: int = 1
+) -> Batch:
     """Rows of random letters, each one document; every target scored."""
     tokens = np.random.default_rng(seed).integers(0, vocabulary - 1, (rows, length + n))
     tokens[:, 0] = vocabulary - 1

@@ -64,7 +64,13 @@ def test_recompute_calls_the_blocks_again(tmp_path, monkeypatch):
     monkeypatch.setattr(block, "forward", counted)
     run(tmp_path / "a", "num_iterations=1", "val_loss_every=0", "sample_tokens=0")
     plain = len(calls)
-    run(tmp_path / "b", "num_iterations=1", "val_loss_every=0", "sample_tokens=0", "gradient_checkpointing=true")
+    run(
+        tmp_path / "b",
+        "num_iterations=1",
+        "val_loss_every=0",
+        "sample_tokens=0",
+        "gradient_checkpointing=true",
+    )
     assert len(calls) - plain == plain + 2, "two blocks run once more in backward"
 
 
@@ -74,7 +80,10 @@ def test_ema_is_what_is_evaluated_and_saved_beside(tmp_path):
     assert same(weights(tmp_path / "raw/final_model"), weights(tmp_path / "ema/final_model"))
     shadow = load_tensors(tmp_path / "ema/final_model", "ema.pt")["shadow"]
     assert not same(shadow, weights(tmp_path / "ema/final_model"))
-    scores = [json.loads((tmp_path / n / "summary.json").read_text())["score"]["bits_per_byte"] for n in ("raw", "ema")]
+    scores = [
+        json.loads((tmp_path / n / "summary.json").read_text())["score"]["bits_per_byte"]
+        for n in ("raw", "ema")
+    ]
     assert scores[0] != scores[1]
 
 
@@ -119,7 +128,14 @@ def test_interim_evaluations_may_cover_less_than_the_final_one(tmp_path):
 def test_best_model_retention_and_only_best(tmp_path):
     # A rate that ruins the model after the first evaluation: the best one is not the last.
     ruin = ["optimizer=sgd", "learning_rate=6.0", "max_grad_norm=0", "scheduler=constant", "val_loss_every=1"]
-    best = run(tmp_path / "best", *ruin, "save_best_model=true", "save_steps=1", "save_total_limit=2", "num_iterations=5")
+    best = run(
+        tmp_path / "best",
+        *ruin,
+        "save_best_model=true",
+        "save_steps=1",
+        "save_total_limit=2",
+        "num_iterations=5",
+    )
     summary = json.loads((tmp_path / "best/summary.json").read_text())
     assert best < summary["score"]["bits_per_byte"], "the best score is returned"
     assert len(checkpoints_in(tmp_path / "best")) == 2
@@ -135,7 +151,12 @@ def test_best_model_retention_and_only_best(tmp_path):
 
 
 def test_early_stopping(tmp_path):
-    args = ["val_loss_every=1", "early_stopping=true", "early_stopping_patience=2", "early_stopping_threshold=5.0"]
+    args = [
+        "val_loss_every=1",
+        "early_stopping=true",
+        "early_stopping_patience=2",
+        "early_stopping_threshold=5.0",
+    ]
     run(tmp_path, *args)
     # The first evaluation improves on nothing; the next two by less than the threshold.
     assert lines(tmp_path)[-1]["step"] == 3
@@ -200,7 +221,10 @@ def test_a_run_is_not_written_over(tmp_path):
 
 
 def test_two_runs_on_one_folder(tmp_path):
-    with filelock.FileLock(str(tmp_path / ".lock")), pytest.raises(TrainingError, match="another run is writing"):
+    with (
+        filelock.FileLock(str(tmp_path / ".lock")),
+        pytest.raises(TrainingError, match="another run is writing"),
+    ):
         run(tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists()
 
@@ -255,7 +279,13 @@ def test_not_finite_stops_with_the_place_and_keeps_what_was(tmp_path, monkeypatc
 
 
 def test_a_learning_rate_that_explodes(tmp_path):
-    args = ["optimizer=sgd", "learning_rate=1.0e30", "max_grad_norm=0", "num_iterations=20", "val_loss_every=0"]
+    args = [
+        "optimizer=sgd",
+        "learning_rate=1.0e30",
+        "max_grad_norm=0",
+        "num_iterations=20",
+        "val_loss_every=0",
+    ]
     with pytest.raises(TrainingError, match=r"step \d+ is not finite.*Learning rates: .*e\+"):
         run(tmp_path, *args)
 
@@ -270,7 +300,9 @@ def test_full_disk_at_a_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ck.os, "fsync", full)
     with pytest.raises(TrainingError, match="disk is full.*checkpoint-6"):
-        cfg, model_cfg = config("gpt2", f"output_dir={tmp_path}", "resume=auto", "num_iterations=9", "save_steps=1")
+        cfg, model_cfg = config(
+            "gpt2", f"output_dir={tmp_path}", "resume=auto", "num_iterations=9", "save_steps=1"
+        )
         train(cfg, model_cfg, tmp_path)
     assert ck.damage(tmp_path / "checkpoint-6") is None
 
@@ -312,6 +344,8 @@ def test_a_signal_during_an_evaluation_repeats_it_after_the_resume(tmp_path, mon
     run(tmp_path / "stopped", "resume=auto")
 
     def scores(path):
-        return [(line["step"], line["val_bits_per_byte"]) for line in lines(path) if "val_bits_per_byte" in line]
+        return [
+            (line["step"], line["val_bits_per_byte"]) for line in lines(path) if "val_bits_per_byte" in line
+        ]
 
     assert scores(tmp_path / "stopped") == scores(tmp_path / "whole")
