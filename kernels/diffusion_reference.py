@@ -66,16 +66,20 @@ def _at(z: Tensor, ids: Tensor) -> Tensor:
     return z.gather(1, ids[:, None]).squeeze(1)
 
 
+def _is(ids: Tensor, state: int | None) -> Tensor:
+    assert state is not None
+    return torch.eq(ids, state)
+
+
 def _without_mask(z: Tensor, mask_id: int | None) -> Tensor:
-    assert mask_id is not None
-    column = torch.arange(z.shape[1], device=z.device) == mask_id
-    return z.masked_fill(column, -torch.inf)
+    column = torch.arange(z.shape[1], device=z.device)
+    return z.masked_fill(_is(column, mask_id), -torch.inf)
 
 
 def _real_cross_entropy(z: Tensor, x0: Tensor, xt: Tensor, mask_id: int | None) -> Tensor:
     """-log softmax over the real tokens at the clean one, 0 at positions that are not masked."""
-    target = torch.where(x0 == mask_id, (x0 + 1) % z.shape[1], x0)  # dummies of padding rows
-    return torch.where(xt == mask_id, -_at(_without_mask(z, mask_id).log_softmax(1), target), 0.0)
+    target = torch.where(_is(x0, mask_id), (x0 + 1) % z.shape[1], x0)  # dummies of padding rows
+    return torch.where(_is(xt, mask_id), -_at(_without_mask(z, mask_id).log_softmax(1), target), 0.0)
 
 
 def _subs(
@@ -92,7 +96,7 @@ def _sedd_absorb(
     if "shift" in given:
         log_s = log_s + given["shift"][:, None]
     total = _without_mask(log_s, mask_id).exp().sum(1)
-    nats = torch.where(xt == mask_id, total - _at(log_s, x0) - 1, 0.0)
+    nats = torch.where(_is(xt, mask_id), total - _at(log_s, x0) - 1, 0.0)
     return nats, _real_cross_entropy(z, x0, xt, mask_id)
 
 
@@ -113,8 +117,7 @@ def _d3pm_absorb(
     z: Tensor, x0: Tensor, xt: Tensor, given: Given, mask_id: int | None
 ) -> tuple[Tensor, Tensor | None]:
     """q has mass on x0 and the mask alone: KL = q(x0) log(q(x0) / p(x0)) + q(m) log(q(m) / p(m))."""
-    assert mask_id is not None
-    first, masked = given["first"].bool(), xt == mask_id
+    first, masked = given["first"].bool(), _is(xt, mask_id)
     a = torch.where(masked, given["a"], 0.5)  # unmasked rows score 0
     b = torch.where(masked, given["b"], 0.25)
     beta = 1 - b / a

@@ -60,6 +60,11 @@ def _at(z: Tensor, ids: Tensor) -> Tensor:
     return z.gather(1, ids[:, None]).squeeze(1)
 
 
+def _is_mask(ids: Tensor, states: States) -> Tensor:
+    assert states.mask_id is not None
+    return torch.eq(ids, states.mask_id)
+
+
 def _add_at(z: Tensor, ids: Tensor, values: Tensor) -> None:
     z.scatter_add_(1, ids[:, None], values[:, None])
 
@@ -78,7 +83,7 @@ class Subs:
         return ()
 
     def rows(self, z: Tensor, chunk: Chunk, states: States, gradient: bool) -> tuple[Tensor, Tensor | None]:
-        masked = chunk.xt == states.mask_id
+        masked = _is_mask(chunk.xt, states)
         z[:, states.mask_id] = -torch.inf
         lse = z.logsumexp(1)
         nats = torch.where(masked, lse - _at(z, chunk.x0), 0.0)
@@ -108,7 +113,7 @@ class ScoreEntropyAbsorb:
 
     def rows(self, z: Tensor, chunk: Chunk, states: States, gradient: bool) -> tuple[Tensor, Tensor | None]:
         (shift,) = chunk.scalars
-        masked = chunk.xt == states.mask_id
+        masked = _is_mask(chunk.xt, states)
         z[:, states.mask_id] = -torch.inf
         z.add_((shift - math.log(states.n))[:, None])
         lse, z_x0 = z.logsumexp(1), _at(z, chunk.x0)
@@ -185,7 +190,7 @@ class D3PMAbsorb:
     def prepare(
         self, x0: Tensor, xt: Tensor, given: Mapping[str, Tensor], states: States
     ) -> tuple[Tensor, ...]:
-        first, masked = given["first"].bool(), xt == states.mask_id
+        first, masked = given["first"].bool(), _is_mask(xt, states)
         # Rows that score 0 get harmless numbers: a or b may be 1 there.
         a = torch.where(first | ~masked, 0.0, given["a"])
         b = torch.where(masked, given["b"], 0.0)

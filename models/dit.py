@@ -139,6 +139,8 @@ class Output(nn.Module):
     """Parameters of the output layer; no weight of its own if it is the embedding's. The product itself
     happens inside the loss, a few rows at a time."""
 
+    weight: nn.Parameter | None
+
     def __init__(self, states: int, width: int, tied: bool) -> None:
         super().__init__()
         self.register_parameter("weight", None if tied else nn.Parameter(torch.empty(states, width)))
