@@ -142,9 +142,11 @@ def sample_next(logits: Tensor, options: GenerateOptions, generator: torch.Gener
     """Draw a token id from (V,) logits. In fp64: fp32 Gumbel noise truncates the tails."""
     if options.temperature == 0:
         return int(logits.argmax())
-    logits = logits.double() / options.temperature
+    # The largest becomes 0 first: however small the temperature, nothing overflows.
+    logits = (logits.double() - logits.max()) / options.temperature
     if 0 < options.top_k < logits.numel():
-        logits = logits.masked_fill(logits < logits.topk(options.top_k).values[-1], -torch.inf)
+        top = logits.topk(options.top_k)  # by index: equal logits must not let more through
+        logits = torch.full_like(logits, -torch.inf).index_copy(0, top.indices, top.values)
     probabilities = logits.softmax(0)
     if options.top_p < 1:
         ordered, order = probabilities.sort(descending=True, stable=True)

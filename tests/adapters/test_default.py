@@ -1,0 +1,264 @@
+"""Next-token prediction: its loss terms, and text drawn from a model token by token."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from adapters.base import GenerateOptions
+from adapters.default import DefaultModelAdapter, sample_next
+from configs.schema import DefaultModelConfig
+from tests.contract.tiny import Letters, adapter_of, context, loss_and_gradients, random_batch
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def draws(logits, count, **options):
+    options, source = GenerateOptions(**options), generator()
+    return np.bincount([sample_next(logits, options, source) for _ in range(count)], minlength=len(logits))
+
+
+def chi_square(counts, probabilities):
+    """Pearson's statistic over the symbols that can occur; the others must not have."""
+    expected = probabilities * counts.sum()
+    possible = expected > 0
+    assert counts[~possible].sum() == 0 and (expected[possible] > 5).all()
+    return float((((counts - expected) ** 2)[possible] / expected[possible]).sum())
+
+
+# -- one token ---------------------------------------------------------------------------------------------------------
+
+LAW = np.array([0.05, 0.4, 0.02, 0.25, 0.15, 0.13])
+LOGITS = torch.from_numpy(np.log(LAW) + 3.0).float()
+# 99.9 % points of the chi-square distribution by degrees of freedom; with fixed seeds the tests are repeatable.
+CRITICAL = {1: 10.83, 2: 13.82, 3: 16.27, 4: 18.47, 5: 20.52}
+
+
+def kept(mask, law=LAW):
+    return np.where(mask, law, 0) / law[mask].sum()
+
+
+TEMPERED = LAW**0.5 / (LAW**0.5).sum()
+
+
+@pytest.mark.parametrize(
+    ("options", "law"),
+    [
+        ({}, LAW),
+        ({"temperature": 2.0}, TEMPERED),
+        ({"top_k": 3}, kept(LAW >= 0.15)),
+        ({"top_k": 6}, LAW),
+        ({"top_k": 99}, LAW),
+        ({"top_p": 0.39}, kept(LAW >= 0.4)),
+        ({"top_p": 0.41}, kept(LAW >= 0.25)),  # the symbol that crosses the mass belongs to the set
+        ({"top_p": 0.79}, kept(LAW >= 0.15)),
+        ({"top_p": 0.94}, kept(LAW >= 0.05)),
+        # top_p applies to what top_k has left: of 0.4, 0.25 and 0.15, which renormalise to 0.5, 0.3125, 0.1875.
+        ({"top_k": 3, "top_p": 0.6}, kept(LAW >= 0.25)),
+        # and to the tempered law.
+        ({"temperature": 2.0, "top_p": 0.6}, kept(TEMPERED[4] <= TEMPERED, TEMPERED)),
+    ],
+)
+def test_the_law_of_a_drawn_token(options, law):
+    counts = draws(LOGITS, 3000, **{"temperature": 1.0, **options})
+    assert (counts[law > 0] > 0).all()
+    if (law > 0).sum() > 1:
+        assert chi_square(counts, law) < CRITICAL[int((law > 0).sum()) - 1]
+
+
+def test_greedy_ignores_the_seed():
+    options = GenerateOptions(temperature=0.0)
+    assert {sample_next(LOGITS, options, generator(seed)) for seed in range(20)} == {1}
+
+
+def test_equal_logits_do_not_widen_top_k():
+    counts = draws(torch.zeros(8), 400, temperature=1.0, top_k=3)
+    assert (counts > 0).sum() == 3
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-12, 1e12])
+def test_extreme_temperatures_stay_finite(temperature):
+    counts = draws(LOGITS, 50, temperature=temperature)
+    assert counts[1] == 50 if temperature < 1 else (counts > 0).sum() > 3
+
+
+def test_a_long_tail_keeps_its_share():
+    logits = torch.zeros(3001)
+    logits[0] = math.log(3000 * 9.0)  # each of the others one in thirty thousand, together a tenth
+    tail = 1 - draws(logits, 1000, temperature=1.0)[0] / 1000
+    assert abs(tail - 0.1) < 4 * math.sqrt(0.09 / 1000)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"top_p": 0.0}, "top_p: must satisfy 0 < top_p <= 1, got 0.0"),
+        ({"top_p": 1.5}, "top_p: must satisfy 0 < top_p <= 1, got 1.5"),
+        ({"top_p": math.nan}, "top_p: .* got nan"),
+        ({"top_k": -1}, r"top_k: must be 0 \(off\) or more, got -1"),
+        ({"temperature": -0.1}, r"temperature: must be 0 \(greedy\) or more, got -0.1"),
+        ({"temperature": math.nan}, "temperature: .* got nan"),
+        ({"max_new_tokens": 0}, "max_new_tokens: must be at least 1, got 0"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        GenerateOptions(**options)
+
+
+# -- a text ------------------------------------------------------------------------------------------------------------
+
+CONTEXT = 16
+FULL = GenerateOptions(max_new_tokens=3 * CONTEXT + 5, temperature=1.0, stop_at_document_end=False)
+
+
+@pytest.fixture(scope="module", params=["gpt2", "vanilla"])
+def adapter(request):
+    """In fp64, so that the cached and the whole computation draw the same tokens."""
+    small = [f"model_cfg.n_ctx={CONTEXT}", f"train_seq_len={CONTEXT}", "model_cfg.tie_embeddings=false"]
+    made = adapter_of(request.param, *small, dtype=torch.float64).eval()
+    with torch.no_grad():  # untrained, it is all but uniform: make the text depend on what was said before
+        for parameter in made.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=2 / math.sqrt(parameter.shape[1]), generator=generator())
+    return made
+
+
+def by_hand(adapter, prompt, row, options):
+    """Every token from the whole window: the last half of the context is kept when it is full."""
+    source = generator((options.seed * 1_000_003 + row) % 2**63)
+    text, start = [adapter.tokenizer.eot, *prompt], 0
+    for _ in range(options.max_new_tokens):
+        if len(text) - start > CONTEXT:
+            start = len(text) - CONTEXT // 2
+        with torch.no_grad():
+            hidden = adapter.model(torch.tensor([text[start:]]))
+            text.append(sample_next(adapter.model.logits(hidden[0, -1]), options, source))
+    return text[1 + len(prompt) :]
+
+
+@pytest.mark.parametrize("length", [0, 5, CONTEXT - 1, CONTEXT, 2 * CONTEXT + 3])
+def test_text_goes_on_past_the_context(adapter, length):
+    prompt = [i % 63 for i in range(7, 7 + length)]
+    cached = adapter.generate([prompt], FULL)
+    whole = adapter.generate([prompt], dataclasses.replace(FULL, use_cache=False))
+    assert cached.tokens == whole.tokens == [by_hand(adapter, prompt, 0, FULL)]
+    assert cached.network_calls == whole.network_calls == FULL.max_new_tokens
+    assert len(set(cached.tokens[0])) > 3
+
+
+def test_text_depends_on_what_went_before(adapter):
+    one, other = (adapter.generate([p], FULL).tokens for p in ([3, 4], [5, 6]))
+    assert one != other
+
+
+def test_seeds(adapter):
+    texts = [adapter.generate([[1]], dataclasses.replace(FULL, seed=s)).tokens for s in (0, 1, 0)]
+    assert texts[0] == texts[2] != texts[1]
+    state = torch.get_rng_state()
+    adapter.generate([[1]], FULL)
+    assert torch.equal(torch.get_rng_state(), state), "the global generator is not touched"
+
+
+def test_rows_do_not_look_at_each_other(adapter):
+    together = adapter.generate([[1], [2, 3], [1]], FULL).tokens
+    assert adapter.generate([[9, 9], [2, 3]], FULL).tokens[1] == together[1]
+    assert together[0] != together[2], "equal prompts have noise of their own"
+
+
+def test_tokens_are_handed_out_as_they_come(adapter):
+    heard: dict[int, list[int]] = {0: [], 1: []}
+    found = adapter.generate([[1], [2]], FULL, lambda row, tokens: heard[row].extend(tokens))
+    assert [heard[0], heard[1]] == found.tokens
+
+
+class Ender(nn.Module):
+    """A model that says a, b, then the document's end, whatever came before."""
+
+    max_context = 8
+
+    def __init__(self):
+        super().__init__()
+        self.device_is_here = nn.Parameter(torch.zeros(1))
+
+    def forward(self, tokens, doc_ids=None, cache=None):
+        hidden = torch.zeros(*tokens.shape, 4)
+        hidden[..., min(tokens.shape[1] - 1, 2)] = 100.0  # position 0 -> token 0, 1 -> 1, then the end
+        return hidden
+
+    def logits(self, hidden):
+        return hidden[..., :3]
+
+
+def test_a_document_end_ends_the_text():
+    adapter = DefaultModelAdapter(Ender(), DefaultModelConfig(vocab_size=3), Letters(3))
+    options = GenerateOptions(max_new_tokens=5, temperature=0.0, use_cache=False)
+    heard = []
+    assert adapter.generate([[]], options, lambda row, new: heard.extend(new)).tokens == [[0, 1]]
+    assert heard == [0, 1], "the end is no text"
+    on = dataclasses.replace(options, stop_at_document_end=False)
+    assert adapter.generate([[]], on).tokens == [[0, 1, 2, 2, 2]]
+
+
+# -- the loss ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exact():
+    return adapter_of("gpt2", dtype=torch.float64)
+
+
+def with_weights(batch, weights):
+    return dataclasses.replace(batch, weights=weights)
+
+
+def test_the_denominator_counts_the_scored_targets(exact):
+    batch = random_batch()
+    weights = np.ones_like(batch.weights)
+    weights[0, 3:] = 0
+    assert exact.prepare(batch, context()).denominators == {"tokens": batch.weights.size}
+    prepared = exact.prepare(with_weights(batch, weights), context())
+    assert prepared.denominators == {"tokens": 3 + weights[1:].size}
+
+
+def test_targets_of_weight_zero_give_no_gradient(exact):
+    """The last target of a row is no input: with weight 0 its value must not matter at all."""
+    batch = random_batch()
+    weights = np.ones_like(batch.weights)
+    weights[:, -1] = 0
+    other = dataclasses.replace(batch, tokens=batch.tokens.copy())
+    other.tokens[:, -1] = (other.tokens[:, -1] + 1) % 63
+    for w, matters in ((weights, False), (batch.weights, True)):
+        (loss, gradient), (loss_2, gradient_2) = (
+            loss_and_gradients(exact, [with_weights(b, w)]) for b in (batch, other)
+        )
+        same = all(torch.equal(gradient[name], gradient_2[name]) for name in gradient)
+        assert (loss != loss_2) is matters and same is not matters
+
+
+def test_weights_scale_the_loss(exact):
+    batch = random_batch()
+    (one, gradient), (half, gradient_2) = (
+        loss_and_gradients(exact, [with_weights(batch, w)]) for w in (batch.weights, batch.weights * 0.5)
+    )
+    assert one == pytest.approx(half), "the denominator is the sum of the weights"
+    for name in gradient:
+        torch.testing.assert_close(gradient[name], gradient_2[name])
+
+
+def test_the_loss_is_the_mean_negative_log_likelihood(exact):
+    batch = random_batch()
+    tokens = torch.from_numpy(batch.tokens)
+    with torch.no_grad():
+        logits = exact.model.logits(exact.model(tokens[:, :-1]))
+        expected = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    losses, _ = loss_and_gradients(exact, [batch])
+    assert losses == {"ce": pytest.approx(expected.item(), rel=1e-12)}
+    found = exact.likelihood(batch, context(phase="eval"))
+    assert found.nats.sum().item() == pytest.approx(expected.item() * batch.weights.size, rel=1e-12)
+    assert (found.kind, found.end_nats.tolist()) == ("exact", [0.0] * 4)
