@@ -25,11 +25,11 @@ __all__ = ["MODES", "linear_diffusion_loss", "reference"]
 
 # Bytes of a chunk's logits in the dtype of the statistics (some modes hold three such buffers), and the fewest
 # rows whatever they take. On a CPU chunks that stay in its cache are faster: 4096 rows, V = 1025, D = 192, one
-# thread, masked cross-entropy: 75 ms in chunks of 1 or 2 MiB, 104 ms in one of 16. But each chunk passes over the
-# head and its gradient, so that few rows of a large vocabulary cost more: 1024 rows, V = 50258, bf16: 1.53 s in
-# chunks of 32, 0.82 s in chunks of 160.
+# thread, masked cross-entropy: 75 ms in chunks of 1 or 2 MiB, 104 ms in one of 16. But each chunk passes over
+# the head and its gradient, so that few rows of a large one cost more: V = 50258, D = 768: 10.5 s in chunks of
+# 128 rows, 9.8 of 256, 8.1 of 512.
 LOGIT_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
-MIN_ROWS = 128
+MIN_ROWS = 512
 COLUMN_MULTIPLE = 64  # of low-precision copies of the head: odd numbers of columns make products slow
 
 
