@@ -35,20 +35,36 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     command = argv[0] if argv and argv[0] in COMMANDS else None
     module, _, function = COMMANDS[command or "train"].partition(":")
-    from configs.messages import ConfigError
-
     try:
         return getattr(importlib.import_module(module), function)(argv[1:] if command else argv) or 0
-    except ConfigError as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        print(error.report(), file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output (`| head`) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception as error:
+        explained = _explain(error, command or "train")
+        if explained is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        status, message = explained
+        print(message, file=sys.stderr)
+        return status
+
+
+def _explain(error: Exception, command: str) -> tuple[int, str] | None:
+    """(exit status, message) for what the user can mend, None for a fault of ours."""
+    from configs.messages import ConfigError
+    from trainer.errors import TrainingError
+
+    if isinstance(error, ConfigError):
+        return 2, error.report()
+    if isinstance(error, TrainingError):
+        return 1, f"error: {error}"
+    if command in ("train", "worker"):  # what can go wrong in a run is explained in trainer/launch.py
+        return None
+    if isinstance(error, OSError) and error.filename:
+        return 2, f"error: {error.filename}: {error.strerror}"
+    return (2, f"error: {error}") if isinstance(error, (ValueError, OSError)) else None
 
 
 if __name__ == "__main__":

@@ -62,6 +62,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output", help="write the figures to this JSON file")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # child: run one variant and report its peak memory
     args, overrides = parser.parse_known_args(argv)
+    if args.steps < 1:
+        raise ValueError(f"steps: must be at least 1, got {args.steps}")
     overrides = [f"--hydra_model_cfg={args.hydra_model_cfg}", "resume=none", *overrides]
     configs = compose(
         overrides, notify=lambda text: None if args.one else print(f"note: {text}", file=sys.stderr)

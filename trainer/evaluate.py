@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,8 @@ class Score:
     context_tokens: int
     context_bytes: float
     comparable: bool
+    # Bits per byte of what a bound consists of, and of other estimates of it; empty when exact.
+    parts: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -80,6 +83,7 @@ def evaluate(
     ctx = Context(seed=seed, step=0, phase="eval", rows_in_step=rows.n_rows)
     nats = end_nats = variance = tokens = ends = 0.0
     kind, estimator = "exact", "exact"
+    parts: dict[str, float] = {}
     try:
         for start in range(0, per_process, batch_rows):
             if world.agree(should_stop()):
@@ -95,16 +99,20 @@ def evaluate(
             ends += float(batch.end_weights.sum(dtype=np.float64))
             if found.variance is not None:
                 variance += float(found.variance.sum())
+            for name, part in found.parts.items():
+                parts[name] = parts.get(name, 0.0) + float(part.sum())
     finally:
         adapter.train(training)
-    nats, end_nats, variance, tokens, ends = world.add_up([nats, end_nats, variance, tokens, ends])
+    sums = world.add_up([nats, end_nats, variance, tokens, ends, *parts.values()])
+    nats, end_nats, variance, tokens, ends = sums[:5]
     per_token = nats / tokens
+    bits_per_byte = 1 / (math.log(2) * rows.total_bytes)  # of one nat
     context_bytes = rows.seq_len * rows.total_bytes / tokens
     return Score(
-        bits_per_byte=nats / (math.log(2) * rows.total_bytes),
+        bits_per_byte=nats * bits_per_byte,
         kind=kind,
         estimator=estimator,
-        standard_error=math.sqrt(variance) / (math.log(2) * rows.total_bytes),
+        standard_error=math.sqrt(variance) * bits_per_byte,
         nats_per_token=per_token,
         perplexity=math.exp(min(per_token, 700.0)),
         end_nats_per_document=end_nats / max(ends, 1.0),
@@ -114,6 +122,7 @@ def evaluate(
         context_tokens=rows.seq_len,
         context_bytes=round(context_bytes, 1),
         comparable=rows.complete,
+        parts={name: part * bits_per_byte for name, part in zip(parts, sums[5:], strict=True)},
     )
 
 
@@ -134,9 +143,16 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--val_seq_len", type=int, help="context in tokens (default: the run's)")
     parser.add_argument("--val_bytes", type=int, help="score at most this many bytes of whole documents")
-    parser.add_argument("--batch_size", type=int, default=16, help="rows per forward pass")
-    parser.add_argument("--output", help="write the result to this JSON file")
+    parser.add_argument("--batch_size", type=int, help="rows per forward pass (default: the run's)")
+    parser.add_argument("--output", help="also write the result to this JSON file")
     args = parser.parse_args(argv)
+    for name in ("val_seq_len", "val_bytes", "batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"{name}: must be at least 1, got {getattr(args, name)}")
+    if args.input_file and args.data != "text":
+        raise ValueError("input_file is read by --data text only. Add --data text")
+    if args.output:  # found out now, not when the work is done
+        _require_writable(Path(args.output))
 
     from data import load_dataset
     from data.rows import HeldoutRows
@@ -153,13 +169,15 @@ def main(argv: list[str]) -> int:
         dataset.heldout,
         restored.tokenizer.eot,
         cfg.val_seq_len or cfg.train_seq_len,
+        lookahead=restored.adapter.data_spec().lookahead,
         max_bytes=args.val_bytes or cfg.val_bytes,
     )
     score = evaluate(
         restored.adapter,
         rows,
         World(restored.device),
-        batch_rows=args.batch_size,
+        # The run's own batch: the same shapes round alike, so its score comes out to the last digit.
+        batch_rows=args.batch_size or restored.micro_rows,
         seed=cfg.seed,
         precision=restored.precision,
     )
@@ -173,8 +191,6 @@ def main(argv: list[str]) -> int:
         "precision": restored.precision,
         "score": score.as_dict(),
     }
-    if args.output:
-        write_atomically(Path(args.output), json.dumps(result, indent=2) + "\n")
     print(f"{cfg.type} ({restored.weights} weights) on the held-out part of {dataset.name}", file=sys.stderr)
     print(f"  bits per byte     {score.text()}", file=sys.stderr)
     print(
@@ -186,4 +202,11 @@ def main(argv: list[str]) -> int:
         f"  context           {score.context_tokens} tokens, {score.context_bytes:.0f} bytes", file=sys.stderr
     )
     print(json.dumps(result))
+    if args.output:
+        write_atomically(Path(args.output), json.dumps(result, indent=2) + "\n")
     return 0
+
+
+def _require_writable(path: Path) -> None:
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"output: cannot write {path}. Give a file in an existing folder")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from adapters import build_adapter
 from adapters.base import ModelAdapter
 from trainer.checkpoint import find_checkpoint, load_json, load_tensors
 from trainer.distributed import choose_device
-from trainer.precision import choose_precision
+from trainer.precision import choose_precision, tune_host
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
@@ -32,6 +33,7 @@ class Restored:
     precision: str
     checkpoint: Path | None
     weights: str  # "EMA", "raw" or "untrained"
+    micro_rows: int  # rows of a forward pass: what the run used
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,50 +82,55 @@ def restore(args: argparse.Namespace, changes: dict[str, Any] | None = None) -> 
     from data import load_dataset
     from data.tokenizers import load_tokenizer
 
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", args.device):
+        raise ValueError(f"device: {args.device!r} is not one of auto, cpu, cuda, cuda:N, mps")
     device = choose_device(args.device)
     given = args.checkpoint or (f"checkpoints/{args.model_name}" if args.model_name else None)
-    if given is None:
-        if not args.hydra_model_cfg:
-            raise ValueError("nothing to load. Give --checkpoint <run folder> or --model_name <name>")
-        cfg, model_cfg = compose([f"--hydra_model_cfg={args.hydra_model_cfg}"])
-        cfg = cfg.model_copy(update=changes or {})
-        tokenizer = load_dataset(cfg).tokenizer
-        adapter = build_adapter(cfg, model_cfg, tokenizer, device)
-        weights, checkpoint = "untrained", None
-    else:
-        checkpoint = find_checkpoint(given, lambda text: print(text, file=sys.stderr))
+    checkpoint = find_checkpoint(given, lambda text: print(text, file=sys.stderr)) if given else None
+    if checkpoint:
         cfg, model_cfg = config_of(checkpoint)
-        cfg = cfg.model_copy(update=changes or {})
-        if args.hydra_model_cfg:
-            _check_same_architecture(args.hydra_model_cfg, cfg, model_cfg, checkpoint)
-        tokenizer = load_tokenizer(checkpoint / "tokenizer.json")
-        adapter = build_adapter(cfg, model_cfg, tokenizer, device)
-        use_ema = (checkpoint / "ema.pt").exists() and not args.raw
-        load_weights(adapter, load_tensors(checkpoint, "model.pt"), f"{checkpoint}/model.pt")
-        if use_ema:
-            shadow = load_tensors(checkpoint, "ema.pt")["shadow"]
-            with torch.no_grad():
-                for name, parameter in adapter.named_model_parameters():
-                    if name in shadow:
-                        parameter.copy_(shadow[name])
-        weights = "EMA" if use_ema else "raw"
+    elif args.hydra_model_cfg:
+        cfg, model_cfg = compose([f"--hydra_model_cfg={args.hydra_model_cfg}"])
+    else:
+        raise ValueError("nothing to load. Give --checkpoint <run folder> or --model_name <name>")
+    cfg = cfg.model_copy(update=changes or {})
+    if checkpoint and args.hydra_model_cfg:
+        _compare_architectures(args.hydra_model_cfg, cfg, model_cfg, checkpoint)
+    tune_host(cfg, device)
+    tokenizer = load_tokenizer(checkpoint / "tokenizer.json") if checkpoint else load_dataset(cfg).tokenizer
+    adapter = build_adapter(cfg, model_cfg, tokenizer, device)
+    weights = _load(adapter, checkpoint, args.raw) if checkpoint else "untrained"
     precision, _ = choose_precision(cfg.mixed_precision, device)
-    return Restored(cfg, adapter.eval(), tokenizer, device, precision, checkpoint, weights)
+    micro_rows = load_json(checkpoint, "config.json")["batch_size"] if checkpoint else 16
+    return Restored(cfg, adapter.eval(), tokenizer, device, precision, checkpoint, weights, micro_rows)
 
 
-def _check_same_architecture(given: str, cfg: RunConfig, model_cfg: Any, checkpoint: Path) -> None:
+def _load(adapter: ModelAdapter, checkpoint: Path, raw: bool) -> str:
+    """Fill the model; says which weights these are."""
+    load_weights(adapter, load_tensors(checkpoint, "model.pt"), f"{checkpoint}/model.pt")
+    if raw or not (checkpoint / "ema.pt").exists():
+        return "raw"
+    shadow = load_tensors(checkpoint, "ema.pt")["shadow"]
+    with torch.no_grad():
+        for name, parameter in adapter.named_model_parameters():
+            if name in shadow:
+                parameter.copy_(shadow[name])
+    return "EMA"
+
+
+def _compare_architectures(given: str, cfg: RunConfig, model_cfg: Any, checkpoint: Path) -> None:
+    """A model file beside a checkpoint is not needed: another type is an error, other sizes give way."""
     from configs.compose import compose
 
-    other, other_model = compose([f"--hydra_model_cfg={given}", "preset=none"])
-    mine, theirs = model_cfg.model_dump(), other_model.model_dump()
-    differing = [k for k in mine if k != "vocab_size" and mine[k] != theirs.get(k)]
-    if other.type != cfg.type or differing:
+    other, other_model = compose([f"--hydra_model_cfg={given}", "preset=none"], notify=lambda text: None)
+    if other.type != cfg.type:
         raise ValueError(
-            f"{given} is not the architecture of {checkpoint}: "
-            + (
-                f"type {other.type} against {cfg.type}"
-                if other.type != cfg.type
-                else f"{', '.join(differing)} differ"
-            )
-            + ". Leave --hydra_model_cfg out: the checkpoint knows its architecture"
+            f"{given} is type {other.type}, but {checkpoint} is type {cfg.type}. Leave --hydra_model_cfg out: the "
+            f"checkpoint knows its architecture"
         )
+    mine, theirs = model_cfg.model_dump(), other_model.model_dump()
+    differing = [
+        f"{k} {mine[k]} (not {theirs.get(k)})" for k in mine if k != "vocab_size" and mine[k] != theirs.get(k)
+    ]
+    if differing:
+        print(f"note: the architecture is that of {checkpoint}: {', '.join(differing)}", file=sys.stderr)

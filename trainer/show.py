@@ -32,6 +32,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--vocab_size", type=int, help="vocabulary where the file leaves it to the tokenizer")
     parser.add_argument("--json", action="store_true")
     args, overrides = parser.parse_known_args(argv)
+    if args.vocab_size is not None and args.vocab_size < 2:
+        raise ValueError(f"vocab_size: must be at least 2, got {args.vocab_size}")
     if args.hydra_model_cfg is None:
         rows = [_list_row(name, text, args.vocab_size) for name, text in list_configs()]
         print(json.dumps(rows, indent=2) if args.json else _table(rows))
