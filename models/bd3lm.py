@@ -24,7 +24,7 @@ class BD3LMConfig(DiTConfig):
     """Masked diffusion with linear masking probability u = t; within a block everything is as in `mdl`."""
 
     time_conditioning: bool = False
-    block_size: Positive = 16  # 4, 8 and 16 in the paper; 1 is autoregressive, the whole row is `mdl`
+    block_length: Positive = 16  # 4, 8 and 16 in the paper; 1 is autoregressive, the whole row is `mdl`
     sampling_eps_min: OpenFraction = 1e-3  # training draws masking probabilities from [min, max]
     sampling_eps_max: Annotated[float, Field(gt=0, le=1)] = 1.0
     clip_search: bool = True  # at evaluations, look for the range with least variance
@@ -50,11 +50,11 @@ class BD3LMConfig(DiTConfig):
         if run.val_seq_len is not None:
             lengths["val_seq_len"] = run.val_seq_len
         for name, length in lengths.items():
-            if length % self.block_size:
-                below = length // self.block_size * self.block_size
-                nearest = [str(v) for v in (below, below + self.block_size) if v > 0]
+            if length % self.block_length:
+                below = length // self.block_length * self.block_length
+                nearest = [str(v) for v in (below, below + self.block_length) if v > 0]
                 problems.append(
-                    f"{name} ({length}) must be a multiple of model_cfg.block_size ({self.block_size}); "
+                    f"{name} ({length}) must be a multiple of model_cfg.block_length ({self.block_length}); "
                     f"nearest: {', '.join(nearest)}"
                 )
         return problems
@@ -85,14 +85,14 @@ class BD3LM(DiT):
         tau (B,) or (B, T). clean (B, T): the row without noise; the result belongs to the noisy `tokens`.
         cache: `tokens` continue what it holds; `store` keeps their keys and values (`tokens` must then be
         clean and tau 0, which is what clean tokens get in training). blocks (T,): block of each position,
-        not decreasing; default: consecutive blocks of `block_size` from the first position on.
+        not decreasing; default: consecutive blocks of `block_length` from the first position on.
         """
         if (clean is None) == (cache is None):
             raise ValueError(
                 "bd3lm: give either the clean tokens (training) or a cache (sampling), and not both"
             )
         if blocks is None:
-            blocks = torch.arange(tokens.shape[1], device=tokens.device) // self.cfg.block_size
+            blocks = torch.arange(tokens.shape[1], device=tokens.device) // self.cfg.block_length
         if cache is None:
             return self._one_pass(tokens, clean, tau, doc_ids, blocks)  # type: ignore[arg-type]
         if doc_ids is not None:
@@ -136,7 +136,7 @@ class BD3LM(DiT):
     def flops(self, seq_len: int) -> Flops:
         """Per token of text: the blocks run on 2L tokens, which attend to L^2 + L L' pairs in all."""
         c = self.cfg
-        trunk = 2 * self._products() + c.n_layers * 4 * (seq_len + c.block_size) * c.d_model
+        trunk = 2 * self._products() + c.n_layers * 4 * (seq_len + c.block_length) * c.d_model
         taus = 2 * seq_len if c.time_conditioning else 1
         forward = trunk + 2 * self.head_weight.numel() + self._conditioning() * taus / seq_len
         return Flops(forward_per_token=forward, training_per_token=3 * forward)

@@ -94,6 +94,7 @@ def open_session(
     if world.is_main:
         world.barrier()
     adapter = build_adapter(cfg, model_cfg, dataset.tokenizer, device)
+    adapter.on_training_text(dataset.train)
     spec = adapter.data_spec()
     rows = TrainingRows(
         dataset.train, dataset.tokenizer.eot, cfg.train_seq_len, lookahead=spec.lookahead, seed=cfg.seed

@@ -296,7 +296,7 @@ class BD3LMAdapter(DiffusionAdapter):
 
     def __init__(self, model: nn.Module, model_cfg: Any, tokenizer: Any) -> None:
         super().__init__(model, model_cfg, tokenizer)
-        self.searching = model_cfg.clip_search and model_cfg.block_size > 1
+        self.searching = model_cfg.clip_search and model_cfg.block_length > 1
         self._fresh_statistics = True  # maybe: a checkpoint can bring some
         self._plan: tuple[int, list[float]] = (-1, [])  # version of the buffer, its content
         if self.searching:

@@ -3,7 +3,7 @@
     -log p(x)  <=  sum over blocks b of  NELBO(x^b | x^{<b})
 
 Each block has a time of its own, and one pass sees noisy blocks beside the clean text. The row's first token is a block
-by itself; blocks of `block_size` follow. B rows, L positions, N blocks, M gathered positions.
+by itself; blocks of `block_length` follow. B rows, L positions, N blocks, M gathered positions.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class BD3LMProcess(MDLProcess):
     def __init__(self, cfg: Any, n: int, V: int, mask_id: int | None) -> None:
         Process.__init__(self, cfg, n, V, mask_id)
         self.schedule = AlphaSchedule("loglinear", alpha_min=0.0)
-        self.mode, self.size = "subs", cfg.block_size
+        self.mode, self.size = "subs", cfg.block_length
         self.last_u = 1.0
         # A block of one token is masked for certain: its cross-entropy does not depend on the time.
         self.exact = self.size == 1 and not cfg.time_conditioning

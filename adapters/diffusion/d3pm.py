@@ -37,6 +37,7 @@ __all__ = [
     "reverse_kl",
 ]
 
+NEVER = -1e30  # logarithm of probability 0 where a gradient passes: -inf would make it NaN
 LARGEST_BETA = 1 - 1e-6  # exp(a R) reaches beta = 1 at no finite a
 
 
@@ -139,8 +140,8 @@ def log_reverse(
     column = chain.column(xt, s, t).to(log_p.dtype)
     if parameterization == "mixture":
         reach = chain.column(xt, torch.zeros_like(t), t).to(log_p.dtype)  # q(x_t | x_0) for every x_0
-        possible = reach > 0
-        log_p = torch.where(possible, log_p - reach.clamp_min(1e-300).log(), -torch.inf)
+        possible, tiny = reach > 0, torch.finfo(reach.dtype).tiny
+        log_p = torch.where(possible, log_p - reach.clamp_min(tiny).log(), NEVER).log_softmax(1)
     return (column.log() + chain.log_push(log_p, s)).log_softmax(1)
 
 
@@ -189,7 +190,7 @@ class _Dense:
         def row_nats(logits: Tensor, chosen: slice) -> tuple[Tensor, Tensor]:
             if self.cfg.zero_mask_logit:
                 is_mask = torch.arange(logits.shape[1], device=logits.device) == chain.mask_id
-                logits = logits.masked_fill(is_mask, -1e30)
+                logits = logits.masked_fill(is_mask, NEVER)
             log_p = logits.log_softmax(1)
             x0, xt = rows.x0[chosen], rows.xt[chosen]
             s, t = rows.coefficients["s"][chosen], rows.coefficients["t"][chosen]

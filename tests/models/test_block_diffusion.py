@@ -27,7 +27,7 @@ SIZES = {
 
 
 def build(**fields: Any) -> BD3LM:
-    model = BD3LM(BD3LMConfig(**{**SIZES, "block_size": BLOCK, **fields})).double()
+    model = BD3LM(BD3LMConfig(**{**SIZES, "block_length": BLOCK, **fields})).double()
     generator = torch.Generator().manual_seed(0)
     model.init_weights(generator)
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_prompt_of_several_blocks_fills_the_cache() -> None:
 
 
 def test_one_block_is_masked_diffusion() -> None:
-    model = build(block_size=L)
+    model = build(block_length=L)
     clean, noisy, _ = inputs()
     whole = MDL(MDLConfig(**SIZES)).double().eval()
     whole.load_state_dict(model.state_dict())
@@ -124,7 +124,7 @@ def test_one_block_is_masked_diffusion() -> None:
 def test_blocks_of_one_are_autoregressive() -> None:
     """All positions masked: the state at i equals that of a mask token put behind the clean prefix, under a
     causal mask in a network without clean half."""
-    model = build(block_size=1)
+    model = build(block_length=1)
     clean, _, _ = inputs()
     tau = torch.zeros(2)
     found = model(torch.full_like(clean, MASK), tau, clean=clean)

@@ -374,8 +374,8 @@ def test_problems_are_named_once(config: type[DiTConfig], fields: dict[str, Any]
 
 def test_row_lengths_of_block_diffusion() -> None:
     run = RunConfig(type="bd3lm", train_seq_len=100, val_seq_len=10)
-    assert len(BD3LMConfig(block_size=4).problems(run)) == 1
-    assert len(BD3LMConfig(block_size=3, n_ctx=99).problems(run)) == 2
+    assert len(BD3LMConfig(block_length=4).problems(run)) == 1
+    assert len(BD3LMConfig(block_length=3, n_ctx=99).problems(run)) == 2
 
 
 @pytest.mark.parametrize(
