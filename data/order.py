@@ -25,6 +25,30 @@ def _key(*words: int) -> np.ndarray:
     return key
 
 
+READERS = 256
+
+
+def reading_place(visit: np.ndarray, n_rows: int) -> np.ndarray:
+    """Which row of an epoch's stream is read at a visit number 0 to n_rows - 1 (both (B,) int64): a bijection.
+
+    The stream is read at READERS equally spaced places in turn. Read from one place, the rows of a step would come
+    from one or two documents, and its gradient would be that of a file, not of the text. Equal fractions of the
+    stream are read at equal fractions of the epoch, so the text seen so far still does not depend on the tokenizer.
+    """
+    readers = min(READERS, n_rows)
+    rounds = n_rows // readers
+    turn, reader = np.divmod(visit, readers)
+    # Reader k owns rows floor(k n / K) to floor((k + 1) n / K) - 1: `rounds` of them, some one more.
+    longer = np.flatnonzero(np.diff(np.arange(readers + 1) * n_rows // readers) > rounds)
+    last = np.maximum(
+        visit - rounds * readers, 0
+    )  # after all full rounds: the extra row of each longer share
+    extra = (
+        (longer[np.minimum(last, max(len(longer) - 1, 0))] + 1) * n_rows // readers - 1 if len(longer) else 0
+    )
+    return np.where(turn < rounds, reader * n_rows // readers + turn, extra)
+
+
 class DocumentOrder:
     """Permutations of `n_docs` documents, one per epoch.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.errors import DataError
-from data.order import DocumentOrder
+from data.order import DocumentOrder, reading_place
 from data.store import TokenStore
 
 EVALUATION_SEED = 0  # the order in which `val_bytes` picks held-out documents: fixed, whatever the run's seed
@@ -34,8 +34,8 @@ class TrainingRows:
 
     An epoch is every document behind its start token, `[EOT] doc [EOT] doc ...`, in this epoch's order: N
     tokens. Its rows advance by seq_len, so each token but the first is a target exactly once; the (N - 1) %
-    seq_len targets of the last partial row are dropped. Global row g is row g % R of epoch g // R, with R =
-    `rows_per_epoch`. Look-ahead beyond an epoch's end reads start tokens, each a document of its own.
+    seq_len targets of the last partial row are dropped. Global row g is visit g % R of epoch g // R, with R =
+    `rows_per_epoch`; `reading_place` says which row of the stream that is. Look-ahead beyond an epoch's end reads start tokens, each a document of its own.
 
     Raises:
         DataError: the text is too short for one row.
@@ -62,7 +62,9 @@ class TrainingRows:
         epochs = rows // self.rows_per_epoch
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
-            tokens[chosen], doc_ids[chosen] = self._gather(int(epoch), rows[chosen] % self.rows_per_epoch)
+            tokens[chosen], doc_ids[chosen] = self._gather(
+                int(epoch), reading_place(rows[chosen] % self.rows_per_epoch, self.rows_per_epoch)
+            )
         weights = np.ones((len(rows), self.seq_len), dtype=np.float32)
         targets = tokens[:, 1 : self.seq_len + 1]
         scored = int(self.store.tokenizer.token_bytes[targets].sum())

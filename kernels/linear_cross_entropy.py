@@ -48,7 +48,9 @@ def linear_cross_entropy(
         chunk_rows = _rows_within_budget(hidden, weight.shape[0])
         if chunk_rows >= hidden.shape[0]:
             return reference(hidden, weight, targets, weights, vocab_size)
-    return _Chunked.apply(hidden, weight, targets, weights, vocab_size, chunk_rows)  # type: ignore[return-value]
+    return _Chunked.apply(  # type: ignore[return-value]
+        hidden, weight, targets, weights, vocab_size, chunk_rows, torch.is_grad_enabled()
+    )
 
 
 def reference(
@@ -87,11 +89,12 @@ class _Chunked(torch.autograd.Function):
         weights: Tensor | None,
         vocab_size: int,
         chunk_rows: int,
+        with_gradients: bool,  # `needs_input_grad` is True under no_grad too, where the gradients would be wasted
     ) -> tuple[Tensor, Tensor]:
         stats = at_least_fp32(hidden.dtype)
         head = weight.to(hidden.dtype)  # once, not once per chunk
         row_weights = None if weights is None else weights.to(stats)
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        needs_hidden, needs_weight = (with_gradients and needed for needed in ctx.needs_input_grad[:2])
         nats = torch.empty(hidden.shape[0], dtype=stats, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         # Chunks add up in full precision: a sum of thousands of bf16 terms would stop growing.
@@ -131,6 +134,7 @@ class _Chunked(torch.autograd.Function):
             None if grad_weight is None else (grad_weight * grad_sum).to(weight_dtype),
             None,
             None if nats is None else (nats * grad_sum).to(weights_dtype),
+            None,
             None,
             None,
         )

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from data.corpus import Document
 from data.errors import DataError
-from data.order import DocumentOrder
-from data.rows import HeldoutRows, TrainingRows, select_heldout
+from data.order import READERS, DocumentOrder, reading_place
+from data.rows import Batch, HeldoutRows, TrainingRows, select_heldout
 from data.store import TokenStore, encode_documents
 from data.tokenizers import ByteTokenizer
 
@@ -67,7 +67,7 @@ def test_training_rows_restate_the_stream(raw, seq_len, lookahead, seed, epoch) 
         return
     rows = TrainingRows(store, 256, seq_len, lookahead, seed)
     assert rows.rows_per_epoch == (len(stream) - 1) // seq_len
-    batch = rows.batch(epoch * rows.rows_per_epoch + np.arange(rows.rows_per_epoch))
+    batch = in_stream_order(rows, epoch)
     padded = stream + [256] * lookahead
     for number, (tokens, doc_ids) in enumerate(zip(batch.tokens, batch.doc_ids, strict=True)):
         begin = number * seq_len
@@ -83,6 +83,25 @@ def test_training_rows_restate_the_stream(raw, seq_len, lookahead, seed, epoch) 
     assert batch.weights.all() and not batch.end_weights.any()
     assert batch.weights.shape == batch.end_weights.shape == (rows.rows_per_epoch, seq_len)
     assert (batch.tokens.dtype, batch.doc_ids.dtype, batch.weights.dtype) == (np.int64, np.int32, np.float32)
+
+
+def in_stream_order(rows: TrainingRows, epoch: int = 0) -> Batch:
+    """All rows of an epoch, put back into the order of the stream."""
+    visits = np.arange(rows.rows_per_epoch)
+    place = reading_place(visits, rows.rows_per_epoch)
+    assert sorted(place.tolist()) == visits.tolist(), "every row is read exactly once"
+    return rows.batch(epoch * rows.rows_per_epoch + np.argsort(place))
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 255, 256, 257, 511, 1000, 16_403])
+def test_the_stream_is_read_at_many_places_in_step(n_rows: int) -> None:
+    place = reading_place(np.arange(n_rows), n_rows)
+    assert sorted(place.tolist()) == list(range(n_rows))
+    readers = min(READERS, n_rows)
+    if n_rows >= 2 * readers:
+        # Neighbours of a step lie far apart, and each reader goes on where it stopped.
+        assert np.diff(place[:readers]).min() >= n_rows // readers
+        assert (place[readers : 2 * readers] == place[:readers] + 1).all()
 
 
 @given(ids=st.lists(st.integers(0, 400), min_size=1, max_size=10))
@@ -116,7 +135,7 @@ def test_a_row_far_away_costs_no_walk(byte_store: TokenStore) -> None:
 def test_tokenizers_see_the_same_documents_in_the_same_order(byte_store, bpe_store) -> None:
     def order_of_texts(store: TokenStore) -> bytes:
         rows = TrainingRows(store, store.tokenizer.eot, 16, seed=3)
-        batch = rows.batch(np.arange(rows.rows_per_epoch))
+        batch = in_stream_order(rows)
         stream = [int(batch.tokens[0, 0]), *batch.tokens[:, 1:17].reshape(-1).tolist()]
         return b"".join(
             b"|" if token == store.tokenizer.eot else store.tokenizer.decode([token]) for token in stream

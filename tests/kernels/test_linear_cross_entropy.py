@@ -159,7 +159,7 @@ def test_the_budget_decides_the_path(monkeypatch):
     hidden, weight, weights, targets = draw(torch.float32, rows=5)
     seen = []
     chunked = op._Chunked.apply
-    monkeypatch.setattr(op._Chunked, "apply", lambda *args: seen.append(args[-1]) or chunked(*args))
+    monkeypatch.setattr(op._Chunked, "apply", lambda *args: seen.append(args[5]) or chunked(*args))
     monkeypatch.setattr(op, "MIN_CHUNK_ROWS", 1)
     linear_cross_entropy(hidden, weight, targets, weights, VOCABULARY)
     assert seen == []
@@ -219,3 +219,17 @@ def test_the_plain_path_equals_pytorch():
     total, _ = linear_cross_entropy(hidden, weight, targets, None, VOCABULARY)
     logits = hidden @ weight[:VOCABULARY].T
     torch.testing.assert_close(total, F.cross_entropy(logits, targets, reduction="sum"))
+
+
+def test_evaluation_computes_no_gradients(monkeypatch):
+    """Under no_grad, autograd still reports that inputs need gradients."""
+    products = []
+    monkeypatch.setattr(op, "_add_product", lambda *args: products.append(args))
+    hidden = torch.randn(6, 4, requires_grad=True)
+    weight = torch.randn(8, 4, requires_grad=True)
+    targets = torch.arange(6)
+    with torch.no_grad():
+        _, nats = linear_cross_entropy(hidden, weight, targets, chunk_rows=2)
+    assert not products and torch.isfinite(nats).all()
+    linear_cross_entropy(hidden, weight, targets, chunk_rows=2)
+    assert len(products) == 3
