@@ -35,7 +35,8 @@ class TrainingRows:
     An epoch is every document behind its start token, `[EOT] doc [EOT] doc ...`, in this epoch's order: N
     tokens. Its rows advance by seq_len, so each token but the first is a target exactly once; the (N - 1) %
     seq_len targets of the last partial row are dropped. Global row g is visit g % R of epoch g // R, with R =
-    `rows_per_epoch`; `reading_place` says which row of the stream that is. Look-ahead beyond an epoch's end reads start tokens, each a document of its own.
+    `rows_per_epoch`; `reading_place` says which row of the stream that is. Look-ahead beyond an epoch's end
+    reads start tokens, each a document of its own.
 
     Raises:
         DataError: the text is too short for one row.
