@@ -12,6 +12,7 @@ from trainer.errors import StopRequested
 from trainer.precision import autocast
 from trainer.restore import add_checkpoint_arguments, restore
 from trainer.signals import StopSignal
+from trainer.text_view import TextView, with_gaps
 
 __all__ = ["main"]
 
@@ -23,6 +24,12 @@ def main(argv: list[str]) -> int:
     )
     add_checkpoint_arguments(parser)
     parser.add_argument("--prompt", default="", help="text to continue (default: the start of a document)")
+    parser.add_argument(
+        "--infill",
+        metavar="TEXT",
+        help="text or file with gaps, each written ____; for models that can fill gaps",
+    )
+    parser.add_argument("--gap_tokens", type=int, default=16, help="tokens that each gap stands for")
     parser.add_argument("--max_new_tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
     parser.add_argument("--top_k", type=int, default=0, help="0 is off")
@@ -33,6 +40,14 @@ def main(argv: list[str]) -> int:
         "--ignore_document_end", action="store_true", help="go on after the model ends the document"
     )
     parser.add_argument("--no_cache", action="store_true", help="recompute the whole text for every token")
+    parser.add_argument(
+        "--steps", type=int, default=0, help="diffusion: reverse steps (0: the model's own number)"
+    )
+    parser.add_argument(
+        "--by_confidence",
+        action="store_true",
+        help="diffusion: surest positions first; not the model's own law",
+    )
     args = parser.parse_args(argv)
     if args.num_samples < 1:
         raise ValueError(f"num_samples: must be at least 1, got {args.num_samples}")
@@ -44,10 +59,14 @@ def main(argv: list[str]) -> int:
         seed=args.seed,
         stop_at_document_end=not args.ignore_document_end,
         use_cache=not args.no_cache,
+        steps=args.steps,
+        by_confidence=args.by_confidence,
     )
     restored = restore(args)
+    view = TextView(restored.tokenizer) if sys.stdout.isatty() else None
     prompt = restored.tokenizer.encode(args.prompt).tolist()
-    printer = _Printer(args.prompt, restored.tokenizer, args.num_samples)
+    printer = _Printer(args.prompt, restored.tokenizer, args.num_samples, view)
+    gaps = with_gaps(args.infill, restored.tokenizer, args.gap_tokens) if args.infill is not None else None
     started = time.perf_counter()
     with StopSignal() as stop, autocast(restored.precision, restored.device):
 
@@ -56,8 +75,19 @@ def main(argv: list[str]) -> int:
             if stop.requested:
                 raise StopRequested
 
+        def on_state(row: int, text: list[int | None]) -> None:
+            if stop.requested:
+                raise StopRequested
+            if view is not None and row == 0:
+                view.show(text)
+
         try:
-            restored.adapter.generate([prompt] * args.num_samples, options, on_tokens)
+            if gaps is None:
+                restored.adapter.generate([prompt] * args.num_samples, options, on_tokens, on_state)
+            else:
+                filled = restored.adapter.infill([gaps] * args.num_samples, options, on_state)
+                for row, text in enumerate(filled.tokens):
+                    printer.add(row, text)
         except StopRequested:
             print("\n(stopped)", file=sys.stderr)
     printer.end()
@@ -68,15 +98,20 @@ def main(argv: list[str]) -> int:
 
 
 class _Printer:
-    """Prints each sample from its prompt on; characters wait until all their bytes have arrived."""
+    """Prints each sample from its prompt on; characters wait until all their bytes have arrived. What a view shows of
+    a text being resolved is wiped before."""
 
-    def __init__(self, prompt: str, tokenizer: Tokenizer, samples: int) -> None:
-        self.prompt, self.tokenizer, self.samples = prompt, tokenizer, samples
+    def __init__(self, prompt: str, tokenizer: Tokenizer, samples: int, view: TextView | None) -> None:
+        self.prompt, self.tokenizer, self.samples, self.view = prompt, tokenizer, samples, view
         self.row = -1
         self.count = 0
 
     def add(self, row: int, tokens: list[int]) -> None:
+        if not tokens:
+            return
         if row != self.row:
+            if self.view is not None:
+                self.view.wipe()
             self.end()
             self.row = row
             self.decoder = StreamDecoder(self.tokenizer)
