@@ -185,24 +185,8 @@ def test_a_model_of_somebody_else(elsewhere, capsys):
     parameters = {"embedding": 257 * 48, "matrix": 2 * 48 * 48 * 3, "scalar": 2 * 48, "head": 257 * 48}
     assert manifest["parameters"]["by_role"] == parameters
 
-    out, _ = run(
-        capsys, "generate", "--checkpoint", "out", "--prompt", "01", "--max_new_tokens", "40", "--device=cpu"
-    )
-    plain, _ = run(
-        capsys,
-        *[
-            "generate",
-            "--checkpoint",
-            "out",
-            "--prompt",
-            "01",
-            "--max_new_tokens",
-            "40",
-            "--no_cache",
-            "--device",
-            "cpu",
-        ],
-    )
+    text = ["generate", "--checkpoint", "out", "--device", "cpu", "--prompt", "01", "--max_new_tokens", "40"]
+    (out, _), (plain, _) = run(capsys, *text), run(capsys, *text, "--no_cache")
     assert out.startswith("01") and out == plain
     out, _ = run(capsys, "eval", "--checkpoint", "out", "--device", "cpu")
     assert json.loads(out)["score"] == summary["score"]

@@ -1,0 +1,204 @@
+"""What the documents tell people to type and to open is there, and works."""
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import mytrainer
+from configs import compose
+from configs.compose import check, check_grid, compose_tree, prepare
+from configs.files import options
+from data import SOURCES
+from models import ARCHITECTURES
+from trainer.launch import write_config
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "configs/README.md", "CHANGELOG.md"]
+FOLDERS = ["configs", "models", "adapters", "trainer", "data", "kernels", "tests", ".ci", ".github"]
+
+
+def unfixed(where):
+    return pytest.mark.xfail(strict=True, reason=where)
+
+
+def text(document):
+    return (ROOT / document).read_text(encoding="utf-8")
+
+
+def blocks(document):
+    """The contents of the fenced code blocks."""
+    return [body for _, body in re.findall(r"^```(\w*)\n(.*?)^```", text(document), re.S | re.M)]
+
+
+def commands(document):
+    """Every shell command that a document shows, in blocks and in lines, comments and continuations resolved."""
+    lines = [line for body in blocks(document) for line in body.replace("\\\n", " ").splitlines()]
+    prose = re.sub(r"^```.*?^```", "", text(document), flags=re.S | re.M)
+    lines += re.findall(r"`([^`\n]+)`", prose)
+    for line in lines:
+        for part in line.split(" && "):
+            if re.match(
+                r"(python3?|torchrun|accelerate|pip|pytest|ruff|mypy|pre-commit|\.ci/\w+)( |$)", part
+            ):
+                yield shlex.split(part, comments=True)
+
+
+SHOWN = [(d, words) for d in DOCUMENTS for words in commands(d)]
+OURS = [(d, words) for d, words in SHOWN if any(w.endswith("mytrainer.py") for w in words)]
+
+
+def named(cases):
+    home = unfixed("configs/frontend.py takes a word that starts with ~/ for a deletion")
+    return [
+        pytest.param(*case, id=f"{case[0]}: {' '.join(case[1])[:70]}", marks=[home] * ("~/" in str(case[1])))
+        for case in cases
+    ]
+
+
+@pytest.fixture
+def somewhere(tmp_path, monkeypatch):
+    """A directory with what the documents take for granted: a home, notes, a run called dante, an older run."""
+    for name, value in (("HOME", str(tmp_path)), ("HYDRA_FULL_ERROR", "0"), ("PYTHONPATH", "")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("configs.hardware.cuda_device_count", lambda: 0)
+    (tmp_path / "my_notes").mkdir()
+    (tmp_path / "my experiments").mkdir()
+    (tmp_path / "my experiments/mine.yaml").write_text("defaults: [gpt2, _self_]\n")
+    return tmp_path
+
+
+def make_run(folder, model_name=None):
+    """A run as training leaves it, for `resume=` and `--model_name` to find."""
+    words = ["--hydra_model_cfg=gpt2", *([f"model_name={model_name}"] if model_name else [])]
+    cfg, model_cfg = compose(words, notify=lambda text: None)
+    (folder / "checkpoint-20").mkdir(parents=True)
+    write_config(cfg, folder)
+    saved = {"type": cfg.type, "model_cfg": model_cfg.model_dump(), "train_seq_len": cfg.train_seq_len}
+    saved |= {"preset": cfg.preset, "batch_size": 4, "model_adapter": None}
+    (folder / "config.json").write_text(json.dumps(saved))
+
+
+class Parsed(Exception):
+    """The command line was understood; the work itself is tested elsewhere."""
+
+
+def parsed(*args, **kwargs):
+    raise Parsed
+
+
+@pytest.mark.parametrize(("document", "words"), named(OURS))
+def test_commands_are_understood(somewhere, monkeypatch, capsys, document, words):
+    if any(mark in word for word in words for mark in ("<", "...")):
+        pytest.skip("a pattern, not a command")
+    program = next(i for i, word in enumerate(words) if word.endswith("mytrainer.py"))
+    if words[0] in ("torchrun", "accelerate"):
+        processes = next(w.partition("=")[2] for w in words if w.startswith(("--nproc", "--num_processes")))
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", processes)
+    argv = words[program + 1 :]
+    if argv and argv[0] in mytrainer.COMMANDS and argv[0] != "train":
+        if argv[0] == "bench":
+            monkeypatch.setattr("trainer.bench._loop_overhead", parsed)
+        for place in ("trainer.generate.restore", "trainer.restore.restore"):
+            monkeypatch.setattr(place, parsed)
+        with contextlib.suppress(Parsed):
+            assert mytrainer.main(argv) == 0, capsys.readouterr().err
+        return
+    for word in argv:
+        if word.startswith("resume="):
+            make_run(Path(word.partition("=")[2]))
+    if "--model_name" in argv and not any("hydra_model_cfg" in word for word in argv):
+        make_run(Path("checkpoints/dante"), "dante")
+    if any(word.startswith("hydra/launcher=submitit") for word in argv):
+        pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    if any(word.startswith("hydra/sweeper=optuna") for word in argv):
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    plan = prepare(argv)
+    if plan.request.multirun:
+        check_grid(plan)
+    elif plan.models:
+        check(plan, compose_tree(plan.overrides))
+
+
+def test_the_documents_show_commands_of_every_kind():
+    """The collection above would pass as well if it found nothing."""
+    shown = {words[words.index("mytrainer.py") + 1] for _, words in OURS if words[-1] != "mytrainer.py"}
+    assert {"generate", "eval", "bench", "show"} <= shown and len(OURS) > 15
+
+
+@pytest.mark.parametrize(("document", "words"), named([case for case in SHOWN if case not in OURS]))
+def test_other_commands_name_what_exists(document, words):
+    project = tomllib.loads(text("pyproject.toml"))
+    if words[0] == "pip":
+        for extra in re.findall(r"\.\[([\w,]+)\]", " ".join(words)):
+            assert set(extra.split(",")) <= project["project"]["optional-dependencies"].keys()
+    elif words[0] == "pytest" and "-m" in words:
+        markers = [m.partition(":")[0] for m in project["tool"]["pytest"]["ini_options"]["markers"]]
+        assert words[words.index("-m") + 1] in markers
+    elif words[0].startswith(".ci/"):
+        assert os.access(ROOT / words[0], os.X_OK)
+    for word in words[1:]:
+        if re.fullmatch(r"[\w./]+\.(py|yaml)|(tests|configs)/[\w/]*", word):
+            assert (ROOT / word).exists(), word
+
+
+def mentioned(document):
+    """Links, and names of files of the project in backquotes."""
+    links = re.findall(r"\]\(([^)#\s]+)\)", text(document))
+    quoted = re.findall(r"`([\w./-]+)`", text(document))
+    ours = [q for q in quoted if q.split("/")[0] in FOLDERS and "/" in q or q.endswith((".toml", ".md"))]
+    return sorted({name for name in [*links, *ours] if not name.startswith(("http://", "https://"))})
+
+
+@pytest.mark.parametrize(("document", "name"), [(d, n) for d in DOCUMENTS for n in mentioned(d)])
+def test_what_is_mentioned_exists(document, name):
+    beside = (ROOT / document).parent / name
+    assert beside.exists() or (ROOT / name).exists(), f"{document} mentions {name}"
+
+
+@pytest.mark.parametrize("document", ["README.md", "configs/README.md"])
+def test_trees_of_files_are_those_that_exist(document):
+    """`models/   what it is` in a block: every name of a file or folder in such a tree."""
+    folder = (ROOT / document).parent
+    for body in blocks(document):
+        if "python " in body or "pip " in body or "checkpoint-<step>" in body:
+            continue
+        for name in re.findall(r"(?:^|\s)([\w.-]+(?:\.(?:py|yaml|md)|/))(?=\s|$)", body):
+            assert (folder / name).exists(), f"{document}: {name}"
+
+
+def first_cells(document, header):
+    table = re.search(rf"^\| {re.escape(header)} \|.*\n\|[-| ]+\n((?:\|.*\n)+)", text(document), re.M)
+    return [re.match(r"\| `([^`]+)`", row)[1] for row in table[1].splitlines()]
+
+
+@unfixed("the diffusion architectures are not in the table of README.md yet")
+def test_the_tables_are_complete():
+    assert sorted(first_cells("README.md", "type")) == sorted(ARCHITECTURES)
+    assert sorted(first_cells("README.md", "`data=`")) == sorted(SOURCES)
+
+
+def test_every_size_is_named():
+    for document in ("README.md", "configs/README.md"):
+        assert all(re.search(rf"\b{name}\b", text(document)) for name in options("preset")), document
+
+
+@unfixed("the diffusion architectures are not in CHANGELOG.md yet")
+def test_the_changelog_names_every_architecture_and_command():
+    changelog = text("CHANGELOG.md")
+    assert all(f"`{name}`" in changelog for name in ARCHITECTURES)
+    aliases = {"worker", "show_configs"}
+    assert all(f"`{name}`" in changelog for name in mytrainer.COMMANDS.keys() - aliases)
+
+
+@unfixed("the measured figures are filled in last")
+def test_nothing_is_left_to_fill_in():
+    for document in DOCUMENTS:
+        assert not re.search(r"@@|TODO|FIXME|TBD", text(document)), document
