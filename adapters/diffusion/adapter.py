@@ -53,7 +53,7 @@ class DiffusionAdapter(ModelAdapter):
 
     process_class: type[Process]
 
-    def __init__(self, model: nn.Module, model_cfg: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, model_cfg: Any, tokenizer: Any) -> None:
         super().__init__(model, model_cfg, tokenizer)
         self._process: Process | None = None
 
@@ -261,7 +261,7 @@ class D3PMAdapter(DiffusionAdapter):
 
     process_class = D3PMProcess
 
-    def __init__(self, model: nn.Module, model_cfg: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, model_cfg: Any, tokenizer: Any) -> None:
         super().__init__(model, model_cfg, tokenizer)
         if needs_unigram(model_cfg):
             model.register_buffer("unigram", torch.empty(model.V))
@@ -294,7 +294,7 @@ class BD3LMAdapter(DiffusionAdapter):
     process_class = BD3LMProcess
     AHEAD = 16
 
-    def __init__(self, model: nn.Module, model_cfg: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, model_cfg: Any, tokenizer: Any) -> None:
         super().__init__(model, model_cfg, tokenizer)
         self.searching = model_cfg.clip_search and model_cfg.block_length > 1
         self._fresh_statistics = True  # maybe: a checkpoint can bring some

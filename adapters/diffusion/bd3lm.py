@@ -86,7 +86,7 @@ class BD3LMProcess(MDLProcess):
             chosen = self._choose(
                 noised, _clipped_count(counts, time, u[:, length:], self.clip), u[:, :length]
             )
-        return x0.masked_fill(chosen, self.mask_id)
+        return x0.masked_fill(chosen, self.mask)
 
     def _block_sums(self, values: Tensor) -> Tensor:
         """(B, L) -> (B, N) fp64."""
@@ -109,7 +109,7 @@ class BD3LMProcess(MDLProcess):
 
     def rows(self, x0: Tensor, xt: Tensor, noised: Tensor, time: Tensor) -> Rows:
         weights = self.per_position(1 / time, x0.shape[1])
-        return Rows.of(noised & (xt == self.mask_id), x0, xt, {"weights": weights})
+        return Rows.of(noised & (xt == self.mask), x0, xt, {"weights": weights})
 
     def terms(self, network: Network, hidden: Tensor, loss: RowLoss, rows: Rows) -> dict[str, LossTerm]:
         """Under clipping the training loss is no bound, and is not called one."""
@@ -127,7 +127,7 @@ class BD3LMProcess(MDLProcess):
         counts = self._block_sums(draw.noised)  # (B, N)
         k = ((draw.r * counts).floor().clamp_max(counts - 1) + 1).clamp_min(1)
         chosen = self._choose(draw.noised, k, draw.u[:, :length])
-        nats = self._block_nats(draw, draw.x0.masked_fill(chosen, self.mask_id), torch.ones_like(draw.r))
+        nats = self._block_nats(draw, draw.x0.masked_fill(chosen, self.mask), torch.ones_like(draw.r))
         if self.search is not None:
             self.search.add(k[counts > 0] / counts[counts > 0], (nats / k)[counts > 0])
         # The released code's weights, as in `mdl`, with u in [1e-3, 1].
@@ -146,13 +146,13 @@ class BD3LMProcess(MDLProcess):
 
     def _mask(self, draw: Draw, time: Tensor, u: Tensor) -> Tensor:
         chosen = draw.noised & (u < self.per_position(time, draw.x0.shape[1]))
-        return draw.x0.masked_fill(chosen, self.mask_id)
+        return draw.x0.masked_fill(chosen, self.mask)
 
     def _block_nats(self, draw: Draw, xt: Tensor, time: Tensor) -> Tensor:
         """(B, N) cross-entropy at masked positions, summed over each block, unweighted."""
         length = draw.x0.shape[1]
         ones = {"weights": torch.ones(xt.shape, dtype=torch.float64)}
-        rows = Rows.of(draw.noised & (xt == self.mask_id), draw.x0, xt, ones)
+        rows = Rows.of(draw.noised & (xt == self.mask), draw.x0, xt, ones)
         rows = rows.to(draw.network.device, draw.network.dtype)
         hidden = draw.hidden(xt, self.network_tau(time, length), rows, **self.extra(draw.x0))
         nats = torch.zeros(xt.numel(), dtype=torch.float64)
@@ -164,7 +164,7 @@ class BD3LMProcess(MDLProcess):
     def resolve(self, network: Network, window: Window) -> Iterator[Tensor]:
         """Block by block from left to right. A finished block is run once more, clean, to keep its keys and values.
         Known text is conditioned on if it stands in an earlier block or in the same one."""
-        x = window.x.masked_fill(window.unknown, self.mask_id)
+        x = window.x.masked_fill(window.unknown, self.mask)
         blocks = block_of(x.shape[1], self.size)
         state = _Prefix(network, self.cfg.kv_cache, x.shape, self.cfg.time_conditioning)
         for block in range(int(blocks[-1]) + 1):
@@ -195,7 +195,7 @@ class BD3LMProcess(MDLProcess):
             return masked.first_hitting(self, network, part, at_mask_probability)
         times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
         if cfg.sampler == "analytic":
-            sigma, step = self.schedule.sigma(times), AbsorbingGraph(self.mask_id).analytic
+            sigma, step = self.schedule.sigma(times), AbsorbingGraph(self.mask).analytic
             plan = list(zip(sigma[:-1].tolist(), [step] * steps, (-sigma.diff()).tolist(), strict=True))
             return reveal_by_scores(self, self, state, part, plan)
 
@@ -264,8 +264,8 @@ def _clipped_count(counts: Tensor, time: Tensor, u: Tensor, clip: tuple[float, f
 class ClipSearch:
     """Which range of masking probabilities gives the per-block loss the least variance (section 4.2 of the paper).
 
-    `add` collects losses per token by masked fraction, in bins of a twentieth; `best` tries widths 0.5, 0.55, ..., 0.9 at
-    every place. `table` (3, 20): count, sum, sum of squares, kept where a checkpoint finds it.
+    `add` collects losses per token by masked fraction, in bins of a twentieth; `best` tries widths 0.5, 0.55, ..., 0.9
+    at every place. `table` (3, 20): count, sum, sum of squares, kept where a checkpoint finds it.
     """
 
     BINS = 20

@@ -108,7 +108,7 @@ class AbsorbingChain(_ClosedForm):
 
     def __init__(self, states: int, betas: Tensor, mask_id: int) -> None:
         super().__init__(states, betas)
-        self.mask_id = mask_id
+        self.mask_id: int = mask_id
 
     def push(self, p: Tensor, t: Tensor) -> Tensor:
         a = self.alpha_bar[t].to(p.dtype).unsqueeze(1)
@@ -119,7 +119,7 @@ class AbsorbingChain(_ClosedForm):
     def log_push(self, log_p: Tensor, t: Tensor) -> Tensor:
         a = self.alpha_bar[t].to(log_p.dtype).unsqueeze(1)
         kept = a.log() + log_p
-        is_mask = torch.arange(self.states, device=log_p.device) == self.mask_id
+        is_mask = torch.arange(self.states, device=log_p.device).eq(self.mask_id)
         return torch.where(is_mask, torch.logaddexp(kept, torch.log1p(-a).expand_as(kept)), kept)
 
     def column(self, x: Tensor, s: Tensor, t: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class AbsorbingChain(_ClosedForm):
         own = kept * F.one_hot(x, self.states).to(kept.dtype)
         to_mask = (1 - kept).expand(-1, self.states).clone()
         to_mask[:, self.mask_id] = 1
-        return torch.where((x == self.mask_id).unsqueeze(1), to_mask, own)
+        return torch.where(x.eq(self.mask_id).unsqueeze(1), to_mask, own)
 
     def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return torch.where(u < self.alpha_bar[t], x0, self.mask_id)
@@ -164,7 +164,7 @@ class UniformChain(_ClosedForm):
 
 
 class GaussianChain(Chain):
-    """Ordinal states: a discretised Gaussian around each, doubly stochastic (Austin et al. 2021, appendix A.2.3, eq. 8).
+    """Ordinal states: a discretised Gaussian around each, doubly stochastic (Austin et al. 2021, eq. 8).
 
     The Q_t do not commute, so all Qbar_t are tabulated: T K^2 numbers, meant for bytes.
     """

@@ -188,8 +188,8 @@ class _Dense:
         chain = self.chain.to(hidden.device, network.dtype)
 
         def row_nats(logits: Tensor, chosen: slice) -> tuple[Tensor, Tensor]:
-            if self.cfg.zero_mask_logit:
-                is_mask = torch.arange(logits.shape[1], device=logits.device) == chain.mask_id
+            if self.cfg.zero_mask_logit and chain.mask_id is not None:
+                is_mask = torch.arange(logits.shape[1], device=logits.device).eq(chain.mask_id)
                 logits = logits.masked_fill(is_mask, NEVER)
             log_p = logits.log_softmax(1)
             x0, xt = rows.x0[chosen], rows.xt[chosen]
@@ -283,8 +283,8 @@ class D3PMProcess(Process):
     # -- sampling --------------------------------------------------------------------------------------------------
 
     def resolve(self, network: Network, window: Window) -> Iterator[Tensor]:
-        """Ancestral sampling over an even grid (section 3.3). On a chain with a mask, known text stays as it is, and the conditional
-        is exact; on others it is noised as far as the rest at every step, which is an approximation."""
+        """Ancestral sampling over an even grid . On a chain with a mask, known text stays as it is, and the
+        conditional is exact; on others it is noised as far as the rest at every step, an approximation."""
         grid = even_grid(self.steps, min(window.choice.steps or self.cfg.sampling_timesteps, self.steps))
         noise, unknown, length = window.noise, window.unknown, window.x.shape[1]
         known = ~unknown

@@ -22,7 +22,7 @@ REPLICATES = 4
 
 @dataclass
 class Bound:
-    """`nats`, `variance` (of `nats`) (B,) fp64; `parts`: prior, diffusion, recon, which add up to `nats`, and `paper`."""
+    """`nats`, `variance` (of `nats`) (B,) fp64; `parts`: prior, diffusion, recon, which add up to it, and `paper`."""
 
     nats: Tensor
     variance: Tensor

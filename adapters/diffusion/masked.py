@@ -90,9 +90,9 @@ def reveal_on_grid(
     one per position.
     """
     x, noise, length = window.x.clone(), window.noise, window.x.shape[1]
-    x[window.unknown] = process.mask_id
+    x[window.unknown] = process.mask
     for i, probability in enumerate([*stay, 0.0]):
-        masked = x == process.mask_id
+        masked = x == process.mask
         if not bool(masked.any()):
             return
         last = i >= len(stay) - 1
@@ -117,10 +117,10 @@ def first_hitting(process: Process, network: Network, window: Window, denoise: D
     `denoise(u, x, index)` runs the network at mask probabilities u (B,).
     """
     x, noise, length = window.x.clone(), window.noise, window.x.shape[1]
-    x[window.unknown] = process.mask_id
+    x[window.unknown] = process.mask
     u = torch.ones(len(x), dtype=torch.float64)
     for i in range(int(window.unknown.sum(1).max())):
-        masked = x == process.mask_id
+        masked = x == process.mask
         count = masked.sum(1)
         fresh = noise.uniform(f"hit {i}", 2)  # (B, 2): time, token
         u = u * fresh[:, 0] ** (1 / count.clamp_min(1))
@@ -139,11 +139,11 @@ def reveal_by_confidence(
     """Not the model's distribution: at each step an equal share of the positions, those drawn with the highest
     probability (Nie et al. 2025, LLaDA, arXiv:2502.09992, low-confidence remasking)."""
     x, noise, length = window.x.clone(), window.noise, window.x.shape[1]
-    x[window.unknown] = process.mask_id
+    x[window.unknown] = process.mask
     total = window.unknown.sum(1)  # (B,)
     steps = min(steps, int(total.max()))
     for i in range(steps):
-        masked = x == process.mask_id
+        masked = x == process.mask
         index = masked.flatten().nonzero().squeeze(1)
         hidden = denoise(masked.sum(1) / total.clamp_min(1), x, index)
         u = noise.uniform(f"token {i}", length).flatten()[index]

@@ -76,7 +76,7 @@ class MDLProcess(Process):
         return (((t * steps).floor() + 1) / steps).clamp_max(1)
 
     def corrupt(self, x0: Tensor, noised: Tensor, time: Tensor, u: Tensor) -> Tensor:
-        return x0.masked_fill(noised & (u < self.schedule.mask_probability(time)), self.mask_id)
+        return x0.masked_fill(noised & (u < self.schedule.mask_probability(time)), self.mask)
 
     def tau(self, time: Tensor) -> Tensor:
         return self.schedule.sigma(time).float().squeeze(1)
@@ -101,7 +101,7 @@ class MDLProcess(Process):
         if self.mode == "d3pm_absorb":
             u_s, u_t = self._step_ends(time)
             per_position |= {"a": 1 - u_s, "b": 1 - u_t, "first": u_s == 0}
-        return Rows.of(noised & (xt == self.mask_id), x0, xt, per_position)
+        return Rows.of(noised & (xt == self.mask), x0, xt, per_position)
 
     def row_loss(self, network: Network, hidden: Tensor, rows: Rows) -> RowLoss:
         return network.loss(hidden, rows, self.mode)
@@ -120,7 +120,7 @@ class MDLProcess(Process):
         """
         n = draw.counts
         k = (draw.r.squeeze(1) * n).floor().clamp_max(n - 1) + 1
-        xt = draw.x0.masked_fill(masked.choose_exactly(draw.noised, k, draw.u), self.mask_id)
+        xt = draw.x0.masked_fill(masked.choose_exactly(draw.noised, k, draw.u), self.mask)
         nats = self._cross_entropy(draw, xt, torch.ones_like(draw.r))
         k = k.clamp_min(1)
         eps = self.cfg.sampling_eps
@@ -150,7 +150,7 @@ class MDLProcess(Process):
     def _cross_entropy(self, draw: Draw, xt: Tensor, time: Tensor) -> Tensor:
         """(B,) summed over the masked positions, unweighted."""
         per_position = {"weights": torch.ones_like(time)}
-        rows = Rows.of(draw.noised & (xt == self.mask_id), draw.x0, xt, per_position)
+        rows = Rows.of(draw.noised & (xt == self.mask), draw.x0, xt, per_position)
         rows = rows.to(draw.network.device, draw.network.dtype)
         return draw.by_row(rows, draw.network.loss(draw.hidden(xt, self.tau(time), rows), rows, "subs").nats)
 
@@ -169,7 +169,7 @@ class MDLProcess(Process):
             return self._ancestral_with_mask(network, window, times)
         if cfg.sampler == "analytic":
             sigma = self.schedule.sigma(times)
-            step = AbsorbingGraph(self.mask_id).analytic
+            step = AbsorbingGraph(self.mask).analytic
             plan = list(zip(sigma[:-1].tolist(), [step] * steps, (-sigma.diff()).tolist(), strict=True))
             return reveal_by_scores(self, self, network, window, plan)
         u = self.schedule.mask_probability(times)
@@ -190,10 +190,10 @@ class MDLProcess(Process):
     def _ancestral_with_mask(self, network: Network, window: Window, times: Tensor) -> Iterator[Tensor]:
         """Without SUBS the prediction may be the mask itself: D3PM's reverse step on this schedule."""
         alpha = self.schedule.alpha(times.flip(0))  # at steps 0, ..., S
-        chain = AbsorbingChain(self.V, 1 - alpha[1:] / alpha[:-1], self.mask_id)
-        x, length = window.x.masked_fill(window.unknown, self.mask_id), window.x.shape[1]
+        chain = AbsorbingChain(self.V, 1 - alpha[1:] / alpha[:-1], self.mask)
+        x, length = window.x.masked_fill(window.unknown, self.mask), window.x.shape[1]
         for t in range(len(times) - 1, 0, -1):
-            index = (x == self.mask_id).flatten().nonzero().squeeze(1)
+            index = (x == self.mask).flatten().nonzero().squeeze(1)
             if not len(index):
                 return
             tau = self.tau(times[len(times) - 1 - t].expand(len(x), 1))

@@ -70,7 +70,7 @@ def neighbor_graph(embedding: Tensor, k: int) -> Tensor:
 def _check_connected(graph: Tensor, k: int) -> None:
     linked = (graph + graph.T) > 0
     label = torch.full((len(graph),), -1)
-    sizes = []
+    sizes: list[int] = []
     while bool((label < 0).any()):
         front = torch.zeros(len(graph), dtype=torch.bool)
         front[int((label < 0).nonzero()[0])] = True
@@ -108,7 +108,8 @@ def balance(graph: Tensor) -> Tensor:
     worst = float((balanced.sum(1) - 1).abs().max())
     if worst > 1e-8:
         raise ValueError(
-            f"model_cfg.nn_construction=sinkhorn: this neighbour graph cannot be balanced (sums are off by {worst:.1e}). "
+            f"model_cfg.nn_construction=sinkhorn: this neighbour graph cannot be balanced (sums are off by "
+            f"{worst:.1e}). "
             f"Use more nearest_neighbors, or nn_construction=expm"
         )
     return balanced

@@ -54,7 +54,8 @@ class Rows:
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Rows:
         prefix = "rows.c."
         coefficients = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        return cls(*(tensors[f"rows.{k}"] for k in ("index", "x0", "xt", "weights")), coefficients)
+        index, x0, xt, weights = (tensors[f"rows.{k}"] for k in ("index", "x0", "xt", "weights"))
+        return cls(index, x0, xt, weights, coefficients)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Rows:
         """There, with fractions in `dtype`."""
@@ -69,8 +70,8 @@ class Rows:
 
 @dataclass
 class RowLoss:
-    """`sum` of weights * (bound + aux_weight * cross-entropy), differentiable; `nats` (M,) of the bound and `aux` (M,) of
-    the cross-entropy, unweighted and detached."""
+    """`sum` of weights * (bound + aux_weight * cross-entropy), differentiable; `nats` (M,) of the bound and `aux` (M,)
+    of the cross-entropy, unweighted and detached."""
 
     sum: Tensor
     nats: Tensor

@@ -69,6 +69,12 @@ class Process(ABC):
     def __init__(self, cfg: Any, n: int, V: int, mask_id: int | None) -> None:
         self.cfg, self.n, self.V, self.mask_id = cfg, n, V, mask_id
 
+    @property
+    def mask(self) -> int:
+        """The mask's id, in processes that have one."""
+        assert self.mask_id is not None
+        return self.mask_id
+
     def time_streams(self, length: int) -> int:
         """Times per row of `length` positions; more than one where each block has its own."""
         return 1

@@ -6,7 +6,7 @@ probabilities over the next state. M positions, V states; `log_s` (M, V) fp64 is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -16,7 +16,7 @@ from adapters.diffusion.chains import draw
 from adapters.diffusion.network import Network, sampling_dtype
 from adapters.diffusion.process import Choice, Process, Window
 
-__all__ = ["AbsorbingGraph", "ScoreModel", "UniformGraph", "reveal_by_scores", "shape_scores"]
+__all__ = ["AbsorbingGraph", "ScoreModel", "Step", "UniformGraph", "reveal_by_scores", "shape_scores"]
 
 
 class AbsorbingGraph:
@@ -83,7 +83,7 @@ def reveal_by_scores(
     model: ScoreModel,
     network: Network,
     window: Window,
-    plan: list[tuple[float, Step, float]],
+    plan: Sequence[tuple[float, Step, float]],
 ) -> Iterator[Tensor]:
     """Run the reverse chain from noise. `plan` holds per step the total noise sigma that the network is told, the step
     function and its amount; the last one is the final denoising, which leaves no mask.

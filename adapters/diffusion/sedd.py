@@ -19,7 +19,7 @@ from adapters.diffusion import masked
 from adapters.diffusion.network import Network, RowLoss, Rows, sampling_dtype
 from adapters.diffusion.process import Draw, Process, Window
 from adapters.diffusion.schedules import AlphaSchedule, Geometric, Schedule
-from adapters.diffusion.scores import AbsorbingGraph, UniformGraph, reveal_by_scores
+from adapters.diffusion.scores import AbsorbingGraph, Step, UniformGraph, reveal_by_scores
 
 __all__ = ["SEDDProcess"]
 
@@ -37,7 +37,11 @@ class SEDDProcess(Process):
             if cfg.noise_schedule == "loglinear"
             else Geometric(cfg.sigma_min, cfg.sigma_max)
         )
-        self.graph = AbsorbingGraph(mask_id) if mask_id is not None else UniformGraph(n)
+        self.graph: AbsorbingGraph | UniformGraph = (
+            AbsorbingGraph(mask_id) if mask_id is not None else UniformGraph(n)
+        )
+            AbsorbingGraph(mask_id) if mask_id is not None else UniformGraph(n)
+        )
         self.mode = "sedd_absorb" if mask_id is not None else "sedd_uniform"
         self.estimator = f"the score-entropy bound ({cfg.transition_type}) over t in [{cfg.sampling_eps:g}, 1], with both ends"
 
@@ -166,10 +170,11 @@ class SEDDProcess(Process):
             )
         times = torch.linspace(1, CLEAN_END, steps + 1, dtype=torch.float64)
         sigma = self.schedule.sigma(times)
+        step: Step = self.graph.analytic if cfg.predictor == "analytic" else self.graph.euler
         if cfg.predictor == "analytic":
-            step, amounts = self.graph.analytic, sigma[:-1] - sigma[1:]
+            amounts = sigma[:-1] - sigma[1:]
         else:
-            step, amounts = self.graph.euler, (times[:-1] - times[1:]) * self.schedule.rate(times[:-1])
+            amounts = (times[:-1] - times[1:]) * self.schedule.rate(times[:-1])
         plan = [(s, step, a) for s, a in zip(sigma[:-1].tolist(), amounts.tolist(), strict=True)]
         plan.append((float(sigma[-1]), self.graph.analytic, float(sigma[-1])))
         return reveal_by_scores(self, self, network, window, plan)

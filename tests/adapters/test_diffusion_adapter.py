@@ -1,4 +1,4 @@
-"""The diffusion adapters behind the trainer's contract: rows, invariance, likelihood, text, and every field's effect."""
+"""The diffusion adapters behind the trainer's contract: rows, invariance, likelihood, text, every field's effect."""
 
 import math
 import types
@@ -184,7 +184,7 @@ def test_metrics_by_time_add_up_to_the_bound(kind):
     prepared = adapter.prepare(batch(range(32)), train_context(32))
     out = adapter(prepared)
     by_time = [out.metrics[f"nelbo_t{d}"] for d in range(10)]
-    assert sum(float(m.sum) for m in by_time) == pytest.approx(float(out.terms["nelbo"].sum), rel=1e-9)
+    assert sum(m.sum.item() for m in by_time) == pytest.approx(float(out.terms["nelbo"].sum), rel=1e-9)
     assert sum(m.count for m in by_time) == out.metrics["noised_fraction"].count == 32 * S
     share = float(out.metrics["noised_fraction"].sum) / (32 * S)
     assert 0.2 < share < 0.8
@@ -206,7 +206,7 @@ def test_the_score_total_is_the_networks_own(scaled):
     assert metric.count == len(t["rows.index"])
 
 
-# -- text ------------------------------------------------------------------------------------------------------------------
+# -- text ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -265,7 +265,7 @@ def test_blocks_with_and_without_a_cache_are_the_same_text(sampler):
     assert cached.network_calls < plain.network_calls
 
 
-# -- every field has an effect -----------------------------------------------------------------------------------------------
+# -- every field has an effect -------------------------------------------------------------------------
 
 
 def fingerprint(adapter):
@@ -411,7 +411,7 @@ def test_a_schedule_fitted_to_the_text_travels_with_the_weights():
     assert torch.equal(other.process.chain.alpha_bar, fitted)
 
 
-# -- blocks --------------------------------------------------------------------------------------------------------------------
+# -- blocks --------------------------------------------------------------------------------------------
 
 
 def test_blocks_begin_behind_the_given_token():

@@ -84,7 +84,7 @@ def block_oracle(size):
     return BlockOracle(lambda xt, tau: xt, M)
 
 
-# -- exact values by enumeration -------------------------------------------------------------------------------------
+# -- exact values by enumeration -----------------------------------------------------------------------
 
 
 def subset_average(process, network):
@@ -212,10 +212,8 @@ def test_score_entropy_plus_its_ends_is_the_entropy(graph):
         out = 0.0
         for xt in states:
             same = (xt == SEQUENCES).double()
-            if graph == "absorbing":
-                q = torch.where(xt == M, 1 - kept, kept * same)
-            else:
-                q = kept * same + (1 - kept) / K
+            absorbed = torch.where(xt == M, 1 - kept, kept * same)
+            q = absorbed if graph == "absorbing" else kept * same + (1 - kept) / K
             mass = LAW * q.prod(1)
             chosen = mass > 0
             if bool(chosen.any()):
@@ -368,7 +366,7 @@ def test_blocks_of_one_token_give_the_exact_likelihood():
     assert torch.allclose(bound.nats, -LAW.log(), atol=1e-12) and bound.variance.max() < 1e-20
 
 
-# -- estimates -----------------------------------------------------------------------------------------------------
+# -- estimates -----------------------------------------------------------------------------------------
 
 ESTIMATORS = {
     "mdl": lambda: (mdl(), masked_oracle()),

@@ -53,13 +53,11 @@ def window(count, seed=0, known=None, choice=None):
 
 def sample(process, oracle, count, **options):
     network = Network(oracle)
-    last = None
-    for last in process.resolve(network, window(count, **options)):
-        pass
+    *_, last = process.resolve(network, window(count, **options))
     return last[:, 1:], network.calls
 
 
-# -- laws by composing transition matrices ----------------------------------------------------------------------------
+# -- laws by composing transition matrices -------------------------------------------------------------
 
 
 def composed_law(chain, answer, start):
@@ -149,7 +147,7 @@ def one_token_error(process, p0, steps, predictor):
     return float((law - law_at(times[-1])).abs().sum())
 
 
-# -- laws by counting ----------------------------------------------------------------------------------------------------
+# -- laws by counting ----------------------------------------------------------------------------------
 
 MANY = 4000
 
@@ -268,7 +266,7 @@ def test_known_tokens_survive_on_graphs_without_a_mask(graph):
     assert share > MARGINALS[0, 2] + 0.05
 
 
-# -- calls ---------------------------------------------------------------------------------------------------------------
+# -- calls ---------------------------------------------------------------------------------------------
 
 
 def test_the_cache_saves_calls_and_changes_nothing():
@@ -313,7 +311,7 @@ def test_a_revealed_token_never_changes():
         assert not bool((states[-1] == M).any())
 
 
-# -- choices ---------------------------------------------------------------------------------------------------------------
+# -- choices -------------------------------------------------------------------------------------------
 
 
 def test_temperature_and_nucleus_act_on_the_prediction():
@@ -346,7 +344,7 @@ def test_the_last_step_can_take_the_most_probable_token(monkeypatch):
     assert float((greedy[:, 0] == 0).double().mean()) > float((plain[:, 0] == 0).double().mean()) + 0.2
 
 
-# -- longer text -----------------------------------------------------------------------------------------------------------
+# -- longer text ---------------------------------------------------------------------------------------
 
 
 def chain_oracle(length):
@@ -369,7 +367,7 @@ def chain_oracle(length):
 
 
 def test_long_text_goes_on_from_its_own_end():
-    """Windows of 8 with chunks of 4: every chunk continues the prefix it is conditioned on, whose tokens never change."""
+    """Windows of 8, chunks of 4: every chunk continues the prefix it is conditioned on, which never changes."""
     process = mdl(n_ctx=7, sar_chunk_size=4)
     shown = []
     out = continue_text(
