@@ -40,10 +40,9 @@ class SEDDProcess(Process):
         self.graph: AbsorbingGraph | UniformGraph = (
             AbsorbingGraph(mask_id) if mask_id is not None else UniformGraph(n)
         )
-            AbsorbingGraph(mask_id) if mask_id is not None else UniformGraph(n)
-        )
         self.mode = "sedd_absorb" if mask_id is not None else "sedd_uniform"
-        self.estimator = f"the score-entropy bound ({cfg.transition_type}) over t in [{cfg.sampling_eps:g}, 1], with both ends"
+        span = f"t in [{cfg.sampling_eps:g}, 1]"
+        self.estimator = f"the score-entropy bound ({cfg.transition_type}) over {span}, with both ends"
 
     @property
     def stratified(self) -> bool:  # type: ignore[override]
