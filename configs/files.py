@@ -138,7 +138,7 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         raise ConfigError(f"{shown(path)}{line}: {place}{error.problem}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{shown(path)}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{shown(path)}: cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{shown(path)}: a model file is a mapping of keys to values")

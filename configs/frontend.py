@@ -125,7 +125,7 @@ def parse(argv: list[str]) -> Request:
         try:
             if word.startswith("-") and len(word) > 1 and not word[1].isdigit():
                 _flag(request, word, words)
-            elif "=" not in word and not word.startswith("~"):
+            elif "=" not in word and (word.startswith("~/") or not word.startswith("~")):
                 _positional(request, word)
             else:
                 _override(request, word)

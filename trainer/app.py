@@ -141,6 +141,8 @@ def _quote(path: Path) -> str:
 def _hydra(plan: Plan, task: object, extra: list[str]) -> None:
     """Hand over to `hydra.main`. Its parser wants the flags first."""
     _guard_argparse()
+    # The run folder's config.yaml says more than Hydra's own record, which a second run would write over.
+    extra = ["hydra.output_subdir=null", *extra]
     sys.argv = [sys.argv[0], *plan.request.flags, *extra, *plan.overrides]
     os.environ.setdefault("HYDRA_FULL_ERROR", "0")
     hydra.main(version_base="1.3", config_path=str(ROOT), config_name=APP)(task)()  # type: ignore[arg-type]

@@ -95,14 +95,13 @@ def save_checkpoint(run_dir: Path, step: int, tensors: dict[str, Any], texts: di
 
 
 def _explain_write_failure(path: Path, error: Exception) -> str:
-    """torch.save reports a failed write as a RuntimeError, so the reason is looked up from the disk itself."""
     kept = checkpoints_in(path.parent)
     rest = f"The last complete checkpoint is {kept[-1]}." if kept else "No checkpoint had been saved before."
     free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
     if getattr(error, "errno", None) == errno.ENOSPC or free < 1 << 20:
         reason = f"the disk is full ({free / 1e6:.1f} MB free)"
     else:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
     return f"could not write {path}: {reason}. {rest} Free some space and resume"
 
 
@@ -111,10 +110,15 @@ class _Digesting:
 
     def __init__(self, file: Any) -> None:
         self.file, self.hash = file, hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         self.hash.update(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error  # torch.save would only report that something went wrong
+            raise
 
     def flush(self) -> None:
         self.file.flush()
@@ -127,7 +131,12 @@ def _write_text(text: str, file: Any) -> None:
 def _write(path: Path, write: Callable[[Any], object]) -> str:
     with open(path, "wb") as raw:
         file = _Digesting(raw)
-        write(file)
+        try:
+            write(file)
+        except RuntimeError:
+            if file.error is not None:
+                raise file.error from None
+            raise
         raw.flush()
         os.fsync(raw.fileno())
     return file.hash.hexdigest()

@@ -73,19 +73,16 @@ def require_writable(folder: Path) -> None:
         ) from None
 
 
-def write_config(cfg: RunConfig, folder: Path, origin: str = "") -> Path:
-    """Write the resolved config as a model file that reproduces the run. Secrets of `env` stay out."""
+def config_text(cfg: RunConfig, origin: str = "") -> str:
+    """The resolved config as a model file that reproduces the run. Secrets of `env` stay out."""
     lines = ["# The resolved configuration of this run. Running it again reproduces the run."]
     lines += [f"# Composed from {origin}"] if origin else []
     body = OmegaConf.to_yaml(OmegaConf.create({"defaults": ["training", "_self_"], **redacted(cfg)}))
-    path, part = folder / "config.yaml", folder / f".config.yaml.{os.getpid()}"
-    part.write_text("\n".join(lines) + "\n" + body, encoding="utf-8")
-    os.replace(part, path)
-    return path
+    return "\n".join(lines) + "\n" + body
 
 
 def read_config(path: Path) -> tuple[RunConfig, ModelConfig]:
-    """The inverse of `write_config`. Raises ConfigError."""
+    """The inverse of `config_text`, from a file. Raises ConfigError."""
     tree = OmegaConf.to_container(OmegaConf.load(path))
     assert isinstance(tree, dict)
     return validate({str(k): v for k, v in tree.items() if k != "defaults"})
@@ -117,35 +114,38 @@ def start(
     `isolated`: in a process of its own even if one process is all it takes.
     """
     require_writable(folder)
-    config = write_config(cfg, folder, origin)
+    text = config_text(cfg, origin)
     if launched():
         _tell({"config": cfg.model_dump(mode="json"), "folder": str(folder), "env": _secret_env(cfg)})
-        return run_here(cfg, model_cfg, folder)
+        return run_here(cfg, model_cfg, folder, text)
     processes = process_count(cfg.num_gpus, cfg.device)
     if processes > 1 or isolated:
-        return run_workers(config, folder, processes)
-    return run_here(cfg, model_cfg, folder)
+        return run_workers(text, folder, processes)
+    return run_here(cfg, model_cfg, folder, text)
 
 
-def run_here(cfg: RunConfig, model_cfg: ModelConfig, folder: Path) -> float:
-    """Train in this process. A failure that has an explanation becomes one message and exit status 1."""
+def run_here(cfg: RunConfig, model_cfg: ModelConfig, folder: Path, text: str) -> float:
+    """Train in this process. A failure that has an explanation becomes one message and exit status 1; the user's
+    mistakes that only show once data and model are there, status 2. `text` becomes the run's config.yaml."""
     from trainer.loop import train
 
     try:
-        return train(cfg, model_cfg, folder)
-    except (TrainingError, ValueError) as error:
+        return train(cfg, model_cfg, folder, text)
+    except (TrainingError, ValueError, OSError) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         # Every rank raises the same one; it is said once.
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
 
 
-def run_workers(config: Path, folder: Path, processes: int) -> float:
+def run_workers(text: str, folder: Path, processes: int) -> float:
     """Start the worker(s) of one run, pass signals on to them, wait. Raises JobFailed if they failed."""
-    command = [sys.executable, str(ROOT / "mytrainer.py"), "worker", str(config), str(folder)]
     with tempfile.TemporaryDirectory(prefix="mytrainer-") as post:
+        config = Path(post) / "config.yaml"
+        config.write_text(text, encoding="utf-8")
+        command = [sys.executable, str(ROOT / "mytrainer.py"), "worker", str(config), str(folder)]
         env = {**os.environ, _POST: post}
         if processes > 1:
             env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
@@ -230,7 +230,7 @@ def worker_main(argv: list[str]) -> int:
     try:
         env = OmegaConf.to_container(OmegaConf.load(config)).get("env") or {}  # type: ignore[union-attr]
         apply_env(env)
-        score = run_here(*read_config(config), folder)
+        score = run_here(*read_config(config), folder, config.read_text(encoding="utf-8"))
         status = 0
     except ConfigError as error:
         print(error.report(), file=sys.stderr)
@@ -323,7 +323,7 @@ def follow() -> int:
         if value != REDACTED:
             os.environ.setdefault(name, value)
     cfg, model_cfg = validate(cfg.model_dump(mode="json"))
-    run_here(cfg, model_cfg, folder)
+    run_here(cfg, model_cfg, folder, "")  # rank 0 writes the config
     return 0
 
 

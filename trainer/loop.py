@@ -25,7 +25,13 @@ from torch import Tensor
 
 from data.tokenizers import load_tokenizer
 from trainer.batching import StepBatch
-from trainer.checkpoint import find_checkpoint, load_json, load_tensors, newest_checkpoint
+from trainer.checkpoint import (
+    checkpoints_in,
+    find_checkpoint,
+    load_json,
+    load_tensors,
+    newest_checkpoint,
+)
 from trainer.diagnose import explain_non_finite
 from trainer.distributed import open_world
 from trainer.errors import TrainingError
@@ -66,10 +72,10 @@ class Progress:
         return cls(**{**saved, "best_bits_per_byte": math.inf if best is None else best})
 
 
-def train(cfg: RunConfig, model_cfg: ModelConfig, run_dir: Path) -> float:
+def train(cfg: RunConfig, model_cfg: ModelConfig, run_dir: Path, config_yaml: str = "") -> float:
     """Train, score and sample; returns bits per byte (of the best model if `save_best_model`), NaN if stopped
-    before the first score."""
-    with open_world(cfg) as world, RunFolder(run_dir, world) as folder, StopSignal() as stop:
+    before the first score. `config_yaml` is kept in the run folder, as the text that reproduces the run."""
+    with open_world(cfg) as world, RunFolder(run_dir, world, config_yaml) as folder, StopSignal() as stop:
         if cfg.resume == "none":
             folder.refuse_to_overwrite()
         checkpoint = _checkpoint_to_resume(cfg, folder)
@@ -96,6 +102,11 @@ def _checkpoint_to_resume(cfg: RunConfig, folder: RunFolder) -> Path | None:
     if cfg.resume != "none" and folder.world.is_main:
         if cfg.resume == "auto":
             found = newest_checkpoint(folder.path, folder.console.warn)
+            if found is None and (damaged := checkpoints_in(folder.path)):
+                raise ValueError(
+                    f"no checkpoint of {folder.path} is sound ({', '.join(p.name for p in damaged)}). Move them away "
+                    f"to start anew, or choose another output_dir"
+                )
         else:
             found = find_checkpoint(cfg.resume, folder.console.warn)
             newest = newest_checkpoint(folder.path, folder.console.warn)

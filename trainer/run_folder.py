@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -43,8 +44,8 @@ __all__ = ["RunFolder"]
 class RunFolder:
     """Use as a context manager. On ranks other than 0 every method does nothing."""
 
-    def __init__(self, path: Path, world: World) -> None:
-        self.path, self.world = Path(path), world
+    def __init__(self, path: Path, world: World, config_yaml: str = "") -> None:
+        self.path, self.world, self.config_yaml = Path(path), world, config_yaml
         self.console = Console(enabled=world.is_main)
         self._lock = filelock.FileLock(str(self.path / ".lock"))
         self._metrics: MetricsWriter | None = None
@@ -84,6 +85,8 @@ class RunFolder:
             self._yardsticks.close()
         if self.world.is_main:
             self._lock.release()
+            if error is not None and {p.name for p in self.path.glob("*")} <= {".lock"}:
+                shutil.rmtree(self.path, ignore_errors=True)  # a mistake leaves no folder behind
 
     # -- start ---------------------------------------------------------------------------------------------------
 
@@ -93,6 +96,8 @@ class RunFolder:
         cfg = s.cfg
         self._metrics = MetricsWriter(self.path)
         self._metrics.truncate_after(progress.step)  # what a life cut short wrote after its last checkpoint
+        if self.config_yaml:
+            write_atomically(self.path / "config.yaml", self.config_yaml)
         manifest = self._manifest(s)
         write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
         counts = manifest["parameters"]

@@ -9,7 +9,7 @@ import pytest
 from configs import compose, runs
 from configs.compose import check, compose_tree, prepare
 from configs.messages import ConfigError
-from trainer.launch import read_config, write_config
+from trainer.launch import config_text, read_config
 
 ASKED = ["mine.yaml", "model_name=dante", "model_cfg.n_layers=5", "preset=tiny"]
 
@@ -20,7 +20,7 @@ def dante(work):
     cfg, model_cfg = compose(ASKED, notify=lambda text: None)
     folder = work / "checkpoints" / "dante"
     (folder / "checkpoint-20").mkdir(parents=True)
-    write_config(cfg, folder)
+    (folder / "config.yaml").write_text(config_text(cfg))
     saved = {
         "format": 1,
         "type": cfg.type,

@@ -47,7 +47,9 @@ def test_out_of_memory_recovery_picks_divisors_only():
 class FakeRows:
     def batch(self, rows):
         tokens = np.repeat(rows[:, None], 4, axis=1)
-        return SimpleNamespace(tokens=tokens, weights=np.ones((len(rows), 3), np.float32), rows=rows, bytes=7 * len(rows))
+        return SimpleNamespace(
+            tokens=tokens, weights=np.ones((len(rows), 3), np.float32), rows=rows, bytes=7 * len(rows)
+        )
 
 
 class FakeAdapter:

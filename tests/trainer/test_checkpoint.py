@@ -13,7 +13,9 @@ from trainer.errors import TrainingError
 
 
 def save(run: Path, step: int, value: float = 1.0) -> Path:
-    return ck.save_checkpoint(run, step, {"model.pt": {"w": torch.full((3,), value)}}, {"training_state.json": "{}"})
+    return ck.save_checkpoint(
+        run, step, {"model.pt": {"w": torch.full((3,), value)}}, {"training_state.json": "{}"}
+    )
 
 
 def test_round_trip_and_digests(tmp_path):
@@ -83,7 +85,9 @@ def test_a_real_write_error_midway_through_torch_save(tmp_path):
         "try: ck.save_checkpoint(Path(sys.argv[1]), 2, {'model.pt': torch.zeros(10**6)}, {})\n"
         "except ck.TrainingError as error: print(error); sys.exit(3)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=Path.cwd())
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=Path.cwd()
+    )
     assert done.returncode == 3, done.stderr
     assert "could not write" in done.stdout and "checkpoint-1" in done.stdout
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]

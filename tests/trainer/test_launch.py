@@ -30,8 +30,10 @@ LOOP = """
 import json, os, sys, time, types
 from pathlib import Path
 
-def train(cfg, model_cfg, folder):
+def train(cfg, model_cfg, folder, config_yaml):
     from trainer.errors import TrainingError
+    if config_yaml:
+        Path(folder, "config.yaml").write_text(config_yaml)
     facts = {"pid": os.getpid(), "parent": os.getppid(), "seed": cfg.seed,
              "env": os.environ.get("SOME_TOKEN"), "plain": os.environ.get("PLAIN"),
              "d_model": model_cfg.d_model, "argv": sys.argv, "torch": "torch" in sys.modules}
@@ -106,7 +108,7 @@ def test_a_single_run_trains_in_this_process_and_leaves_one_folder(work):
     assert (found["seed"], found["plain"], found["env"], found["torch"]) == (5, "x", "t0p", False)
     created = {p.name for p in work.iterdir()} - {"__pycache__"}
     assert created == {"plain_arch.py", "sitecustomize.py", "mine.yaml", "out"}
-    assert {p.name for p in (work / "out").iterdir()} == {".hydra", "config.yaml", "ran-0.json"}
+    assert {p.name for p in (work / "out").iterdir()} == {"config.yaml", "ran-0.json"}
     saved = "".join(
         p.read_text() for p in (work / "out").rglob("*.*") if p.is_file() and p.name != "ran-0.json"
     )
@@ -119,7 +121,7 @@ def test_the_folder_is_named_by_output_dir_model_name_or_the_clock(work):
     assert (work / "checkpoints" / "dante" / "config.yaml").exists()
     assert run(work, "mine.yaml").returncode == 0
     (folder,) = (work / "outputs").iterdir()
-    assert folder.name.startswith("Model-20") and (folder / ".hydra" / "config.yaml").exists()
+    assert folder.name.startswith("Model-20") and (folder / "config.yaml").exists()
 
 
 def test_the_saved_config_runs_again(work):
@@ -152,7 +154,7 @@ def test_a_folder_that_cannot_be_written_is_a_clear_error(work):
 
 def test_no_model_at_all(work):
     done = run(work)
-    assert done.returncode == 2 and "no model chosen" in done.stderr and "gpt2, vanilla" in done.stderr
+    assert done.returncode == 2 and "no model chosen" in done.stderr and "gpt2" in done.stderr
 
 
 @pytest.mark.parametrize(
