@@ -138,5 +138,4 @@ class BD3LM(DiT):
         c = self.cfg
         trunk = 2 * self._products() + c.n_layers * 4 * (seq_len + c.block_length) * c.d_model
         taus = 2 * seq_len if c.time_conditioning else 1
-        forward = trunk + 2 * self.head_weight.numel() + self._conditioning() * taus / seq_len
-        return Flops(forward_per_token=forward, training_per_token=3 * forward)
+        return self._with_head(trunk + self._conditioning() * taus / seq_len)

@@ -45,6 +45,11 @@ class D3PMConfig(DiTConfig):
     def has_mask(self) -> bool:
         return self.transition_type == "absorbing"
 
+    @property
+    def share_of_logits(self) -> float:
+        """The auxiliary cross-entropy is over all positions."""
+        return 1.0 if self.auxiliary_loss_weight else super().share_of_logits
+
     def problems(self, run: RunConfig) -> list[str]:
         return super().problems(run) + self._schedule_problems() + self._chain_problems()
 

@@ -58,6 +58,12 @@ class DiTConfig(DefaultModelConfig):
         """Whether the chain has a mask state."""
         return True
 
+    @property
+    def share_of_logits(self) -> float:
+        """Share of positions whose logits a training step computes, on average: masked ones only, where the loss reads
+        no others, and half of all when masking probabilities are uniform."""
+        return 0.5 if self.has_mask else 1.0
+
     def problems(self, run: RunConfig) -> list[str]:
         problems = super().problems(run)
         if self.d_model % self.n_heads == 0 and self.d_model // self.n_heads % 2:
@@ -254,10 +260,14 @@ class DiT(nn.Module):
 
     def flops(self, seq_len: int) -> Flops:
         """Per token: `n_layers (24 D^2 + 4 L D) + 2 D V` forward at d_mult = 4, every position attending to
-        all L, and the conditioning, which each row pays once. Training is three times that."""
+        all L, and the conditioning, which each row pays once. Training is three times that, with the head only
+        where the loss reads it (`Config.share_of_logits`)."""
         trunk = self._products() + self.cfg.n_layers * 4 * seq_len * self.cfg.d_model
-        forward = trunk + 2 * self.head_weight.numel() + self._conditioning() / seq_len
-        return Flops(forward_per_token=forward, training_per_token=3 * forward)
+        return self._with_head(trunk + self._conditioning() / seq_len)
+
+    def _with_head(self, trunk: float) -> Flops:
+        head = 2 * self.head_weight.numel()
+        return Flops(trunk + head, 3 * (trunk + self.cfg.share_of_logits * head))
 
     def _products(self) -> float:
         """Operations of the blocks' matrices, per token."""

@@ -46,6 +46,10 @@ class MDLConfig(DiTConfig):
         """New tokens per round of semi-autoregressive generation: 512 at the paper's context of 1024."""
         return max(1, self.n_ctx // 2) if self.sar_chunk_size is None else self.sar_chunk_size
 
+    @property
+    def share_of_logits(self) -> float:
+        return super().share_of_logits if self.use_subs_parameterization else 1.0
+
     def problems(self, run: RunConfig) -> list[str]:
         return super().problems(run) + self._schedule_problems() + self._sampler_problems()
 
