@@ -24,17 +24,23 @@ class Architecture:
 
 ARCHITECTURES: dict[str, Architecture] = {
     "bd3lm": Architecture(
-        "models.bd3lm:BD3LM", "adapters.diffusion.adapter:BD3LMAdapter", "block diffusion (Arriola et al. 2025)"
+        "models.bd3lm:BD3LM",
+        "adapters.diffusion.adapter:BD3LMAdapter",
+        "block diffusion (Arriola et al. 2025)",
     ),
     "d3pm": Architecture(
-        "models.d3pm:D3PM", "adapters.diffusion.adapter:D3PMAdapter", "discrete diffusion (Austin et al. 2021)"
+        "models.d3pm:D3PM",
+        "adapters.diffusion.adapter:D3PMAdapter",
+        "discrete diffusion (Austin et al. 2021)",
     ),
     "gpt2": Architecture("models.gpt2:GPT2", description="GPT-2 (Radford et al. 2019)"),
     "mdl": Architecture(
         "models.mdl:MDL", "adapters.diffusion.adapter:MDLAdapter", "masked diffusion (Sahoo et al. 2024)"
     ),
     "sedd": Architecture(
-        "models.sedd:SEDD", "adapters.diffusion.adapter:SEDDAdapter", "score entropy diffusion (Lou et al. 2024)"
+        "models.sedd:SEDD",
+        "adapters.diffusion.adapter:SEDDAdapter",
+        "score entropy diffusion (Lou et al. 2024)",
     ),
     "vanilla": Architecture(
         "models.vanilla:Vanilla", description="Llama-style decoder (Touvron et al. 2023): the control"

@@ -26,7 +26,9 @@ class D3PMConfig(DiTConfig):
     # The paper: mutual_info for absorbing and nearest_neighbor, cosine for uniform, linear for gaussian.
     noise_schedule: Literal["mutual_info", "cosine", "linear"] = "mutual_info"
     num_timesteps: Positive = 1000  # T, steps of the chain
-    nelbo_steps: Positive | None = None  # steps of the chain in the bound; fewer: coarser, cheaper; null = all
+    nelbo_steps: Positive | None = (
+        None  # steps of the chain in the bound; fewer: coarser, cheaper; null = all
+    )
     auxiliary_loss_weight: NonNegativeFloat = 0.01  # lambda of the cross-entropy; the paper's 0 on uniform
     sampling_timesteps: Positive = 1000  # reverse steps S <= T; fewer are even skips
     gaussian_beta_min: Probability = 1e-4  # linear schedule of the gaussian chain

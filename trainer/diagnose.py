@@ -26,7 +26,11 @@ def _bad(value: Any) -> bool:
 
 
 def explain_non_finite(
-    adapter: ModelAdapter, batch: StepBatch, precision: str, device: torch.device, seed: Callable[[int], object]
+    adapter: ModelAdapter,
+    batch: StepBatch,
+    precision: str,
+    device: torch.device,
+    seed: Callable[[int], object],
 ) -> str:
     """Replay a step and name what went wrong first: a parameter, a module's output, a loss term, a gradient.
 
