@@ -59,10 +59,8 @@ def test_mask_pair_by_pair() -> None:
         for j in range(12):
             noisy_query, noisy_key = i < 6, j < 6
             q, k = blocks[i % 6], blocks[j % 6]
-            if noisy_query == noisy_key:
-                allowed = q == k or (not noisy_query and q > k)
-            else:
-                allowed = noisy_query and q > k
+            same_half = noisy_query == noisy_key
+            allowed = (same_half and q == k) or (not noisy_key and q > k)
             assert mask[i, j] == allowed, (i, j)
     assert torch.equal(
         cached_mask(torch.tensor([0, 0, 1]), 2), torch.tensor([[1, 1, 1, 1, 0]] * 2 + [[1] * 5]) > 0
