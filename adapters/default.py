@@ -85,6 +85,10 @@ class DefaultModelAdapter(ModelAdapter):
         """Continue each prompt token by token. A prompt is a document that has just begun, so the document
         token stands before it, as in training. Rows are independent: each has its own generator, and a row's
         text does not depend on the other prompts."""
+        if options.steps or options.by_confidence:
+            raise ValueError(
+                "steps and by_confidence are for models that draw many positions at once; leave them out"
+            )
         eot = self.tokenizer.eot
         generated: list[list[int]] = []
         calls = 0

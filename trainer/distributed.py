@@ -9,14 +9,17 @@ from __future__ import annotations
 import datetime
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from trainer.errors import TrainingError
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
@@ -58,6 +61,11 @@ def leave_process_group() -> None:
         dist.barrier()
         gc.collect()
         dist.destroy_process_group()
+
+
+@dataclass
+class _Failure:
+    error: Exception
 
 
 class World:
@@ -111,6 +119,21 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """Do something on rank 0; its result, or its failure, on every process."""
+        outcome: Any = None
+        if self.is_main:
+            try:
+                outcome = work()
+            except (TrainingError, ValueError, OSError) as error:
+                if self.size == 1:
+                    raise
+                outcome = _Failure(error)
+        outcome = self.broadcast(outcome)
+        if isinstance(outcome, _Failure):
+            raise outcome.error
+        return outcome
 
     def barrier(self) -> None:
         if self.size > 1:

@@ -76,9 +76,7 @@ def train(cfg: RunConfig, model_cfg: ModelConfig, run_dir: Path, config_yaml: st
     """Train, score and sample; returns bits per byte (of the best model if `save_best_model`), NaN if stopped
     before the first score. `config_yaml` is kept in the run folder, as the text that reproduces the run."""
     with open_world(cfg) as world, RunFolder(run_dir, world, config_yaml) as folder, StopSignal() as stop:
-        if cfg.resume == "none":
-            folder.refuse_to_overwrite()
-        checkpoint = _checkpoint_to_resume(cfg, folder)
+        checkpoint = world.on_main(lambda: _checkpoint_to_resume(cfg, folder))
         saved = load_json(checkpoint, "training_state.json") if checkpoint else {}
         micro_rows = tokenizer = None
         if checkpoint:
@@ -97,29 +95,26 @@ def train(cfg: RunConfig, model_cfg: ModelConfig, run_dir: Path, config_yaml: st
 
 
 def _checkpoint_to_resume(cfg: RunConfig, folder: RunFolder) -> Path | None:
-    """Rank 0 looks and decides, so that all processes load the same one."""
-    found: Path | None = None
-    if cfg.resume != "none" and folder.world.is_main:
-        if cfg.resume == "auto":
-            found = newest_checkpoint(folder.path, folder.console.warn)
-            if found is None and (damaged := checkpoints_in(folder.path)):
-                raise ValueError(
-                    f"no checkpoint of {folder.path} is sound ({', '.join(p.name for p in damaged)}). Move them away "
-                    f"to start anew, or choose another output_dir"
-                )
-        else:
-            found = find_checkpoint(cfg.resume, folder.console.warn)
-            newest = newest_checkpoint(folder.path, folder.console.warn)
-            if (
-                newest
-                and found.resolve().parent == newest.resolve().parent
-                and found.resolve() != newest.resolve()
-            ):
-                raise ValueError(
-                    f"{newest} is newer than {found}, and going on from the older one would overwrite it. Add "
-                    f"output_dir=<new folder> to branch off, or resume={folder.path}"
-                )
-    return folder.world.broadcast(found)
+    """What `resume` means in this folder; None = start anew."""
+    warn = folder.console.warn
+    if cfg.resume == "none":
+        folder.refuse_to_overwrite()
+        return None
+    newest = newest_checkpoint(folder.path, warn)
+    if cfg.resume == "auto":
+        if newest is None and (damaged := checkpoints_in(folder.path)):
+            raise ValueError(
+                f"no checkpoint of {folder.path} is sound ({', '.join(p.name for p in damaged)}). Move them away to "
+                f"start anew, or choose another output_dir"
+            )
+        return newest
+    found = find_checkpoint(cfg.resume, warn)
+    if newest is not None and found.resolve() != newest.resolve():
+        raise ValueError(
+            f"{folder.path} holds {newest.name}, which going on from {found} would overwrite. Choose a new output_dir "
+            f"to branch off, or resume={folder.path}"
+        )
+    return found
 
 
 def dropout_seed(seed: int, step: int, first_row: int) -> int:

@@ -54,24 +54,26 @@ class RunFolder:
         self._started = time.monotonic()
 
     def __enter__(self) -> RunFolder:
-        problem = None
-        if self.world.is_main:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                self._lock.acquire(timeout=0)
-            except filelock.Timeout:
-                problem = f"another run is writing to {self.path}. Wait for it, or choose another output_dir"
-            except OSError as error:
-                problem = f"cannot write to {self.path}: {error.strerror or error}. Choose another output_dir"
-        problem = self.world.broadcast(problem)
-        if problem:
-            raise TrainingError(problem)
+        self.world.on_main(self._lock_folder)
         return self
+
+    def _lock_folder(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise TrainingError(
+                f"another run is writing to {self.path}. Wait for it, or choose another output_dir"
+            ) from None
+        except OSError as error:
+            raise TrainingError(
+                f"cannot write to {self.path}: {error.strerror or error}. Choose another output_dir"
+            ) from error
 
     def refuse_to_overwrite(self) -> None:
         """A new run into a folder that holds another's results would mix or lose them."""
         there = [name for name in ("metrics.jsonl", "summary.json") if (self.path / name).exists()]
-        if self.world.broadcast(bool(there)):
+        if there:
             raise ValueError(
                 f"{self.path} already holds a run ({', '.join(there)}). Add resume=auto to go on with it, or choose "
                 f"another output_dir"
@@ -244,15 +246,7 @@ class RunFolder:
         self._sampled_at = step
 
     def save(self, s: Session, progress: Progress, meter: dict[str, Any], *, best: bool) -> None:
-        problem = None
-        if self.world.is_main:
-            try:
-                self._save(s, progress, meter, best)
-            except TrainingError as error:
-                problem = str(error)
-        problem = self.world.broadcast(problem)
-        if problem:
-            raise TrainingError(problem)
+        self.world.on_main(lambda: self._save(s, progress, meter, best))
 
     def _save(self, s: Session, progress: Progress, meter: dict[str, Any], best: bool) -> None:
         cfg = s.cfg

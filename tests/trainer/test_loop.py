@@ -195,9 +195,9 @@ def test_other_architecture_data_or_optimizer_is_refused(tmp_path):
 
 def test_changed_fields_are_announced(tmp_path, capsys):
     run(tmp_path)
-    run(tmp_path, "resume=auto", "num_iterations=8", "learning_rate=0.001")
+    run(tmp_path, "resume=auto", "num_iterations=8", "learning_rate=0.002")
     out = capsys.readouterr().out
-    assert "learning_rate 0.0006 -> 0.001" in out and "num_iterations 6 -> 8" in out
+    assert "learning_rate 0.001 -> 0.002" in out and "num_iterations 6 -> 8" in out
 
 
 def test_an_older_checkpoint_is_not_gone_on_with_in_place(tmp_path):
