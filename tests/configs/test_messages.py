@@ -7,7 +7,6 @@ import pytest
 from configs import compose
 from configs.messages import ConfigError
 
-# ruff: noqa: E501 (a message per line reads better than a wrapped one)
 CASES = [
     # words, text that the message must contain
     ([], ["no model chosen. Give --hydra_model_cfg=configs/<name>.yaml; available: gpt2, vanilla"]),
