@@ -46,7 +46,7 @@ def test_every_spelling_of_the_flag_names_the_same_file(work, words):
 )
 def test_shipped_files_are_found_from_any_directory(work, value):
     tree = compose_tree(prepare([f"--hydra_model_cfg={value}", "preset=none"]).overrides)
-    assert tree["type"] == "gpt2" and tree["scheduler"] == "cosine"
+    assert tree["type"] == "gpt2" and tree["scheduler"] == "cooldown"
 
 
 def test_priority_class_then_base_then_file_then_preset_then_command_line(work):

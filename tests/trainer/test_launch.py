@@ -166,7 +166,8 @@ def test_no_model_at_all(work):
         (["mine.yaml", "--cfg", "job", "--package", "model_cfg", "model_cfg.d_model=96"], "d_model: 96"),
         (["mine.yaml", "--info", "defaults-tree"], "configs/training"),
         (["--info", "plugins"], "BasicSweeper"),
-        (["--hydra-help"], "Hydra"),
+        # Hydra looks through the whole project for this one.
+        pytest.param(["--hydra-help"], "Hydra", marks=pytest.mark.slow),
     ],
 )
 def test_what_is_only_shown(work, words, text):
