@@ -115,17 +115,31 @@ class StepBatch:
 
 
 class StepLoader:
-    """Prepares the steps in order, in a background thread, a few ahead. Holds no state: a step's content is a
-    function of its number, so resuming is starting at another number."""
+    """Prepares the steps in order, in a background thread, a few ahead. A step's content is a function of its number
+    and of where the run last (re)started, so resuming is starting at another number."""
 
     def __init__(
         self, rows: TrainingRows, adapter: ModelAdapter, plan: BatchPlan, rank: int, seed: int
     ) -> None:
         self.rows, self.adapter, self.plan, self.rank, self.seed = rows, adapter, plan, rank, seed
+        self._first_step, self._first_row = 0, 0
+
+    def start_at(self, step: int, position: int) -> None:
+        """Step `step` begins at `position`, in tokens served before. With another batch size or row length than
+        before, no text is skipped or repeated (but for the rest of a row)."""
+        self._first_step, self._first_row = step, -(-position // self.rows.seq_len)
+
+    def row_of(self, step: int) -> int:
+        """Global id of the first row of a step."""
+        return self._first_row + (step - self._first_step) * self.plan.rows
+
+    def position(self, step: int) -> int:
+        """Tokens served before a step."""
+        return self.row_of(step) * self.rows.seq_len
 
     def load(self, step: int) -> StepBatch:
         plan = self.plan
-        start = step * plan.rows + self.rank * plan.rows_per_process
+        start = self.row_of(step) + self.rank * plan.rows_per_process
         ctx = Context(seed=self.seed, step=step, phase="train", rows_in_step=plan.rows)
         out = StepBatch(step, [], [], {}, 0, 0)
         for micro in range(plan.accumulation):

@@ -22,6 +22,7 @@ import torch
 
 from adapters.base import Context, ModelAdapter
 from trainer.precision import autocast
+from trainer.signals import StopSignal
 
 if TYPE_CHECKING:
     from data.rows import HeldoutRows
@@ -172,16 +173,20 @@ def main(argv: list[str]) -> int:
         lookahead=restored.adapter.data_spec().lookahead,
         max_bytes=args.val_bytes or cfg.val_bytes,
     )
-    score = evaluate(
-        restored.adapter,
-        rows,
-        World(restored.device),
-        # The run's own batch: the same shapes round alike, so its score comes out to the last digit.
-        batch_rows=args.batch_size or restored.micro_rows,
-        seed=cfg.seed,
-        precision=restored.precision,
-    )
-    assert score is not None
+    with StopSignal() as stop:
+        score = evaluate(
+            restored.adapter,
+            rows,
+            World(restored.device),
+            # The run's own batch: the same shapes round alike, so its score comes out to the last digit.
+            batch_rows=args.batch_size or restored.micro_rows,
+            seed=cfg.seed,
+            precision=restored.precision,
+            should_stop=lambda: stop.requested,
+        )
+    if score is None:
+        print(f"{stop.name} received: stopped before the score was complete", file=sys.stderr)
+        return 0
     result = {
         "checkpoint": str(restored.checkpoint) if restored.checkpoint else None,
         "type": cfg.type,

@@ -74,11 +74,25 @@ def require_writable(folder: Path) -> None:
 
 
 def config_text(cfg: RunConfig, origin: str = "") -> str:
-    """The resolved config as a model file that reproduces the run. Secrets of `env` stay out."""
+    """The resolved config as a model file that reproduces the run. Secrets of `env` stay out, and so does what was
+    asked of one start only."""
     lines = ["# The resolved configuration of this run. Running it again reproduces the run."]
     lines += [f"# Composed from {origin}"] if origin else []
-    body = OmegaConf.to_yaml(OmegaConf.create({"defaults": ["training", "_self_"], **redacted(cfg)}))
+    once = {"resume": "none", "eval_only": False}
+    body = OmegaConf.to_yaml(OmegaConf.create({"defaults": ["training", "_self_"], **redacted(cfg), **once}))
     return "\n".join(lines) + "\n" + body
+
+
+def with_absolute_paths(cfg: RunConfig) -> RunConfig:
+    """Relative paths mean the start directory; a run can be gone on with from any other."""
+    changes: dict[str, str] = {}
+    if cfg.data_root is not None:
+        changes["data_root"] = os.path.abspath(os.path.expanduser(cfg.data_root))
+    elif cfg.input_file is not None:
+        changes["input_file"] = os.path.abspath(os.path.expanduser(cfg.input_file))
+    if Path(cfg.tokenizer).suffix == ".json":
+        changes["tokenizer"] = os.path.abspath(os.path.expanduser(cfg.tokenizer))
+    return cfg.model_copy(update=changes)
 
 
 def read_config(path: Path) -> tuple[RunConfig, ModelConfig]:
@@ -114,6 +128,7 @@ def start(
     `isolated`: in a process of its own even if one process is all it takes.
     """
     require_writable(folder)
+    cfg = with_absolute_paths(cfg)
     text = config_text(cfg, origin)
     if launched():
         _tell({"config": cfg.model_dump(mode="json"), "folder": str(folder), "env": _secret_env(cfg)})

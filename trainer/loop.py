@@ -81,8 +81,9 @@ def train(cfg: RunConfig, model_cfg: ModelConfig, run_dir: Path, config_yaml: st
         micro_rows = tokenizer = None
         if checkpoint:
             tokenizer = load_tokenizer(checkpoint / "tokenizer.json")
-            if saved["execution"]["world_size"] == world.size:
-                micro_rows = saved["execution"]["micro_rows"]
+            recorded, share = saved["execution"], cfg.global_batch_size // world.size
+            if recorded["world_size"] == world.size and share % recorded["micro_rows"] == 0:
+                micro_rows = recorded["micro_rows"]
         session = open_session(cfg, model_cfg, world, micro_rows=micro_rows, tokenizer=tokenizer)
         trainer = Trainer(session, folder, stop)
         if checkpoint:
@@ -149,12 +150,15 @@ class Trainer:
             if score:
                 self.folder.log_evaluation(self.progress, score)
             return self._finish(score) if score else self._leave()
-        if self.progress.step >= self.total:
+        if (
+            self.progress.step >= self.total
+            and (ended := self.folder.finished(self.progress.step)) is not None
+        ):
             self.console.note(
                 f"nothing to do: step {self.progress.step} >= num_iterations {self.total}. "
                 "Raise num_iterations to go on"
             )
-            return self.progress.best_bits_per_byte if self.progress.step else math.nan
+            return self.progress.best_bits_per_byte if self.cfg.save_best_model else ended
         if self._evaluation_due() and not self._evaluate():
             return self._leave()
         self.s.adapter.train()
@@ -295,7 +299,7 @@ class Trainer:
 
     def _evaluation_due(self) -> bool:
         step, every = self.progress.step, self.cfg.val_loss_every
-        due = every > 0 and step > 0 and (step % every == 0 or step == self.total)
+        due = step >= self.total or (every > 0 and step > 0 and step % every == 0)
         return due and self.progress.evaluated_at != step
 
     def _score(self, rows: Any) -> Score | None:
@@ -370,6 +374,7 @@ class Trainer:
             s.ema.load_state_dict(load_tensors(checkpoint, "ema.pt"))
         self.meter.load_state_dict(state["meter"], self.world)
         self.progress = Progress.from_json(saved["progress"])
+        s.loader.start_at(self.progress.step, saved["position"])
         self.folder.resumed(checkpoint, self.progress.step, self.progress.seconds)
 
     def _leave(self) -> float:

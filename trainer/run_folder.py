@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import sys
 import time
@@ -98,6 +99,7 @@ class RunFolder:
         cfg = s.cfg
         self._metrics = MetricsWriter(self.path)
         self._metrics.truncate_after(progress.step)  # what a life cut short wrote after its last checkpoint
+        self._sampled_at = self._drop_samples_after(progress.step)
         if self.config_yaml:
             write_atomically(self.path / "config.yaml", self.config_yaml)
         manifest = self._manifest(s)
@@ -188,6 +190,16 @@ class RunFolder:
     def resumed(self, checkpoint: Path, step: int, seconds: float) -> None:
         self.console.note(f"resumed {checkpoint.name} at step {step}, after {seconds:.0f} s of training")
 
+    def finished(self, step: int) -> float | None:
+        """The score a run ended with at this step, None if it has not been scored to the end."""
+
+        def read() -> float | None:
+            path = self.path / "summary.json"
+            summary = json.loads(path.read_text()) if path.exists() else {}
+            return summary["score"]["bits_per_byte"] if summary.get("steps") == step else None
+
+        return self.world.on_main(read)
+
     # -- along the way -----------------------------------------------------------------------------------------------
 
     def log_step(self, line: dict[str, Any], s: Session) -> None:
@@ -245,6 +257,16 @@ class RunFolder:
             ) from error
         self._sampled_at = step
 
+    def _drop_samples_after(self, step: int) -> int:
+        """Forget the samples of a life cut short after its last checkpoint; returns the step of the last one kept."""
+        path = self.path / "samples.txt"
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        starts = [(int(m[1]), m.start()) for m in re.finditer(r"^--- step (\d+) ---$", text, re.MULTILINE)]
+        late = [start for number, start in starts if number > step]
+        if late:
+            write_atomically(path, text[: late[0]])
+        return max((number for number, _ in starts if number <= step), default=-1)
+
     def save(self, s: Session, progress: Progress, meter: dict[str, Any], *, best: bool) -> None:
         self.world.on_main(lambda: self._save(s, progress, meter, best))
 
@@ -264,7 +286,7 @@ class RunFolder:
             "format": FORMAT,
             "step": progress.step,
             "tokens_seen": progress.tokens,
-            "position": progress.step * s.plan.rows * cfg.train_seq_len,
+            "position": s.loader.position(progress.step),
             "optimizer_file": "optimizer.pt",
             "progress": progress_to_json(progress),
             "execution": execution(s),

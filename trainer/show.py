@@ -96,7 +96,7 @@ def describe(cfg: RunConfig, model_cfg: Any, vocab_size: int | None = None) -> d
             "processes": plan.world_size,
         },
         "memory_bytes": memory_estimate(adapter, cfg, plan.micro_rows),
-        "measured_tokens_per_second": _measured_speed(cfg),
+        "measured_tokens_per_second": _measured_speed(cfg, adapter.model_cfg),
     }
 
 
@@ -123,8 +123,13 @@ def memory_estimate(adapter: Any, cfg: RunConfig, micro_rows: int) -> dict[str, 
     return {**out, "total": sum(out.values())}
 
 
-def _measured_speed(cfg: RunConfig) -> dict[str, Any] | None:
-    """Tokens per second of the newest finished run of this type and preset here, if there is one."""
+def _measured_speed(cfg: RunConfig, model_cfg: Any) -> dict[str, Any] | None:
+    """Tokens per second of the newest finished run of this very model and row length here, if there is one."""
+    wanted = {
+        "type": cfg.type,
+        "model_cfg": model_cfg.model_dump(mode="json"),
+        "train_seq_len": cfg.train_seq_len,
+    }
     found = []
     for summary in [*Path("outputs").glob("*/summary.json"), *Path("checkpoints").glob("*/summary.json")]:
         try:
@@ -132,7 +137,7 @@ def _measured_speed(cfg: RunConfig) -> dict[str, Any] | None:
             config = json.loads((summary.parent / "config.json").read_text())
         except (OSError, ValueError):
             continue
-        if config["type"] == cfg.type and config["preset"] == cfg.preset and done["tokens_per_second"]:
+        if all(config.get(key) == value for key, value in wanted.items()) and done["tokens_per_second"]:
             found.append((summary.stat().st_mtime, done["tokens_per_second"], str(summary.parent)))
     if not found:
         return None
@@ -162,6 +167,8 @@ def _page(d: dict[str, Any]) -> str:
         lines.append(
             f"run               {d['steps']:,} steps, {d['tokens']:,} tokens, {d['training_flops']:.3g} FLOPs"
         )
+    else:
+        lines.append("run               as many steps as num_epochs needs, which depends on the text")
     m = d["memory_bytes"]
     parts = ", ".join(f"{k} {v / 2**20:,.0f}" for k, v in m.items() if k != "total" and v)
     lines.append(f"memory (estimate) {m['total'] / 2**20:,.0f} MiB a process ({parts})")
@@ -171,7 +178,7 @@ def _page(d: dict[str, Any]) -> str:
         rate = f"{speed['tokens_per_second']:,.0f} tokens/s of {speed['run']}"
         lines.append(f"time              {seconds / 60:.1f} min at the {rate}")
     elif d["tokens"]:
-        lines.append("time              unknown until a run of this type and preset has finished here")
+        lines.append("time              unknown until a run of this model has finished here")
     return "\n".join(lines)
 
 

@@ -349,3 +349,48 @@ def test_a_signal_during_an_evaluation_repeats_it_after_the_resume(tmp_path, mon
         ]
 
     assert scores(tmp_path / "stopped") == scores(tmp_path / "whole")
+
+
+def test_a_final_evaluation_that_was_cut_short_is_made_up_for(tmp_path, monkeypatch):
+    evaluate = loop.evaluate
+
+    def interrupted(*args, should_stop, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args, should_stop=should_stop, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", interrupted)
+        run(tmp_path / "cut", "val_loss_every=0")
+    assert not (tmp_path / "cut/summary.json").exists()
+    score = run(tmp_path / "cut", "val_loss_every=0", "resume=auto")
+    assert score == run(tmp_path / "whole", "val_loss_every=0")
+    assert (tmp_path / "cut/final_model").exists() and (tmp_path / "cut/report.html").exists()
+
+
+@pytest.mark.parametrize("field", ["save_only_best", "save_best_model"])
+def test_with_no_evaluation_but_the_last_that_one_counts(tmp_path, field):
+    run(tmp_path, "val_loss_every=0", f"{field}=true")
+    assert [c.name for c in checkpoints_in(tmp_path)] == ["checkpoint-6"]
+    assert (tmp_path / "best_model").exists() == (field == "save_best_model")
+
+
+def test_another_batch_size_goes_on_where_the_text_was_left(tmp_path, monkeypatch):
+    run(tmp_path)
+    from data.rows import TrainingRows
+
+    seen, batch = [], TrainingRows.batch
+    monkeypatch.setattr(
+        TrainingRows, "batch", lambda self, rows: seen.extend(rows.tolist()) or batch(self, rows)
+    )
+    run(tmp_path, "resume=auto", "global_batch_size=6", "num_iterations=8")
+    assert seen == list(range(24, 36)), "six steps of four rows came before"
+    run(tmp_path, "resume=auto", "global_batch_size=2", "num_iterations=9")
+    assert seen[12:] == [36, 37]
+
+
+def test_samples_of_a_life_cut_short_are_dropped(tmp_path):
+    run(tmp_path, "save_steps=3")
+    whole = (tmp_path / "samples.txt").read_text()
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    run(tmp_path, "resume=auto", "save_steps=3")
+    assert (tmp_path / "samples.txt").read_text() == whole
