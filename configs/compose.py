@@ -39,10 +39,10 @@ from configs.files import (
     read_model,
     shown,
 )
-from configs.frontend import SIZE_KEYS, Request, parse
+from configs.frontend import SIZE_KEYS, Request, parse, parse_override
 from configs.hardware import uses_cuda
 from configs.messages import REDACTED, ConfigError, is_secret
-from configs.schema import ModelConfig, RunConfig
+from configs.schema import GENERIC_FIELDS, ModelConfig, RunConfig
 from configs.validate import architecture_config, validate
 
 APP = "mytrainer"
@@ -125,6 +125,8 @@ def prepare(argv: list[str]) -> Plan:
         overrides.insert(
             0, f"{MODEL_GROUP}={f'{function}({value})' if function and request.multirun else value}"
         )
+    if len(names) > 1:
+        overrides = [_added(o) for o in overrides]
     secrets = _hide_secrets(request, nodes, overrides)
     register()
     request.notices += [note for n in nodes for node in n.chain() for note in node.notices]
@@ -185,6 +187,13 @@ def _preset(request: Request, nodes: list[Node], saved: tuple[dict[str, Any], Pa
     command = f"python mytrainer.py --hydra_model_cfg={','.join(shown(n.path) for n in nodes)} preset=none"
     request.notices.append(f"preset auto: {preset} ({why}, embedded corpus; {size}). Full size: {command}")
     return preset
+
+
+def _added(override: str) -> str:
+    """A generic field set to one value, as `++key=value`: Hydra composes a sweep over models once without any
+    of them, where no such field exists yet. Swept fields stay out of that composition by themselves."""
+    generic = override.partition("=")[0] in GENERIC_FIELDS
+    return f"++{override}" if generic and not parse_override(override).is_sweep_override() else override
 
 
 def _hide_secrets(request: Request, nodes: list[Node], overrides: list[str]) -> dict[str, str]:

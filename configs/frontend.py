@@ -136,6 +136,11 @@ def parse(argv: list[str]) -> Request:
             f"command line: {key} has several values for one run. Add -m to run them as a sweep"
             for key in sorted(request.sweeps)
         ]
+    if request.multirun and request.mode in ("cfg", "info"):
+        request.problems.append(
+            f"command line: --{request.mode} shows one run, and -m starts several. Leave out -m, and give one "
+            "model and one value of each field"
+        )
     both = {"batch_size", "gradient_accumulation_steps"}
     if both <= request.keys and not {"global_batch_size"} & request.keys:
         request.overrides.append("global_batch_size=null")  # the two asked for decide it

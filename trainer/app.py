@@ -66,13 +66,13 @@ def _show(plan: Plan) -> int:
     """
     if plan.request.mode == "help":
         print(help_text())
-        if plan.models:
+        if len(plan.models) == 1 and not plan.request.sweeps:
             print("This configuration; override anything in it (key=value):\n")
             print(OmegaConf.to_yaml(OmegaConf.create(compose_tree(plan.overrides))))
         return 0
     _say(plan)
     _hydra(plan, lambda cfg: None, [])
-    if plan.request.mode == "cfg" and not plan.request.multirun and len(plan.models) == 1:
+    if plan.request.mode == "cfg" and len(plan.models) == 1:
         check(plan, compose_tree(plan.overrides))
     return 0
 

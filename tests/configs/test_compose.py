@@ -266,6 +266,19 @@ def test_a_grid_over_models(work, write):
     assert checked[1].origin.startswith(str(work / "other.yaml"))
 
 
+def test_a_grid_over_models_with_fields_that_stay_the_same(work, write):
+    write("other.yaml", "defaults: [mine, _self_]\n")
+    words = ["model=mine.yaml,other.yaml", "device=cpu", "seed=1,2", "env.A=x", "model_cfg.d_model=48", "-m"]
+    plan = prepare([*words, "batch_size=2", "gradient_accumulation_steps=3"])
+    compose_tree([o for o in plan.overrides if "," not in o])  # as Hydra does, before any model is chosen
+    checked = check_grid(plan)
+    assert checked is not None
+    assert [(c.cfg.device, c.cfg.seed, c.cfg.global_batch_size) for c in checked] == [
+        ("cpu", 1, 6),
+        ("cpu", 2, 6),
+    ] * 2
+
+
 def test_one_bad_point_stops_the_grid_and_every_bad_point_is_listed(work):
     with pytest.raises(ConfigError) as caught:
         check_grid(prepare(["mine.yaml", "model_cfg.d_model=48,49,96,97", "-m"]))

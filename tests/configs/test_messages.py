@@ -19,6 +19,8 @@ CASES = [
     (["model=glob(x*)"], ["matches no config"]),
     (["model=gpt2,vanilla"], ["2 configs given for one run. Add -m to run them as a sweep"]),
     (["configs/training.yaml"], [f"configs/training.yaml is the shared base, not a model. Choose one of: {ALL}"]),
+    (["mine.yaml", "--cfg", "job", "-m"], ["command line: --cfg shows one run, and -m starts several. Leave out -m"]),
+    (["mine.yaml", "seed=1,2", "--info", "-m"], ["command line: --info shows one run, and -m starts several"]),
     (["model=configs"], ["'configs' is a directory", "--hydra_model_cfg='configs/*.yaml' -m"]),
     (["model=mine.toml"], ["cannot read '.toml'. Accepted: .yaml .yml"]),
     (["mine.json"], ["cannot read '.json'"]),

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from configs.messages import ConfigError
 from configs.schema import RunConfig
+from tests.contract.tiny import overrides
 from trainer import launch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -196,6 +197,18 @@ def test_each_job_of_a_sweep_has_a_process_of_its_own(work):
     found = [facts(f) for f in jobs(work)]
     assert [(f["d_model"], f["seed"]) for f in found] == [(768, 1), (768, 2), (96, 1), (96, 2)]
     assert len({f["pid"] for f in found}) == 4 and len({f["parent"] for f in found}) == 1
+
+
+@pytest.mark.slow
+def test_a_sweep_over_models_trains_them_with_the_fields_they_share(tmp_path):
+    shared = [w for w in overrides("gpt2", "num_iterations=2") if "gpt2" not in w]
+    command = [sys.executable, str(ROOT / "mytrainer.py"), "--hydra_model_cfg=gpt2,vanilla", "-m", "seed=1,2"]
+    done = subprocess.run([*command, *shared], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    found = [OmegaConf.load(p) for p in sorted(tmp_path.glob("multirun/*/*/*/config.yaml"))]
+    assert [(c.type, c.seed, c.device) for c in found] == [
+        (type_, seed, "cpu") for type_ in ("gpt2", "vanilla") for seed in (1, 2)
+    ]
 
 
 def test_one_bad_point_starts_no_job(work):
