@@ -32,7 +32,7 @@ def named_folder(values: Mapping[str, Any], explicit: set[str] = frozenset()) ->
     said_here = {"output_dir", "model_name"} & explicit
     if resume not in (None, "none", "auto", "???") and not said_here:
         return folder_of_path(resume)
-    if values.get("output_dir"):
+    if values.get("output_dir") and said_here != {"model_name"}:
         return Path(values["output_dir"]).expanduser()
     return RUNS / str(values["model_name"]) if values.get("model_name") else None
 
@@ -48,9 +48,13 @@ def implied_model(request: Request) -> str | None:
 
     `--model_name X` also goes on with that run if it has checkpoints; the override is added to the request.
     """
-    folder = named_folder(request.values, request.keys)
+    resume = request.values.get("resume")
+    branch = resume not in (None, "none", "auto")
+    folder = folder_of_path(resume) if branch else named_folder(request.values, request.keys)
     if folder is None:
         return None
+    if branch and Path(resume).expanduser().is_file():
+        raise ConfigError(f"command line: {not_a_folder(resume)}")
     config = folder / "config.yaml"
     if not config.is_file():
         raise ConfigError(_no_such_run(folder, request))
@@ -60,9 +64,16 @@ def implied_model(request: Request) -> str | None:
     return str(config.absolute())
 
 
+def not_a_folder(resume: str) -> str:
+    """The message for `resume=run/model.pt`."""
+    parent = folder_of_path(Path(resume).expanduser().parent)
+    hint = f" Go on with its run: resume={parent}" if (parent / "config.yaml").is_file() else ""
+    return f"resume: {resume} is a file; a run folder or a checkpoint-<step> in one is needed.{hint}"
+
+
 def _no_such_run(folder: Path, request: Request) -> str:
     known = sorted(p.parent.name for p in RUNS.glob("*/config.yaml"))
-    if request.values.get("model_name") and "output_dir" not in request.values:
+    if request.values.get("model_name") and not {"output_dir", "resume"} & request.values.keys():
         name = str(request.values["model_name"])
         runs = f" Runs: {', '.join(known)}." if known else ""
         return (

@@ -22,6 +22,7 @@ from configs.files import CONFIGS, fold_names
 from configs.frontend import unknown_key
 from configs.hardware import process_count, uses_cuda
 from configs.messages import ARCHITECTURE_ALIASES, RENAMED, ConfigError, did_you_mean, suggest_key
+from configs.runs import not_a_folder
 from configs.schema import GENERIC_FIELDS, DefaultModelConfig, ModelConfig, RunConfig
 
 Where = Callable[[str], str]  # key -> place of its value, "" if unknown
@@ -188,6 +189,8 @@ def _files(run: RunConfig) -> list[str]:
         value = getattr(run, name)
         if value not in (None, "none", "auto") and not Path(value).expanduser().exists():
             problems.append(f"{name}: no such run or checkpoint: {value}")
+    if run.resume not in ("none", "auto") and Path(run.resume).expanduser().is_file():
+        problems.append(not_a_folder(run.resume))
     size = re.fullmatch(r"bpe-(\d+)", run.tokenizer)
     if size and int(size[1]) < 257:
         problems.append(f"tokenizer: '{run.tokenizer}' is too small: 256 bytes and one end mark make bpe-257")

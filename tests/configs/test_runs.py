@@ -71,6 +71,31 @@ def test_a_new_folder_branches_off(dante):
     assert (str(checked.folder), checked.model_cfg.n_layers) == ("new", 5)
 
 
+@pytest.mark.parametrize("place", ["checkpoints/dante", "checkpoints/dante/best_model"])
+@pytest.mark.parametrize(
+    ("words", "folder"), [("output_dir=new", "new"), ("model_name=new", "checkpoints/new")]
+)
+def test_branching_off_takes_the_model_of_the_run_it_leaves(dante, place, words, folder):
+    (dante / "best_model").mkdir()
+    saved = (dante / "config.yaml").read_text()
+    (dante / "config.yaml").write_text(saved.replace("output_dir: null", f"output_dir: {dante}"))
+    checked, _ = planned(f"resume={place}", words)
+    assert (str(checked.folder), checked.model_cfg.n_layers, checked.cfg.resume) == (folder, 5, place)
+
+
+@pytest.mark.parametrize("more", [[], ["model=mine.yaml"], ["output_dir=new"]])
+def test_a_file_is_no_run_to_go_on_with(dante, more):
+    (dante / "checkpoint-20" / "model.pt").touch()
+    said = "resume: .*model.pt is a file; .* Go on with its run: resume=checkpoints/dante$"
+    with pytest.raises(ConfigError, match=said):
+        planned("resume=checkpoints/dante/checkpoint-20/model.pt", *more)
+
+
+def test_a_run_that_is_not_there_is_named_though_another_folder_is_given(work):
+    with pytest.raises(ConfigError, match="old holds no run to go on with"):
+        planned("resume=old/checkpoint-3", "model_name=new")
+
+
 def test_a_file_that_differs_gives_way_and_says_so(dante, write):
     write("other.yaml", "defaults: [mine, _self_]\nmodel_cfg: {n_layers: 3}\n")
     checked, plan = planned("other.yaml", "model_name=dante", "resume=auto", "preset=small")
