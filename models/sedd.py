@@ -33,7 +33,7 @@ class SEDDConfig(DiTConfig):
     lm_loss_weight: NonNegativeFloat = 0.0  # of a denoising cross-entropy at masked positions
     predictor: Literal["analytic", "euler"] = "analytic"
     scale_by_sigma: bool | None = None  # scores in units of the noise; null = true iff absorbing
-    use_low_discrepancy_sampler: bool = False  # times stratified over the rows of a step
+    use_low_discrepancy_sampler: bool = True  # times stratified over the rows of a step
     noise_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-3  # loglinear: exp(-sigma(1))
     sigma_min: Rate = 1e-4  # geometric: noise at t = 0 and 1
     sigma_max: Rate = 20.0

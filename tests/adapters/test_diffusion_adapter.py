@@ -319,7 +319,7 @@ FIELDS = [
     ("sedd", {"noise_schedule": "geometric"}, {"sigma_max": 5.0}, "loss"),
     ("sedd", {}, {"noise_eps": 0.2}, "loss"),
     ("sedd", {}, {"sampling_eps": 0.2}, "loss"),
-    ("sedd", {}, {"use_low_discrepancy_sampler": True}, "loss"),
+    ("sedd", {}, {"use_low_discrepancy_sampler": False}, "loss"),
     ("sedd", {}, {"se_loss_weight": 2.0}, "loss"),
     ("sedd", {}, {"lm_loss_weight": 0.5}, "loss"),
     ("sedd", {"lm_loss_weight": 0.5}, {"se_loss_weight": 2.0}, "loss"),
