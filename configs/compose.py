@@ -43,6 +43,7 @@ from configs.frontend import SIZE_KEYS, Request, parse, parse_override
 from configs.hardware import uses_cuda
 from configs.messages import REDACTED, ConfigError, is_secret
 from configs.schema import GENERIC_FIELDS, ModelConfig, RunConfig
+from configs.unread import unread
 from configs.validate import architecture_config, validate
 
 APP = "mytrainer"
@@ -292,6 +293,8 @@ def check(plan: Plan, tree: dict[str, Any], option: str | None = None) -> Checke
     if saved:
         runs.apply_lock(tree, *saved, plan.request.keys, plan.notices)
     cfg, model_cfg = validate(tree, plan.where(option), plan.notices)
+    remark = unread(cfg, plan.request.keys)
+    plan.notices += [remark] if remark else []
     runs.refuse_overwrite(tree, folder)
     path = plan.models[option].path
     return Checked(cfg, model_cfg, folder, f"{path} (sha256 {digest(path)})")

@@ -28,6 +28,7 @@ from configs.messages import (
     suggest_key,
 )
 from configs.schema import GENERIC_FIELDS, RunConfig
+from configs.unread import overruled
 
 MODEL_FLAGS = ("hydra_model_cfg", "model", "config", "config-name", "cn")
 GROUPS = ("preset", "data")
@@ -144,6 +145,7 @@ def parse(argv: list[str]) -> Request:
     both = {"batch_size", "gradient_accumulation_steps"}
     if both <= request.keys and not {"global_batch_size"} & request.keys:
         request.overrides.append("global_batch_size=null")  # the two asked for decide it
+    request.overrides += [f"{winner}=null" for winner in overruled(request.keys)]
     return request
 
 

@@ -232,6 +232,51 @@ def test_micro_batch_and_accumulation_on_the_command_line_decide_the_batch(work)
     assert cfg.global_batch_size == 15
 
 
+def test_a_warm_up_and_a_floor_on_the_command_line_win_over_a_file(write):
+    write("warm.yaml", "defaults: [mine, _self_]\nwarmup_ratio: 0.1\nmin_lr: 0.0001\n")
+    cfg, _ = quiet("warm.yaml")
+    assert (cfg.warmup_ratio, cfg.min_lr) == (0.1, 1e-4)
+    cfg, _ = quiet("warm.yaml", "warmup_steps=5", "min_lr_ratio=0.2")
+    assert (cfg.warmup_steps, cfg.warmup_ratio, cfg.min_lr_ratio, cfg.min_lr) == (5, None, 0.2, None)
+    checked = check_grid(prepare(["warm.yaml", "warmup_steps=5,6", "-m"]))
+    assert checked is not None and [c.cfg.warmup_ratio for c in checked] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("warmup_steps=5 warmup_ratio=0.1", "warmup_steps (because of warmup_ratio=0.1)"),
+        ("min_lr_ratio=0.5 min_lr=0.0001", "min_lr_ratio (because of min_lr=0.0001)"),
+        ("warmup_steps=5 warmup_ratio=null", ""),
+        (
+            "optimizer=sgd adam_beta1=0.8 adam_epsilon=1e-6",
+            "adam_beta1, adam_epsilon (because of optimizer=sgd)",
+        ),
+        ("muon_momentum=0.9", "muon_momentum (because of optimizer=adamw)"),
+        ("optimizer=muon muon_momentum=0.9 adam_beta2=0.9", ""),
+        ("scheduler=cosine cooldown_frac=0.2", "cooldown_frac (because of scheduler=cosine)"),
+        ("scheduler=constant min_lr_ratio=0.2", "min_lr_ratio (because of scheduler=constant)"),
+        ("lr_scaling=none lr_base_width=64", "lr_base_width (because of lr_scaling=none)"),
+        (
+            "optimizer=sgd adam_beta1=0.8 scheduler=linear cooldown_frac=0",
+            "adam_beta1 (because of optimizer=sgd); cooldown_frac (because of scheduler=linear)",
+        ),
+        ("optimizer=sgd scheduler=constant learning_rate=0.1", ""),
+    ],
+)
+def test_fields_that_the_run_does_not_read(work, words, told):
+    notes: list[str] = []
+    compose(["mine.yaml", *words.split()], notes.append)
+    assert [n for n in notes if "not read" in n] == ([f"not read by this run: {told}"] if told else [])
+
+
+def test_every_shipped_configuration_passes_its_own_check(capsys):
+    import runpy
+
+    script = runpy.run_path(str(CONFIGS / "test_configs.py"))
+    assert script["main"]([]) == 0, [x for x in capsys.readouterr().out.splitlines() if x.startswith("✗")]
+
+
 def test_the_result_is_frozen_and_survives_json(work):
     cfg, _ = quiet("mine.yaml")
     assert RunConfig.model_validate(cfg.model_dump(mode="json")) == cfg

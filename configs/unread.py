@@ -1,0 +1,44 @@
+"""Fields set on the command line that this run does not read, because another field decides otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from configs.schema import RunConfig
+
+_MUON = ("muon_learning_rate", "muon_momentum", "muon_scale", "muon_ns_steps")
+_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
+_WIDTH = ("lr_scaling", "lr_base_width")
+# A group of fields, and the values of a field with which they are read.
+_READ_WITH = [
+    (_MUON, "optimizer", ("muon",)),
+    (_ADAM, "optimizer", ("adamw", "adam", "muon")),
+    (_WIDTH, "optimizer", ("adamw", "adam")),
+    (("lr_base_width",), "lr_scaling", ("width",)),
+    (("cooldown_frac",), "scheduler", ("cooldown",)),
+    (("min_lr_ratio", "min_lr"), "scheduler", ("cooldown", "cosine", "linear")),
+]
+# The second wins over the first where it is not null.
+_WINS = [("warmup_steps", "warmup_ratio"), ("min_lr_ratio", "min_lr")]
+
+
+def overruled(explicit: set[str]) -> Iterator[str]:
+    """Fields to set to null: a file's value of theirs would win over what the command line says."""
+    return (winner for loser, winner in _WINS if loser in explicit and winner not in explicit)
+
+
+def unread(run: RunConfig, explicit: set[str]) -> str:
+    """One remark about all of them, or nothing."""
+    told: dict[str, list[str]] = {}
+    seen: set[str] = set()
+    for fields, chooser, choices in _READ_WITH:
+        chosen = getattr(run, chooser)
+        names = [f for f in fields if f in explicit and f not in seen and chosen not in choices]
+        if names:
+            told.setdefault(f"{chooser}={chosen}", []).extend(names)
+            seen.update(names)
+    for loser, winner in _WINS:
+        if loser in explicit - seen and getattr(run, winner) is not None:
+            told.setdefault(f"{winner}={getattr(run, winner)}", []).append(loser)
+    parts = [f"{', '.join(names)} (because of {why})" for why, names in told.items()]
+    return f"not read by this run: {'; '.join(parts)}" if parts else ""
