@@ -62,6 +62,8 @@ def _message(
     if "string_pattern_mismatch" in kinds:
         pattern = next(i["ctx"]["pattern"] for i in items if i["type"] == "string_pattern_mismatch")
         return f"{name}: {given!r} does not match {pattern}"
+    if "string_too_short" in kinds:
+        return f"{name}: must not be empty"
     choices = _choices(field.annotation)
     if isinstance(given, str) and choices:
         others = [_NAMES[leaf] for leaf in _leaves(field.annotation) if leaf in _NAMES]

@@ -47,7 +47,7 @@ def description(path: Path) -> str:
 def shown(path: Path) -> str:
     """A path as people write it: relative to where they are or to the project, else in full."""
     for base in (Path.cwd(), ROOT):
-        if path.is_relative_to(base):
+        if path.is_relative_to(base) and base != Path(base.anchor):
             return str(path.relative_to(base))
     return str(path)
 

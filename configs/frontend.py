@@ -334,6 +334,8 @@ def _quoted(key: str, value: str) -> str:
         parsed = OverridesParser.create().parse_override(f"x={value}")
         if parsed.is_sweep_override() or isinstance(parsed.value(), str):
             return value
+        if key.startswith("env.") and isinstance(parsed.value(), list | dict):
+            return value  # for the typed check to refuse
     except HydraException:
         pass
     escaped = value.replace("\\'", "\\\\'").replace("'", "\\'")

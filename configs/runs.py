@@ -48,8 +48,8 @@ def implied_model(request: Request) -> str | None:
 
     `--model_name X` also goes on with that run if it has checkpoints; the override is added to the request.
     """
-    resume = request.values.get("resume")
-    branch = resume not in (None, "none", "auto")
+    resume = str(request.values.get("resume") or "none")
+    branch = resume not in ("none", "auto")
     folder = folder_of_path(resume) if branch else named_folder(request.values, request.keys)
     if folder is None:
         return None

@@ -16,6 +16,8 @@ from configs.messages import REDACTED, is_secret
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Place = Annotated[str, Field(min_length=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -28,7 +30,7 @@ _WordNo = BeforeValidator(lambda v: "no" if v is False else v)
 _NullIsNone = BeforeValidator(lambda v: "none" if v is None else v)
 
 
-def _strings(value: Any) -> Any:
+def env_strings(value: Any) -> Any:
     """`env` values are strings whatever they look like: `OMP_NUM_THREADS: 1` means "1"."""
     if not isinstance(value, dict):
         return value
@@ -106,8 +108,8 @@ class RunConfig(BaseModel):
 
     # where it goes
     model_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]*[A-Za-z0-9_-][A-Za-z0-9._-]*$")] | None = None
-    output_dir: str | None = None
-    seed: NonNegative = 1337
+    output_dir: Place | None = None
+    seed: Seed = 1337
     deterministic: bool = False
 
     # text and tokens
@@ -115,7 +117,7 @@ class RunConfig(BaseModel):
     input_file: str | None = None
     data_root: str | None = None
     synthetic: Literal["markov", "grammar"] = "markov"
-    synthetic_bytes: Positive = 1_000_000
+    synthetic_bytes: Annotated[int, Field(ge=1000)] = 1_000_000
     synthetic_symbols: Annotated[int, Field(ge=2, le=95)] = 32
     synthetic_order: Positive = 1
     tokenizer: str = "auto"
@@ -179,15 +181,15 @@ class RunConfig(BaseModel):
     early_stopping: bool = False
     early_stopping_patience: Positive = 3
     early_stopping_threshold: NonNegativeFloat = 0.0
-    resume: Annotated[str, _NullIsNone] = "none"
-    init_from_checkpoint: str | None = None
+    resume: Annotated[Place, _NullIsNone] = "none"
+    init_from_checkpoint: Place | None = None
     eval_only: bool = False
 
     # what is printed
     logging_steps: Positive = 10
     sample_tokens: NonNegative = 200
     sample_prompt: str = ""
-    env: Annotated[dict[str, str], BeforeValidator(_strings)] = Field(default_factory=dict)
+    env: Annotated[dict[str, str], BeforeValidator(env_strings)] = Field(default_factory=dict)
 
 
 GENERIC_FIELDS: tuple[str, ...] = tuple(RunConfig.model_fields)

@@ -28,6 +28,7 @@ from configs.compose import (
 from configs.files import CONFIGS, ROOT, digest
 from configs.messages import ConfigError
 from configs.runs import named_folder
+from configs.schema import env_strings
 from configs.validate import validate
 from trainer import launch
 
@@ -48,10 +49,16 @@ def _lead(argv: list[str]) -> int:
     if plan.request.multirun:
         return _sweep(plan)
     tree = compose_tree(plan.overrides)
-    launch.apply_env(tree["env"])  # before the model file, hence torch, is imported
+    launch.apply_env(_env(tree["env"]))  # before the model file, hence torch, is imported
     checked = check(plan, tree)
     _say(plan)
     return _run(plan, checked)
+
+
+def _env(value: object) -> dict[str, str]:
+    """The variables of a tree that is not checked yet; what is none is refused later."""
+    given = env_strings(value) if isinstance(value, dict) else {}
+    return {k: v for k, v in given.items() if isinstance(v, str)}
 
 
 def _say(plan: Plan) -> None:

@@ -35,6 +35,13 @@ CASES = [
     (["mine.yaml", "model_cfg.d_model=96.0"], ["expected int, got 96.0 (float). Write 96"]),
     (["mine.yaml", "seed='3'"], ["seed: expected int, got '3' (str). Write 3 without quotes"]),
     (["mine.yaml", "seed=true"], ["seed: expected int, got True (bool)"]),
+    (["mine.yaml", "seed=99999999999999999999999"], ["seed: must satisfy 0 <= seed <= 9223372036854775807, got 9999"]),
+    (["mine.yaml", "output_dir=''"], ["command line: output_dir: must not be empty"]),
+    (["mine.yaml", "output_dir="], ["command line: output_dir: must not be empty"]),
+    (["mine.yaml", "resume=''"], ["command line: resume: must not be empty"]),
+    (["mine.yaml", "synthetic_bytes=9"], ["synthetic_bytes: must satisfy 1000 <= synthetic_bytes, got 9"]),
+    (["mine.yaml", "env.FOO=[1]"], ["command line: env.FOO: expected str, got [1] (list)"]),
+    (["mine.yaml", "env.FOO={a:1}"], ["command line: env.FOO: expected str, got {'a': 1} (dict)"]),
     (["mine.yaml", "seed=null"], ["seed: expected int, got null"]),
     (["mine.yaml", "learning_rate=nan"], ["learning_rate: must satisfy 0 < learning_rate"]),
     (["mine.yaml", "model_cfg.dropout=1.5"], ["model_cfg.dropout: must satisfy 0 <= dropout <= 1, got 1.5"]),
@@ -174,3 +181,12 @@ def test_started_processes_must_match(work, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="num_gpus is 4 but 2 processes were started. Use: torchrun"):
         compose(["mine.yaml", "num_gpus=4"])
+
+
+def test_a_file_is_named_in_full_from_the_root_of_the_disk(work, monkeypatch):
+    (work / "bad.yaml").write_text("defaults: [training, _self_]\ntype: 'fake_arch:Model'\nseed: x\n")
+    with pytest.raises(ConfigError, match=r"^bad.yaml:3: seed"):
+        compose(["bad.yaml"])
+    monkeypatch.chdir("/")
+    with pytest.raises(ConfigError, match=rf"^{work}/bad.yaml:3: seed"):
+        compose([f"{work}/bad.yaml"])

@@ -177,6 +177,18 @@ def test_what_is_only_shown(work, words, text):
     assert not (work / "outputs").exists()
 
 
+@pytest.mark.parametrize("env", ["env.PLAIN=[1]", "env={PLAIN: [1]}", "env=3"])
+def test_an_environment_of_other_things_than_text_is_refused(work, env):
+    done = run(work, "mine.yaml", env)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "config error: " in done.stderr
+
+
+def test_numbers_in_the_environment_of_a_file_are_text(work):
+    (work / "mine.yaml").write_text(MODEL + "env: {PLAIN: 7}\n")
+    assert run(work, "mine.yaml", "output_dir=here").returncode == 0
+    assert facts(work / "here")["plain"] == "7"
+
+
 def test_cfg_prints_an_invalid_config_and_then_its_problems(work):
     done = run(work, "mine.yaml", "--cfg", "job", "seed=x", "env.MY_KEY=k3y")
     assert done.returncode == 2 and "seed: x" in done.stdout and "expected int" in done.stderr
