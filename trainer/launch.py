@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Where the processes of a self-launched run say who they are and how they ended.
 _POST = "MYTRAINER_WORKERS"
 _KEY = "mytrainer/launch"
+_KEPT = "kept.yaml"  # beside a worker's config: what the run folder keeps of it
 
 
 class JobFailed(RuntimeError):
@@ -73,12 +74,12 @@ def require_writable(folder: Path) -> None:
         ) from None
 
 
-def config_text(cfg: RunConfig, origin: str = "") -> str:
-    """The resolved config as a model file that reproduces the run. Secrets of `env` stay out, and so does what was
-    asked of one start only."""
+def config_text(cfg: RunConfig, origin: str = "", *, of_this_start: bool = False) -> str:
+    """The resolved config as a model file that reproduces the run. Secrets of `env` stay out; so does what was asked
+    of one start only, unless this is for the workers of that start."""
     lines = ["# The resolved configuration of this run. Running it again reproduces the run."]
     lines += [f"# Composed from {origin}"] if origin else []
-    once = {"resume": "none", "eval_only": False}
+    once = {} if of_this_start else {"resume": "none", "eval_only": False}
     body = OmegaConf.to_yaml(OmegaConf.create({"defaults": ["training", "_self_"], **redacted(cfg), **once}))
     return "\n".join(lines) + "\n" + body
 
@@ -135,7 +136,7 @@ def start(
         return run_here(cfg, model_cfg, folder, text)
     processes = process_count(cfg.num_gpus, cfg.device)
     if processes > 1 or isolated:
-        return run_workers(text, folder, processes)
+        return run_workers(cfg, text, folder, processes)
     return run_here(cfg, model_cfg, folder, text)
 
 
@@ -155,11 +156,15 @@ def run_here(cfg: RunConfig, model_cfg: ModelConfig, folder: Path, text: str) ->
         raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
 
 
-def run_workers(text: str, folder: Path, processes: int) -> float:
-    """Start the worker(s) of one run, pass signals on to them, wait. Raises JobFailed if they failed."""
+def run_workers(cfg: RunConfig, text: str, folder: Path, processes: int) -> float:
+    """Start the worker(s) of one run, pass signals on to them, wait. Raises JobFailed if they failed.
+
+    `text` becomes the run's config.yaml.
+    """
     with tempfile.TemporaryDirectory(prefix="mytrainer-") as post:
         config = Path(post) / "config.yaml"
-        config.write_text(text, encoding="utf-8")
+        config.write_text(config_text(cfg, of_this_start=True), encoding="utf-8")
+        config.with_name(_KEPT).write_text(text, encoding="utf-8")
         command = [sys.executable, str(ROOT / "mytrainer.py"), "worker", str(config), str(folder)]
         env = {**os.environ, _POST: post}
         if processes > 1:
@@ -245,7 +250,7 @@ def worker_main(argv: list[str]) -> int:
     try:
         env = OmegaConf.to_container(OmegaConf.load(config)).get("env") or {}  # type: ignore[union-attr]
         apply_env(env)
-        score = run_here(*read_config(config), folder, config.read_text(encoding="utf-8"))
+        score = run_here(*read_config(config), folder, config.with_name(_KEPT).read_text(encoding="utf-8"))
         status = 0
     except ConfigError as error:
         print(error.report(), file=sys.stderr)

@@ -17,7 +17,7 @@ from trainer.schedules import schedule_factor
 
 
 def golden_curve(type_: str) -> list[float]:
-    """Loss of twenty optimizer steps on three alternating batches, fp64, one thread, no dropout."""
+    """Loss of twenty optimizer steps on three alternating batches, fp64, one thread."""
     torch.set_num_threads(1)
     cfg, _ = config(type_)
     adapter = adapter_of(type_, dtype=torch.float64)
@@ -25,6 +25,7 @@ def golden_curve(type_: str) -> list[float]:
     curve = []
     for step in range(20):
         prepared = adapter.prepare(random_batch(seed=step % 3), context(step=step))
+        torch.manual_seed(step)  # dropout
         output = adapter(prepared)
         terms = output.terms.values()
         loss = sum(t.weight * t.sum / prepared.denominators[t.denominator] for t in terms)
