@@ -111,9 +111,10 @@ def test_activations_keep_their_scale_over_four_times_the_width(type_):
 
     assert any(s.startswith("model_cfg.d_model") for s in SIZES)
     narrow, wide, unscaled = change(64), change(256), change(256, "lr_scaling=none")
-    # Gates that start at zero, and embeddings that are smaller in wider models, let the change shrink a little.
-    assert 1 / 6 < wide / narrow < 2.5, (narrow, wide)
-    assert unscaled > 1.1 * wide, "without scaling the wide model moves further: the check can see it"
+    # In diffusion models, gates that start at zero and embeddings that are smaller when wider let the change shrink.
+    exact = is_exact(adapter_of(type_))
+    assert (1 / 2.5 if exact else 1 / 6) < wide / narrow < 2.5, (narrow, wide)
+    assert unscaled > (1.3 if exact else 1.1) * wide, "without scaling it moves further: the check can see it"
 
 
 def test_generation_is_repeatable_and_the_cache_changes_nothing(type_):
