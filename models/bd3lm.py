@@ -10,7 +10,8 @@ from torch import Tensor
 
 from configs.schema import OpenFraction, Positive
 from models.dit import DiT, DiTConfig
-from models.layers.block_diffusion import cached_mask, one_pass_mask
+from models.layers.bidirectional import additive
+from models.layers.block_diffusion import cached_mask, one_pass_groups, one_pass_mask
 from models.layers.cache import KVCache
 from models.layers.flops import Flops
 
@@ -85,7 +86,7 @@ class BD3LM(DiT):
         tau (B,) or (B, T). clean (B, T): the row without noise; the result belongs to the noisy `tokens`.
         cache: `tokens` continue what it holds; `store` keeps their keys and values (`tokens` must then be
         clean and tau 0, which is what clean tokens get in training). blocks (T,): block of each position,
-        not decreasing; default: consecutive blocks of `block_length` from the first position on.
+        not decreasing, none longer than `block_length`; default: consecutive ones from the first position on.
         """
         if (clean is None) == (cache is None):
             raise ValueError(
@@ -106,18 +107,23 @@ class BD3LM(DiT):
         if self.cfg.time_conditioning:
             tau = tau if tau.ndim == 2 else tau[:, None].expand(noisy.shape)
             tau = torch.cat((tau, torch.zeros_like(tau)), dim=1)  # (B, 2L): clean tokens carry no noise
-        mask = one_pass_mask(blocks)
+        mask = one_pass_mask(blocks)[None, None]
         if doc_ids is not None:
             ids = doc_ids.repeat(1, 2)  # (B, 2L)
             mask = mask & (ids[:, None, :, None] == ids[:, None, None, :])
+        size, dtype = self.cfg.block_length, self.compute_dtype
+        biases = [one_pass_groups(mask, size, dtype)] * (self.cfg.n_layers - 1)
+        # What the last layer makes of the clean tokens nobody reads.
+        biases.append(one_pass_groups(mask, size, dtype, noisy_only=True))
         positions = torch.arange(length, device=noisy.device).repeat(2)
-        hidden = self.trunk(torch.cat((noisy, clean), dim=1), self.condition(tau), positions, mask)
-        return hidden[:, :length]
+        return self.trunk(torch.cat((noisy, clean), dim=1), self.condition(tau), positions, biases)
 
     def _continue(self, tokens: Tensor, tau: Tensor, blocks: Tensor, cache: KVCache, store: bool) -> Tensor:
         past, length = cache.length, tokens.shape[1]
         positions = torch.arange(past, past + length, device=tokens.device)
-        hidden = self.trunk(tokens, self.condition(tau), positions, cached_mask(blocks, past), cache)
+        bias = additive(cached_mask(blocks, past), self.compute_dtype)
+        biases = [bias] * self.cfg.n_layers
+        hidden = self.trunk(tokens, self.condition(tau), positions, biases, cache)
         if store:
             cache.advance(length)
         return hidden
@@ -134,8 +140,13 @@ class BD3LM(DiT):
         return KVCache(c.n_layers, batch, c.n_heads, max_len, c.d_model // c.n_heads, device, dtype)
 
     def flops(self, seq_len: int) -> Flops:
-        """Per token of text: the blocks run on 2L tokens, which attend to L^2 + L L' pairs in all."""
+        """Per token of text: the blocks run on 2L tokens, which attend to L^2 + L L' pairs in all. In the last layer
+        only the noisy half goes on behind its keys and values, with half of the pairs."""
         c = self.cfg
-        trunk = 2 * self._products() + c.n_layers * 4 * (seq_len + c.block_length) * c.d_model
-        taus = 2 * seq_len if c.time_conditioning else 1
-        return self._with_head(trunk + self._conditioning() * taus / seq_len)
+        unread = (2 + 4 * c.d_mult) * c.d_model**2  # attention's output and the MLP, of clean tokens
+        pairs = (c.n_layers - 0.5) * (seq_len + c.block_length)
+        trunk = 2 * self._products() - unread + 4 * pairs * c.d_model
+        conditioning = self._conditioning() / seq_len
+        if c.time_conditioning:  # one per token of both halves, the last modulation only of the noisy one
+            conditioning = 2 * self._conditioning() - 2 * self.final_adaln.weight.numel()
+        return self._with_head(trunk + conditioning)

@@ -10,6 +10,7 @@ V states of a position: n, or n + 1 with the mask.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from configs.schema import DefaultModelConfig, Dropout, Positive, Rate
 from kernels.precision import compute_dtype
 from models.layers.adaln import AdaLN, AdaptiveNorm, TimeEmbedding, gated_residual
-from models.layers.bidirectional import additive, bidirectional_attention
+from models.layers.bidirectional import Sparse, additive, bidirectional_attention
 from models.layers.cache import KVCache
 from models.layers.flops import Flops
 from models.layers.init import INIT_STD, normal_
@@ -94,8 +95,9 @@ class Attention(nn.Module):
         self.out = nn.Linear(cfg.d_model, cfg.d_model, bias=False)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], bias: Tensor | None, cache: KVCache | None
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], bias: Tensor | Sparse | None, cache: KVCache | None
     ) -> Tensor:
+        """(B, L, D) -> (B, L, D), or fewer positions where `bias` has no queries for the last ones."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(2)  # (B, L, H, h)
         q, k, v = (t.transpose(1, 2) for t in (apply_rotary(q, *rotary), apply_rotary(k, *rotary), v))
         if cache is not None:
@@ -131,11 +133,13 @@ class Block(nn.Module):
         x: Tensor,
         c: Tensor,
         rotary: tuple[Tensor, Tensor],
-        bias: Tensor | None,
+        bias: Tensor | Sparse | None,
         cache: KVCache | None = None,
     ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c)
         branch = self.attn(self.norm1(x, shift1, scale1), rotary, bias, cache)
+        # Where the last positions were only looked at, nothing of them is needed any more.
+        x, gate1, shift2, scale2, gate2 = (t[:, : branch.shape[1]] for t in (x, gate1, shift2, scale2, gate2))
         x = gated_residual(x, gate1, F.dropout(branch, self.dropout, self.training))
         branch = self.mlp(self.norm2(x, shift2, scale2))
         return gated_residual(x, gate2, F.dropout(branch, self.dropout, self.training))
@@ -185,20 +189,29 @@ class DiT(nn.Module):
         restriction, bool, broadcastable to (B, 1, L, L), True where a query (row) may look.
         """
         positions = torch.arange(tokens.shape[1], device=tokens.device)
-        mask = _combine(attention, _same_document(doc_ids))
-        return self.trunk(tokens, self.condition(tau), positions, mask)
+        bias = additive(_combine(attention, _same_document(doc_ids)), self.compute_dtype)
+        return self.trunk(tokens, self.condition(tau), positions, [bias] * self.cfg.n_layers)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Number format of matrix products."""
+        return compute_dtype(self.embed.weight)
 
     def trunk(
-        self, tokens: Tensor, c: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache | None = None
+        self,
+        tokens: Tensor,
+        c: Tensor,
+        positions: Tensor,
+        biases: Sequence[Tensor | Sparse | None],
+        cache: KVCache | None = None,
     ) -> Tensor:
-        """tokens (B, L), c (B or 1, L or 1, c), positions (L,), mask bool -> hidden (B, L, D)."""
+        """tokens (B, L), c (B or 1, L or 1, c), positions (L,), a bias for each layer -> hidden (B, L, D)."""
         x = self.embed(tokens)  # (B, L, D)
         head_width = self.cfg.d_model // self.cfg.n_heads
         rotary = rotary_tables(positions, head_width, ROTARY_THETA, x.dtype)
-        bias = additive(mask, compute_dtype(x))
-        for block in self.layers:
+        for block, bias in zip(self.layers, biases, strict=True):
             x = block(x, c, rotary, bias, cache)
-        return self.final_norm(x, *self.final_adaln(c))
+        return self.final_norm(x, *self.final_adaln(c[:, : x.shape[1]]))
 
     def condition(self, tau: Tensor) -> Tensor:
         """(B,) -> (B, 1, c), (B, L) -> (B, L, c); (1, 1, c), the same for all, without time conditioning."""

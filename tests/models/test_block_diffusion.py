@@ -11,7 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.bd3lm import BD3LM, BD3LMConfig
-from models.layers.block_diffusion import cached_mask, one_pass_mask
+from models.layers import block_diffusion
+from models.layers.block_diffusion import cached_mask, one_pass_groups, one_pass_mask
 from models.mdl import MDL, MDLConfig
 
 L, BLOCK, MASK = 8, 2, 11
@@ -65,6 +66,51 @@ def test_mask_pair_by_pair() -> None:
     assert torch.equal(
         cached_mask(torch.tensor([0, 0, 1]), 2), torch.tensor([[1, 1, 1, 1, 0]] * 2 + [[1] * 5]) > 0
     )
+
+
+@pytest.mark.parametrize("noisy_only", [False, True])
+@pytest.mark.parametrize(
+    ("length", "block", "offset"), [(8, 2, 0), (300, 16, 0), (257, 16, 15), (385, 200, 199), (300, 300, 0)]
+)
+def test_groups_are_the_mask(length: int, block: int, offset: int, noisy_only: bool) -> None:
+    """Outside of its groups a mask allows nothing, and inside it is the same."""
+    blocks = (torch.arange(length) + offset) // block
+    mask = one_pass_mask(blocks) & torch.rand(2, 1, 2 * length, 2 * length).gt(
+        0.2
+    )  # as documents restrict it
+    groups = one_pass_groups(mask, block, torch.float64, noisy_only)
+    found = torch.zeros_like(mask)
+    for (start, end), ranges, bias in zip(*groups, strict=True):
+        keys = torch.cat([torch.arange(*r) for r in ranges])
+        found[:, :, torch.arange(start, end)[:, None], keys] = bias == 0
+    wanted = mask.clone()
+    if noisy_only:
+        wanted[:, :, length:] = False
+    assert torch.equal(found, wanted)
+    assert [q for start, end in groups.queries for q in range(start, end)] == list(
+        range(length * (2 - noisy_only))
+    )
+
+
+def test_groups_leave_out_half_of_the_pairs() -> None:
+    length = 1024
+    mask = one_pass_mask(torch.arange(length) // 16)[None, None]
+    looked_at = sum(bias.numel() for bias in one_pass_groups(mask, 16, torch.float32).biases)
+    assert looked_at < 0.36 * (2 * length) ** 2
+
+
+@pytest.mark.parametrize("time", [False, True])
+def test_several_groups_give_the_states_of_one(time: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(time_conditioning=time)
+    clean, noisy, tau = inputs()
+    blocks, doc_ids = (
+        torch.tensor([0, 1, 1, 2, 2, 3, 3, 4]),
+        torch.tensor([[0] * 3 + [1] * 5, [0] * 6 + [1] * 2]),
+    )
+    wanted = model(noisy, tau, clean=clean, blocks=blocks, doc_ids=doc_ids)
+    monkeypatch.setattr(block_diffusion, "QUERY_GROUP", 3)
+    found = model(noisy, tau, clean=clean, blocks=blocks, doc_ids=doc_ids)
+    assert (found - wanted).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("time", [False, True])
@@ -169,13 +215,14 @@ def test_clean_half_has_time_zero() -> None:
 
 @pytest.mark.parametrize("time", [False, True])
 def test_flops_equal_the_counter_up_to_masked_pairs(time: bool) -> None:
-    """The counter sees a dense (2L)^2 attention; L^2 + L L' of its pairs are allowed."""
+    """The counter sees all pairs of a group: noisy queries with 2L keys, clean ones with L, in the last layer only the
+    former. Allowed are L^2 + L L' and, in the last layer, half of these."""
     model = build(time_conditioning=time).float()
     clean, noisy, tau = (t[:1] for t in inputs())
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model.logits(model(noisy, tau, clean=clean))
-    dense, allowed = 4 * L * L, L * L + L * BLOCK
-    masked = 2 * 4 * 12 * (dense - allowed)  # layers, two products of 2 D
+    counted, allowed = 5 * L * L, 1.5 * (L * L + L * BLOCK)
+    masked = 4 * 12 * (counted - allowed)  # two products of 2 D
     assert counter.get_total_flops() - masked == L * model.flops(L).forward_per_token
 
 
