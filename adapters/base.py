@@ -232,6 +232,10 @@ class ModelAdapter(nn.Module):
         what this does must then be a no-op too.
         """
 
+    def after_evaluation(self, step: int) -> None:
+        """Called on every process after `step` steps, when all held-out rows have gone through `likelihood`. A score
+        of its own, outside of training, is followed by no such call."""
+
     # -- scoring and sampling ------------------------------------------------------------------------------
 
     def likelihood(self, batch: Batch, ctx: Context) -> Likelihood:

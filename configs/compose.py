@@ -3,7 +3,8 @@
 The folder `configs/` is a Hydra option group placed at the global package: `--hydra_model_cfg=X` becomes the
 group choice `configs@_global_=X`, `preset=Y` becomes `configs/preset=Y`. Hydra composes; this file only
 translates before and checks after. Order of priority, low to high: defaults of the architecture's Config,
-training.yaml, the model file (its parents first), the preset, the command line.
+training.yaml, the model file (its parents first), the preset and what `preset/for/` adds to it for a
+shipped file, the command line.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from configs.validate import architecture_config, validate
 
 APP = "mytrainer"
 MODEL_GROUP = "configs@_global_"
+AMENDMENTS = "configs/preset/for"
 
 
 @dataclasses.dataclass
@@ -65,6 +67,8 @@ class Plan:
         """Origins of the keys of a composition with this model."""
         groups = [(g, self.request.values.get(g)) for g in ("data", "preset")]
         chosen = [read(CONFIGS / g / f"{n}.yaml") for g, n in groups if n in options(g)]
+        amendment = ROOT / AMENDMENTS / f"{option}-{self.request.values.get('preset')}.yaml"
+        chosen += [read(amendment)] if amendment.is_file() else []
         return Locations([*self.models[option].chain(), *chosen], self.request.keys)
 
 
@@ -227,6 +231,8 @@ def register() -> None:
             {MODEL_GROUP: None},
             {"configs/data": None},
             {"configs/preset": None},
+            # What a size means for one architecture besides; a file there wins over the preset's own.
+            {f"optional {AMENDMENTS}": f"${{{MODEL_GROUP}}}-${{configs/preset}}"},
             "_self_",
             {"override hydra/job_logging": "none"},
         ],

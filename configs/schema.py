@@ -155,7 +155,7 @@ class RunConfig(BaseModel):
     ema_decay: OpenFraction = 0.0
 
     # learning-rate schedule
-    scheduler: Literal["cooldown", "cosine", "linear", "constant"] = "cooldown"
+    scheduler: Literal["cooldown", "cosine", "linear", "constant", "inverse_sqrt"] = "cooldown"
     cooldown_frac: Fraction = 0.45
     warmup_steps: NonNegative = 0
     warmup_ratio: OpenFraction | None = None

@@ -88,11 +88,14 @@ def _check_run(cfg: RunConfig) -> None:
 
 
 def _check_stated(path: Path, cfg: RunConfig) -> None:
-    """A shipped file states every field of its architecture with the default of the Config class."""
-    stated = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(stated, dict)
-    defaults = model_config_class(cfg)().model_dump()
-    assert stated["model_cfg"] == defaults, f"model_cfg states {stated['model_cfg']}, defaults are {defaults}"
+    """A shipped file states every field of its architecture with what is the default of the Config class."""
+    tree = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(tree, dict)
+    stated, cls = tree["model_cfg"], model_config_class(cfg)
+    defaults = cls().model_dump()
+    assert stated.keys() == defaults.keys(), f"model_cfg states {[*stated]}, fields are {[*defaults]}"
+    meant = cls(**stated).model_dump()
+    assert meant == defaults, f"model_cfg states {stated}, defaults are {defaults}"
 
 
 def _build(cfg: RunConfig) -> None:

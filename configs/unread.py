@@ -16,7 +16,7 @@ _READ_WITH = [
     (_WIDTH, "optimizer", ("adamw", "adam")),
     (("lr_base_width",), "lr_scaling", ("width",)),
     (("cooldown_frac",), "scheduler", ("cooldown",)),
-    (("min_lr_ratio", "min_lr"), "scheduler", ("cooldown", "cosine", "linear")),
+    (("min_lr_ratio", "min_lr"), "scheduler", ("cooldown", "cosine", "linear", "inverse_sqrt")),
 ]
 # The second wins over the first where it is not null.
 _WINS = [("warmup_steps", "warmup_ratio"), ("min_lr_ratio", "min_lr")]

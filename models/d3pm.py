@@ -5,12 +5,12 @@ The network is the shared diffusion transformer; the chains, the bound and the s
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from configs.schema import NonNegativeFloat, Positive
-from models.dit import DiT, DiTConfig
+from models.dit import DiT, DiTConfig, fill_in
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
@@ -19,17 +19,25 @@ __all__ = ["D3PM", "D3PMConfig"]
 
 Probability = Annotated[float, Field(gt=0, le=1)]
 DENSE_CHAINS = ("gaussian", "nearest_neighbor")  # a table of K x K transition probabilities
+# What the paper trains each chain with on text (its section 5, appendix B.2 and tables 1 and 5).
+PAPER: dict[str, dict[str, Any]] = {
+    "absorbing": {"noise_schedule": "mutual_info", "auxiliary_loss_weight": 0.01},
+    "uniform": {"noise_schedule": "cosine", "auxiliary_loss_weight": 0.0},
+    "gaussian": {"noise_schedule": "linear", "auxiliary_loss_weight": 0.001},
+    "nearest_neighbor": {"noise_schedule": "mutual_info", "auxiliary_loss_weight": 0.0},
+}
 
 
 class D3PMConfig(DiTConfig):
     transition_type: Literal["absorbing", "uniform", "gaussian", "nearest_neighbor"] = "absorbing"
-    # The paper: mutual_info for absorbing and nearest_neighbor, cosine for uniform, linear for gaussian.
-    noise_schedule: Literal["mutual_info", "cosine", "linear"] = "mutual_info"
+    noise_schedule: Literal["mutual_info", "cosine", "linear"] = "mutual_info"  # null = PAPER's for the chain
     num_timesteps: Positive = 1000  # T, steps of the chain
     nelbo_steps: Positive | None = (
         None  # steps of the chain in the bound; fewer: coarser, cheaper; null = all
     )
-    auxiliary_loss_weight: NonNegativeFloat = 0.01  # lambda of the cross-entropy; the paper's 0 on uniform
+    auxiliary_loss_weight: NonNegativeFloat = (
+        0.01  # lambda of the cross-entropy; null = PAPER's for the chain
+    )
     sampling_timesteps: Positive = 1000  # reverse steps S <= T; fewer are even skips
     gaussian_beta_min: Probability = 1e-4  # linear schedule of the gaussian chain
     gaussian_beta_max: Probability = 0.02
@@ -42,6 +50,11 @@ class D3PMConfig(DiTConfig):
     reverse_param: Literal["joint", "mixture"] = "joint"  # equation 4, or a mixture of normalised posteriors
     l0_mode: Literal["posterior", "x0"] = "posterior"  # last step by equation 4, or by p(x0) itself
     zero_mask_logit: bool = False  # absorbing: the network gives the mask no probability
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_paper(cls, given: Any) -> Any:
+        return fill_in(given, PAPER)
 
     @property
     def has_mask(self) -> bool:

@@ -11,7 +11,7 @@ V states of a position: n, or n + 1 with the mask.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ from models.layers.rotary import apply_rotary, rotary_tables
 if TYPE_CHECKING:
     from configs.schema import RunConfig
 
-__all__ = ["DiT", "DiTConfig", "Draws"]
+__all__ = ["DiT", "DiTConfig", "Draws", "fill_in"]
 
 ROTARY_THETA = 10_000.0
 
@@ -83,6 +83,14 @@ class DiTConfig(DefaultModelConfig):
                 f"({self.vocab_size}), or -1 to append a mask"
             )
         return problems
+
+
+def fill_in(given: Any, by_chain: dict[str, dict[str, Any]]) -> Any:
+    """Fields left out or null get the values of their `transition_type`."""
+    if not isinstance(given, dict):
+        return given
+    values = by_chain.get(given.get("transition_type", "absorbing"), {})
+    return given | {k: v for k, v in values.items() if given.get(k) is None}
 
 
 class Attention(nn.Module):

@@ -6,12 +6,12 @@ are in the adapter.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from configs.schema import NonNegativeFloat, OpenFraction, Positive, Rate
-from models.dit import DiT, DiTConfig, Draws
+from models.dit import DiT, DiTConfig, Draws, fill_in
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
@@ -20,10 +20,13 @@ __all__ = ["SEDD", "SEDDConfig"]
 
 # On the absorbing graph 1 - exp(-sigma) grows linearly in t: D3PM's mutual-information schedule.
 _MutualInfoIsLoglinear = BeforeValidator(lambda v: "loglinear" if v == "mutual_info" else v)
+# What the paper trains each graph with on text (its appendix C.1).
+PAPER = {"absorbing": {"noise_schedule": "loglinear"}, "uniform": {"noise_schedule": "geometric"}}
 
 
 class SEDDConfig(DiTConfig):
     transition_type: Literal["absorbing", "uniform"] = "absorbing"
+    # null = PAPER's for the graph
     noise_schedule: Annotated[Literal["loglinear", "geometric"], _MutualInfoIsLoglinear] = "loglinear"
     sampling_eps: OpenFraction = 1e-3  # smallest t that training draws
     num_timesteps: Positive = 1000  # times per sequence in a likelihood evaluation, where nelbo_draws is null
@@ -37,6 +40,11 @@ class SEDDConfig(DiTConfig):
     noise_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-3  # loglinear: exp(-sigma(1))
     sigma_min: Rate = 1e-4  # geometric: noise at t = 0 and 1
     sigma_max: Rate = 20.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_paper(cls, given: Any) -> Any:
+        return fill_in(given, PAPER)
 
     @property
     def has_mask(self) -> bool:

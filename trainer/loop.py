@@ -330,6 +330,7 @@ class Trainer:
             return False
         p, cfg = self.progress, self.cfg
         p.evaluated_at = p.step
+        self.s.adapter.after_evaluation(p.step)
         if p.best_bits_per_byte - score.bits_per_byte > cfg.early_stopping_threshold:
             p.evaluations_without_improvement = 0
         else:

@@ -71,9 +71,16 @@ def _cooldown(step: int, warmup: int, end: int, floor: float, cooldown_frac: flo
     return 1.0 - (1.0 - floor) * _progress(step, start, end)
 
 
+def _inverse_sqrt(step: int, warmup: int, end: int, floor: float, cooldown_frac: float) -> float:
+    """sqrt(warm-up / step), after Vaswani et al. (arXiv:1706.03762), eq. 3; not below the floor."""
+    warmup = max(warmup, 1)
+    return max(floor, math.sqrt(warmup / max(min(step, end), warmup)))
+
+
 SCHEDULERS: dict[str, Callable[[int, int, int, float, float], float]] = {
     "cooldown": _cooldown,
     "cosine": _cosine,
     "linear": _linear,
     "constant": _constant,
+    "inverse_sqrt": _inverse_sqrt,
 }

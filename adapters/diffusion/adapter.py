@@ -287,8 +287,7 @@ class BD3LMAdapter(DiffusionAdapter):
     """Holds the range that masking probabilities are drawn from, and looks for a better one after each evaluation.
 
     Steps are prepared ahead of time, so a range found at a step applies from `AHEAD` steps later; until then the one
-    before it stays in force. Both live in a buffer of the model, with the statistics of an evaluation that no step has
-    followed yet, so that a resumed run prepares the very same steps.
+    before it stays in force. Both live in a buffer of the model, so that a resumed run prepares the very same steps.
     """
 
     process_class = BD3LMProcess
@@ -296,26 +295,22 @@ class BD3LMAdapter(DiffusionAdapter):
 
     def __init__(self, model: Any, model_cfg: Any, tokenizer: Any) -> None:
         super().__init__(model, model_cfg, tokenizer)
-        self.searching = model_cfg.clip_search and model_cfg.block_length > 1
-        self._fresh_statistics = True  # maybe: a checkpoint can bring some
+        self.search = ClipSearch() if model_cfg.clip_search and model_cfg.block_length > 1 else None
         self._plan: tuple[int, list[float]] = (-1, [])  # version of the buffer, its content
-        if self.searching:
+        if self.search:
             model.register_buffer("clip_plan", torch.empty(5))  # low, high; next low, high, its first step
-            model.register_buffer("clip_table", torch.empty(3, ClipSearch.BINS))
 
     def init_weights(self, generator: torch.Generator) -> None:
         super().init_weights(generator)
-        if self.searching:
+        if self.search:
             self.model.clip_plan.copy_(torch.tensor([*self._limits(), *self._limits(), 0.0]))
-            self.model.clip_table.zero_()
 
     def _limits(self) -> tuple[float, float]:
         return self.model_cfg.sampling_eps_min, self.model_cfg.sampling_eps_max
 
     def make_process(self) -> Process:
         process = super().make_process()
-        if self.searching:
-            process.search = ClipSearch(lambda: self.model.clip_table)  # type: ignore[attr-defined]
+        process.search = self.search  # type: ignore[attr-defined]
         return process
 
     def plan(self) -> list[float]:
@@ -325,29 +320,31 @@ class BD3LMAdapter(DiffusionAdapter):
             self._plan = buffer._version, buffer.tolist()
         return self._plan[1]
 
-    def process_at(self, step: int) -> Process:
-        if not self.searching:
-            return self.process
+    def clip_at(self, step: int) -> tuple[float, float]:
+        """The range that training step `step` draws masking probabilities from."""
         low, high, next_low, next_high, first = self.plan()
+        return (next_low, next_high) if step >= first else (low, high)
+
+    def process_at(self, step: int) -> Process:
+        if not self.search:
+            return self.process
         process = copy.copy(self.process)
-        process.clip = (next_low, next_high) if step >= first else (low, high)  # type: ignore[attr-defined]
+        process.clip = self.clip_at(step)  # type: ignore[attr-defined]
         return process
 
-    def likelihood(self, batch: Batch, ctx: Context) -> Likelihood:
-        self._fresh_statistics = True
-        return super().likelihood(batch, ctx)
-
-    def on_step_start(self, step: int, total_steps: int) -> None:
-        if not (self.searching and self._fresh_statistics) or step < self.plan()[4]:
+    def after_evaluation(self, step: int) -> None:
+        if not self.search:
             return
-        self._fresh_statistics = False
-        found = self.process.search.best()  # type: ignore[attr-defined]
-        answer = torch.tensor([0.0, 0.0, 0.0] if found is None else [1.0, *found], device=self.device)
-        if dist.is_available() and dist.is_initialized():
-            dist.broadcast(answer, src=0)  # each process has scored rows of its own
-        seen, low, high = answer.tolist()
-        if seen:
-            smallest, largest = self._limits()
-            now = self.plan()[2:4]
-            fresh = [*now, max(low, smallest), min(high, largest), float(step + self.AHEAD)]
-            self.model.clip_plan.copy_(torch.tensor(fresh))
+        table = self.search.take()
+        if dist.is_available() and dist.is_initialized():  # each process has scored rows of its own
+            shared = table.to(self.device)
+            dist.all_reduce(shared)
+            table = shared.cpu()
+        found = ClipSearch.best(table)
+        # A range that waits for its first step stays planned: steps may have been prepared with it.
+        waiting = step < self.plan()[4] <= step + self.AHEAD
+        if found is None or waiting:
+            return
+        (low, high), (smallest, largest) = found, self._limits()
+        fresh = [*self.clip_at(step), max(low, smallest), min(high, largest), float(step + self.AHEAD)]
+        self.model.clip_plan.copy_(torch.tensor(fresh))

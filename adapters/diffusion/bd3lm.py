@@ -8,7 +8,7 @@ by itself; blocks of `block_length` follow. B rows, L positions, N blocks, M gat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -265,33 +265,39 @@ class ClipSearch:
     """Which range of masking probabilities gives the per-block loss the least variance (section 4.2 of the paper).
 
     `add` collects losses per token by masked fraction, in bins of a twentieth; `best` tries widths 0.5, 0.55, ..., 0.9
-    at every place. `table` (3, 20): count, sum, sum of squares, kept where a checkpoint finds it.
+    at every place. A table is (3, 20): count, sum, sum of squares.
     """
 
     BINS = 20
     ENOUGH = 64  # blocks that a range must have been seen with
 
-    def __init__(self, table: Callable[[], Tensor]) -> None:
-        self.table = table
+    def __init__(self) -> None:
+        self.table = self._empty()
+
+    def _empty(self) -> Tensor:
+        return torch.zeros(3, self.BINS, dtype=torch.float64)
+
+    def take(self) -> Tensor:
+        """What has been collected since the last call, (3, 20) fp64."""
+        table, self.table = self.table, self._empty()
+        return table
 
     def add(self, fraction: Tensor, nats_per_mask: Tensor) -> None:
         """(blocks,) masked fractions and mean cross-entropies of the masked tokens."""
         place = ((fraction * self.BINS).ceil().long() - 1).clamp(0, self.BINS - 1)
         new = torch.stack([torch.ones_like(nats_per_mask), nats_per_mask, nats_per_mask**2])
-        table = self.table()
-        table += torch.zeros(3, self.BINS, dtype=torch.float64).index_add_(1, place, new.double()).to(table)
+        self.table.index_add_(1, place, new.double())
 
-    def best(self) -> tuple[float, float] | None:
-        """(low, high), or None where too little has been seen. Clears the table."""
-        table = self.table().double().cpu().clone()
-        self.table().zero_()
+    @classmethod
+    def best(cls, table: Tensor) -> tuple[float, float] | None:
+        """(low, high), or None where too little has been seen."""
         found: tuple[float, tuple[float, float]] | None = None
-        for width in range(self.BINS // 2, self.BINS * 9 // 10 + 1):
-            for low in range(self.BINS - width + 1):
+        for width in range(cls.BINS // 2, cls.BINS * 9 // 10 + 1):
+            for low in range(cls.BINS - width + 1):
                 count, total, squares = table[:, low : low + width].sum(1).tolist()
-                if count < self.ENOUGH:
+                if count < cls.ENOUGH:
                     continue
                 variance = squares / count - (total / count) ** 2
                 if found is None or variance < found[0]:
-                    found = variance, (low / self.BINS, (low + width) / self.BINS)
+                    found = variance, (low / cls.BINS, (low + width) / cls.BINS)
         return None if found is None else found[1]

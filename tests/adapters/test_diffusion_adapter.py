@@ -431,14 +431,13 @@ def test_clipped_counts_are_the_binomial_law_given_the_range():
 
 
 def test_the_search_finds_the_quiet_range():
-    table = torch.zeros(3, ClipSearch.BINS)
-    search = ClipSearch(lambda: table)
-    assert search.best() is None
+    search = ClipSearch()
+    assert ClipSearch.best(search.take()) is None
     fraction = torch.rand(4000, generator=torch.Generator().manual_seed(0)).clamp_min(1e-6).double()
     spread = torch.where((fraction > 0.25) & (fraction <= 0.75), 0.1, 2.0)
     search.add(fraction, spread * torch.randn(4000, generator=torch.Generator().manual_seed(1)).double())
-    assert search.best() == (0.25, 0.75)
-    assert not bool(table.any())  # used up
+    assert ClipSearch.best(search.take()) == (0.25, 0.75)
+    assert not bool(search.take().any())  # used up
 
 
 def test_a_range_found_in_an_evaluation_reaches_training_and_survives_a_checkpoint():
@@ -446,12 +445,10 @@ def test_a_range_found_in_an_evaluation_reaches_training_and_survives_a_checkpoi
     low, high = adapter._limits()
     assert adapter.process_at(0).clip == pytest.approx((low, high))
     adapter.likelihood(batch(range(64)), EVAL)
-    assert bool(adapter.model.clip_table.any())
-
+    adapter.after_evaluation(5)
     resumed = build("bd3lm")  # as from a checkpoint saved right here
     resumed.model.load_state_dict(adapter.model.state_dict())
     for a in (adapter, resumed):
-        a.on_step_start(5, 100)
         assert a.process_at(5 + a.AHEAD - 1).clip == pytest.approx((low, high))
         found = a.process_at(5 + a.AHEAD).clip
         assert 0.45 <= found[1] - found[0] <= 0.9 + 1e-6
@@ -459,3 +456,19 @@ def test_a_range_found_in_an_evaluation_reaches_training_and_survives_a_checkpoi
     prepared = adapter.prepare(batch([0, 1, 2, 3]), train_context(step=99))
     before = adapter.prepare(batch([0, 1, 2, 3]), train_context(step=5))
     assert not torch.equal(prepared.tensors["xt"], before.tensors["xt"])
+
+
+def test_a_range_that_waits_is_not_replaced_and_one_from_another_run_is():
+    adapter = build("bd3lm")
+    limits = pytest.approx(adapter._limits())
+    adapter.likelihood(batch(range(64)), EVAL)
+    adapter.after_evaluation(5)
+    planned = adapter.plan()
+    adapter.likelihood(batch(range(64)), EVAL)
+    adapter.after_evaluation(9)  # steps up to 25 may have been prepared
+    assert adapter.plan() == planned
+    adapter.model.clip_plan[4] = 1e6  # weights of a long run, at step 0 of a new one
+    assert adapter.clip_at(0) == limits
+    adapter.likelihood(batch(range(64)), EVAL)
+    adapter.after_evaluation(3)
+    assert adapter.plan()[4] == 3 + adapter.AHEAD and adapter.clip_at(3) == limits

@@ -158,8 +158,6 @@ def test_two_processes_equal_one(type_, tmp_path):
         "learning_rate=0.1",
         *(f"{w.partition('=')[0]}=0.0" for w in with_dropout(type_)),
     ]
-    if "clip_search" in type(config(type_)[1]).model_fields:
-        plain.append("model_cfg.clip_search=false")  # reads the statistics of rank 0's share of an evaluation
     words = overrides(type_, "batch_size=1", "logging_steps=1", "save_steps=3", *plain)
     base = [sys.executable, "mytrainer.py", *words]
     for run, processes in ((one, 1), (two, 2)):

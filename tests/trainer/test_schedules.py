@@ -37,6 +37,14 @@ GOLDEN = {
         {0: 1, 25: 0.55 + 0.45 * ROOT, 50: 0.55, 75: 0.55 - 0.45 * ROOT, 100: 0.1, 101: 0.1},
     ),
     "constant": ({"scheduler": "constant"}, {0: 1, 99: 1, 500: 1}),
+    "inverse square root": (
+        {"scheduler": "inverse_sqrt", "warmup_steps": 4},
+        {0: 0.25, 3: 1, 4: 1, 16: 0.5, 64: 0.25, 99: math.sqrt(4 / 99), 100: 0.2, 500: 0.2},
+    ),
+    "inverse square root with a floor": (
+        {"scheduler": "inverse_sqrt", "min_lr_ratio": 0.5},
+        {0: 1, 1: 1, 2: ROOT, 4: 0.5, 9: 0.5},
+    ),
     "warm-up": ({"scheduler": "constant", "warmup_steps": 4}, {0: 0.25, 1: 0.5, 2: 0.75, 3: 1, 4: 1}),
     "ratio wins": (
         {"scheduler": "linear", "warmup_steps": 50, "warmup_ratio": 0.2},
