@@ -93,11 +93,16 @@ class Prepared:
 
 @dataclass
 class LossTerm:
-    """`sum`: scalar, at least fp32; `denominator`: a key of `Prepared.denominators`; `weight` 0 = reported only."""
+    """`sum`: scalar, at least fp32; `denominator`: a key of `Prepared.denominators`; `weight` 0 = reported only.
+
+    `likelihood`: the sum is the text's negative log-likelihood in nats, a bound on it or an unbiased estimate of
+    either, so that bits per byte can be made of it.
+    """
 
     sum: Tensor
     denominator: str
     weight: float = 1.0
+    likelihood: bool = True
 
 
 @dataclass
@@ -112,7 +117,8 @@ class Metric:
 
 @dataclass
 class StepOutput:
-    """What `forward` returns. The first term is the one called "loss" on the console."""
+    """What `forward` returns. The first term is the one called "loss" on the console, with its bits per byte where it
+    is a likelihood."""
 
     terms: dict[str, LossTerm]
     metrics: dict[str, Metric] = field(default_factory=dict)
@@ -124,28 +130,30 @@ class Likelihood:
 
     `nats`: (B,) fp64 over the positions that stand for text; `end_nats`: (B,) fp64 over document ends, which
     are reported apart. `kind` "exact", or "bound" for an upper bound estimated by `estimator`, whose variance
-    (nats squared, per row) is `variance`, (B,).
+    (nats squared, per row) is `variance`, (B,). `end_nats` None: ends of documents are not modelled.
     """
 
     nats: Tensor
-    end_nats: Tensor
+    end_nats: Tensor | None
     kind: Literal["exact", "bound"] = "exact"
     estimator: str = "exact"
     variance: Tensor | None = None
-    # Further sums (B,) fp64 in nats, shown beside the score: what a bound consists of, or other estimates of it.
+    # Further sums (B,) fp64 in nats, shown beside the score: what a bound consists of, and other estimates of it.
     parts: dict[str, Tensor] = field(default_factory=dict)
+    estimates: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """Sampling options. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off; `seed` makes it repeatable.
+    """Sampling options. `temperature` 0 is greedy, None the adapter's `default_temperature`; `top_k` 0 and `top_p` 1
+    are off; `seed` makes it repeatable.
 
     For models that draw many positions at once: `steps` of the sampler (0 = the model's own number), and
     `by_confidence`, which reveals the surest positions first instead of sampling the model's distribution.
     """
 
     max_new_tokens: int = 100
-    temperature: float = 0.8
+    temperature: float | None = None
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
@@ -159,7 +167,7 @@ class GenerateOptions:
             raise ValueError(f"steps: must be 0 (the model's own) or more, got {self.steps}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: must be at least 1, got {self.max_new_tokens}")
-        if not self.temperature >= 0:
+        if self.temperature is not None and not self.temperature >= 0:
             raise ValueError(f"temperature: must be 0 (greedy) or more, got {self.temperature}")
         if self.top_k < 0:
             raise ValueError(f"top_k: must be 0 (off) or more, got {self.top_k}")
@@ -192,6 +200,9 @@ class ModelAdapter(nn.Module):
 
     Cfg: type[ModelConfig] | None = None  # schema of `model_cfg` when it is not the model's own `Config`
     may_skip_parameters = False  # True: a step may leave parameters without gradient
+    loss_kernel = "linear_cross_entropy"  # module in kernels/ that output layer and loss run in
+    default_temperature = 0.8  # of generation
+    generation_notes: tuple[str, ...] = ()  # what a reader of generated text should know
 
     model: Any  # the backbone, an nn.Module; Any because each has attributes of its own
 
@@ -259,6 +270,11 @@ class ModelAdapter(nn.Module):
         raise ValueError(
             "this architecture writes from left to right and cannot fill gaps; use a prompt instead"
         )
+
+    @property
+    def infill_notes(self) -> tuple[str, ...]:
+        """What a reader of filled gaps should know."""
+        return ()
 
     # -- what the trainer must know of the parameters --------------------------------------------------------
 

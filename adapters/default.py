@@ -5,6 +5,7 @@ Shapes: B rows, S positions, D width, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -89,6 +90,8 @@ class DefaultModelAdapter(ModelAdapter):
             raise ValueError(
                 "steps and by_confidence are for models that draw many positions at once; leave them out"
             )
+        if options.temperature is None:
+            options = replace(options, temperature=self.default_temperature)
         eot = self.tokenizer.eot
         generated: list[list[int]] = []
         calls = 0
@@ -143,7 +146,8 @@ class _Stepper:
 
 
 def sample_next(logits: Tensor, options: GenerateOptions, generator: torch.Generator) -> int:
-    """Draw a token id from (V,) logits. In fp64: fp32 Gumbel noise truncates the tails."""
+    """Draw a token id from (V,) logits; a temperature must be set. In fp64: fp32 Gumbel noise truncates the tails."""
+    assert options.temperature is not None
     if options.temperature == 0:
         return int(logits.argmax())
     # The largest becomes 0 first: however small the temperature, nothing overflows.

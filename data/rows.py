@@ -146,7 +146,8 @@ class HeldoutRows:
             keep = max(1, int(np.searchsorted(np.cumsum(length), max_tokens, side="right")))
         self.complete = keep >= len(length)
         by_length = np.argsort(-length[:keep], kind="stable")
-        self._document = self.documents[document[:keep][by_length]]
+        self.document_of = document[:keep][by_length]  # (n_rows,) index into `documents`
+        self._document = self.documents[self.document_of]
         self._first = first[:keep][by_length]  # targets of the document before this window
         self._length = length[:keep][by_length]
         self.n_rows = keep

@@ -86,7 +86,7 @@ class BD3LM(DiT):
         tau (B,) or (B, T). clean (B, T): the row without noise; the result belongs to the noisy `tokens`.
         cache: `tokens` continue what it holds; `store` keeps their keys and values (`tokens` must then be
         clean and tau 0, which is what clean tokens get in training). blocks (T,): block of each position,
-        not decreasing, none longer than `block_length`; default: consecutive ones from the first position on.
+        not decreasing, none longer than `block_length` + 1; default: consecutive ones from the first position on.
         """
         if (clean is None) == (cache is None):
             raise ValueError(
@@ -111,10 +111,13 @@ class BD3LM(DiT):
         if doc_ids is not None:
             ids = doc_ids.repeat(1, 2)  # (B, 2L)
             mask = mask & (ids[:, None, :, None] == ids[:, None, None, :])
-        size, dtype = self.cfg.block_length, self.compute_dtype
-        biases = [one_pass_groups(mask, size, dtype)] * (self.cfg.n_layers - 1)
+        longest, dtype = (
+            self.cfg.block_length + 1,
+            self.compute_dtype,
+        )  # a given token may precede the first block
+        biases = [one_pass_groups(mask, longest, dtype)] * (self.cfg.n_layers - 1)
         # What the last layer makes of the clean tokens nobody reads.
-        biases.append(one_pass_groups(mask, size, dtype, noisy_only=True))
+        biases.append(one_pass_groups(mask, longest, dtype, noisy_only=True))
         positions = torch.arange(length, device=noisy.device).repeat(2)
         return self.trunk(torch.cat((noisy, clean), dim=1), self.condition(tau), positions, biases)
 

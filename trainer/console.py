@@ -81,9 +81,12 @@ class Console:
         """A line of `val_...` values of a score; stays on the screen."""
         parts = [f"step {line['step']}", f"held out {bits_per_byte(line, 'val_')} bits/byte"]
         if (perplexity := line.get("val_perplexity")) is not None:
-            parts.append(f"perplexity {perplexity:.2f} per token")
+            at_most = "<= " if line.get("val_kind") == "bound" else ""
+            parts.append(f"perplexity {at_most}{perplexity:.2f} per token")
         if (scored := line.get("val_bytes")) is not None:
             parts.append(f"{quantity(scored)}B scored")
+        if "val_raw_bits_per_byte" in line:
+            parts.append(f"(weights not averaged: {bits_per_byte(line, 'val_raw_')})")
         self._print("  ".join(parts), "bold")
 
     # -- the end -------------------------------------------------------------------------------------------

@@ -68,6 +68,19 @@ class EMA:
         for name, parameter in self._parameters.items():
             parameter.copy_(values[name])
 
+    @torch.no_grad()
+    def restart(self, shadow: dict[str, Tensor] | None = None) -> None:
+        """Begin anew, from another average ({name: tensor}) or from the present weights."""
+        given = {name: p.detach() for name, p in self._parameters.items()} if shadow is None else shadow
+        self.load_state_dict(
+            {
+                "shadow": {
+                    n: t.to(self.shadow[n].dtype) if n in self.shadow else t for n, t in given.items()
+                },
+                "updates": torch.zeros_like(self._updates),
+            }
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """{"updates": int64 scalar, "shadow": {name: tensor}}: the live tensors, not copies."""
         return {"updates": self._updates, "shadow": dict(self.shadow)}

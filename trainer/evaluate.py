@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from adapters.base import Context, ModelAdapter
+from adapters.base import Context, Likelihood, ModelAdapter
+from trainer.format import bits_per_byte as format_bits_per_byte
 from trainer.precision import autocast
 from trainer.signals import StopSignal
 
 if TYPE_CHECKING:
-    from data.rows import HeldoutRows
+    from data.rows import Batch, HeldoutRows
     from trainer.distributed import World
 
 __all__ = ["Score", "evaluate", "main"]
@@ -33,32 +34,52 @@ __all__ = ["Score", "evaluate", "main"]
 
 @dataclass(frozen=True)
 class Score:
-    """What an evaluation found. `standard_error` is the estimator's own noise in bits per byte (0 when exact)."""
+    """What an evaluation found.
+
+    `standard_error`: the estimator's own noise in bits per byte (0 when exact). `documents_standard_error`: how far the
+    score would move with other documents of the kind, in bits per byte (of a ratio of sums over documents; None for a
+    single one). Two models scored on the same documents differ by much less noise than that.
+    """
 
     bits_per_byte: float
     kind: str
     estimator: str
     standard_error: float
+    documents_standard_error: float | None
     nats_per_token: float
+    bits_per_token: float
     perplexity: float
-    end_nats_per_document: float
+    end_nats_per_document: float | None  # None: ends are not modelled
     bytes: int
     tokens: int
     documents: int
     context_tokens: int
     context_bytes: float
     comparable: bool
-    # Bits per byte of what a bound consists of, and of other estimates of it; empty when exact.
+    # Nats per token of what a bound consists of, and of other estimates of it; empty when exact.
     parts: dict[str, float] = field(default_factory=dict)
+    estimates: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def text(self) -> str:
-        """`1.234`, or `<= 1.234 +- 0.005` for a bound."""
-        if self.kind == "exact":
-            return f"{self.bits_per_byte:.3f}"
-        return f"<= {self.bits_per_byte:.3f} +- {self.standard_error:.3f}"
+    def lines(self) -> list[str]:
+        """The score in words, for people."""
+        at_most = "" if self.kind == "exact" else "<= "
+        spread = self.documents_standard_error
+        lines = [
+            f"bits per byte     {format_bits_per_byte(self.as_dict())}",
+            f"nats per token    {at_most}{self.nats_per_token:.4f}  (perplexity {at_most}{self.perplexity:.2f})",
+            f"text              {self.documents:,} documents, {self.bytes:,} bytes"
+            + (f"; other documents would move the score by {spread:.3f}" if spread is not None else ""),
+            f"context           {self.context_tokens} tokens, {self.context_bytes:.0f} bytes",
+        ]
+        if self.kind != "exact":
+            parts = " + ".join(f"{name} {nats:.4f}" for name, nats in self.parts.items())
+            lines.append(f"an upper bound    {self.estimator}")
+            lines.append(f"  made of         {parts} nats per token")
+            lines += [f"  as in the {name}    {nats:.4f}" for name, nats in self.estimates.items()]
+        return lines
 
 
 @torch.no_grad()
@@ -82,49 +103,87 @@ def evaluate(
     per_process = -(-rows.n_rows // world.size)
     mine = np.arange(per_process) * world.size + world.rank
     ctx = Context(seed=seed, step=0, phase="eval", rows_in_step=rows.n_rows)
-    nats = end_nats = variance = tokens = ends = 0.0
-    kind, estimator = "exact", "exact"
-    parts: dict[str, float] = {}
+    found: Likelihood | None = None
+    sums = _Sums(len(rows.documents))
     try:
         for start in range(0, per_process, batch_rows):
             if world.agree(should_stop()):
                 return None
             ids = mine[start : start + batch_rows]
-            batch = rows.batch(np.where(ids < rows.n_rows, ids, -1))
+            ids = np.where(ids < rows.n_rows, ids, -1)
+            batch = rows.batch(ids)
             with autocast(precision, world.device):
                 found = adapter.likelihood(batch, ctx)
-            kind, estimator = found.kind, found.estimator
-            nats += float(found.nats.sum())
-            end_nats += float(found.end_nats.sum())
-            tokens += float(batch.weights.sum(dtype=np.float64))
-            ends += float(batch.end_weights.sum(dtype=np.float64))
-            if found.variance is not None:
-                variance += float(found.variance.sum())
-            for name, part in found.parts.items():
-                parts[name] = parts.get(name, 0.0) + float(part.sum())
+            sums.add(found, batch, rows.document_of[ids], rows.store.tokenizer.token_bytes)
     finally:
         adapter.train(training)
-    sums = world.add_up([nats, end_nats, variance, tokens, ends, *parts.values()])
-    nats, end_nats, variance, tokens, ends = sums[:5]
-    per_token = nats / tokens
+    assert found is not None
+    sums.add_up(world)
+    total = sums.values
     bits_per_byte = 1 / (math.log(2) * rows.total_bytes)  # of one nat
-    context_bytes = rows.seq_len * rows.total_bytes / tokens
+    per_token = total["nats"] / total["tokens"]
     return Score(
-        bits_per_byte=nats * bits_per_byte,
-        kind=kind,
-        estimator=estimator,
-        standard_error=math.sqrt(variance) * bits_per_byte,
+        bits_per_byte=total["nats"] * bits_per_byte,
+        kind=found.kind,
+        estimator=found.estimator,
+        standard_error=math.sqrt(total["variance"]) * bits_per_byte,
+        documents_standard_error=sums.spread_over_documents(),
         nats_per_token=per_token,
+        bits_per_token=per_token / math.log(2),
         perplexity=math.exp(min(per_token, 700.0)),
-        end_nats_per_document=end_nats / max(ends, 1.0),
+        end_nats_per_document=None if found.end_nats is None else total["end_nats"] / max(total["ends"], 1.0),
         bytes=rows.total_bytes,
-        tokens=int(tokens),
+        tokens=int(total["tokens"]),
         documents=len(rows.documents),
         context_tokens=rows.seq_len,
-        context_bytes=round(context_bytes, 1),
+        context_bytes=round(rows.seq_len * rows.total_bytes / total["tokens"], 1),
         comparable=rows.complete,
-        parts={name: part * bits_per_byte for name, part in zip(parts, sums[5:], strict=True)},
+        parts={name: total[f"part {name}"] / total["tokens"] for name in found.parts},
+        estimates={name: total[f"estimate {name}"] / total["tokens"] for name in found.estimates},
     )
+
+
+class _Sums:
+    """Sums over rows in fp64, local until `add_up`; and nats and bytes of each document."""
+
+    def __init__(self, documents: int) -> None:
+        self.values: dict[str, float] = {}
+        self.document_nats, self.document_bytes = np.zeros(documents), np.zeros(documents)
+
+    def add(self, found: Likelihood, batch: Batch, document: np.ndarray, token_bytes: np.ndarray) -> None:
+        """document (B,): of each row."""
+        one = {
+            "nats": found.nats,
+            "end_nats": found.end_nats,
+            "variance": found.variance,
+            "tokens": batch.weights,
+            "ends": batch.end_weights,
+            **{f"part {k}": v for k, v in found.parts.items()},
+            **{f"estimate {k}": v for k, v in found.estimates.items()},
+        }
+        for name, value in one.items():
+            sum_ = 0.0 if value is None else float(np.asarray(value, dtype=np.float64).sum())
+            self.values[name] = self.values.get(name, 0.0) + sum_
+        scored = batch.tokens[:, 1 : batch.weights.shape[1] + 1]
+        np.add.at(self.document_nats, document, found.nats.numpy())
+        np.add.at(self.document_bytes, document, (token_bytes[scored] * batch.weights).sum(1))
+
+    def add_up(self, world: World) -> None:
+        """Over all processes."""
+        n, names = len(self.document_nats), list(self.values)
+        every = world.add_up([*self.values.values(), *self.document_nats, *self.document_bytes])
+        self.values = dict(zip(names, every, strict=False))
+        self.document_nats, self.document_bytes = np.array(every[len(names) :]).reshape(2, n)
+
+    def spread_over_documents(self) -> float | None:
+        """Standard error in bits per byte of the ratio nats / bytes, documents being drawn at random."""
+        n = len(self.document_nats)
+        if n < 2:
+            return None
+        rate = self.document_nats.sum() / self.document_bytes.sum()
+        residual = self.document_nats - rate * self.document_bytes
+        error = math.sqrt(n / (n - 1) * float((residual**2).sum())) / self.document_bytes.sum()
+        return float(error / math.log(2))
 
 
 def main(argv: list[str]) -> int:
@@ -197,15 +256,8 @@ def main(argv: list[str]) -> int:
         "score": score.as_dict(),
     }
     print(f"{cfg.type} ({restored.weights} weights) on the held-out part of {dataset.name}", file=sys.stderr)
-    print(f"  bits per byte     {score.text()}", file=sys.stderr)
-    print(
-        f"  nats per token    {score.nats_per_token:.4f}  (perplexity {score.perplexity:.2f})",
-        file=sys.stderr,
-    )
-    print(f"  text              {score.documents:,} documents, {score.bytes:,} bytes", file=sys.stderr)
-    print(
-        f"  context           {score.context_tokens} tokens, {score.context_bytes:.0f} bytes", file=sys.stderr
-    )
+    for line in score.lines():
+        print(f"  {line}", file=sys.stderr)
     print(json.dumps(result))
     if args.output:
         write_atomically(Path(args.output), json.dumps(result, indent=2) + "\n")

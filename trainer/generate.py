@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 
@@ -31,7 +32,11 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--gap_tokens", type=int, default=16, help="tokens that each gap stands for")
     parser.add_argument("--max_new_tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        help="0 is greedy (default: 0.8; diffusion: 1, the model's own distribution)",
+    )
     parser.add_argument("--top_k", type=int, default=0, help="0 is off")
     parser.add_argument("--top_p", type=float, default=1.0, help="1 is off")
     parser.add_argument("--seed", type=int, default=0)
@@ -51,6 +56,10 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.num_samples < 1:
         raise ValueError(f"num_samples: must be at least 1, got {args.num_samples}")
+    if args.prompt and args.infill is not None:
+        raise ValueError(
+            "prompt and infill exclude each other: write the prompt at the start of the infill text"
+        )
     options = GenerateOptions(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
@@ -63,10 +72,19 @@ def main(argv: list[str]) -> int:
         by_confidence=args.by_confidence,
     )
     restored = restore(args)
-    view = TextView(restored.tokenizer) if sys.stdout.isatty() else None
+    moving = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"  # a cursor can go back
+    view = TextView(restored.tokenizer) if moving else None
     prompt = restored.tokenizer.encode(args.prompt).tolist()
     printer = _Printer(args.prompt, restored.tokenizer, args.num_samples, view)
     gaps = with_gaps(args.infill, restored.tokenizer, args.gap_tokens) if args.infill is not None else None
+    notes = restored.adapter.generation_notes if gaps is None else restored.adapter.infill_notes
+    if options.by_confidence:
+        notes = (
+            *notes,
+            "by_confidence: the surest tokens first; this is no draw from the model's distribution",
+        )
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     started = time.perf_counter()
     with StopSignal() as stop, autocast(restored.precision, restored.device):
 

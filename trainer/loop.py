@@ -91,6 +91,9 @@ def train(cfg: RunConfig, model_cfg: ModelConfig, run_dir: Path, config_yaml: st
         elif cfg.init_from_checkpoint:
             source = find_checkpoint(cfg.init_from_checkpoint, folder.console.warn)
             load_weights(session.adapter, load_tensors(source, "model.pt"), f"{source}/model.pt")
+            if session.ema:
+                averaged = source / "ema.pt"
+                session.ema.restart(load_tensors(source, "ema.pt")["shadow"] if averaged.is_file() else None)
             folder.console.note(f"weights from {source}; optimizer and step start anew")
         return trainer.run()
 
@@ -302,9 +305,11 @@ class Trainer:
         due = step >= self.total or (every > 0 and step > 0 and step % every == 0)
         return due and self.progress.evaluated_at != step
 
-    def _score(self, rows: Any) -> Score | None:
+    def _score(self, rows: Any, averaged: bool = True) -> Score | None:
+        """Of the averaged weights where there are some, unless told otherwise."""
         s = self.s
-        with torch.compiler.set_stance("force_eager"), s.ema.swap() if s.ema else nullcontext():
+        swap = s.ema.swap() if s.ema and averaged else nullcontext()
+        with torch.compiler.set_stance("force_eager"), swap:
             score = evaluate(
                 s.adapter,
                 rows,
@@ -318,15 +323,18 @@ class Trainer:
                 raise TrainingError(
                     f"the held-out score at step {self.progress.step} is {score.bits_per_byte}"
                 )
-            if score:
+            if score and averaged:
                 self.folder.sample(s, self.progress.step, self.stop)
         return score
 
     def _evaluate(self) -> bool:
         """Score the held-out text and take note of it. False when a stop was asked for meanwhile."""
         self._raise_if_not_finite()
-        score = self._score(self.interim_rows)
-        if score is None:
+        score = raw = self._score(self.interim_rows)
+        at_end = self.progress.step >= self.total
+        if score and self.s.ema and at_end:  # once, to show what averaging does
+            raw = self._score(self.interim_rows, averaged=False)
+        if score is None or raw is None:
             return False
         p, cfg = self.progress, self.cfg
         p.evaluated_at = p.step
@@ -338,7 +346,7 @@ class Trainer:
         better = score.bits_per_byte < p.best_bits_per_byte
         if better:
             p.best_bits_per_byte, p.best_step = score.bits_per_byte, p.step
-        self.folder.log_evaluation(p, score)
+        self.folder.log_evaluation(p, score, raw)
         if better and (cfg.save_best_model or cfg.save_only_best):
             self._save(best=cfg.save_best_model)
         self.latest = score

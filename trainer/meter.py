@@ -31,11 +31,14 @@ class Meter:
         self._sums: dict[str, Tensor] = {}  # "<reduce>/<name>" -> local value
         self._counts: dict[str, float] = {}
         self._denominator_of: dict[str, str] = {}
+        self._likelihoods: list[str] = []  # terms
         self._totals: dict[str, float] = {}  # global: denominators, tokens, bytes, steps
 
     def add_output(self, output: StepOutput) -> None:
         for name, term in output.terms.items():
             self._denominator_of[name] = term.denominator
+            if term.likelihood and name not in self._likelihoods:
+                self._likelihoods.append(name)
             self._accumulate(f"term/{name}", term.sum)
         for name, metric in output.metrics.items():
             self._accumulate(f"{metric.reduce}/{name}", metric.sum)
@@ -74,7 +77,8 @@ class Meter:
         return sums, dict(zip(names, added[len(keys) :], strict=True))
 
     def read(self, world: World) -> dict[str, float]:
-        """Means since the last read: every loss term, every metric, `loss`, `bits_per_byte` of the first term."""
+        """Means since the last read: every loss term, every metric, `loss`, `bits_per_byte` of the first term where it
+        is a likelihood. What was counted nowhere has no mean."""
         sums, counts = self._gathered(world)
         out: dict[str, float] = {}
         for key, value in sums.items():
@@ -82,7 +86,8 @@ class Meter:
             if kind == "term":
                 out[f"loss_{name}"] = value / max(self._totals[self._denominator_of[name]], 1e-30)
             elif kind == "mean":
-                out[name] = value / max(counts[name], 1e-30)
+                if counts[name] > 0:
+                    out[name] = value / counts[name]
             elif kind == "last":
                 out[name] = value / world.size
             else:
@@ -90,7 +95,9 @@ class Meter:
         if self._denominator_of:
             first = next(iter(self._denominator_of))
             out["loss"] = out[f"loss_{first}"]
-            out["bits_per_byte"] = sums[f"term/{first}"] / math.log(2) / max(self._totals["bytes seen"], 1.0)
+            if first in self._likelihoods:
+                nats = sums[f"term/{first}"]
+                out["bits_per_byte"] = nats / math.log(2) / max(self._totals["bytes seen"], 1.0)
         self._reset()
         return out
 
@@ -101,6 +108,7 @@ class Meter:
             "sums": sums,
             "counts": counts,
             "denominator_of": self._denominator_of,
+            "likelihoods": self._likelihoods,
             "totals": self._totals,
         }
 
@@ -112,3 +120,4 @@ class Meter:
         }
         self._counts = {k: v * share for k, v in state["counts"].items()}
         self._denominator_of, self._totals = dict(state["denominator_of"]), dict(state["totals"])
+        self._likelihoods = list(state["likelihoods"])

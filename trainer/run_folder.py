@@ -137,7 +137,7 @@ class RunFolder:
         return {
             "type": s.cfg.type,
             "environment": collect_environment(self.world.device),
-            "kernels": {"attention": "torch scaled_dot_product_attention", "linear_cross_entropy": "torch"},
+            "kernels": {"attention": "torch scaled_dot_product_attention", s.adapter.loss_kernel: "torch"},
             "precision": s.precision,
             "compiled": s.compiled,
             "execution": execution(s),
@@ -212,7 +212,8 @@ class RunFolder:
         self._metrics.write(line)
         self.console.step(line)
 
-    def log_evaluation(self, progress: Progress, score: Score) -> None:
+    def log_evaluation(self, progress: Progress, score: Score, raw: Score | None = None) -> None:
+        """`raw`: of the weights as they are, where `score` is of their average."""
         if not self.world.is_main or self._metrics is None:
             return
         line = {
@@ -221,6 +222,8 @@ class RunFolder:
             "seconds": round(progress.seconds, 3),
             **{f"val_{k}": v for k, v in score.as_dict().items()},
         }
+        if raw is not None and raw is not score:
+            line |= {f"val_raw_{k}": getattr(raw, k) for k in ("bits_per_byte", "standard_error", "kind")}
         self._metrics.write(line)
         self.console.evaluation(line)
 
@@ -325,6 +328,8 @@ class RunFolder:
         summary: dict[str, Any] = {
             "type": s.cfg.type,
             "score": score.as_dict(),
+            "weights": "averaged (EMA)" if s.ema else "raw",
+            "precision": s.precision,
             "yardsticks": yardsticks,
             "steps": progress.step,
             "tokens": progress.tokens,

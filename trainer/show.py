@@ -156,7 +156,7 @@ def _page(d: dict[str, Any]) -> str:
     f = d["flops_per_token"]
     lines += [
         "",
-        f"FLOPs per token   forward {f['forward']:.4g}, training {f['training']:.4g} (causal attention)",
+        f"FLOPs per token   forward {f['forward']:.4g}, training {f['training']:.4g}",
     ]
     b = d["batch"]
     lines.append(

@@ -52,6 +52,9 @@ class DiffusionAdapter(ModelAdapter):
     """Subclasses name their process."""
 
     process_class: type[Process]
+    loss_kernel = "linear_diffusion_loss"
+    default_temperature = 1.0  # the model's own distribution
+    generation_notes = ("a document's end is not modelled: the text goes on to max_new_tokens",)
 
     def __init__(self, model: Any, model_cfg: Any, tokenizer: Any) -> None:
         super().__init__(model, model_cfg, tokenizer)
@@ -75,11 +78,12 @@ class DiffusionAdapter(ModelAdapter):
 
     # -- training ------------------------------------------------------------------------------------------------
 
-    def tokens_of(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def tokens_of(self, batch: Batch, training: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Clean tokens (B, L), positions that are noised and scored (B, L), document ids (B, L)."""
         x0 = torch.from_numpy(batch.tokens)[:, : batch.weights.shape[1] + 1]
         scored = torch.from_numpy(batch.weights) > 0  # (B, S)
-        first = scored.any(1, keepdim=True) & (not self.model_cfg.ignore_bos)
+        # Held-out text is scored as an autoregressive model scores it, always given the token before it.
+        first = scored.any(1, keepdim=True) & (training and not self.model_cfg.ignore_bos)
         if self.model.mask_id is not None and bool((x0 == self.model.mask_id).any()):
             raise ValueError(
                 f"the text contains token {self.model.mask_id}, which model_cfg.absorbing_state_idx reserves for the "
@@ -89,7 +93,7 @@ class DiffusionAdapter(ModelAdapter):
 
     def prepare(self, batch: Batch, ctx: Context) -> Prepared:
         process = self.process_at(ctx.step)
-        x0, noised, doc_ids = self.tokens_of(batch)
+        x0, noised, doc_ids = self.tokens_of(batch, training=True)
         noise = Noise(ctx.seed, ctx.step, ctx.phase, batch.rows)
         streams = process.time_streams(x0.shape[1])
         if process.stratified:
@@ -100,7 +104,8 @@ class DiffusionAdapter(ModelAdapter):
         xt = process.corrupt(x0, noised, time, noise.uniform("mask", process.noise_width(x0.shape[1])))
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         rows = process.rows(x0, xt, noised, time).to(torch.device("cpu"), dtype)
-        decile = (process.per_position(r, x0.shape[1]) * DECILES).long().expand(x0.shape)  # (B, L)
+        progress = process.per_position(process.progress(time), x0.shape[1])
+        decile = ((progress * DECILES).ceil().long() - 1).clamp(0, DECILES - 1).expand(x0.shape)  # (B, L)
         counts = torch.bincount(decile[noised], minlength=DECILES).tolist()
         return Prepared(
             tensors={
@@ -128,8 +133,9 @@ class DiffusionAdapter(ModelAdapter):
         by_decile = nats.new_zeros(DECILES).index_add_(0, t["decile"], nats)
         tokens = prepared.denominators["tokens"]
         metrics = {"noised_fraction": Metric(t["changed"], tokens)}
+        name = "nelbo" if process.trains_on_bound else "clipped_loss"
         for d in range(DECILES):
-            metrics[f"nelbo_t{d}"] = Metric(by_decile[d], prepared.denominators[f"tokens_t{d}"])
+            metrics[f"{name}_t{d}"] = Metric(by_decile[d], prepared.denominators[f"tokens_t{d}"])
         for name, total in process.statistics(network, hidden.detach(), loss, rows).items():
             metrics[name] = Metric(total, float(len(rows.index)))
         return StepOutput(process.terms(network, hidden, loss, rows), metrics)
@@ -142,16 +148,20 @@ class DiffusionAdapter(ModelAdapter):
         return self.model_cfg.nelbo_draws
 
     def likelihood(self, batch: Batch, ctx: Context) -> Likelihood:
-        x0, noised, doc_ids = self.tokens_of(batch)
+        x0, noised, doc_ids = self.tokens_of(batch, training=False)
         noise = Noise(ctx.seed, 0, "likelihood", batch.rows)
+        exact = self.process.exact
         bound = estimate_bound(self.process, self.network(), x0, noised, doc_ids, noise, self.draws)
         return Likelihood(
             nats=bound.nats,
-            end_nats=torch.zeros_like(bound.nats),
-            kind="exact" if self.process.exact else "bound",
-            estimator=f"{self.process.estimator}; {self.draws} noise draws per row",
+            end_nats=None,
+            kind="exact" if exact else "bound",
+            estimator=self.process.estimator
+            if exact
+            else f"{self.process.estimator}; {self.draws} noise draws per row",
             variance=bound.variance,
             parts=bound.parts,
+            estimates=bound.estimates,
         )
 
     # -- text ------------------------------------------------------------------------------------------------------
@@ -162,11 +172,16 @@ class DiffusionAdapter(ModelAdapter):
         return self.model_cfg.n_ctx + 1
 
     def _choice(self, options: GenerateOptions) -> Choice:
-        if options.by_confidence and self.model.mask_id is None:
-            raise ValueError(
-                "by_confidence: reveals masked positions in order of confidence, and this chain has no mask"
-            )
-        return Choice(options.temperature, options.top_k, options.top_p, options.steps, options.by_confidence)
+        choice = Choice(
+            temperature=self.default_temperature if options.temperature is None else options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            steps=options.steps,
+            by_confidence=options.by_confidence,
+            use_cache=options.use_cache,
+        )
+        self.process.check(choice)
+        return choice
 
     @torch.no_grad()
     def generate(
@@ -211,6 +226,10 @@ class DiffusionAdapter(ModelAdapter):
             for i, new in enumerate(generated):
                 on_tokens(i, new)
         return Generation(generated, network.calls)
+
+    @property
+    def infill_notes(self) -> tuple[str, ...]:
+        return self.process.gap_notes
 
     @torch.no_grad()
     def infill(
@@ -296,34 +315,40 @@ class BD3LMAdapter(DiffusionAdapter):
     def __init__(self, model: Any, model_cfg: Any, tokenizer: Any) -> None:
         super().__init__(model, model_cfg, tokenizer)
         self.search = ClipSearch() if model_cfg.clip_search and model_cfg.block_length > 1 else None
-        self._plan: tuple[int, list[float]] = (-1, [])  # version of the buffer, its content
+        self._plan: tuple[int, list[int]] = (-1, [])  # version of the buffer, its content
         if self.search:
-            model.register_buffer("clip_plan", torch.empty(5))  # low, high; next low, high, its first step
+            # low, high; next low, high, its first step. In twentieths, so that no rounding moves a limit; -1: none.
+            model.register_buffer("clip_plan", torch.empty(5, dtype=torch.int64))
 
     def init_weights(self, generator: torch.Generator) -> None:
         super().init_weights(generator)
         if self.search:
-            self.model.clip_plan.copy_(torch.tensor([*self._limits(), *self._limits(), 0.0]))
-
-    def _limits(self) -> tuple[float, float]:
-        return self.model_cfg.sampling_eps_min, self.model_cfg.sampling_eps_max
+            self.model.clip_plan.copy_(torch.tensor([-1, -1, -1, -1, 0]))
 
     def make_process(self) -> Process:
         process = super().make_process()
         process.search = self.search  # type: ignore[attr-defined]
         return process
 
-    def plan(self) -> list[float]:
+    def plan(self) -> list[int]:
         """The buffer on the host; read again only after it has changed."""
         buffer = self.model.clip_plan
         if self._plan[0] != buffer._version:
             self._plan = buffer._version, buffer.tolist()
         return self._plan[1]
 
-    def clip_at(self, step: int) -> tuple[float, float]:
-        """The range that training step `step` draws masking probabilities from."""
+    def _range_at(self, step: int) -> tuple[int, int]:
         low, high, next_low, next_high, first = self.plan()
         return (next_low, next_high) if step >= first else (low, high)
+
+    def clip_at(self, step: int) -> tuple[float, float]:
+        """The range that training step `step` draws masking probabilities from."""
+        cfg, (low, high) = self.model_cfg, self._range_at(step)
+        if low < 0:
+            return cfg.sampling_eps_min, cfg.sampling_eps_max
+        return max(low / ClipSearch.BINS, cfg.sampling_eps_min), min(
+            high / ClipSearch.BINS, cfg.sampling_eps_max
+        )
 
     def process_at(self, step: int) -> Process:
         if not self.search:
@@ -345,6 +370,4 @@ class BD3LMAdapter(DiffusionAdapter):
         waiting = step < self.plan()[4] <= step + self.AHEAD
         if found is None or waiting:
             return
-        (low, high), (smallest, largest) = found, self._limits()
-        fresh = [*self.clip_at(step), max(low, smallest), min(high, largest), float(step + self.AHEAD)]
-        self.model.clip_plan.copy_(torch.tensor(fresh))
+        self.model.clip_plan.copy_(torch.tensor([*self._range_at(step), *found, step + self.AHEAD]))

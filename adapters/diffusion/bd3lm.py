@@ -2,8 +2,8 @@
 
     -log p(x)  <=  sum over blocks b of  NELBO(x^b | x^{<b})
 
-Each block has a time of its own, and one pass sees noisy blocks beside the clean text. The row's first token is a block
-by itself; blocks of `block_length` follow. B rows, L positions, N blocks, M gathered positions.
+Each block has a time of its own, and one pass sees noisy blocks beside the clean text. The row's first token, which is
+given, belongs to the first block. B rows, L positions, N blocks, M gathered positions.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ UNCLIPPED = (SMALLEST_U, 1.0)  # what training counts as all of (0, 1]
 
 
 def block_of(length: int, size: int) -> Tensor:
-    """(L,) block of each position: 0 for the first, then blocks of `size`."""
-    return (torch.arange(length) + size - 1) // size
+    """(L,) block of each position: blocks of `size`, the first one with the given token before it."""
+    return (torch.arange(length) - 1).clamp_min(0) // size
 
 
 class BD3LMProcess(MDLProcess):
@@ -51,6 +51,12 @@ class BD3LMProcess(MDLProcess):
         self.estimator = "exact" if self.exact else f"the bound of blocks of {self.size} with {kind}"
 
     @property
+    def gap_notes(self) -> tuple[str, ...]:
+        return (
+            f"a gap is filled from the text before it and in its own block of {self.size} tokens, not from later text",
+        )
+
+    @property
     def chunk(self) -> int:
         return max(1, self.cfg.n_ctx // 2 // self.size) * self.size
 
@@ -68,6 +74,13 @@ class BD3LMProcess(MDLProcess):
         return {"clean": x0, "blocks": block_of(x0.shape[1], self.size)}
 
     # -- corruption and objective ------------------------------------------------------------------------------
+
+    @property
+    def trains_on_bound(self) -> bool:
+        """Under clipping the training loss is no bound, and is not called one."""
+        cfg = self.cfg
+        limits = (cfg.sampling_eps_min, cfg.sampling_eps_max)
+        return self.size == 1 or (not cfg.clip_search and limits == UNCLIPPED)
 
     def training_time(self, r: Tensor) -> Tensor:
         if self.size == 1:
@@ -112,11 +125,9 @@ class BD3LMProcess(MDLProcess):
         return Rows.of(noised & (xt == self.mask), x0, xt, {"weights": weights})
 
     def terms(self, network: Network, hidden: Tensor, loss: RowLoss, rows: Rows) -> dict[str, LossTerm]:
-        """Under clipping the training loss is no bound, and is not called one."""
-        cfg = self.cfg
-        limits = (cfg.sampling_eps_min, cfg.sampling_eps_max)
-        clipped = self.size > 1 and (cfg.clip_search or limits != UNCLIPPED)
-        return {"clipped_loss" if clipped else "nelbo": LossTerm(loss.sum, "tokens")}
+        if self.trains_on_bound:
+            return {"nelbo": LossTerm(loss.sum, "tokens")}
+        return {"clipped_loss": LossTerm(loss.sum, "tokens", likelihood=False)}
 
     # -- bound ---------------------------------------------------------------------------------------------------
 
@@ -129,7 +140,7 @@ class BD3LMProcess(MDLProcess):
         chosen = self._choose(draw.noised, k, draw.u[:, :length])
         nats = self._block_nats(draw, draw.x0.masked_fill(chosen, self.mask), torch.ones_like(draw.r))
         if self.search is not None:
-            self.search.add(k[counts > 0] / counts[counts > 0], (nats / k)[counts > 0])
+            self.search.add(k, counts, nats)
         # The released code's weights, as in `mdl`, with u in [1e-3, 1].
         share = 1 - masked.binomial_tail(counts.flatten(), SMALLEST_U, k.flatten()).view_as(k)
         total = counts / k * nats
@@ -138,7 +149,11 @@ class BD3LMProcess(MDLProcess):
     def _over_time(self, draw: Draw) -> dict[str, Tensor]:
         t = SMALLEST_U + (1 - SMALLEST_U) * draw.r
         length, clean_end = draw.x0.shape[1], torch.full_like(draw.r, SMALLEST_U)
-        integrand = (self._block_nats(draw, self._mask(draw, t, draw.u[:, :length]), t) / t).sum(1)
+        xt = self._mask(draw, t, draw.u[:, :length])
+        nats = self._block_nats(draw, xt, t)
+        if self.search is not None:
+            self.search.add(self._block_sums(xt != draw.x0), self._block_sums(draw.noised), nats)
+        integrand = (nats / t).sum(1)
         recon = self._block_nats(draw, self._mask(draw, clean_end, draw.u_recon[:, :length]), clean_end).sum(
             1
         )
@@ -166,7 +181,7 @@ class BD3LMProcess(MDLProcess):
         Known text is conditioned on if it stands in an earlier block or in the same one."""
         x = window.x.masked_fill(window.unknown, self.mask)
         blocks = block_of(x.shape[1], self.size)
-        state = _Prefix(network, self.cfg.kv_cache, x.shape, self.cfg.time_conditioning)
+        state = _Prefix(network, self.cfg.kv_cache and window.choice.use_cache, x.shape)
         for block in range(int(blocks[-1]) + 1):
             here = blocks == block
             part = replace(
@@ -205,14 +220,19 @@ class BD3LMProcess(MDLProcess):
 
         stay = (times[1:] / times[:-1]).tolist()
         return masked.reveal_on_grid(
-            self, network, part, stay, at_step, lazy=cfg.sampler == "ancestral_cache"
+            self,
+            network,
+            part,
+            stay,
+            at_step,
+            lazy=cfg.sampler == "ancestral_cache" and part.choice.use_cache,
         )
 
 
 class _Prefix(Network):
     """A network that reads one block behind the finished ones. Without `cached`, these are run again every time."""
 
-    def __init__(self, network: Network, cached: bool, shape: torch.Size, time_conditioning: bool) -> None:
+    def __init__(self, network: Network, cached: bool, shape: torch.Size) -> None:
         super().__init__(network.model, network.chunked)
         self.network, self.cached = network, cached
         self.batch, self.length = shape
@@ -282,16 +302,18 @@ class ClipSearch:
         table, self.table = self.table, self._empty()
         return table
 
-    def add(self, fraction: Tensor, nats_per_mask: Tensor) -> None:
-        """(blocks,) masked fractions and mean cross-entropies of the masked tokens."""
+    def add(self, masked: Tensor, counts: Tensor, nats: Tensor) -> None:
+        """Blocks (B, N) with `masked` of `counts` tokens masked and a cross-entropy of `nats` over these."""
+        some = masked > 0
+        fraction, nats_per_mask = masked[some] / counts[some], nats[some] / masked[some]
         place = ((fraction * self.BINS).ceil().long() - 1).clamp(0, self.BINS - 1)
         new = torch.stack([torch.ones_like(nats_per_mask), nats_per_mask, nats_per_mask**2])
         self.table.index_add_(1, place, new.double())
 
     @classmethod
-    def best(cls, table: Tensor) -> tuple[float, float] | None:
-        """(low, high), or None where too little has been seen."""
-        found: tuple[float, tuple[float, float]] | None = None
+    def best(cls, table: Tensor) -> tuple[int, int] | None:
+        """(low, high) in twentieths, or None where too little has been seen."""
+        found: tuple[float, tuple[int, int]] | None = None
         for width in range(cls.BINS // 2, cls.BINS * 9 // 10 + 1):
             for low in range(cls.BINS - width + 1):
                 count, total, squares = table[:, low : low + width].sum(1).tolist()
@@ -299,5 +321,5 @@ class ClipSearch:
                     continue
                 variance = squares / count - (total / count) ** 2
                 if found is None or variance < found[0]:
-                    found = variance, (low / cls.BINS, (low + width) / cls.BINS)
+                    found = variance, (low, low + width)
         return None if found is None else found[1]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from adapters.base import LossTerm
+from adapters.diffusion import masked
 from adapters.diffusion.chains import AbsorbingChain, Chain, GaussianChain, SpectralChain, UniformChain, draw
 from adapters.diffusion.mutual_information import (
     exponents,
@@ -228,6 +229,10 @@ class D3PMProcess(Process):
             return _Fused(chain, "d3pm_uniform")
         return _Dense(chain, cfg)
 
+    def check(self, choice: Choice) -> None:
+        super().check(choice)
+        even_grid(self.steps, choice.steps or self.cfg.sampling_timesteps)
+
     def training_time(self, r: Tensor) -> Tensor:
         return (r * self.steps).long().clamp_max(self.steps - 1) + 1
 
@@ -236,6 +241,9 @@ class D3PMProcess(Process):
         t = time.expand(x0.shape)[noised]
         xt[noised] = self.chain.sample(x0[noised], t, u[noised])
         return xt
+
+    def progress(self, time: Tensor) -> Tensor:
+        return time / self.steps
 
     def tau(self, time: Tensor) -> Tensor:
         return (1000 * time / self.steps).float().squeeze(1)
@@ -283,9 +291,15 @@ class D3PMProcess(Process):
     # -- sampling --------------------------------------------------------------------------------------------------
 
     def resolve(self, network: Network, window: Window) -> Iterator[Tensor]:
-        """Ancestral sampling over an even grid . On a chain with a mask, known text stays as it is, and the
+        """Ancestral sampling over an even grid. On a chain with a mask, known text stays as it is, and the
         conditional is exact; on others it is noised as far as the rest at every step, an approximation."""
-        grid = even_grid(self.steps, min(window.choice.steps or self.cfg.sampling_timesteps, self.steps))
+        choice = window.choice
+        grid = even_grid(self.steps, choice.steps or self.cfg.sampling_timesteps)
+        if choice.by_confidence:
+            yield from masked.reveal_by_confidence(
+                self, network, window, len(grid) - 1, self._at_mask_probability(network)
+            )
+            return
         noise, unknown, length = window.noise, window.unknown, window.x.shape[1]
         known = ~unknown
         known[:, 0] &= not self.cfg.ignore_bos
@@ -318,6 +332,16 @@ class D3PMProcess(Process):
             if s == 0:
                 x = torch.where(window.unknown, x, window.x)
             yield x
+
+    def _at_mask_probability(self, network: Network) -> masked.Denoise:
+        assert isinstance(self.chain, AbsorbingChain)
+        reached = 1 - self.chain.alpha_bar  # (T+1,), rising
+
+        def denoise(u: Tensor, x: Tensor, index: Tensor) -> Tensor:
+            t = torch.searchsorted(reached, u.double()).clamp(1, self.steps)
+            return network.hidden(x, self.tau(t.unsqueeze(1)), index)
+
+        return denoise
 
     def _noise_known(self, window: Window, known: Tensor, x: Tensor, t: int) -> Tensor:
         u = window.noise.uniform(f"known {t}", x.shape[1])[known]
@@ -367,5 +391,5 @@ def ancestral_step(
 def even_grid(steps: int, wanted: int) -> Tensor:
     """(S+1,) int64 from T down to 0 in S even skips."""
     if not 1 <= wanted <= steps:
-        raise ValueError(f"sampling steps: must be 1 to {steps} (model_cfg.num_timesteps), got {wanted}")
+        raise ValueError(f"steps: must be 1 to {steps} (model_cfg.num_timesteps), got {wanted}")
     return (torch.arange(wanted, -1, -1, dtype=torch.float64) * steps / wanted).round().long()

@@ -22,11 +22,13 @@ REPLICATES = 4
 
 @dataclass
 class Bound:
-    """`nats`, `variance` (of `nats`) (B,) fp64; `parts`: prior, diffusion, recon, which add up to it, and `paper`."""
+    """`nats`, `variance` (of `nats`) (B,) fp64; `parts`: prior, diffusion, recon, which add up to it; `estimates`:
+    `paper`, the released code's."""
 
     nats: Tensor
     variance: Tensor
     parts: dict[str, Tensor]
+    estimates: dict[str, Tensor]
 
 
 @torch.no_grad()
@@ -41,15 +43,18 @@ def estimate_bound(
 ) -> Bound:
     """Bound on the nats of the `noised` positions (B, L) of x0 (B, L), given all others.
 
-    `draws` per row, a multiple of 4; `noise` is keyed by the rows. Positions outside `noised` are seen clean where
-    `doc_ids` lets them be seen.
+    `draws` per row, a multiple of 4 (one is enough where the bound is exact); `noise` is keyed by the rows. Positions
+    outside `noised` are seen clean where `doc_ids` lets them be seen.
     """
     if draws % REPLICATES or draws < REPLICATES:
         raise ValueError(f"model_cfg.nelbo_draws: must be a multiple of {REPLICATES}, got {draws}")
-    strata, length = draws // REPLICATES, x0.shape[1]
+    repeats = REPLICATES
+    if process.exact:
+        repeats = draws = 1
+    strata, length = draws // repeats, x0.shape[1]
     replicates: list[Tensor] = []
     sums: dict[str, Tensor] = {}
-    for replicate in range(REPLICATES):
+    for replicate in range(repeats):
         total = torch.zeros(len(x0), dtype=torch.float64)
         for j in range(strata):
             name = f"{replicate}/{j}"
@@ -61,5 +66,6 @@ def estimate_bound(
                 if part != "paper":
                     total += nats / strata
         replicates.append(total)
+    paper = {"paper": sums.pop("paper")}
     values = torch.stack(replicates)  # (R, B)
-    return Bound(values.mean(0), values.var(0) / REPLICATES, sums)
+    return Bound(values.mean(0), values.var(0, correction=min(1, repeats - 1)) / repeats, sums, paper)

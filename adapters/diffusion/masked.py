@@ -54,9 +54,11 @@ def binomial_tail(count: Tensor, p: float, k: Tensor) -> Tensor:
 
 
 def sample_clean(
-    process: Process, network: Network, hidden: Tensor, u: Tensor, choice: Choice, argmax: bool
+    process: Process, network: Network, hidden: Tensor, u: Tensor, choice: Choice, argmax: Tensor | bool
 ) -> tuple[Tensor, Tensor]:
-    """Clean tokens (M,) at masked positions and their probabilities (M,) fp64, from hidden states (M, D)."""
+    """Clean tokens (M,) at masked positions and their probabilities (M,) fp64, from hidden states (M, D). `argmax`
+    (M,) or for all: the likeliest token instead of a draw."""
+    likeliest = torch.as_tensor(argmax).expand(len(hidden))
     device, _ = sampling_dtype(network.device)
     tokens, confidence = (
         torch.empty(len(hidden), dtype=torch.int64),
@@ -64,7 +66,7 @@ def sample_clean(
     )
     for rows, logits in network.logits(hidden):
         p = choice(process.clean_log_probs(logits)).exp()
-        chosen = p.argmax(1) if argmax else draw(p, u[rows].to(device))
+        chosen = torch.where(likeliest[rows].to(device), p.argmax(1), draw(p, u[rows].to(device)))
         tokens[rows] = chosen.cpu()
         confidence[rows] = p.gather(1, chosen.unsqueeze(1)).squeeze(1).cpu()
     return tokens, confidence
@@ -127,8 +129,9 @@ def first_hitting(process: Process, network: Network, window: Window, denoise: D
         place = choose_exactly(masked, count.clamp_max(1), noise.uniform(f"place {i}", length))
         index = place.flatten().nonzero().squeeze(1)
         hidden = denoise(u, x, index)
-        argmax = process.cfg.final_step == "argmax" and bool((count <= 1).all())
-        tokens, _ = sample_clean(process, network, hidden, fresh[index // length, 1], window.choice, argmax)
+        row = index // length
+        argmax = (count <= 1)[row] & (process.cfg.final_step == "argmax")
+        tokens, _ = sample_clean(process, network, hidden, fresh[row, 1], window.choice, argmax)
         x = _put(x, index, tokens)
         yield x
 
@@ -141,8 +144,8 @@ def reveal_by_confidence(
     x, noise, length = window.x.clone(), window.noise, window.x.shape[1]
     x[window.unknown] = process.mask
     total = window.unknown.sum(1)  # (B,)
-    steps = min(steps, int(total.max()))
-    for i in range(steps):
+    own_steps = total.clamp(1, steps)  # (B,), so that no row depends on its neighbours
+    for i in range(int(own_steps.max())):
         masked = x == process.mask
         index = masked.flatten().nonzero().squeeze(1)
         hidden = denoise(masked.sum(1) / total.clamp_min(1), x, index)
@@ -155,7 +158,7 @@ def reveal_by_confidence(
             .index_put((index,), -confidence)
             .view_as(x)
         )
-        left = total - (total * (i + 1)) // steps  # masked after this step
+        left = total - (total * (i + 1) // own_steps).clamp_max(total)  # masked after this step
         reveal = choose_exactly(masked, masked.sum(1) - left, doubt)
         x = torch.where(reveal, drawn, x)
         yield x

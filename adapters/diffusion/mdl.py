@@ -180,7 +180,12 @@ class MDLProcess(Process):
             return network.hidden(x, self.tau(t), index)
 
         return masked.reveal_on_grid(
-            self, network, window, stay, denoise, lazy=cfg.sampler == "ancestral_cache"
+            self,
+            network,
+            window,
+            stay,
+            denoise,
+            lazy=cfg.sampler == "ancestral_cache" and window.choice.use_cache,
         )
 
     def log_scores(self, logits: Tensor, now: Tensor, sigma: float) -> Tensor:

@@ -31,6 +31,7 @@ class Choice:
     top_p: float = 1.0
     steps: int = 0  # reverse steps; 0 = the model's own number
     by_confidence: bool = False  # masked processes: reveal the surest positions first
+    use_cache: bool = True  # False: run the network again wherever its answer could be reused
 
     def __call__(self, log_p: Tensor) -> Tensor:
         """Normalised log-probabilities (M, V) fp64 -> the same, changed."""
@@ -70,6 +71,11 @@ class Process(ABC):
         self.cfg, self.n, self.V, self.mask_id = cfg, n, V, mask_id
 
     @property
+    def trains_on_bound(self) -> bool:
+        """What training minimises, beside auxiliary terms, is an estimate of the bound."""
+        return True
+
+    @property
     def mask(self) -> int:
         """The mask's id, in processes that have one."""
         assert self.mask_id is not None
@@ -95,6 +101,27 @@ class Process(ABC):
         """Further inputs of the network beside noisy tokens, time and document ids."""
         return {}
 
+    def check(self, choice: Choice) -> None:
+        """Raises ValueError for a choice that this process would not heed."""
+        if choice.by_confidence and self.mask_id is None:
+            raise ValueError(
+                "by_confidence: reveals masked positions in order of confidence, and this chain has no mask"
+            )
+        if choice.steps and not choice.by_confidence and getattr(self.cfg, "sampler", "") == "first_hitting":
+            raise ValueError(
+                f"steps: this model's sampler is first_hitting, which reveals one token per call and takes no number "
+                f"of steps, got {choice.steps}. Leave it out, or reveal several tokens per call with by_confidence"
+            )
+
+    @property
+    def gap_notes(self) -> tuple[str, ...]:
+        """How filled gaps differ from draws of the model's conditional law."""
+        if self.mask_id is not None:
+            return ()
+        return (
+            "without a mask, filling gaps is an approximation: known text is noised as far as the rest at each step",
+        )
+
     @property
     def chunk(self) -> int:
         """New tokens per window when text is longer than one window: half the context."""
@@ -109,6 +136,10 @@ class Process(ABC):
     @abstractmethod
     def corrupt(self, x0: Tensor, noised: Tensor, time: Tensor, u: Tensor) -> Tensor:
         """x_t (B, L): a draw from q(x_t | x_0) at `noised` positions, from uniforms u (B, L); x_0 elsewhere."""
+
+    def progress(self, time: Tensor) -> Tensor:
+        """`time` as a part of the whole way to noise, in (0, 1]."""
+        return time
 
     @abstractmethod
     def tau(self, time: Tensor) -> Tensor:

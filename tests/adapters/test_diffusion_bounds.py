@@ -75,10 +75,11 @@ def block_oracle(size):
     class BlockOracle(Oracle):
         def forward(self, tokens, tau, doc_ids=None, clean=None, blocks=None):
             out = torch.zeros(*tokens.shape, self.V, dtype=F64)
-            for block in blocks.unique().tolist()[1:]:
-                here, before = blocks == block, blocks < block
-                seen = torch.where(here, tokens, torch.where(before, clean, M))
-                out[:, here] = with_mask(masked_posterior(seen[:, 1:]))[:, here[1:]]
+            assert blocks[0] == blocks[1]  # the given token is of the first block
+            for block in blocks.unique().tolist():
+                here, before = (blocks == block)[1:], (blocks < block)[1:]
+                seen = torch.where(here, tokens[:, 1:], torch.where(before, clean[:, 1:], M))
+                out[:, 1:][:, here] = with_mask(masked_posterior(seen))[:, here]
             return out
 
     return BlockOracle(lambda xt, tau: xt, M)
@@ -248,7 +249,7 @@ def test_score_entropy_plus_its_ends_is_the_entropy(graph):
         t = math.exp(point)
         value += weight * t * expectation(t, integrand)
     value += expectation(eps, reconstruction) + LENGTH * process.prior_nats()
-    assert value == pytest.approx(ENTROPY + leak(process, graph), abs=2e-4)
+    assert value == pytest.approx(ENTROPY + leak(process, graph), abs=1e-4)
 
 
 def score_oracle(process):
@@ -341,7 +342,7 @@ def test_block_bound_of_a_perfect_network_is_the_entropy(size):
         weight = math.prod(w for w, _, _ in combination)
         u = torch.full((len(x0), process.noise_width(LENGTH + 1)), 0.9, dtype=F64)
         u[:, [p for _, _, subset in combination for p in subset]] = 0.1
-        r = torch.tensor([[0.5] + [r for _, r, _ in combination]], dtype=F64).expand(len(x0), -1)
+        r = torch.tensor([[r for _, r, _ in combination]], dtype=F64).expand(len(x0), -1)
         parts = process.estimate(Draw(network, x0, noised, None, r, u, u))
         total += weight * float((LAW * parts["diffusion"]).sum())
     assert total == pytest.approx(ENTROPY, abs=1e-9)
@@ -349,10 +350,10 @@ def test_block_bound_of_a_perfect_network_is_the_entropy(size):
 
 def test_a_whole_row_as_one_block_is_the_masked_model():
     x0, noised = texts(SEQUENCES)
-    r = torch.rand(27, 2, dtype=F64)
+    r = torch.rand(27, 1, dtype=F64)
     u = torch.rand(27, 8, dtype=F64)
     block = bd3lm(3).estimate(Draw(Network(block_oracle(3)), x0, noised, None, r, u, u))
-    whole = mdl().estimate(Draw(Network(masked_oracle()), x0, noised, None, r[:, 1:], u[:, :4], u))
+    whole = mdl().estimate(Draw(Network(masked_oracle()), x0, noised, None, r, u[:, :4], u))
     assert torch.allclose(block["diffusion"], whole["diffusion"], atol=1e-12)
 
 
@@ -413,7 +414,7 @@ def test_estimates_agree_with_the_entropy_within_their_standard_error(name):
     slack = 4e-3 if name not in ("mdl", "d3pm absorbing", "bd3lm") else 1e-9
     assert error < 0.15
     assert target - 4 * error - slack < value < target + 4 * error + slack
-    total = sum(v for k, v in bound.parts.items() if k != "paper")
+    total = sum(bound.parts.values())
     assert torch.allclose(total, bound.nats, atol=1e-12)
 
 
@@ -442,21 +443,40 @@ def test_fewer_bound_steps_are_a_looser_bound_of_the_same_chain():
     assert float((weights * bound.nats).sum()) == pytest.approx(2.727641400, abs=4 * error)
 
 
-def test_standard_errors_are_honest():
-    """Over repeats: the entropy within 3 standard errors, and the standard error near the actual spread."""
-    process, network = mdl(), Network(masked_oracle())
-    x0, noised = texts(
-        SEQUENCES[torch.multinomial(LAW, 40, True, generator=torch.Generator().manual_seed(5))]
-    )
-    values, errors = [], []
-    for repeat in range(200):
-        bound = estimate_bound(process, network, x0, noised, None, Noise(repeat, 0, "x", range(40)), 4)
-        values.append(float(bound.nats.sum()))
-        errors.append(math.sqrt(float(bound.variance.sum())))
-    values, errors = torch.tensor(values), torch.tensor(errors)
-    truth = values.mean()
-    assert float(((values - truth).abs() < 3 * errors).float().mean()) >= 0.95
+@pytest.mark.parametrize("name", ["mdl", "bd3lm", "sedd absorbing", "d3pm absorbing"])
+def test_standard_errors_are_honest(name):
+    """Over 200 repeats of the estimate for fixed texts: the truth within 3 standard errors, and these near the actual
+    spread. With perfect predictions the truth is -log p(x), of every single text; D3PM's chain of 64 steps is looser,
+    by 0.3 % over the whole law."""
+    process, oracle = ESTIMATORS[name]()
+    chosen = torch.multinomial(LAW, 40, True, generator=torch.Generator().manual_seed(5))
+    x0, noised = texts(SEQUENCES[chosen])
+    values, errors = repeated_bounds(process, oracle, x0, noised)
+    truth = values.mean() if name == "d3pm absorbing" else -LAW[chosen].log().sum()
+    assert float(((values - truth).abs() < 3 * errors).double().mean()) >= 0.95
     assert float(errors.mean()) == pytest.approx(float(values.std()), rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["mdl", "bd3lm", "sedd absorbing", "d3pm absorbing"])
+def test_a_worse_network_scores_worse(name):
+    process, oracle = ESTIMATORS[name]()
+    with torch.no_grad():
+        oracle.head_bias[0] += 1.5
+    chosen = torch.multinomial(LAW, 40, True, generator=torch.Generator().manual_seed(5))
+    values, errors = repeated_bounds(process, oracle, *texts(SEQUENCES[chosen]))
+    truth = -LAW[chosen].log().sum()
+    assert float((values > truth - 3 * errors).double().mean()) >= 0.95
+    assert float(values.mean() - truth) > 0.02 * float(truth)
+
+
+def repeated_bounds(process, oracle, x0, noised):
+    """200 estimates of the nats of all texts together, and their standard errors."""
+    bounds = [
+        estimate_bound(process, Network(oracle), x0, noised, None, Noise(i, 0, "x", range(len(x0))), 4)
+        for i in range(200)
+    ]
+    values = torch.stack([bound.nats.sum() for bound in bounds])
+    return values, torch.stack([bound.variance.sum().sqrt() for bound in bounds])
 
 
 def test_released_codes_estimate_is_recovered_from_exact_counts():
@@ -470,7 +490,7 @@ def test_released_codes_estimate_is_recovered_from_exact_counts():
         float(
             (
                 weights
-                * estimate_bound(p, Network(masked_oracle()), x0, noised, None, noise, 8).parts["paper"]
+                * estimate_bound(p, Network(masked_oracle()), x0, noised, None, noise, 8).estimates["paper"]
             ).sum()
         )
         for p in (over_time, by_count)

@@ -37,17 +37,33 @@ def test_golden_recursion():
 
 
 def test_decay_is_bounded_by_the_setting():
-    """With decay 0.5 the bound (1 + k) / (10 + k) reaches it in update 8."""
+    """With decay 0.8 the bound (1 + k) / (10 + k) reaches it in update 35."""
     net = model(0.0)
-    ema = EMA(net.named_parameters(), 0.5)
+    ema = EMA(net.named_parameters(), 0.8)
     average = 0.0
-    for k in range(1, 13):
+    for k in range(1, 51):
         for p in net.parameters():
             nn.init.constant_(p, k**2)
         ema.update()
-        d = min(0.5, (1 + k) / (10 + k))
+        d = min(0.8, (1 + k) / (10 + k))
         average = d * average + (1 - d) * k**2
-        assert ema.shadow["0.weight"][0, 0].item() == pytest.approx(average, abs=1e-12)
+        assert ema.shadow["0.weight"][0, 0].item() == pytest.approx(average, rel=1e-6)
+
+
+def test_a_new_start_takes_the_weights_or_a_given_average():
+    net = model()
+    ema = EMA(net.named_parameters(), 0.9)
+    for step in range(5):
+        move(net, step)
+        ema.update()
+    old = {name: s.clone() for name, s in ema.shadow.items()}
+    ema.restart()
+    for name, p in net.named_parameters():
+        assert torch.equal(ema.shadow[name], p.to(ema.shadow[name].dtype)) and not torch.equal(p, old[name])
+    ema.restart(old)
+    assert all(torch.equal(ema.shadow[name], s) for name, s in old.items()) and int(ema._updates) == 0
+    with pytest.raises(ValueError, match="average"):
+        ema.restart({"other": torch.zeros(1)})
 
 
 def test_skipped_update_never_happened():

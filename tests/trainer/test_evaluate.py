@@ -257,7 +257,8 @@ class Bound(ModelAdapter):
         assert ctx.phase == "eval" and ctx.step == 0
         weights = torch.from_numpy(batch.weights).double()
         rows = (weights.sum(1) > 0).double()
-        return Likelihood(2 * weights.sum(1), 0 * rows, "bound", "made up", 0.5 * rows)
+        nats = 2 * weights.sum(1)
+        return Likelihood(nats, None, "bound", "made up", 0.5 * rows, {"whole": nats}, {"paper": 0.75 * nats})
 
 
 def test_a_bound_is_reported_with_its_error():
@@ -267,4 +268,33 @@ def test_a_bound_is_reported_with_its_error():
     assert found.bits_per_byte == pytest.approx(2 / math.log(2))
     # 4 windows of the longer document and 2 of the shorter one hold text.
     assert found.standard_error == pytest.approx(math.sqrt(6 * 0.5) / (math.log(2) * 150))
-    assert found.text() == f"<= {found.bits_per_byte:.3f} +- {found.standard_error:.3f}"
+    lines = "\n".join(found.lines())
+    assert f"<= {found.bits_per_byte:.3f} ± {found.standard_error:.3f}" in lines
+    assert "perplexity <= 7.39" in lines and "upper bound    made up" in lines
+    assert "whole 2.0000 nats per token" in lines and "as in the paper    1.5000" in lines
+    assert found.end_nats_per_document is None and found.bits_per_token == pytest.approx(2 / math.log(2))
+    assert found.documents_standard_error == 0  # every document has the same rate
+
+
+class ByDocument(ModelAdapter):
+    """As many nats for a byte as the byte says."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(1, 1), DefaultModelConfig(), ByteTokenizer())
+
+    def likelihood(self, batch, ctx):
+        weights = torch.from_numpy(batch.weights).double()
+        targets = torch.from_numpy(batch.tokens[:, 1 : weights.shape[1] + 1])
+        return Likelihood((weights * targets).sum(1), torch.zeros(len(weights), dtype=torch.float64))
+
+
+def test_the_error_over_documents_is_that_of_a_ratio():
+    texts = [b"\x01" * 40, b"\x02" * 10, b"\x04" * 100]
+    store = encode_documents([Document(str(i), t) for i, t in enumerate(texts)], ByteTokenizer())
+    found = score(ByDocument(), HeldoutRows(store, 256, 30), batch_rows=2)
+    rate = (40 + 20 + 400) / 150
+    residuals = [40 - rate * 40, 20 - rate * 10, 400 - rate * 100]
+    expected = math.sqrt(3 / 2 * sum(r**2 for r in residuals)) / 150 / math.log(2)
+    assert found.documents_standard_error == pytest.approx(expected)
+    single = encode_documents([Document("a", texts[0])], ByteTokenizer())
+    assert score(ByDocument(), HeldoutRows(single, 256, 30), batch_rows=2).documents_standard_error is None

@@ -111,6 +111,40 @@ def test_evaluation_only_changes_no_weight(tmp_path):
     assert not checkpoints_in(tmp_path / "scored")
 
 
+def test_given_weights_are_scored_with_their_average(tmp_path):
+    trained = run(tmp_path / "trained", "ema_decay=0.99")
+    averaged = run(
+        tmp_path / "averaged",
+        "ema_decay=0.99",
+        "eval_only=true",
+        f"init_from_checkpoint={tmp_path / 'trained'}",
+    )
+    raw = run(
+        tmp_path / "raw", "ema_decay=0.0", "eval_only=true", f"init_from_checkpoint={tmp_path / 'trained'}"
+    )
+    assert averaged == trained != raw
+    (last,) = [line for line in lines(tmp_path / "trained") if "val_raw_bits_per_byte" in line]
+    assert last["step"] == 6 and last["val_bits_per_byte"] == trained
+    assert last["val_raw_bits_per_byte"] == pytest.approx(raw, rel=1e-6)
+    summary = json.loads((tmp_path / "trained" / "summary.json").read_text())
+    assert summary["weights"] == "averaged (EMA)"
+    assert json.loads((tmp_path / "raw" / "summary.json").read_text())["weights"] == "raw"
+
+
+def test_a_start_from_weights_without_an_average_begins_one(tmp_path):
+    run(tmp_path / "plain", "ema_decay=0.0")
+    scores = [
+        run(
+            tmp_path / f"scored{d}",
+            f"ema_decay={d}",
+            "eval_only=true",
+            f"init_from_checkpoint={tmp_path / 'plain'}",
+        )
+        for d in (0.0, 0.9)
+    ]
+    assert scores[0] == scores[1]
+
+
 def test_limits_on_tokens_mark_the_score_as_not_comparable(tmp_path):
     run(tmp_path / "a", "val_steps=1", "val_bytes=null")
     run(tmp_path / "b")
