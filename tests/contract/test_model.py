@@ -4,6 +4,7 @@ from statistics import median
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from adapters import build_adapter
@@ -84,13 +85,16 @@ def test_overfits_one_batch(type_):
 
 def test_activations_keep_their_scale_over_four_times_the_width(type_):
     """Learning rates follow the width: what a few steps do to the hidden states must not grow with it."""
-    exact = is_exact(adapter_of(type_))
-    steps = 5 if exact else 17  # gates that start at zero open first
 
     def change(width: int, *more: str) -> float:
         size = [f"model_cfg.d_model={width}", "lr_base_width=64", *more]
         cfg, model_cfg = config(type_, *size, "optimizer=adamw", "learning_rate=0.003", "warmup_ratio=0.0")
         adapter = build_adapter(cfg, model_cfg, Letters())
+        generator = torch.Generator().manual_seed(0)
+        for parameter in adapter.parameters():
+            if not bool(parameter.any()):  # gates and outputs that start at zero let nothing through at first
+                std = parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.1
+                nn.init.normal_(parameter, std=std, generator=generator)
         optimizers = build_optimizers(
             adapter.named_model_parameters(), adapter.param_roles(), cfg, adapter.width
         )
@@ -101,7 +105,7 @@ def test_activations_keep_their_scale_over_four_times_the_width(type_):
         hook = last.register_forward_hook(
             lambda m, i, o: seen.append((o[0] if isinstance(o, tuple) else o).detach())
         )
-        for _ in range(steps):
+        for _ in range(5):
             output = adapter(prepared)
             sum(
                 t.weight * t.sum / prepared.denominators[t.denominator] for t in output.terms.values()
@@ -113,9 +117,8 @@ def test_activations_keep_their_scale_over_four_times_the_width(type_):
 
     assert any(s.startswith("model_cfg.d_model") for s in SIZES)
     narrow, wide, unscaled = change(64), change(256), change(256, "lr_scaling=none")
-    # In diffusion models, those gates and embeddings that are smaller when wider let the change shrink.
-    assert (1 / 2.5 if exact else 1 / 6) < wide / narrow < 2.5, (narrow, wide)
-    assert unscaled > 1.3 * wide, "without scaling it moves further: the check can see it"
+    assert 1 / 2.5 < wide / narrow < 2.5, (narrow, wide)
+    assert unscaled > 1.5 * wide, "without scaling it moves further: the check can see it"
 
 
 def test_generation_is_repeatable_and_the_cache_changes_nothing(type_):
