@@ -64,8 +64,9 @@ class BD3LMConfig(DiTConfig):
 class BD3LM(DiT):
     """Denoises each block given the clean blocks before it.
 
-    Training: noisy and clean tokens go through the network side by side (2L tokens, one pass). Sampling:
-    finished blocks are in a cache, where they were stored by a pass over their clean tokens.
+    Training: clean and noisy tokens go through the network side by side (2L tokens, one pass). Scoring: the clean
+    tokens go through once, `read`, for any number of noisy versions of them. Sampling: finished blocks are in a
+    cache, where they were stored by a pass over their clean tokens.
     """
 
     Config = BD3LMConfig
@@ -76,50 +77,74 @@ class BD3LM(DiT):
         tokens: Tensor,
         tau: Tensor,
         doc_ids: Tensor | None = None,
-        clean: Tensor | None = None,
+        clean: Tensor | KVCache | None = None,
         blocks: Tensor | None = None,
         cache: KVCache | None = None,
         store: bool = False,
     ) -> Tensor:
         """tokens (B, T) int64 -> hidden (B, T, D). Give either `clean` or `cache`.
 
-        tau (B,) or (B, T). clean (B, T): the row without noise; the result belongs to the noisy `tokens`.
-        cache: `tokens` continue what it holds; `store` keeps their keys and values (`tokens` must then be
-        clean and tau 0, which is what clean tokens get in training). blocks (T,): block of each position,
-        not decreasing, none longer than `block_length` + 1; default: consecutive ones from the first position on.
+        tau (B,) or (B, T). clean (B, T): the row without noise, or what `read` made of it; the result belongs to the
+        noisy `tokens`. cache: `tokens` continue what it holds; `store` keeps their keys and values (`tokens` must then
+        be clean and tau 0, which is what clean tokens get in training). blocks (T,): block of each position, not
+        decreasing, none longer than `block_length` + 1; default: consecutive ones from the first position on.
         """
         if (clean is None) == (cache is None):
             raise ValueError(
                 "bd3lm: give either the clean tokens (training) or a cache (sampling), and not both"
             )
         if blocks is None:
-            blocks = torch.arange(tokens.shape[1], device=tokens.device) // self.cfg.block_length
+            blocks = self._consecutive(tokens)
         if cache is None:
-            return self._one_pass(tokens, clean, tau, doc_ids, blocks)  # type: ignore[arg-type]
+            return self._beside(tokens, clean, tau, doc_ids, blocks)  # type: ignore[arg-type]
         if doc_ids is not None:
             raise ValueError("doc_ids cannot be combined with a cache: a cached row is one document")
         return self._continue(tokens, tau, blocks, cache, store)
 
-    def _one_pass(
-        self, noisy: Tensor, clean: Tensor, tau: Tensor, doc_ids: Tensor | None, blocks: Tensor
+    def read(self, clean: Tensor, doc_ids: Tensor | None = None, blocks: Tensor | None = None) -> KVCache:
+        """clean (B, T) -> keys and values, to be given to `forward` as `clean` with the same doc_ids and blocks."""
+        length = clean.shape[1]
+        blocks = self._consecutive(clean) if blocks is None else blocks
+        mask = self._one_pass_mask(blocks, doc_ids)[:, :, :length, :length]
+        cache = self.init_cache(len(clean), 2 * length, device=clean.device)
+        biases = [additive(mask, self.compute_dtype)] * self.cfg.n_layers
+        positions = torch.arange(length, device=clean.device)
+        tau = torch.zeros(len(clean), device=clean.device)
+        self.trunk(clean, self.condition(tau), positions, biases, cache)
+        cache.advance(length)
+        return cache
+
+    def _consecutive(self, tokens: Tensor) -> Tensor:
+        return torch.arange(tokens.shape[1], device=tokens.device) // self.cfg.block_length
+
+    def _one_pass_mask(self, blocks: Tensor, doc_ids: Tensor | None) -> Tensor:
+        """(B or 1, 1, 2T, 2T)."""
+        mask = one_pass_mask(blocks)[None, None]
+        if doc_ids is None:
+            return mask
+        ids = doc_ids.repeat(1, 2)  # (B, 2T)
+        return mask & (ids[:, None, :, None] == ids[:, None, None, :])
+
+    def _beside(
+        self, noisy: Tensor, clean: Tensor | KVCache, tau: Tensor, doc_ids: Tensor | None, blocks: Tensor
     ) -> Tensor:
-        length = noisy.shape[1]
+        length, dtype = noisy.shape[1], self.compute_dtype
+        longest = self.cfg.block_length + 1  # a given token may precede the first block
+        mask = self._one_pass_mask(blocks, doc_ids)
+        positions = torch.arange(length, device=noisy.device)
+        if isinstance(clean, KVCache):
+            biases = [
+                one_pass_groups(mask[:, :, length:], longest, dtype, noisy_only=True)
+            ] * self.cfg.n_layers
+            return self.trunk(noisy, self.condition(tau), positions, biases, clean)
         if self.cfg.time_conditioning:
             tau = tau if tau.ndim == 2 else tau[:, None].expand(noisy.shape)
-            tau = torch.cat((tau, torch.zeros_like(tau)), dim=1)  # (B, 2L): clean tokens carry no noise
-        mask = one_pass_mask(blocks)[None, None]
-        if doc_ids is not None:
-            ids = doc_ids.repeat(1, 2)  # (B, 2L)
-            mask = mask & (ids[:, None, :, None] == ids[:, None, None, :])
-        longest, dtype = (
-            self.cfg.block_length + 1,
-            self.compute_dtype,
-        )  # a given token may precede the first block
+            tau = torch.cat((torch.zeros_like(tau), tau), dim=1)  # (B, 2T): clean tokens carry no noise
         biases = [one_pass_groups(mask, longest, dtype)] * (self.cfg.n_layers - 1)
         # What the last layer makes of the clean tokens nobody reads.
         biases.append(one_pass_groups(mask, longest, dtype, noisy_only=True))
-        positions = torch.arange(length, device=noisy.device).repeat(2)
-        return self.trunk(torch.cat((noisy, clean), dim=1), self.condition(tau), positions, biases)
+        both = torch.cat((clean, noisy), dim=1)
+        return self.trunk(both, self.condition(tau), positions.repeat(2), biases)
 
     def _continue(self, tokens: Tensor, tau: Tensor, blocks: Tensor, cache: KVCache, store: bool) -> Tensor:
         past, length = cache.length, tokens.shape[1]

@@ -105,7 +105,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], bias: Tensor | Sparse | None, cache: KVCache | None
     ) -> Tensor:
-        """(B, L, D) -> (B, L, D), or fewer positions where `bias` has no queries for the last ones."""
+        """(B, L, D) -> (B, L, D), or fewer positions where `bias` has no queries for the first ones."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(2)  # (B, L, H, h)
         q, k, v = (t.transpose(1, 2) for t in (apply_rotary(q, *rotary), apply_rotary(k, *rotary), v))
         if cache is not None:
@@ -146,8 +146,10 @@ class Block(nn.Module):
     ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c)
         branch = self.attn(self.norm1(x, shift1, scale1), rotary, bias, cache)
-        # Where the last positions were only looked at, nothing of them is needed any more.
-        x, gate1, shift2, scale2, gate2 = (t[:, : branch.shape[1]] for t in (x, gate1, shift2, scale2, gate2))
+        # Where the first positions were only looked at, nothing of them is needed any more.
+        x, gate1, shift2, scale2, gate2 = (
+            t[:, -branch.shape[1] :] for t in (x, gate1, shift2, scale2, gate2)
+        )
         x = gated_residual(x, gate1, F.dropout(branch, self.dropout, self.training))
         branch = self.mlp(self.norm2(x, shift2, scale2))
         return gated_residual(x, gate2, F.dropout(branch, self.dropout, self.training))
@@ -219,7 +221,7 @@ class DiT(nn.Module):
         rotary = rotary_tables(positions, head_width, ROTARY_THETA, x.dtype)
         for block, bias in zip(self.layers, biases, strict=True):
             x = block(x, c, rotary, bias, cache)
-        return self.final_norm(x, *self.final_adaln(c[:, : x.shape[1]]))
+        return self.final_norm(x, *self.final_adaln(c[:, -x.shape[1] :]))
 
     def condition(self, tau: Tensor) -> Tensor:
         """(B,) -> (B, 1, c), (B, L) -> (B, L, c); (1, 1, c), the same for all, without time conditioning."""

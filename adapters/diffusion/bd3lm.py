@@ -73,6 +73,12 @@ class BD3LMProcess(MDLProcess):
     def extra(self, x0: Tensor) -> dict[str, Tensor]:
         return {"clean": x0, "blocks": block_of(x0.shape[1], self.size)}
 
+    def shared(self, network: Network, x0: Tensor, doc_ids: Tensor | None) -> dict[str, Any]:
+        """The clean text goes through the network once for all draws."""
+        blocks = block_of(x0.shape[1], self.size).to(network.device)
+        ids = None if doc_ids is None else doc_ids.to(network.device)
+        return {"clean": network.model.read(x0.to(network.device), ids, blocks), "blocks": blocks}
+
     # -- corruption and objective ------------------------------------------------------------------------------
 
     @property
@@ -169,7 +175,7 @@ class BD3LMProcess(MDLProcess):
         ones = {"weights": torch.ones(xt.shape, dtype=torch.float64)}
         rows = Rows.of(draw.noised & (xt == self.mask), draw.x0, xt, ones)
         rows = rows.to(draw.network.device, draw.network.dtype)
-        hidden = draw.hidden(xt, self.network_tau(time, length), rows, **self.extra(draw.x0))
+        hidden = draw.hidden(xt, self.network_tau(time, length), rows)
         nats = torch.zeros(xt.numel(), dtype=torch.float64)
         nats[rows.index.cpu()] = draw.network.loss(hidden, rows, "subs").nats.double().cpu()
         return self._block_sums(nats.view_as(xt))
@@ -254,7 +260,7 @@ class _Prefix(Network):
         if self.cached:
             self._run(x, torch.zeros(len(x)), store=True)
 
-    def hidden(self, xt: Tensor, tau: Tensor, index: Tensor, **extra: Tensor | None) -> Tensor:
+    def hidden(self, xt: Tensor, tau: Tensor, index: Tensor, **extra: Any) -> Tensor:
         if not self.cached:
             self.cache = self._new_cache()
             for block in self.finished:

@@ -54,13 +54,14 @@ def estimate_bound(
     strata, length = draws // repeats, x0.shape[1]
     replicates: list[Tensor] = []
     sums: dict[str, Tensor] = {}
+    shared = process.shared(network, x0, doc_ids)
     for replicate in range(repeats):
         total = torch.zeros(len(x0), dtype=torch.float64)
         for j in range(strata):
             name = f"{replicate}/{j}"
             r = stratum(noise.uniform(f"time {name}", process.time_streams(length)), j, strata)
             u, u_recon = noise.uniform(f"mask {name}", length), noise.uniform(f"recon {name}", length)
-            parts = process.estimate(Draw(network, x0, noised, doc_ids, r, u, u_recon))
+            parts = process.estimate(Draw(network, x0, noised, doc_ids, r, u, u_recon, shared))
             for part, nats in parts.items():
                 sums[part] = sums.get(part, 0.0) + nats / draws
                 if part != "paper":

@@ -95,11 +95,11 @@ class Network:
     def device(self) -> torch.device:
         return self.model.head_weight.device
 
-    def hidden(self, xt: Tensor, tau: Tensor, index: Tensor, **extra: Tensor | None) -> Tensor:
+    def hidden(self, xt: Tensor, tau: Tensor, index: Tensor, **extra: Any) -> Tensor:
         """Hidden states (M, D) at `index` (M,) of the flattened (B, L). `extra`: further inputs of the backbone."""
         self.calls += 1
         device = self.device
-        moved = {k: None if v is None else v.to(device) for k, v in extra.items()}
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in extra.items()}
         hidden = self.model(xt.to(device), tau.to(device, torch.float32), **moved)  # (B, L, D)
         return hidden.flatten(0, 1).index_select(0, index.to(device))
 

@@ -101,6 +101,10 @@ class Process(ABC):
         """Further inputs of the network beside noisy tokens, time and document ids."""
         return {}
 
+    def shared(self, network: Network, x0: Tensor, doc_ids: Tensor | None) -> dict[str, Any]:
+        """`extra` for many noisy versions of the same rows, without gradients."""
+        return dict(self.extra(x0))
+
     def check(self, choice: Choice) -> None:
         """Raises ValueError for a choice that this process would not heed."""
         if choice.by_confidence and self.mask_id is None:
@@ -193,6 +197,7 @@ class Draw:
     """One draw of the bound for a batch: `r` (B, streams) and `u` (B, L) uniforms, independent of all others.
 
     `u_recon` (B, L) is for the noise at the clean end. `doc_ids` (B, L) or None keeps attention within documents.
+    `shared`: further inputs of the network, from `Process.shared`.
     """
 
     network: Network
@@ -202,14 +207,15 @@ class Draw:
     r: Tensor
     u: Tensor
     u_recon: Tensor
+    shared: dict[str, Any]
 
     @property
     def counts(self) -> Tensor:
         """(B,) fp64: positions that are noised and scored."""
         return self.noised.sum(1).double()
 
-    def hidden(self, xt: Tensor, tau: Tensor, rows: Rows, **extra: Tensor) -> Tensor:
-        return self.network.hidden(xt, tau, rows.index, doc_ids=self.doc_ids, **extra)
+    def hidden(self, xt: Tensor, tau: Tensor, rows: Rows) -> Tensor:
+        return self.network.hidden(xt, tau, rows.index, doc_ids=self.doc_ids, **self.shared)
 
     def by_row(self, rows: Rows, values: Tensor) -> Tensor:
         return rows.sum_by_row(values, *self.x0.shape)

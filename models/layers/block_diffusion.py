@@ -15,36 +15,39 @@ QUERY_GROUP = 128  # queries that share their keys in `one_pass_groups`
 
 
 def one_pass_mask(blocks: Tensor) -> Tensor:
-    """(2L, 2L) bool for noisy tokens followed by the clean ones; rows are queries, True is allowed.
+    """(2L, 2L) bool for clean tokens followed by noisy ones; rows are queries, True is allowed.
 
     blocks (L,): block of each position, not decreasing. Allowed: the own block in the own half; from noisy to
     clean tokens of earlier blocks; from clean to clean tokens of earlier blocks. So noisy blocks never see
     each other, and clean tokens never see noise: L^2 + L L' pairs for equal blocks of L'.
     """
     same = blocks[:, None] == blocks[None, :]  # (L, L)
-    later = blocks[:, None] > blocks[None, :]
-    noisy = torch.cat((same, later), dim=1)
-    clean = torch.cat((torch.zeros_like(same), same | later), dim=1)
-    return torch.cat((noisy, clean), dim=0)
+    earlier = blocks[:, None] > blocks[None, :]
+    clean = torch.cat((same | earlier, torch.zeros_like(same)), dim=1)
+    noisy = torch.cat((earlier, same), dim=1)
+    return torch.cat((clean, noisy), dim=0)
 
 
-def one_pass_groups(mask: Tensor, block_length: int, dtype: torch.dtype, noisy_only: bool = False) -> Sparse:
+def one_pass_groups(mask: Tensor, longest: int, dtype: torch.dtype, noisy_only: bool = False) -> Sparse:
     """`one_pass_mask`, (..., 2L, 2L), by groups of queries: about half of the pairs are never looked at.
 
-    block_length: of the longest block. noisy_only: without the queries of the clean tokens.
+    longest: length of the longest block. noisy_only: without the queries of the clean tokens, whose rows the mask may
+    then leave out, (..., L, 2L).
     """
     length = mask.shape[-1] // 2
+    noisy = mask.shape[-2] - length  # the first noisy query
     count = max(1, length // QUERY_GROUP)
     groups = list(pairwise(length * i // count for i in range(count + 1)))
     # A block that a group shares with its neighbours reaches so far into them at most.
-    own = [(max(0, start - block_length + 1), min(length, end + block_length - 1)) for start, end in groups]
-    queries = groups
-    keys: list[list[Range]] = [
-        [near, (length, length + end)] for near, (_, end) in zip(own, groups, strict=True)
-    ]
+    own = [(max(0, start - longest + 1), min(length, end + longest - 1)) for start, end in groups]
+    queries: list[Range] = []
+    keys: list[list[Range]] = []
     if not noisy_only:
-        queries = queries + [(length + start, length + end) for start, end in groups]
-        keys = keys + [[(length, length + last)] for _, last in own]
+        queries += groups
+        keys += [[(0, last)] for _, last in own]
+    for (start, end), (first, last) in zip(groups, own, strict=True):
+        queries.append((noisy + start, noisy + end))
+        keys.append([(0, end), (length + first, length + last)])
     return Sparse.of(mask, queries, keys, dtype)
 
 

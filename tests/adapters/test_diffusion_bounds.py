@@ -73,6 +73,9 @@ def block_oracle(size):
     """Masked posterior given clean tokens of earlier blocks and the visible ones of the own block."""
 
     class BlockOracle(Oracle):
+        def read(self, clean, doc_ids, blocks):
+            return clean
+
         def forward(self, tokens, tau, doc_ids=None, clean=None, blocks=None):
             out = torch.zeros(*tokens.shape, self.V, dtype=F64)
             assert blocks[0] == blocks[1]  # the given token is of the first block
@@ -98,7 +101,7 @@ def subset_average(process, network):
             u = torch.full((len(x0), LENGTH + 1), 0.9, dtype=F64)
             u[:, list(subset)] = 0.1
             r = torch.full((len(x0), 1), (k - 0.5) / LENGTH, dtype=F64)
-            parts = process.estimate(Draw(network, x0, noised, None, r, u, u))
+            parts = process.estimate(Draw(network, x0, noised, None, r, u, u, {}))
             total += float((LAW * parts["diffusion"]).sum()) / len(subsets) / LENGTH
     return total
 
@@ -343,7 +346,8 @@ def test_block_bound_of_a_perfect_network_is_the_entropy(size):
         u = torch.full((len(x0), process.noise_width(LENGTH + 1)), 0.9, dtype=F64)
         u[:, [p for _, _, subset in combination for p in subset]] = 0.1
         r = torch.tensor([[r for _, r, _ in combination]], dtype=F64).expand(len(x0), -1)
-        parts = process.estimate(Draw(network, x0, noised, None, r, u, u))
+        shared = process.shared(network, x0, None)
+        parts = process.estimate(Draw(network, x0, noised, None, r, u, u, shared))
         total += weight * float((LAW * parts["diffusion"]).sum())
     assert total == pytest.approx(ENTROPY, abs=1e-9)
 
@@ -352,8 +356,10 @@ def test_a_whole_row_as_one_block_is_the_masked_model():
     x0, noised = texts(SEQUENCES)
     r = torch.rand(27, 1, dtype=F64)
     u = torch.rand(27, 8, dtype=F64)
-    block = bd3lm(3).estimate(Draw(Network(block_oracle(3)), x0, noised, None, r, u, u))
-    whole = mdl().estimate(Draw(Network(masked_oracle()), x0, noised, None, r, u[:, :4], u))
+    network = Network(block_oracle(3))
+    shared = bd3lm(3).shared(network, x0, None)
+    block = bd3lm(3).estimate(Draw(network, x0, noised, None, r, u, u, shared))
+    whole = mdl().estimate(Draw(Network(masked_oracle()), x0, noised, None, r, u[:, :4], u, {}))
     assert torch.allclose(block["diffusion"], whole["diffusion"], atol=1e-12)
 
 

@@ -58,7 +58,7 @@ def test_mask_pair_by_pair() -> None:
     mask = one_pass_mask(torch.tensor(blocks))
     for i in range(12):
         for j in range(12):
-            noisy_query, noisy_key = i < 6, j < 6
+            noisy_query, noisy_key = i >= 6, j >= 6
             q, k = blocks[i % 6], blocks[j % 6]
             same_half = noisy_query == noisy_key
             allowed = (same_half and q == k) or (not noisy_key and q > k)
@@ -85,11 +85,13 @@ def test_groups_are_the_mask(length: int, block: int, offset: int, noisy_only: b
         found[:, :, torch.arange(start, end)[:, None], keys] = bias == 0
     wanted = mask.clone()
     if noisy_only:
-        wanted[:, :, length:] = False
+        wanted[:, :, :length] = False
+        rows = one_pass_groups(mask[:, :, length:], block, torch.float64, noisy_only)
+        assert all(torch.equal(a, b) for a, b in zip(rows.biases, groups.biases, strict=True))
+        assert rows.queries == [(start - length, end - length) for start, end in groups.queries]
     assert torch.equal(found, wanted)
-    assert [q for start, end in groups.queries for q in range(start, end)] == list(
-        range(length * (2 - noisy_only))
-    )
+    numbers = [q for start, end in groups.queries for q in range(start, end)]
+    assert numbers == list(range(length * noisy_only, 2 * length))
 
 
 def test_groups_leave_out_half_of_the_pairs() -> None:
@@ -129,6 +131,22 @@ def test_dependence(time: bool) -> None:
         changed[:, position] = (changed[:, position] + 1) % 12
         moved = (model(changed, tau, clean=clean) - before).abs().amax((0, 2)) > 1e-9
         assert moved.tolist() == [p // BLOCK == b for p in range(L)]
+
+
+@pytest.mark.parametrize("time", [False, True])
+def test_clean_text_read_once_equals_one_pass(time: bool) -> None:
+    """In two passes, with documents and a partition of its own, for several noisy versions."""
+    model = build(time_conditioning=time)
+    clean, noisy, tau = inputs()
+    blocks, doc_ids = (
+        torch.tensor([0, 0, 0, 1, 1, 2, 2, 3]),
+        torch.tensor([[0] * 3 + [1] * 5, [0] * 6 + [1] * 2]),
+    )
+    for more in ({}, {"blocks": blocks, "doc_ids": doc_ids}):
+        read = model.read(clean, **more)
+        for version in (noisy, torch.full_like(noisy, MASK), clean):
+            wanted = model(version, tau, clean=clean, **more)
+            assert (model(version, tau, clean=read, **more) - wanted).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("time", [False, True])
