@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from adapters.base import Context, Likelihood, ModelAdapter
-from trainer.format import bits_per_byte as format_bits_per_byte
+from trainer.format import bits_per_byte, ranking_notes, score_lines
 from trainer.precision import autocast
 from trainer.signals import StopSignal
 
@@ -63,24 +63,6 @@ class Score:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def lines(self) -> list[str]:
-        """The score in words, for people."""
-        at_most = "" if self.kind == "exact" else "<= "
-        spread = self.documents_standard_error
-        lines = [
-            f"bits per byte     {format_bits_per_byte(self.as_dict())}",
-            f"nats per token    {at_most}{self.nats_per_token:.4f}  (perplexity {at_most}{self.perplexity:.2f})",
-            f"text              {self.documents:,} documents, {self.bytes:,} bytes"
-            + (f"; other documents would move the score by {spread:.3f}" if spread is not None else ""),
-            f"context           {self.context_tokens} tokens, {self.context_bytes:.0f} bytes",
-        ]
-        if self.kind != "exact":
-            parts = " + ".join(f"{name} {nats:.4f}" for name, nats in self.parts.items())
-            lines.append(f"an upper bound    {self.estimator}")
-            lines.append(f"  made of         {parts} nats per token")
-            lines += [f"  as in the {name}    {nats:.4f}" for name, nats in self.estimates.items()]
-        return lines
-
 
 @torch.no_grad()
 def evaluate(
@@ -120,13 +102,13 @@ def evaluate(
     assert found is not None
     sums.add_up(world)
     total = sums.values
-    bits_per_byte = 1 / (math.log(2) * rows.total_bytes)  # of one nat
+    of_a_nat = 1 / (math.log(2) * rows.total_bytes)  # bits per byte
     per_token = total["nats"] / total["tokens"]
     return Score(
-        bits_per_byte=total["nats"] * bits_per_byte,
+        bits_per_byte=total["nats"] * of_a_nat,
         kind=found.kind,
         estimator=found.estimator,
-        standard_error=math.sqrt(total["variance"]) * bits_per_byte,
+        standard_error=math.sqrt(total["variance"]) * of_a_nat,
         documents_standard_error=sums.spread_over_documents(),
         nats_per_token=per_token,
         bits_per_token=per_token / math.log(2),
@@ -256,8 +238,12 @@ def main(argv: list[str]) -> int:
         "score": score.as_dict(),
     }
     print(f"{cfg.type} ({restored.weights} weights) on the held-out part of {dataset.name}", file=sys.stderr)
-    for line in score.lines():
-        print(f"  {line}", file=sys.stderr)
+    shown = score.as_dict()
+    lines = [("bits per byte", bits_per_byte(shown)), *score_lines(shown)]
+    for name, text in lines:
+        print(f"  {name:<18}{text}", file=sys.stderr)
+    for note in ranking_notes(shown, {}):
+        print(f"  {note}", file=sys.stderr)
     print(json.dumps(result))
     if args.output:
         write_atomically(Path(args.output), json.dumps(result, indent=2) + "\n")

@@ -38,6 +38,32 @@ def bits_per_byte(score: dict[str, Any], prefix: str = "") -> str:
     return f"<= {value}" + (f" ± {error:.3f}" if error else "")
 
 
+def score_lines(score: dict[str, Any]) -> list[tuple[str, str]]:
+    """(name, value) of what a score says beside the number and its estimator; what it does not hold is left out."""
+    at_most = "<= " if score.get("kind") == "bound" else ""
+    spread, parts = score.get("documents_standard_error"), score.get("parts") or {}
+    lines = {
+        "nats per token": "{at_most}{nats_per_token:.4f}",
+        "perplexity": "{at_most}{perplexity:.2f} per token",
+        "made of": " + ".join(f"{name} {nats:.4f}" for name, nats in parts.items()) + " nats per token"
+        if parts
+        else "",
+        **{f"as in the {k}": f"{v:.4f} nats per token" for k, v in (score.get("estimates") or {}).items()},
+        "text": "{documents:,} documents, {bytes:,} bytes",
+        "other documents": f"of the kind would move the score by about {spread:.3f}"
+        if spread is not None
+        else "",
+        "context": "{context_tokens} tokens, about {context_bytes:.0f} bytes",
+    }
+    found = []
+    for name, template in lines.items():
+        try:
+            found.append((name, template.format(at_most=at_most, **score)))
+        except KeyError:
+            continue
+    return [(name, text) for name, text in found if text]
+
+
 def printable(text: str | bytes) -> str:
     """`text` with every character escaped that could move a cursor or reorder a line.
 

@@ -21,6 +21,7 @@ from trainer.format import (
     quantity,
     ranking,
     ranking_notes,
+    score_lines,
 )
 from trainer.metrics import read_metrics
 
@@ -114,17 +115,10 @@ def _score(score: dict[str, Any], yardsticks: dict[str, float]) -> str:
         f'<td class="hint">{escape(YARDSTICK_NOTES.get(name, ""))}</td></tr>'
         for name, value, number, ours in rows
     )
-    notes = [*ranking_notes(score, yardsticks), _context(score)]
-    text = "".join(f'<p class="hint">{escape(note)}</p>' for note in notes if note)
+    notes = [*ranking_notes(score, yardsticks), *(f"{name}: {text}" for name, text in score_lines(score))]
+    text = "".join(f'<p class="hint">{escape(note)}</p>' for note in notes)
     heading = "<h2>Score <small>bits per byte of the held-out text, lower is better</small></h2>"
     return f'<section>{heading}<table class="bars">{bars}</table>{text}</section>'
-
-
-def _context(score: dict[str, Any]) -> str:
-    if score.get("context_tokens") is None:
-        return ""
-    scored = f", {quantity(score['bytes'])}B of text scored" if score.get("bytes") else ""
-    return f"context: {score['context_tokens']} tokens, about {score['context_bytes']:.0f} bytes{scored}"
 
 
 # --- curves ---------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from data.tokenizers import ByteTokenizer
 from tests.contract.tiny import config
 from trainer.distributed import World
 from trainer.evaluate import evaluate
+from trainer.format import score_lines
 
 CPU = torch.device("cpu")
 
@@ -268,10 +269,9 @@ def test_a_bound_is_reported_with_its_error():
     assert found.bits_per_byte == pytest.approx(2 / math.log(2))
     # 4 windows of the longer document and 2 of the shorter one hold text.
     assert found.standard_error == pytest.approx(math.sqrt(6 * 0.5) / (math.log(2) * 150))
-    lines = "\n".join(found.lines())
-    assert f"<= {found.bits_per_byte:.3f} ± {found.standard_error:.3f}" in lines
-    assert "perplexity <= 7.39" in lines and "upper bound    made up" in lines
-    assert "whole 2.0000 nats per token" in lines and "as in the paper    1.5000" in lines
+    lines = "\n".join(f"{name}: {text}" for name, text in score_lines(found.as_dict()))
+    assert "nats per token: <= 2.0000" in lines and "perplexity: <= 7.39" in lines
+    assert "whole 2.0000 nats per token" in lines and "as in the paper: 1.5000" in lines
     assert found.end_nats_per_document is None and found.bits_per_token == pytest.approx(2 / math.log(2))
     assert found.documents_standard_error == 0  # every document has the same rate
 

@@ -1,5 +1,6 @@
-"""`generate` on models that write in no particular order: what is printed where, gaps, and the terminal's view."""
+"""`generate` and `eval` on models that write in no particular order: what is printed where, gaps, the terminal's view."""
 
+import json
 import os
 import pty
 import subprocess
@@ -132,6 +133,16 @@ def test_a_terminal_sees_the_text_resolve(runs, term):
     shown = seen.decode("utf-8", errors="replace").replace("\r\n", "\n")
     assert shown.endswith(piped.stdout)
     assert ("░" in shown and "\x1b[J" in shown) is (term == "xterm")
+
+
+def test_a_score_is_called_a_bound(runs, capsys):
+    capsys.readouterr()
+    assert mytrainer.main(["eval", "--checkpoint", str(runs / "sedd"), "--device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    assert "bits per byte     <= " in err and "perplexity        <= " in err
+    assert "an upper bound (the score-entropy bound (absorbing)" in err and "4 noise draws per row" in err
+    assert "diffusion" in err and "prior" in err and "recon" in err
+    assert json.loads(out)["score"]["kind"] == "bound"
 
 
 def _read(fd):
