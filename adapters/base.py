@@ -146,7 +146,8 @@ class Likelihood:
 @dataclass(frozen=True)
 class GenerateOptions:
     """Sampling options. `temperature` 0 is greedy, None the adapter's `default_temperature`; `top_k` 0 and `top_p` 1
-    are off; `seed` makes it repeatable.
+    are off; `min_p` keeps tokens that are at least so many times as likely as the likeliest; `seed` makes it
+    repeatable. Text ends before the first of `stop_ids`, and before a document's end if `stop_at_document_end`.
 
     For models that draw many positions at once: `steps` of the sampler (0 = the model's own number), and
     `by_confidence`, which reveals the surest positions first instead of sampling the model's distribution.
@@ -156,8 +157,10 @@ class GenerateOptions:
     temperature: float | None = None
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     seed: int = 0
     stop_at_document_end: bool = True
+    stop_ids: tuple[int, ...] = ()
     use_cache: bool = True
     steps: int = 0
     by_confidence: bool = False
@@ -173,6 +176,8 @@ class GenerateOptions:
             raise ValueError(f"top_k: must be 0 (off) or more, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: must satisfy 0 < top_p <= 1, got {self.top_p}")
+        if not 0 <= self.min_p < 1:
+            raise ValueError(f"min_p: must satisfy 0 <= min_p < 1 (0 is off), got {self.min_p}")
 
 
 @dataclass
@@ -262,6 +267,11 @@ class ModelAdapter(nn.Module):
     ) -> Generation:
         """Continue each prompt. `on_state` is for models that draw positions in any order; others leave it alone."""
         raise NotImplementedError(f"{type(self).__name__} must define generate")
+
+    def stop_tokens(self, options: GenerateOptions) -> set[int]:
+        """Token ids that end a text."""
+        ends = {self.tokenizer.eot} if options.stop_at_document_end else set()
+        return ends | set(options.stop_ids)
 
     def infill(
         self, texts: list[list[int | None]], options: GenerateOptions, on_state: OnState | None = None

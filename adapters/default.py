@@ -23,6 +23,7 @@ from adapters.base import (
     Prepared,
     StepOutput,
 )
+from adapters.choice import Choice
 from configs.schema import DefaultModelConfig
 from kernels.linear_cross_entropy import linear_cross_entropy
 
@@ -93,6 +94,7 @@ class DefaultModelAdapter(ModelAdapter):
         if options.temperature is None:
             options = replace(options, temperature=self.default_temperature)
         eot = self.tokenizer.eot
+        stops = self.stop_tokens(options)
         generated: list[list[int]] = []
         calls = 0
         for row, prompt in enumerate(prompts):
@@ -101,7 +103,7 @@ class DefaultModelAdapter(ModelAdapter):
             text, new = [eot, *prompt], []
             for _ in range(options.max_new_tokens):
                 token = sample_next(stepper.next_logits(text), options, generator)
-                if token == eot and options.stop_at_document_end:
+                if token in stops:
                     break
                 text.append(token)
                 new.append(token)
@@ -150,15 +152,5 @@ def sample_next(logits: Tensor, options: GenerateOptions, generator: torch.Gener
     assert options.temperature is not None
     if options.temperature == 0:
         return int(logits.argmax())
-    # The largest becomes 0 first: however small the temperature, nothing overflows.
-    logits = (logits.double() - logits.max()) / options.temperature
-    if 0 < options.top_k < logits.numel():
-        top = logits.topk(options.top_k)  # by index: equal logits must not let more through
-        logits = torch.full_like(logits, -torch.inf).index_copy(0, top.indices, top.values)
-    probabilities = logits.softmax(0)
-    if options.top_p < 1:
-        ordered, order = probabilities.sort(descending=True, stable=True)
-        # Keep the smallest set whose mass reaches top_p: those whose predecessors have not reached it.
-        drop = ordered.cumsum(0) - ordered >= options.top_p
-        probabilities = probabilities.index_fill(0, order[drop], 0.0)
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+    choice = Choice(options.temperature, options.top_k, options.top_p, options.min_p)
+    return int(torch.multinomial(choice(logits.unsqueeze(0))[0].exp(), 1, generator=generator))

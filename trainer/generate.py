@@ -39,6 +39,12 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--top_k", type=int, default=0, help="0 is off")
     parser.add_argument("--top_p", type=float, default=1.0, help="1 is off")
+    parser.add_argument(
+        "--min_p",
+        type=float,
+        default=0.0,
+        help="least probability relative to the likeliest token's; 0 is off",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_samples", type=int, default=1)
     parser.add_argument(
@@ -65,6 +71,7 @@ def main(argv: list[str]) -> int:
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
+        min_p=args.min_p,
         seed=args.seed,
         stop_at_document_end=not args.ignore_document_end,
         use_cache=not args.no_cache,

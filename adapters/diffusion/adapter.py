@@ -176,6 +176,7 @@ class DiffusionAdapter(ModelAdapter):
             temperature=self.default_temperature if options.temperature is None else options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
+            min_p=options.min_p,
             steps=options.steps,
             by_confidence=options.by_confidence,
             use_cache=options.use_cache,
@@ -193,8 +194,8 @@ class DiffusionAdapter(ModelAdapter):
     ) -> Generation:
         """Continue each prompt, all positions of a window at once. A prompt is a document that has just begun. A row's
         text does not depend on the other prompts."""
-        network, eot = self.network(), self.tokenizer.eot
-        texts = [[eot, *prompt] for prompt in prompts]
+        network, stops = self.network(), self.stop_tokens(options)
+        texts = [[self.tokenizer.eot, *prompt] for prompt in prompts]
         generated: list[list[int]] = [[] for _ in prompts]
         for group in same_length(texts):
             chosen = [texts[i] for i in group]
@@ -219,9 +220,8 @@ class DiffusionAdapter(ModelAdapter):
             )
             for i, text in zip(group, done, strict=True):
                 new = text[len(texts[i]) :]
-                if options.stop_at_document_end and eot in new:
-                    new = new[: new.index(eot)]
-                generated[i] = new
+                stop = next((j for j, token in enumerate(new) if token in stops), None)
+                generated[i] = new[:stop]
         if on_tokens is not None:
             for i, new in enumerate(generated):
                 on_tokens(i, new)

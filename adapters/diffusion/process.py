@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapters import choice
 from adapters.base import LossTerm
 from adapters.diffusion.network import Network, RowLoss, Rows
 from adapters.randomness import Noise
@@ -23,30 +24,12 @@ __all__ = ["Choice", "Process", "Window"]
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Changes to the predicted distribution of a clean token; off by default, as they are not the model's own law."""
+class Choice(choice.Choice):
+    """What a caller may ask of sampling beside changes to the predicted distribution of a clean token."""
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
     steps: int = 0  # reverse steps; 0 = the model's own number
     by_confidence: bool = False  # masked processes: reveal the surest positions first
     use_cache: bool = True  # False: run the network again wherever its answer could be reused
-
-    def __call__(self, log_p: Tensor) -> Tensor:
-        """Normalised log-probabilities (M, V) fp64 -> the same, changed."""
-        if self.temperature == 0:
-            best = log_p.argmax(1, keepdim=True)
-            return torch.full_like(log_p, -torch.inf).scatter_(1, best, 0.0)
-        if self.temperature != 1:
-            log_p = log_p / self.temperature
-        if 0 < self.top_k < log_p.shape[1]:
-            log_p = log_p.masked_fill(log_p < log_p.topk(self.top_k, dim=1).values[:, -1:], -torch.inf)
-        if self.top_p < 1:
-            p, order = log_p.softmax(1).sort(dim=1, descending=True, stable=True)
-            drop = p.cumsum(1) - p >= self.top_p  # keep the smallest set whose mass reaches top_p
-            log_p = log_p.masked_fill(torch.zeros_like(drop).scatter_(1, order, drop), -torch.inf)
-        return log_p.log_softmax(1)
 
 
 @dataclass

@@ -58,6 +58,9 @@ TEMPERED = LAW**0.5 / (LAW**0.5).sum()
         ({"top_p": 0.41}, kept(LAW >= 0.25)),  # the symbol that crosses the mass belongs to the set
         ({"top_p": 0.79}, kept(LAW >= 0.15)),
         ({"top_p": 0.94}, kept(LAW >= 0.05)),
+        ({"min_p": 0.6}, kept(LAW >= 0.25)),  # of 0.4
+        ({"min_p": 0.65}, kept(LAW >= 0.4)),
+        ({"min_p": 0.1}, kept(LAW >= 0.05)),
         # top_p applies to what top_k has left: of 0.4, 0.25 and 0.15, which renormalise to 0.5, 0.3125, 0.1875.
         ({"top_k": 3, "top_p": 0.6}, kept(LAW >= 0.25)),
         # and to the tempered law.
@@ -98,6 +101,8 @@ def test_a_long_tail_keeps_its_share():
     ("options", "words"),
     [
         ({"top_p": 0.0}, "top_p: must satisfy 0 < top_p <= 1, got 0.0"),
+        ({"min_p": 1.0}, "min_p: must satisfy 0 <= min_p < 1"),
+        ({"min_p": -0.1}, "min_p: .* got -0.1"),
         ({"top_p": 1.5}, "top_p: must satisfy 0 < top_p <= 1, got 1.5"),
         ({"top_p": math.nan}, "top_p: .* got nan"),
         ({"top_k": -1}, r"top_k: must be 0 \(off\) or more, got -1"),
@@ -203,6 +208,7 @@ def test_a_document_end_ends_the_text():
     assert heard == [0, 1], "the end is no text"
     on = dataclasses.replace(options, stop_at_document_end=False)
     assert adapter.generate([[]], on).tokens == [[0, 1, 2, 2, 2]]
+    assert adapter.generate([[]], dataclasses.replace(options, stop_ids=(1,))).tokens == [[0]]
 
 
 # -- the loss ----------------------------------------------------------------------------------------------------------

@@ -252,6 +252,17 @@ def test_gaps_are_filled_and_the_rest_comes_back(kind):
         adapter.infill([[None] * (S + 1)], GenerateOptions())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_ends_before_a_stop_token(kind):
+    adapter = build(kind)
+    options = GenerateOptions(max_new_tokens=21, stop_at_document_end=False)
+    (whole,) = adapter.generate([[1, 2]], options).tokens
+    stop = whole[7]
+    assert adapter.generate([[1, 2]], replace(options, stop_ids=(stop,))).tokens == [
+        whole[: whole.index(stop)]
+    ]
+
+
 def test_generation_stops_at_a_document_end_and_reports_tokens():
     adapter = build("mdl")
     adapter.model.head_bias.data[TOKENIZER.eot] = 3.0

@@ -1,4 +1,4 @@
-"""`generate` and `eval` on models that write in no particular order: what is printed where, gaps, the terminal's view."""
+"""`generate` and `eval` on models that write in no particular order: what is printed where, and gaps."""
 
 import json
 import os
