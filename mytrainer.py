@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
+REQUIRED = ("torch", "hydra", "pydantic")  # by the first import of every command
 COMMANDS = {
     "train": "trainer.app:main",
     "generate": "trainer.generate:main",
@@ -30,6 +32,12 @@ def _import_paths() -> None:
 def main(argv: list[str]) -> int:
     """Run one command; the exit status is 0, 1 (a run failed), or 2 (the configuration is wrong)."""
     _import_paths()
+    if missing := [name for name in REQUIRED if importlib.util.find_spec(name) is None]:
+        print(
+            f"error: {sys.executable} has no {', '.join(missing)}. In {ROOT}: pip install -e .",
+            file=sys.stderr,
+        )
+        return 2
     # OpenMP threads that spin while they wait lose 5 to 80 times their speed when anything else runs on the
     # machine, and gain up to a third when nothing does. Must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
