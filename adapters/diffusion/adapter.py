@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -149,7 +150,9 @@ class DiffusionAdapter(ModelAdapter):
 
     def likelihood(self, batch: Batch, ctx: Context) -> Likelihood:
         x0, noised, doc_ids = self.tokens_of(batch, training=False)
-        noise = Noise(ctx.seed, 0, "likelihood", batch.rows)
+        return self._bound(x0, noised, doc_ids, Noise(ctx.seed, 0, "likelihood", batch.rows))
+
+    def _bound(self, x0: Tensor, noised: Tensor, doc_ids: Tensor | None, noise: Noise) -> Likelihood:
         exact = self.process.exact
         bound = estimate_bound(self.process, self.network(), x0, noised, doc_ids, noise, self.draws)
         return Likelihood(
@@ -163,6 +166,14 @@ class DiffusionAdapter(ModelAdapter):
             parts=bound.parts,
             estimates=bound.estimates,
         )
+
+    def gap_likelihood(self, texts: list[list[int]], unknown: list[list[bool]], seed: int = 0) -> Likelihood:
+        """Bound on the nats of the `unknown` tokens of equally long texts given all others, as `infill` conditions on
+        them: the known ones are never noised. Divide by the number of unknown tokens to compare."""
+        x0 = torch.tensor([[self.tokenizer.eot, *text] for text in texts])
+        noised = torch.tensor([[False, *row] for row in unknown])
+        noise = Noise(seed, 0, "gaps", np.arange(len(texts)))
+        return self._bound(x0, noised, None, noise)
 
     # -- text ------------------------------------------------------------------------------------------------------
 

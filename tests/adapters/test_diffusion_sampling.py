@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from adapters.diffusion.adapter import MDLAdapter
 from adapters.diffusion.chains import AbsorbingChain, UniformChain
 from adapters.diffusion.d3pm import log_reverse
 from adapters.diffusion.network import Network
@@ -14,11 +15,13 @@ from adapters.diffusion.sampling import continue_text, fill
 from adapters.diffusion.schedules import absorbing_mutual_info_betas, cosine_betas
 from adapters.diffusion.scores import AbsorbingGraph, UniformGraph
 from adapters.randomness import Noise
+from models.mdl import MDLConfig
 from tests.adapters.diffusion_toy import (
     CHI_SQUARE_LIMIT,
     LAW,
     LENGTH,
     SEQUENCES,
+    TOKENIZER,
     K,
     Oracle,
     chi_square,
@@ -406,3 +409,20 @@ def test_ratios_of_the_oracle_are_ratios():
     assert torch.allclose(ratios.gather(2, xt.unsqueeze(2)).squeeze(2), torch.ones(27, 3, dtype=F64))
     law = torch.stack([(LAW * (0.6 * (x == SEQUENCES).double() + 0.4 / K).prod(1)).sum() for x in SEQUENCES])
     assert torch.allclose((law[:, None] * ratios.sum(2))[:, 0].view(3, 9).sum(0) / 3, law.view(3, 9).sum(0))
+
+
+@pytest.mark.parametrize("unknown", [[True, False, False], [False, True, True], [True, False, True]])
+def test_the_score_of_gaps_is_that_of_the_conditional_law(unknown):
+    """With perfect predictions the bound is -log p(unknown | known) of every text."""
+    cfg = MDLConfig(vocab_size=K, n_ctx=LENGTH, nelbo_draws=16)
+    adapter = MDLAdapter(masked_oracle(), cfg, TOKENIZER)
+    copies = 40
+    texts = SEQUENCES.repeat(copies, 1)
+    found = adapter.gap_likelihood(texts.tolist(), [unknown] * len(texts))
+    known = torch.tensor([not u for u in unknown])
+    same = (SEQUENCES[:, None, known] == SEQUENCES[None, :, known]).all(2).double()  # (27, 27)
+    truth = -(LAW / (same @ LAW)).log()
+    error = found.variance.view(copies, 27).sum(0).sqrt() / copies
+    difference = (found.nats.view(copies, 27).mean(0) - truth).abs()
+    assert bool((difference <= 4.5 * error + 1e-9).all())
+    assert float(difference.max()) < 0.2 and found.kind == "bound"
