@@ -159,13 +159,14 @@ class _Sums:
 
     def spread_over_documents(self) -> float | None:
         """Standard error in bits per byte of the ratio nats / bytes, documents being drawn at random."""
-        n = len(self.document_nats)
+        scored = self.document_bytes > 0
+        nats, bytes_ = self.document_nats[scored], self.document_bytes[scored]
+        n = len(nats)
         if n < 2:
             return None
-        rate = self.document_nats.sum() / self.document_bytes.sum()
-        residual = self.document_nats - rate * self.document_bytes
-        error = math.sqrt(n / (n - 1) * float((residual**2).sum())) / self.document_bytes.sum()
-        return float(error / math.log(2))
+        residual = nats - nats.sum() / bytes_.sum() * bytes_
+        error = math.sqrt(n / (n - 1) * float((residual**2).sum())) / float(bytes_.sum())
+        return error / math.log(2)
 
 
 def main(argv: list[str]) -> int:
