@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from adapters.diffusion import masked
@@ -68,12 +69,10 @@ class MDLProcess(Process):
     # -- corruption and objective ------------------------------------------------------------------------------
 
     def training_time(self, r: Tensor) -> Tensor:
-        eps = self.cfg.sampling_eps
-        t = (1 - eps) * r + eps
         if self.cfg.continuous_time:
-            return t
-        steps = self.cfg.num_timesteps
-        return (((t * steps).floor() + 1) / steps).clamp_max(1)
+            return (1 - self.cfg.sampling_eps) * r + self.cfg.sampling_eps
+        steps = self.cfg.num_timesteps  # each of them: a bound leaves none out
+        return (((r * steps).floor() + 1) / steps).clamp_max(1)
 
     def corrupt(self, x0: Tensor, noised: Tensor, time: Tensor, u: Tensor) -> Tensor:
         return x0.masked_fill(noised & (u < self.schedule.mask_probability(time)), self.mask)
@@ -194,14 +193,17 @@ class MDLProcess(Process):
 
     def _ancestral_with_mask(self, network: Network, window: Window, times: Tensor) -> Iterator[Tensor]:
         """Without SUBS the prediction may be the mask itself: D3PM's reverse step on this schedule."""
-        alpha = self.schedule.alpha(times.flip(0))  # at steps 0, ..., S
+        clock = times.flip(0)
+        alpha = self.schedule.alpha(clock)  # at steps 0, ..., S
+        if alpha[0] < 1:  # one more step, from what is masked at time 0 to clean text
+            clock, alpha = F.pad(clock, (1, 0)), F.pad(alpha, (1, 0), value=1.0)
         chain = AbsorbingChain(self.V, 1 - alpha[1:] / alpha[:-1], self.mask)
         x, length = window.x.masked_fill(window.unknown, self.mask), window.x.shape[1]
-        for t in range(len(times) - 1, 0, -1):
+        for t in range(len(clock) - 1, 0, -1):
             index = (x == self.mask).flatten().nonzero().squeeze(1)
             if not len(index):
                 return
-            tau = self.tau(times[len(times) - 1 - t].expand(len(x), 1))
+            tau = self.tau(clock[t].expand(len(x), 1))
             hidden = network.hidden(x, tau, index)
             u = window.noise.uniform(f"step {t}", length).flatten()[index]
             now = x.flatten()[index]

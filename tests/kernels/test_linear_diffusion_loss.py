@@ -134,6 +134,29 @@ def test_without_bias_without_rows_and_without_gradient(mode: str) -> None:
     assert weight.grad is not None and weight.grad.abs().max() == 0
 
 
+@pytest.mark.parametrize("mask_id", [0, 7, 18])
+@pytest.mark.parametrize("mode", MASKED)
+def test_a_mask_inside_the_vocabulary_is_a_relabelled_one_behind_it(mode: str, mask_id: int) -> None:
+    """A reserved token as the mask: the same losses and gradients as with an appended one, of both implementations."""
+    (hidden, weight, bias, x0, xt, weights, coefficients), options = case(mode)
+    n = options["n"]
+    moved = {**options, "mask_id": mask_id}
+    real = torch.arange(n)
+    label = torch.cat((real + (real >= mask_id), torch.tensor([mask_id])))  # of each state
+    source = torch.cat((label.argsort(), torch.arange(n + 1, len(weight))))  # padding stays where it is
+    other, shifted = (t.detach()[source].requires_grad_() for t in (weight, bias))
+    rest = (label[x0], label[xt], weights, coefficients)
+    total, nats, aux = linear_diffusion_loss(hidden, weight, bias, x0, xt, weights, coefficients, **options)
+    wanted = torch.autograd.grad(total, (hidden, weight, bias))
+    for implementation in (linear_diffusion_loss, reference):
+        found, found_nats, found_aux = implementation(hidden, other, shifted, *rest, **moved)
+        assert close(found, total, 1e-13) and close(found_nats, nats, 1e-13)
+        assert (found_aux is None) == (aux is None) and (aux is None or close(found_aux, aux, 1e-13))
+        gradients = torch.autograd.grad(found, (hidden, other, shifted))
+        assert close(gradients[0], wanted[0], 1e-12)
+        assert all(close(g, w[source], 1e-12) for g, w in zip(gradients[1:], wanted[1:], strict=True))
+
+
 def test_evaluation_computes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     import kernels.linear_diffusion_loss as module
 

@@ -164,6 +164,43 @@ def test_dropout() -> None:
         assert same == (name == "off")
 
 
+def test_dropout_acts_on_what_attention_and_mlp_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once each in every block, at the configured rate, before the residual sum; without either, a block is nothing."""
+    model = build(dropout=0.37, n_layers=3)
+    tokens, tau = inputs()
+    added: list[Tensor] = []
+    for block in model.layers:
+        for part in (block.attn, block.mlp):
+            part.register_forward_hook(lambda module, given, out: added.append(out))
+    calls: list[tuple[Tensor, float, bool]] = []
+    silent: set[int] = set()
+
+    class Functional:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch.nn.functional, name)
+
+        def dropout(self, x: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
+            calls.append((x, p, training))
+            return torch.zeros_like(x) if len(calls) - 1 in silent else x
+
+    monkeypatch.setattr("models.dit.F", Functional())
+    whole = model(tokens, tau)
+    assert not any(training for _, _, training in calls)
+    model.train()
+    for index in range(6):
+        calls.clear()
+        added.clear()
+        silent = {index}
+        assert (model(tokens, tau) - whole).abs().max() > 1e-6
+        assert [(p, training) for _, p, training in calls] == [(0.37, True)] * 6
+        assert all(x is branch for (x, _, _), branch in zip(calls, added, strict=True))
+    calls.clear()
+    silent = set(range(6))
+    c = model.condition(tau)
+    alone = model.final_norm(model.embed(tokens), *model.final_adaln(c))
+    assert torch.allclose(model(tokens, tau), alone, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["eps", "d_mult", "cond_dim", "n_heads"])
 def test_sizes_matter(name: str) -> None:
     tokens, tau = inputs()
