@@ -299,7 +299,7 @@ def check(plan: Plan, tree: dict[str, Any], option: str | None = None) -> Checke
     if saved:
         runs.apply_lock(tree, *saved, plan.request.keys, plan.notices)
     cfg, model_cfg = validate(tree, plan.where(option), plan.notices)
-    remark = unread(cfg, plan.request.keys)
+    remark = unread(cfg, model_cfg, plan.request.keys)
     plan.notices += [remark] if remark else []
     runs.refuse_overwrite(tree, folder)
     path = plan.models[option].path

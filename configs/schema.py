@@ -76,6 +76,10 @@ class ModelConfig(BaseModel):
         Subclasses extend the list of their parent. Single-field ranges belong into the annotations."""
         return []
 
+    def unread(self) -> dict[str, str]:
+        """Fields that mean nothing because of another one: name -> that one as `name=value`."""
+        return {}
+
 
 class DefaultModelConfig(ModelConfig):
     """The sizes that almost every decoder has."""

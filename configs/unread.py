@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from configs.schema import RunConfig
+from configs.schema import ModelConfig, RunConfig
 
 _MUON = ("muon_learning_rate", "muon_momentum", "muon_scale", "muon_ns_steps")
 _ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
@@ -27,7 +27,7 @@ def overruled(explicit: set[str]) -> Iterator[str]:
     return (winner for loser, winner in _WINS if loser in explicit and winner not in explicit)
 
 
-def unread(run: RunConfig, explicit: set[str]) -> str:
+def unread(run: RunConfig, model_cfg: ModelConfig, explicit: set[str]) -> str:
     """One remark about all of them, or nothing."""
     told: dict[str, list[str]] = {}
     seen: set[str] = set()
@@ -40,5 +40,8 @@ def unread(run: RunConfig, explicit: set[str]) -> str:
     for loser, winner in _WINS:
         if loser in explicit - seen and getattr(run, winner) is not None:
             told.setdefault(f"{winner}={getattr(run, winner)}", []).append(loser)
+    for name, why in model_cfg.unread().items():
+        if f"model_cfg.{name}" in explicit:
+            told.setdefault(f"model_cfg.{why}", []).append(f"model_cfg.{name}")
     parts = [f"{', '.join(names)} (because of {why})" for why, names in told.items()]
     return f"not read by this run: {'; '.join(parts)}" if parts else ""

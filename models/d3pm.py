@@ -5,6 +5,7 @@ The network is the shared diffusion transformer; the chains, the bound and the s
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -65,6 +66,21 @@ class D3PMConfig(DiTConfig):
         """The auxiliary cross-entropy is over all positions."""
         return 1.0 if self.auxiliary_loss_weight else super().share_of_logits
 
+    def unread(self) -> dict[str, str]:
+        kind, linear = self.transition_type, self.noise_schedule == "linear"
+        found: dict[str, str] = {}
+        for chain in ("gaussian", "linear"):
+            if not linear or (chain == "gaussian") != (kind == "gaussian"):
+                why = f"transition_type={kind}" if linear else f"noise_schedule={self.noise_schedule}"
+                found |= dict.fromkeys((f"{chain}_beta_min", f"{chain}_beta_max"), why)
+        if kind != "nearest_neighbor":
+            found |= dict.fromkeys(
+                ("nearest_neighbors", "nn_embedding_path", "nn_construction"), f"transition_type={kind}"
+            )
+        if kind not in DENSE_CHAINS:
+            found["dense_state_limit"] = f"transition_type={kind}"
+        return found
+
     def problems(self, run: RunConfig) -> list[str]:
         return super().problems(run) + self._schedule_problems() + self._chain_problems()
 
@@ -100,7 +116,22 @@ class D3PMConfig(DiTConfig):
                 "model_cfg.transition_type=nearest_neighbor needs model_cfg.nn_embedding_path, a file of "
                 "pretrained embeddings: neighbours in untrained ones mean nothing"
             )
-        dense = self.transition_type in DENSE_CHAINS
+        kind, schedule = self.transition_type, self.noise_schedule
+        sinkhorn = kind == "nearest_neighbor" and self.nn_construction == "sinkhorn"
+        if schedule == "mutual_info" and (kind == "gaussian" or sinkhorn):
+            chain = f"nn_construction={self.nn_construction}" if sinkhorn else f"transition_type={kind}"
+            problems.append(
+                f"model_cfg.noise_schedule=mutual_info is not defined for {chain}. Set it to cosine or linear"
+            )
+        if kind == "nearest_neighbor" and self.nn_embedding_path is not None:
+            if not Path(self.nn_embedding_path).is_file():
+                problems.append(f"model_cfg.nn_embedding_path: no such file: {self.nn_embedding_path}")
+            if self.vocab_size is not None and self.nearest_neighbors >= self.vocab_size:
+                problems.append(
+                    f"model_cfg.nearest_neighbors ({self.nearest_neighbors}) must be below model_cfg.vocab_size "
+                    f"({self.vocab_size})"
+                )
+        dense = kind in DENSE_CHAINS
         if dense and self.vocab_size is not None and self.vocab_size > self.dense_state_limit:
             problems.append(
                 f"model_cfg.vocab_size ({self.vocab_size}) exceeds model_cfg.dense_state_limit "

@@ -50,6 +50,14 @@ class MDLConfig(DiTConfig):
     def share_of_logits(self) -> float:
         return super().share_of_logits if self.use_subs_parameterization else 1.0
 
+    def unread(self) -> dict[str, str]:
+        by_sigma = self.alpha_type in SIGMA_SCHEDULES
+        ends = ("alpha_min", "alpha_max") if by_sigma else ("sigma_min", "sigma_max")
+        other = "num_timesteps" if self.continuous_time else "sampling_eps"
+        return dict.fromkeys(ends, f"alpha_type={self.alpha_type}") | {
+            other: f"continuous_time={str(self.continuous_time).lower()}"
+        }
+
     def problems(self, run: RunConfig) -> list[str]:
         return super().problems(run) + self._schedule_problems() + self._sampler_problems()
 
@@ -81,9 +89,9 @@ class MDLConfig(DiTConfig):
                 "model_cfg.sampler=ancestral_cache reuses predictions between times, which "
                 "model_cfg.time_conditioning=true rules out. Set sampler=ancestral or time_conditioning=false"
             )
-        if self.sampler == "first_hitting" and not self.use_subs_parameterization:
+        if self.sampler != "ancestral" and not self.use_subs_parameterization:
             problems.append(
-                "model_cfg.sampler=first_hitting needs model_cfg.use_subs_parameterization=true: it never "
+                f"model_cfg.sampler={self.sampler} needs model_cfg.use_subs_parameterization=true: it never "
                 "draws the mask. Set sampler=ancestral"
             )
         if self.sar_chunk_size is not None and self.sar_chunk_size >= self.n_ctx:

@@ -55,6 +55,14 @@ class SEDDConfig(DiTConfig):
         """Whether scores are divided by (exp(sigma) - 1) n, so that a zero output is a uniform prediction."""
         return self.has_mask if self.scale_by_sigma is None else self.scale_by_sigma
 
+    def unread(self) -> dict[str, str]:
+        loglinear = self.noise_schedule == "loglinear"
+        fields = ("sigma_min", "sigma_max") if loglinear else ("noise_eps",)
+        found = dict.fromkeys(fields, f"noise_schedule={self.noise_schedule}")
+        if self.nelbo_draws is not None:
+            found["num_timesteps"] = f"nelbo_draws={self.nelbo_draws}"
+        return found
+
     def problems(self, run: RunConfig) -> list[str]:
         problems = super().problems(run)
         if self.sigma_min >= self.sigma_max:

@@ -60,6 +60,11 @@ class DiffusionAdapter(ModelAdapter):
     def __init__(self, model: Any, model_cfg: Any, tokenizer: Any) -> None:
         super().__init__(model, model_cfg, tokenizer)
         self._process: Process | None = None
+        if self.model.mask_id == tokenizer.eot:
+            raise ValueError(
+                f"model_cfg.absorbing_state_idx ({tokenizer.eot}) is the token between documents, which text contains. "
+                f"Set it to -1 to append a mask id"
+            )
 
     @property
     def process(self) -> Process:

@@ -76,12 +76,13 @@ class Chain(ABC):
     def dtype(self) -> torch.dtype:
         """Number format of rows and columns."""
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Chain:
-        """A copy with its tables there."""
+    def to(self, device: torch.device) -> Chain:
+        """A copy with its tables there; in fp32 where the device knows nothing wider."""
+        narrow = torch.float32 if device.type == "mps" else None
         moved = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
-                setattr(moved, name, value.to(device, dtype if value.is_floating_point() else None))
+                setattr(moved, name, value.to(device, narrow if value.is_floating_point() else None))
         return moved
 
 

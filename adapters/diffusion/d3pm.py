@@ -181,18 +181,27 @@ class _Dense:
 
     def __init__(self, chain: Chain, cfg: Any) -> None:
         self.chain, self.cfg = chain, cfg
+        self._moved: dict[torch.device, Chain] = {}
+
+    def chain_on(self, device: torch.device) -> Chain:
+        if device not in self._moved:
+            self._moved[device] = self.chain.to(device)
+        return self._moved[device]
 
     def coefficients(self, s: Tensor, t: Tensor) -> dict[str, Tensor]:
         return {"s": s, "t": t}
 
     def loss(self, network: Network, hidden: Tensor, rows: Rows, aux_weight: float) -> RowLoss:
-        chain = self.chain.to(hidden.device, network.dtype)
+        """In fp64 where the device has it: at early steps a chain's rows differ from one-hot ones by what fp32 rounds
+        away in a product with its eigenvectors."""
+        chain = self.chain_on(hidden.device)
+        dtype = torch.float32 if hidden.device.type == "mps" else torch.float64
 
         def row_nats(logits: Tensor, chosen: slice) -> tuple[Tensor, Tensor]:
             if self.cfg.zero_mask_logit and chain.mask_id is not None:
                 is_mask = torch.arange(logits.shape[1], device=logits.device).eq(chain.mask_id)
                 logits = logits.masked_fill(is_mask, NEVER)
-            log_p = logits.log_softmax(1)
+            log_p = logits.to(dtype).log_softmax(1)
             x0, xt = rows.x0[chosen], rows.xt[chosen]
             s, t = rows.coefficients["s"][chosen], rows.coefficients["t"][chosen]
             cross_entropy = -log_p.gather(1, x0.unsqueeze(1)).squeeze(1)
@@ -200,7 +209,7 @@ class _Dense:
             if self.cfg.l0_mode == "x0":
                 last = s == 0 if chain.mask_id is None else (s == 0) & (xt == chain.mask_id)
                 kl = torch.where(last, cross_entropy, kl)
-            return kl, cross_entropy
+            return kl.to(logits.dtype), cross_entropy.to(logits.dtype)
 
         return network.loss_of_logits(hidden, rows.weights, row_nats, aux_weight)
 
@@ -368,8 +377,8 @@ def ancestral_step(
 
     At s = 0 the mask is left out. `last_from_clean`: there, draw from p(x_0 | x_t) itself.
     """
-    device, dtype = sampling_dtype(network.device)
-    chain = chain.to(device, dtype)
+    device, _ = sampling_dtype(network.device)
+    chain = chain.to(device)
     drawn = torch.empty_like(xt)
     for rows, logits in network.logits(hidden):
         if zero_mask:

@@ -5,6 +5,7 @@ B rows, L positions, M gathered positions, V states.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -45,11 +46,7 @@ def binomial_tail(count: Tensor, p: float, k: Tensor) -> Tensor:
     n = count.unsqueeze(1)
     inside = j <= n
     log_choose = torch.lgamma(n + 1) - torch.lgamma(j + 1) - torch.lgamma((n - j).clamp_min(0) + 1)
-    log_mass = (
-        log_choose
-        + j * torch.log(torch.tensor(p, dtype=torch.float64))
-        + (n - j) * torch.log1p(torch.tensor(-p).double())
-    )
+    log_mass = log_choose + j * math.log(p) + (n - j) * math.log1p(-p)
     return (log_mass.exp() * (inside & (j >= k.unsqueeze(1)))).sum(1)
 
 

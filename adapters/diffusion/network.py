@@ -178,7 +178,10 @@ class _LossOfLogits(torch.autograd.Function):
                 logits = F.linear(parts[0], parts[1].to(hidden.dtype), parts[2].to(hidden.dtype))[
                     :, :states
                 ].to(stats)
-                row_nats, row_aux = function(logits, rows)
+                with torch.autocast(
+                    logits.device.type, enabled=False
+                ):  # probabilities are no matter of 8 bits
+                    row_nats, row_aux = function(logits, rows)
                 value = row_nats if row_aux is None else row_nats + aux_weight * row_aux
                 part = (value * row_weights[rows].to(stats)).sum()
             if wanted:

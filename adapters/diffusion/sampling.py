@@ -41,6 +41,10 @@ def fill(
     on_step: OnStep,
 ) -> list[list[int]]:
     """Draw the None positions of equally long windows. `rows` and `part` key the noise."""
+    if process.mask_id is not None and any(process.mask_id in window for window in windows):
+        raise ValueError(
+            f"the text contains token {process.mask_id}, which model_cfg.absorbing_state_idx reserves for the mask"
+        )
     unknown = torch.tensor([[token is None for token in window] for window in windows])
     known = [[0 if token is None else token for token in window] for window in windows]
     noise = Noise(seed, part, "generate", np.asarray(rows))

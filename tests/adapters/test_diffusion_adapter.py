@@ -190,6 +190,66 @@ def test_text_with_the_reserved_mask_token_is_refused():
     assert adapter(adapter.prepare(b, train_context())).terms["nelbo"].sum > 0
 
 
+def test_given_text_with_the_reserved_mask_token_is_refused():
+    for kind in ("mdl", "sedd", "bd3lm", "d3pm"):
+        adapter = build(kind, absorbing_state_idx=5)
+        for text in ([[5, None, 3]], [[None, 5]]):
+            with pytest.raises(ValueError, match="absorbing_state_idx"):
+                adapter.infill(text, GenerateOptions())
+        with pytest.raises(ValueError, match="absorbing_state_idx"):
+            adapter.generate([[5]], GenerateOptions(max_new_tokens=3))
+        assert 5 not in adapter.generate([[1]], GenerateOptions(max_new_tokens=30)).tokens[0]
+
+
+def test_the_token_between_documents_cannot_be_the_mask():
+    with pytest.raises(ValueError, match="absorbing_state_idx .0. is the token between documents"):
+        build("mdl", absorbing_state_idx=TOKENIZER.eot)
+
+
+CHAINS = {
+    "absorbing": {},
+    "uniform": {"transition_type": "uniform"},
+    "absorbing, mixture": {"reverse_param": "mixture"},
+    "gaussian": {"transition_type": "gaussian"},
+    "nearest_neighbor": {
+        "transition_type": "nearest_neighbor",
+        "noise_schedule": "cosine",
+        "nearest_neighbors": 3,
+    },
+}
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_the_loss_of_a_chain_keeps_its_digits_where_products_have_eight_bits(chain, tmp_path):
+    """Under autocast only the network is narrow: with the same logits, loss, gradient and bound are those of fp64."""
+    fields = {"num_timesteps": 1000, "sampling_timesteps": 12, **CHAINS[chain]}
+    if chain == "nearest_neighbor":
+        np.save(tmp_path / "table.npy", np.random.default_rng(0).normal(size=(V, 4)))
+        fields["nn_embedding_path"] = str(tmp_path / "table.npy")
+
+    found = []
+    for narrow in (False, True):
+        adapter = build("d3pm", **fields)
+        adapter.to(torch.float32 if narrow else torch.float64)
+        # Logits that eight bits hold exactly: a zero output layer with a bias.
+        adapter.model.output.weight.data.zero_()
+        adapter.model.output.bias.data = (
+            torch.linspace(-1, 1, 9).repeat(2)[: adapter.model.V].to(adapter.model.output.bias)
+        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            prepared = adapter.prepare(batch(range(64)), train_context(64))
+            prepared.tensors["rows.weights"] = prepared.tensors["rows.weights"].to(adapter.model.output.bias)
+            out = adapter(prepared)
+            bound = adapter.likelihood(batch(range(8)), EVAL)
+        out.terms["objective"].sum.backward()
+        grad = adapter.model.output.bias.grad.double()
+        found.append((float(out.terms["objective"].sum.detach()), grad, bound.nats.sum()))
+    (loss, grad, nats), (narrow_loss, narrow_grad, narrow_nats) = found
+    assert narrow_loss == pytest.approx(loss, rel=1e-3)
+    assert float((narrow_grad - grad).norm() / grad.norm()) < 5e-3
+    assert float(narrow_nats) == pytest.approx(float(nats), rel=1e-3)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_metrics_by_time_add_up_to_the_bound(kind):
     adapter = build(kind, **({"clip_search": False} if kind == "bd3lm" else {}))
@@ -346,6 +406,9 @@ def fingerprint(adapter):
     value, gradients = objective(adapter, [batch([0, 1, 2, 3])])
     assert math.isfinite(value) and all(bool(g.isfinite().all()) for g in gradients)
     bound = adapter.likelihood(batch([0, 1]), EVAL)
+    assert all(
+        bool(v.isfinite().all()) for v in [bound.nats, *bound.parts.values(), *bound.estimates.values()]
+    )
     options = GenerateOptions(max_new_tokens=20, temperature=1.0, stop_at_document_end=False)
     text = adapter.generate([[1, 2, 3], [4, 5, 6]], options)
     return {

@@ -390,6 +390,16 @@ ESTIMATORS = {
         mdl(alpha_type="geometric", time_conditioning=True, sampler="ancestral"),
         masked_oracle(),
     ),
+    "mdl linear sigma": lambda: (
+        mdl(
+            alpha_type="linear_sigma",
+            sigma_min=0.0,
+            sigma_max=10.0,
+            time_conditioning=True,
+            sampler="ancestral",
+        ),
+        masked_oracle(),
+    ),
     "mdl with a noisy clean end": lambda: (
         mdl(alpha_max=0.9, time_conditioning=True, sampler="ancestral"),
         masked_oracle(),
@@ -514,6 +524,8 @@ def test_binomial_tail_against_the_sum():
         ]
         got = masked.binomial_tail(n, 0.3, torch.full((4,), k, dtype=F64))
         assert torch.allclose(got, torch.tensor(expected, dtype=F64), atol=1e-12)
+    nearly = masked.binomial_tail(n, 1 - math.exp(-20), torch.full((4,), 1.0, dtype=F64))
+    assert torch.allclose(nearly, torch.tensor([0.0, 1.0, 1.0, 1.0], dtype=F64), atol=1e-8)
 
 
 def test_stratified_times_lower_the_variance():

@@ -843,3 +843,70 @@ def test_reverse_steps_are_the_chains_own_and_the_last_one_by_x0_the_prediction_
         assert torch.allclose(p, expected / expected.sum(1, keepdim=True), atol=1e-12)
     if name == "uniform x0":  # the two are far apart
         assert float((by_chain - log_p.exp()).abs().sum(1).mean()) > 0.3
+
+
+# -- the score entropy itself --------------------------------------------------------------------------
+
+
+def score_entropies(sigma, log_s):
+    """Of one token x_t under the uniform graph with K states, for every x_t: the denoising score entropy, averaged over
+    the clean token given x_t, and the marginal one (Lou et al. 2024, definitions 3.1 and 3.4), both over sigma'. log_s
+    (K, K): row x, column y."""
+    start = torch.tensor([0.5, 0.3, 0.2], dtype=F64)
+    kept = math.exp(-sigma)
+    q = kept * torch.eye(K, dtype=F64) + (1 - kept) / K  # (clean, noisy)
+    law = start @ q
+    clean = start[:, None] * q / law  # p(clean | noisy)
+    ratio = law[None, :] / law[:, None]  # r_y at x
+    others = ~torch.eye(K, dtype=torch.bool)
+
+    def entropy(r):
+        return ((log_s.exp() - r * log_s + r * (r.log() - 1)) * others).sum(1) / K
+
+    per_clean = torch.stack([entropy(q[x0][None, :] / q[x0][:, None]) for x0 in range(K)])  # (clean, noisy)
+    return (clean * per_clean).sum(0), entropy(ratio), ratio.log()
+
+
+def test_score_entropy_is_zero_at_the_true_ratios_and_the_denoising_one_differs_by_a_constant():
+    sigma, zero = 0.7, torch.zeros(K, K, dtype=F64)
+    truth = score_entropies(sigma, zero)[2]
+    denoising, marginal, _ = score_entropies(sigma, truth)
+    assert torch.allclose(marginal, torch.zeros(K, dtype=F64), atol=1e-12)
+    generator = torch.Generator().manual_seed(0)
+    for scale in (0.01, 0.3, 2.0):
+        other = truth + scale * torch.randn(K, K, dtype=F64, generator=generator)
+        worse_denoising, worse_marginal, _ = score_entropies(sigma, other)
+        assert bool((worse_marginal > 0).all())
+        assert torch.allclose(worse_denoising - worse_marginal, denoising - marginal, atol=1e-12)
+
+
+def test_the_trained_loss_is_the_denoising_score_entropy_and_has_no_slope_at_the_true_ratios():
+    sigma = 0.7
+    truth = score_entropies(sigma, torch.zeros(K, K, dtype=F64))[2]
+    start = torch.tensor([0.5, 0.3, 0.2], dtype=F64)
+    kept = math.exp(-sigma)
+    q = kept * torch.eye(K, dtype=F64) + (1 - kept) / K
+    joint = start[:, None] * q  # (clean, noisy)
+    x0, xt = (i.flatten() for i in torch.meshgrid(torch.arange(K), torch.arange(K), indexing="ij"))
+    for shift in (0.0, 0.3):
+        logits = (truth[xt] + shift * torch.eye(K, dtype=F64)[(xt + 1) % K]).requires_grad_()
+        total, nats, _ = fused.linear_diffusion_loss(
+            logits,
+            torch.eye(K, dtype=F64),
+            torch.zeros(K, dtype=F64),
+            x0,
+            xt,
+            joint.flatten(),
+            {"sigma_bar": torch.full((K * K,), sigma, dtype=F64)},
+            mode="sedd_uniform",
+            V=K,
+            n=K,
+            mask_id=None,
+        )
+        denoising, _, _ = score_entropies(
+            sigma, truth + shift * torch.eye(K, dtype=F64)[(torch.arange(K) + 1) % K]
+        )
+        assert float(total.detach()) == pytest.approx(float((joint.sum(0) * denoising).sum()), rel=1e-9)
+        total.backward()
+        slope = torch.zeros(K, K, dtype=F64).index_add_(0, xt, logits.grad)  # of the score at each x_t
+        assert (float(slope.abs().max()) < 1e-12) is (shift == 0)

@@ -223,7 +223,9 @@ def test_presets_set_sizes_and_never_learning_rates(preset):
         "gradient_accumulation_steps",
         "global_batch_size",
     }
-    extra = {"num_iterations", "val_loss_every", "val_bytes_interim"} if preset == "nano" else set()
+    extra = (
+        {"num_iterations", "val_loss_every", "val_bytes", "val_bytes_interim"} if preset == "nano" else set()
+    )
     assert set(stated) <= sizes | extra and stated["preset"] == preset
 
 

@@ -190,3 +190,70 @@ def test_a_file_is_named_in_full_from_the_root_of_the_disk(work, monkeypatch):
     monkeypatch.chdir("/")
     with pytest.raises(ConfigError, match=rf"^{work}/bad.yaml:3: seed"):
         compose([f"{work}/bad.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("words", "fields", "why"),
+    [
+        (["mdl", "model_cfg.sigma_max=5.0"], "model_cfg.sigma_max", "alpha_type=loglinear"),
+        (
+            ["mdl", "model_cfg.alpha_type=geometric", "model_cfg.alpha_min=0.1"],
+            "model_cfg.alpha_min",
+            "alpha_type=geometric",
+        ),
+        (["mdl", "model_cfg.num_timesteps=9"], "model_cfg.num_timesteps", "continuous_time=true"),
+        (["sedd", "model_cfg.num_timesteps=9"], "model_cfg.num_timesteps", "nelbo_draws="),
+        (["sedd", "model_cfg.sigma_min=0.1"], "model_cfg.sigma_min", "noise_schedule=loglinear"),
+        (
+            ["d3pm", "model_cfg.gaussian_beta_max=0.1"],
+            "model_cfg.gaussian_beta_max",
+            "noise_schedule=mutual_info",
+        ),
+        (
+            ["d3pm", "model_cfg.noise_schedule=linear", "model_cfg.gaussian_beta_max=0.1"],
+            "model_cfg.gaussian_beta_max",
+            "transition_type=absorbing",
+        ),
+        (
+            ["d3pm", "model_cfg.nearest_neighbors=3"],
+            "model_cfg.nearest_neighbors",
+            "transition_type=absorbing",
+        ),
+    ],
+)
+def test_fields_of_an_architecture_that_another_one_makes_meaningless_are_named(words, fields, why):
+    notes = []
+    compose([f"model={words[0]}", "preset=nano", *words[1:]], notes.append)
+    (note,) = [n for n in notes if n.startswith("not read by this run")]
+    assert fields in note and why in note
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["d3pm", "model_cfg.transition_type=gaussian", "model_cfg.noise_schedule=mutual_info"],
+            "not defined for transition_type=gaussian. Set it to cosine or linear",
+        ),
+        (
+            [
+                "d3pm",
+                "model_cfg.transition_type=nearest_neighbor",
+                "model_cfg.nn_construction=sinkhorn",
+                "model_cfg.nn_embedding_path=x.npy",
+            ],
+            "not defined for nn_construction=sinkhorn",
+        ),
+        (
+            ["d3pm", "model_cfg.transition_type=nearest_neighbor", "model_cfg.nn_embedding_path=x.npy"],
+            "nn_embedding_path: no such file: x.npy",
+        ),
+        (
+            ["mdl", "model_cfg.continuous_time=false", "model_cfg.use_subs_parameterization=false"],
+            "sampler=ancestral_cache needs model_cfg.use_subs_parameterization=true",
+        ),
+    ],
+)
+def test_what_an_architecture_cannot_do_is_said_before_anything_starts(words, message):
+    with pytest.raises(ConfigError, match=message):
+        compose([f"model={words[0]}", "preset=nano", *words[1:]], lambda text: None)
