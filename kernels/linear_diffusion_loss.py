@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -30,6 +31,9 @@ __all__ = ["MODES", "linear_diffusion_loss", "reference"]
 # 128 rows, 9.8 of 256, 8.1 of 512.
 LOGIT_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
 MIN_ROWS = 512
+# Rows of low-precision products. Their number is drawn anew in every step, and the library compiles and keeps a product
+# for each shape it meets: a megabyte a step at first.
+ROW_MULTIPLE = 64
 COLUMN_MULTIPLE = 64  # of low-precision copies of the head: odd numbers of columns make products slow
 
 
@@ -117,13 +121,17 @@ class _Chunked(torch.autograd.Function):
                 None if aux_weights is None else aux_weights[rows],
                 tuple(s[rows] for s in scalars),
             )
-            z = head.logits(hidden[rows])  # (r, V_p)
-            nats[rows], ce = MODES[mode].rows(z[:, :V], chunk, states, gradient)
+            part, count = hidden[rows], len(chunk.x0)
+            if head.narrow:
+                part = F.pad(part, (0, 0, 0, -count % ROW_MULTIPLE))
+            z = head.logits(part)  # (r, V_p), rows behind `count` are padding
+            nats[rows], ce = MODES[mode].rows(z[:count, :V], chunk, states, gradient)
             if ce is not None:
                 aux[rows] = ce
             if grads is not None:
                 z[:, V:] = 0
-                grads.add(rows, z, hidden[rows], head)
+                z[count:] = 0
+                grads.add(rows, z, part, head)
         if grads is not None:
             grad_weight = grads.weight[: weight.shape[0]]
             ctx.save_for_backward(
@@ -153,6 +161,7 @@ class _Head:
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, stats: torch.dtype) -> None:
         rows = weight.shape[0]
         self.weight, self.stats = weight.detach(), stats
+        self.narrow = dtype != stats
         if weight.dtype != dtype:
             rows = -(-rows // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
             self.weight = weight.new_zeros(rows, weight.shape[1], dtype=dtype)
@@ -179,14 +188,14 @@ class _Gradients:
         self.bias = head.weight.new_zeros(head.weight.shape[0], dtype=head.stats)
 
     def add(self, rows: slice, grad: Tensor, hidden: Tensor, head: _Head) -> None:
-        """grad (r, V_p): d sum / d logits of these rows."""
+        """grad (r, V_p): d sum / d logits of these rows, 0 in rows that pad them."""
         self.bias += grad.sum(0)
         if hidden.dtype == grad.dtype:
             torch.mm(grad, head.weight, out=self.hidden[rows])
             self.weight.addmm_(grad.T, hidden)
         else:
             narrow = grad.to(hidden.dtype)
-            torch.mm(narrow, head.weight, out=self.hidden[rows])
+            self.hidden[rows] = torch.mm(narrow, head.weight)[: len(self.hidden[rows])]
             self.weight += torch.mm(narrow.T, hidden)
 
 
