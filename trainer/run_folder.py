@@ -346,13 +346,11 @@ class RunFolder:
         samples = (self.path / "samples.txt").read_text() if (self.path / "samples.txt").exists() else ""
         if samples:
             self.console.sample(samples.rsplit("--- step ", 1)[-1].split("\n", 1)[-1].strip("\n"))
-        self.console.finish(
-            self.path,
-            [
-                f"python mytrainer.py generate --checkpoint {self.path} --prompt 'def '",
-                f"python mytrainer.py resume={self.path} num_iterations={2 * max(progress.step, 1)}",
-            ],
-        )
+        commands = [
+            f"python mytrainer.py generate --checkpoint {self.path} --prompt 'def '",
+            f"python mytrainer.py resume={self.path} num_iterations={2 * max(progress.step, 1)}",
+        ]
+        self.console.finish(self.path, commands if newest.exists() else [])
 
 
 # Where a run is and how long it may go on do not make it another run.

@@ -104,11 +104,14 @@ def test_epochs_replace_steps(tmp_path):
     assert lines(tmp_path)[-1]["step"] == math.floor(0.05 * (20_000 // 32) / 4)
 
 
-def test_evaluation_only_changes_no_weight(tmp_path):
+def test_evaluation_only_changes_no_weight(tmp_path, capsys):
     run(tmp_path / "trained")
     score = run(tmp_path / "scored", "eval_only=true", f"init_from_checkpoint={tmp_path / 'trained'}")
     assert score == json.loads((tmp_path / "trained/summary.json").read_text())["score"]["bits_per_byte"]
     assert not checkpoints_in(tmp_path / "scored")
+    assert (
+        "python mytrainer.py" not in capsys.readouterr().out.split("scored/report.html")[-1]
+    )  # nothing to go on with
 
 
 def test_given_weights_are_scored_with_their_average(tmp_path):
