@@ -207,6 +207,7 @@ class ModelAdapter(nn.Module):
     may_skip_parameters = False  # True: a step may leave parameters without gradient
     loss_kernel = "linear_cross_entropy"  # module in kernels/ that output layer and loss run in
     default_temperature = 0.8  # of generation
+    sample_steps = 0  # of the samples along a run: `GenerateOptions.steps`
     generation_notes: tuple[str, ...] = ()  # what a reader of generated text should know
 
     model: Any  # the backbone, an nn.Module; Any because each has attributes of its own

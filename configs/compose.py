@@ -184,6 +184,15 @@ def _preset(request: Request, nodes: list[Node], saved: tuple[dict[str, Any], Pa
     data = request.values.get("data") or next(
         (n.stated("data") for n in nodes if n.stated("data")), "embedded"
     )
+    if (
+        shipped
+        and data == "embedded"
+        and (said := [k for k in SIZE_KEYS if f"model_cfg.{k}" in request.keys])
+    ):
+        request.notices.append(
+            f"preset auto: the file's own full size, as model_cfg.{said[0]} is given. Add preset=nano (or another) to "
+            f"change that one and have a small run"
+        )
     if not shipped or sized or data != "embedded":
         return "none"
     on_cuda = uses_cuda(str(request.values.get("device", "auto")))

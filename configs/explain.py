@@ -59,6 +59,9 @@ def _message(
     bounds = _bounds(field.annotation, field.metadata)
     if any(k.startswith(("greater_than", "less_than", "finite")) for k in kinds):
         return f"{name}: must satisfy {_range(field_name, bounds)}, got {given}"
+    if "multiple_of" in kinds and isinstance(given, int):
+        factor = next(i["ctx"]["multiple_of"] for i in items if i["type"] == "multiple_of")
+        return f"{name}: must be a multiple of {factor}, got {given}; nearest: {max(1, round(given / factor)) * factor}"
     if "string_pattern_mismatch" in kinds:
         pattern = next(i["ctx"]["pattern"] for i in items if i["type"] == "string_pattern_mismatch")
         return f"{name}: {given!r} does not match {pattern}"

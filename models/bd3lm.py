@@ -35,8 +35,23 @@ class BD3LMConfig(DiTConfig):
     sampler: Literal["ancestral_cache", "ancestral", "analytic", "first_hitting"] = "first_hitting"
     kv_cache: bool = True  # sampling keeps the keys and values of finished blocks
 
+    def unread(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        if self.block_length == 1:  # a block of one token is masked for certain
+            fields = ("sampling_eps_min", "sampling_eps_max", "clip_search", "resample_masks", "nelbo_draws")
+            found |= dict.fromkeys(fields, "block_length=1")
+        elif not self.clip_search and (self.sampling_eps_min, self.sampling_eps_max) == (1e-3, 1.0):
+            found["resample_masks"] = "sampling_eps_max=1.0"
+        return found
+
     def problems(self, run: RunConfig) -> list[str]:
         problems = super().problems(run)
+        if self.block_length > self.n_ctx:
+            problems.append(
+                f"model_cfg.block_length ({self.block_length}) must be at most model_cfg.n_ctx ({self.n_ctx}); "
+                f"nearest: {self.n_ctx}"
+            )
+            return problems
         if self.sampling_eps_min >= self.sampling_eps_max:
             problems.append(
                 f"model_cfg.sampling_eps_min ({self.sampling_eps_min}) must be below "

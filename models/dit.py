@@ -89,7 +89,7 @@ def fill_in(given: Any, by_chain: dict[str, dict[str, Any]]) -> Any:
     """Fields left out or null get the values of their `transition_type`."""
     if not isinstance(given, dict):
         return given
-    values = by_chain.get(given.get("transition_type", "absorbing"), {})
+    values = by_chain.get(str(given.get("transition_type")), by_chain["absorbing"])
     return given | {k: v for k, v in values.items() if given.get(k) is None}
 
 
@@ -312,7 +312,8 @@ def _states(cfg: DiTConfig) -> tuple[int, int, int | None]:
         return cfg.vocab_size, cfg.vocab_size + 1, cfg.vocab_size
     if cfg.absorbing_state_idx >= cfg.vocab_size:
         raise ValueError(
-            f"absorbing_state_idx ({cfg.absorbing_state_idx}) must be below vocab_size ({cfg.vocab_size})"
+            f"model_cfg.absorbing_state_idx ({cfg.absorbing_state_idx}) must be below the vocabulary's size "
+            f"({cfg.vocab_size}). Set it to -1 to append a mask id"
         )
     return cfg.vocab_size - 1, cfg.vocab_size, cfg.absorbing_state_idx
 

@@ -85,8 +85,6 @@ class Console:
             parts.append(f"perplexity {at_most}{perplexity:.2f} per token")
         if (scored := line.get("val_bytes")) is not None:
             parts.append(f"{quantity(scored)}B scored")
-        if "val_raw_bits_per_byte" in line:
-            parts.append(f"(weights not averaged: {bits_per_byte(line, 'val_raw_')})")
         self._print("  ".join(parts), "bold")
 
     # -- the end -------------------------------------------------------------------------------------------

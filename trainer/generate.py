@@ -50,7 +50,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--ignore_document_end", action="store_true", help="go on after the model ends the document"
     )
-    parser.add_argument("--no_cache", action="store_true", help="recompute the whole text for every token")
+    parser.add_argument(
+        "--no_cache",
+        action="store_true",
+        help="reuse nothing the model has computed before; the text is the same",
+    )
     parser.add_argument(
         "--steps", type=int, default=0, help="diffusion: reverse steps (0: the model's own number)"
     )

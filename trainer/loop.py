@@ -90,6 +90,16 @@ def train(cfg: RunConfig, model_cfg: ModelConfig, run_dir: Path, config_yaml: st
             trainer.resume(checkpoint, saved)
         elif cfg.init_from_checkpoint:
             source = find_checkpoint(cfg.init_from_checkpoint, folder.console.warn)
+            type_ = load_json(source, "config.json").get("type")
+            if type_ != cfg.type and cfg.eval_only:
+                raise ValueError(
+                    f"init_from_checkpoint: {source} holds a {type_}, and this run would score it as a {cfg.type}. "
+                    f"Set type={type_}, or train from these weights (eval_only=false)"
+                )
+            if type_ != cfg.type:
+                folder.console.warn(
+                    f"the weights of {source} were trained as {type_}; this run is {cfg.type}"
+                )
             load_weights(session.adapter, load_tensors(source, "model.pt"), f"{source}/model.pt")
             if session.ema:
                 averaged = source / "ema.pt"
@@ -152,6 +162,7 @@ class Trainer:
             score = self._final_score()
             if score:
                 self.folder.log_evaluation(self.progress, score)
+                self._sample()
             return self._finish(score) if score else self._leave()
         if (
             self.progress.step >= self.total
@@ -323,18 +334,17 @@ class Trainer:
                 raise TrainingError(
                     f"the held-out score at step {self.progress.step} is {score.bits_per_byte}"
                 )
-            if score and averaged:
-                self.folder.sample(s, self.progress.step, self.stop)
         return score
+
+    def _sample(self) -> None:
+        with torch.compiler.set_stance("force_eager"), self.s.ema.swap() if self.s.ema else nullcontext():
+            self.folder.sample(self.s, self.progress.step, self.stop)
 
     def _evaluate(self) -> bool:
         """Score the held-out text and take note of it. False when a stop was asked for meanwhile."""
         self._raise_if_not_finite()
-        score = raw = self._score(self.interim_rows)
-        at_end = self.progress.step >= self.total
-        if score and self.s.ema and at_end:  # once, to show what averaging does
-            raw = self._score(self.interim_rows, averaged=False)
-        if score is None or raw is None:
+        score = self._score(self.interim_rows)
+        if score is None:
             return False
         p, cfg = self.progress, self.cfg
         p.evaluated_at = p.step
@@ -346,7 +356,12 @@ class Trainer:
         better = score.bits_per_byte < p.best_bits_per_byte
         if better:
             p.best_bits_per_byte, p.best_step = score.bits_per_byte, p.step
-        self.folder.log_evaluation(p, score, raw)
+        self.folder.log_evaluation(p, score)
+        if self.s.ema and p.step >= self.total:  # once, to show what averaging does
+            raw = self._score(self.interim_rows, averaged=False)
+            if raw:
+                self.folder.log_raw_evaluation(p, raw)
+        self._sample()
         if better and (cfg.save_best_model or cfg.save_only_best):
             self._save(best=cfg.save_best_model)
         self.latest = score

@@ -27,6 +27,7 @@ from data.yardsticks import start_background
 from trainer.checkpoint import FORMAT, link_files, link_folder, prune, save_checkpoint, write_atomically
 from trainer.console import Console
 from trainer.errors import StopRequested, TrainingError
+from trainer.format import bits_per_byte, quantity
 from trainer.manifest import collect_environment, peak_flops, peak_memory_bytes
 from trainer.metrics import MetricsWriter
 from trainer.optimizers import role_table
@@ -115,7 +116,7 @@ class RunFolder:
                 f"{s.dataset.heldout.total_bytes / 1e6:.2f} MB held out · tokenizer {s.dataset.tokenizer.name}, "
                 f"{s.dataset.tokenizer.vocab_size:,} tokens",
                 f"{s.total_steps:,} steps of {s.plan.rows} rows x {cfg.train_seq_len} tokens = "
-                f"{s.total_steps * s.plan.rows * cfg.train_seq_len / 1e6:.1f} M tokens "
+                f"{quantity(s.total_steps * s.plan.rows * cfg.train_seq_len)} tokens "
                 f"({s.plan.world_size} process{'es' if s.plan.world_size > 1 else ''} x {s.plan.accumulation} x "
                 f"{s.plan.micro_rows} rows)",
                 f"{self.world.device} · "
@@ -212,8 +213,7 @@ class RunFolder:
         self._metrics.write(line)
         self.console.step(line)
 
-    def log_evaluation(self, progress: Progress, score: Score, raw: Score | None = None) -> None:
-        """`raw`: of the weights as they are, where `score` is of their average."""
+    def log_evaluation(self, progress: Progress, score: Score) -> None:
         if not self.world.is_main or self._metrics is None:
             return
         line = {
@@ -222,10 +222,16 @@ class RunFolder:
             "seconds": round(progress.seconds, 3),
             **{f"val_{k}": v for k, v in score.as_dict().items()},
         }
-        if raw is not None and raw is not score:
-            line |= {f"val_raw_{k}": getattr(raw, k) for k in ("bits_per_byte", "standard_error", "kind")}
         self._metrics.write(line)
         self.console.evaluation(line)
+
+    def log_raw_evaluation(self, progress: Progress, score: Score) -> None:
+        """The score of the weights as they are, beside that of their average."""
+        if not self.world.is_main or self._metrics is None:
+            return
+        fields = {f"val_raw_{k}": getattr(score, k) for k in ("bits_per_byte", "standard_error", "kind")}
+        self._metrics.write({"step": progress.step, **fields})
+        self.console.note(f"without averaging the weights: {bits_per_byte(score.as_dict())} bits/byte")
 
     def sample(self, s: Session, step: int, stop: StopSignal) -> None:
         """Append a text from the present weights to samples.txt, once per step."""
@@ -241,7 +247,10 @@ class RunFolder:
         tokenizer = s.dataset.tokenizer
         prompt = tokenizer.encode(s.cfg.sample_prompt).tolist()
         options = GenerateOptions(
-            max_new_tokens=s.cfg.sample_tokens, seed=s.cfg.seed, stop_at_document_end=False
+            max_new_tokens=s.cfg.sample_tokens,
+            seed=s.cfg.seed,
+            stop_at_document_end=False,
+            steps=s.adapter.sample_steps,
         )
         try:
             with torch.random.fork_rng(devices=[]):

@@ -77,8 +77,10 @@ def with_gaps(text: str, tokenizer: Tokenizer, gap_tokens: int) -> list[int | No
     """
     if gap_tokens < 1:
         raise ValueError(f"gap_tokens: must be at least 1, got {gap_tokens}")
-    if GAP not in text and Path(text).is_file():
+    if "\n" not in text and Path(text[:255]).is_file():
         text = Path(text).read_text(encoding="utf-8")
+    elif Path(text[:255]).suffix and not any(c.isspace() for c in text) and "/" in text:
+        raise ValueError(f"infill: no such file: {text}")
     pieces = text.split(GAP)
     if len(pieces) == 1:
         raise ValueError(f"infill: there is no gap in the text. Write {GAP} where it is to be filled")

@@ -97,6 +97,15 @@ class DiffusionAdapter(ModelAdapter):
             )
         return x0, torch.cat([first, scored], 1), torch.from_numpy(batch.doc_ids)[:, : x0.shape[1]]
 
+    def on_training_text(self, store: TokenStore) -> None:
+        """A reserved token that occurs in the text is found before the first step, not at the step that meets it."""
+        reserved = self.model_cfg.absorbing_state_idx
+        if reserved >= 0 and bool((store.tokens[:] == reserved).any()):
+            raise ValueError(
+                f"model_cfg.absorbing_state_idx ({reserved}) is a token that occurs in the training text. Name one "
+                f"that never does, or set it to -1 to append a mask id"
+            )
+
     def prepare(self, batch: Batch, ctx: Context) -> Prepared:
         process = self.process_at(ctx.step)
         x0, noised, doc_ids = self.tokens_of(batch, training=True)
@@ -181,6 +190,15 @@ class DiffusionAdapter(ModelAdapter):
         return self._bound(x0, noised, None, noise)
 
     # -- text ------------------------------------------------------------------------------------------------------
+
+    @property
+    def sample_steps(self) -> int:  # type: ignore[override]
+        """At most a hundred, where the sampler has steps: a look at the text should not take longer than its score."""
+        cfg = self.model_cfg
+        if getattr(cfg, "sampler", "") == "first_hitting":
+            return 0
+        own = getattr(cfg, "num_sampling_steps", None) or cfg.sampling_timesteps
+        return min(own, 100)
 
     @property
     def window(self) -> int:
@@ -307,6 +325,7 @@ class D3PMAdapter(DiffusionAdapter):
             nn.init.constant_(self.model.unigram, 1 / self.model.V)
 
     def on_training_text(self, store: TokenStore) -> None:
+        super().on_training_text(store)
         if needs_unigram(self.model_cfg):
             counts = torch.bincount(torch.from_numpy(store.tokens[:].astype("int64")), minlength=self.model.V)
             counts[self.tokenizer.eot] += store.n_docs

@@ -201,6 +201,20 @@ def test_given_text_with_the_reserved_mask_token_is_refused():
         assert 5 not in adapter.generate([[1]], GenerateOptions(max_new_tokens=30)).tokens[0]
 
 
+def test_a_reserved_token_in_the_training_text_is_found_before_the_first_step():
+    store = types.SimpleNamespace(tokens=np.array([1, 2, 5, 1], dtype=np.uint16), n_docs=1)
+    build("mdl", absorbing_state_idx=4).on_training_text(store)
+    for kind in ("mdl", "d3pm"):
+        with pytest.raises(ValueError, match="occurs in the training text"):
+            build(kind, absorbing_state_idx=5).on_training_text(store)
+
+
+def test_samples_along_a_run_take_a_hundred_steps_at_most():
+    assert build("sedd", sampling_timesteps=1024).sample_steps == 100
+    assert build("mdl", num_sampling_steps=30).sample_steps == 30
+    assert build("bd3lm").sample_steps == 0  # first hitting has no steps
+
+
 def test_the_token_between_documents_cannot_be_the_mask():
     with pytest.raises(ValueError, match="absorbing_state_idx .0. is the token between documents"):
         build("mdl", absorbing_state_idx=TOKENIZER.eot)

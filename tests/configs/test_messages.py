@@ -257,3 +257,15 @@ def test_fields_of_an_architecture_that_another_one_makes_meaningless_are_named(
 def test_what_an_architecture_cannot_do_is_said_before_anything_starts(words, message):
     with pytest.raises(ConfigError, match=message):
         compose([f"model={words[0]}", "preset=nano", *words[1:]], lambda text: None)
+
+
+def test_one_wrong_value_is_one_problem():
+    with pytest.raises(ConfigError) as error:
+        compose(["model=sedd", "preset=nano", "model_cfg.transition_type=gaussian"], lambda text: None)
+    assert len(error.value.problems) == 1 and "transition_type" in error.value.problems[0]
+
+
+def test_a_size_on_the_command_line_is_said_to_leave_the_preset_out():
+    notes = []
+    cfg, _ = compose(["model=mdl", "model_cfg.n_layers=2"], notes.append)
+    assert cfg.preset == "none" and any("model_cfg.n_layers is given. Add preset=nano" in n for n in notes)

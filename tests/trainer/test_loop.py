@@ -127,11 +127,19 @@ def test_given_weights_are_scored_with_their_average(tmp_path):
     )
     assert averaged == trained != raw
     (last,) = [line for line in lines(tmp_path / "trained") if "val_raw_bits_per_byte" in line]
-    assert last["step"] == 6 and last["val_bits_per_byte"] == trained
+    assert last["step"] == 6
     assert last["val_raw_bits_per_byte"] == pytest.approx(raw, rel=1e-6)
     summary = json.loads((tmp_path / "trained" / "summary.json").read_text())
     assert summary["weights"] == "averaged (EMA)"
     assert json.loads((tmp_path / "raw" / "summary.json").read_text())["weights"] == "raw"
+
+
+def test_weights_of_another_architecture_are_not_scored_as_this_one(tmp_path):
+    train(*config("mdl", f"output_dir={tmp_path / 'mdl'}", "num_iterations=1"), tmp_path / "mdl")
+    words = [f"init_from_checkpoint={tmp_path / 'mdl'}", "ema_decay=0.9", "num_iterations=1"]
+    with pytest.raises(ValueError, match="holds a mdl, and this run would score it as a sedd"):
+        train(*config("sedd", "eval_only=true", *words), tmp_path / "scored")
+    train(*config("sedd", *words), tmp_path / "trained")
 
 
 def test_a_start_from_weights_without_an_average_begins_one(tmp_path):
