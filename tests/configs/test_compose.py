@@ -185,7 +185,7 @@ def test_a_size_may_mean_something_more_for_one_architecture(work):
     def steps(*words: str) -> int:
         return quiet(*words)[0].num_iterations
 
-    assert steps("model=mdl", "preset=nano") > steps("model=bd3lm", "preset=nano")
+    assert steps("model=gpt2", "preset=nano") > steps("model=bd3lm", "preset=nano")
     assert steps("model=bd3lm", "preset=nano", "num_iterations=7") == 7
     assert steps("model=bd3lm", "preset=none") == steps("model=mdl", "preset=none")
     points = check_grid(prepare(["model=mdl,bd3lm", "preset=nano", "-m"]))
