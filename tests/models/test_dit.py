@@ -367,7 +367,7 @@ def test_state_space() -> None:
     maskless = build(D3PM, transition_type="uniform")
     assert (maskless.n, maskless.V, maskless.mask_id) == (11, 11, None)
     assert maskless.embed.weight.shape[0] == 11
-    with pytest.raises(ValueError, match="must be below vocab_size"):
+    with pytest.raises(ValueError, match="must be below the vocabulary"):
         build(MDL, absorbing_state_idx=11)
     with pytest.raises(ValueError, match="must be filled in"):
         MDL(MDLConfig())
