@@ -180,17 +180,13 @@ def _preset(request: Request, nodes: list[Node], saved: tuple[dict[str, Any], Pa
         begun_with = str(saved[0].get("preset"))
         return begun_with if begun_with in options("preset") else "none"
     shipped = all(n.path.parent == CONFIGS and n.stated("type") == n.path.stem for n in nodes)
-    sized = any(f"model_cfg.{k}" in request.keys for k in SIZE_KEYS)
+    sized = [k for k in SIZE_KEYS if f"model_cfg.{k}" in request.keys]
     data = request.values.get("data") or next(
         (n.stated("data") for n in nodes if n.stated("data")), "embedded"
     )
-    if (
-        shipped
-        and data == "embedded"
-        and (said := [k for k in SIZE_KEYS if f"model_cfg.{k}" in request.keys])
-    ):
+    if shipped and data == "embedded" and sized:
         request.notices.append(
-            f"preset auto: the file's own full size, as model_cfg.{said[0]} is given. Add preset=nano (or another) to "
+            f"preset auto: the file's own full size, as model_cfg.{sized[0]} is given. Add preset=nano (or another) to "
             f"change that one and have a small run"
         )
     if not shipped or sized or data != "embedded":

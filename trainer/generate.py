@@ -18,7 +18,8 @@ from trainer.text_view import TextView, with_gaps
 __all__ = ["main"]
 
 
-def main(argv: list[str]) -> int:
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, GenerateOptions]:
+    """The words of the command, and what they ask of the model. Raises ValueError."""
     parser = argparse.ArgumentParser(
         prog="python mytrainer.py generate",
         description="Continue a prompt with a trained model. The text goes to stdout, everything else to stderr.",
@@ -82,6 +83,11 @@ def main(argv: list[str]) -> int:
         steps=args.steps,
         by_confidence=args.by_confidence,
     )
+    return args, options
+
+
+def main(argv: list[str]) -> int:
+    args, options = _parse(argv)
     restored = restore(args)
     moving = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"  # a cursor can go back
     view = TextView(restored.tokenizer) if moving else None

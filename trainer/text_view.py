@@ -77,9 +77,9 @@ def with_gaps(text: str, tokenizer: Tokenizer, gap_tokens: int) -> list[int | No
     """
     if gap_tokens < 1:
         raise ValueError(f"gap_tokens: must be at least 1, got {gap_tokens}")
-    if "\n" not in text and Path(text[:255]).is_file():
+    if _is_file(text):
         text = Path(text).read_text(encoding="utf-8")
-    elif Path(text[:255]).suffix and not any(c.isspace() for c in text) and "/" in text:
+    elif "/" in text and Path(text).suffix and not any(c.isspace() for c in text):
         raise ValueError(f"infill: no such file: {text}")
     pieces = text.split(GAP)
     if len(pieces) == 1:
@@ -88,3 +88,11 @@ def with_gaps(text: str, tokenizer: Tokenizer, gap_tokens: int) -> list[int | No
     for piece in pieces[1:]:
         out += [*[None] * gap_tokens, *tokenizer.encode(piece).tolist()]
     return out
+
+
+def _is_file(text: str) -> bool:
+    """Text may be no possible name: too long, or with a null byte."""
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):
+        return False

@@ -167,15 +167,15 @@ class DiffusionAdapter(ModelAdapter):
         return self._bound(x0, noised, doc_ids, Noise(ctx.seed, 0, "likelihood", batch.rows))
 
     def _bound(self, x0: Tensor, noised: Tensor, doc_ids: Tensor | None, noise: Noise) -> Likelihood:
-        exact = self.process.exact
+        kind, estimator = "exact", self.process.estimator
+        if not self.process.exact:
+            kind, estimator = "bound", f"{estimator}; {self.draws} noise draws per row"
         bound = estimate_bound(self.process, self.network(), x0, noised, doc_ids, noise, self.draws)
         return Likelihood(
             nats=bound.nats,
             end_nats=None,
-            kind="exact" if exact else "bound",
-            estimator=self.process.estimator
-            if exact
-            else f"{self.process.estimator}; {self.draws} noise draws per row",
+            kind=kind,  # type: ignore[arg-type]
+            estimator=estimator,
             variance=bound.variance,
             parts=bound.parts,
             estimates=bound.estimates,
@@ -194,11 +194,7 @@ class DiffusionAdapter(ModelAdapter):
     @property
     def sample_steps(self) -> int:  # type: ignore[override]
         """At most a hundred, where the sampler has steps: a look at the text should not take longer than its score."""
-        cfg = self.model_cfg
-        if getattr(cfg, "sampler", "") == "first_hitting":
-            return 0
-        own = getattr(cfg, "num_sampling_steps", None) or cfg.sampling_timesteps
-        return min(own, 100)
+        return min(self.process.sampler_steps, 100)
 
     @property
     def window(self) -> int:

@@ -238,6 +238,10 @@ class D3PMProcess(Process):
             return _Fused(chain, "d3pm_uniform")
         return _Dense(chain, cfg)
 
+    @property
+    def sampler_steps(self) -> int:
+        return self.cfg.sampling_timesteps
+
     def check(self, choice: Choice) -> None:
         super().check(choice)
         even_grid(self.steps, choice.steps or self.cfg.sampling_timesteps)

@@ -17,6 +17,7 @@ from adapters.diffusion.process import Choice, Process, Window
 
 __all__ = [
     "Denoise",
+    "at_mask_probability",
     "binomial_tail",
     "choose_exactly",
     "first_hitting",
@@ -27,6 +28,16 @@ __all__ = [
 
 # (mask probability (B,), x (B, L), index (M,) of the flattened x) -> hidden states (M, D)
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def at_mask_probability(network: Network, most: float) -> Denoise:
+    """The network told the total noise -log(1 - u) of a mask probability u, which the schedule lets reach `most`."""
+
+    def denoise(u: Tensor, x: Tensor, index: Tensor) -> Tensor:
+        sigma = -torch.log1p(-u.double().clamp_max(most))
+        return network.hidden(x, sigma.float(), index)
+
+    return denoise
 
 
 def choose_exactly(candidates: Tensor, k: Tensor, u: Tensor) -> Tensor:

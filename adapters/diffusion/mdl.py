@@ -63,6 +63,10 @@ class MDLProcess(Process):
     def chunk(self) -> int:
         return self.cfg.sar_chunk
 
+    @property
+    def sampler_steps(self) -> int:
+        return 0 if self.cfg.sampler == "first_hitting" else self.cfg.num_sampling_steps
+
     def _mask_probability(self, t: float) -> float:
         return float(self.schedule.mask_probability(torch.tensor(t, dtype=torch.float64)))
 
@@ -160,10 +164,12 @@ class MDLProcess(Process):
         times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
         if window.choice.by_confidence:
             return masked.reveal_by_confidence(
-                self, network, window, steps, self._at_mask_probability(network)
+                self, network, window, steps, masked.at_mask_probability(network, self.last_u)
             )
         if cfg.sampler == "first_hitting":
-            return masked.first_hitting(self, network, window, self._at_mask_probability(network))
+            return masked.first_hitting(
+                self, network, window, masked.at_mask_probability(network, self.last_u)
+            )
         if not cfg.use_subs_parameterization:
             return self._ancestral_with_mask(network, window, times)
         if cfg.sampler == "analytic":
@@ -210,10 +216,3 @@ class MDLProcess(Process):
             drawn = ancestral_step(chain, network, hidden, now, (t - 1, t), u, window.choice, self.cfg)
             x = x.flatten().index_put((index,), drawn).view_as(x)
             yield x
-
-    def _at_mask_probability(self, network: Network) -> masked.Denoise:
-        def denoise(u: Tensor, x: Tensor, index: Tensor) -> Tensor:
-            sigma = -torch.log1p(-u.clamp_max(self.last_u))  # tau is the total noise, whatever the time
-            return network.hidden(x, sigma.float(), index)
-
-        return denoise

@@ -88,13 +88,18 @@ class Process(ABC):
         """`extra` for many noisy versions of the same rows, without gradients."""
         return dict(self.extra(x0))
 
+    @property
+    @abstractmethod
+    def sampler_steps(self) -> int:
+        """Reverse steps of a window; 0 for a sampler that has none."""
+
     def check(self, choice: Choice) -> None:
         """Raises ValueError for a choice that this process would not heed."""
         if choice.by_confidence and self.mask_id is None:
             raise ValueError(
                 "by_confidence: reveals masked positions in order of confidence, and this chain has no mask"
             )
-        if choice.steps and not choice.by_confidence and getattr(self.cfg, "sampler", "") == "first_hitting":
+        if choice.steps and not choice.by_confidence and not self.sampler_steps:
             raise ValueError(
                 f"steps: this model's sampler is first_hitting, which reveals one token per call and takes no number "
                 f"of steps, got {choice.steps}. Leave it out, or reveal several tokens per call with by_confidence"

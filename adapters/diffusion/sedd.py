@@ -48,6 +48,10 @@ class SEDDProcess(Process):
     def stratified(self) -> bool:  # type: ignore[override]
         return self.cfg.use_low_discrepancy_sampler
 
+    @property
+    def sampler_steps(self) -> int:
+        return self.cfg.sampling_timesteps
+
     # -- corruption and objective ------------------------------------------------------------------------------
 
     def training_time(self, r: Tensor) -> Tensor:
@@ -164,8 +168,9 @@ class SEDDProcess(Process):
     def resolve(self, network: Network, window: Window) -> Iterator[Tensor]:
         cfg, steps = self.cfg, window.choice.steps or self.cfg.sampling_timesteps
         if window.choice.by_confidence:
+            most = float(self.schedule.mask_probability(torch.ones((), dtype=torch.float64)))
             return masked.reveal_by_confidence(
-                self, network, window, steps, self._at_mask_probability(network)
+                self, network, window, steps, masked.at_mask_probability(network, most)
             )
         times = torch.linspace(1, CLEAN_END, steps + 1, dtype=torch.float64)
         sigma = self.schedule.sigma(times)
@@ -177,12 +182,3 @@ class SEDDProcess(Process):
         plan = [(s, step, a) for s, a in zip(sigma[:-1].tolist(), amounts.tolist(), strict=True)]
         plan.append((float(sigma[-1]), self.graph.analytic, float(sigma[-1])))
         return reveal_by_scores(self, self, network, window, plan)
-
-    def _at_mask_probability(self, network: Network) -> masked.Denoise:
-        most = float(self.schedule.mask_probability(torch.ones((), dtype=torch.float64)))
-
-        def denoise(u: Tensor, x: Tensor, index: Tensor) -> Tensor:
-            sigma = -torch.log1p(-u.double().clamp_max(most))
-            return network.hidden(x, sigma.float(), index)
-
-        return denoise
