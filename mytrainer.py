@@ -11,13 +11,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 REQUIRED = ("torch", "hydra", "pydantic")  # by the first import of every command
 COMMANDS = {
-    "train": "trainer.app:main",
-    "generate": "trainer.generate:main",
-    "eval": "trainer.evaluate:main",
-    "show": "trainer.show:main",
-    "show_configs": "trainer.show:main",
-    "bench": "trainer.bench:main",
-    "worker": "trainer.launch:worker_main",  # started by us: one process of a run
+    "train": "trainer.commands.train:main",
+    "generate": "trainer.commands.generate:main",
+    "eval": "trainer.commands.evaluate:main",
+    "show": "trainer.commands.show:main",
+    "show_configs": "trainer.commands.show:main",
+    "bench": "trainer.commands.bench:main",
+    "worker": "trainer.commands.launch:worker_main",  # started by us: one process of a run
 }
 
 
@@ -68,7 +68,10 @@ def _explain(error: Exception, command: str) -> tuple[int, str] | None:
         return 2, error.report()
     if isinstance(error, TrainingError):
         return 1, f"error: {error}"
-    if command in ("train", "worker"):  # what can go wrong in a run is explained in trainer/launch.py
+    if command in (
+        "train",
+        "worker",
+    ):  # what can go wrong in a run is explained in trainer/commands/launch.py
         return None
     if isinstance(error, OSError) and error.filename:
         return 2, f"error: {error.filename}: {error.strerror}"

@@ -1,1 +1,1 @@
-"""Operations worth more than a composition of library calls: one file each, with its plain definition."""
+"""Operations worth more than a composition of library calls: one folder each, with its plain definition."""

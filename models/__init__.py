@@ -25,21 +25,21 @@ class Architecture:
 ARCHITECTURES: dict[str, Architecture] = {
     "bd3lm": Architecture(
         "models.bd3lm:BD3LM",
-        "adapters.diffusion.adapter:BD3LMAdapter",
+        "adapters.diffusion.bd3lm:BD3LMAdapter",
         "block diffusion (Arriola et al. 2025)",
     ),
     "d3pm": Architecture(
         "models.d3pm:D3PM",
-        "adapters.diffusion.adapter:D3PMAdapter",
+        "adapters.diffusion.d3pm:D3PMAdapter",
         "discrete diffusion (Austin et al. 2021)",
     ),
     "gpt2": Architecture("models.gpt2:GPT2", description="GPT-2 (Radford et al. 2019)"),
     "mdl": Architecture(
-        "models.mdl:MDL", "adapters.diffusion.adapter:MDLAdapter", "masked diffusion (Sahoo et al. 2024)"
+        "models.mdl:MDL", "adapters.diffusion.mdl:MDLAdapter", "masked diffusion (Sahoo et al. 2024)"
     ),
     "sedd": Architecture(
         "models.sedd:SEDD",
-        "adapters.diffusion.adapter:SEDDAdapter",
+        "adapters.diffusion.sedd:SEDDAdapter",
         "score entropy diffusion (Lou et al. 2024)",
     ),
     "vanilla": Architecture(

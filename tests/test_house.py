@@ -53,7 +53,7 @@ def test_importing_these_brings_no_torch(module):
 def test_the_trainer_names_no_architecture():
     from models import ARCHITECTURES
 
-    for path in sorted((ROOT / "trainer").glob("*.py")):
+    for path in sorted((ROOT / "trainer").rglob("*.py")):
         if path.name.startswith("bench"):
             continue  # compares gpt2 with a plain loop
         for node in ast.walk(ast.parse(path.read_text())):

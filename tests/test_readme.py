@@ -16,7 +16,7 @@ from configs.compose import check, check_grid, compose_tree, prepare
 from configs.files import options
 from data import SOURCES
 from models import ARCHITECTURES
-from trainer.launch import config_text
+from trainer.commands.launch import config_text
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "configs/README.md", "CHANGELOG.md"]
@@ -97,8 +97,8 @@ def test_commands_are_understood(somewhere, monkeypatch, capsys, document, words
     argv = words[program + 1 :]
     if argv and argv[0] in mytrainer.COMMANDS and argv[0] != "train":
         if argv[0] == "bench":
-            monkeypatch.setattr("trainer.bench._loop_overhead", parsed)
-        for place in ("trainer.generate.restore", "trainer.restore.restore"):
+            monkeypatch.setattr("trainer.commands.bench._loop_overhead", parsed)
+        for place in ("trainer.commands.generate.restore", "trainer.commands.evaluate.restore"):
             monkeypatch.setattr(place, parsed)
         with contextlib.suppress(Parsed):
             assert mytrainer.main(argv) == 0, capsys.readouterr().err

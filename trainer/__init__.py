@@ -1,1 +1,1 @@
-"""The one training loop and its organs: optimizers, schedules, checkpoints, evaluation, reports."""
+"""The one training loop and what it needs; optimizers, run folders, views and commands in folders of their own."""

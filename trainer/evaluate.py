@@ -1,4 +1,4 @@
-"""The one comparable number: bits per byte of held-out text, and the `eval` command that prints it.
+"""The one comparable number: bits per byte of held-out text.
 
 Held-out documents are scored whole, each from its start token, in windows of the model's own context. Every byte
 is scored once; document ends and padding are left out and shown apart; the denominator is the raw text's byte
@@ -7,29 +7,22 @@ count. Sums run in fp64 and do not depend on batch size or the number of process
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from adapters.base import Context, Likelihood, ModelAdapter
-from trainer.format import bits_per_byte, ranking_notes, score_lines
 from trainer.precision import autocast
-from trainer.signals import StopSignal
 
 if TYPE_CHECKING:
     from data.rows import Batch, HeldoutRows
     from trainer.distributed import World
 
-__all__ = ["Score", "evaluate", "main"]
+__all__ = ["Score", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -167,90 +160,3 @@ class _Sums:
         residual = nats - nats.sum() / bytes_.sum() * bytes_
         error = math.sqrt(n / (n - 1) * float((residual**2).sum())) / float(bytes_.sum())
         return error / math.log(2)
-
-
-def main(argv: list[str]) -> int:
-    """`python mytrainer.py eval`: score a checkpoint on held-out text."""
-    from trainer.restore import add_checkpoint_arguments, restore
-
-    parser = argparse.ArgumentParser(
-        prog="python mytrainer.py eval",
-        description="Bits per byte of a trained model on the held-out documents of its run, or of other text.",
-    )
-    add_checkpoint_arguments(parser)
-    parser.add_argument(
-        "--data", choices=["embedded", "text", "synthetic"], help="score other data than the run's"
-    )
-    parser.add_argument(
-        "--input_file", help="with --data text: a file or folder; its held-out part is scored"
-    )
-    parser.add_argument("--val_seq_len", type=int, help="context in tokens (default: the run's)")
-    parser.add_argument("--val_bytes", type=int, help="score at most this many bytes of whole documents")
-    parser.add_argument("--batch_size", type=int, help="rows per forward pass (default: the run's)")
-    parser.add_argument("--output", help="also write the result to this JSON file")
-    args = parser.parse_args(argv)
-    for name in ("val_seq_len", "val_bytes", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"{name}: must be at least 1, got {getattr(args, name)}")
-    if args.input_file and args.data != "text":
-        raise ValueError("input_file is read by --data text only. Add --data text")
-    if args.output:  # found out now, not when the work is done
-        _require_writable(Path(args.output))
-
-    from data import load_dataset
-    from data.rows import HeldoutRows
-    from trainer.checkpoint import write_atomically
-    from trainer.distributed import World
-
-    changes = {
-        name: getattr(args, name) for name in ("data", "input_file", "val_seq_len") if getattr(args, name)
-    }
-    restored = restore(args, changes)
-    cfg = restored.cfg
-    dataset = load_dataset(cfg, tokenizer=restored.tokenizer)
-    rows = HeldoutRows(
-        dataset.heldout,
-        restored.tokenizer.eot,
-        cfg.val_seq_len or cfg.train_seq_len,
-        lookahead=restored.adapter.data_spec().lookahead,
-        max_bytes=args.val_bytes or cfg.val_bytes,
-    )
-    with StopSignal() as stop:
-        score = evaluate(
-            restored.adapter,
-            rows,
-            World(restored.device),
-            # The run's own batch: the same shapes round alike, so its score comes out to the last digit.
-            batch_rows=args.batch_size or restored.micro_rows,
-            seed=cfg.seed,
-            precision=restored.precision,
-            should_stop=lambda: stop.requested,
-        )
-    if score is None:
-        print(f"{stop.name} received: stopped before the score was complete", file=sys.stderr)
-        return 0
-    result = {
-        "checkpoint": str(restored.checkpoint) if restored.checkpoint else None,
-        "type": cfg.type,
-        "weights": restored.weights,
-        "data": dataset.name,
-        "data_fingerprint": dataset.fingerprint,
-        "precision": restored.precision,
-        "score": score.as_dict(),
-    }
-    print(f"{cfg.type} ({restored.weights} weights) on the held-out part of {dataset.name}", file=sys.stderr)
-    shown = score.as_dict()
-    lines = [("bits per byte", bits_per_byte(shown)), *score_lines(shown)]
-    for name, text in lines:
-        print(f"  {name:<18}{text}", file=sys.stderr)
-    for note in ranking_notes(shown, {}):
-        print(f"  {note}", file=sys.stderr)
-    print(json.dumps(result))
-    if args.output:
-        write_atomically(Path(args.output), json.dumps(result, indent=2) + "\n")
-    return 0
-
-
-def _require_writable(path: Path) -> None:
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"output: cannot write {path}. Give a file in an existing folder")

@@ -16,7 +16,6 @@ import hashlib
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,51 +24,31 @@ from torch import Tensor
 
 from data.tokenizers import load_tokenizer
 from trainer.batching import StepBatch
-from trainer.checkpoint import (
+from trainer.diagnose import explain_non_finite
+from trainer.distributed import open_world
+from trainer.errors import TrainingError
+from trainer.evaluate import Score, evaluate
+from trainer.meter import Meter
+from trainer.optim.optimizers import clip_gradients
+from trainer.optim.schedules import schedule_factor
+from trainer.precision import autocast
+from trainer.run.checkpoint import (
     checkpoints_in,
     find_checkpoint,
     load_json,
     load_tensors,
     newest_checkpoint,
 )
-from trainer.diagnose import explain_non_finite
-from trainer.distributed import open_world
-from trainer.errors import TrainingError
-from trainer.evaluate import Score, evaluate
-from trainer.meter import Meter
-from trainer.optimizers import clip_gradients
-from trainer.precision import autocast
-from trainer.restore import load_weights
-from trainer.run_folder import RunFolder
-from trainer.schedules import schedule_factor
+from trainer.run.folder import RunFolder
+from trainer.run.progress import Progress
+from trainer.run.restore import load_weights
 from trainer.session import Session, open_session
 from trainer.signals import StopSignal
 
 if TYPE_CHECKING:
     from configs.schema import ModelConfig, RunConfig
 
-__all__ = ["Progress", "train"]
-
-
-@dataclass
-class Progress:
-    """How far a run is. Everything else that a step needs is a function of `step`."""
-
-    step: int = 0  # optimizer steps done
-    tokens: int = 0  # scored training tokens, all processes
-    bytes: int = 0
-    seconds: float = 0.0  # spent in training steps, over all lives of the run
-    evaluated_at: int = -1
-    best_bits_per_byte: float = math.inf
-    best_step: int = -1
-    evaluations_without_improvement: int = 0
-    skipped_steps: int = 0  # fp16 overflows
-    logged_at_seconds: float = 0.0
-
-    @classmethod
-    def from_json(cls, saved: dict[str, Any]) -> Progress:
-        best = saved["best_bits_per_byte"]
-        return cls(**{**saved, "best_bits_per_byte": math.inf if best is None else best})
+__all__ = ["train"]
 
 
 def train(cfg: RunConfig, model_cfg: ModelConfig, run_dir: Path, config_yaml: str = "") -> float:

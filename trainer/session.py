@@ -21,8 +21,8 @@ from data import Dataset, load_dataset
 from data.rows import HeldoutRows, TrainingRows
 from trainer.batching import BatchPlan, StepLoader, largest_batch_that_fits, plan_batch
 from trainer.distributed import World
-from trainer.ema import EMA
-from trainer.optimizers import Optimizers, build_optimizers
+from trainer.optim.ema import EMA
+from trainer.optim.optimizers import Optimizers, build_optimizers
 from trainer.precision import LossScaler, choose_precision, should_compile, tune_host
 
 if TYPE_CHECKING:

@@ -1,6 +1,9 @@
-"""Discrete diffusion: d3pm, mdl, sedd and bd3lm as one adapter over interchangeable processes.
+"""Discrete diffusion: one adapter over interchangeable processes.
 
-schedules, chains     how text turns into noise            d3pm, mdl, sedd, bd3lm   objective, bound, reverse step
-sampling              loops over reverse steps             likelihood               replicates and standard errors
-network               hidden states to losses and logits   adapter                  the trainer's contract
+d3pm, mdl, sedd, bd3lm   objective, bound, sampler and adapter of one model each
+process, adapter         what the models differ in; the trainer's contract
+schedules, chains        how text turns into noise
+reverse, scores, masked  how a step is undone: by posteriors, by scores, by revealing
+sampling, likelihood     loops over windows of text; replicates and standard errors
+network                  hidden states to losses and logits
 """

@@ -10,13 +10,11 @@ B rows, L = S + 1 positions, M positions that the loss reads.
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from adapters.base import (
     Context,
@@ -30,21 +28,17 @@ from adapters.base import (
     Prepared,
     StepOutput,
 )
-from adapters.diffusion.bd3lm import BD3LMProcess, ClipSearch
-from adapters.diffusion.d3pm import D3PMProcess, needs_unigram
-from adapters.diffusion.likelihood import REPLICATES, estimate_bound
-from adapters.diffusion.mdl import MDLProcess
+from adapters.diffusion.likelihood import estimate_bound
 from adapters.diffusion.network import Network, Rows
 from adapters.diffusion.process import Choice, Process
 from adapters.diffusion.sampling import continue_text, fill, same_length
-from adapters.diffusion.sedd import SEDDProcess
 from adapters.randomness import Noise
 
 if TYPE_CHECKING:
     from data.rows import Batch
     from data.store import TokenStore
 
-__all__ = ["BD3LMAdapter", "D3PMAdapter", "DiffusionAdapter", "MDLAdapter", "SEDDAdapter"]
+__all__ = ["DiffusionAdapter"]
 
 DECILES = 10
 
@@ -288,117 +282,3 @@ class DiffusionAdapter(ModelAdapter):
             for i, text in zip(group, filled, strict=True):
                 out[i] = text[1:]
         return Generation(out, network.calls)
-
-
-class MDLAdapter(DiffusionAdapter):
-    process_class = MDLProcess
-
-
-class SEDDAdapter(DiffusionAdapter):
-    process_class = SEDDProcess
-
-    @property
-    def draws(self) -> int:
-        """`nelbo_draws`, or the paper's number of times per sequence (appendix C.6), as whole replicates."""
-        cfg = self.model_cfg
-        return cfg.nelbo_draws or -(-cfg.num_timesteps // REPLICATES) * REPLICATES
-
-
-class D3PMAdapter(DiffusionAdapter):
-    """Where the schedule is fitted to the text's token frequencies, these are kept beside the weights, so that a
-    checkpoint brings its own schedule."""
-
-    process_class = D3PMProcess
-
-    def __init__(self, model: Any, model_cfg: Any, tokenizer: Any) -> None:
-        super().__init__(model, model_cfg, tokenizer)
-        if needs_unigram(model_cfg):
-            model.register_buffer("unigram", torch.empty(model.V))
-
-    def init_weights(self, generator: torch.Generator) -> None:
-        super().init_weights(generator)
-        if needs_unigram(self.model_cfg):
-            nn.init.constant_(self.model.unigram, 1 / self.model.V)
-
-    def on_training_text(self, store: TokenStore) -> None:
-        super().on_training_text(store)
-        if needs_unigram(self.model_cfg):
-            counts = torch.bincount(torch.from_numpy(store.tokens[:].astype("int64")), minlength=self.model.V)
-            counts[self.tokenizer.eot] += store.n_docs
-            self.model.unigram.copy_(counts / counts.sum())
-            self._process = None
-
-    def make_process(self) -> Process:
-        unigram = self.model.unigram.double().cpu() if needs_unigram(self.model_cfg) else None
-        return D3PMProcess(self.model_cfg, self.model.n, self.model.V, self.model.mask_id, unigram=unigram)
-
-
-class BD3LMAdapter(DiffusionAdapter):
-    """Holds the range that masking probabilities are drawn from, and looks for a better one after each evaluation.
-
-    Steps are prepared ahead of time, so a range found at a step applies from `AHEAD` steps later; until then the one
-    before it stays in force. Both live in a buffer of the model, so that a resumed run prepares the very same steps.
-    """
-
-    process_class = BD3LMProcess
-    AHEAD = 16
-
-    def __init__(self, model: Any, model_cfg: Any, tokenizer: Any) -> None:
-        super().__init__(model, model_cfg, tokenizer)
-        self.search = ClipSearch() if model_cfg.clip_search and model_cfg.block_length > 1 else None
-        self._plan: tuple[int, list[int]] = (-1, [])  # version of the buffer, its content
-        if self.search:
-            # low, high; next low, high, its first step. In twentieths, so that no rounding moves a limit; -1: none.
-            model.register_buffer("clip_plan", torch.empty(5, dtype=torch.int64))
-
-    def init_weights(self, generator: torch.Generator) -> None:
-        super().init_weights(generator)
-        if self.search:
-            self.model.clip_plan.copy_(torch.tensor([-1, -1, -1, -1, 0]))
-
-    def make_process(self) -> Process:
-        process = super().make_process()
-        process.search = self.search  # type: ignore[attr-defined]
-        return process
-
-    def plan(self) -> list[int]:
-        """The buffer on the host; read again only after it has changed."""
-        buffer = self.model.clip_plan
-        if self._plan[0] != buffer._version:
-            self._plan = buffer._version, buffer.tolist()
-        return self._plan[1]
-
-    def _range_at(self, step: int) -> tuple[int, int]:
-        low, high, next_low, next_high, first = self.plan()
-        return (next_low, next_high) if step >= first else (low, high)
-
-    def clip_at(self, step: int) -> tuple[float, float]:
-        """The range that training step `step` draws masking probabilities from."""
-        cfg, (low, high) = self.model_cfg, self._range_at(step)
-        if low < 0:
-            return cfg.sampling_eps_min, cfg.sampling_eps_max
-        return max(low / ClipSearch.BINS, cfg.sampling_eps_min), min(
-            high / ClipSearch.BINS, cfg.sampling_eps_max
-        )
-
-    def process_at(self, step: int) -> Process:
-        if not self.search:
-            return self.process
-        process = copy.copy(self.process)
-        process.clip = self.clip_at(step)  # type: ignore[attr-defined]
-        return process
-
-    def after_evaluation(self, step: int) -> None:
-        if not self.search:
-            return
-        table = self.search.take()
-        if dist.is_available() and dist.is_initialized():  # each process has scored rows of its own
-            shared = table.to(self.device)
-            dist.all_reduce(shared)
-            table = shared.cpu()
-        found = ClipSearch.best(table)
-        # A range that waits for its first step stays planned: steps may have been prepared with it.
-        waiting = step < self.plan()[4] <= step + self.AHEAD
-        if found is None or waiting:
-            return
-        self.model.clip_plan.copy_(torch.tensor([*self._range_at(step), *found, step + self.AHEAD]))

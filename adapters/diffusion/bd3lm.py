@@ -8,22 +8,25 @@ given, belongs to the first block. B rows, L positions, N blocks, M gathered pos
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from adapters.base import LossTerm
 from adapters.diffusion import masked
+from adapters.diffusion.adapter import DiffusionAdapter
 from adapters.diffusion.mdl import MDLProcess
 from adapters.diffusion.network import Network, RowLoss, Rows
 from adapters.diffusion.process import Draw, Process, Window
 from adapters.diffusion.schedules import AlphaSchedule
 from adapters.diffusion.scores import AbsorbingGraph, reveal_by_scores
 
-__all__ = ["BD3LMProcess", "ClipSearch", "block_of"]
+__all__ = ["BD3LMAdapter", "BD3LMProcess", "ClipSearch", "block_of"]
 
 SMALLEST_U = 1e-3  # where the bound over time of a time-conditioned network begins
 UNCLIPPED = (SMALLEST_U, 1.0)  # what training counts as all of (0, 1]
@@ -329,3 +332,74 @@ class ClipSearch:
                 if found is None or variance < found[0]:
                     found = variance, (low, low + width)
         return None if found is None else found[1]
+
+
+class BD3LMAdapter(DiffusionAdapter):
+    """Holds the range that masking probabilities are drawn from, and looks for a better one after each evaluation.
+
+    Steps are prepared ahead of time, so a range found at a step applies from `AHEAD` steps later; until then the one
+    before it stays in force. Both live in a buffer of the model, so that a resumed run prepares the very same steps.
+    """
+
+    process_class = BD3LMProcess
+    AHEAD = 16
+
+    def __init__(self, model: Any, model_cfg: Any, tokenizer: Any) -> None:
+        super().__init__(model, model_cfg, tokenizer)
+        self.search = ClipSearch() if model_cfg.clip_search and model_cfg.block_length > 1 else None
+        self._plan: tuple[int, list[int]] = (-1, [])  # version of the buffer, its content
+        if self.search:
+            # low, high; next low, high, its first step. In twentieths, so that no rounding moves a limit; -1: none.
+            model.register_buffer("clip_plan", torch.empty(5, dtype=torch.int64))
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        super().init_weights(generator)
+        if self.search:
+            self.model.clip_plan.copy_(torch.tensor([-1, -1, -1, -1, 0]))
+
+    def make_process(self) -> Process:
+        process = super().make_process()
+        process.search = self.search  # type: ignore[attr-defined]
+        return process
+
+    def plan(self) -> list[int]:
+        """The buffer on the host; read again only after it has changed."""
+        buffer = self.model.clip_plan
+        if self._plan[0] != buffer._version:
+            self._plan = buffer._version, buffer.tolist()
+        return self._plan[1]
+
+    def _range_at(self, step: int) -> tuple[int, int]:
+        low, high, next_low, next_high, first = self.plan()
+        return (next_low, next_high) if step >= first else (low, high)
+
+    def clip_at(self, step: int) -> tuple[float, float]:
+        """The range that training step `step` draws masking probabilities from."""
+        cfg, (low, high) = self.model_cfg, self._range_at(step)
+        if low < 0:
+            return cfg.sampling_eps_min, cfg.sampling_eps_max
+        return max(low / ClipSearch.BINS, cfg.sampling_eps_min), min(
+            high / ClipSearch.BINS, cfg.sampling_eps_max
+        )
+
+    def process_at(self, step: int) -> Process:
+        if not self.search:
+            return self.process
+        process = copy.copy(self.process)
+        process.clip = self.clip_at(step)  # type: ignore[attr-defined]
+        return process
+
+    def after_evaluation(self, step: int) -> None:
+        if not self.search:
+            return
+        table = self.search.take()
+        if dist.is_available() and dist.is_initialized():  # each process has scored rows of its own
+            shared = table.to(self.device)
+            dist.all_reduce(shared)
+            table = shared.cpu()
+        found = ClipSearch.best(table)
+        # A range that waits for its first step stays planned: steps may have been prepared with it.
+        waiting = step < self.plan()[4] <= step + self.AHEAD
+        if found is None or waiting:
+            return
+        self.model.clip_plan.copy_(torch.tensor([*self._range_at(step), *found, step + self.AHEAD]))

@@ -10,35 +10,36 @@ which holds for any s < t, so that sampling and bounds may skip steps. M positio
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapters.base import LossTerm
 from adapters.diffusion import masked
-from adapters.diffusion.chains import AbsorbingChain, Chain, GaussianChain, SpectralChain, UniformChain, draw
+from adapters.diffusion.adapter import DiffusionAdapter
+from adapters.diffusion.chains import AbsorbingChain, Chain, GaussianChain, SpectralChain, UniformChain
 from adapters.diffusion.mutual_information import (
     exponents,
     lost_information_spectral,
     lost_information_uniform,
 )
 from adapters.diffusion.neighbors import balance, generator_matrix, load_embedding, neighbor_graph, spectrum
-from adapters.diffusion.network import Network, RowLoss, Rows, sampling_dtype
+from adapters.diffusion.network import Network, RowLoss, Rows
 from adapters.diffusion.process import Choice, Draw, Process, Window
+from adapters.diffusion.reverse import NEVER, ancestral_step, reverse_kl
 from adapters.diffusion.schedules import absorbing_mutual_info_betas, cosine_betas, linear_betas
 
+if TYPE_CHECKING:
+    from data.store import TokenStore
+
 __all__ = [
+    "D3PMAdapter",
     "D3PMProcess",
-    "ancestral_step",
     "build_chain",
-    "log_posterior",
-    "log_reverse",
     "needs_unigram",
-    "reverse_kl",
 ]
 
-NEVER = -1e30  # logarithm of probability 0 where a gradient passes: -inf would make it NaN
 LARGEST_BETA = 1 - 1e-6  # exp(a R) reaches beta = 1 at no finite a
 
 
@@ -119,42 +120,6 @@ _BUILDERS = {
     "gaussian": _gaussian,
     "nearest_neighbor": _nearest_neighbor,
 }
-
-
-# -- posteriors and reverse steps of any chain -------------------------------------------------------------------
-
-
-def log_posterior(chain: Chain, x0: Tensor, xt: Tensor, s: Tensor, t: Tensor) -> Tensor:
-    """log q(x_s | x_t, x_0), (M, K); -inf where it is impossible."""
-    joint = chain.column(xt, s, t).log() + chain.row(x0, s).log()
-    return joint.log_softmax(1)
-
-
-def log_reverse(
-    chain: Chain, log_p: Tensor, xt: Tensor, s: Tensor, t: Tensor, parameterization: str = "joint"
-) -> Tensor:
-    """log p(x_s | x_t), (M, K), from log p(x_0 | x_t) (M, K).
-
-    `joint` is the paper's equation 4. `mixture` averages the normalised posteriors q(x_s | x_t, x_0) instead: the same
-    formula with each x_0's probability divided by q(x_t | x_0), as that is the posterior's normaliser.
-    """
-    column = chain.column(xt, s, t).to(log_p.dtype)
-    if parameterization == "mixture":
-        reach = chain.column(xt, torch.zeros_like(t), t).to(log_p.dtype)  # q(x_t | x_0) for every x_0
-        possible, tiny = reach > 0, torch.finfo(reach.dtype).tiny
-        log_p = torch.where(possible, log_p - reach.clamp_min(tiny).log(), NEVER).log_softmax(1)
-    return (column.log() + chain.log_push(log_p, s)).log_softmax(1)
-
-
-def reverse_kl(
-    chain: Chain, log_p: Tensor, x0: Tensor, xt: Tensor, s: Tensor, t: Tensor, parameterization: str
-) -> Tensor:
-    """KL(q(x_s | x_t, x_0) || p(x_s | x_t)), (M,); at s = 0 this is -log p(x_0 | x_t)."""
-    log_q = log_posterior(chain, x0, xt, s, t).to(log_p.dtype)
-    log_r = log_reverse(chain, log_p, xt, s, t, parameterization)
-    # Where q is 0 the term is 0, whatever the logarithms are.
-    possible = log_q > -torch.inf
-    return torch.where(possible, log_q.exp() * (log_q - log_r.where(possible, 0.0)), 0.0).sum(1)
 
 
 # -- two ways to compute the same loss ---------------------------------------------------------------------------
@@ -364,45 +329,37 @@ class D3PMProcess(Process):
         return noisy
 
 
-def ancestral_step(
-    chain: Chain,
-    network: Network,
-    hidden: Tensor,
-    xt: Tensor,
-    times: tuple[int, int],
-    u: Tensor,
-    choice: Choice,
-    cfg: Any,
-    parameterization: str = "joint",
-    last_from_clean: bool = False,
-    zero_mask: bool = False,
-) -> Tensor:
-    """x_s (M,) drawn from p(x_s | x_t), from hidden states (M, D) and uniforms u (M,); times = (s, t).
-
-    At s = 0 the mask is left out. `last_from_clean`: there, draw from p(x_0 | x_t) itself.
-    """
-    device, _ = sampling_dtype(network.device)
-    chain = chain.to(device)
-    drawn = torch.empty_like(xt)
-    for rows, logits in network.logits(hidden):
-        if zero_mask:
-            logits[:, chain.mask_id] = -torch.inf
-        log_p = choice(logits.log_softmax(1))
-        now = xt[rows].to(device)
-        s, t = (torch.full_like(now, time) for time in times)
-        if times[0] == 0 and last_from_clean:
-            p = log_p.exp()
-        else:
-            p = log_reverse(chain, log_p, now, s, t, parameterization).exp()
-        if times[0] == 0 and chain.mask_id is not None:
-            p[:, chain.mask_id] = 0
-        argmax = times[0] == 0 and cfg.final_step == "argmax"
-        drawn[rows] = (p.argmax(1) if argmax else draw(p, u[rows].to(device))).cpu()
-    return drawn
-
-
 def even_grid(steps: int, wanted: int) -> Tensor:
     """(S+1,) int64 from T down to 0 in S even skips."""
     if not 1 <= wanted <= steps:
         raise ValueError(f"steps: must be 1 to {steps} (model_cfg.num_timesteps), got {wanted}")
     return (torch.arange(wanted, -1, -1, dtype=torch.float64) * steps / wanted).round().long()
+
+
+class D3PMAdapter(DiffusionAdapter):
+    """Where the schedule is fitted to the text's token frequencies, these are kept beside the weights, so that a
+    checkpoint brings its own schedule."""
+
+    process_class = D3PMProcess
+
+    def __init__(self, model: Any, model_cfg: Any, tokenizer: Any) -> None:
+        super().__init__(model, model_cfg, tokenizer)
+        if needs_unigram(model_cfg):
+            model.register_buffer("unigram", torch.empty(model.V))
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        super().init_weights(generator)
+        if needs_unigram(self.model_cfg):
+            nn.init.constant_(self.model.unigram, 1 / self.model.V)
+
+    def on_training_text(self, store: TokenStore) -> None:
+        super().on_training_text(store)
+        if needs_unigram(self.model_cfg):
+            counts = torch.bincount(torch.from_numpy(store.tokens[:].astype("int64")), minlength=self.model.V)
+            counts[self.tokenizer.eot] += store.n_docs
+            self.model.unigram.copy_(counts / counts.sum())
+            self._process = None
+
+    def make_process(self) -> Process:
+        unigram = self.model.unigram.double().cpu() if needs_unigram(self.model_cfg) else None
+        return D3PMProcess(self.model_cfg, self.model.n, self.model.V, self.model.mask_id, unigram=unigram)

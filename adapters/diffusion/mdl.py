@@ -19,14 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adapters.diffusion import masked
+from adapters.diffusion.adapter import DiffusionAdapter
 from adapters.diffusion.chains import AbsorbingChain
-from adapters.diffusion.d3pm import ancestral_step
 from adapters.diffusion.network import Network, RowLoss, Rows
 from adapters.diffusion.process import Draw, Process, Window
+from adapters.diffusion.reverse import ancestral_step
 from adapters.diffusion.schedules import AlphaSchedule, Geometric, LinearSigma, Schedule
 from adapters.diffusion.scores import AbsorbingGraph, reveal_by_scores
 
-__all__ = ["MDLProcess", "build_schedule"]
+__all__ = ["MDLAdapter", "MDLProcess", "build_schedule"]
 
 
 def build_schedule(cfg: Any) -> Schedule:
@@ -216,3 +217,7 @@ class MDLProcess(Process):
             drawn = ancestral_step(chain, network, hidden, now, (t - 1, t), u, window.choice, self.cfg)
             x = x.flatten().index_put((index,), drawn).view_as(x)
             yield x
+
+
+class MDLAdapter(DiffusionAdapter):
+    process_class = MDLProcess

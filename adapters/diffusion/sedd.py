@@ -16,12 +16,14 @@ from torch import Tensor
 
 from adapters.base import LossTerm
 from adapters.diffusion import masked
+from adapters.diffusion.adapter import DiffusionAdapter
+from adapters.diffusion.likelihood import REPLICATES
 from adapters.diffusion.network import Network, RowLoss, Rows, sampling_dtype
 from adapters.diffusion.process import Draw, Process, Window
 from adapters.diffusion.schedules import AlphaSchedule, Geometric, Schedule
 from adapters.diffusion.scores import AbsorbingGraph, Step, UniformGraph, reveal_by_scores
 
-__all__ = ["SEDDProcess"]
+__all__ = ["SEDDAdapter", "SEDDProcess"]
 
 CLEAN_END = 1e-5  # where the sampler's grid ends, before the final denoising
 RECON_FLOOR = 1e-6  # share of the uniform law in the reconstruction of the uniform graph
@@ -182,3 +184,13 @@ class SEDDProcess(Process):
         plan = [(s, step, a) for s, a in zip(sigma[:-1].tolist(), amounts.tolist(), strict=True)]
         plan.append((float(sigma[-1]), self.graph.analytic, float(sigma[-1])))
         return reveal_by_scores(self, self, network, window, plan)
+
+
+class SEDDAdapter(DiffusionAdapter):
+    process_class = SEDDProcess
+
+    @property
+    def draws(self) -> int:
+        """`nelbo_draws`, or the paper's number of times per sequence (appendix C.6), as whole replicates."""
+        cfg = self.model_cfg
+        return cfg.nelbo_draws or -(-cfg.num_timesteps // REPLICATES) * REPLICATES

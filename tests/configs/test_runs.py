@@ -9,7 +9,7 @@ import pytest
 from configs import compose, runs
 from configs.compose import check, compose_tree, prepare
 from configs.messages import ConfigError
-from trainer.launch import config_text, read_config
+from trainer.commands.launch import config_text, read_config
 
 ASKED = ["mine.yaml", "model_name=dante", "model_cfg.n_layers=5", "preset=tiny"]
 

@@ -12,8 +12,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.contract.tiny import GOLDEN, adapter_of, config, context, random_batch
-from trainer.optimizers import build_optimizers, clip_gradients
-from trainer.schedules import schedule_factor
+from trainer.optim.optimizers import build_optimizers, clip_gradients
+from trainer.optim.schedules import schedule_factor
 
 
 def golden_curve(type_: str) -> list[float]:

@@ -22,7 +22,7 @@ from tests.contract.tiny import (
     train_on,
 )
 from trainer.distributed import World
-from trainer.optimizers import build_optimizers, role_table
+from trainer.optim.optimizers import build_optimizers, role_table
 from trainer.session import open_session
 
 

@@ -16,8 +16,8 @@ import torch
 
 from tests.contract.record import golden_curve
 from tests.contract.tiny import config, golden, overrides
-from trainer.checkpoint import checkpoints_in, load_json, load_tensors
 from trainer.loop import train
+from trainer.run.checkpoint import checkpoints_in, load_json, load_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 # Everything that could break exactness at once: accumulation, EMA, dropout where the architecture has it.

@@ -18,7 +18,7 @@ from data.rows import Batch
 from models import ARCHITECTURES
 from trainer.batching import StepBatch
 from trainer.loop import Trainer
-from trainer.schedules import schedule_factor
+from trainer.optim.schedules import schedule_factor
 from trainer.session import Session
 
 GOLDEN = Path(__file__).parent / "golden"

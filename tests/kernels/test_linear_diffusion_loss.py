@@ -163,7 +163,7 @@ def test_evaluation_computes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> No
     def refuse(*_: object) -> None:
         raise AssertionError("gradients in evaluation")
 
-    monkeypatch.setattr(module, "_Gradients", refuse)
+    monkeypatch.setattr(module.chunked, "_Gradients", refuse)
     args, options = case("subs")
     with torch.no_grad():
         linear_diffusion_loss(*args, **options)

@@ -20,7 +20,7 @@ from hydra.core.global_hydra import GlobalHydra
 import mytrainer
 from data.tokenizers import BpeTokenizer
 from tests.contract.tiny import overrides
-from trainer.checkpoint import checkpoints_in, damage
+from trainer.run.checkpoint import checkpoints_in, damage
 
 ROOT = Path(__file__).resolve().parents[2]
 

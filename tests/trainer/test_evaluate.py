@@ -18,7 +18,7 @@ from data.tokenizers import ByteTokenizer
 from tests.contract.tiny import config
 from trainer.distributed import World
 from trainer.evaluate import evaluate
-from trainer.format import score_lines
+from trainer.view.format import score_lines
 
 CPU = torch.device("cpu")
 

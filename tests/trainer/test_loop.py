@@ -14,9 +14,9 @@ import torch
 
 from tests.contract.tiny import config
 from trainer import loop
-from trainer.checkpoint import checkpoints_in, load_json, load_tensors
 from trainer.errors import TrainingError
 from trainer.loop import train
+from trainer.run.checkpoint import checkpoints_in, load_json, load_tensors
 
 
 def run(path, *more):
@@ -336,7 +336,7 @@ def test_a_learning_rate_that_explodes(tmp_path):
 
 
 def test_full_disk_at_a_checkpoint(tmp_path, monkeypatch):
-    import trainer.checkpoint as ck
+    import trainer.run.checkpoint as ck
 
     run(tmp_path)
 

@@ -1,0 +1,145 @@
+"""Output projection and diffusion loss in one op: logits of all rows never exist at once.
+
+`reference` is the definition, with all logits; `chunked` computes a few rows at a time.
+
+Shapes: M rows (positions of all sequences, or the masked ones among them), D width, V states, V_p rows of the
+head (V, or more with padding), n real tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from kernels.linear_diffusion_loss.chunked import Chunked
+from kernels.linear_diffusion_loss.reference import product_dtype, reference
+from kernels.linear_diffusion_loss.rows import MODES, States
+from kernels.precision import at_least_fp32
+
+__all__ = ["MODES", "linear_diffusion_loss", "reference"]
+
+# Bytes of a chunk's logits in the dtype of the statistics (some modes hold three such buffers), and the fewest
+# rows whatever they take. On a CPU chunks that stay in its cache are faster: 4096 rows, V = 1025, D = 192, one
+# thread, masked cross-entropy: 75 ms in chunks of 1 or 2 MiB, 104 ms in one of 16. But each chunk passes over
+# the head and its gradient, so that few rows of a large one cost more: V = 50258, D = 768: 10.5 s in chunks of
+# 128 rows, 9.8 of 256, 8.1 of 512.
+LOGIT_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
+MIN_ROWS = 512
+
+
+def linear_diffusion_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x0: Tensor,
+    xt: Tensor,
+    weights: Tensor,
+    coefficients: Mapping[str, Tensor],
+    *,
+    mode: str,
+    V: int,
+    n: int,
+    mask_id: int | None,
+    aux_weight: float | Tensor = 0.0,
+    chunk_rows: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns `sum_i weights_i nats_i + aux_weight_i ce_i`, (), differentiable in hidden, weight and bias;
+    nats, (M,) detached, what each row adds to the bound; ce, (M,) detached, or None without an auxiliary
+    term.
+
+    hidden (M, D); weight (V_p, D); bias (V_p,) or None; x0, xt (M,) int64 clean and noisy ids; weights (M,).
+    `mode` is a key of `MODES`, whose class documents the loss and its per-row `coefficients` (M,); give these
+    in fp64 where the device has it. aux_weight: a tensor (M,) weighs the cross-entropy of each row by itself,
+    a number does so relative to `weights`. Rows whose weights are 0 may be padding. Columns from V on never
+    count. Statistics and sums are in at least fp32 (fp64 for fp64), matrix products in autocast's dtype; fp16
+    is raised to fp32, because exp(logits) overflows it and the loss scale is not known here.
+
+    `chunk_rows`: rows per chunk; None = as many as a budget of memory allows. ValueError on misuse.
+    """
+    states = States(V, n, mask_id)
+    _check(hidden, weight, bias, x0, xt, weights, coefficients, mode, states)
+    stats = at_least_fp32(hidden.dtype)
+    with torch.no_grad():
+        scalars = tuple(s.to(stats) for s in MODES[mode].prepare(x0, xt, coefficients, states))
+        weights = weights.to(stats)
+        aux_weights = _auxiliary(aux_weight, weights, mode)
+    hidden = hidden.to(product_dtype(hidden))
+    if chunk_rows is None:
+        budget = LOGIT_BYTES.get(hidden.device.type, LOGIT_BYTES["cuda"])
+        chunk_rows = max(MIN_ROWS, budget // (stats.itemsize * V))
+    gradient = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (hidden, weight, bias)
+    )
+    sizes = (mode, V, n, mask_id, chunk_rows, gradient)
+    with torch.autocast(hidden.device.type, enabled=False):  # the dtypes are chosen here
+        total, nats, aux = Chunked.apply(hidden, weight, bias, x0, xt, weights, aux_weights, *sizes, *scalars)
+    return total, nats, None if aux_weights is None else aux
+
+
+def _auxiliary(aux_weight: float | Tensor, weights: Tensor, mode: str) -> Tensor | None:
+    if isinstance(aux_weight, Tensor):
+        if aux_weight.shape != weights.shape:
+            raise ValueError(f"aux_weight: expected {tuple(weights.shape)}, got {tuple(aux_weight.shape)}")
+        aux_weights = aux_weight.to(weights.dtype)
+    elif aux_weight == 0:
+        return None
+    else:
+        aux_weights = aux_weight * weights
+    if not MODES[mode].has_aux:
+        raise ValueError(f"aux_weight: mode '{mode}' has no auxiliary cross-entropy")
+    return aux_weights
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x0: Tensor,
+    xt: Tensor,
+    weights: Tensor,
+    coefficients: Mapping[str, Tensor],
+    mode: str,
+    states: States,
+) -> None:
+    if mode not in MODES:
+        raise ValueError(f"mode: '{mode}' is not one of {', '.join(MODES)}")
+    rows = (hidden.shape[0],)
+    matrices = hidden.ndim == 2 and weight.ndim == 2 and hidden.shape[1] == weight.shape[1]
+    vectors = {"x0": x0, "xt": xt, "weights": weights, **coefficients}
+    wrong = [f"{name} {tuple(v.shape)}" for name, v in vectors.items() if v.shape != rows]
+    if not matrices or wrong or (bias is not None and bias.shape != weight.shape[:1]):
+        shapes = [
+            f"hidden {tuple(hidden.shape)}",
+            f"weight {tuple(weight.shape)}",
+            f"bias {None if bias is None else tuple(bias.shape)}",
+        ]
+        raise ValueError(
+            "linear_diffusion_loss: expected hidden (M, D), weight (V_p, D), bias (V_p,) or None, all else "
+            f"(M,); got {', '.join(shapes + wrong)}"
+        )
+    if any(v.requires_grad for v in (weights, *coefficients.values())):
+        raise ValueError("linear_diffusion_loss: weights and coefficients are constants; detach them")
+    known = (*MODES[mode].names, *MODES[mode].optional)
+    missing = [name for name in MODES[mode].names if name not in coefficients]
+    unknown = [name for name in coefficients if name not in known]
+    if missing or unknown:
+        raise ValueError(
+            f"coefficients: mode '{mode}' takes {', '.join(known) or 'none'}; "
+            f"missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}"
+        )
+    _check_states(states, weight.shape[0], MODES[mode].needs_mask, mode)
+
+
+def _check_states(states: States, rows: int, needs_mask: bool, mode: str) -> None:
+    if not 0 < states.V <= rows:
+        raise ValueError(f"V: must be 1 to {rows} (rows of the head), got {states.V}")
+    if needs_mask != (states.mask_id is not None):
+        raise ValueError(
+            f"mask_id: mode '{mode}' needs {'a mask' if needs_mask else 'None'}, got {states.mask_id}"
+        )
+    if states.n != states.V - needs_mask or (
+        states.mask_id is not None and not 0 <= states.mask_id < states.V
+    ):
+        raise ValueError(f"V, n, mask_id: inconsistent: {states.V}, {states.n}, {states.mask_id}")

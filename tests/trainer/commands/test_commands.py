@@ -1,0 +1,402 @@
+"""The commands around training: generate, eval, show, bench. One tiny trained run serves them all."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mytrainer
+from tests.contract.tiny import config
+from trainer.loop import train
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A working directory with checkpoints/dante: two checkpoints and an EMA."""
+    work = tmp_path_factory.mktemp("work")
+    steps = ["num_iterations=12", "save_steps=6", "ema_decay=0.9", "batch_size=2", "synthetic_bytes=40000"]
+    train(*config("gpt2", *steps), work / "checkpoints/dante")
+    return work
+
+
+@pytest.fixture
+def command(runs, monkeypatch, capsys):
+    """Run one command in process, as the shell would: (exit status, stdout, stderr)."""
+    monkeypatch.chdir(runs)
+    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def run(*argv):
+        capsys.readouterr()
+        try:
+            status = mytrainer.main([str(a) for a in argv])
+        except SystemExit as leaving:  # argparse
+            status = leaving.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+def refused(result, *words):
+    """Exit status 2, nothing on stdout, one message that says what is wrong."""
+    status, out, err = result
+    assert (status, out) == (2, "") and "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1, err
+    for word in words:
+        assert word in err
+
+
+# -- generate ----------------------------------------------------------------------------------------------------------
+
+
+def generate(command, *more, model=("--model_name", "dante")):
+    status, out, err = command("generate", *model, "--device", "cpu", "--max_new_tokens", 30, *more)
+    assert status == 0, err
+    return out, err
+
+
+def test_stdout_has_the_text_and_nothing_else(command):
+    out, err = generate(command, "--prompt", "01", "--ignore_document_end")
+    assert out.startswith("01") and out.endswith("\n") and len(out) > 3
+    assert "30 tokens" in err and "checkpoint-12 (EMA weights, cpu)" in err
+
+
+def test_a_seed_repeats_a_text(command):
+    texts = [generate(command, "--prompt", "01", "--seed", seed)[0] for seed in (3, 4, 3)]
+    assert texts[0] == texts[2] != texts[1]
+
+
+def test_the_cache_changes_no_text(command):
+    assert generate(command)[0] == generate(command, "--no_cache")[0]
+
+
+def test_several_samples(command):
+    out, err = generate(
+        command, "--prompt", "<", "--num_samples", 3, "--ignore_document_end", "--temperature", 2
+    )
+    assert [f"sample {n} of 3" in err for n in (1, 2, 3)] == [True] * 3
+    texts = out.split("<", 1)[1].split("\n<")
+    assert len(texts) == 3 and len(set(texts)) == 3
+
+
+def test_raw_weights_are_there_too(command):
+    assert "(raw weights" in generate(command, "--raw")[1]
+
+
+@pytest.mark.parametrize("place", ["", "checkpoint-6", "checkpoint-12", "final_model"])
+def test_a_checkpoint_under_any_of_its_names(command, place):
+    out, err = generate(command, "--seed", 1, model=("--checkpoint", Path("checkpoints/dante", place)))
+    assert str(Path("checkpoints/dante", place or "checkpoint-12")) in err
+    newest, _ = generate(command, "--seed", 1)
+    assert (out == newest) is (place != "checkpoint-6")
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--top_p", 1.5], "top_p: must satisfy 0 < top_p <= 1, got 1.5"),
+        (["--top_k", -1], "top_k: must be 0 (off) or more, got -1"),
+        (["--temperature", -1], "temperature: must be 0 (greedy) or more, got -1.0"),
+        (["--max_new_tokens", 0], "max_new_tokens: must be at least 1, got 0"),
+        (["--num_samples", 0], "num_samples: must be at least 1, got 0"),
+        (["--device", "gpu"], "device: 'gpu' is not one of auto, cpu, cuda, cuda:N, mps"),
+    ],
+)
+def test_bad_options_are_refused(command, words, text):
+    refused(command("generate", "--model_name", "dante", *words), text)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there(command):
+    refused(command("generate", "--model_name", "dante", "--device", "cuda"), "no CUDA device is visible")
+
+
+def test_a_model_that_is_not_there(command, runs, monkeypatch, tmp_path):
+    refused(command("generate", "--model_name", "dannte"), "checkpoints/dannte", "In checkpoints: dante")
+    refused(command("generate"), "--checkpoint <run folder> or --model_name <name>")
+    (tmp_path / "empty").mkdir()
+    refused(command("generate", "--checkpoint", tmp_path / "empty"), "empty holds no complete checkpoint")
+    (tmp_path / "file").touch()
+    refused(command("generate", "--checkpoint", tmp_path / "file"), "holds no complete checkpoint")
+    monkeypatch.chdir(tmp_path)
+    refused(command("eval", "--model_name", "dante"), "no such checkpoint or run folder: checkpoints/dante")
+
+
+def test_a_damaged_checkpoint(command, runs, tmp_path):
+    """Named alone it is refused; in a run the one before it is used, with a warning. Links tell the same."""
+    shutil.copytree(runs / "checkpoints/dante", tmp_path / "run")
+    for place in ("checkpoint-12", "final_model"):
+        with open(tmp_path / "run" / place / "model.pt", "r+b") as file:
+            file.seek(1000)
+            file.write(b"\0\1\2\3\4\5\6\7" * 8)
+        refused(
+            command("eval", "--checkpoint", tmp_path / "run" / place),
+            f"{place} is damaged: model.pt does not match",
+        )
+    _, err = generate(command, model=("--checkpoint", tmp_path / "run"))
+    assert "checkpoint-12 is damaged (model.pt" in err and "run/checkpoint-6 (EMA" in err
+    (tmp_path / "run/checkpoint-6/tokenizer.json").unlink()
+    refused(command("generate", "--checkpoint", tmp_path / "run/checkpoint-6"), "tokenizer.json is missing")
+
+
+def test_the_traceback_is_there_for_who_wants_it(command, monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ValueError, match="top_p"):
+        command("generate", "--model_name", "dante", "--top_p", 2)
+
+
+@pytest.mark.parametrize("name", ["generate", "eval", "show", "bench"])
+def test_help(command, name):
+    status, out, _ = command(name, "--help")
+    assert status == 0 and f"python mytrainer.py {name}" in out
+
+
+def test_an_option_that_does_not_exist(command):
+    status, out, err = command("generate", "--topk", 3)
+    assert (status, out) == (2, "") and "unrecognized arguments: --topk" in err and "Traceback" not in err
+
+
+# -- eval --------------------------------------------------------------------------------------------------------------
+
+
+def evaluated(command, *more, model=("--model_name", "dante")):
+    status, out, err = command("eval", *model, "--device", "cpu", *more)
+    assert status == 0, err
+    return json.loads(out), err
+
+
+def test_eval_finds_the_score_of_the_run_to_the_last_digit(command, runs, tmp_path):
+    found, err = evaluated(command, "--output", tmp_path / "score.json")
+    summary = json.loads((runs / "checkpoints/dante/summary.json").read_text())
+    assert found["score"] == summary["score"]
+    assert json.loads((tmp_path / "score.json").read_text()) == found
+    assert (found["type"], found["weights"]) == ("gpt2", "EMA")
+    assert f"bits per byte     {found['score']['bits_per_byte']:.3f}" in err
+    raw, _ = evaluated(command, "--raw")
+    assert raw["score"]["bits_per_byte"] != found["score"]["bits_per_byte"] and raw["weights"] == "raw"
+
+
+def test_eval_at_other_settings(command):
+    found, _ = evaluated(command, "--val_seq_len", 16, "--batch_size", 3)
+    assert found["score"]["context_tokens"] == 16
+    longer, _ = evaluated(command, "--val_bytes", 4000)
+    assert found["score"]["bytes"] == 2000 < longer["score"]["bytes"] <= 4000
+    whole, _ = evaluated(command)
+    by_one, _ = evaluated(command, "--batch_size", 1)
+    assert by_one["score"]["bits_per_byte"] == pytest.approx(whole["score"]["bits_per_byte"], rel=1e-5)
+
+
+def test_eval_on_other_text(command, tmp_path):
+    text = "".join(f"line {n}: 0123 é\n" for n in range(500))
+    (tmp_path / "mine.txt").write_text(text, encoding="utf-8")
+    found, _ = evaluated(
+        command, "--data", "text", "--input_file", tmp_path / "mine.txt", "--val_bytes", 1 << 20
+    )
+    held_out = found["score"]["bytes"]
+    assert 0.08 < held_out / len(text.encode()) < 0.12 and found["data"] == "mine.txt"
+    assert found["score"]["bits_per_byte"] > 4, "it has seen none of the letters"
+
+
+def test_eval_of_an_untrained_model(command, tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [gpt2, _self_]\nmodel_cfg: {n_ctx: 32, d_model: 32, n_layers: 1, n_heads: 2}\n"
+        "data: synthetic\nsynthetic_bytes: 20000\ntrain_seq_len: 32\n"
+    )
+    found, _ = evaluated(command, "--val_bytes", 2000, model=("--config", tmp_path / "mine.yaml"))
+    assert found["weights"] == "untrained" and found["checkpoint"] is None
+    assert found["score"]["bits_per_byte"] == pytest.approx(8.0, abs=0.1), "log2 257"
+
+
+def test_eval_knows_the_architecture_of_a_checkpoint(command):
+    found, err = evaluated(command, "--hydra_model_cfg", "configs/gpt2.yaml")
+    assert (
+        "note: the architecture is that of" in err
+        and "n_layers 2 (not 12)" in err
+        and found["weights"] == "EMA"
+    )
+    result = command("eval", "--model_name", "dante", "--hydra_model_cfg", "configs/vanilla.yaml")
+    refused(result, "configs/vanilla.yaml is type vanilla", "is type gpt2")
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--batch_size", 0], "batch_size: must be at least 1, got 0"),
+        (["--val_seq_len", -3], "val_seq_len: must be at least 1, got -3"),
+        (["--val_seq_len", 64], "exceeds n_ctx (32)"),
+        (["--data", "text"], "needs input_file"),
+        (["--data", "text", "--input_file", "no.txt"], "'no.txt' does not exist"),
+        (["--input_file", "no.txt"], "Add --data text"),
+        (["--output", "no/such/folder/score.json"], "output: cannot write no/such/folder/score.json"),
+    ],
+)
+def test_bad_evaluations_are_refused(command, words, text):
+    refused(command("eval", "--model_name", "dante", "--device", "cpu", *words), text)
+
+
+# -- show --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_data(monkeypatch):
+    """Whoever asks for data fails: `show` must not."""
+    import data
+    import data.tokenizers
+
+    def fail(*args, **kwargs):
+        raise AssertionError("data was touched")
+
+    for module, name in ((data, "load_dataset"), (data.tokenizers, "train_bpe")):
+        monkeypatch.setattr(module, name, fail)
+
+
+GPT2_150M = ["preset=150M", "model_cfg.vocab_size=50304", "model_cfg.bias=false", "model_cfg.n_ctx=256"]
+GPT2_150M += ["train_seq_len=256"]
+
+
+def test_show_one_configuration(command, no_data):
+    status, out, err = command("show", "--hydra_model_cfg=configs/gpt2.yaml", *GPT2_150M)
+    assert status == 0, err
+    assert "152,101,632" in out and "memory (estimate)" in out and "FLOPs per token" in out
+    status, out, _ = command("show", "--hydra_model_cfg=configs/gpt2.yaml", "--json", *GPT2_150M)
+    found = json.loads(out)
+    assert found["parameters"] == {"total": 152_101_632, "trainable": 152_101_632}
+    assert sum(row["parameters"] for row in found["roles"]) == 152_101_632
+    assert (
+        found["tokens"] == found["steps"] * found["tokens_per_step"] and found["memory_bytes"]["total"] > 6e8
+    )
+
+
+def test_show_takes_the_vocabulary_from_the_name_of_the_tokenizer(command, no_data):
+    def vocabulary(*words):
+        status, out, err = command("show", "--hydra_model_cfg=gpt2", "--json", "preset=nano", *words)
+        assert status == 0, err
+        return json.loads(out)["vocab_size"]
+
+    assert (
+        vocabulary() == 1024
+        and vocabulary("tokenizer=byte") == 257
+        and vocabulary("tokenizer=bpe-5000") == 5000
+    )
+    assert vocabulary("data=synthetic") == 257 and vocabulary("--vocab_size", "777") == 777
+    assert vocabulary(f"tokenizer={Path('checkpoints/dante/tokenizer.json')}") == 257
+
+
+def test_show_is_what_is_trained(command, runs, no_data):
+    manifest = json.loads((runs / "checkpoints/dante/manifest.json").read_text())
+    sizes = ["model_cfg.d_model=64", "model_cfg.n_layers=2", "model_cfg.n_heads=4", "model_cfg.n_ctx=32"]
+    status, out, _ = command(
+        "show", "--config=gpt2", "--json", *sizes, "train_seq_len=32", "preset=none", "data=synthetic"
+    )
+    found = json.loads(out)
+    assert found["parameters"]["total"] == manifest["parameters"]["total"]
+    assert found["flops_per_token"] == manifest["flops_per_token"]
+
+
+def test_show_lists_the_configurations(command, no_data):
+    status, out, err = command("show")
+    assert status == 0 and "gpt2 " in out and "vanilla " in out, err
+    _, listed, _ = command("show_configs", "--json")
+    by_name = {row["file"]: row for row in json.loads(listed)}
+    assert by_name["gpt2"]["n_layers"] == 12 and by_name["gpt2"]["parameters"] > 80_000_000
+
+
+def test_show_names_a_broken_file_and_lists_the_others(command, monkeypatch, tmp_path, no_data):
+    from trainer.commands import show
+
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("defaults: [gpt2, _self_]\nmodel_cfg: {n_heads: 5}\n")
+    monkeypatch.setattr(show, "list_configs", lambda: [(str(broken), "bad"), ("vanilla", "good")])
+    status, out, _ = command("show")
+    assert status == 2 and "invalid: " in out and "n_heads" in out and "good" in out
+
+
+def test_show_refuses_what_training_would(command):
+    for words in (["nope=1"], ["learning_rate=x"], ["model_cfg.n_heads=5"], ["--nope"], ["num_iterations=0"]):
+        status, out, err = command("show", "--hydra_model_cfg=gpt2", *words)
+        assert (status, out) == (2, "") and err.startswith("config error: ") and "Traceback" not in err
+    refused(
+        command("show", "--hydra_model_cfg=gpt2", "--vocab_size=0"), "vocab_size: must be at least 2, got 0"
+    )
+
+
+# -- bench -------------------------------------------------------------------------------------------------------------
+
+
+def bench_words(steps):
+    sizes = [
+        "preset=none",
+        "model_cfg.d_model=32",
+        "model_cfg.n_layers=1",
+        "model_cfg.n_heads=2",
+        "model_cfg.n_ctx=32",
+    ]
+    rows = [
+        "data=synthetic",
+        "synthetic_bytes=20000",
+        "train_seq_len=32",
+        "global_batch_size=4",
+        "device=cpu",
+    ]
+    return ["bench", "step", "--steps", steps, *sizes, *rows]
+
+
+def test_bench_measures_both_comparisons(command, tmp_path):
+    words = ["--no_compile", "--no_processes", "--output", tmp_path / "bench.json"]
+    status, out, err = command(*bench_words(2), *words)
+    assert status == 0, err
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert found["loop"]["loop_tokens_per_second"] > 0 and set(
+        found["against_plain_loop"]["times_plain_loop"]
+    ) == {
+        "fp32",
+        "bf16",
+    }
+    assert "loop overhead" in out and "x plain loop" in out
+
+
+def test_bad_benchmarks_are_refused(command):
+    refused(command(*bench_words(0)), "steps: must be at least 1, got 0")
+
+
+@pytest.mark.slow
+def test_bench_measures_memory_and_start_up(command, tmp_path):
+    status, _, err = command(*bench_words(1), "--no_compile", "--output", tmp_path / "bench.json")
+    assert status == 0, err
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert set(found["peak_memory_bytes"]) == {"plain loop", "fp32", "bf16"}
+    assert min(found["peak_memory_bytes"].values()) > 1e7 and found["seconds_to_first_step"] > 0
+
+
+# -- from a shell ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_from_a_shell(runs):
+    def shell(*words):
+        return subprocess.run(
+            [sys.executable, ROOT / "mytrainer.py", *words],
+            cwd=runs,
+            env={**os.environ, "PYTHONPATH": ""},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    done = shell("generate", "--model_name", "dante", "--max_new_tokens", "5", "--device", "cpu")
+    assert done.returncode == 0 and "tokens" in done.stderr and "tokens" not in done.stdout
+    done = shell("eval", "--checkpoint", "checkpoints/dante", "--device", "cpu")
+    assert done.returncode == 0 and json.loads(done.stdout)["score"]["bits_per_byte"] > 0
+    done = shell("generate", "--model_name", "x")
+    refused((done.returncode, done.stdout, done.stderr), "In checkpoints: dante")
+    line = f"{sys.executable} {ROOT / 'mytrainer.py'} generate --model_name dante --max_new_tokens 2000 | head -c 20"
+    piped = subprocess.run(line, shell=True, cwd=runs, capture_output=True, timeout=120)
+    assert b"Traceback" not in piped.stderr and len(piped.stdout) == 20

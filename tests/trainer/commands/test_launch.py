@@ -1,0 +1,357 @@
+"""How runs are started: folders, processes, signals, exit statuses. Training itself is replaced."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from configs.messages import ConfigError
+from configs.schema import RunConfig
+from tests.contract.tiny import overrides
+from trainer.commands import launch
+
+ROOT = Path(__file__).resolve().parents[3]
+ARCHITECTURE = """
+from configs.schema import DefaultModelConfig
+
+class Model:
+    Config = DefaultModelConfig
+"""
+# Python runs this at start-up: `trainer.loop` is there before anyone imports it, and no torch with it.
+LOOP = """
+import json, os, sys, time, types
+from pathlib import Path
+
+def train(cfg, model_cfg, folder, config_yaml):
+    from trainer.errors import TrainingError
+    if config_yaml:
+        Path(folder, "config.yaml").write_text(config_yaml)
+    facts = {"pid": os.getpid(), "parent": os.getppid(), "seed": cfg.seed,
+             "env": os.environ.get("SOME_TOKEN"), "plain": os.environ.get("PLAIN"),
+             "d_model": model_cfg.d_model, "argv": sys.argv, "torch": "torch" in sys.modules}
+    Path(folder, f"ran-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(facts))
+    if cfg.seed == 13:
+        raise TrainingError("step 3 is not finite")
+    if cfg.seed == 14:
+        stopped = []
+        import signal
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *a: stopped.append(a))
+        Path(folder, f"waiting-{os.environ.get('RANK', '0')}").touch()
+        deadline = time.monotonic() + 60
+        while not stopped and time.monotonic() < deadline:
+            time.sleep(0.02)
+        Path(folder, f"saved-{os.environ.get('RANK', '0')}").write_text(str(len(stopped)))
+        return float("nan")
+    return abs(cfg.learning_rate - 0.5)
+
+module = types.ModuleType("trainer.loop")
+module.train = train
+sys.modules["trainer.loop"] = module
+"""
+MODEL = "defaults: [training, _self_]\ntype: 'plain_arch:Model'\n"
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    (tmp_path / "plain_arch.py").write_text(ARCHITECTURE)
+    (tmp_path / "sitecustomize.py").write_text(LOOP)
+    (tmp_path / "mine.yaml").write_text(MODEL)
+    return tmp_path
+
+
+def popen(work: Path, *words: str, launcher: tuple[str, ...] = (), **env: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(ROOT / "mytrainer.py"), *words],
+        cwd=work,
+        env={**os.environ, "PYTHONPATH": str(work), "CUDA_VISIBLE_DEVICES": "", **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(
+    work: Path, *words: str, launcher: tuple[str, ...] = (), **env: str
+) -> subprocess.CompletedProcess[str]:
+    process = popen(work, *words, launcher=launcher, **env)
+    out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def facts(folder: Path, rank: int = 0) -> dict:
+    return json.loads((folder / f"ran-{rank}.json").read_text())
+
+
+def wait_for(*paths: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not all(p.exists() for p in paths):
+        assert time.monotonic() < deadline, paths
+        time.sleep(0.02)
+
+
+# -- one process -----------------------------------------------------------------------------------------
+
+
+def test_a_single_run_trains_in_this_process_and_leaves_one_folder(work):
+    done = run(work, "mine.yaml", "output_dir=out", "seed=5", "env.PLAIN=x", "env.SOME_TOKEN=t0p")
+    assert done.returncode == 0, done.stderr
+    found = facts(work / "out")
+    assert (found["seed"], found["plain"], found["env"], found["torch"]) == (5, "x", "t0p", False)
+    created = {p.name for p in work.iterdir()} - {"__pycache__"}
+    assert created == {"plain_arch.py", "sitecustomize.py", "mine.yaml", "out"}
+    assert {p.name for p in (work / "out").iterdir()} == {"config.yaml", "ran-0.json"}
+    saved = "".join(
+        p.read_text() for p in (work / "out").rglob("*.*") if p.is_file() and p.name != "ran-0.json"
+    )
+    assert "t0p" not in saved + done.stdout + done.stderr and "t0p" not in str(found["argv"])
+    assert f"{work / 'mine.yaml'} (sha256" in (work / "out" / "config.yaml").read_text()
+
+
+def test_the_folder_is_named_by_output_dir_model_name_or_the_clock(work):
+    assert run(work, "mine.yaml", "model_name=dante").returncode == 0
+    assert (work / "checkpoints" / "dante" / "config.yaml").exists()
+    assert run(work, "mine.yaml").returncode == 0
+    (folder,) = (work / "outputs").iterdir()
+    assert folder.name.startswith("Model-20") and (folder / "config.yaml").exists()
+
+
+def test_the_saved_config_runs_again(work):
+    assert run(work, "mine.yaml", "output_dir=a", "seed=6", "sample_prompt=no: 1e-4").returncode == 0
+    assert run(work, "a/config.yaml", "output_dir=b").returncode == 0
+    first, second = (OmegaConf.to_container(OmegaConf.load(work / d / "config.yaml")) for d in "ab")
+    assert {**first, "output_dir": "b"} == second and second["sample_prompt"] == "no: 1e-4"
+
+
+def test_a_training_failure_is_one_message_and_status_1(work):
+    done = run(work, "mine.yaml", "output_dir=out", "seed=13")
+    assert (done.returncode, done.stderr.strip()) == (1, "error: step 3 is not finite")
+    traceback = run(work, "mine.yaml", "output_dir=out2", "seed=13", HYDRA_FULL_ERROR="1")
+    assert traceback.returncode == 1 and "Traceback" in traceback.stderr
+
+
+def test_a_configuration_error_is_status_2_and_starts_nothing(work):
+    done = run(work, "mine.yaml", "output_dir=out", "seed=x")
+    assert done.returncode == 2 and done.stderr.endswith("1 problem; nothing was started\n")
+    assert "Traceback" not in done.stderr and not (work / "out").exists()
+    shown = run(work, "mine.yaml", "seed=x", HYDRA_FULL_ERROR="1")
+    assert shown.returncode != 0 and "Traceback" in shown.stderr
+
+
+def test_a_folder_that_cannot_be_written_is_a_clear_error(work):
+    done = run(work, "mine.yaml", "output_dir=mine.yaml/below")
+    assert done.returncode == 2
+    assert "cannot write to mine.yaml/below: Not a directory. Choose another output_dir" in done.stderr
+
+
+def test_no_model_at_all(work):
+    done = run(work)
+    assert done.returncode == 2 and "no model chosen" in done.stderr and "gpt2" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--help"], "Models (--hydra_model_cfg"),
+        (["mine.yaml", "--help"], "type: plain_arch:Model"),
+        (["mine.yaml", "--cfg", "job", "--resolve"], "learning_rate: 0.0006"),
+        (["mine.yaml", "--cfg", "job", "--package", "model_cfg", "model_cfg.d_model=96"], "d_model: 96"),
+        (["mine.yaml", "--info", "defaults-tree"], "configs/training"),
+        (["--info", "plugins"], "BasicSweeper"),
+        # Hydra looks through the whole project for this one.
+        pytest.param(["--hydra-help"], "Hydra", marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_only_shown(work, words, text):
+    done = run(work, *words)
+    assert done.returncode == 0 and text in done.stdout, done.stderr
+    assert not (work / "outputs").exists()
+
+
+@pytest.mark.parametrize("env", ["env.PLAIN=[1]", "env={PLAIN: [1]}", "env=3"])
+def test_an_environment_of_other_things_than_text_is_refused(work, env):
+    done = run(work, "mine.yaml", env)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "config error: " in done.stderr
+
+
+def test_numbers_in_the_environment_of_a_file_are_text(work):
+    (work / "mine.yaml").write_text(MODEL + "env: {PLAIN: 7}\n")
+    assert run(work, "mine.yaml", "output_dir=here").returncode == 0
+    assert facts(work / "here")["plain"] == "7"
+
+
+def test_cfg_prints_an_invalid_config_and_then_its_problems(work):
+    done = run(work, "mine.yaml", "--cfg", "job", "seed=x", "env.MY_KEY=k3y")
+    assert done.returncode == 2 and "seed: x" in done.stdout and "expected int" in done.stderr
+    assert "k3y" not in done.stdout + done.stderr
+
+
+# -- sweeps ----------------------------------------------------------------------------------------------
+
+
+def jobs(work: Path) -> list[Path]:
+    return sorted(p.parent for p in work.glob("multirun/*/*/*/ran-0.json"))
+
+
+def test_each_job_of_a_sweep_has_a_process_of_its_own(work):
+    (work / "other.yaml").write_text("defaults: [mine, _self_]\nmodel_cfg: {d_model: 96}\n")
+    done = run(work, "--hydra_model_cfg=mine.yaml,other.yaml", "seed=1,2", "-m")
+    assert done.returncode == 0, done.stderr
+    found = [facts(f) for f in jobs(work)]
+    assert [(f["d_model"], f["seed"]) for f in found] == [(768, 1), (768, 2), (96, 1), (96, 2)]
+    assert len({f["pid"] for f in found}) == 4 and len({f["parent"] for f in found}) == 1
+
+
+@pytest.mark.slow
+def test_a_sweep_over_models_trains_them_with_the_fields_they_share(tmp_path):
+    shared = [w for w in overrides("gpt2", "num_iterations=2") if "gpt2" not in w]
+    command = [sys.executable, str(ROOT / "mytrainer.py"), "--hydra_model_cfg=gpt2,vanilla", "-m", "seed=1,2"]
+    done = subprocess.run([*command, *shared], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    found = [OmegaConf.load(p) for p in sorted(tmp_path.glob("multirun/*/*/*/config.yaml"))]
+    assert [(c.type, c.seed, c.device) for c in found] == [
+        (type_, seed, "cpu") for type_ in ("gpt2", "vanilla") for seed in (1, 2)
+    ]
+
+
+def test_one_bad_point_starts_no_job(work):
+    done = run(work, "mine.yaml", "seed=1,x,y", "-m")
+    assert done.returncode == 2 and "job 1 (seed=x)" in done.stderr and "job 2 (seed=y)" in done.stderr
+    assert not (work / "multirun").exists()
+
+
+def test_a_failed_job_fails_the_sweep_without_a_traceback(work):
+    done = run(work, "mine.yaml", "seed=13,1", "-m")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "job 0: the run ended with exit status 1" in done.stderr
+    assert len(jobs(work)) == 2  # the second ran nevertheless
+
+
+@pytest.mark.slow
+def test_optuna_minimises_the_score(work):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    words = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "learning_rate=interval(0.1,0.9)", "-m"]
+    done = run(work, "mine.yaml", *words)
+    assert done.returncode == 0, done.stderr
+    (results,) = work.glob("multirun/*/*/optimization_results.yaml")
+    best = OmegaConf.load(results)
+    rates = [OmegaConf.load(f / "config.yaml").learning_rate for f in jobs(work)]
+    assert len(rates) == 3
+    assert best.best_value == pytest.approx(min(abs(r - 0.5) for r in rates))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_other_launchers(work, launcher):
+    pytest.importorskip({"joblib": "hydra_plugins.hydra_joblib_launcher"}.get(launcher, "submitit"))
+    (work / "sub").mkdir()
+    (work / "sub" / "with blank.yaml").write_text("defaults: [../mine, _self_]\n")
+    done = run(work, "sub/with blank.yaml", "seed=1,2", f"hydra/launcher={launcher}", "-m")
+    assert done.returncode == 0, done.stderr
+    assert [facts(f)["seed"] for f in jobs(work)] == [1, 2]
+
+
+# -- several processes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_num_gpus_starts_that_many_processes(work):
+    done = run(work, "mine.yaml", "num_gpus=2", "device=cpu", "output_dir=out")
+    assert done.returncode == 0, done.stderr
+    assert len({facts(work / "out", r)["pid"] for r in (0, 1)}) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [("num_gpus=2",), ()])
+def test_torchrun_is_joined_and_rank_0_alone_decides_the_folder(work, words):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = run(work, "mine.yaml", *words, launcher=torchrun)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (work / "outputs").iterdir()
+    assert {p.name for p in folder.glob("ran-*")} == {"ran-0.json", "ran-1.json"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "text"), [(("seed=x",), "expected int"), (("seed=1,2", "-m"), "Instead of torchrun use")]
+)
+def test_an_error_under_torchrun_is_said_once_and_ends_every_rank(work, words, text):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = run(work, "mine.yaml", *words, launcher=torchrun)
+    assert done.returncode != 0 and done.stderr.count(text) == 1
+    assert done.stderr.count("nothing was started") == 1 and not (work / "outputs").exists()
+
+
+# -- signals ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_the_job_once_and_ends_the_sweep(work, number):
+    process = popen(work, "mine.yaml", "seed=14,1", "hydra.sweep.dir=sweep", "-m")
+    wait_for(work / "sweep" / "0" / "waiting-0")
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert (work / "sweep" / "0" / "saved-0").read_text() == "1"
+    assert not (work / "sweep" / "1" / "ran-0.json").exists()
+
+
+@pytest.mark.slow
+def test_a_signal_reaches_every_process_once(work):
+    process = popen(work, "mine.yaml", "seed=14", "num_gpus=2", "device=cpu", "output_dir=out")
+    wait_for(work / "out" / "waiting-0", work / "out" / "waiting-1")
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert [(work / "out" / f"saved-{r}").read_text() for r in (0, 1)] == ["1", "1"]
+
+
+# -- small parts -----------------------------------------------------------------------------------------
+
+
+def test_env_already_set_wins(monkeypatch, capsys):
+    monkeypatch.setenv("AAA", "old")
+    monkeypatch.delenv("BBB", raising=False)
+    monkeypatch.delenv("C_KEY", raising=False)
+    launch.apply_env({"AAA": "new", "BBB": "1", "C_KEY": "<redacted>"}, {})
+    assert (os.environ.pop("AAA"), os.environ.pop("BBB")) == ("old", "1")
+    err = capsys.readouterr().err
+    assert "env.AAA: the environment has 'old'" in err and "env.C_KEY was not saved" in err
+
+
+def test_outcome_of_a_worker(tmp_path):
+    report = tmp_path / "result.json"
+    with pytest.raises(launch.JobFailed):
+        launch._outcome(tmp_path, 0, [])  # ended well, it says, without a word about the score
+    report.write_text('{"status": 0, "score": 1.25}')
+    assert launch._outcome(tmp_path, 0, []) == 1.25
+    report.write_text('{"status": 0, "score": null}')
+    assert math.isnan(launch._outcome(tmp_path, 0, []))
+    report.write_text('{"status": 2, "score": null}')
+    with pytest.raises(launch.JobFailed) as failed:
+        launch._outcome(tmp_path, 1, [])
+    assert failed.value.status == 2
+
+
+def test_run_folder_names(tmp_path):
+    cfg = RunConfig(type="a.b:Model")
+    assert launch.run_folder(cfg, Path("x")) == Path("x")
+    names = {launch.run_folder(cfg).name for _ in range(20)}
+    assert len(names) > 1 and all(n.startswith("Model-") for n in names)
+
+
+def test_require_writable(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot write to"):
+        launch.require_writable(tmp_path / "file" / "x")
+    launch.require_writable(tmp_path / "new" / "deep")
+    assert list((tmp_path / "new" / "deep").iterdir()) == []

@@ -1,0 +1,435 @@
+"""Roles, the torch optimizers behind them, the skip flag, `every`, saved state and clipping."""
+
+import io
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from models.layers.roles import Rule
+from trainer.optim.optimizers import build_optimizers, clip_gradients, role_table
+
+KINDS = ["adamw", "adam", "sgd", "muon"]
+RULES = [
+    Rule(r"embedding\.weight", "embedding"),
+    Rule(r"head\.weight", "head", lr_mult=0.5),
+    Rule(r"attention\.weight", "matrix", split=3),
+    Rule(r"mlp\.weight", "matrix", wd_mult=2.0),
+    Rule(r".*bias", "scalar"),
+]
+
+
+def config(**overrides):
+    fields = {
+        "optimizer": "adamw",
+        "learning_rate": 0.01,
+        "muon_learning_rate": 0.02,
+        "muon_momentum": 0.95,
+        "muon_scale": "spectral",
+        "muon_ns_steps": 5,
+        "lr_scaling": "width",
+        "lr_base_width": 32,
+        "weight_decay": 0.1,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.95,
+        "adam_epsilon": 1e-8,
+    }
+    return SimpleNamespace(**(fields | overrides))
+
+
+class Toy(nn.Module):
+    """Only its parameters matter; `gradients` depend on the step and not on the weights."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.embedding = nn.Embedding(11, 8)
+        self.attention = nn.Linear(8, 24, bias=False)
+        self.mlp = nn.Linear(8, 12)
+        self.head = nn.Linear(8, 11, bias=False)
+        self.to(dtype)
+        for p in self.parameters():
+            p.data.normal_(generator=generator)
+
+    def gradients(self, step: int) -> None:
+        generator = torch.Generator().manual_seed(100 + step)
+        for p in self.parameters():
+            p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+
+    def build(self, rules=RULES, **overrides):
+        return build_optimizers(self.named_parameters(), rules, config(**overrides), width=8)
+
+    def values(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach().clone() for name, p in self.named_parameters()}
+
+
+def assert_equal(first: dict, second: dict) -> None:
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def flatten(state: dict) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{key}": t.clone() for name, entries in state["state"].items() for key, t in entries.items()
+    }
+
+
+# --- roles --------------------------------------------------------------------------------------------
+
+
+def row(table, role, **match):
+    found = [r for r in table if r["role"] == role and all(r[k] == v for k, v in match.items())]
+    assert len(found) == 1, table
+    return found[0]
+
+
+def test_width_scaling_is_by_role():
+    named = list(Toy().named_parameters())
+    adamw = role_table(named, RULES, config(), width=8)
+    assert {r["lr"] for r in adamw if r["role"] == "matrix"} == {0.01 * 32 / 8}
+    assert row(adamw, "embedding")["lr"] == 0.01
+    assert row(adamw, "head")["lr"] == 0.005
+    assert row(adamw, "scalar")["lr"] == 0.01
+    muon = role_table(named, RULES, config(optimizer="muon"), width=8)
+    assert {(r["optimizer"], r["lr"]) for r in muon if r["role"] == "matrix"} == {("muon", 0.02)}
+    assert {r["optimizer"] for r in muon if r["role"] != "matrix"} == {"adamw"}
+    assert row(muon, "embedding")["lr"] == 0.01
+    for off in ({"lr_scaling": "none"}, {"lr_base_width": None}, {"optimizer": "sgd"}):
+        assert {r["lr"] for r in role_table(named, RULES, config(**off), 8) if r["role"] == "matrix"} == {
+            0.01
+        }
+
+
+def test_weight_decay_is_by_role_and_dimension():
+    rules = [Rule(r"mlp\.bias", "router"), Rule(r"head\.weight", "scalar"), *RULES]
+    table = role_table(Toy().named_parameters(), rules, config(), width=8)
+    assert row(table, "router")["weight_decay"] == 0.0  # one dimension
+    assert row(table, "scalar")["weight_decay"] == 0.0  # two dimensions, but a scalar by role
+    assert sorted(r["weight_decay"] for r in table if r["role"] == "matrix") == [0.1, 0.2]
+    assert row(table, "embedding")["weight_decay"] == 0.1
+
+
+def test_first_matching_rule_wins_and_the_whole_name_counts():
+    rules = [Rule(r"head", "scalar"), Rule(r"head\..*", "head"), Rule(r".*", "embedding")]
+    table = role_table(Toy().named_parameters(), rules, config(), width=8)
+    assert row(table, "head")["parameters"] == 88
+    assert {r["role"] for r in table} == {"head", "embedding"}
+
+
+def test_table_counts_every_parameter_once_and_lists_frozen_ones():
+    toy = Toy()
+    toy.embedding.weight.requires_grad_(False)
+    table = role_table(toy.named_parameters(), RULES, config(), width=8)
+    assert sum(r["parameters"] for r in table) == sum(p.numel() for p in toy.parameters())
+    assert sum(r["tensors"] for r in table) == len(list(toy.parameters()))
+    frozen = row(table, "embedding")
+    assert (frozen["optimizer"], frozen["lr"], frozen["parameters"]) == ("frozen", 0.0, 88)
+    optimizers = toy.build()
+    assert "embedding.weight" not in optimizers.state_dict()["state"]
+    before = toy.values()
+    toy.gradients(0)
+    optimizers.step()
+    assert torch.equal(toy.embedding.weight, before["embedding.weight"])
+    assert not torch.equal(toy.mlp.weight, before["mlp.weight"])
+
+
+def test_unmatched_parameter_is_named():
+    with pytest.raises(ValueError, match=r"no parameter role for mlp\.bias.*roles it names now: embedding"):
+        Toy().build(rules=RULES[:-1])
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (Rule(r"mlp\.bias", "matrix"), r"mlp\.bias has the role matrix: .*got shape \(12,\)"),
+        (Rule(r"mlp\.weight", "matrix", split=5), r"mlp\.weight .*12 rows cannot be split into 5"),
+    ],
+)
+def test_matrix_that_is_none(rule, message):
+    with pytest.raises(ValueError, match=message):
+        Toy().build(rules=[rule, *RULES])
+
+
+def test_learning_rates_by_role():
+    rates = Toy().build(optimizer="muon").learning_rates(0.5)
+    assert rates == {"embedding": 0.005, "head x0.5": 0.0025, "matrix": 0.01, "scalar": 0.005}
+
+
+# --- the updates --------------------------------------------------------------------------------------
+
+
+def test_adamw_equals_torch_with_the_groups_written_out():
+    toy, plain = Toy(torch.float64), Toy(torch.float64)
+    optimizers = toy.build()
+    reference = torch.optim.AdamW(
+        [
+            {"params": [plain.embedding.weight], "lr": 0.01, "weight_decay": 0.1},
+            {"params": [plain.head.weight], "lr": 0.005, "weight_decay": 0.1},
+            {"params": [plain.attention.weight], "lr": 0.04, "weight_decay": 0.1},
+            {"params": [plain.mlp.weight], "lr": 0.04, "weight_decay": 0.2},
+            {"params": [plain.mlp.bias], "lr": 0.01, "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.95),
+        foreach=False,
+    )
+    peak = [group["lr"] for group in reference.param_groups]
+    for step, factor in enumerate((0.25, 1.0, 0.5)):
+        toy.gradients(step)
+        plain.gradients(step)
+        for group, lr in zip(reference.param_groups, peak, strict=True):
+            group["lr"] = lr * factor
+        optimizers.step(factor)
+        reference.step()
+    for p, q in zip(toy.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+
+
+def test_adam_puts_weight_decay_into_the_gradient():
+    """Kingma and Ba (arXiv:1412.6980), algorithm 1, on g + wd w."""
+    toy = Toy(torch.float64)
+    weight = toy.embedding.weight.detach().clone()
+    optimizers = toy.build(optimizer="adam")
+    first, second = torch.zeros_like(weight), torch.zeros_like(weight)
+    for t in (1, 2, 3):
+        toy.gradients(t)
+        gradient = toy.embedding.weight.grad + 0.1 * weight
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.95 * second + 0.05 * gradient**2
+        weight -= 0.01 * (first / (1 - 0.9**t)) / ((second / (1 - 0.95**t)).sqrt() + 1e-8)
+        optimizers.step()
+    torch.testing.assert_close(toy.embedding.weight.detach(), weight, rtol=0, atol=1e-12)
+
+
+def test_sgd_has_momentum():
+    toy = Toy(torch.float64)
+    weight = toy.mlp.weight.detach().clone()
+    optimizers = toy.build(optimizer="sgd")
+    buffer = torch.zeros_like(weight)
+    for step in range(3):
+        toy.gradients(step)
+        buffer = 0.9 * buffer + toy.mlp.weight.grad + 0.2 * weight
+        weight -= 0.01 * buffer
+        optimizers.step()
+    torch.testing.assert_close(toy.mlp.weight.detach(), weight, rtol=0, atol=1e-12)
+
+
+def test_muon_options_and_split_reach_the_update():
+    def result(rules=RULES, **overrides):
+        toy = Toy()
+        toy.gradients(0)
+        toy.build(rules, optimizer="muon", **overrides).step()
+        return toy.attention.weight.detach()
+
+    base = result()
+    assert torch.equal(base, result())
+    unsplit = [Rule(r"attention\.weight", "matrix"), *RULES]
+    assert not torch.equal(base, result(unsplit))
+    for change in (
+        {"muon_scale": "rms"},
+        {"muon_ns_steps": 3},
+        {"muon_momentum": 0.5},
+        {"muon_learning_rate": 0.03},
+        {"weight_decay": 0.0},
+    ):
+        # Momentum 0.5 alone leaves the direction of the first update, so a second option is needed to see it.
+        changed = result(**change)
+        assert torch.equal(base, changed) == (change == {"muon_momentum": 0.5})
+    toys = [Toy(), Toy()]
+    for toy, momentum in zip(toys, (0.95, 0.5), strict=True):
+        optimizers = toy.build(optimizer="muon", muon_momentum=momentum)
+        for step in range(2):
+            toy.gradients(step)
+            optimizers.step()
+    assert not torch.equal(toys[0].attention.weight, toys[1].attention.weight)
+
+
+def test_parameter_without_gradient_is_named():
+    toy = Toy()
+    optimizers = toy.build()
+    toy.gradients(0)
+    toy.head.weight.grad = None
+    with pytest.raises(RuntimeError, match=r"no gradient for head\.weight"):
+        optimizers.step()
+
+
+def test_zero_grad_drops_gradients():
+    toy = Toy()
+    optimizers = toy.build()
+    toy.gradients(0)
+    optimizers.zero_grad()
+    assert all(p.grad is None for p in toy.parameters())
+
+
+# --- the skip flag ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("skipped", [0, 1, 2])
+def test_flagged_step_never_happened(kind, every, skipped):
+    """A step full of NaN leaves weights and state bit for bit, first step included, and the rest goes on."""
+    rules = [Rule(r.pattern, r.role, r.lr_mult, r.wd_mult, every, r.split) for r in RULES]
+    clean, toy = Toy(), Toy()
+    reference, optimizers = clean.build(rules, optimizer=kind), toy.build(rules, optimizer=kind)
+    for step in range(4):
+        if step == skipped:
+            before, state = toy.values(), flatten(optimizers.state_dict())
+            for p in toy.parameters():
+                p.grad = torch.full_like(p, float("nan"))
+            optimizers.step(1.0, torch.ones(()))
+            assert_equal(toy.values(), before)
+            assert_equal(flatten(optimizers.state_dict()), state)
+        for model, optimizer in ((clean, reference), (toy, optimizers)):
+            model.gradients(step)
+            optimizer.step(0.5, torch.zeros(()) if model is toy else None)
+    assert_equal(toy.values(), clean.values())
+    assert_equal(flatten(optimizers.state_dict()), flatten(reference.state_dict()))
+    assert not torch.equal(clean.mlp.weight, Toy().mlp.weight)
+
+
+class NoHostReads(TorchDispatchMode):
+    """Refuses what would wait for the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero"), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("every", [1, 3])
+def test_no_host_synchronisation(kind, every):
+    rules = [Rule(r.pattern, r.role, r.lr_mult, r.wd_mult, every, r.split) for r in RULES]
+    toy = Toy()
+    optimizers = toy.build(rules, optimizer=kind)
+    optimizers.allocate()
+    toy.gradients(0)
+    with NoHostReads():
+        clip_gradients(toy.parameters(), 1.0)
+        optimizers.step(1.0, torch.zeros(()))
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoHostReads():
+        torch.ones(()).item()
+
+
+# --- every n-th step ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_third_step_uses_the_mean_gradient(kind):
+    rules = [Rule(r"mlp\.weight", "matrix", every=3), *RULES]
+    toy, plain = Toy(torch.float64), Toy(torch.float64)
+    optimizers, reference = (
+        toy.build(rules, optimizer=kind),
+        plain.build([Rule(r"mlp\.weight", "matrix"), *RULES], optimizer=kind),
+    )
+    for update in range(2):
+        collected = torch.zeros_like(toy.mlp.weight)
+        start = toy.mlp.weight.detach().clone()
+        for part in range(3):
+            toy.gradients(3 * update + part)
+            collected += toy.mlp.weight.grad
+            assert torch.equal(toy.mlp.weight, start)
+            embedding = toy.embedding.weight.detach().clone()
+            optimizers.step()
+            assert not torch.equal(toy.embedding.weight, embedding)
+        plain.gradients(0)
+        plain.mlp.weight.grad = collected / 3
+        reference.step()
+        torch.testing.assert_close(toy.mlp.weight, plain.mlp.weight, rtol=0, atol=1e-13)
+
+
+# --- saved state --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resume_is_exact_also_within_every(kind):
+    rules = [Rule(r"mlp\.weight", "matrix", every=3), *RULES]
+    whole = Toy()
+    optimizers = whole.build(rules, optimizer=kind)
+    for step in range(7):
+        whole.gradients(step)
+        optimizers.step(1 / (1 + step))
+        if step == 3:  # one gradient of three collected
+            file = io.BytesIO()
+            torch.save(optimizers.state_dict(), file)
+            weights = whole.values()
+    file.seek(0)
+    resumed = Toy()
+    resumed.load_state_dict(weights)
+    fresh = resumed.build(rules, optimizer=kind)
+    fresh.load_state_dict(torch.load(file, weights_only=True))
+    for step in range(4, 7):
+        resumed.gradients(step)
+        fresh.step(1 / (1 + step))
+    assert_equal(resumed.values(), whole.values())
+    assert_equal(flatten(fresh.state_dict()), flatten(optimizers.state_dict()))
+
+
+def test_misfit_is_explained_and_changes_nothing():
+    toy = Toy()
+    optimizers = toy.build()
+    toy.gradients(0)
+    optimizers.step()
+    kept = flatten(optimizers.state_dict())
+
+    def saved():
+        state = optimizers.state_dict()
+        state["state"] = {
+            name: {key: tensor + 1 for key, tensor in entries.items()}
+            for name, entries in state["state"].items()
+        }
+        return state
+
+    renamed = saved()
+    for part in renamed.values():
+        part["lm_head.weight"] = part.pop("head.weight")
+    with pytest.raises(ValueError, match=r"missing 1: head\.weight; unexpected 1: lm_head\.weight"):
+        optimizers.load_state_dict(renamed)
+    with pytest.raises(ValueError, match=r"another optimizer: .*mlp\.weight \(muon, now adamw\)"):
+        optimizers.load_state_dict(Toy().build(optimizer="muon").state_dict())
+    wide = saved()
+    wide["state"]["head.weight"]["exp_avg"] = torch.zeros(11, 9)
+    with pytest.raises(ValueError, match=r"head\.weight\.exp_avg is \(11, 9\).*needed is \(11, 8\)"):
+        optimizers.load_state_dict(wide)
+    assert_equal(flatten(optimizers.state_dict()), kept)
+    optimizers.load_state_dict(saved())
+    assert torch.equal(
+        optimizers.state_dict()["state"]["head.weight"]["exp_avg"], kept["head.weight.exp_avg"] + 1
+    )
+
+
+def test_long_lists_of_names_are_cut():
+    toy = Toy()
+    many = toy.build().state_dict()
+    many["optimizer"] |= {f"block.{i}": "adamw" for i in range(9)}
+    with pytest.raises(ValueError, match=r"unexpected 9: block\.0, .*block\.4 and 4 more"):
+        toy.build().load_state_dict(many)
+
+
+def test_allocate_makes_all_state_before_the_first_step():
+    toy = Toy()
+    optimizers = toy.build(optimizer="muon")
+    optimizers.allocate()
+    allocated = flatten(optimizers.state_dict())
+    toy.gradients(0)
+    optimizers.step()
+    assert allocated.keys() == flatten(optimizers.state_dict()).keys()
+
+
+# --- clipping -----------------------------------------------------------------------------------------
+
+
+def test_clipping_scales_all_gradients_by_one_norm():
+    toy = Toy(torch.float64)
+    toy.gradients(0)
+    before = {name: p.grad.clone() for name, p in toy.named_parameters()}
+    expected = torch.cat([g.flatten() for g in before.values()]).norm()
+    assert torch.equal(clip_gradients(toy.parameters(), 0.0), clip_gradients(toy.parameters(), 1e6))
+    assert_equal({name: p.grad for name, p in toy.named_parameters()}, before)
+    norm = clip_gradients(toy.parameters(), 0.5)
+    torch.testing.assert_close(norm, expected)
+    for name, p in toy.named_parameters():
+        torch.testing.assert_close(p.grad, before[name] * 0.5 / expected, rtol=1e-6, atol=0)

@@ -1,0 +1,82 @@
+"""Schedules against values worked out by hand."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from trainer.optim.schedules import schedule_factor
+
+
+def factors(steps, total=100, **overrides):
+    fields = {
+        "scheduler": "cooldown",
+        "cooldown_frac": 0.4,
+        "warmup_steps": 0,
+        "warmup_ratio": None,
+        "min_lr_ratio": 0.1,
+        "min_lr": None,
+        "lr_decay_steps": None,
+        "learning_rate": 0.01,
+    }
+    cfg = SimpleNamespace(**(fields | overrides))
+    return [schedule_factor(step, total, cfg) for step in steps]
+
+
+ROOT = math.sqrt(0.5)
+GOLDEN = {
+    # 40 steps of cooldown from 1 to 0.1: 0.0225 each
+    "cooldown": ({}, {0: 1, 59: 1, 60: 1, 61: 0.9775, 80: 0.55, 99: 0.1225, 100: 0.1, 250: 0.1}),
+    "whole cooldown": ({"cooldown_frac": 1.0}, {0: 1, 50: 0.55, 99: 0.109}),
+    "no cooldown": ({"cooldown_frac": 0.0}, {0: 1, 99: 1}),
+    # the cooldown cannot begin inside the warm-up
+    "warm cooldown": ({"cooldown_frac": 1.0, "warmup_steps": 20}, {19: 1, 20: 1, 60: 0.55, 100: 0.1}),
+    "linear": ({"scheduler": "linear"}, {0: 1, 50: 0.55, 99: 0.109, 100: 0.1}),
+    "cosine": (
+        {"scheduler": "cosine"},
+        {0: 1, 25: 0.55 + 0.45 * ROOT, 50: 0.55, 75: 0.55 - 0.45 * ROOT, 100: 0.1, 101: 0.1},
+    ),
+    "constant": ({"scheduler": "constant"}, {0: 1, 99: 1, 500: 1}),
+    "inverse square root": (
+        {"scheduler": "inverse_sqrt", "warmup_steps": 4},
+        {0: 0.25, 3: 1, 4: 1, 16: 0.5, 64: 0.25, 99: math.sqrt(4 / 99), 100: 0.2, 500: 0.2},
+    ),
+    "inverse square root with a floor": (
+        {"scheduler": "inverse_sqrt", "min_lr_ratio": 0.5},
+        {0: 1, 1: 1, 2: ROOT, 4: 0.5, 9: 0.5},
+    ),
+    "warm-up": ({"scheduler": "constant", "warmup_steps": 4}, {0: 0.25, 1: 0.5, 2: 0.75, 3: 1, 4: 1}),
+    "ratio wins": (
+        {"scheduler": "linear", "warmup_steps": 50, "warmup_ratio": 0.2},
+        {0: 0.05, 19: 1, 20: 1, 60: 0.55, 100: 0.1},
+    ),
+    "warm cosine": ({"scheduler": "cosine", "warmup_steps": 20}, {9: 0.5, 20: 1, 60: 0.55, 100: 0.1}),
+    "absolute floor wins": ({"scheduler": "linear", "min_lr": 0.005}, {50: 0.75, 100: 0.5}),
+    "floor of zero": ({"scheduler": "linear", "min_lr_ratio": 0.0}, {75: 0.25, 99: 0.01, 100: 0}),
+    "short decay": ({"scheduler": "linear", "lr_decay_steps": 50}, {25: 0.55, 50: 0.1, 99: 0.1}),
+    "short cooldown": ({"lr_decay_steps": 50}, {30: 1, 40: 0.55, 50: 0.1, 99: 0.1}),
+    "short cosine": ({"scheduler": "cosine", "lr_decay_steps": 50}, {25: 0.55, 50: 0.1}),
+    "long decay": ({"scheduler": "linear", "lr_decay_steps": 200}, {100: 0.55, 99: 0.5545}),
+}
+
+
+@pytest.mark.parametrize("case", GOLDEN)
+def test_golden_values(case):
+    overrides, golden = GOLDEN[case]
+    assert factors(golden, **overrides) == pytest.approx(list(golden.values()), abs=1e-12)
+
+
+def test_run_shorter_than_its_warm_up():
+    assert factors([0, 9], total=10, warmup_steps=20) == [0.05, 0.5]
+
+
+def test_unknown_scheduler_suggests():
+    with pytest.raises(ValueError, match=r"'cosin' is not one of cooldown, .*Did you mean 'cosine'\?"):
+        factors([0], scheduler="cosin")
+
+
+def test_decay_that_ends_in_the_warm_up():
+    with pytest.raises(
+        ValueError, match=r"lr_decay_steps \(20\) must exceed the warm-up of 20 steps; nearest: 21"
+    ):
+        factors([0], warmup_steps=20, lr_decay_steps=20)

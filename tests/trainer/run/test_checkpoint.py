@@ -1,0 +1,149 @@
+import errno
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer.errors import TrainingError
+from trainer.run import checkpoint as ck
+
+
+def save(run: Path, step: int, value: float = 1.0) -> Path:
+    return ck.save_checkpoint(
+        run, step, {"model.pt": {"w": torch.full((3,), value)}}, {"training_state.json": "{}"}
+    )
+
+
+def test_round_trip_and_digests(tmp_path):
+    saved = save(tmp_path, 7, 2.5)
+    assert saved.name == "checkpoint-7"
+    assert ck.damage(saved) is None
+    assert torch.equal(ck.load_tensors(saved, "model.pt")["w"], torch.full((3,), 2.5))
+    assert not list(tmp_path.glob(".*")), "no temporary files are left"
+
+
+def test_newest_is_by_number_not_by_name_or_time(tmp_path):
+    save(tmp_path, 1000)
+    save(tmp_path, 999)
+    assert [p.name for p in ck.checkpoints_in(tmp_path)] == ["checkpoint-999", "checkpoint-1000"]
+    assert ck.newest_checkpoint(tmp_path, pytest.fail).name == "checkpoint-1000"
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "remove", "no_digests"])
+def test_damaged_newest_is_named_and_the_one_before_used(tmp_path, harm):
+    save(tmp_path, 1)
+    newest = save(tmp_path, 2)
+    target = newest / ("digests.json" if harm == "no_digests" else "model.pt")
+    if harm == "flip":
+        data = bytearray(target.read_bytes())
+        data[len(data) // 2] ^= 1
+        target.write_bytes(data)
+    elif harm == "truncate":
+        target.write_bytes(target.read_bytes()[:-1])
+    else:
+        target.unlink()
+    warnings = []
+    assert ck.newest_checkpoint(tmp_path, warnings.append).name == "checkpoint-1"
+    assert len(warnings) == 1 and "checkpoint-2" in warnings[0] and target.name in warnings[0]
+
+
+def test_unfinished_temporary_folder_is_not_a_checkpoint(tmp_path):
+    (tmp_path / ".checkpoint-5.1.tmp").mkdir()
+    (tmp_path / "checkpoint-abc").mkdir()
+    assert ck.newest_checkpoint(tmp_path, pytest.fail) is None
+
+
+def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path):
+    (save(tmp_path, 3) / "model.pt").write_bytes(b"x")
+    again = save(tmp_path, 3, 4.0)
+    assert ck.damage(again) is None and ck.load_tensors(again, "model.pt")["w"][0] == 4.0
+
+
+def test_failed_write_leaves_nothing_and_names_what_is_kept(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(ck.os, "fsync", full)
+    with pytest.raises(TrainingError, match="disk is full.*checkpoint-1"):
+        save(tmp_path, 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_a_real_write_error_midway_through_torch_save(tmp_path):
+    """The operating system refuses to write on (file size limit), in the middle of a large tensor file."""
+    save(tmp_path, 1)
+    code = (
+        "import resource, signal, sys, torch; from pathlib import Path; from trainer.run import checkpoint as ck\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "try: ck.save_checkpoint(Path(sys.argv[1]), 2, {'model.pt': torch.zeros(10**6)}, {})\n"
+        "except ck.TrainingError as error: print(error); sys.exit(3)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=Path.cwd()
+    )
+    assert done.returncode == 3, done.stderr
+    assert "could not write" in done.stdout and "checkpoint-1" in done.stdout
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 100_000
+
+
+def test_prune_keeps_the_newest_and_never_the_links(tmp_path):
+    for step in (1, 2, 3, 10):
+        save(tmp_path, step)
+    ck.link_folder(tmp_path / "checkpoint-1", tmp_path / "best_model")
+    ck.prune(tmp_path, 2)
+    assert [p.name for p in ck.checkpoints_in(tmp_path)] == ["checkpoint-3", "checkpoint-10"]
+    assert ck.damage(tmp_path / "best_model") is None, "hard links outlive the checkpoint they came from"
+    ck.prune(tmp_path, None)
+    assert len(ck.checkpoints_in(tmp_path)) == 2
+
+
+def test_links_follow_the_newest(tmp_path):
+    for step, value in ((1, 1.0), (2, 2.0)):
+        saved = save(tmp_path, step, value)
+        ck.link_folder(saved, tmp_path / "final_model")
+        ck.link_files(saved, tmp_path)
+        assert torch.load(tmp_path / "model.pt")["w"][0] == value
+        assert ck.load_tensors(tmp_path / "final_model", "model.pt")["w"][0] == value
+    assert (tmp_path / "model.pt").stat().st_ino == (tmp_path / "checkpoint-2" / "model.pt").stat().st_ino
+
+
+def test_find_checkpoint_by_run_folder_checkpoint_and_link(tmp_path):
+    saved = save(tmp_path, 1)
+    newest = save(tmp_path, 2)
+    ck.link_folder(saved, tmp_path / "best_model")
+    assert ck.find_checkpoint(tmp_path, pytest.fail) == newest
+    assert ck.find_checkpoint(saved, pytest.fail) == saved
+    assert ck.find_checkpoint(tmp_path / "best_model", pytest.fail) == tmp_path / "best_model"
+    with pytest.raises(ValueError, match="no such.*checkpoint-1"):
+        ck.find_checkpoint(tmp_path / "checkpoint-9", pytest.fail)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        ck.find_checkpoint(tmp_path / "empty", pytest.fail)
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "executed"),))
+
+    saved = ck.save_checkpoint(tmp_path, 1, {"model.pt": {"w": Evil()}}, {})
+    with pytest.raises(Exception, match="(?i)weights"):
+        ck.load_tensors(saved, "model.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_atomic_text(tmp_path, monkeypatch):
+    path = tmp_path / "summary.json"
+    ck.write_atomically(path, "old")
+    monkeypatch.setattr(ck.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("no")))
+    with pytest.raises(TrainingError, match="could not write.*summary.json"):
+        ck.write_atomically(path, "new")
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["summary.json"]

@@ -1,0 +1,1 @@
+"""The commands of mytrainer.py, one file each."""

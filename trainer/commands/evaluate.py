@@ -1,0 +1,100 @@
+"""The `eval` command: bits per byte of a trained model, printed and as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from data import load_dataset
+from data.rows import HeldoutRows
+from trainer.distributed import World
+from trainer.evaluate import evaluate
+from trainer.run.checkpoint import write_atomically
+from trainer.run.restore import add_checkpoint_arguments, restore
+from trainer.signals import StopSignal
+from trainer.view.format import bits_per_byte, ranking_notes, score_lines
+
+__all__ = ["main"]
+
+
+def main(argv: list[str]) -> int:
+    """`python mytrainer.py eval`: score a checkpoint on held-out text."""
+    parser = argparse.ArgumentParser(
+        prog="python mytrainer.py eval",
+        description="Bits per byte of a trained model on the held-out documents of its run, or of other text.",
+    )
+    add_checkpoint_arguments(parser)
+    parser.add_argument(
+        "--data", choices=["embedded", "text", "synthetic"], help="score other data than the run's"
+    )
+    parser.add_argument(
+        "--input_file", help="with --data text: a file or folder; its held-out part is scored"
+    )
+    parser.add_argument("--val_seq_len", type=int, help="context in tokens (default: the run's)")
+    parser.add_argument("--val_bytes", type=int, help="score at most this many bytes of whole documents")
+    parser.add_argument("--batch_size", type=int, help="rows per forward pass (default: the run's)")
+    parser.add_argument("--output", help="also write the result to this JSON file")
+    args = parser.parse_args(argv)
+    for name in ("val_seq_len", "val_bytes", "batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"{name}: must be at least 1, got {getattr(args, name)}")
+    if args.input_file and args.data != "text":
+        raise ValueError("input_file is read by --data text only. Add --data text")
+    if args.output:  # found out now, not when the work is done
+        _require_writable(Path(args.output))
+
+    changes = {
+        name: getattr(args, name) for name in ("data", "input_file", "val_seq_len") if getattr(args, name)
+    }
+    restored = restore(args, changes)
+    cfg = restored.cfg
+    dataset = load_dataset(cfg, tokenizer=restored.tokenizer)
+    rows = HeldoutRows(
+        dataset.heldout,
+        restored.tokenizer.eot,
+        cfg.val_seq_len or cfg.train_seq_len,
+        lookahead=restored.adapter.data_spec().lookahead,
+        max_bytes=args.val_bytes or cfg.val_bytes,
+    )
+    with StopSignal() as stop:
+        score = evaluate(
+            restored.adapter,
+            rows,
+            World(restored.device),
+            # The run's own batch: the same shapes round alike, so its score comes out to the last digit.
+            batch_rows=args.batch_size or restored.micro_rows,
+            seed=cfg.seed,
+            precision=restored.precision,
+            should_stop=lambda: stop.requested,
+        )
+    if score is None:
+        print(f"{stop.name} received: stopped before the score was complete", file=sys.stderr)
+        return 0
+    result = {
+        "checkpoint": str(restored.checkpoint) if restored.checkpoint else None,
+        "type": cfg.type,
+        "weights": restored.weights,
+        "data": dataset.name,
+        "data_fingerprint": dataset.fingerprint,
+        "precision": restored.precision,
+        "score": score.as_dict(),
+    }
+    print(f"{cfg.type} ({restored.weights} weights) on the held-out part of {dataset.name}", file=sys.stderr)
+    shown = score.as_dict()
+    lines = [("bits per byte", bits_per_byte(shown)), *score_lines(shown)]
+    for name, text in lines:
+        print(f"  {name:<18}{text}", file=sys.stderr)
+    for note in ranking_notes(shown, {}):
+        print(f"  {note}", file=sys.stderr)
+    print(json.dumps(result))
+    if args.output:
+        write_atomically(Path(args.output), json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+def _require_writable(path: Path) -> None:
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"output: cannot write {path}. Give a file in an existing folder")

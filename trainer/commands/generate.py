@@ -1,0 +1,163 @@
+"""The `generate` command: text from a trained model, printed as it comes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+
+from adapters.base import GenerateOptions
+from data.tokenizers import StreamDecoder, Tokenizer
+from trainer.errors import StopRequested
+from trainer.precision import autocast
+from trainer.run.restore import add_checkpoint_arguments, restore
+from trainer.signals import StopSignal
+from trainer.view.text_view import TextView, with_gaps
+
+__all__ = ["main"]
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, GenerateOptions]:
+    """The words of the command, and what they ask of the model. Raises ValueError."""
+    parser = argparse.ArgumentParser(
+        prog="python mytrainer.py generate",
+        description="Continue a prompt with a trained model. The text goes to stdout, everything else to stderr.",
+    )
+    add_checkpoint_arguments(parser)
+    parser.add_argument("--prompt", default="", help="text to continue (default: the start of a document)")
+    parser.add_argument(
+        "--infill",
+        metavar="TEXT",
+        help="text or file with gaps, each written ____; for models that can fill gaps",
+    )
+    parser.add_argument("--gap_tokens", type=int, default=16, help="tokens that each gap stands for")
+    parser.add_argument("--max_new_tokens", type=int, default=200)
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        help="0 is greedy (default: 0.8; diffusion: 1, the model's own distribution)",
+    )
+    parser.add_argument("--top_k", type=int, default=0, help="0 is off")
+    parser.add_argument("--top_p", type=float, default=1.0, help="1 is off")
+    parser.add_argument(
+        "--min_p",
+        type=float,
+        default=0.0,
+        help="least probability relative to the likeliest token's; 0 is off",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_samples", type=int, default=1)
+    parser.add_argument(
+        "--ignore_document_end", action="store_true", help="go on after the model ends the document"
+    )
+    parser.add_argument(
+        "--no_cache",
+        action="store_true",
+        help="reuse nothing the model has computed before; the text is the same",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=0, help="diffusion: reverse steps (0: the model's own number)"
+    )
+    parser.add_argument(
+        "--by_confidence",
+        action="store_true",
+        help="diffusion: surest positions first; not the model's own law",
+    )
+    args = parser.parse_args(argv)
+    if args.num_samples < 1:
+        raise ValueError(f"num_samples: must be at least 1, got {args.num_samples}")
+    if args.prompt and args.infill is not None:
+        raise ValueError(
+            "prompt and infill exclude each other: write the prompt at the start of the infill text"
+        )
+    options = GenerateOptions(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        seed=args.seed,
+        stop_at_document_end=not args.ignore_document_end,
+        use_cache=not args.no_cache,
+        steps=args.steps,
+        by_confidence=args.by_confidence,
+    )
+    return args, options
+
+
+def main(argv: list[str]) -> int:
+    args, options = _parse(argv)
+    restored = restore(args)
+    moving = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"  # a cursor can go back
+    view = TextView(restored.tokenizer) if moving else None
+    prompt = restored.tokenizer.encode(args.prompt).tolist()
+    printer = _Printer(args.prompt, restored.tokenizer, args.num_samples, view)
+    gaps = with_gaps(args.infill, restored.tokenizer, args.gap_tokens) if args.infill is not None else None
+    notes = restored.adapter.generation_notes if gaps is None else restored.adapter.infill_notes
+    if options.by_confidence:
+        notes = (
+            *notes,
+            "by_confidence: the surest tokens first; this is no draw from the model's distribution",
+        )
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    started = time.perf_counter()
+    with StopSignal() as stop, autocast(restored.precision, restored.device):
+
+        def on_tokens(row: int, tokens: list[int]) -> None:
+            printer.add(row, tokens)
+            if stop.requested:
+                raise StopRequested
+
+        def on_state(row: int, text: list[int | None]) -> None:
+            if stop.requested:
+                raise StopRequested
+            if view is not None and row == 0:
+                view.show(text)
+
+        try:
+            if gaps is None:
+                restored.adapter.generate([prompt] * args.num_samples, options, on_tokens, on_state)
+            else:
+                filled = restored.adapter.infill([gaps] * args.num_samples, options, on_state)
+                for row, text in enumerate(filled.tokens):
+                    printer.add(row, text)
+        except StopRequested:
+            print("\n(stopped)", file=sys.stderr)
+    printer.end()
+    seconds = time.perf_counter() - started
+    where = f"{restored.checkpoint} ({restored.weights} weights, {restored.device})"
+    print(f"{printer.count} tokens, {printer.count / seconds:.0f} per second, from {where}", file=sys.stderr)
+    return 0
+
+
+class _Printer:
+    """Prints each sample from its prompt on; characters wait until all their bytes have arrived. What a view shows of
+    a text being resolved is wiped before."""
+
+    def __init__(self, prompt: str, tokenizer: Tokenizer, samples: int, view: TextView | None) -> None:
+        self.prompt, self.tokenizer, self.samples, self.view = prompt, tokenizer, samples, view
+        self.row = -1
+        self.count = 0
+
+    def add(self, row: int, tokens: list[int]) -> None:
+        if not tokens:
+            return
+        if row != self.row:
+            if self.view is not None:
+                self.view.wipe()
+            self.end()
+            self.row = row
+            self.decoder = StreamDecoder(self.tokenizer)
+            if self.samples > 1:
+                print(f"--- sample {row + 1} of {self.samples} ---", file=sys.stderr, flush=True)
+            sys.stdout.write(self.prompt)
+        self.count += len(tokens)
+        sys.stdout.write(self.decoder.push(tokens))
+        sys.stdout.flush()
+
+    def end(self) -> None:
+        if self.row >= 0:
+            sys.stdout.write(self.decoder.flush() + "\n")
+            sys.stdout.flush()

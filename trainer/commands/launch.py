@@ -1,0 +1,352 @@
+"""Starting a run: its folder, its processes, its exit status.
+
+One worker, started in four ways: in this process; as several processes where the config asks for them; as one
+subprocess per job of a sweep, so that nothing leaks from job to job; or already started by torchrun or accelerate,
+in which case rank 0 alone reads the command line and tells the others.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from configs.hardware import process_count
+from configs.messages import REDACTED, ConfigError
+from configs.schema import ModelConfig, RunConfig, redacted
+from configs.validate import validate
+from trainer.errors import TrainingError
+
+ROOT = Path(__file__).resolve().parents[2]
+# Where the processes of a self-launched run say who they are and how they ended.
+_POST = "MYTRAINER_WORKERS"
+_KEY = "mytrainer/launch"
+_KEPT = "kept.yaml"  # beside a worker's config: what the run folder keeps of it
+
+
+class JobFailed(RuntimeError):
+    """A worker process ended badly, having said why itself."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"the run ended with exit status {status}")
+        self.status = status
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.status,)
+
+
+# -- the run folder ----------------------------------------------------------------------------------------
+
+
+def run_folder(cfg: RunConfig, named: Path | None = None) -> Path:
+    """The folder the settings name, else `outputs/<type>-<date>-<time>-<hex>`."""
+    if named is not None:
+        return named
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    type_ = cfg.type.rpartition(":")[2]
+    return Path("outputs") / f"{type_}-{stamp}-{secrets.token_hex(2)}"
+
+
+def require_writable(folder: Path) -> None:
+    """Create the folder. Raises ConfigError if that, or writing in it, is impossible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir: cannot write to {folder}: {error.strerror or error}. Choose another output_dir"
+        ) from None
+
+
+def config_text(cfg: RunConfig, origin: str = "", *, of_this_start: bool = False) -> str:
+    """The resolved config as a model file that reproduces the run. Secrets of `env` stay out; so does what was asked
+    of one start only, unless this is for the workers of that start."""
+    lines = ["# The resolved configuration of this run. Running it again reproduces the run."]
+    lines += [f"# Composed from {origin}"] if origin else []
+    once = {} if of_this_start else {"resume": "none", "eval_only": False}
+    body = OmegaConf.to_yaml(OmegaConf.create({"defaults": ["training", "_self_"], **redacted(cfg), **once}))
+    return "\n".join(lines) + "\n" + body
+
+
+def with_absolute_paths(cfg: RunConfig) -> RunConfig:
+    """Relative paths mean the start directory; a run can be gone on with from any other."""
+    changes: dict[str, str] = {}
+    if cfg.data_root is not None:
+        changes["data_root"] = os.path.abspath(os.path.expanduser(cfg.data_root))
+    elif cfg.input_file is not None:
+        changes["input_file"] = os.path.abspath(os.path.expanduser(cfg.input_file))
+    if Path(cfg.tokenizer).suffix == ".json":
+        changes["tokenizer"] = os.path.abspath(os.path.expanduser(cfg.tokenizer))
+    return cfg.model_copy(update=changes)
+
+
+def read_config(path: Path) -> tuple[RunConfig, ModelConfig]:
+    """The inverse of `config_text`, from a file. Raises ConfigError."""
+    tree = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(tree, dict)
+    return validate({str(k): v for k, v in tree.items() if k != "defaults"})
+
+
+def apply_env(env: Mapping[str, str], secrets_: Mapping[str, str] | None = None) -> None:
+    """Set environment variables; one that is already set wins, with a notice."""
+    for name, value in {**env, **(secrets_ or {})}.items():
+        present = os.environ.get(name)
+        if value == REDACTED:
+            if present is None:
+                print(f"note: env.{name} was not saved (a secret); set it in your shell", file=sys.stderr)
+        elif present is None:
+            os.environ[name] = value
+        elif present != value and not (secrets_ and name in secrets_):
+            print(f"note: env.{name}: the environment has {present!r}, which is kept", file=sys.stderr)
+        elif present != value:
+            print(f"note: env.{name}: the environment's own value is kept", file=sys.stderr)
+
+
+# -- starting ------------------------------------------------------------------------------------------------
+
+
+def start(
+    cfg: RunConfig, model_cfg: ModelConfig, folder: Path, *, isolated: bool = False, origin: str = ""
+) -> float:
+    """Run one training to its end; returns bits per byte (NaN if it was stopped before the first score).
+
+    `isolated`: in a process of its own even if one process is all it takes.
+    """
+    require_writable(folder)
+    cfg = with_absolute_paths(cfg)
+    text = config_text(cfg, origin)
+    if launched():
+        _tell({"config": cfg.model_dump(mode="json"), "folder": str(folder), "env": _secret_env(cfg)})
+        return run_here(cfg, model_cfg, folder, text)
+    processes = process_count(cfg.num_gpus, cfg.device)
+    if processes > 1 or isolated:
+        return run_workers(cfg, text, folder, processes)
+    return run_here(cfg, model_cfg, folder, text)
+
+
+def run_here(cfg: RunConfig, model_cfg: ModelConfig, folder: Path, text: str) -> float:
+    """Train in this process. A failure that has an explanation becomes one message and exit status 1; the user's
+    mistakes that only show once data and model are there, status 2. `text` becomes the run's config.yaml."""
+    from trainer.loop import train
+
+    try:
+        return train(cfg, model_cfg, folder, text)
+    except (TrainingError, ValueError, OSError) as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        # Every rank raises the same one; it is said once.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
+
+
+def run_workers(cfg: RunConfig, text: str, folder: Path, processes: int) -> float:
+    """Start the worker(s) of one run, pass signals on to them, wait. Raises JobFailed if they failed.
+
+    `text` becomes the run's config.yaml.
+    """
+    with tempfile.TemporaryDirectory(prefix="mytrainer-") as post:
+        config = Path(post) / "config.yaml"
+        config.write_text(config_text(cfg, of_this_start=True), encoding="utf-8")
+        config.with_name(_KEPT).write_text(text, encoding="utf-8")
+        command = [sys.executable, str(ROOT / "mytrainer.py"), "worker", str(config), str(folder)]
+        env = {**os.environ, _POST: post}
+        if processes > 1:
+            env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+            env |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        # Sessions of their own: Ctrl-C in a terminal reaches the workers once, through us.
+        children = [
+            subprocess.Popen(
+                command,
+                env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else env,
+                start_new_session=True,
+            )
+            for rank in range(processes)
+        ]
+        with _forwarding(children) as received:
+            status = _wait(children)
+        return _outcome(Path(post), status, received)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _wait(children: list[subprocess.Popen[bytes]], grace: float = 20.0) -> int:
+    """Wait for all; the first bad exit status, or 0. When one fails the others usually do so by themselves;
+    one that hangs in an exchange with the dead is ended after `grace` seconds."""
+    failed_at = None
+    while any(child.poll() is None for child in children):
+        if failed_at is None and any(child.returncode for child in children):
+            failed_at = time.monotonic()
+        if failed_at is not None and time.monotonic() - failed_at > grace:
+            for child in children:
+                child.kill()
+        time.sleep(0.05)
+    return next((child.returncode for child in children if child.returncode), 0)
+
+
+def _outcome(post: Path, status: int, received: list[int]) -> float:
+    """What rank 0 reported; the launcher's own status counts where it could not."""
+    result: dict[str, Any] = {}
+    report = post / "result.json"
+    if report.exists():
+        result = json.loads(report.read_text())
+    status = result.get("status", 1) if status else 0
+    if received and status in (0, 1) and not result.get("status"):
+        raise SystemExit(0 if result else 128 + received[0])
+    if status or not result:
+        raise JobFailed(status or 1)
+    score = result["score"]
+    return math.nan if score is None else score
+
+
+@contextmanager
+def _forwarding(children: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """While open, SIGTERM and SIGINT go to the worker processes. Yields the signals received."""
+    received: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for child in children:
+            if child.poll() is None:
+                child.send_signal(number)
+
+    try:
+        previous = {n: signal.signal(n, forward) for n in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not the main thread (a sweep launcher's): nobody sends it signals
+        previous = {}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def worker_main(argv: list[str]) -> int:
+    """`worker <config.yaml> <run folder>`: one process of a run that `run_workers` started."""
+    config, folder = Path(argv[0]), Path(argv[1])
+    post = Path(os.environ[_POST]) if _POST in os.environ else None
+    status, score = 1, math.nan
+    try:
+        env = OmegaConf.to_container(OmegaConf.load(config)).get("env") or {}  # type: ignore[union-attr]
+        apply_env(env)
+        score = run_here(*read_config(config), folder, config.with_name(_KEPT).read_text(encoding="utf-8"))
+        status = 0
+    except ConfigError as error:
+        print(error.report(), file=sys.stderr)
+        status = 2
+    except SystemExit as leaving:
+        status = leaving.code if isinstance(leaving.code, int) else 1
+    finally:
+        if post and os.environ.get("RANK", "0") == "0":
+            result = {"status": status, "score": None if math.isnan(score) else score}
+            (post / "result.part").write_text(json.dumps(result))
+            os.replace(post / "result.part", post / "result.json")
+    return status
+
+
+# -- under torchrun or accelerate ----------------------------------------------------------------------------
+
+
+def launched() -> bool:
+    """Whether a launcher started this process as one of several."""
+    return {"RANK", "WORLD_SIZE"} <= os.environ.keys() and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def rank() -> int:
+    return int(os.environ["RANK"]) if launched() else 0
+
+
+_told = False
+_store_: Any = None
+
+
+def _store() -> Any:
+    """The launcher's key-value store. Kept open: rank 0 may be its host."""
+    global _store_
+    if _store_ is None:
+        from torch import distributed
+
+        store, _, _ = next(distributed.rendezvous("env://"))
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        _store_ = distributed.PrefixStore(f"{_KEY}/{restart}", store)
+    return _store_
+
+
+def _tell(message: dict[str, Any]) -> None:
+    global _told
+    _told = True
+    _store().set("message", json.dumps(message))
+
+
+@contextmanager
+def leading() -> Iterator[None]:
+    """Around everything rank 0 does before the run: if it leaves early, so do the others."""
+    if not launched():
+        yield
+        return
+    status = 1
+    try:
+        yield
+        status = 0
+    except ConfigError:
+        status = 2
+        raise
+    except SystemExit as leaving:
+        status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+        raise
+    finally:
+        if not _told:
+            _tell({"exit": status})
+            _wait_for_readers()
+
+
+def _wait_for_readers() -> None:
+    """Rank 0 may host the store: it stays until every other rank has read the message."""
+    others = int(os.environ["WORLD_SIZE"]) - 1
+    names = [f"read-{r}" for r in range(1, others + 1)]
+    try:
+        _store().wait(names, datetime.timedelta(seconds=60))
+    except Exception as error:
+        print(f"note: not every process heard that this run ends: {error}", file=sys.stderr)
+
+
+def follow() -> int:
+    """Ranks other than 0: wait for rank 0's decision and take part in its run."""
+    store = _store()
+    message = json.loads(store.get("message"))
+    store.set(f"read-{rank()}", "1")
+    if "exit" in message:
+        return message["exit"]
+    cfg, folder = RunConfig.model_validate(message["config"]), Path(message["folder"])
+    for name, value in {**cfg.env, **message["env"]}.items():
+        if value != REDACTED:
+            os.environ.setdefault(name, value)
+    cfg, model_cfg = validate(cfg.model_dump(mode="json"))
+    run_here(cfg, model_cfg, folder, "")  # rank 0 writes the config
+    return 0
+
+
+def _secret_env(cfg: RunConfig) -> dict[str, str]:
+    """Secrets by name, for the other ranks' environment only; they travel through memory, not files."""
+    return {k: os.environ[k] for k, v in cfg.env.items() if v == REDACTED and k in os.environ}

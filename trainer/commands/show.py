@@ -1,0 +1,225 @@
+"""The `show` command: what a configuration would cost, before any data or device is touched.
+
+Without a model file: the list of configurations. With one: parameters by role, FLOPs, memory, tokens and, where a
+speed is given or can be looked up in an earlier run, time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from configs.compose import compose, list_configs
+from trainer.batching import plan_batch
+
+if TYPE_CHECKING:
+    from configs.schema import RunConfig
+
+__all__ = ["describe", "main", "memory_estimate"]
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python mytrainer.py show",
+        description="Sizes and costs of a configuration. Extra arguments are Hydra overrides: preset=small n=v ...",
+    )
+    parser.add_argument("--hydra_model_cfg", "--config", help="the model file; none: list what there is")
+    parser.add_argument("--vocab_size", type=int, help="vocabulary where the file leaves it to the tokenizer")
+    parser.add_argument("--json", action="store_true")
+    args, overrides = parser.parse_known_args(argv)
+    if args.vocab_size is not None and args.vocab_size < 2:
+        raise ValueError(f"vocab_size: must be at least 2, got {args.vocab_size}")
+    if args.hydra_model_cfg is None:
+        rows = [_list_row(name, text, args.vocab_size) for name, text in list_configs()]
+        print(json.dumps(rows, indent=2) if args.json else _table(rows))
+        return 2 if any(row["problem"] for row in rows) else 0
+    cfg, model_cfg = compose([f"--hydra_model_cfg={args.hydra_model_cfg}", *overrides])
+    found = describe(cfg, model_cfg, args.vocab_size)
+    print(json.dumps(found, indent=2) if args.json else _page(found))
+    return 0
+
+
+def _vocabulary(cfg: RunConfig, given: int | None) -> Any:
+    """Stands in for the tokenizer, whose size follows from its name unless it is a file."""
+    size = given
+    if size is None and cfg.tokenizer.startswith("bpe-"):
+        size = int(cfg.tokenizer.removeprefix("bpe-"))
+    elif size is None and (cfg.tokenizer == "byte" or (cfg.tokenizer == "auto" and cfg.data == "synthetic")):
+        size = 257
+    elif size is None and cfg.tokenizer == "auto":
+        size = 1024
+    elif size is None:
+        from data.tokenizers import load_tokenizer
+
+        size = load_tokenizer(cfg.tokenizer).vocab_size
+    return SimpleNamespace(vocab_size=size, eot=size - 1, name=cfg.tokenizer)
+
+
+def describe(cfg: RunConfig, model_cfg: Any, vocab_size: int | None = None) -> dict[str, Any]:
+    """Counts from the model built without storage, costs by the documented formulas."""
+    from adapters import build_adapter
+    from trainer.optim.optimizers import role_table
+
+    tokenizer = _vocabulary(cfg, vocab_size if getattr(model_cfg, "vocab_size", None) is None else None)
+    adapter = build_adapter(cfg, model_cfg, tokenizer, "meta")
+    roles = role_table(adapter.named_model_parameters(), adapter.param_roles(), cfg, adapter.width)
+    flops = adapter.flops(cfg.train_seq_len)
+    given = cfg.batch_size if isinstance(cfg.batch_size, int) else None
+    world = cfg.num_gpus if isinstance(cfg.num_gpus, int) else 1
+    plan = plan_batch(cfg.global_batch_size, given, cfg.gradient_accumulation_steps, world, cfg.train_seq_len)
+    tokens_per_step = plan.rows * cfg.train_seq_len
+    total = sum(p.numel() for p in adapter.parameters())
+    tokens = None if cfg.num_epochs is not None else cfg.num_iterations * tokens_per_step
+    return {
+        "type": cfg.type,
+        "preset": cfg.preset,
+        "vocab_size": adapter.model_cfg.vocab_size,
+        "parameters": {
+            "total": total,
+            "trainable": sum(r["parameters"] for r in roles if r["optimizer"] != "frozen"),
+        },
+        "roles": roles,
+        "flops_per_token": {"forward": flops.forward_per_token, "training": flops.training_per_token},
+        "tokens_per_step": tokens_per_step,
+        "steps": None if tokens is None else cfg.num_iterations,
+        "tokens": tokens,
+        "training_flops": None if tokens is None else flops.training_per_token * tokens,
+        "batch": {
+            "global": plan.rows,
+            "micro": plan.micro_rows,
+            "accumulation": plan.accumulation,
+            "processes": plan.world_size,
+        },
+        "memory_bytes": memory_estimate(adapter, cfg, plan.micro_rows),
+        "measured_tokens_per_second": _measured_speed(cfg, adapter.model_cfg),
+    }
+
+
+def memory_estimate(adapter: Any, cfg: RunConfig, micro_rows: int) -> dict[str, int]:
+    """Bytes of one process: fp32 weights and gradients, optimizer state, EMA, and the larger activations.
+
+    Activations per block and token: about 34 D bytes in 16-bit and twice that in fp32 with fused attention
+    (Korthikanti et al., 2022, arXiv 2205.05198, equation 2 without the attention matrices); with recompute only the
+    block's input of D. Logits of one micro-batch in fp32 are the other large tensor.
+    """
+    weights = 4 * sum(p.numel() for p in adapter.parameters())
+    states = {"adamw": 2, "adam": 2, "sgd": 1, "muon": 1}[cfg.optimizer]
+    rows = micro_rows * cfg.train_seq_len
+    item = 4 if cfg.mixed_precision == "no" else 2
+    per_token = adapter.width * item * (1 if cfg.gradient_checkpointing else 17)
+    out = {
+        "weights": weights,
+        "gradients": weights,
+        "optimizer": states * weights,
+        "ema": weights if cfg.ema_decay else 0,
+        "activations": rows * per_token * len(adapter.blocks()),
+        "logits": 2 * 4 * rows * adapter.model_cfg.vocab_size,
+    }
+    return {**out, "total": sum(out.values())}
+
+
+def _measured_speed(cfg: RunConfig, model_cfg: Any) -> dict[str, Any] | None:
+    """Tokens per second of the newest finished run of this very model and row length here, if there is one."""
+    wanted = {
+        "type": cfg.type,
+        "model_cfg": model_cfg.model_dump(mode="json"),
+        "train_seq_len": cfg.train_seq_len,
+    }
+    found = []
+    for summary in [*Path("outputs").glob("*/summary.json"), *Path("checkpoints").glob("*/summary.json")]:
+        try:
+            done = json.loads(summary.read_text())
+            config = json.loads((summary.parent / "config.json").read_text())
+        except (OSError, ValueError):
+            continue
+        if all(config.get(key) == value for key, value in wanted.items()) and done["tokens_per_second"]:
+            found.append((summary.stat().st_mtime, done["tokens_per_second"], str(summary.parent)))
+    if not found:
+        return None
+    _, speed, run = max(found)
+    return {"tokens_per_second": speed, "run": run}
+
+
+def _page(d: dict[str, Any]) -> str:
+    lines = [f"{d['type']} (preset {d['preset']}, vocabulary {d['vocab_size']:,})", "", "parameters by role"]
+    for row in d["roles"]:
+        rate = (
+            "frozen" if row["optimizer"] == "frozen" else f"{row['optimizer']}, learning rate {row['lr']:.3g}"
+        )
+        lines.append(f"  {row['role']:<12}{row['parameters']:>15,}  {row['tensors']:>4} tensors  {rate}")
+    lines.append(f"  {'total':<12}{d['parameters']['total']:>15,}  ({human(d['parameters']['total'])})")
+    f = d["flops_per_token"]
+    lines += [
+        "",
+        f"FLOPs per token   forward {f['forward']:.4g}, training {f['training']:.4g}",
+    ]
+    b = d["batch"]
+    lines.append(
+        f"step              {b['global']} rows = {b['processes']} x {b['accumulation']} x {b['micro']}, "
+        f"{d['tokens_per_step']:,} tokens"
+    )
+    if d["tokens"]:
+        lines.append(
+            f"run               {d['steps']:,} steps, {d['tokens']:,} tokens, {d['training_flops']:.3g} FLOPs"
+        )
+    else:
+        lines.append("run               as many steps as num_epochs needs, which depends on the text")
+    m = d["memory_bytes"]
+    parts = ", ".join(f"{k} {v / 2**20:,.0f}" for k, v in m.items() if k != "total" and v)
+    lines.append(f"memory (estimate) {m['total'] / 2**20:,.0f} MiB a process ({parts})")
+    speed = d["measured_tokens_per_second"]
+    if speed and d["tokens"]:
+        seconds = d["tokens"] / speed["tokens_per_second"]
+        rate = f"{speed['tokens_per_second']:,.0f} tokens/s of {speed['run']}"
+        lines.append(f"time              {seconds / 60:.1f} min at the {rate}")
+    elif d["tokens"]:
+        lines.append("time              unknown until a run of this model has finished here")
+    return "\n".join(lines)
+
+
+def _list_row(name: str, text: str, vocab_size: int | None) -> dict[str, Any]:
+    try:
+        cfg, model_cfg = compose([f"--hydra_model_cfg={name}", "preset=none"])
+        found = describe(cfg, model_cfg, vocab_size)
+    except ValueError as error:
+        return {"file": name, "description": text, "problem": str(error)}
+    sizes = {k: getattr(model_cfg, k, None) for k in ("n_layers", "n_heads", "d_model")}
+    return {
+        "file": name,
+        "description": text,
+        "parameters": found["parameters"]["total"],
+        **sizes,
+        "problem": None,
+    }
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    head = f"{'File':<16}{'Params':>10}{'Layers':>8}{'Heads':>7}{'Embed':>7}  Description"
+    lines = ["=" * 70, "Available Model Configurations", "=" * 70, head]
+    for row in rows:
+        if row["problem"]:
+            lines.append(f"{row['file']:<16}invalid: {row['problem']}")
+            continue
+        layers, heads, width = (
+            row[k] if row[k] is not None else "-" for k in ("n_layers", "n_heads", "d_model")
+        )
+        size = human(row["parameters"])
+        lines.append(f"{row['file']:<16}{size:>10}{layers:>8}{heads:>7}{width:>7}  {row['description']}")
+    lines += ["", "python mytrainer.py show --hydra_model_cfg=configs/gpt2.yaml preset=small"]
+    return "\n".join(lines)
+
+
+def human(count: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f}{unit}"
+    return str(count)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

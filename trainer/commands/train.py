@@ -1,0 +1,161 @@
+"""The `train` command: command line -> Hydra -> one run, or a sweep of them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.conf import HydraConf
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from omegaconf import DictConfig, OmegaConf
+
+from configs.compose import (
+    APP,
+    Checked,
+    Plan,
+    check,
+    check_grid,
+    compose_hydra,
+    compose_tree,
+    help_text,
+    prepare,
+)
+from configs.files import CONFIGS, ROOT, digest
+from configs.messages import ConfigError
+from configs.runs import named_folder
+from configs.schema import env_strings
+from configs.validate import validate
+from trainer.commands import launch
+
+
+def main(argv: list[str]) -> int:
+    """Train what the command line says. Raises ConfigError for the user's mistakes (exit status 2)."""
+    if launch.launched() and launch.rank() > 0:
+        return launch.follow()
+    with launch.leading():
+        return _lead(argv)
+
+
+def _lead(argv: list[str]) -> int:
+    plan = prepare(argv)
+    if plan.request.mode != "run":
+        return _show(plan)
+    launch.apply_env({}, plan.secrets)
+    if plan.request.multirun:
+        return _sweep(plan)
+    tree = compose_tree(plan.overrides)
+    launch.apply_env(_env(tree["env"]))  # before the model file, hence torch, is imported
+    checked = check(plan, tree)
+    _say(plan)
+    return _run(plan, checked)
+
+
+def _env(value: object) -> dict[str, str]:
+    """The variables of a tree that is not checked yet; what is none is refused later."""
+    given = env_strings(value) if isinstance(value, dict) else {}
+    return {k: v for k, v in given.items() if isinstance(v, str)}
+
+
+def _say(plan: Plan) -> None:
+    for text in dict.fromkeys(plan.notices):
+        print(f"note: {text}", file=sys.stderr)
+
+
+def _show(plan: Plan) -> int:
+    """--help, --cfg, --info: Hydra prints, then what is wrong goes to stderr.
+
+    Except for --help: Hydra's walks every folder of the project in search of option groups.
+    """
+    if plan.request.mode == "help":
+        print(help_text())
+        if len(plan.models) == 1 and not plan.request.sweeps:
+            print("This configuration; override anything in it (key=value):\n")
+            print(OmegaConf.to_yaml(OmegaConf.create(compose_tree(plan.overrides))))
+        return 0
+    _say(plan)
+    _hydra(plan, lambda cfg: None, [])
+    if plan.request.mode == "cfg" and len(plan.models) == 1:
+        check(plan, compose_tree(plan.overrides))
+    return 0
+
+
+def _run(plan: Plan, checked: Checked) -> int:
+    folder = launch.run_folder(checked.cfg, checked.folder)
+    launch.require_writable(folder)
+    status = 0
+
+    def task(cfg: DictConfig) -> float:
+        nonlocal status
+        try:
+            return launch.start(checked.cfg, checked.model_cfg, folder, origin=checked.origin)
+        except launch.JobFailed as failed:
+            status = failed.status
+            return float("nan")
+
+    _hydra(plan, task, [f"hydra.run.dir={_quote(folder)}"])
+    return status
+
+
+def _sweep(plan: Plan) -> int:
+    if launch.launched():
+        raise ConfigError(
+            "a sweep starts its own processes. Instead of torchrun use: python mytrainer.py ... num_gpus=N -m"
+        )
+    check_grid(plan)
+    model = f"configs@_global_='{next(iter(plan.models))}'"
+    fixed = [o for o in plan.overrides if o.startswith("hydra")]
+    launch.require_writable(Path(compose_hydra([*fixed, model]).hydra.sweep.dir).absolute().parent)
+    _say(plan)
+    _hydra(plan, sweep_job, [])
+    return 0
+
+
+def sweep_job(cfg: DictConfig) -> float:
+    """One job of a sweep, wherever a Hydra launcher runs it; the training has a process of its own."""
+    values = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(values, dict)
+    job = HydraConfig.get()
+    try:
+        run_cfg, model_cfg = validate({str(k): v for k, v in values.items()})
+        explicit = {o.partition("=")[0].lstrip("+") for o in job.overrides.task}
+        folder = named_folder(run_cfg.model_dump(), explicit) or Path(job.runtime.output_dir)
+        return launch.start(run_cfg, model_cfg, folder, isolated=True, origin=_origin(job))
+    except ConfigError as error:
+        raise CompactHydraException(error.report()) from None
+    except launch.JobFailed as failed:
+        raise CompactHydraException(f"job {job.job.num}: {failed}") from None
+
+
+def _origin(job: HydraConf) -> str:
+    """The model file of a sweep job and its digest."""
+    option = job.runtime.choices["configs@_global_"]
+    path = CONFIGS / f"{option}.yaml"
+    if not path.is_file():
+        path = Path(ConfigStore.instance().load(f"configs/{option}.yaml").provider or "")
+    return f"{path} (sha256 {digest(path)})" if path.is_file() else option
+
+
+def _quote(path: Path) -> str:
+    text = str(path).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{text}'"
+
+
+def _hydra(plan: Plan, task: object, extra: list[str]) -> None:
+    """Hand over to `hydra.main`. Its parser wants the flags first."""
+    _guard_argparse()
+    # The run folder's config.yaml says more than Hydra's own record, which a second run would write over.
+    extra = ["hydra.output_subdir=null", *extra]
+    sys.argv = [sys.argv[0], *plan.request.flags, *extra, *plan.overrides]
+    os.environ.setdefault("HYDRA_FULL_ERROR", "0")
+    hydra.main(version_base="1.3", config_path=str(ROOT), config_name=APP)(task)()  # type: ignore[arg-type]
+
+
+def _guard_argparse() -> None:
+    """Python 3.14 checks help texts when an option is added; one of Hydra 1.3 is not a string."""
+    if hasattr(argparse.ArgumentParser, "_check_help"):
+        argparse.ArgumentParser._check_help = lambda self, action: None  # type: ignore[attr-defined]

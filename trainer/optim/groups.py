@@ -1,0 +1,124 @@
+"""Which optimizer, learning rate and weight decay every parameter gets, decided by its role.
+
+Roles come from the adapter's rules; everything here follows from them and the config, without touching a
+device, so that `show` prints the same table that a run uses.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.nn import Parameter
+
+from models.layers.roles import Rule
+from naming import shorten
+from trainer.optim.muon import matrices_of
+
+FROZEN = "frozen"
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """How parameters of one kind are stepped."""
+
+    role: str
+    optimizer: str  # adamw, adam, sgd, muon; "frozen" = never stepped
+    lr: float = 0.0  # peak, with multipliers and width scaling; the schedule multiplies it
+    lr_mult: float = 1.0
+    weight_decay: float = 0.0
+    every: int = 1
+
+    @property
+    def label(self) -> str:
+        """Name of the learning rate in logs: the role, with the multiplier where it is not 1."""
+        return self.role if self.lr_mult == 1 else f"{self.role} x{self.lr_mult:g}"
+
+
+@dataclass
+class ParameterGroup:
+    """Parameters that are treated alike: one row of the role table."""
+
+    treatment: Treatment
+    parameters: dict[str, Parameter] = field(default_factory=dict)
+    splits: list[int] = field(default_factory=list)  # per parameter: matrices stacked along its rows
+
+
+def assign_groups(
+    named_parameters: Iterable[tuple[str, Parameter]], rules: list[Rule], cfg: Any, width: int
+) -> list[ParameterGroup]:
+    """Group every parameter by the first rule whose pattern matches its whole name.
+
+    Args:
+        named_parameters: each parameter once, as `Module.named_parameters` gives them.
+        rules: first match wins.
+        cfg: the generic fields `optimizer`, `learning_rate`, `muon_learning_rate`, `weight_decay`,
+            `lr_scaling`, `lr_base_width`.
+        width: the model's d_model, for `lr_scaling: width`.
+    Raises:
+        ValueError: a trainable parameter matches no rule, or a `matrix` is none.
+    """
+    groups: dict[Treatment, ParameterGroup] = {}
+    unmatched: list[str] = []
+    for name, parameter in named_parameters:
+        rule = next((rule for rule in rules if re.fullmatch(rule.pattern, name)), None)
+        if not parameter.requires_grad:
+            treatment = Treatment(rule.role if rule else "none", FROZEN)
+        elif rule is None:
+            unmatched.append(name)
+            continue
+        else:
+            treatment = _treatment(name, parameter, rule, cfg, width)
+        group = groups.setdefault(treatment, ParameterGroup(treatment))
+        group.parameters[name] = parameter
+        group.splits.append(rule.split if rule else 1)
+    if unmatched:
+        roles = ", ".join(dict.fromkeys(rule.role for rule in rules)) or "none"
+        raise ValueError(
+            f"no parameter role for {shorten(unmatched)}: add a Rule to the adapter's param_roles() "
+            f"(roles it names now: {roles})"
+        )
+    return list(groups.values())
+
+
+def _treatment(name: str, parameter: Parameter, rule: Rule, cfg: Any, width: int) -> Treatment:
+    matrix = rule.role == "matrix"
+    if matrix:
+        try:
+            matrices_of(parameter, rule.split)
+        except ValueError as error:
+            raise ValueError(f"{name} has the role matrix: {error}") from None
+    optimizer = "adamw" if cfg.optimizer == "muon" and not matrix else cfg.optimizer
+    lr = (cfg.muon_learning_rate if optimizer == "muon" else cfg.learning_rate) * rule.lr_mult
+    # Adam's update has unit scale per entry, so its effect on a hidden layer grows with the fan-in and the
+    # rate must shrink with it (Yang et al., Tensor Programs V, arXiv:2203.03466, table 8). Embeddings and
+    # vectors have a fan-in of one; Muon's scale accounts for the shape already. Decoupled decay shrinks too.
+    if matrix and optimizer in ("adamw", "adam") and cfg.lr_scaling == "width" and cfg.lr_base_width:
+        lr *= cfg.lr_base_width / width
+    decayed = rule.role != "scalar" and parameter.ndim >= 2
+    return Treatment(
+        role=rule.role,
+        optimizer=optimizer,
+        lr=lr,
+        lr_mult=rule.lr_mult,
+        weight_decay=cfg.weight_decay * rule.wd_mult if decayed else 0.0,
+        every=rule.every,
+    )
+
+
+def role_table(
+    named_parameters: Iterable[tuple[str, Parameter]], rules: list[Rule], cfg: Any, width: int
+) -> list[dict[str, Any]]:
+    """Rows {role, optimizer, tensors, parameters, lr, weight_decay, every}; `parameters` sum to the total."""
+    return [
+        {
+            "role": group.treatment.role,
+            "optimizer": group.treatment.optimizer,
+            "tensors": len(group.parameters),
+            "parameters": sum(p.numel() for p in group.parameters.values()),
+            "lr": group.treatment.lr,
+            "weight_decay": group.treatment.weight_decay,
+            "every": group.treatment.every,
+        }
+        for group in assign_groups(named_parameters, rules, cfg, width)
+    ]

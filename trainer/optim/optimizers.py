@@ -1,0 +1,220 @@
+"""All optimizers of a run behind one `step`.
+
+AdamW, Adam and SGD are torch's fused ones; Muon (trainer/optim/muon.py) takes the hidden matrices if chosen, with
+AdamW for the rest. Adam's and SGD's weight decay is L2 regularisation inside the gradient, as `torch.optim`
+defines it; AdamW's and Muon's is decoupled. SGD has momentum 0.9.
+
+A step takes a device-side flag that turns it into an exact no-op, so that the loop need not wait for the
+device to learn whether a gradient was finite.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from models.layers.roles import Rule
+from naming import require_same_names, shorten
+from trainer.optim.groups import FROZEN, ParameterGroup, assign_groups, role_table
+from trainer.optim.muon import Muon
+
+__all__ = ["Optimizers", "build_optimizers", "clip_gradients", "role_table"]
+
+SGD_MOMENTUM = 0.9
+
+
+def build_optimizers(
+    named_parameters: Iterable[tuple[str, Parameter]], rules: list[Rule], cfg: Any, width: int
+) -> "Optimizers":
+    """Optimizers for every trainable parameter; see `assign_groups` for arguments and errors."""
+    groups = assign_groups(named_parameters, rules, cfg, width)
+    return Optimizers([group for group in groups if group.treatment.optimizer != FROZEN], cfg)
+
+
+def clip_gradients(parameters: Iterable[Parameter], max_norm: float) -> Tensor:
+    """Scale all gradients by min(1, max_norm / norm); return their global 2-norm before that, on the device.
+
+    `max_norm` 0 only measures. A non-finite norm leaves non-finite gradients: the step's `found_inf` covers
+    that.
+    """
+    parameters = list(parameters)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+class Optimizers:
+    """Steps every group with its optimizer; state is keyed by parameter name."""
+
+    def __init__(self, groups: list[ParameterGroup], cfg: Any) -> None:
+        self._groups = groups
+        self._cfg = cfg
+        self._names: dict[Tensor, str] = {p: name for group in groups for name, p in group.parameters.items()}
+        self._kinds = {name: group.treatment.optimizer for group in groups for name in group.parameters}
+        self._members: list[_Member] = []
+
+    def allocate(self) -> None:
+        """Allocate all state now (so that a search for the largest batch sees it). Later calls do nothing."""
+        if self._members:
+            return
+        kinds: dict[tuple[str, int], list[ParameterGroup]] = {}
+        for group in self._groups:
+            kinds.setdefault((group.treatment.optimizer, group.treatment.every), []).append(group)
+        for (kind, every), groups in kinds.items():
+            optimizer = _FACTORIES[kind]([_torch_group(group) for group in groups], self._cfg)
+            _allocate_torch_state(optimizer)
+            self._members.append(_Member(optimizer, every))
+
+    @torch.no_grad()
+    def step(self, lr_factor: float = 1.0, found_inf: Tensor | None = None) -> None:
+        """One update with every learning rate multiplied by `lr_factor`.
+
+        Args:
+            lr_factor: from `schedule_factor`.
+            found_inf: float32 scalar on the parameters' device; 1 leaves parameters and state (step counters
+                included) exactly as they are. None = 0.
+        Raises:
+            RuntimeError: a parameter has no gradient. A part that is switched off must get a zero gradient
+                (weight 0), or data-parallel training would hang or diverge on it.
+        """
+        self.allocate()
+        without = [name for p, name in self._names.items() if p.grad is None]
+        if without:
+            raise RuntimeError(f"no gradient for {shorten(without)}: not used in this step's loss")
+        for member in self._members:
+            member.step(lr_factor, found_inf)
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for parameter in self._names:
+            parameter.grad = None
+
+    def learning_rates(self, lr_factor: float = 1.0) -> dict[str, float]:
+        """Learning rate per role; a role with several multipliers has one entry for each (`matrix x0.5`)."""
+        return {group.treatment.label: group.treatment.lr * lr_factor for group in self._groups}
+
+    def state_dict(self) -> dict[str, Any]:
+        """{"optimizer": {name: kind}, "state": {name: {key: tensor}}}: the live tensors, not copies."""
+        self.allocate()
+        state = {self._names[p]: dict(entries) for p, entries in self._live_state()}
+        return {"optimizer": dict(self._kinds), "state": state}
+
+    @torch.no_grad()
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Copy a saved state in place. Raises ValueError, before any change, where it does not fit."""
+        self.allocate()
+        require_same_names("the optimizer state", self._kinds, saved["optimizer"])
+        changed = [
+            f"{name} ({saved['optimizer'][name]}, now {kind})"
+            for name, kind in self._kinds.items()
+            if saved["optimizer"][name] != kind
+        ]
+        if changed:
+            raise ValueError(f"the optimizer state was written by another optimizer: {shorten(changed)}")
+        pairs: list[tuple[Tensor, Tensor]] = []  # live, saved
+        for parameter, entries in self._live_state():
+            name = self._names[parameter]
+            given = saved["state"][name]
+            require_same_names(f"the optimizer state of {name}", entries, given)
+            for key, live in entries.items():
+                if (live.shape, live.dtype) != (given[key].shape, given[key].dtype):
+                    raise ValueError(
+                        f"the optimizer state does not fit this model: {name}.{key} is "
+                        f"{tuple(given[key].shape)} {given[key].dtype}, "
+                        f"needed is {tuple(live.shape)} {live.dtype}"
+                    )
+                pairs.append((live, given[key]))
+        for live, value in pairs:
+            live.copy_(value)
+
+    def _live_state(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        return [item for member in self._members for item in member.optimizer.state.items()]
+
+
+class _Member:
+    """One torch optimizer, stepped every step or, with `every` = n, on the mean gradient of n steps.
+
+    With n > 1 the gradient is collected in the optimizer's state. Whether a step is due is known only on the
+    device (skipped steps do not count), so the optimizer is launched each time and told to skip.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, every: int) -> None:
+        self.optimizer = optimizer
+        self._every = every
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if every > 1:
+            self._collected_steps = torch.zeros((), device=self._parameters[0].device)
+            for parameter in self._parameters:
+                optimizer.state[parameter]["collected_gradient"] = torch.zeros_like(parameter)
+                optimizer.state[parameter]["collected_steps"] = self._collected_steps
+
+    def step(self, lr_factor: float, found_inf: Tensor | None) -> None:
+        if found_inf is None:
+            found_inf = torch.zeros((), device=self._parameters[0].device)
+        skip = found_inf if self._every == 1 else self._collect(found_inf)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * lr_factor
+        self.optimizer.found_inf = skip  # type: ignore[attr-defined]
+        self.optimizer.step()
+        if self._every > 1:
+            self._clear_where_stepped(skip)
+
+    def _collect(self, found_inf: Tensor) -> Tensor:
+        """Add this step's gradient; replace `.grad` by the mean so far; return 1 unless an update is due."""
+        for parameter in self._parameters:
+            collected = self.optimizer.state[parameter]["collected_gradient"]
+            collected.copy_(torch.where(found_inf > 0, collected, collected + parameter.grad))
+            parameter.grad.copy_(collected / self._every)  # type: ignore[union-attr]
+        self._collected_steps += 1 - found_inf
+        # The count is below `every` between steps, so a skipped step is never due.
+        return (self._collected_steps < self._every).to(torch.float32)
+
+    def _clear_where_stepped(self, skipped: Tensor) -> None:
+        for parameter in self._parameters:
+            self.optimizer.state[parameter]["collected_gradient"].mul_(skipped)
+        self._collected_steps.mul_(skipped)
+
+
+def _torch_group(group: ParameterGroup) -> dict[str, Any]:
+    return {
+        "params": list(group.parameters.values()),
+        "splits": group.splits,
+        "lr": group.treatment.lr,
+        "peak_lr": group.treatment.lr,
+        "weight_decay": group.treatment.weight_decay,
+    }
+
+
+def _allocate_torch_state(optimizer: torch.optim.Optimizer) -> None:
+    """What torch would allocate in its first step, made now.
+
+    Not only for the batch search: a fused SGD whose first step is skipped would keep an uninitialised
+    momentum.
+    """
+    if isinstance(optimizer, Muon):
+        return  # allocates by itself
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if isinstance(optimizer, torch.optim.SGD):
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            else:
+                optimizer.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                optimizer.state[p]["exp_avg"] = torch.zeros_like(p)
+                optimizer.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+
+
+def _adam_options(cfg: Any) -> dict[str, Any]:
+    return {"betas": (cfg.adam_beta1, cfg.adam_beta2), "eps": cfg.adam_epsilon, "fused": True}
+
+
+_FACTORIES: dict[str, Callable[[list[dict[str, Any]], Any], torch.optim.Optimizer]] = {
+    "adamw": lambda groups, cfg: torch.optim.AdamW(groups, **_adam_options(cfg)),
+    "adam": lambda groups, cfg: torch.optim.Adam(groups, **_adam_options(cfg)),
+    "sgd": lambda groups, cfg: torch.optim.SGD(groups, lr=0.0, momentum=SGD_MOMENTUM, fused=True),
+    "muon": lambda groups, cfg: Muon(
+        groups, lr=0.0, momentum=cfg.muon_momentum, scale=cfg.muon_scale, ns_steps=cfg.muon_ns_steps
+    ),
+}

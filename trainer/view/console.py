@@ -1,0 +1,182 @@
+"""What a person sees of a run: one live line on a terminal, one line per log interval when piped.
+
+On a terminal the line of the present step is rewritten in place (rich) and everything else scrolls above it.
+Piped, nothing is ever rewritten and no escape codes appear. NO_COLOR and TERM=dumb are respected. Lines are
+built for 80 columns.
+"""
+
+import os
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console as RichConsole
+from rich.live import Live
+from rich.text import Text
+
+from trainer.view.format import (
+    YARDSTICK_NOTES,
+    bits_per_byte,
+    duration,
+    printable,
+    quantity,
+    ranking,
+    ranking_notes,
+)
+
+__all__ = ["Console"]
+
+WIDTH = 80
+
+
+class Console:
+    """Prints for one process; `enabled` is false on all ranks but 0, where every method does nothing.
+
+    Args:
+        enabled: whether to print at all.
+        live: rewrite the step line in place; None = if `stream` is a terminal.
+        stream: standard output by default.
+    """
+
+    def __init__(self, enabled: bool = True, live: bool | None = None, stream: TextIO | None = None) -> None:
+        self._enabled = enabled
+        self._stream = stream or sys.stdout
+        if live is None:
+            live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._rich = RichConsole(file=self._stream, force_terminal=True, highlight=False) if live else None
+        self._live: Live | None = None
+
+    # -- messages ------------------------------------------------------------------------------------------
+
+    def banner(self, lines: list[str]) -> None:
+        """What is about to run."""
+        for line in lines:
+            self._print(line, "bold" if line is lines[0] else "")
+        self._print("")
+
+    def note(self, text: str) -> None:
+        self._print(text, "cyan")
+
+    def warn(self, text: str) -> None:
+        self._print(f"warning: {text}", "yellow")
+
+    # -- progress ------------------------------------------------------------------------------------------
+
+    def step(self, line: dict[str, Any]) -> None:
+        """One log line: `step`, `total_steps` (or `total`), `loss`; where known `bits_per_byte`,
+        `tokens_per_second`, `mfu` (0 to 1), `eta_seconds`, and `learning_rate` or `lr/<role>`."""
+        if not self._enabled:
+            return
+        if self._rich is None:
+            self._print(step_line(line, WIDTH))
+            return
+        text = Text(self._encodable(step_line(line, self._rich.width)), no_wrap=True, overflow="crop")
+        if self._live is None:
+            self._live = Live(console=self._rich, auto_refresh=False, transient=True)
+            self._live.start()
+        self._live.update(text, refresh=True)
+
+    def evaluation(self, line: dict[str, Any]) -> None:
+        """A line of `val_...` values of a score; stays on the screen."""
+        parts = [f"step {line['step']}", f"held out {bits_per_byte(line, 'val_')} bits/byte"]
+        if (perplexity := line.get("val_perplexity")) is not None:
+            at_most = "<= " if line.get("val_kind") == "bound" else ""
+            parts.append(f"perplexity {at_most}{perplexity:.2f} per token")
+        if (scored := line.get("val_bytes")) is not None:
+            parts.append(f"{quantity(scored)}B scored")
+        self._print("  ".join(parts), "bold")
+
+    # -- the end -------------------------------------------------------------------------------------------
+
+    def score_table(self, score: dict[str, Any], yardsticks: dict[str, float]) -> None:
+        """The final score among what simple methods reach on the same text."""
+        self.close()
+        self._print("")
+        self._print("bits per byte of the held-out text, lower is better")
+        rows = ranking(score, yardsticks)
+        names = max(len(name) for name, *_ in rows)
+        numbers = max(len(_aligned(number)) for _, _, number, _ in rows)
+        for name, _, number, ours in rows:
+            mark = ">" if ours else " "
+            line = f"{mark} {name:<{names}}  {_aligned(number):<{numbers}}  {YARDSTICK_NOTES.get(name, '')}"
+            self._print(line.rstrip(), "bold green" if ours else "")
+        for note in ranking_notes(score, yardsticks):
+            self._print(f"  {note}")
+
+    def sample(self, text: str | bytes) -> None:
+        """A generated text, indented; long lines are folded, unprintable characters escaped."""
+        self._print("")
+        self._print("sample")
+        for line in printable(text).split("\n"):
+            for part in textwrap.wrap(line, WIDTH - 2, drop_whitespace=False, break_on_hyphens=False) or [""]:
+                self._print(f"  {part}".rstrip())
+
+    def finish(self, run_dir: Path, commands: list[str]) -> None:
+        """Where the run lies and what to try next. Commands stay on one line, to be copied."""
+        self.close()
+        self._print("")
+        self._print(f"run folder  {run_dir}")
+        self._print(f"report      {Path(run_dir) / 'report.html'}")
+        if commands:
+            self._print("next")
+        for command in commands:
+            self._print(f"  {command}", "cyan")
+
+    def close(self) -> None:
+        """Remove the live line and give the cursor back. Printing may go on."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    # -- output --------------------------------------------------------------------------------------------
+
+    def _print(self, text: str, style: str = "") -> None:
+        if not self._enabled:
+            return
+        text = self._encodable(text)
+        if self._rich is None:
+            print(text, file=self._stream, flush=True)
+        else:
+            # soft_wrap leaves long lines to the terminal, so that a command copies as one line.
+            self._rich.print(Text(text, style=style), soft_wrap=True)
+
+    def _encodable(self, text: str) -> str:
+        """A terminal that is not UTF-8 must not end a run."""
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        return text.encode(encoding, errors="backslashreplace").decode(encoding)
+
+
+def step_line(line: dict[str, Any], width: int) -> str:
+    """Fields of constant width in a fixed order; the learning rate goes first where they do not fit."""
+    total = line.get("total_steps", line.get("total"))
+    places = len(str(total)) if total is not None else 6
+    fields = {
+        "step": f"{line['step']:>{places}}" + (f"/{total}" if total is not None else ""),
+        "loss": f"loss {line['loss']:6.3f}",
+    }
+    if (bits := line.get("bits_per_byte")) is not None:
+        fields["bits"] = f"bits/byte {bits:5.3f}"
+    if (speed := line.get("tokens_per_second")) is not None:
+        fields["speed"] = f"{quantity(speed):>5} tok/s"
+    if (mfu := line.get("mfu")) is not None:
+        fields["mfu"] = f"mfu {100 * mfu:4.1f}%"
+    if (rate := _learning_rate(line)) is not None:
+        fields["rate"] = f"lr {rate:.1e}"
+    if (left := line.get("eta_seconds")) is not None:
+        fields["left"] = f"{duration(left):>6} left"
+    for expendable in ("rate", "mfu", "speed"):
+        if len("  ".join(fields.values())) > width:
+            fields.pop(expendable, None)
+    return "  ".join(fields.values())
+
+
+def _learning_rate(line: dict[str, Any]) -> float | None:
+    """The matrices' rate where roles differ: most parameters follow it."""
+    rates = {key: value for key, value in line.items() if key.startswith("lr/")}
+    return line.get("learning_rate", rates.get("lr/matrix", next(iter(rates.values()), None)))
+
+
+def _aligned(number: str) -> str:
+    """Room for `<= ` before exact numbers, so that the digits of all rows stand in one column."""
+    return number if number.startswith("<=") else f"   {number}"

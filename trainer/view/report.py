@@ -1,0 +1,236 @@
+"""report.html: a run on one page that needs no network, no script library and no running server.
+
+Curves come from metrics.jsonl alone; score and yardsticks from summary.json; the rest is config.yaml,
+manifest.json and samples.txt. What is absent (a run that was cut off) is left out.
+"""
+
+import json
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.run.checkpoint import write_atomically
+from trainer.run.metrics import read_metrics
+from trainer.view.charts import Chart, Series
+from trainer.view.format import (
+    YARDSTICK_NOTES,
+    bits_per_byte,
+    duration,
+    printable,
+    quantity,
+    ranking,
+    ranking_notes,
+    score_lines,
+)
+
+__all__ = ["write_report"]
+
+_ASSETS = Path(__file__).parent / "assets"
+AXES = {"step": "steps", "tokens": "tokens", "seconds": "time"}
+MAX_SAMPLES = 6
+SAMPLE_CHARACTERS = 3000
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `<run_dir>/report.html` and return its path.
+
+    Raises FileNotFoundError without a metrics.jsonl, ValueError where a file of the run is damaged,
+    OSError where the report cannot be written.
+    """
+    run_dir = Path(run_dir)
+    summary, manifest = _read_json(run_dir / "summary.json"), _read_json(run_dir / "manifest.json")
+    config = _read_yaml(run_dir / "config.yaml")
+    metrics = read_metrics(run_dir)
+    kind = summary.get("type") or config.get("type") or run_dir.resolve().name
+    score = summary.get("score")
+    title = f"{kind}: {bits_per_byte(score)} bits per byte" if score else str(kind)
+    page = (_ASSETS / "report.html").read_text(encoding="utf-8")
+    parts = {
+        "TITLE": escape(title),
+        "STYLE": (_ASSETS / "report.css").read_text(encoding="utf-8"),
+        "SCRIPT": (_ASSETS / "report.js").read_text(encoding="utf-8"),
+        "FACTS": _facts(run_dir, summary, manifest),
+        "SCORE": _score(score, summary.get("yardsticks") or {}) if score else "",
+        "CURVES": _curves(metrics),
+        "SAMPLES": _samples(run_dir / "samples.txt"),
+        "SETTINGS": _table("Settings", "config.yaml", config),
+        "MANIFEST": _table("Manifest", "manifest.json", manifest),
+    }
+    # One pass over the template, so that a placeholder's name inside a sample stays what it is.
+    head, *rest = page.split("{{")
+    for piece in rest:
+        name, _, tail = piece.partition("}}")
+        head += parts[name] + tail
+    path = run_dir / "report.html"
+    write_atomically(path, head)
+    return path
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text(encoding="utf-8")) or {} if path.exists() else {}
+
+
+# --- what was run ---------------------------------------------------------------------------------------
+
+
+def _facts(run_dir: Path, summary: dict[str, Any], manifest: dict[str, Any]) -> str:
+    """One row of cards: what the score cost."""
+    parameters = manifest.get("parameters", {}).get("total")
+    values = [
+        ("parameters", quantity(parameters) if parameters is not None else None),
+        ("steps", f"{summary['steps']:,}" if summary.get("steps") is not None else None),
+        ("tokens", quantity(summary["tokens"]) if summary.get("tokens") is not None else None),
+        ("training time", duration(summary["seconds"]) if summary.get("seconds") is not None else None),
+        ("tokens/s", quantity(summary["tokens_per_second"]) if summary.get("tokens_per_second") else None),
+        (
+            "peak memory",
+            f"{quantity(summary['peak_memory_bytes'])}B" if summary.get("peak_memory_bytes") else None,
+        ),
+        ("FLOPs", quantity(summary["flops"]) if summary.get("flops") else None),
+        ("device", manifest.get("environment", {}).get("device")),
+    ]
+    cards = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>" for name, value in values if value
+    )
+    return f'<p class="where">{escape(str(run_dir))}</p><dl class="facts">{cards}</dl>'
+
+
+# --- the score ------------------------------------------------------------------------------------------
+
+
+def _score(score: dict[str, Any], yardsticks: dict[str, float]) -> str:
+    """Bars from zero, best on top, ours marked."""
+    rows = ranking(score, yardsticks)
+    longest = max(value for _, value, _, _ in rows)
+    bars = "".join(
+        f'<tr class="{"ours" if ours else ""}"><th>{escape(name)}</th>'
+        f'<td class="bar"><i style="width:{100 * value / longest:.1f}%"></i></td>'
+        f'<td class="number">{escape(number)}</td>'
+        f'<td class="hint">{escape(YARDSTICK_NOTES.get(name, ""))}</td></tr>'
+        for name, value, number, ours in rows
+    )
+    notes = [*ranking_notes(score, yardsticks), *(f"{name}: {text}" for name, text in score_lines(score))]
+    text = "".join(f'<p class="hint">{escape(note)}</p>' for note in notes)
+    heading = "<h2>Score <small>bits per byte of the held-out text, lower is better</small></h2>"
+    return f'<section>{heading}<table class="bars">{bars}</table>{text}</section>'
+
+
+# --- curves ---------------------------------------------------------------------------------------------
+
+
+def _curves(metrics: list[dict[str, Any]]) -> str:
+    """Charts, each drawn once per x axis; the page shows one axis at a time."""
+    rates = _equal_rates(metrics)
+    charts = [
+        ("Bits per byte", [("bits_per_byte", "training", False), ("val_bits_per_byte", "held out", True)]),
+        ("Loss", [("loss", "training, nats per token", False), ("val_nats_per_token", "held out", True)]),
+        (
+            "Learning rate",
+            [(keys[0], ", ".join(k.removeprefix("lr/") for k in keys), False) for keys in rates],
+        ),
+        ("Gradient norm", [("grad_norm", "before clipping", False)]),
+        ("Tokens per second", [("tokens_per_second", "over the log interval", False)]),
+    ]
+    figures = []
+    for title, wanted in charts:
+        drawn = {
+            axis: [
+                s for key, name, marked in wanted if (s := _series(metrics, axis, key, name, marked)).points
+            ]
+            for axis in AXES
+        }
+        if any(drawn.values()):
+            figures.append(_figure(title, drawn))
+    if not figures:
+        return ""
+    buttons = "".join(
+        f'<button type="button" data-axis="{axis}">{name}</button>' for axis, name in AXES.items()
+    )
+    heading = f'<h2>Curves <span class="axes">over {buttons}</span></h2>'
+    return f'<section>{heading}<div class="charts">{"".join(figures)}</div></section>'
+
+
+def _equal_rates(metrics: list[dict[str, Any]]) -> list[list[str]]:
+    """Keys of the learning rates, those that never differ together: one curve would hide the other."""
+    keys = sorted({key for line in metrics for key in line if key.startswith("lr/")})
+    groups: dict[tuple, list[str]] = {}
+    for key in keys:
+        groups.setdefault(tuple(line.get(key) for line in metrics), []).append(key)
+    return list(groups.values())
+
+
+def _series(metrics: list[dict[str, Any]], axis: str, key: str, name: str, marked: bool) -> Series:
+    points = [
+        (float(line[axis]), float(line[key]))
+        for line in metrics
+        if _number(line, axis) and _number(line, key)
+    ]
+    return Series(name, points, marked)
+
+
+def _number(line: dict[str, Any], key: str) -> bool:
+    return isinstance(line.get(key), int | float)
+
+
+def _figure(title: str, drawn: dict[str, list[Series]]) -> str:
+    some = next(series for series in drawn.values() if series)
+    legend = "".join(f'<span><i class="s{i % 6}"></i>{escape(s.name)}</span>' for i, s in enumerate(some))
+    charts = "".join(
+        f'<div class="over-{axis}">{Chart(axis, series).svg()}</div>'
+        for axis, series in drawn.items()
+        if series
+    )
+    caption = f"<figcaption><b>{escape(title)}</b> {legend}<output></output></figcaption>"
+    return f"<figure>{caption}{charts}</figure>"
+
+
+# --- samples and tables ---------------------------------------------------------------------------------
+
+
+def _samples(path: Path) -> str:
+    """The newest samples, newest first."""
+    if not path.exists():
+        return ""
+    text = path.read_text(encoding="utf-8", errors="backslashreplace")
+    chunks = ["--- step " + chunk for chunk in text.split("--- step ") if chunk.strip()]
+    shown = []
+    for index, chunk in enumerate(reversed(chunks[-MAX_SAMPLES:])):
+        head, _, body = chunk.partition("\n")
+        body = printable(body.strip("\n"))
+        cut = body[:SAMPLE_CHARACTERS] + (" [...]" if len(body) > SAMPLE_CHARACTERS else "")
+        shown.append(
+            f"<details{' open' if index == 0 else ''}><summary>{escape(head.strip('- '))}</summary>"
+            f"<pre>{escape(cut)}</pre></details>"
+        )
+    return f"<section><h2>Samples <small>samples.txt</small></h2>{''.join(shown)}</section>" if shown else ""
+
+
+def _table(title: str, source: str, values: dict[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><th>{escape(key)}</th><td>{escape(text)}</td></tr>"
+        for key, text in _flatten(values)
+        if text != ""
+    )
+    if not rows:
+        return ""
+    heading = f"<summary><h2>{title} <small>{source}</small></h2></summary>"
+    return f"<section><details>{heading}<table>{rows}</table></details></section>"
+
+
+def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested mappings as dotted keys; lists of mappings by index; other lists as JSON."""
+    if isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
+        value = {str(index): entry for index, entry in enumerate(value)}
+    if isinstance(value, dict):
+        return [
+            row
+            for key, entry in value.items()
+            for row in _flatten(entry, f"{prefix}.{key}" if prefix else str(key))
+        ]
+    return [(prefix, value if isinstance(value, str) else json.dumps(value))]
