@@ -142,6 +142,12 @@ def parse(argv: list[str]) -> Request:
             f"command line: --{request.mode} shows one run, and -m starts several. Leave out -m, and give one "
             "model and one value of each field"
         )
+    if request.mode == "run" and not request.multirun:
+        request.notices += [
+            f"{key} is for sweeps (-m): a single run does not read it"
+            for key in request.values
+            if key.startswith("hydra")
+        ]
     both = {"batch_size", "gradient_accumulation_steps"}
     if both <= request.keys and not {"global_batch_size"} & request.keys:
         request.overrides.append("global_batch_size=null")  # the two asked for decide it

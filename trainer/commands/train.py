@@ -1,4 +1,4 @@
-"""The `train` command: command line -> Hydra -> one run, or a sweep of them."""
+"""The `train` command: one run, composed and started here; a sweep of them, by Hydra."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _show(plan: Plan) -> int:
             print(OmegaConf.to_yaml(OmegaConf.create(compose_tree(plan.overrides))))
         return 0
     _say(plan)
-    _hydra(plan, lambda cfg: None, [])
+    _hydra(plan, lambda cfg: None)
     if plan.request.mode == "cfg" and len(plan.models) == 1:
         check(plan, compose_tree(plan.overrides))
     return 0
@@ -87,18 +87,12 @@ def _show(plan: Plan) -> int:
 def _run(plan: Plan, checked: Checked) -> int:
     folder = launch.run_folder(checked.cfg, checked.folder)
     launch.require_writable(folder)
-    status = 0
-
-    def task(cfg: DictConfig) -> float:
-        nonlocal status
-        try:
-            return launch.start(checked.cfg, checked.model_cfg, folder, origin=checked.origin)
-        except launch.JobFailed as failed:
-            status = failed.status
-            return float("nan")
-
-    _hydra(plan, task, [f"hydra.run.dir={_quote(folder)}"])
-    return status
+    sys.argv = [sys.argv[0], *plan.overrides]  # the manifest keeps these words; no secret is among them
+    try:
+        launch.start(checked.cfg, checked.model_cfg, folder, origin=checked.origin)
+    except launch.JobFailed as failed:
+        return failed.status
+    return 0
 
 
 def _sweep(plan: Plan) -> int:
@@ -111,7 +105,7 @@ def _sweep(plan: Plan) -> int:
     fixed = [o for o in plan.overrides if o.startswith("hydra")]
     launch.require_writable(Path(compose_hydra([*fixed, model]).hydra.sweep.dir).absolute().parent)
     _say(plan)
-    _hydra(plan, sweep_job, [])
+    _hydra(plan, sweep_job)
     return 0
 
 
@@ -140,17 +134,11 @@ def _origin(job: HydraConf) -> str:
     return f"{path} (sha256 {digest(path)})" if path.is_file() else option
 
 
-def _quote(path: Path) -> str:
-    text = str(path).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{text}'"
-
-
-def _hydra(plan: Plan, task: object, extra: list[str]) -> None:
-    """Hand over to `hydra.main`. Its parser wants the flags first."""
+def _hydra(plan: Plan, task: object) -> None:
+    """Hand over to `hydra.main`: sweeps, --cfg and --info. Its parser wants the flags first."""
     _guard_argparse()
     # The run folder's config.yaml says more than Hydra's own record, which a second run would write over.
-    extra = ["hydra.output_subdir=null", *extra]
-    sys.argv = [sys.argv[0], *plan.request.flags, *extra, *plan.overrides]
+    sys.argv = [sys.argv[0], *plan.request.flags, "hydra.output_subdir=null", *plan.overrides]
     os.environ.setdefault("HYDRA_FULL_ERROR", "0")
     hydra.main(version_base="1.3", config_path=str(ROOT), config_name=APP)(task)()  # type: ignore[arg-type]
 

@@ -1,0 +1,41 @@
+"""The `train` command in this process: what is composed, and by whom."""
+
+from __future__ import annotations
+
+import sys
+
+import hydra
+import pytest
+
+from configs.messages import ConfigError
+from trainer.commands import train as command
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """Training is replaced by a list of what it was given."""
+    calls: list = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["mytrainer.py"])
+    monkeypatch.setattr("trainer.loop.train", lambda *args: calls.append(args) or 1.0)
+    return calls
+
+
+def test_a_single_run_is_composed_once_and_never_by_hydra_main(trained, monkeypatch):
+    composed: list = []
+    once = hydra.compose
+    monkeypatch.setattr(hydra, "compose", lambda *a, **k: composed.append(a) or once(*a, **k))
+    monkeypatch.setattr(hydra, "main", lambda **kwargs: pytest.fail("hydra.main was asked"))
+    assert command.main(["model=gpt2", "preset=tiny", "seed=3", "output_dir=out"]) == 0
+    ((cfg, model_cfg, folder, text),) = trained
+    assert (cfg.seed, model_cfg.d_model, str(folder), len(composed)) == (3, 192, "out", 1)
+    assert "seed: 3" in text and "output_dir=out" in sys.argv
+
+
+def test_what_only_a_sweep_reads_is_said_to_be_unread(trained, capsys):
+    command.main(["model=gpt2", "preset=tiny", "hydra.sweep.dir=x", "output_dir=out"])
+    assert (
+        "note: hydra.sweep.dir is for sweeps (-m): a single run does not read it" in capsys.readouterr().err
+    )
+    with pytest.raises(ConfigError, match="hydra"):
+        command.main(["model=gpt2", "hydra.nope=1", "output_dir=out"])
