@@ -1,25 +1,134 @@
-"""State kept by parameter name: one readable message when a saved state and a model do not fit."""
+"""Names: what a name stands for, and what is said where a name is wrong.
 
-from collections.abc import Iterable
+Every choice of a run (an optimizer, a schedule, a source of text) is a table `name -> Entry`, kept beside what it
+chooses among and made of strings, so that reading it imports nothing. This module imports nothing of the project:
+`configs`, `data` and `models` know nothing of each other, and all three use it.
+"""
 
-_SHOWN = 5
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+__all__ = [
+    "Entry",
+    "did_you_mean",
+    "load",
+    "look_up",
+    "not_one_of",
+    "require_fit",
+    "shapes",
+    "shapes_and_dtypes",
+    "shorten",
+    "suggestion",
+]
 
 
-def require_same_names(what: str, expected: Iterable[str], given: Iterable[str]) -> None:
-    """Raise ValueError listing the missing and the unexpected names (up to five each)."""
-    expected, given = list(expected), list(given)
-    missing = sorted(set(expected) - set(given))
-    unexpected = sorted(set(given) - set(expected))
-    problems = [
-        f"{label} {len(names)}: {shorten(names)}"
-        for label, names in (("missing", missing), ("unexpected", unexpected))
-        if names
-    ]
-    if problems:
-        raise ValueError(f"{what} does not fit this model ({'; '.join(problems)})")
+@dataclass(frozen=True)
+class Entry:
+    """One row of a table.
+
+    `factory` is "package.module:name", imported on use. `reads` are the generic fields of a run that mean something
+    with this choice and nothing with some other of its table; fields that every choice reads are not listed.
+    """
+
+    factory: str
+    reads: tuple[str, ...] = ()
+    description: str = ""
+
+    def load(self) -> Any:
+        """The object that `factory` names. ValueError if there is none."""
+        return load(self.factory)
 
 
-def shorten(names: list[str]) -> str:
+Row = TypeVar("Row")
+
+
+def look_up(table: Mapping[str, Row], name: str, what: str) -> Row:
+    """The row of a name; `what` is the field that gave it. ValueError lists the names and the nearest."""
+    if name not in table:
+        raise ValueError(f"{what}: {not_one_of(name, table)}")
+    return table[name]
+
+
+def load(spec: str) -> Any:
+    """Import the object that "package.module:name" names. ValueError if either part does not exist."""
+    module_name, _, name = spec.partition(":")
+    if not name.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
+        raise ValueError(f"'{spec}': expected package.module:Name")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # A missing dependency of an existing module is that module's error, not a wrong name.
+        if error.name is None or not (module_name + ".").startswith(error.name + "."):
+            raise
+        raise ValueError(f"'{spec}': no module named '{error.name}'") from None
+    if not hasattr(module, name):
+        hint = did_you_mean(name, dir(module), limit=1)
+        raise ValueError(f"'{spec}': module '{module_name}' has no '{name}'" + (f".{hint}" if hint else ""))
+    return getattr(module, name)
+
+
+# --- what is said --------------------------------------------------------------------------------------
+
+
+def not_one_of(given: object, allowed: Iterable[object]) -> str:
+    """`'cosin' is not one of linear, cosine. Did you mean 'cosine'?`, for use behind a field and a colon."""
+    names = [str(name) for name in allowed]
+    hint = did_you_mean(str(given), names)
+    return f"{str(given)!r} is not one of {', '.join(names)}" + (f".{hint}" if hint else "")
+
+
+def did_you_mean(word: str, choices: Iterable[str], limit: int = 3) -> str:
+    """` Did you mean 'a', 'b' or 'c'?` with a space in front, or nothing where no choice is close."""
+    return suggestion(difflib.get_close_matches(word, list(choices), n=limit, cutoff=0.6))
+
+
+def suggestion(names: list[str]) -> str:
+    """The same sentence of names that were found otherwise."""
+    if not names:
+        return ""
+    *others, last = (f"'{name}'" for name in names)
+    return f" Did you mean {', '.join(others)} or {last}?" if others else f" Did you mean {last}?"
+
+
+def shorten(names: list[str], most: int = 5) -> str:
     """`a, b, c, d, e and 7 more`."""
-    rest = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+# --- state kept by name --------------------------------------------------------------------------------
+
+
+def require_fit(what: str, expected: Mapping[str, object], given: Mapping[str, object]) -> None:
+    """ValueError unless both have the same names with equal values; it lists what is missing, unexpected, wrong.
+
+    Values are what must agree besides the name (`shapes(state)`, say); `dict.fromkeys(names)` compares names alone.
+    """
+    wrong = [
+        f"{name} is {given[name]}, needed is {expected[name]}"
+        for name in sorted(expected.keys() & given.keys())
+        if given[name] != expected[name]
+    ]
+    problems = {
+        "missing": sorted(expected.keys() - given.keys()),
+        "unexpected": sorted(given.keys() - expected.keys()),
+        "wrong": wrong,
+    }
+    told = [f"{label} {len(names)}: {shorten(names)}" for label, names in problems.items() if names]
+    if told:
+        raise ValueError(f"{what} does not fit this model ({'; '.join(told)})")
+
+
+def shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a state dict, for `require_fit`."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def shapes_and_dtypes(state: Mapping[str, Any]) -> dict[str, str]:
+    """The same where a copy must not convert."""
+    return {name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in state.items()}

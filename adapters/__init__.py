@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import models
+from naming import load
 
 if TYPE_CHECKING:
     from adapters.base import ModelAdapter
@@ -25,7 +26,7 @@ def adapter_class(cfg: RunConfig) -> type[ModelAdapter]:
     from adapters.base import ModelAdapter
 
     spec = cfg.model_adapter or models.resolve(cfg.type).adapter
-    cls = models.load(spec)
+    cls = load(spec)
     if not (isinstance(cls, type) and issubclass(cls, ModelAdapter)):
         raise ValueError(f"model_adapter {spec!r} is not a subclass of adapters.base.ModelAdapter")
     return cls
@@ -59,7 +60,7 @@ def build_adapter(
     cls = adapter_class(cfg)
     model_cfg = complete_model_config(model_cfg, tokenizer)
     with torch.device("meta"):
-        model = cls.build_model(models.load(models.resolve(cfg.type).model), model_cfg)
+        model = cls.build_model(load(models.resolve(cfg.type).model), model_cfg)
     adapter = cls(model, model_cfg, tokenizer)
     if torch.device(device).type != "meta":
         adapter.to_empty(device="cpu")

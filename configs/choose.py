@@ -9,7 +9,8 @@ from pathlib import Path
 
 from configs.files import BASE, CONFIGS, EXTENSIONS, ROOT, options, shown
 from configs.frontend import Request, override_choices, parse_override
-from configs.messages import ConfigError, did_you_mean
+from configs.messages import ConfigError
+from naming import did_you_mean
 
 
 def model_paths(request: Request) -> tuple[list[Path], str]:

@@ -10,7 +10,7 @@ from typing import Any
 import annotated_types as at
 from pydantic import BaseModel, ValidationError
 
-from configs.messages import did_you_mean
+from naming import not_one_of
 
 _NAMES = {int: "int", float: "float", str: "str", bool: "bool", type(None): "null"}
 
@@ -70,9 +70,7 @@ def _message(
     choices = _choices(field.annotation)
     if isinstance(given, str) and choices:
         others = [_NAMES[leaf] for leaf in _leaves(field.annotation) if leaf in _NAMES]
-        allowed = ", ".join([*map(str, choices), *others])
-        hint = did_you_mean(given, map(str, choices))
-        return f"{name}: '{given}' is not one of {allowed}" + (f".{hint}" if hint else "")
+        return f"{name}: {not_one_of(given, [*choices, *others])}"
     expected = "str" if "." in name.removeprefix("model_cfg.") else _expected(field.annotation)
     return f"{name}: expected {expected}, got {_shown(given)}{_hint(given, field.annotation)}"
 

@@ -19,7 +19,8 @@ import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from configs.messages import ARCHITECTURE_ALIASES, RENAMED, ConfigError, did_you_mean
+from configs.messages import ARCHITECTURE_ALIASES, RENAMED, ConfigError
+from naming import did_you_mean
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"

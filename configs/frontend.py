@@ -24,11 +24,11 @@ from configs.messages import (
     ARCHITECTURE_ALIASES,
     RENAMED,
     ConfigError,
-    did_you_mean,
     suggest_key,
 )
 from configs.schema import GENERIC_FIELDS, RunConfig
 from configs.unread import overruled
+from naming import did_you_mean, not_one_of
 
 MODEL_FLAGS = ("hydra_model_cfg", "model", "config", "config-name", "cn")
 GROUPS = ("preset", "data")
@@ -166,9 +166,7 @@ def _flag(request: Request, word: str, rest: list[str]) -> None:
         elif takes is None and not equals and rest and rest[0] in _CHOICES[flag]:
             value = rest.pop(0)
         if value and value not in _CHOICES.get(flag, (value,)):
-            choices = _CHOICES[flag]
-            text = f"command line: {flag}: '{value}' is not one of {', '.join(choices)}."
-            raise ConfigError(text + did_you_mean(value, choices))
+            raise ConfigError(f"command line: {flag}: {not_one_of(value, _CHOICES[flag])}")
         request.flags.append(f"{flag}={value}" if value else flag)
     elif name.lstrip("-") in MODEL_FLAGS or key in ("hydra_model_cfg", "config_name"):
         request.models.append(value if equals else _next(name, rest))

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from naming import suggestion
+
 # Spellings that mean the same field everywhere: applied to the command line and to every file.
 RENAMED = {"seq_len": "train_seq_len", "resume_from_checkpoint": "resume"}
 ARCHITECTURE_ALIASES = {
@@ -75,12 +77,6 @@ def is_secret(name: str) -> bool:
     return bool(_SECRET.search(name))
 
 
-def did_you_mean(word: str, choices: Iterable[str], limit: int = 3) -> str:
-    """` Did you mean 'a' or 'b'?`, or nothing if nothing is close."""
-    close = difflib.get_close_matches(word, list(choices), n=limit, cutoff=0.6)
-    return f" Did you mean {_or(close)}?" if close else ""
-
-
 def suggest_key(key: str, siblings: Iterable[str], paths: Iterable[str] = ()) -> str:
     """Up to three suggestions for an unknown key, for use behind a sentence.
 
@@ -102,15 +98,9 @@ def suggest_key(key: str, siblings: Iterable[str], paths: Iterable[str] = ()) ->
     found += [prefix + s for s in difflib.get_close_matches(leaf, list(siblings), n=3, cutoff=0.6)]
     for name in difflib.get_close_matches(leaf, list(by_leaf), n=3, cutoff=0.6):
         found += by_leaf[name]
-    unique = [f for f in dict.fromkeys(found) if f != key][:3]
-    return f" Did you mean {_or(unique)}?" if unique else ""
+    return suggestion([f for f in dict.fromkeys(found) if f != key][:3])
 
 
 def differences(asked: Mapping[str, Any], fixed: Mapping[str, Any]) -> list[str]:
     """Names whose values differ; a name missing on either side is no difference."""
     return [k for k in fixed if k in asked and asked[k] != fixed[k]]
-
-
-def _or(words: list[str]) -> str:
-    quoted = [f"'{w}'" for w in words]
-    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} or {quoted[-1]}"

@@ -10,7 +10,8 @@ from typing import Any
 
 from configs.files import shown
 from configs.frontend import Request
-from configs.messages import ConfigError, did_you_mean, differences
+from configs.messages import ConfigError, differences
+from naming import did_you_mean
 
 RUNS = Path("checkpoints")
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +30,7 @@ from configs.files import CONFIGS, options  # noqa: E402
 from configs.messages import ConfigError  # noqa: E402
 from configs.schema import RunConfig, redacted  # noqa: E402
 from configs.validate import validate  # noqa: E402
+from naming import load  # noqa: E402
 
 # A mistake made on purpose, and words of the message that must refuse it.
 MISTAKES = [
@@ -81,8 +81,7 @@ def _check_run(cfg: RunConfig) -> None:
     import models
 
     architecture = models.resolve(cfg.type)
-    module, _, cls = (cfg.model_adapter or architecture.adapter).partition(":")
-    assert hasattr(importlib.import_module(module), cls), f"no adapter {module}:{cls}"
+    load(cfg.model_adapter or architecture.adapter)
     again = RunConfig.model_validate(yaml.safe_load(yaml.safe_dump(redacted(cfg))))
     assert again == cfg, "the dump loads to another run"
 
@@ -106,7 +105,7 @@ def _build(cfg: RunConfig) -> None:
 
     values = {**cfg.model_cfg, "vocab_size": cfg.model_cfg.get("vocab_size") or 1024}
     with torch.device("meta"):
-        model = models.load(models.resolve(cfg.type).model)(model_config_class(cfg).model_validate(values))
+        model = load(models.resolve(cfg.type).model)(model_config_class(cfg).model_validate(values))
     assert all(p.is_meta for p in model.parameters())
 
 

@@ -7,7 +7,6 @@ a stage are reported together, a later stage runs only if the earlier ones passe
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -21,9 +20,10 @@ from configs.explain import explain
 from configs.files import CONFIGS, fold_names
 from configs.frontend import unknown_key
 from configs.hardware import process_count, uses_cuda
-from configs.messages import ARCHITECTURE_ALIASES, RENAMED, ConfigError, did_you_mean, suggest_key
+from configs.messages import ARCHITECTURE_ALIASES, RENAMED, ConfigError, suggest_key
 from configs.runs import not_a_folder
 from configs.schema import GENERIC_FIELDS, DefaultModelConfig, ModelConfig, RunConfig
+from naming import load
 
 Where = Callable[[str], str]  # key -> place of its value, "" if unknown
 DEFAULT_GLOBAL_BATCH = 48
@@ -205,12 +205,11 @@ def architecture_config(type_: str, adapter: str | None, where: Where) -> type[M
     """The Config class of an architecture: an adapter's own `Cfg`, else the model's `Config`."""
     import models
 
-    if ":" not in type_ and type_ not in models.ARCHITECTURES:
-        names = list(models.ARCHITECTURES)
-        hint = did_you_mean(type_, names)
-        _raise([f"type: unknown type '{type_}'.{hint} Registered: {', '.join(sorted(names))}"], where)
+    try:
+        spec = models.resolve(type_).model
+    except ValueError as error:
+        raise ConfigError(_placed(f"type: {error}", where)) from None
     own = getattr(_imported("model_adapter", adapter, where), "Cfg", None) if adapter else None
-    spec = models.resolve(type_).model
     config_class = own or getattr(_imported("type", spec, where), "Config", None)
     if isinstance(config_class, type) and issubclass(config_class, ModelConfig):
         return config_class
@@ -219,12 +218,13 @@ def architecture_config(type_: str, adapter: str | None, where: Where) -> type[M
 
 
 def _imported(field: str, spec: str, where: Where) -> Any:
-    module, _, name = (spec if ":" in spec else ":".join(spec.rsplit(".", 1))).partition(":")
+    spec = spec if ":" in spec else ":".join(spec.rsplit(".", 1))
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        return load(spec)
+    except (ImportError, ValueError) as error:
+        why = str(error).removeprefix(f"'{spec}': ")
         raise ConfigError(
-            _placed(f"{field}: cannot import '{spec}': {error}. Expected pkg.mod:Class on PYTHONPATH", where)
+            _placed(f"{field}: cannot import '{spec}': {why}. Expected pkg.mod:Class on PYTHONPATH", where)
         ) from error
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.cache import cache_root
-from data.errors import DataError, nearest
+from data.errors import DataError
+from naming import did_you_mean, not_one_of
 
 if TYPE_CHECKING:
     from data.corpus import Corpus, TrueModel
@@ -89,9 +90,7 @@ def load_dataset(
 
 def _load_corpus(cfg: Any) -> Corpus:
     if cfg.data not in SOURCES:
-        raise DataError(
-            f"data is {cfg.data!r}; allowed are {', '.join(SOURCES)}.{nearest(str(cfg.data), SOURCES)}"
-        )
+        raise DataError(f"data: {not_one_of(cfg.data, SOURCES)}")
     module, function = SOURCES[cfg.data].split(":")
     return getattr(importlib.import_module(module), function)(cfg)
 
@@ -108,7 +107,7 @@ def _tokenizer(spec: str, source: str, corpus: Corpus, cache: Path, notes: list[
     path = Path(spec).expanduser()
     if not path.is_file():
         likely = re.sub(r"^bpe[-_ ]?(\d+)$", r"bpe-\1", spec.lower())
-        hint = nearest(
+        hint = did_you_mean(
             likely, ["auto", "byte", f"bpe-{AUTO_BPE}", *([likely] if likely.startswith("bpe-") else [])]
         )
         raise DataError(

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from data.corpus import Corpus, Document, fingerprint
-from data.errors import DataError, nearest
+from data.errors import DataError
 from data.grammar import DOCUMENT_SENTENCES, GrammarSource
 from data.markov import DOCUMENT_SYMBOLS, MarkovSource
+from naming import not_one_of
 
 KINDS = ("markov", "grammar")
 
@@ -30,8 +31,7 @@ def load(cfg: Any) -> Corpus:
         per_document = source.bytes_per_sentence * DOCUMENT_SENTENCES
         name = "grammar text"
     else:
-        hint = nearest(str(cfg.synthetic), KINDS)
-        raise DataError(f"synthetic is {cfg.synthetic!r}; allowed are {' and '.join(KINDS)}.{hint}")
+        raise DataError(f"synthetic: {not_one_of(cfg.synthetic, KINDS)}")
     train = _documents(source, cfg.synthetic_bytes / per_document, "train", 0)
     heldout = _documents(source, cfg.synthetic_bytes / per_document / 10, "heldout", 1)
     note = f"true entropy: {source.entropy_bits_per_byte:.4f} bits per byte"

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from data.corpus import Corpus, Document, drop_duplicates, fingerprint, is_held_out, path_hash
-from data.errors import DataError, nearest
+from data.errors import DataError
+from naming import did_you_mean
 
 SECTION_BYTES = 64 * 1024
 TEXT_SUFFIXES = (
@@ -65,7 +66,7 @@ def resolve_path(input_file: str | None, data_root: str | None) -> Path:
         beside = sorted(os.listdir(parent))
     except OSError as error:
         raise DataError(f"input_file {str(path)!r} cannot be looked up: {error.strerror}.") from error
-    raise DataError(f"input_file {str(path)!r} does not exist.{nearest(path.name, beside)}")
+    raise DataError(f"input_file {str(path)!r} does not exist.{did_you_mean(path.name, beside)}")
 
 
 def read_text(path: Path) -> bytes:

@@ -5,12 +5,11 @@ Adding an architecture is one file here, one YAML in `configs/` and one row belo
 
 from __future__ import annotations
 
-import difflib
-import importlib
 from dataclasses import dataclass
-from typing import Any
 
-__all__ = ["ARCHITECTURES", "Architecture", "load", "resolve"]
+from naming import did_you_mean
+
+__all__ = ["ARCHITECTURES", "Architecture", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -53,35 +52,8 @@ def resolve(type_: str) -> Architecture:
     if type_ in ARCHITECTURES:
         return ARCHITECTURES[type_]
     if ":" in type_:
-        _split(type_)
         return Architecture(type_)
-    close = difflib.get_close_matches(type_, ARCHITECTURES, n=1)
-    hint = f" Did you mean '{close[0]}'?" if close else ""
-    registered = ", ".join(sorted(ARCHITECTURES))
     raise ValueError(
-        f"unknown type '{type_}'.{hint} Registered: {registered}; or a class as package.module:Class"
+        f"unknown type '{type_}'.{did_you_mean(type_, ARCHITECTURES)} "
+        f"Registered: {', '.join(sorted(ARCHITECTURES))}; or a class as package.module:Class"
     )
-
-
-def load(spec: str) -> Any:
-    """Import the object that "package.module:Name" names. ValueError if either part does not exist."""
-    module_name, name = _split(spec)
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        # A missing dependency of an existing module is that module's error, not a wrong name.
-        if error.name is None or not (module_name + ".").startswith(error.name + "."):
-            raise
-        raise ValueError(f"'{spec}': no module named '{error.name}'") from None
-    if not hasattr(module, name):
-        close = difflib.get_close_matches(name, dir(module), n=1)
-        hint = f". Did you mean '{close[0]}'?" if close else ""
-        raise ValueError(f"'{spec}': module '{module_name}' has no '{name}'{hint}")
-    return getattr(module, name)
-
-
-def _split(spec: str) -> tuple[str, str]:
-    module_name, _, name = spec.partition(":")
-    if not name.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
-        raise ValueError(f"'{spec}': expected package.module:Class")
-    return module_name, name

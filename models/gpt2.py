@@ -20,11 +20,12 @@ from configs.schema import DefaultModelConfig, Dropout, within_context
 from kernels.precision import compute_dtype
 from models.layers.attention import attention, attention_bias
 from models.layers.cache import KVCache
-from models.layers.decoder import Decoder, document_positions, match_keys, padded_vocabulary
+from models.layers.decoder import Decoder, document_positions, padded_vocabulary
 from models.layers.flops import Flops, decoder_flops, mean_keys
 from models.layers.init import INIT_STD, normal_, residual_std
 from models.layers.norms import LayerNorm
 from models.layers.roles import Rule
+from naming import require_fit, shapes
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
@@ -204,7 +205,7 @@ class GPT2(Decoder):
             if not torch.equal(found.setdefault("lm_head.weight", table), table):
                 raise ValueError("this GPT-2 file has a head of its own: it needs tie_embeddings: false")
         views = self._hf_views()
-        match_keys(found, views, "GPT-2")
+        require_fit("this GPT-2 state dict", shapes(views), shapes(found))
         with torch.no_grad():
             for name, view in views.items():
                 view.copy_(found[name])

@@ -22,12 +22,13 @@ from configs.schema import DefaultModelConfig, Dropout, Positive, Rate, within_c
 from kernels.precision import compute_dtype
 from models.layers.attention import attention, attention_bias
 from models.layers.cache import KVCache
-from models.layers.decoder import Decoder, document_positions, match_keys, padded_vocabulary
+from models.layers.decoder import Decoder, document_positions, padded_vocabulary
 from models.layers.flops import Flops, decoder_flops, mean_keys
 from models.layers.init import INIT_STD, normal_, residual_std
 from models.layers.norms import LayerNorm, RMSNorm
 from models.layers.roles import Rule
 from models.layers.rotary import apply_rotary, rotary_tables
+from naming import require_fit, shapes
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
@@ -274,7 +275,7 @@ class Vanilla(Decoder):
             if not torch.equal(found.setdefault("lm_head.weight", table), table):
                 raise ValueError("this Llama file has a head of its own: it needs tie_embeddings: false")
         views = self._hf_views()
-        match_keys(found, views, "Llama")
+        require_fit("this Llama state dict", shapes(views), shapes(found))
         with torch.no_grad():
             for name, view in views.items():
                 view.copy_(found[name])

@@ -29,6 +29,7 @@ from adapters.diffusion.network import Network, RowLoss, Rows
 from adapters.diffusion.process import Choice, Draw, Process, Window
 from adapters.diffusion.reverse import NEVER, ancestral_step, reverse_kl
 from adapters.diffusion.schedules import absorbing_mutual_info_betas, cosine_betas, linear_betas
+from naming import not_one_of
 
 if TYPE_CHECKING:
     from data.store import TokenStore
@@ -64,7 +65,7 @@ def build_chain(cfg: Any, states: int, mask_id: int | None, unigram: Tensor | No
             f"the mutual_info schedule of a {kind} chain needs the token frequencies of the text"
         )
     if kind not in _BUILDERS:
-        raise ValueError(f"model_cfg.transition_type: {kind!r} is not one of {', '.join(_BUILDERS)}")
+        raise ValueError(f"model_cfg.transition_type: {not_one_of(kind, _BUILDERS)}")
     return _BUILDERS[kind](cfg, states, mask_id, unigram)
 
 

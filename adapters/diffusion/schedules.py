@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from naming import not_one_of
+
 __all__ = [
     "AlphaSchedule",
     "Geometric",
@@ -66,7 +68,7 @@ class AlphaSchedule(Schedule):
 
     def __post_init__(self) -> None:
         if self.kind not in _FALLS:
-            raise ValueError(f"alpha schedule: {self.kind!r} is not one of {', '.join(_FALLS)}")
+            raise ValueError(f"alpha schedule: {not_one_of(self.kind, _FALLS)}")
 
     def mask_probability(self, t: Tensor) -> Tensor:
         fallen, _ = _FALLS[self.kind](t)

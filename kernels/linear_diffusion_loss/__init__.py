@@ -17,6 +17,7 @@ from kernels.linear_diffusion_loss.chunked import Chunked
 from kernels.linear_diffusion_loss.reference import product_dtype, reference
 from kernels.linear_diffusion_loss.rows import MODES, States
 from kernels.precision import at_least_fp32
+from naming import not_one_of
 
 __all__ = ["MODES", "linear_diffusion_loss", "reference"]
 
@@ -104,7 +105,7 @@ def _check(
     states: States,
 ) -> None:
     if mode not in MODES:
-        raise ValueError(f"mode: '{mode}' is not one of {', '.join(MODES)}")
+        raise ValueError(f"mode: {not_one_of(mode, MODES)}")
     rows = (hidden.shape[0],)
     matrices = hidden.ndim == 2 and weight.ndim == 2 and hidden.shape[1] == weight.shape[1]
     vectors = {"x0": x0, "xt": xt, "weights": weights, **coefficients}

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.precision import at_least_fp32, compute_dtype
+from naming import not_one_of
 
 __all__ = ["product_dtype", "reference"]
 
@@ -38,7 +39,7 @@ def reference(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Arguments and results as `kernels.linear_diffusion_loss.linear_diffusion_loss`."""
     if mode not in LOSSES:
-        raise ValueError(f"mode: '{mode}' is not one of {', '.join(LOSSES)}")
+        raise ValueError(f"mode: {not_one_of(mode, LOSSES)}")
     dtype = product_dtype(hidden)
     z = F.linear(hidden.to(dtype), weight[:V].to(dtype)).to(at_least_fp32(dtype))  # (M, V)
     if bias is not None:

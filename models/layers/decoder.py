@@ -5,15 +5,13 @@ Shapes: B rows, T tokens, D width, V vocabulary, V_p padded vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers.cache import KVCache
 
-__all__ = ["Decoder", "document_positions", "match_keys", "padded_vocabulary"]
+__all__ = ["Decoder", "document_positions", "padded_vocabulary"]
 
 VOCABULARY_MULTIPLE = 128
 
@@ -69,22 +67,3 @@ def document_positions(doc_ids: Tensor) -> Tensor:
     index = torch.arange(doc_ids.shape[1], device=doc_ids.device).expand(doc_ids.shape)
     starts = F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0), value=True)
     return index - torch.where(starts, index, 0).cummax(dim=1).values
-
-
-def match_keys(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
-    """ValueError that names the missing and unexpected keys and wrong shapes of a foreign state dict."""
-    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    wrong = [
-        f"{key}: {tuple(found[key].shape)} instead of {tuple(expected[key].shape)}"
-        for key in sorted(expected.keys() & found.keys())
-        if found[key].shape != expected[key].shape
-    ]
-    parts = [("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong)]
-    told = [f"{what}: {_shortened(names)}" for what, names in parts if names]
-    if told:
-        raise ValueError(f"not the state dict of this {source} model; " + "; ".join(told))
-
-
-def _shortened(names: list[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

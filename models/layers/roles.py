@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from naming import not_one_of
+
 __all__ = ["ROLES", "Rule", "parameters_by_role", "rule_for"]
 
 ROLES = ("matrix", "embedding", "head", "scalar", "router", "recurrent", "adapter", "memory")
@@ -30,7 +32,7 @@ class Rule:
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
-            raise ValueError(f"role: '{self.role}' is not one of {', '.join(ROLES)}")
+            raise ValueError(f"role: {not_one_of(self.role, ROLES)}")
         if self.every < 1 or self.split < 1:
             raise ValueError(f"rule '{self.pattern}': every and split must be at least 1")
         re.compile(self.pattern)

@@ -5,7 +5,8 @@ import torch
 from pydantic import ValidationError
 
 from configs.schema import RunConfig
-from models import load, resolve
+from models import resolve
+from naming import load
 from tests.models.tiny import SIZES, VOCABULARY, build, tokens_of
 
 CHANGES = {

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import load, resolve
+from models import resolve
 from models.layers.flops import mean_keys
 from models.layers.init import normal_
 from models.layers.roles import Rule, parameters_by_role, rule_for
+from naming import load
 from tests.models.tiny import VARIANT_NAMES, VARIANTS, build, tokens_of
 
 

@@ -2,7 +2,8 @@
 
 import torch
 
-from models import load, resolve
+from models import resolve
+from naming import load
 
 VOCABULARY = 11
 SIZES = {"vocab_size": VOCABULARY, "n_ctx": 64, "d_model": 16, "n_heads": 4, "n_layers": 2}

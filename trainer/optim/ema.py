@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from naming import require_same_names
+from naming import require_fit, shapes_and_dtypes
 
 
 class EMA:
@@ -88,14 +88,8 @@ class EMA:
     @torch.no_grad()
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Copy a saved average in place. Raises ValueError, before any change, where it does not fit."""
-        require_same_names("the saved average (EMA)", self.shadow, saved["shadow"])
+        given = saved["shadow"]
+        require_fit("the saved average (EMA)", shapes_and_dtypes(self.shadow), shapes_and_dtypes(given))
         for name, live in self.shadow.items():
-            given = saved["shadow"][name]
-            if (live.shape, live.dtype) != (given.shape, given.dtype):
-                raise ValueError(
-                    f"the saved average (EMA) does not fit this model: {name} is {tuple(given.shape)} "
-                    f"{given.dtype}, needed is {tuple(live.shape)} {live.dtype}"
-                )
-        for name, live in self.shadow.items():
-            live.copy_(saved["shadow"][name])
+            live.copy_(given[name])
         self._updates.copy_(saved["updates"])

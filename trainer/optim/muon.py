@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from naming import not_one_of
+
 # Maximal slope at zero, so that five steps lift even small singular values into about [0.7, 1.2].
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 EPSILON = 1e-7
@@ -132,7 +134,7 @@ class Muon(torch.optim.Optimizer):
         ns_steps: int = 5,
     ) -> None:
         if scale not in SCALES:
-            raise ValueError(f"muon_scale: {scale!r} is not one of {', '.join(SCALES)}")
+            raise ValueError(f"muon_scale: {not_one_of(scale, SCALES)}")
         if ns_steps < 1:
             raise ValueError(f"muon_ns_steps must be at least 1, got {ns_steps}")
         if not 0.0 <= momentum < 1.0:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from models.layers.roles import Rule
-from naming import require_same_names, shorten
+from naming import require_fit, shapes_and_dtypes, shorten
 from trainer.optim.groups import FROZEN, ParameterGroup, assign_groups, role_table
 from trainer.optim.muon import Muon
 
@@ -106,7 +106,7 @@ class Optimizers:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Copy a saved state in place. Raises ValueError, before any change, where it does not fit."""
         self.allocate()
-        require_same_names("the optimizer state", self._kinds, saved["optimizer"])
+        require_fit("the optimizer state", dict.fromkeys(self._kinds), dict.fromkeys(saved["optimizer"]))
         changed = [
             f"{name} ({saved['optimizer'][name]}, now {kind})"
             for name, kind in self._kinds.items()
@@ -118,15 +118,10 @@ class Optimizers:
         for parameter, entries in self._live_state():
             name = self._names[parameter]
             given = saved["state"][name]
-            require_same_names(f"the optimizer state of {name}", entries, given)
-            for key, live in entries.items():
-                if (live.shape, live.dtype) != (given[key].shape, given[key].dtype):
-                    raise ValueError(
-                        f"the optimizer state does not fit this model: {name}.{key} is "
-                        f"{tuple(given[key].shape)} {given[key].dtype}, "
-                        f"needed is {tuple(live.shape)} {live.dtype}"
-                    )
-                pairs.append((live, given[key]))
+            require_fit(
+                f"the optimizer state of {name}", shapes_and_dtypes(entries), shapes_and_dtypes(given)
+            )
+            pairs += [(live, given[key]) for key, live in entries.items()]
         for live, value in pairs:
             live.copy_(value)
 

@@ -13,6 +13,7 @@ import torch
 
 from adapters import build_adapter
 from adapters.base import ModelAdapter
+from naming import not_one_of, require_fit, shapes
 from trainer.distributed import choose_device
 from trainer.precision import choose_precision, tune_host
 from trainer.run.checkpoint import find_checkpoint, load_json, load_tensors
@@ -61,18 +62,7 @@ def config_of(checkpoint: Path) -> tuple[RunConfig, Any]:
 
 def load_weights(adapter: ModelAdapter, state: dict[str, torch.Tensor], source: str) -> None:
     """Exact match of names and shapes, or a ValueError that lists the differences."""
-    own = adapter.model.state_dict()
-    problems = [f"missing {n}" for n in own if n not in state] + [
-        f"unexpected {n}" for n in state if n not in own
-    ]
-    problems += [
-        f"{n} is {tuple(state[n].shape)}, the model has {tuple(own[n].shape)}"
-        for n in own
-        if n in state and own[n].shape != state[n].shape
-    ]
-    if problems:
-        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise ValueError(f"{source} does not fit this model: {'; '.join(problems[:5])}{more}")
+    require_fit(source, shapes(adapter.model.state_dict()), shapes(state))
     adapter.model.load_state_dict(state)
 
 
@@ -83,7 +73,7 @@ def restore(args: argparse.Namespace, changes: dict[str, Any] | None = None) -> 
     from data.tokenizers import load_tokenizer
 
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", args.device):
-        raise ValueError(f"device: {args.device!r} is not one of auto, cpu, cuda, cuda:N, mps")
+        raise ValueError(f"device: {not_one_of(args.device, ('auto', 'cpu', 'cuda', 'cuda:N', 'mps'))}")
     device = choose_device(args.device)
     given = args.checkpoint or (f"checkpoints/{args.model_name}" if args.model_name else None)
     checkpoint = find_checkpoint(given, lambda text: print(text, file=sys.stderr)) if given else None
