@@ -32,16 +32,12 @@ from trainer.meter import Meter
 from trainer.optim.optimizers import clip_gradients
 from trainer.optim.schedules import schedule_factor
 from trainer.precision import autocast
-from trainer.run.checkpoint import (
-    checkpoints_in,
-    find_checkpoint,
-    load_json,
-    load_tensors,
-    newest_checkpoint,
-)
-from trainer.run.folder import RunFolder
+from trainer.run.checkpoint import find_checkpoint, load_json, load_tensors, newest_checkpoint
 from trainer.run.progress import Progress
+from trainer.run.record import RunRecord
 from trainer.run.restore import load_weights
+from trainer.run.resume import check_resumable, checkpoint_to_resume
+from trainer.sample import sample_text
 from trainer.session import Session, open_session
 from trainer.signals import StopSignal
 
@@ -54,8 +50,9 @@ __all__ = ["train"]
 def train(cfg: RunConfig, model_cfg: ModelConfig, run_dir: Path, config_yaml: str = "") -> float:
     """Train, score and sample; returns bits per byte (of the best model if `save_best_model`), NaN if stopped
     before the first score. `config_yaml` is kept in the run folder, as the text that reproduces the run."""
-    with open_world(cfg) as world, RunFolder(run_dir, world, config_yaml) as folder, StopSignal() as stop:
-        checkpoint = world.on_main(lambda: _checkpoint_to_resume(cfg, folder))
+    with open_world(cfg) as world, RunRecord(run_dir, world, config_yaml) as record, StopSignal() as stop:
+        console = record.console
+        checkpoint = world.on_main(lambda: checkpoint_to_resume(cfg, record.folder, console.warn))
         saved = load_json(checkpoint, "training_state.json") if checkpoint else {}
         micro_rows = tokenizer = None
         if checkpoint:
@@ -64,11 +61,11 @@ def train(cfg: RunConfig, model_cfg: ModelConfig, run_dir: Path, config_yaml: st
             if recorded["world_size"] == world.size and share % recorded["micro_rows"] == 0:
                 micro_rows = recorded["micro_rows"]
         session = open_session(cfg, model_cfg, world, micro_rows=micro_rows, tokenizer=tokenizer)
-        trainer = Trainer(session, folder, stop)
+        trainer = Trainer(session, record, stop)
         if checkpoint:
             trainer.resume(checkpoint, saved)
         elif cfg.init_from_checkpoint:
-            source = find_checkpoint(cfg.init_from_checkpoint, folder.console.warn)
+            source = find_checkpoint(cfg.init_from_checkpoint, console.warn)
             type_ = load_json(source, "config.json").get("type")
             if type_ != cfg.type and cfg.eval_only:
                 raise ValueError(
@@ -76,38 +73,13 @@ def train(cfg: RunConfig, model_cfg: ModelConfig, run_dir: Path, config_yaml: st
                     f"Set type={type_}, or train from these weights (eval_only=false)"
                 )
             if type_ != cfg.type:
-                folder.console.warn(
-                    f"the weights of {source} were trained as {type_}; this run is {cfg.type}"
-                )
+                console.warn(f"the weights of {source} were trained as {type_}; this run is {cfg.type}")
             load_weights(session.adapter, load_tensors(source, "model.pt"), f"{source}/model.pt")
             if session.ema:
                 averaged = source / "ema.pt"
                 session.ema.restart(load_tensors(source, "ema.pt")["shadow"] if averaged.is_file() else None)
-            folder.console.note(f"weights from {source}; optimizer and step start anew")
+            console.note(f"weights from {source}; optimizer and step start anew")
         return trainer.run()
-
-
-def _checkpoint_to_resume(cfg: RunConfig, folder: RunFolder) -> Path | None:
-    """What `resume` means in this folder; None = start anew."""
-    warn = folder.console.warn
-    if cfg.resume == "none":
-        folder.refuse_to_overwrite()
-        return None
-    newest = newest_checkpoint(folder.path, warn)
-    if cfg.resume == "auto":
-        if newest is None and (damaged := checkpoints_in(folder.path)):
-            raise ValueError(
-                f"no checkpoint of {folder.path} is sound ({', '.join(p.name for p in damaged)}). Move them away to "
-                f"start anew, or choose another output_dir"
-            )
-        return newest
-    found = find_checkpoint(cfg.resume, warn)
-    if newest is not None and found.resolve() != newest.resolve():
-        raise ValueError(
-            f"{folder.path} holds {newest.name}, which going on from {found} would overwrite. Choose a new output_dir "
-            f"to branch off, or resume={folder.path}"
-        )
-    return found
 
 
 def dropout_seed(seed: int, step: int, first_row: int) -> int:
@@ -119,9 +91,9 @@ def dropout_seed(seed: int, step: int, first_row: int) -> int:
 class Trainer:
     """The state of a running training and the few things that can happen to it."""
 
-    def __init__(self, session: Session, folder: RunFolder, stop: StopSignal) -> None:
+    def __init__(self, session: Session, record: RunRecord, stop: StopSignal) -> None:
         self.s, self.cfg, self.world = session, session.cfg, session.world
-        self.folder, self.console, self.stop = folder, folder.console, stop
+        self.record, self.console, self.stop = record, record.console, stop
         self.progress = Progress()
         self.meter = Meter(self.world.device)
         self.total = session.total_steps
@@ -136,20 +108,17 @@ class Trainer:
     # -- the run -------------------------------------------------------------------------------------------
 
     def run(self) -> float:
-        self.folder.begin(self.s, self.progress)
+        self.record.begin(self.s, self.progress)
         if self.cfg.eval_only:
             score = self._final_score()
             if score:
-                self.folder.log_evaluation(self.progress, score)
+                self.record.evaluation(self.progress, score)
                 self._sample()
             return self._finish(score) if score else self._leave()
-        if (
-            self.progress.step >= self.total
-            and (ended := self.folder.finished(self.progress.step)) is not None
-        ):
+        step = self.progress.step
+        if step >= self.total and (ended := self.record.ended_with(step)) is not None:
             self.console.note(
-                f"nothing to do: step {self.progress.step} >= num_iterations {self.total}. "
-                "Raise num_iterations to go on"
+                f"nothing to do: step {step} >= num_iterations {self.total}. Raise num_iterations to go on"
             )
             return self.progress.best_bits_per_byte if self.cfg.save_best_model else ended
         if self._evaluation_due() and not self._evaluate():
@@ -254,7 +223,7 @@ class Trainer:
             lambda i: torch.manual_seed(dropout_seed(self.cfg.seed, step, batch.first_rows[i])),
         )
         rates = ", ".join(f"{k} {v:.2e}" for k, v in self._learning_rates(step).items())
-        newest = newest_checkpoint(self.folder.path, self.console.warn)
+        newest = newest_checkpoint(self.record.folder.path, self.console.warn)
         kept = f"{newest} is untouched" if newest else "no checkpoint had been saved yet"
         raise TrainingError(
             f"step {step} is not finite: {why}. Learning rates: {rates}. Nothing of this step was kept; {kept}. "
@@ -267,28 +236,8 @@ class Trainer:
     # -- what happens now and then ----------------------------------------------------------------------------
 
     def _log(self) -> None:
-        steps = self.meter.steps
-        seconds = self.progress.seconds
-        line: dict[str, Any] = {
-            "step": self.progress.step,
-            "total_steps": self.total,
-            **self.meter.read(self.world),
-        }
-        window = max(seconds - self.progress.logged_at_seconds, 1e-9)
-        self.progress.logged_at_seconds = seconds
-        tokens = steps * self.s.plan.rows * self.cfg.train_seq_len
-        line |= {
-            "grad_norm": self.last_norm.item(),
-            "tokens": self.progress.tokens,
-            "bytes": self.progress.bytes,
-            "seconds": round(seconds, 3),
-            "tokens_per_second": tokens / window,
-            "eta_seconds": window / max(steps, 1) * (self.total - self.progress.step),
-        }
-        line |= {f"lr/{role}": rate for role, rate in self._learning_rates(self.progress.step - 1).items()}
-        if self.s.scaler.enabled:
-            line |= {"loss_scale": self.s.scaler.scale.item(), "skipped_steps": self.progress.skipped_steps}
-        self.folder.log_step(line, self.s)
+        rates = self._learning_rates(self.progress.step - 1)
+        self.record.step(self.s, self.progress, self.meter, self.last_norm, rates)
 
     def _evaluation_due(self) -> bool:
         step, every = self.progress.step, self.cfg.val_loss_every
@@ -316,8 +265,14 @@ class Trainer:
         return score
 
     def _sample(self) -> None:
+        """Append a text to samples.txt, once per step; one process writes it."""
+        step, folder = self.progress.step, self.record.folder
+        if not self.world.is_main or not self.cfg.sample_tokens or folder.sampled_at == step:
+            return
         with torch.compiler.set_stance("force_eager"), self.s.ema.swap() if self.s.ema else nullcontext():
-            self.folder.sample(self.s, self.progress.step, self.stop)
+            text = sample_text(self.s, lambda: self.stop.requested)
+        if text is not None:
+            folder.add_sample(step, text)
 
     def _evaluate(self) -> bool:
         """Score the held-out text and take note of it. False when a stop was asked for meanwhile."""
@@ -335,11 +290,11 @@ class Trainer:
         better = score.bits_per_byte < p.best_bits_per_byte
         if better:
             p.best_bits_per_byte, p.best_step = score.bits_per_byte, p.step
-        self.folder.log_evaluation(p, score)
+        self.record.evaluation(p, score)
         if self.s.ema and p.step >= self.total:  # once, to show what averaging does
             raw = self._score(self.interim_rows, averaged=False)
             if raw:
-                self.folder.log_raw_evaluation(p, raw)
+                self.record.raw_evaluation(p, raw)
         self._sample()
         if better and (cfg.save_best_model or cfg.save_only_best):
             self._save(best=cfg.save_best_model)
@@ -362,13 +317,12 @@ class Trainer:
 
     def _save(self, best: bool = False) -> None:
         self._raise_if_not_finite()
-        meter = self.meter.state_dict(self.world)  # takes part on every process
-        self.folder.save(self.s, self.progress, meter, best=best)
+        self.record.save(self.s, self.progress, self.meter, best=best)
         self.last_save = time.monotonic()
 
     def resume(self, checkpoint: Path, saved: dict[str, Any]) -> None:
         s = self.s
-        self.folder.check_resumable(s, checkpoint, saved)
+        check_resumable(s, checkpoint, saved, self.console.note)
         load_weights(s.adapter, load_tensors(checkpoint, "model.pt"), f"{checkpoint}/model.pt")
         state = load_tensors(checkpoint, saved["optimizer_file"])
         s.optimizers.load_state_dict(state["optimizers"])
@@ -378,19 +332,21 @@ class Trainer:
         self.meter.load_state_dict(state["meter"], self.world)
         self.progress = Progress.from_json(saved["progress"])
         s.loader.start_at(self.progress.step, saved["position"])
-        self.folder.resumed(checkpoint, self.progress.step, self.progress.seconds)
+        self.console.note(
+            f"resumed {checkpoint.name} at step {self.progress.step}, after {self.progress.seconds:.0f} s of training"
+        )
 
     def _leave(self) -> float:
         """A stop was asked for: save, say how to go on, end well."""
         if self.cfg.save_checkpoint and self.progress.step > 0:
             self._save()
-        self.folder.stopped(self.progress.step, self.stop.name, saved=self.cfg.save_checkpoint)
+        self.record.stopped(self.progress.step, self.stop.name, saved=self.cfg.save_checkpoint)
         return self.progress.best_bits_per_byte if self.progress.best_step >= 0 else math.nan
 
     def _finish(self, score: Score) -> float:
         if not self.cfg.eval_only and self.cfg.save_checkpoint and not self.cfg.save_only_best:
             self._save()
-        self.folder.finish(self.s, self.progress, score)
+        self.record.finish(self.s, self.progress, score)
         if self.cfg.save_best_model and self.progress.best_step >= 0:
             return self.progress.best_bits_per_byte
         return score.bits_per_byte

@@ -135,13 +135,13 @@ def _bare_step(s: Session, index: int) -> None:
 def _loop_overhead(configs: tuple[RunConfig, Any], steps: int) -> dict[str, float]:
     """The real Trainer's step against the bare one, on the same kind of session."""
     from trainer.loop import Trainer
-    from trainer.run.folder import RunFolder
+    from trainer.run.record import RunRecord
     from trainer.signals import StopSignal
 
     with tempfile.TemporaryDirectory() as scratch:
         bare, ours = _open(configs), _open(configs)
-        with RunFolder(Path(scratch), ours.world) as folder, StopSignal() as stop:
-            trainer = Trainer(ours, folder, stop)
+        with RunRecord(Path(scratch), ours.world) as record, StopSignal() as stop:
+            trainer = Trainer(ours, record, stop)
 
             def real(index: int) -> None:
                 batch = ours.loader.load(index)

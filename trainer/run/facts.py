@@ -1,0 +1,165 @@
+"""What a run is, as plain values: read off its session, written nowhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from configs.schema import redacted
+from trainer.optim.optimizers import role_table
+from trainer.run.checkpoint import FORMAT
+from trainer.run.manifest import collect_environment, peak_memory_bytes
+from trainer.run.progress import Progress
+from trainer.view.format import quantity
+
+if TYPE_CHECKING:
+    from trainer.evaluate import Score
+    from trainer.session import Session
+
+__all__ = ["Facts", "architecture", "checkpoint_contents", "execution", "facts_of", "summary_of"]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What whoever keeps a record of a run is told before its first step."""
+
+    path: Path  # the run folder
+    step: int  # optimizer steps done: 0, or where a resumed run goes on
+    config: dict[str, Any]  # every field of the run, without secrets
+    manifest: dict[str, Any]
+    banner: list[str]
+    notes: list[str]  # of the data
+
+
+def facts_of(s: Session, path: Path, step: int) -> Facts:
+    manifest = _manifest(s)
+    return Facts(path, step, redacted(s.cfg), manifest, _banner(s, manifest, path), list(s.dataset.notes))
+
+
+def _manifest(s: Session) -> dict[str, Any]:
+    roles = role_table(s.adapter.named_model_parameters(), s.adapter.param_roles(), s.cfg, s.adapter.width)
+    by_role: dict[str, int] = {}
+    for row in roles:
+        by_role[row["role"]] = by_role.get(row["role"], 0) + row["parameters"]
+    flops = s.adapter.flops(s.cfg.train_seq_len)
+    return {
+        "type": s.cfg.type,
+        "environment": collect_environment(s.world.device),
+        "kernels": {"attention": "torch scaled_dot_product_attention", s.adapter.loss_kernel: "torch"},
+        "precision": s.precision,
+        "compiled": s.compiled,
+        "execution": execution(s),
+        "data": {
+            "name": s.dataset.name,
+            "fingerprint": s.dataset.fingerprint,
+            "train_bytes": s.dataset.train.total_bytes,
+            "heldout_bytes": s.dataset.heldout.total_bytes,
+            "tokenizer": s.dataset.tokenizer.name,
+            "tokenizer_digest": s.dataset.tokenizer.digest,
+        },
+        "parameters": {"total": sum(by_role.values()), "by_role": by_role},
+        "roles": roles,
+        "flops_per_token": {"forward": flops.forward_per_token, "training": flops.training_per_token},
+        "argv": sys.argv,
+    }
+
+
+def _banner(s: Session, manifest: dict[str, Any], path: Path) -> list[str]:
+    cfg, plan, counts = s.cfg, s.plan, manifest["parameters"]
+    return [
+        f"{cfg.type} · {counts['total']:,} parameters "
+        f"({', '.join(f'{role} {n:,}' for role, n in counts['by_role'].items())})",
+        f"data {s.dataset.name}: {s.dataset.train.total_bytes / 1e6:.1f} MB to train on, "
+        f"{s.dataset.heldout.total_bytes / 1e6:.2f} MB held out · tokenizer {s.dataset.tokenizer.name}, "
+        f"{s.dataset.tokenizer.vocab_size:,} tokens",
+        f"{s.total_steps:,} steps of {plan.rows} rows x {cfg.train_seq_len} tokens = "
+        f"{quantity(s.total_steps * plan.rows * cfg.train_seq_len)} tokens "
+        f"({plan.world_size} process{'es' if plan.world_size > 1 else ''} x {plan.accumulation} x "
+        f"{plan.micro_rows} rows)",
+        f"{s.world.device} · {'fp32' if s.precision == 'no' else s.precision} ({s.precision_reason}) · "
+        f"{'compiled blocks' if s.compiled else 'eager'} · {cfg.optimizer}",
+        f"run folder {path}",
+    ]
+
+
+def execution(s: Session) -> dict[str, Any]:
+    """What bit-exact resume depends on beside the configuration."""
+    return {
+        "device": str(s.world.device.type),
+        "world_size": s.world.size,
+        "micro_rows": s.plan.micro_rows,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def architecture(s: Session) -> dict[str, Any]:
+    """What it takes to build the model again: config.json of a checkpoint."""
+    return {
+        "format": FORMAT,
+        "type": s.cfg.type,
+        "model_adapter": s.cfg.model_adapter,
+        "model_cfg": s.adapter.model_cfg.model_dump(mode="json"),
+        "train_seq_len": s.cfg.train_seq_len,
+        "batch_size": s.plan.micro_rows,
+        "preset": s.cfg.preset,
+    }
+
+
+def checkpoint_contents(
+    s: Session, progress: Progress, meter: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """(tensors, texts) by file name; `meter`: its global state."""
+    tensors: dict[str, Any] = {
+        "model.pt": s.adapter.model.state_dict(),
+        "optimizer.pt": {
+            "optimizers": s.optimizers.state_dict(),
+            "scaler": s.scaler.state_dict(),
+            "meter": meter,
+        },
+    }
+    if s.ema:
+        tensors["ema.pt"] = s.ema.state_dict()
+    state = {
+        "format": FORMAT,
+        "step": progress.step,
+        "tokens_seen": progress.tokens,
+        "position": s.loader.position(progress.step),
+        "optimizer_file": "optimizer.pt",
+        "progress": progress.to_json(),
+        "execution": execution(s),
+        "data": {"fingerprint": s.dataset.fingerprint, "tokenizer_digest": s.dataset.tokenizer.digest},
+        "training_config": redacted(s.cfg),
+    }
+    texts = {
+        "config.json": json.dumps(architecture(s), indent=2) + "\n",
+        "training_state.json": json.dumps(state, indent=2) + "\n",
+        "tokenizer.json": s.dataset.tokenizer.to_json(),
+    }
+    return tensors, texts
+
+
+def summary_of(
+    s: Session, progress: Progress, score: Score, yardsticks: dict[str, float], seconds_total: float
+) -> dict[str, Any]:
+    per_token = s.adapter.flops(s.cfg.train_seq_len).training_per_token
+    return {
+        "type": s.cfg.type,
+        "score": score.as_dict(),
+        "weights": "averaged (EMA)" if s.ema else "raw",
+        "precision": s.precision,
+        "yardsticks": yardsticks,
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "bytes": progress.bytes,
+        "seconds": round(progress.seconds, 3),
+        "seconds_total": round(seconds_total, 3),
+        "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else None,
+        "peak_memory_bytes": peak_memory_bytes(s.world.device),
+        "flops": per_token * progress.tokens,
+    }

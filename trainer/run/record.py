@@ -1,0 +1,127 @@
+"""What a run leaves behind. The loop tells the record on every process; what is spread over them is gathered here, and
+process 0 alone writes it: to its folder, and to every sink."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from data.yardsticks import start_background
+from trainer.run.facts import checkpoint_contents, facts_of, summary_of
+from trainer.run.folder import RunFolder
+from trainer.run.lines import evaluation_line, raw_evaluation_line, training_line
+from trainer.run.progress import Progress
+from trainer.run.sinks import ConsoleSink, MetricsSink, Sink
+from trainer.view.console import Console
+from trainer.view.report import write_report
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.distributed import World
+    from trainer.evaluate import Score
+    from trainer.meter import Meter
+    from trainer.session import Session
+
+__all__ = ["RunRecord"]
+
+
+class RunRecord:
+    """Use as a context manager, around everything that writes to the folder."""
+
+    def __init__(self, path: Path, world: World, config_yaml: str = "") -> None:
+        self.world, self.config_yaml = world, config_yaml
+        self.folder = RunFolder(path)
+        self.console = Console(enabled=world.is_main)
+        self._sinks: list[Sink] = []  # from `begin` on, on process 0
+        self._yardsticks: Any = None
+        self._started = time.monotonic()
+
+    def __enter__(self) -> RunRecord:
+        self.world.on_main(self.folder.lock)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.console.close()
+        for sink in self._sinks:
+            sink.close()
+        if self._yardsticks is not None:
+            self._yardsticks.close()
+        if self.world.is_main:
+            self.folder.unlock(failed=error is not None)
+
+    def begin(self, s: Session, progress: Progress) -> None:
+        if not self.world.is_main:
+            return
+        facts = facts_of(s, self.folder.path, progress.step)
+        self.folder.drop_samples_after(progress.step)
+        if self.config_yaml:
+            self.folder.write("config.yaml", self.config_yaml)
+        self.folder.write_json("manifest.json", facts.manifest)
+        # The file first: what the others show is in it.
+        self._sinks = [MetricsSink(), ConsoleSink(self.console, self.folder)]
+        for sink in self._sinks:
+            sink.begin(facts)
+        self._yardsticks = start_background(s.dataset, s.cfg.val_bytes)
+
+    def step(
+        self, s: Session, progress: Progress, meter: Meter, grad_norm: Tensor, rates: dict[str, float]
+    ) -> None:
+        """Training since the last such line; empties the meter. `rates`: learning rate by role."""
+        line = training_line(s, progress, meter, grad_norm.item(), rates)
+        for sink in self._sinks:
+            sink.step(line)
+
+    def evaluation(self, progress: Progress, score: Score) -> None:
+        self._evaluation(evaluation_line(progress, score))
+
+    def raw_evaluation(self, progress: Progress, score: Score) -> None:
+        """The score of the weights as they are, beside that of their average."""
+        self._evaluation(raw_evaluation_line(progress, score))
+
+    def _evaluation(self, line: dict[str, Any]) -> None:
+        for sink in self._sinks:
+            sink.evaluation(line)
+
+    def save(self, s: Session, progress: Progress, meter: Meter, *, best: bool) -> None:
+        """Write a checkpoint; `best`: it is also best_model/."""
+        unread = meter.state_dict(self.world)  # takes part on every process
+
+        def write() -> None:
+            tensors, texts = checkpoint_contents(s, progress, unread)
+            self.folder.save(progress.step, tensors, texts, best=best, keep=s.cfg.save_total_limit)
+
+        self.world.on_main(write)
+
+    def ended_with(self, step: int) -> float | None:
+        """The score a run ended with at this step, None if it has not been scored to the end."""
+
+        def read() -> float | None:
+            summary = self.folder.read_json("summary.json")
+            return summary["score"]["bits_per_byte"] if summary.get("steps") == step else None
+
+        return self.world.on_main(read)
+
+    def stopped(self, step: int, signal_name: str, saved: bool) -> None:
+        kept = f"saved step {step}" if saved and step else "nothing was saved"
+        self.console.note(f"{signal_name or 'stop'} received: {kept}")
+        if saved and step:
+            self.console.note(f"go on with: python mytrainer.py resume={self.folder.path}")
+
+    def finish(self, s: Session, progress: Progress, score: Score) -> None:
+        if not self.world.is_main:
+            return
+        if self.folder.has_checkpoint(progress.step) and not s.cfg.eval_only:
+            self.folder.link_final(progress.step)
+        yardsticks = self._yardsticks.result() if self._yardsticks is not None else {}
+        if s.dataset.entropy_bits_per_byte is not None:
+            yardsticks["true entropy"] = s.dataset.entropy_bits_per_byte
+        summary = summary_of(s, progress, score, yardsticks, time.monotonic() - self._started)
+        self.folder.write_json("summary.json", summary)
+        write_report(self.folder.path)
+        for sink in self._sinks:
+            sink.finish(summary)

@@ -1,0 +1,85 @@
+"""Which checkpoint a run goes on from, and whether it may."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from configs.schema import redacted
+from trainer.run.checkpoint import checkpoints_in, find_checkpoint, newest_checkpoint
+from trainer.run.facts import architecture, execution
+
+if TYPE_CHECKING:
+    from configs.schema import RunConfig
+    from trainer.run.folder import RunFolder
+    from trainer.session import Session
+
+__all__ = ["check_resumable", "checkpoint_to_resume"]
+
+# Where a run is and how long it may go on do not make it another run.
+# The architecture is compared apart.
+_NOT_COMPARED = {
+    "type",
+    "model_cfg",
+    "resume",
+    "output_dir",
+    "model_name",
+    "preset",
+    "env",
+    "init_from_checkpoint",
+}
+
+
+def checkpoint_to_resume(cfg: RunConfig, folder: RunFolder, warn: Callable[[str], None]) -> Path | None:
+    """What `resume` means in this folder; None = start anew."""
+    if cfg.resume == "none":
+        folder.refuse_to_overwrite()
+        return None
+    newest = newest_checkpoint(folder.path, warn)
+    if cfg.resume == "auto":
+        if newest is None and (damaged := checkpoints_in(folder.path)):
+            raise ValueError(
+                f"no checkpoint of {folder.path} is sound ({', '.join(p.name for p in damaged)}). Move them away to "
+                f"start anew, or choose another output_dir"
+            )
+        return newest
+    found = find_checkpoint(cfg.resume, warn)
+    if newest is not None and found.resolve() != newest.resolve():
+        raise ValueError(
+            f"{folder.path} holds {newest.name}, which going on from {found} would overwrite. Choose a new output_dir "
+            f"to branch off, or resume={folder.path}"
+        )
+    return found
+
+
+def check_resumable(
+    s: Session, checkpoint: Path, saved: dict[str, Any], note: Callable[[str], None]
+) -> None:
+    """Refuse what would silently be another run; announce what changes results or rounding."""
+    theirs = json.loads((checkpoint / "config.json").read_text())
+    mine = architecture(s)
+    differing = [k for k in mine["model_cfg"] if mine["model_cfg"][k] != theirs["model_cfg"].get(k)]
+    if theirs["type"] != mine["type"] or differing:
+        what = ", ".join(f"{k} {theirs['model_cfg'].get(k)} -> {mine['model_cfg'][k]}" for k in differing)
+        raise ValueError(
+            f"the architecture is fixed by {checkpoint}/config.json (type {theirs['type']}): {what}"
+        )
+    for key, now in (
+        ("fingerprint", s.dataset.fingerprint),
+        ("tokenizer_digest", s.dataset.tokenizer.digest),
+    ):
+        if saved["data"][key] != now:
+            raise ValueError(
+                f"the data is not what {checkpoint} was trained on ({key} {saved['data'][key][:12]} then, "
+                f"{now[:12]} now). Restore the data, or start a new run with init_from_checkpoint={checkpoint}"
+            )
+    before, after = saved["training_config"], redacted(s.cfg)
+    changed = [k for k in after if k not in _NOT_COMPARED and before.get(k) != after[k]]
+    for key in changed:
+        note(f"changed since the checkpoint: {key} {before.get(key)} -> {after[key]}")
+    for key, now in execution(s).items():
+        then = saved["execution"].get(key)
+        if then != now:
+            note(f"{key} was {then} and is {now}: equal to rounding from here, not bit for bit")

@@ -1,0 +1,87 @@
+"""Who keeps a record of a run, on process 0: metrics.jsonl, the console, and what trackers.py has."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from trainer.run.facts import Facts
+from trainer.run.folder import RunFolder
+from trainer.run.metrics import MetricsWriter
+from trainer.view.console import Console
+from trainer.view.format import bits_per_byte
+
+__all__ = ["ConsoleSink", "MetricsSink", "Sink"]
+
+
+class Sink(Protocol):
+    """Told everything a run says, in this order: `begin` once, then lines, `finish` if the run came to its end, `close`
+    in any case. A line is a mapping with a `step`; a resumed run begins with the lines after `facts.step`."""
+
+    def begin(self, facts: Facts) -> None: ...
+
+    def step(self, line: dict[str, Any]) -> None:
+        """Training since the last such line (`trainer.run.lines.training_line`)."""
+
+    def evaluation(self, line: dict[str, Any]) -> None:
+        """A score: values called `val_<name>`."""
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """What stands in summary.json, which is written by now, as is report.html."""
+
+    def close(self) -> None: ...
+
+
+class MetricsSink:
+    """metrics.jsonl. What a life cut short wrote after its last checkpoint is dropped."""
+
+    def begin(self, facts: Facts) -> None:
+        self._writer = MetricsWriter(facts.path)
+        self._writer.truncate_after(facts.step)
+
+    def step(self, line: dict[str, Any]) -> None:
+        self._writer.write(line)
+
+    def evaluation(self, line: dict[str, Any]) -> None:
+        self._writer.write(line)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class ConsoleSink:
+    """Standard output."""
+
+    def __init__(self, console: Console, folder: RunFolder) -> None:
+        self._console, self._folder = console, folder
+
+    def begin(self, facts: Facts) -> None:
+        for text in facts.notes:
+            self._console.note(text)
+        self._console.banner(facts.banner)
+
+    def step(self, line: dict[str, Any]) -> None:
+        self._console.step(line)
+
+    def evaluation(self, line: dict[str, Any]) -> None:
+        if "val_raw_bits_per_byte" in line:
+            raw = bits_per_byte(line, "val_raw_")
+            self._console.note(f"without averaging the weights: {raw} bits/byte")
+        else:
+            self._console.evaluation(line)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        self._console.score_table(summary["score"], summary["yardsticks"])
+        if sample := self._folder.last_sample():
+            self._console.sample(sample)
+        path, steps = self._folder.path, summary["steps"]
+        commands = [
+            f"python mytrainer.py generate --checkpoint {path} --prompt 'def '",
+            f"python mytrainer.py resume={path} num_iterations={2 * max(steps, 1)}",
+        ]
+        self._console.finish(path, commands if self._folder.has_checkpoint(steps) else [])
+
+    def close(self) -> None:
+        self._console.close()
