@@ -54,9 +54,7 @@ def checkpoint_to_resume(cfg: RunConfig, folder: RunFolder, warn: Callable[[str]
     return found
 
 
-def check_resumable(
-    s: Session, checkpoint: Path, saved: dict[str, Any], note: Callable[[str], None]
-) -> None:
+def check_resumable(s: Session, checkpoint: Path, saved: dict[str, Any], note: Callable[[str], None]) -> None:
     """Refuse what would silently be another run; announce what changes results or rounding."""
     theirs = json.loads((checkpoint / "config.json").read_text())
     mine = architecture(s)
