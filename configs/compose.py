@@ -3,8 +3,8 @@
 The folder `configs/` is a Hydra option group placed at the global package: `--hydra_model_cfg=X` becomes the
 group choice `configs@_global_=X`, `preset=Y` becomes `configs/preset=Y`. Hydra composes; this file only
 translates before and checks after. Order of priority, low to high: defaults of the architecture's Config,
-training.yaml, the model file (its parents first), the preset and what `preset/for/` adds to it for a
-shipped file, the command line.
+training.yaml, the model file (its parents first), the preset and what `preset/for/` adds to it for the
+type, the command line.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from configs.files import (
     ROOT,
     Locations,
     Node,
-    Registry,
     description,
     digest,
     options,
@@ -40,16 +39,16 @@ from configs.files import (
     read_model,
     shown,
 )
-from configs.frontend import SIZE_KEYS, Request, parse, parse_override
+from configs.frontend import SIZE_KEYS, Request, override_choices, parse, parse_override
 from configs.hardware import uses_cuda
 from configs.messages import REDACTED, ConfigError, is_secret
+from configs.registry import AMENDMENTS, Model, Registry, amendments
 from configs.schema import GENERIC_FIELDS, ModelConfig, RunConfig
 from configs.unread import unread
 from configs.validate import architecture_config, validate
 
 APP = "mytrainer"
 MODEL_GROUP = "configs@_global_"
-AMENDMENTS = "configs/preset/for"
 
 
 @dataclasses.dataclass
@@ -58,18 +57,19 @@ class Plan:
 
     request: Request
     overrides: list[str]  # for Hydra
-    models: dict[str, Node]  # option name -> file
+    models: dict[str, Model]  # by option name
     saved: tuple[dict[str, Any], Path] | None  # the architecture of the run that goes on
     secrets: dict[str, str]  # environment variables that must not reach any file
     notices: list[str]
 
-    def where(self, option: str) -> Locations:
+    def where(self, option: str, tree: dict[str, Any]) -> Locations:
         """Origins of the keys of a composition with this model."""
-        groups = [(g, self.request.values.get(g)) for g in ("data", "preset")]
-        chosen = [read(CONFIGS / g / f"{n}.yaml") for g, n in groups if n in options(g)]
-        amendment = ROOT / AMENDMENTS / f"{option}-{self.request.values.get('preset')}.yaml"
-        chosen += [read(amendment)] if amendment.is_file() else []
-        return Locations([*self.models[option].chain(), *chosen], self.request.keys)
+        model = self.models[option]
+        chosen = [(g, tree[g]) for g in ("data", "preset") if g in self.request.values]
+        layers = [read(CONFIGS / g / f"{n}.yaml") for g, n in chosen if n in options(g)]
+        amendment = model.amendments.get(str(tree.get("preset"))) if "preset" in self.request.values else None
+        layers += [amendment] if amendment else []
+        return Locations([*model.layers, *layers], self.request.keys)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +120,8 @@ def prepare(argv: list[str]) -> Plan:
     saved = runs.saved_architecture(request.values, folder)
     preset = _preset(request, nodes, saved)
     registry = Registry(use_presets=not preset and "preset" not in request.values)
-    names = {registry.option(n, _missing_type(n, request)): n for n in nodes}
+    added = [_option(n, request, registry) for n in nodes]
+    names = {model.option: model for model in added}
     overrides = list(request.overrides)
     if preset:
         request.values["preset"] = preset
@@ -158,15 +159,31 @@ def _models(request: Request) -> tuple[list[Node], str]:
         return [], ""
 
 
-def _missing_type(node: Node, request: Request) -> dict[str, Any]:
+def _option(node: Node, request: Request, registry: Registry) -> Model:
     """A file without `type` has the type of its own name if there is such an architecture, else vanilla."""
-    if node.stated("type") or "type" in request.keys:
-        return {}
+    if "type" in request.sweeps:
+        _refuse_amended(node, request)
+    type_ = request.values.get("type") or node.stated("type")
+    if type_ or "type" in request.keys:
+        return registry.add(node, str(type_))
     import models
 
     type_ = node.path.stem if node.path.stem in models.ARCHITECTURES else "vanilla"
     request.notices.append(f"{shown(node.path)} states no type: taken as {type_}")
-    return {"type": type_}
+    return registry.add(node, type_, {"type": type_})
+
+
+def _refuse_amended(node: Node, request: Request) -> None:
+    """The types of a sweep over `type` share one option, so what a preset means for one of them cannot apply."""
+    chosen = request.values.get("preset", node.stated("preset"))
+    presets = set(chosen if isinstance(chosen, list) else [chosen])
+    (swept,) = (o for o in request.overrides if o.startswith("type="))
+    for type_ in override_choices(parse_override(swept), []):
+        if amended := presets & amendments(node, type_).keys():
+            raise ConfigError(
+                f"command line: preset {min(amended)} means something of its own for type {type_}, which a sweep over "
+                f"type cannot follow. Sweep over model files: --hydra_model_cfg=a.yaml,b.yaml"
+            )
 
 
 def _preset(request: Request, nodes: list[Node], saved: tuple[dict[str, Any], Path] | None) -> str:
@@ -236,8 +253,8 @@ def register() -> None:
             {MODEL_GROUP: None},
             {"configs/data": None},
             {"configs/preset": None},
-            # What a size means for one architecture besides; a file there wins over the preset's own.
-            {f"optional {AMENDMENTS}": f"${{{MODEL_GROUP}}}-${{configs/preset}}"},
+            # What a size means for one architecture besides (configs/registry.py); wins over the preset's own.
+            {f"optional configs/{AMENDMENTS}": f"${{{MODEL_GROUP}}}-${{configs/preset}}"},
             "_self_",
             {"override hydra/job_logging": "none"},
         ],
@@ -303,7 +320,7 @@ def check(plan: Plan, tree: dict[str, Any], option: str | None = None) -> Checke
     saved = plan.saved or runs.saved_architecture(tree, folder)
     if saved:
         runs.apply_lock(tree, *saved, plan.request.keys, plan.notices)
-    cfg, model_cfg = validate(tree, plan.where(option), plan.notices)
+    cfg, model_cfg = validate(tree, plan.where(option, tree), plan.notices)
     remark = unread(cfg, model_cfg, plan.request.keys)
     plan.notices += [remark] if remark else []
     runs.refuse_overwrite(tree, folder)

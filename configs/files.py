@@ -1,22 +1,14 @@
-"""Model files: finding them, reading them with line numbers, following `defaults`, handing them to Hydra.
-
-A file that lies directly in `configs/` and needs nothing special is left to Hydra's own loader. Every
-other file (elsewhere on disk, with other spellings, with a `preset:` of its own) is read here and stored
-in Hydra's ConfigStore as one more option of the group `configs`, so that composition, sweeps and
-`--info` treat it like a shipped one.
-"""
+"""Model files: finding them, reading them with line numbers, following `defaults`."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from configs.messages import ARCHITECTURE_ALIASES, RENAMED, ConfigError
@@ -219,51 +211,6 @@ def _find_parent(path: Path, where: str, name: str) -> Path:
         if candidate.is_file() and not (bare == BASE.stem and candidate.resolve() == path):
             return candidate
     raise ConfigError(f"{where}: no such config: {name} (tried {', '.join(shown(t) for t in tried)})")
-
-
-class Registry:
-    """Gives each model file its option name in the group `configs`, storing it where Hydra needs that."""
-
-    def __init__(self, *, use_presets: bool) -> None:
-        self.use_presets = (
-            use_presets  # whether `preset:` inside a file applies (no preset on the command line)
-        )
-        self.names: dict[str, Path] = {name: CONFIGS / f"{name}.yaml" for name in options()}
-        self.names[BASE.stem] = BASE
-
-    def option(self, node: Node, extra: dict[str, Any] | None = None) -> str:
-        """The option name of a file. `extra`: values to add where the file does not state them."""
-        if not extra and self._untouched(node):
-            return node.path.relative_to(CONFIGS).with_suffix("").as_posix()
-        name = self._unique(node.path)
-        defaults: list[str] = []
-        for parent in node.parents:
-            if isinstance(parent, Node):
-                defaults.append(self.option(parent))
-            else:
-                preset = node.values.get("preset")
-                if self.use_presets and preset not in (None, "auto"):
-                    defaults.append(f"preset/{check_option('preset', preset, shown(node.path))}")
-                defaults.append(SELF)
-        content = {"defaults": defaults, **(extra or {}), **node.values}
-        ConfigStore.instance().store(group="configs", name=name, node=content, provider=str(node.path))
-        return name
-
-    def _untouched(self, node: Node) -> bool:
-        # Only our own loader applies a preset that a file names.
-        named = any(
-            n.values.get("preset") not in (None, "auto") for n in node.chain() if n.path.parent == CONFIGS
-        )
-        return node.native() and not named
-
-    def _unique(self, path: Path) -> str:
-        stem = re.sub(r"[^A-Za-z0-9_.-]+", "_", path.stem) or "model"
-        name, n = stem, 1
-        while name in self.names:
-            n += 1
-            name = f"{stem}-{n}"
-        self.names[name] = path
-        return name
 
 
 def check_option(group: str, name: Any, where: str) -> str:

@@ -298,7 +298,7 @@ def _group(request: Request, group: str, value: str) -> None:
 def override_choices(parsed: Override, available: list[str]) -> list[str]:
     value = parsed.value()
     if isinstance(value, ChoiceSweep):
-        return [str(v) for v in value.list]
+        return [str(getattr(v, "text", v)) for v in value.list]  # a quoted one is an object
     if isinstance(value, Glob):
         return value.filter(available)
     return [str(value)]

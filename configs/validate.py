@@ -22,7 +22,7 @@ from configs.frontend import unknown_key
 from configs.hardware import process_count, uses_cuda
 from configs.messages import ARCHITECTURE_ALIASES, RENAMED, ConfigError, suggest_key
 from configs.runs import not_a_folder
-from configs.schema import GENERIC_FIELDS, DefaultModelConfig, ModelConfig, RunConfig
+from configs.schema import GENERIC_FIELDS, ModelConfig, RunConfig
 from naming import load
 
 Where = Callable[[str], str]  # key -> place of its value, "" if unknown
@@ -239,9 +239,8 @@ def _drop_preset_extras(
     extras = {
         k for k, v in run.model_cfg.items() if k not in config_class.model_fields and brought.get(k, ...) == v
     }
-    sizes = extras & DefaultModelConfig.model_fields.keys()  # the rest is for other architectures anyway
-    if sizes:
-        notices.append(f"preset {run.preset}: {run.type} has no {', '.join(sorted(sizes))}; left out")
+    if extras:
+        notices.append(f"preset {run.preset}: {run.type} has no {', '.join(sorted(extras))}; left out")
     return {k: v for k, v in run.model_cfg.items() if k not in extras}
 
 

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from configs import compose
 from configs.compose import check_grid, compose_tree, prepare
-from configs.files import CONFIGS, ROOT, options
+from configs.files import CONFIGS, ROOT
 from configs.messages import ConfigError
 from configs.schema import RunConfig
 from configs.validate import validate
@@ -181,28 +181,6 @@ def test_auto_preset_says_what_it_chose_and_how_to_get_the_full_size(work, monke
     assert compose_tree(prepare(["model=gpt2", "device=cpu"]).overrides)["preset"] == "nano"
 
 
-def test_a_size_may_mean_something_more_for_one_architecture(work):
-    def steps(*words: str) -> int:
-        return quiet(*words)[0].num_iterations
-
-    assert steps("model=gpt2", "preset=nano") > steps("model=bd3lm", "preset=nano")
-    assert steps("model=bd3lm", "preset=nano", "num_iterations=7") == 7
-    assert steps("model=bd3lm", "preset=none") == steps("model=mdl", "preset=none")
-    points = check_grid(prepare(["model=mdl,bd3lm", "preset=nano", "-m"]))
-    assert [p.cfg.num_iterations for p in points] == [
-        steps("model=mdl", "preset=nano"),
-        steps("model=bd3lm", "preset=nano"),
-    ]
-
-
-@pytest.mark.parametrize(
-    "amendment", sorted((CONFIGS / "preset" / "for").glob("*.yaml")), ids=lambda p: p.stem
-)
-def test_amendments_name_a_model_and_a_preset(amendment):
-    model, preset = amendment.stem.rsplit("-", 1)
-    assert model in options() and preset in options("preset")
-
-
 @pytest.mark.parametrize("paper", sorted((CONFIGS / "papers").glob("*.yaml")), ids=lambda p: p.stem)
 def test_recipes_of_the_papers(work, paper):
     cfg, _ = quiet(str(paper))
@@ -210,23 +188,6 @@ def test_recipes_of_the_papers(work, paper):
     assert (
         cfg.scheduler in ("constant", "inverse_sqrt") and cfg.warmup_steps >= 2000 and cfg.ema_decay == 0.9999
     )
-
-
-@pytest.mark.parametrize("preset", options("preset"))
-def test_presets_set_sizes_and_never_learning_rates(preset):
-    stated = OmegaConf.to_container(OmegaConf.load(CONFIGS / "preset" / f"{preset}.yaml"))
-    sizes = {
-        "preset",
-        "model_cfg",
-        "train_seq_len",
-        "batch_size",
-        "gradient_accumulation_steps",
-        "global_batch_size",
-    }
-    extra = (
-        {"num_iterations", "val_loss_every", "val_bytes", "val_bytes_interim"} if preset == "nano" else set()
-    )
-    assert set(stated) <= sizes | extra and stated["preset"] == preset
 
 
 def test_training_yaml_states_every_field_with_the_default_of_the_schema():

@@ -255,9 +255,12 @@ def test_other_launchers(work, launcher):
     pytest.importorskip({"joblib": "hydra_plugins.hydra_joblib_launcher"}.get(launcher, "submitit"))
     (work / "sub").mkdir()
     (work / "sub" / "with blank.yaml").write_text("defaults: [../mine, _self_]\n")
-    done = run(work, "sub/with blank.yaml", "seed=1,2", f"hydra/launcher={launcher}", "-m")
+    (work / "preset" / "for").mkdir(parents=True)
+    (work / "preset" / "for" / "Model-tiny.yaml").write_text("model_cfg: {d_model: 60}\n")
+    words = ["seed=1,2", "preset=tiny", f"hydra/launcher={launcher}", "-m"]
+    done = run(work, "sub/with blank.yaml", *words)
     assert done.returncode == 0, done.stderr
-    assert [facts(f)["seed"] for f in jobs(work)] == [1, 2]
+    assert [(facts(f)["seed"], facts(f)["d_model"]) for f in jobs(work)] == [(1, 60), (2, 60)]
 
 
 # -- several processes -----------------------------------------------------------------------------------

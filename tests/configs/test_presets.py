@@ -1,0 +1,151 @@
+"""Sizes, and what a size means for one type besides."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from configs import compose
+from configs.compose import check_grid, compose_tree, prepare
+from configs.files import CONFIGS, options
+from configs.messages import ConfigError
+from models import ARCHITECTURES
+from trainer.commands import train
+
+SIZES = {"n_layers", "d_model", "n_heads", "n_ctx", "dropout"}  # what any architecture may have
+AMENDMENT = """
+model_cfg: {tag: small}
+num_iterations: 77
+seed: 5
+"""
+
+
+def quiet(*words: str):
+    return compose(list(words), notify=lambda text: None)
+
+
+@pytest.fixture
+def amended(write):
+    """`nano` means more for the type of mine.yaml."""
+    return write("preset/for/Model-nano.yaml", AMENDMENT)
+
+
+@pytest.mark.parametrize("preset", options("preset"))
+def test_presets_set_sizes_and_never_learning_rates(preset):
+    stated = OmegaConf.to_container(OmegaConf.load(CONFIGS / "preset" / f"{preset}.yaml"))
+    batch = {"train_seq_len", "batch_size", "gradient_accumulation_steps", "global_batch_size"}
+    steps = {"num_iterations", "val_loss_every", "val_bytes", "val_bytes_interim"}
+    allowed = {"preset", "model_cfg"} | batch | (steps if preset == "nano" else set())
+    assert set(stated) <= allowed and stated["preset"] == preset
+    assert set(stated.get("model_cfg", {})) <= SIZES
+
+
+@pytest.mark.parametrize(
+    "amendment", sorted((CONFIGS / "preset" / "for").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_amendments_name_a_type_and_a_preset(amendment):
+    type_, preset = amendment.stem.rsplit("-", 1)
+    assert type_ in ARCHITECTURES and preset in options("preset")
+
+
+def test_a_size_may_mean_something_more_for_one_type():
+    cfg, model_cfg = quiet("model=bd3lm", "preset=nano")
+    assert (cfg.num_iterations, model_cfg.num_sampling_steps, model_cfg.clip_search) == (240, 100, False)
+    assert quiet("model=bd3lm", "preset=nano", "num_iterations=7")[0].num_iterations == 7
+    assert quiet("model=bd3lm", "preset=none")[0].num_iterations == 1750
+    assert quiet("model=gpt2", "preset=nano")[0].num_iterations == 300
+
+
+@pytest.mark.parametrize("type_", ["d3pm", "mdl", "sedd", "bd3lm"])
+def test_the_type_counts_and_not_the_name_of_the_file(write, type_):
+    write("mine2.yaml", f"defaults: [{type_}, _self_]\nnum_iterations: 9\nmodel_cfg: {{nelbo_draws: 16}}\n")
+    own, shipped = (quiet(f"model={name}", "preset=nano") for name in ("mine2.yaml", type_))
+    assert own == shipped and own[1].nelbo_draws == 4
+    assert quiet("mine2.yaml")[1].nelbo_draws == 16
+
+
+def test_a_file_of_that_name_with_another_type_is_not_amended(write):
+    write("mdl.yaml", "defaults: [mine, _self_]\n")
+    assert quiet("./mdl.yaml", "preset=nano")[0].num_iterations == 300
+
+
+@pytest.mark.parametrize("text", ["preset: nano", "defaults: [mine, {preset: nano}, _self_]"])
+def test_a_preset_named_in_a_file_lies_under_the_file_with_what_amends_it(write, amended, text):
+    parents = "" if "defaults" in text else "defaults: [mine, _self_]\n"
+    write("sized.yaml", f"{parents}{text}\nseed: 6\n")
+    cfg, model_cfg = quiet("sized.yaml")
+    assert (cfg.num_iterations, cfg.seed, model_cfg.tag, model_cfg.d_model) == (77, 6, "small", 192)
+    cfg, model_cfg = quiet("sized.yaml", "preset=tiny")
+    assert cfg.seed == 6 and model_cfg.tag == ("small" if "defaults" in text else None)
+
+
+def test_an_out_of_tree_type_goes_by_its_class_beside_the_file_or_its_parents(write, amended):
+    write("sub/child.yaml", "defaults: [../mine, _self_]\nlogging_steps: 2\n")
+    cfg, model_cfg = quiet("sub/child.yaml", "preset=nano", "seed=8")
+    assert (cfg.num_iterations, cfg.seed, model_cfg.tag, model_cfg.n_layers) == (77, 8, "small", 4)
+    write("sub/preset/for/Model-nano.yaml", "num_iterations: 78\n")
+    cfg, model_cfg = quiet("sub/child.yaml", "preset=nano")
+    assert (cfg.num_iterations, model_cfg.tag) == (78, None)  # the nearest one alone
+
+
+def test_the_type_of_the_command_line_counts(amended):
+    """Also after another type was composed under the same option."""
+    assert quiet("mine.yaml", "preset=nano")[0].num_iterations == 77
+    assert (
+        quiet("mine.yaml", "preset=nano", "type='fake_arch:Headless'", "~model_cfg.n_heads")[0].num_iterations
+        == 300
+    )
+
+
+def test_a_mistake_in_an_amendment_is_found_there(write, amended):
+    amended.write_text("model_cfg:\n  tag: 3\n")
+    with pytest.raises(ConfigError, match=r"^preset/for/Model-nano.yaml:2: model_cfg.tag: expected str"):
+        quiet("mine.yaml", "preset=nano")
+    write("sized.yaml", "defaults: [mine, _self_]\npreset: nano\n")
+    with pytest.raises(ConfigError, match=r"^preset/for/Model-nano.yaml:2: model_cfg.tag: expected str"):
+        quiet("sized.yaml")
+    amended.write_text("defaults: [training]\n")
+    with pytest.raises(ConfigError, match="Model-nano.yaml: what amends a preset is one file"):
+        quiet("mine.yaml")
+
+
+def test_a_grid_over_models_and_sizes_amends_each_by_its_type(write, amended):
+    write("other.yaml", "defaults: [mdl, _self_]\n")
+    points = check_grid(prepare(["model=mine.yaml,other.yaml", "preset=nano,tiny", "-m"]))
+    assert points is not None and [p.cfg.num_iterations for p in points] == [77, 1750, 250, 1750]
+
+
+def test_jobs_of_a_sweep_are_amended_as_they_were_checked(write, amended, monkeypatch):
+    started: list = []
+    monkeypatch.setattr(train.launch, "start", lambda cfg, *args, **kwargs: started.append(cfg) or 1.0)
+    monkeypatch.setattr(sys, "argv", ["mytrainer.py"])
+    write("other.yaml", "defaults: [mdl, _self_]\n")
+    GlobalHydra.instance().clear()
+    assert train.main(["model=mine.yaml,other.yaml", "preset=nano", "-m"]) == 0
+    assert [c.num_iterations for c in started] == [77, 250]
+
+
+def test_a_composed_amendment_is_shown(amended, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["mytrainer.py"])
+    GlobalHydra.instance().clear()
+    assert train.main(["mine.yaml", "preset=nano", "--cfg", "job"]) == 0
+    assert "num_iterations: 77" in capsys.readouterr().out
+
+
+def test_a_sweep_over_types_cannot_be_amended(amended):
+    words = ["mine.yaml", "type='fake_arch:Model','fake_arch:Headless'", "-m"]
+    with pytest.raises(ConfigError, match="preset nano means something of its own for type fake_arch:Model"):
+        prepare([*words, "preset=nano,tiny"])
+    plan = prepare([*words, "preset=tiny"])
+    assert len(plan.models) == 1
+
+
+def test_sizes_an_architecture_does_not_have_are_told(write):
+    notes: list[str] = []
+    write("headless.yaml", "defaults: [training, _self_]\ntype: 'fake_arch:Headless'\n")
+    compose(["headless.yaml", "preset=nano"], notes.append)
+    assert any("preset nano: fake_arch:Headless has no dropout, n_heads; left out" in n for n in notes)
+    assert compose_tree(prepare(["headless.yaml", "preset=tiny"]).overrides)["model_cfg"]["n_heads"] == 4
