@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import models
-from naming import load
+from naming import load, shorten
 
 if TYPE_CHECKING:
     from adapters.base import ModelAdapter
@@ -62,8 +62,26 @@ def build_adapter(
     with torch.device("meta"):
         model = cls.build_model(load(models.resolve(cfg.type).model), model_cfg)
     adapter = cls(model, model_cfg, tokenizer)
+    _refuse_state_outside_the_model(adapter)
+    _freeze_external(adapter)
     if torch.device(device).type != "meta":
         adapter.to_empty(device="cpu")
         adapter.init_weights(torch.Generator().manual_seed(cfg.seed))
         adapter.to(device)
     return adapter
+
+
+def _refuse_state_outside_the_model(adapter: ModelAdapter) -> None:
+    """What lies elsewhere would be neither initialised nor stepped nor saved, in silence."""
+    named = [*adapter.named_parameters(), *adapter.named_buffers()]
+    outside = [name for name, _ in named if not name.startswith("model.")]
+    if outside:
+        raise ValueError(
+            f"{type(adapter).__name__} holds parameters or buffers outside of its model: {shorten(outside)}. Only "
+            f"those of `self.model` are initialised, trained and saved: register them there (build_model may do so)"
+        )
+
+
+def _freeze_external(adapter: ModelAdapter) -> None:
+    for path in adapter.external():
+        adapter.model.get_submodule(path).requires_grad_(False)

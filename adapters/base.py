@@ -12,12 +12,15 @@ generates it, and says what role each parameter plays. One step of the trainer i
 Because a term is a sum and its denominator belongs to the step, eight rows in one micro-batch, one row in
 eight, or four on each of two processes give the same gradient.
 
+A block (`ModelAdapter.blocks`) runs twice where activations are recomputed in backward: it must be a function of its
+inputs and parameters. What it counts (tokens per expert) it returns; it changes no buffer.
+
 Shapes: B rows, S scored positions of a row, n look-ahead (1 for next-token), D width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -48,18 +51,15 @@ __all__ = [
     "Prepared",
     "Rule",
     "StepOutput",
+    "weighted_loss",
 ]
 
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What an architecture asks of the data.
+    """What an architecture asks of the rows. `lookahead`: n, so that a row has 1 context token, S scored ones and n - 1
+    further targets."""
 
-    `unit`: "token" (the run's tokenizer) or "byte". `lookahead`: n, so that a row has 1 context token,
-    S scored ones and n - 1 further targets.
-    """
-
-    unit: Literal["token", "byte"] = "token"
     lookahead: int = 1
 
 
@@ -80,11 +80,13 @@ class Prepared:
     """A micro-batch ready for `forward`: tensors, and the denominators its loss terms will be divided by.
 
     `denominators` are host floats that depend on the batch and its context only (rows, tokens, bytes), never
-    on hidden states: the trainer adds them up over the step before the first forward.
+    on hidden states: the trainer adds them up over the step before the first forward. `host` values (a number of
+    recurrences, a mode) reach `forward` as they are: they neither move to the device nor are added up.
     """
 
     tensors: dict[str, Tensor]
     denominators: dict[str, float]
+    host: dict[str, Any] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Prepared:
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}
@@ -108,20 +110,34 @@ class LossTerm:
 @dataclass
 class Metric:
     """A reported statistic: `sum` and `count` are added over micro-batches and processes ("mean" divides them);
-    "max" and "last" look at `sum` alone."""
+    "max" and "last" look at `sum` alone. A count may be a device scalar: nothing waits for it before the log line."""
 
     sum: Tensor
-    count: float = 1.0
+    count: float | Tensor = 1.0
     reduce: Literal["mean", "sum", "max", "last"] = "mean"
 
 
 @dataclass
 class StepOutput:
     """What `forward` returns. The first term is the one called "loss" on the console, with its bits per byte where it
-    is a likelihood."""
+    is a likelihood.
+
+    `flops`: operations of this micro-batch, forward and backward, as the documented formula counts them, where these
+    are decided by the data or by a draw (experts, capacity, recurrences); None: as `ModelAdapter.flops` plans.
+    """
 
     terms: dict[str, LossTerm]
     metrics: dict[str, Metric] = field(default_factory=dict)
+    flops: float | Tensor | None = None
+
+
+def weighted_loss(terms: Mapping[str, LossTerm], denominators: Mapping[str, float]) -> Tensor:
+    """What a micro-batch contributes to the step's loss, (): sum of weight * sum / denominator.
+
+    `denominators` are the step's. One of 0 (no row of the step has such a target) divides by 1: its sum is 0 too.
+    """
+    parts = [t.weight * t.sum / (denominators[t.denominator] or 1.0) for t in terms.values()]
+    return sum(parts[1:], parts[0])
 
 
 @dataclass
@@ -130,7 +146,8 @@ class Likelihood:
 
     `nats`: (B,) fp64 over the positions that stand for text; `end_nats`: (B,) fp64 over document ends, which
     are reported apart. `kind` "exact", or "bound" for an upper bound estimated by `estimator`, whose variance
-    (nats squared, per row) is `variance`, (B,). `end_nats` None: ends of documents are not modelled.
+    (nats squared, per row) is `variance`, (B,). `end_nats` None: ends of documents are not modelled. `per_token`: the
+    nats of every scored position, (B, S) fp64, of exact models. `metrics` are reported as `val_<name>`.
     """
 
     nats: Tensor
@@ -141,6 +158,8 @@ class Likelihood:
     # Further sums (B,) fp64 in nats, shown beside the score: what a bound consists of, and other estimates of it.
     parts: dict[str, Tensor] = field(default_factory=dict)
     estimates: dict[str, Tensor] = field(default_factory=dict)
+    per_token: Tensor | None = None
+    metrics: dict[str, Metric] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -200,11 +219,14 @@ class ModelAdapter(nn.Module):
 
     Subclasses must define `prepare`, `forward`, `likelihood` and `generate`; everything else has a default
     that asks the model. The training mode is decided by what `prepare` returns, never by another method name:
-    calling anything but the wrapper's `forward` leaves gradients un-synced under DistributedDataParallel.
+    calling anything but the wrapper's `forward` leaves gradients un-synced under DistributedDataParallel. Every step
+    gives every trainable parameter a gradient: a part that is off gets weight 0, it is not skipped.
+
+    Parameters and buffers belong into `model`, where checkpoints, roles and averages find them.
     """
 
     Cfg: type[ModelConfig] | None = None  # schema of `model_cfg` when it is not the model's own `Config`
-    may_skip_parameters = False  # True: a step may leave parameters without gradient
+    console_metrics: tuple[str, ...] = ()  # metrics shown while training, beside the loss
     loss_kernel = "linear_cross_entropy"  # module in kernels/ that output layer and loss run in
     default_temperature = 0.8  # of generation
     sample_steps = 0  # of the samples along a run: `GenerateOptions.steps`
@@ -223,6 +245,11 @@ class ModelAdapter(nn.Module):
         """Make the backbone. An adapter that brings its own model overrides this."""
         return model_class(model_cfg)
 
+    @classmethod
+    def unit(cls, model_cfg: ModelConfig) -> Literal["token", "byte"]:
+        """What the model reads: tokens of the run's tokenizer, or bytes. Asked before there is a tokenizer."""
+        return model_cfg.unit
+
     # -- training ------------------------------------------------------------------------------------------
 
     def data_spec(self) -> DataSpec:
@@ -239,8 +266,15 @@ class ModelAdapter(nn.Module):
         """Called once before training with the training text, for objectives that are fitted to its statistics. What is
         learned here belongs into a buffer of the model, so that checkpoints carry it."""
 
-    def on_step_start(self, step: int, total_steps: int) -> None:
-        """Curricula. Called on every process before the micro-batches of a step are run."""
+    def on_step_start(self, ctx: Context, total_steps: int) -> None:
+        """Curricula, and draws that all rows of a step share: a function of `ctx` and `total_steps`. Called on every
+        process before the micro-batches of a step are run, and again where a step is replayed. Steps are prepared
+        ahead of time: what `prepare` needs to know of its step it takes from its own `ctx`."""
+
+    def add_up(self, values: Tensor) -> Tensor:
+        """Sum of `values` over all processes, on each of them; `values` itself where there is one process. Every
+        process must call it in the same order. Set by the trainer (`World.attach`)."""
+        return values
 
     def after_step(self, step: int, skipped: Tensor) -> None:
         """Called once per optimizer step after all parameters moved, before EMA, evaluation and checkpoints.
@@ -248,6 +282,12 @@ class ModelAdapter(nn.Module):
         `skipped` is a device-side fp32 scalar, 1.0 when the step's gradients were not finite and nothing moved;
         what this does must then be a no-op too.
         """
+
+    def constrain(self, skipped: Tensor) -> None:
+        """Put weights that must stay on a set (such as unit rows) back onto it. Called after `after_step`, after
+        averaged weights were put into the model, and after weights came from elsewhere; never on resume, as doing it
+        twice may round differently. Where `skipped`, a device-side fp32 scalar, is 1.0, nothing may change: use
+        `torch.where`."""
 
     def after_evaluation(self, step: int) -> None:
         """Called on every process after `step` steps, when all held-out rows have gone through `likelihood`. A score
@@ -289,6 +329,16 @@ class ModelAdapter(nn.Module):
 
     # -- what the trainer must know of the parameters --------------------------------------------------------
 
+    def external(self) -> list[str]:
+        """Paths of modules inside `model` whose parameters and buffers come from elsewhere, such as a pretrained base:
+        `init_weights` loads them, nothing trains, averages, exchanges or saves them."""
+        return []
+
+    def provenance(self) -> dict[str, str]:
+        """What identifies the external parts, such as a digest of their files. Kept in config.json; a checkpoint is
+        only loaded where it is the same."""
+        return {}
+
     def init_weights(self, generator: torch.Generator) -> None:
         self.model.init_weights(generator)
 
@@ -301,8 +351,12 @@ class ModelAdapter(nn.Module):
         return self.model.blocks()
 
     def flops(self, seq_len: int) -> Flops:
-        """Floating-point operations per token at this row length, by the documented formula."""
+        """Floating-point operations per token at this row length, by the documented formula: the plan."""
         return self.model.flops(seq_len)
+
+    def active_parameters(self) -> int | None:
+        """Parameters that act on one token; None where that is all of them."""
+        return None
 
     @property
     def width(self) -> int:
@@ -316,3 +370,11 @@ class ModelAdapter(nn.Module):
     def named_model_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters under the names that roles, checkpoints and optimizer state use. Shared ones once."""
         return self.model.named_parameters()
+
+    def is_external(self, name: str) -> bool:
+        """Whether a parameter or buffer of the model belongs to a part that comes from elsewhere."""
+        return any(name.startswith(f"{path}.") for path in self.external())
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """What checkpoints hold of the model: its state without external parts. Live tensors, not copies."""
+        return {name: value for name, value in self.model.state_dict().items() if not self.is_external(name)}

@@ -319,7 +319,8 @@ def check(plan: Plan, tree: dict[str, Any], option: str | None = None) -> Checke
     folder = runs.named_folder(tree, plan.request.keys)
     saved = plan.saved or runs.saved_architecture(tree, folder)
     if saved:
-        runs.apply_lock(tree, *saved, plan.request.keys, plan.notices)
+        free = architecture_config(saved[0]["type"], saved[0].get("model_adapter"), lambda key: "").free()
+        runs.apply_lock(tree, *saved, plan.request.keys, plan.notices, free)
     cfg, model_cfg = validate(tree, plan.where(option, tree), plan.notices)
     remark = unread(cfg, model_cfg, plan.request.keys)
     plan.notices += [remark] if remark else []

@@ -111,12 +111,18 @@ def saved_architecture(values: Mapping[str, Any], folder: Path | None) -> tuple[
 
 
 def apply_lock(
-    tree: dict[str, Any], saved: Mapping[str, Any], source: Path, explicit: set[str], notices: list[str]
+    tree: dict[str, Any],
+    saved: Mapping[str, Any],
+    source: Path,
+    explicit: set[str],
+    notices: list[str],
+    free: set[str],
 ) -> None:
     """Put the saved architecture into the tree. What the user asked for differently on the command line is
-    an error; what a model file or preset says differently is replaced, with a warning."""
+    an error; what a model file or preset says differently is replaced, with a warning. `free` fields of `model_cfg` are
+    no architecture: they stay as they are in the tree."""
     asked = tree.get("model_cfg") or {}
-    fixed = saved["model_cfg"]
+    fixed = {k: v for k, v in saved["model_cfg"].items() if k not in free or k not in asked}
     differing = differences(asked, fixed)
     name = folder_of_path(source.parent)
     lock = f"command line: the architecture of '{name}' is fixed by {source}"
@@ -140,7 +146,8 @@ def apply_lock(
         notices.append(f"the architecture is that of {source}: {', '.join(told)}")
     # A field that the saved model does not know is dropped if a file brought it; one from the command line
     # stays, for the typed check to refuse.
-    tree["model_cfg"] = {**{k: v for k, v in asked.items() if f"model_cfg.{k}" in explicit}, **fixed}
+    kept = {k: v for k, v in asked.items() if k in free or f"model_cfg.{k}" in explicit}
+    tree["model_cfg"] = {**kept, **fixed}
     tree["type"] = saved["type"]
     if saved.get("model_adapter") is not None:
         tree["model_adapter"] = saved["model_adapter"]

@@ -8,7 +8,7 @@ wanted), closed (unknown keys are errors) and frozen.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -24,6 +24,17 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(ge=0, lt=1)]
 # 1.0 silences a layer completely. It is legal (some file formats allow it) and draws a warning.
 Dropout = Fraction
+
+T = TypeVar("T")
+
+
+class _FreeMark:
+    """See `Free`."""
+
+
+# `Free[int]` in an architecture's Config: a choice of training or execution (a dropout rate, a loss weight, a sampler),
+# not of the architecture. It may change when a run goes on, and in `eval` and `generate`.
+Free = Annotated[T, _FreeMark()]
 
 # YAML 1.1 reads a bare `no` as false; as a value of `mixed_precision` it can only mean the word.
 _WordNo = BeforeValidator(lambda v: "no" if v is False else v)
@@ -69,6 +80,16 @@ class ModelConfig(BaseModel):
     other spellings are folded before validation, so a Config class knows one name per quantity."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    unit: ClassVar[Literal["token", "byte"]] = (
+        "token"  # what the model reads: the run's tokenizer's tokens, or bytes
+    )
+
+    @classmethod
+    def free(cls) -> set[str]:
+        """Names of the fields that are `Free`; all others are fixed once a run has begun."""
+        marked = (n for n, f in cls.model_fields.items() if any(isinstance(m, _FreeMark) for m in f.metadata))
+        return set(marked)
 
     def problems(self, run: RunConfig) -> list[str]:
         """Constraints between fields, and between the architecture and the run. One complete sentence

@@ -7,6 +7,7 @@ a stage are reported together, a later stage runs only if the earlier ones passe
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -45,7 +46,7 @@ def validate(
     config_class = architecture_config(run.type, run.model_adapter, where)
     fields = _drop_preset_extras(run, config_class, notices)
     model_cfg = _architecture(run.type, config_class, fields, where)
-    _raise(model_cfg.problems(run), where)
+    _raise(_tokens(run, model_cfg) + model_cfg.problems(run), where)
     if getattr(model_cfg, "dropout", 0.0) == 1.0:
         notices.append("model_cfg.dropout is 1.0: every activation it touches becomes zero")
     return run.model_copy(update={"model_cfg": model_cfg.model_dump(mode="json")}), model_cfg
@@ -201,15 +202,29 @@ def _files(run: RunConfig) -> list[str]:
     return problems
 
 
+def _tokens(run: RunConfig, model_cfg: ModelConfig) -> list[str]:
+    """Problems between the tokenizer and what the architecture reads."""
+    try:
+        adapter = importlib.import_module("adapters").adapter_class(run)
+    except ValueError as error:
+        return [str(error)]
+    if adapter.unit(model_cfg) == "token" or run.tokenizer in ("auto", "byte"):
+        return []
+    return [
+        f"tokenizer: '{run.tokenizer}' makes tokens, and {run.type} reads bytes. Set tokenizer=byte, or auto"
+    ]
+
+
 def architecture_config(type_: str, adapter: str | None, where: Where) -> type[ModelConfig]:
-    """The Config class of an architecture: an adapter's own `Cfg`, else the model's `Config`."""
+    """The Config class of an architecture: its adapter's own `Cfg`, else the model's `Config`."""
     import models
 
     try:
-        spec = models.resolve(type_).model
+        architecture = models.resolve(type_)
     except ValueError as error:
         raise ConfigError(_placed(f"type: {error}", where)) from None
-    own = getattr(_imported("model_adapter", adapter, where), "Cfg", None) if adapter else None
+    own = getattr(_imported("model_adapter", adapter or architecture.adapter, where), "Cfg", None)
+    spec = architecture.model
     config_class = own or getattr(_imported("type", spec, where), "Config", None)
     if isinstance(config_class, type) and issubclass(config_class, ModelConfig):
         return config_class

@@ -9,7 +9,7 @@ import importlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from data.cache import cache_root
 from data.errors import DataError
@@ -52,13 +52,18 @@ class Dataset:
 
 
 def load_dataset(
-    cfg: Any, *, cache_dir: str | Path | None = None, tokenizer: Tokenizer | None = None
+    cfg: Any,
+    *,
+    unit: Literal["token", "byte"] = "token",
+    cache_dir: str | Path | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Dataset:
     """Read `cfg.data`, tokenise it (or map the cached tokens) and split it.
 
     Args:
         cfg: fields data, input_file, data_root, synthetic, synthetic_bytes, synthetic_symbols,
             synthetic_order, tokenizer, train_seq_len.
+        unit: what the architecture reads; with "byte" the tokenizer is that of single bytes.
         cache_dir: instead of `data.cache.cache_root()`.
         tokenizer: instead of the one `cfg.tokenizer` names (a checkpoint's own, for resuming and scoring).
 
@@ -71,7 +76,8 @@ def load_dataset(
     cache = Path(cache_dir) if cache_dir is not None else cache_root()
     notes = list(corpus.notes)
     if tokenizer is None:
-        tokenizer = _tokenizer(cfg.tokenizer, cfg.data, corpus, cache, notes)
+        spec = byte_or(cfg.tokenizer, unit, notes)
+        tokenizer = _tokenizer(spec, cfg.data, corpus, cache, notes)
     stores, folder = _stores(corpus, tokenizer, cache, notes)
     dataset = Dataset(
         tokenizer=tokenizer,
@@ -86,6 +92,20 @@ def load_dataset(
     )
     TrainingRows(dataset.train, tokenizer.eot, cfg.train_seq_len)  # refuses a text too short for one row
     return dataset
+
+
+def byte_or(spec: str, unit: Literal["token", "byte"], notes: list[str] | None = None) -> str:
+    """What `tokenizer: <spec>` means for an architecture that reads this unit. DataError where the two exclude each
+    other."""
+    if unit == "token" or spec == "byte":
+        return spec
+    if spec != "auto":
+        raise DataError(
+            f"tokenizer is {spec!r}, and this architecture reads bytes. Set tokenizer=byte, or leave it at auto"
+        )
+    if notes is not None:
+        notes.append("tokenizer auto: byte, as this architecture reads bytes")
+    return "byte"
 
 
 def _load_corpus(cfg: Any) -> Corpus:

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from configs.schema import OpenFraction, Positive
+from configs.schema import Free, OpenFraction, Positive
 from models.dit import DiT, DiTConfig
 from models.layers.bidirectional import additive
 from models.layers.block_diffusion import cached_mask, one_pass_groups, one_pass_mask
@@ -30,10 +30,10 @@ class BD3LMConfig(DiTConfig):
     sampling_eps_max: Annotated[float, Field(gt=0, le=1)] = 1.0
     clip_search: bool = True  # at evaluations, look for the range with least variance
     resample_masks: bool = True  # redraw masks until the masked fraction lies in the range
-    use_low_discrepancy_sampler: bool = True  # times stratified over the blocks of a step
-    num_sampling_steps: Positive = 1000  # per block, of the samplers that have steps
-    sampler: Literal["ancestral_cache", "ancestral", "analytic", "first_hitting"] = "first_hitting"
-    kv_cache: bool = True  # sampling keeps the keys and values of finished blocks
+    use_low_discrepancy_sampler: Free[bool] = True  # times stratified over the blocks of a step
+    num_sampling_steps: Free[Positive] = 1000  # per block, of the samplers that have steps
+    sampler: Free[Literal["ancestral_cache", "ancestral", "analytic", "first_hitting"]] = "first_hitting"
+    kv_cache: Free[bool] = True  # sampling keeps the keys and values of finished blocks
 
     def unread(self) -> dict[str, str]:
         found: dict[str, str] = {}
@@ -188,8 +188,8 @@ class BD3LM(DiT):
         c = self.cfg
         unread = (2 + 4 * c.d_mult) * c.d_model**2  # attention's output and the MLP, of clean tokens
         pairs = (c.n_layers - 0.5) * (seq_len + c.block_length)
-        trunk = 2 * self._products() - unread + 4 * pairs * c.d_model
+        trunk = 2 * self._products() - unread
         conditioning = self._conditioning() / seq_len
         if c.time_conditioning:  # one per token of both halves, the last modulation only of the noisy one
             conditioning = 2 * self._conditioning() - 2 * self.final_adaln.weight.numel()
-        return self._with_head(trunk + conditioning)
+        return self._flops(trunk + conditioning, pairs, pairs)

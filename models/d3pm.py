@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from configs.schema import NonNegativeFloat, Positive
+from configs.schema import Free, NonNegativeFloat, Positive
 from models.dit import DiT, DiTConfig, fill_in
 
 if TYPE_CHECKING:
@@ -33,13 +33,10 @@ class D3PMConfig(DiTConfig):
     transition_type: Literal["absorbing", "uniform", "gaussian", "nearest_neighbor"] = "absorbing"
     noise_schedule: Literal["mutual_info", "cosine", "linear"] = "mutual_info"  # null = PAPER's for the chain
     num_timesteps: Positive = 1000  # T, steps of the chain
-    nelbo_steps: Positive | None = (
-        None  # steps of the chain in the bound; fewer: coarser, cheaper; null = all
-    )
-    auxiliary_loss_weight: NonNegativeFloat = (
-        0.01  # lambda of the cross-entropy; null = PAPER's for the chain
-    )
-    sampling_timesteps: Positive = 1000  # reverse steps S <= T; fewer are even skips
+    nelbo_steps: Free[Positive | None] = None  # steps of the bound; fewer: coarser, cheaper; null = all
+    # lambda of the cross-entropy; null = PAPER's for the chain
+    auxiliary_loss_weight: Free[NonNegativeFloat] = 0.01
+    sampling_timesteps: Free[Positive] = 1000  # reverse steps S <= T; fewer are even skips
     gaussian_beta_min: Probability = 1e-4  # linear schedule of the gaussian chain
     gaussian_beta_max: Probability = 0.02
     linear_beta_min: Probability = 0.02  # linear schedule of the other chains

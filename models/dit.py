@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from configs.schema import DefaultModelConfig, Dropout, Positive, Rate
+from configs.schema import DefaultModelConfig, Dropout, Free, Positive, Rate
 from kernels.precision import compute_dtype
 from models.layers.adaln import AdaLN, AdaptiveNorm, TimeEmbedding, gated_residual
 from models.layers.bidirectional import Sparse, additive, bidirectional_attention
@@ -45,14 +45,14 @@ class DiTConfig(DefaultModelConfig):
     cond_dim: Positive = 128  # width of the time embedding
     d_mult: Positive = 4  # hidden width of the MLP, in units of d_model
     eps: Rate = 1e-5  # of every LayerNorm
-    dropout: Dropout = 0.1  # of what attention and MLP add
+    dropout: Free[Dropout] = 0.1  # of what attention and MLP add
     tie_word_embeddings: bool = False
     time_conditioning: bool = True  # False: the network always sees time 0
     absorbing_state_idx: Annotated[int, Field(ge=-1)] = -1  # -1 appends a mask id; or a reserved token's id
     ignore_bos: bool = True  # the first token of a row is given: not noised, not scored
     loss_impl: Literal["naive", "chunked"] = "chunked"  # chunked never holds all logits
-    final_step: Literal["sample", "argmax"] = "sample"  # of the sampler
-    nelbo_draws: Draws = 8  # noise draws per held-out row of the bound, in 4 independent replicates
+    final_step: Free[Literal["sample", "argmax"]] = "sample"  # of the sampler
+    nelbo_draws: Free[Draws] = 8  # noise draws per held-out row of the bound, in 4 independent replicates
 
     @property
     def has_mask(self) -> bool:
@@ -285,12 +285,15 @@ class DiT(nn.Module):
         """Per token: `n_layers (24 D^2 + 4 L D) + 2 D V` forward at d_mult = 4, every position attending to
         all L, and the conditioning, which each row pays once. Training is three times that, with the head only
         where the loss reads it (`Config.share_of_logits`)."""
-        trunk = self._products() + self.cfg.n_layers * 4 * seq_len * self.cfg.d_model
-        return self._with_head(trunk + self._conditioning() / seq_len)
+        keys = self.cfg.n_layers * seq_len
+        return self._flops(self._products() + self._conditioning() / seq_len, keys, keys)
 
-    def _with_head(self, trunk: float) -> Flops:
-        head = 2 * self.head_weight.numel()
-        return Flops(trunk + head, 3 * (trunk + self.cfg.share_of_logits * head))
+    def _flops(self, trunk: float, keys: float, reference_keys: float) -> Flops:
+        """`trunk`: operations per token of all but attention's pairs and the head."""
+        per_key, head = 4 * self.cfg.d_model, 2 * self.head_weight.numel()
+        trunk += keys * per_key
+        training = 3 * (trunk + self.cfg.share_of_logits * head)
+        return Flops(trunk + head, training, keys, reference_keys, per_key)
 
     def _products(self) -> float:
         """Operations of the blocks' matrices, per token."""

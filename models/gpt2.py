@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from configs.schema import DefaultModelConfig, Dropout, within_context
+from configs.schema import DefaultModelConfig, Dropout, Free, within_context
 from kernels.precision import compute_dtype
 from models.layers.attention import attention, attention_bias
 from models.layers.cache import KVCache
@@ -41,7 +41,9 @@ class GPT2Config(DefaultModelConfig):
     """Defaults are the released 124M model. Medium, large and xl are (n_layers, d_model, n_heads) =
     (24, 1024, 16), (36, 1280, 20) and (48, 1600, 25)."""
 
-    dropout: Dropout = 0.0  # of embeddings, attention probabilities and what blocks add; 0.1 in the paper
+    dropout: Free[Dropout] = (
+        0.0  # of embeddings, attention probabilities and what blocks add; 0.1 in the paper
+    )
     bias: bool = True  # False: none in any linear or norm
     pad_vocab: bool = True  # embedding rows up to a multiple of 128, never predicted
     wpe_init_std: Annotated[float, Field(gt=0, allow_inf_nan=False)] = INIT_STD  # 0.01 in OpenAI's code
@@ -172,7 +174,8 @@ class GPT2(Decoder):
     def flops(self, seq_len: int) -> Flops:
         c = self.cfg
         matmul_weights = 12 * c.n_layers * c.d_model**2 + self.head_weight.numel()
-        return decoder_flops(matmul_weights, [mean_keys(seq_len)] * c.n_layers, c.d_model)
+        keys, all_keys = [mean_keys(seq_len)] * c.n_layers, [seq_len] * c.n_layers
+        return decoder_flops(matmul_weights, keys, c.d_model, all_keys)
 
     # -- the files of Hugging Face transformers (`GPT2LMHeadModel`) ------------------------------------------
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from configs.schema import NonNegativeFloat, OpenFraction, Positive
+from configs.schema import Free, NonNegativeFloat, OpenFraction, Positive
 from models.dit import DiT, DiTConfig
 
 if TYPE_CHECKING:
@@ -36,10 +36,10 @@ class MDLConfig(DiTConfig):
     continuous_time: bool = True  # False: the bound of `num_timesteps` steps
     num_timesteps: Positive = 1000
     use_subs_parameterization: bool = True  # False: plain softmax over all states, for the ablation
-    num_sampling_steps: Positive = 1000
-    use_low_discrepancy_sampler: bool = True  # times stratified over the rows of a step
-    sampler: Sampler = "ancestral_cache"
-    sar_chunk_size: Positive | None = None  # new tokens per semi-autoregressive round; null = n_ctx / 2
+    num_sampling_steps: Free[Positive] = 1000
+    use_low_discrepancy_sampler: Free[bool] = True  # times stratified over the rows of a step
+    sampler: Free[Sampler] = "ancestral_cache"
+    sar_chunk_size: Free[Positive | None] = None  # new tokens per semi-autoregressive round; null = n_ctx / 2
 
     @property
     def sar_chunk(self) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from configs.schema import NonNegativeFloat, OpenFraction, Positive, Rate
+from configs.schema import Free, NonNegativeFloat, OpenFraction, Positive, Rate
 from models.dit import DiT, DiTConfig, Draws, fill_in
 
 if TYPE_CHECKING:
@@ -29,14 +29,16 @@ class SEDDConfig(DiTConfig):
     # null = PAPER's for the graph
     noise_schedule: Annotated[Literal["loglinear", "geometric"], _MutualInfoIsLoglinear] = "loglinear"
     sampling_eps: OpenFraction = 1e-3  # smallest t that training draws
-    num_timesteps: Positive = 1000  # times per sequence in a likelihood evaluation, where nelbo_draws is null
-    nelbo_draws: Draws | None = 8  # type: ignore[assignment]
-    sampling_timesteps: Positive = 1024
-    se_loss_weight: NonNegativeFloat = 1.0  # of the score entropy, which is the bound
-    lm_loss_weight: NonNegativeFloat = 0.0  # of a denoising cross-entropy at masked positions
-    predictor: Literal["analytic", "euler"] = "analytic"
+    num_timesteps: Free[Positive] = (
+        1000  # times per sequence in a likelihood evaluation, where nelbo_draws is null
+    )
+    nelbo_draws: Free[Draws | None] = 8  # type: ignore[assignment]
+    sampling_timesteps: Free[Positive] = 1024
+    se_loss_weight: Free[NonNegativeFloat] = 1.0  # of the score entropy, which is the bound
+    lm_loss_weight: Free[NonNegativeFloat] = 0.0  # of a denoising cross-entropy at masked positions
+    predictor: Free[Literal["analytic", "euler"]] = "analytic"
     scale_by_sigma: bool | None = None  # scores in units of the noise; null = true iff absorbing
-    use_low_discrepancy_sampler: bool = True  # times stratified over the rows of a step
+    use_low_discrepancy_sampler: Free[bool] = True  # times stratified over the rows of a step
     noise_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-3  # loglinear: exp(-sigma(1))
     sigma_min: Rate = 1e-4  # geometric: noise at t = 0 and 1
     sigma_max: Rate = 20.0

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.schema import DefaultModelConfig, Dropout, Positive, Rate, within_context
+from configs.schema import DefaultModelConfig, Dropout, Free, Positive, Rate, within_context
 from kernels.precision import compute_dtype
 from models.layers.attention import attention, attention_bias
 from models.layers.cache import KVCache
@@ -48,7 +48,7 @@ class VanillaConfig(DefaultModelConfig):
     qk_norm: bool = False  # RMSNorm over the head width on queries and keys, before rotation
     attn_softcap: Rate | None = None  # c: scores become c tanh(score / c)
     sliding_window: Positive | None = None  # tokens that a token sees, itself included
-    dropout: Dropout = 0.0  # of embeddings, attention probabilities and what blocks add
+    dropout: Free[Dropout] = 0.0  # of embeddings, attention probabilities and what blocks add
     bias: bool = False
     use_rope: bool = True  # False: learned positions, then n_ctx is a limit
     use_rmsnorm: bool = True  # False: LayerNorm
@@ -251,7 +251,8 @@ class Vanilla(Decoder):
         attention_weights = 2 * c.d_model**2 + 2 * c.d_model * c.kv_heads * c.head_width
         mlp_weights = (3 if c.use_swiglu else 2) * c.d_model * c.hidden_width
         matmul_weights = c.n_layers * (attention_weights + mlp_weights) + self.head_weight.numel()
-        return decoder_flops(matmul_weights, [mean_keys(seq_len, c.sliding_window)] * c.n_layers, c.d_model)
+        keys, all_keys = [mean_keys(seq_len, c.sliding_window)] * c.n_layers, [seq_len] * c.n_layers
+        return decoder_flops(matmul_weights, keys, c.d_model, all_keys)
 
     # -- the files of Hugging Face transformers (`LlamaForCausalLM`) -----------------------------------------
 

@@ -106,12 +106,16 @@ def largest_batch_that_fits(share: int, try_rows: Callable[[int], None]) -> int:
 class StepBatch:
     """One process's share of an optimizer step."""
 
-    step: int
+    ctx: Context  # of the step
     micro: list[Prepared]
     first_rows: list[int]  # global id of the first row of each micro-batch
     denominators: dict[str, float]  # of this process
     tokens: int
     bytes: int
+
+    @property
+    def step(self) -> int:
+        return self.ctx.step
 
 
 class StepLoader:
@@ -141,7 +145,7 @@ class StepLoader:
         plan = self.plan
         start = self.row_of(step) + self.rank * plan.rows_per_process
         ctx = Context(seed=self.seed, step=step, phase="train", rows_in_step=plan.rows)
-        out = StepBatch(step, [], [], {}, 0, 0)
+        out = StepBatch(ctx, [], [], {}, 0, 0)
         for micro in range(plan.accumulation):
             first = start + micro * plan.micro_rows
             batch = self.rows.batch(np.arange(first, first + plan.micro_rows))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from adapters.base import weighted_loss
 from trainer.precision import autocast
 
 if TYPE_CHECKING:
@@ -30,12 +31,14 @@ def explain_non_finite(
     batch: StepBatch,
     precision: str,
     device: torch.device,
+    total_steps: int,
     seed: Callable[[int], object],
 ) -> str:
     """Replay a step and name what went wrong first: a parameter, a module's output, a loss term, a gradient.
 
     `seed(i)` seeds dropout for micro-batch i, as training did.
     """
+    adapter.on_step_start(batch.ctx, total_steps)
     for name, parameter in adapter.named_model_parameters():
         if _bad(parameter.detach()):
             return f"parameter {name} is not finite before the step"
@@ -56,7 +59,7 @@ def explain_non_finite(
             for name, term in output.terms.items():
                 if _bad(term.sum.detach()):
                     return f"loss term {name!r} is {term.sum.item()}; every module's output is finite"
-            sum((term.weight * term.sum for term in output.terms.values()), torch.zeros(())).backward()
+            weighted_loss(output.terms, batch.denominators).backward()
             worst = [n for n, p in adapter.named_model_parameters() if p.grad is not None and _bad(p.grad)]
             if worst:
                 return f"the loss is finite, but the gradient of {worst[-1]} is not ({len(worst)} in all)"

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from trainer.errors import TrainingError
 
 if TYPE_CHECKING:
+    from adapters.base import ModelAdapter
     from configs.schema import RunConfig
 
 __all__ = ["World", "choose_device", "join_process_group", "leave_process_group", "open_world"]
@@ -139,15 +140,34 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def wrap(self, module: nn.Module, *, may_skip_parameters: bool) -> nn.Module:
-        """DistributedDataParallel when there is more than one process, else the module itself."""
+    def sum_on_device(self, values: Tensor) -> Tensor:
+        """Element-wise sum of a tensor over all processes, on the device and in the group of the gradients."""
         if self.size == 1:
-            return module
+            return values
+        summed = values.to(self.device, copy=True)
+        dist.all_reduce(summed, group=self._gradient_group)
+        return summed.to(values.device)
+
+    def attach(self, adapter: ModelAdapter) -> None:
+        """Give an adapter its `add_up`."""
+        adapter.add_up = self.sum_on_device  # type: ignore[method-assign]
+
+    def wrap(self, adapter: ModelAdapter) -> nn.Module:
+        """DistributedDataParallel when there is more than one process, else the adapter itself.
+
+        Buffers are not broadcast: every process computes the same ones, from what `add_up` gives. What comes from
+        elsewhere every process has loaded by itself.
+        """
+        if self.size == 1:
+            return adapter
+        names = [n for n, _ in [*adapter.model.named_parameters(), *adapter.model.named_buffers()]]
+        external = [f"model.{n}" for n in names if adapter.is_external(n)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(adapter, external)
         return DistributedDataParallel(
-            module,
+            adapter,
             process_group=self._gradient_group,
             gradient_as_bucket_view=True,
-            find_unused_parameters=may_skip_parameters,
+            broadcast_buffers=False,
         )
 
     def without_sync(self, wrapped: nn.Module, skip: bool) -> Any:

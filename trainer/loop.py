@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from adapters.base import weighted_loss
 from data.tokenizers import load_tokenizer
 from trainer.batching import StepBatch
 from trainer.diagnose import explain_non_finite
@@ -35,7 +36,7 @@ from trainer.precision import autocast
 from trainer.run.checkpoint import find_checkpoint, load_json, load_tensors, newest_checkpoint
 from trainer.run.progress import Progress
 from trainer.run.record import RunRecord
-from trainer.run.restore import load_weights
+from trainer.run.restore import load_weights, require_same_provenance
 from trainer.run.resume import check_resumable, checkpoint_to_resume
 from trainer.sample import sample_text
 from trainer.session import Session, open_session
@@ -74,7 +75,9 @@ def train(cfg: RunConfig, model_cfg: ModelConfig, run_dir: Path, config_yaml: st
                 )
             if type_ != cfg.type:
                 console.warn(f"the weights of {source} were trained as {type_}; this run is {cfg.type}")
+            require_same_provenance(session.adapter, load_json(source, "config.json"), source)
             load_weights(session.adapter, load_tensors(source, "model.pt"), f"{source}/model.pt")
+            session.adapter.constrain(torch.zeros((), device=world.device))
             if session.ema:
                 averaged = source / "ema.pt"
                 session.ema.restart(load_tensors(source, "ema.pt")["shadow"] if averaged.is_file() else None)
@@ -173,16 +176,14 @@ class Trainer:
 
     def _train_step(self, batch: StepBatch, denominators: dict[str, float]) -> None:
         s, step = self.s, batch.step
-        s.adapter.on_step_start(step, self.total)
+        s.adapter.on_step_start(batch.ctx, self.total)
         bad_loss = torch.zeros((), dtype=torch.bool, device=self.world.device)
         for index, prepared in enumerate(batch.micro):
             torch.manual_seed(dropout_seed(self.cfg.seed, step, batch.first_rows[index]))
             with self.world.without_sync(s.wrapped, skip=index + 1 < len(batch.micro)):
                 with autocast(s.precision, self.world.device):
                     output = s.wrapped(prepared.to(self.world.device))
-                loss = torch.zeros((), device=self.world.device)
-                for term in output.terms.values():
-                    loss = loss + term.weight * term.sum / (denominators[term.denominator] or 1.0)
+                loss = weighted_loss(output.terms, denominators)
                 # DistributedDataParallel averages over processes; the denominators are already global.
                 (loss * (self.world.size * s.scaler.scale)).backward()
             self.meter.add_output(output)
@@ -198,6 +199,7 @@ class Trainer:
         s.optimizers.zero_grad()
         s.scaler.update(found_inf)
         s.adapter.after_step(step, found_inf)
+        s.adapter.constrain(found_inf)
         if s.ema:
             s.ema.update(found_inf)
         self.progress.step = step + 1
@@ -220,6 +222,7 @@ class Trainer:
             batch,
             self.s.precision,
             self.world.device,
+            self.total,
             lambda i: torch.manual_seed(dropout_seed(self.cfg.seed, step, batch.first_rows[i])),
         )
         rates = ", ".join(f"{k} {v:.2e}" for k, v in self._learning_rates(step).items())
@@ -247,7 +250,7 @@ class Trainer:
     def _score(self, rows: Any, averaged: bool = True) -> Score | None:
         """Of the averaged weights where there are some, unless told otherwise."""
         s = self.s
-        swap = s.ema.swap() if s.ema and averaged else nullcontext()
+        swap = s.averaged_weights() if averaged else nullcontext()
         with torch.compiler.set_stance("force_eager"), swap:
             score = evaluate(
                 s.adapter,
@@ -269,7 +272,7 @@ class Trainer:
         step, folder = self.progress.step, self.record.folder
         if not self.world.is_main or not self.cfg.sample_tokens or folder.sampled_at == step:
             return
-        with torch.compiler.set_stance("force_eager"), self.s.ema.swap() if self.s.ema else nullcontext():
+        with torch.compiler.set_stance("force_eager"), self.s.averaged_weights():
             text = sample_text(self.s, lambda: self.stop.requested)
         if text is not None:
             folder.add_sample(step, text)

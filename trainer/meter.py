@@ -29,7 +29,7 @@ class Meter:
 
     def _reset(self) -> None:
         self._sums: dict[str, Tensor] = {}  # "<reduce>/<name>" -> local value
-        self._counts: dict[str, float] = {}
+        self._counts: dict[str, float | Tensor] = {}  # host numbers or device scalars
         self._denominator_of: dict[str, str] = {}
         self._likelihoods: list[str] = []  # terms
         self._totals: dict[str, float] = {}  # global: denominators, tokens, bytes, steps
@@ -69,7 +69,7 @@ class Meter:
         """Global sums and counts. The only place where the host waits for the device."""
         keys, names = sorted(self._sums), sorted(self._counts)
         values = torch.stack([self._sums[k] for k in keys]).tolist() if keys else []
-        added = world.add_up([*values, *(self._counts[n] for n in names)])
+        added = world.add_up([*values, *(float(self._counts[n]) for n in names)])
         sums = dict(zip(keys, added, strict=False))
         if any(k.startswith("max/") for k in keys):
             largest = dict(zip(keys, world.maximum(values), strict=True))

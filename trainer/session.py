@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from adapters import build_adapter
-from adapters.base import ModelAdapter
+from adapters import adapter_class, build_adapter
+from adapters.base import ModelAdapter, weighted_loss
 from data import Dataset, load_dataset
 from data.rows import HeldoutRows, TrainingRows
 from trainer.batching import BatchPlan, StepLoader, largest_batch_that_fits, plan_batch
@@ -64,6 +65,17 @@ class Session:
             max_tokens=tokens,
         )
 
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Run the body with the average of the weights in the model, where there is one."""
+        if self.ema is None:
+            yield
+            return
+        with self.ema.swap():
+            # An average of points of a set need not lie on it.
+            self.adapter.constrain(torch.zeros((), device=self.world.device))
+            yield
+
     @property
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in self.adapter.parameters() if p.requires_grad]
@@ -90,7 +102,7 @@ def open_session(
     precision, reason = choose_precision(cfg.mixed_precision, device)
     if not world.is_main:
         world.barrier()  # rank 0 fills the caches of the tokenizer and the token shards first
-    dataset = load_dataset(cfg, tokenizer=tokenizer)
+    dataset = load_dataset(cfg, unit=adapter_class(cfg).unit(model_cfg), tokenizer=tokenizer)
     if world.is_main:
         world.barrier()
     adapter = build_adapter(cfg, model_cfg, dataset.tokenizer, device)
@@ -108,7 +120,8 @@ def open_session(
     optimizers = build_optimizers(adapter.named_model_parameters(), adapter.param_roles(), cfg, adapter.width)
     ema = EMA(adapter.named_model_parameters(), cfg.ema_decay) if cfg.ema_decay else None
     scaler = LossScaler(precision == "fp16", device)
-    wrapped = world.wrap(adapter, may_skip_parameters=adapter.may_skip_parameters)
+    world.attach(adapter)
+    wrapped = world.wrap(adapter)
 
     given = cfg.batch_size if isinstance(cfg.batch_size, int) else micro_rows
     plan = plan_batch(
@@ -166,10 +179,11 @@ def _probe(
     def try_rows(n: int) -> None:
         plan = plan_batch(n * world.size, n, None, world.size, cfg.train_seq_len)
         batch = StepLoader(rows, adapter, plan, world.rank, cfg.seed).load(0)
+        adapter.on_step_start(batch.ctx, total_steps(cfg, rows))
         try:
             with autocast(precision, world.device):
                 output = adapter(batch.micro[0].to(world.device))
-            sum(term.weight * term.sum for term in output.terms.values()).backward()
+            weighted_loss(output.terms, batch.denominators).backward()
         finally:
             adapter.zero_grad(set_to_none=True)
 

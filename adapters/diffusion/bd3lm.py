@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from adapters.base import LossTerm
@@ -392,12 +391,7 @@ class BD3LMAdapter(DiffusionAdapter):
     def after_evaluation(self, step: int) -> None:
         if not self.search:
             return
-        table = self.search.take()
-        if dist.is_available() and dist.is_initialized():  # each process has scored rows of its own
-            shared = table.to(self.device)
-            dist.all_reduce(shared)
-            table = shared.cpu()
-        found = ClipSearch.best(table)
+        found = ClipSearch.best(self.add_up(self.search.take()))  # each process has scored rows of its own
         # A range that waits for its first step stays planned: steps may have been prepared with it.
         waiting = step < self.plan()[4] <= step + self.AHEAD
         if found is None or waiting:

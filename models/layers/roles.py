@@ -20,7 +20,8 @@ class Rule:
     """Gives `role` to the parameters whose whole name matches `pattern`; of several rules the first counts.
 
     `lr_mult`, `wd_mult` scale learning rate and weight decay; `every` n: stepped on every n-th step only;
-    `split` n: n matrices stacked along dim 0 (a fused qkv), to be orthogonalised one by one.
+    `split`: n equal matrices stacked along dim 0 (a fused qkv), or the rows of each part, to be orthogonalised one by
+    one; `width`: what the learning rate scales with where it is not the model's width (the fan-in of this matrix).
     """
 
     pattern: str
@@ -28,13 +29,15 @@ class Rule:
     lr_mult: float = 1.0
     wd_mult: float = 1.0
     every: int = 1
-    split: int = 1
+    split: int | tuple[int, ...] = 1
+    width: int | None = None
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise ValueError(f"role: {not_one_of(self.role, ROLES)}")
-        if self.every < 1 or self.split < 1:
-            raise ValueError(f"rule '{self.pattern}': every and split must be at least 1")
+        parts = self.split if isinstance(self.split, tuple) else (self.split,)
+        if self.every < 1 or not parts or min(parts) < 1 or (self.width is not None and self.width < 1):
+            raise ValueError(f"rule '{self.pattern}': every, split and width must be at least 1")
         re.compile(self.pattern)
 
 

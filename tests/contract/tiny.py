@@ -140,7 +140,7 @@ def train_on(session: Session, batch: Batch, steps: int) -> list[float]:
     session.adapter.train()
     for step in range(steps):
         prepared = session.adapter.prepare(batch, context(len(batch.rows), step))
-        packed = StepBatch(step, [prepared], [0], prepared.denominators, 0, 0)
+        packed = StepBatch(context(len(batch.rows), step), [prepared], [0], prepared.denominators, 0, 0)
         trainer.meter.add_step(prepared.denominators, 0, 1)
         trainer._train_step(packed, prepared.denominators)
         losses.append(trainer.meter.read(session.world)["loss"])

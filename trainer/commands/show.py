@@ -12,9 +12,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from configs.compose import compose, list_configs
+from data import byte_or
 from trainer.batching import plan_batch
 
 if TYPE_CHECKING:
@@ -44,9 +45,10 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _vocabulary(cfg: RunConfig, given: int | None) -> Any:
+def _vocabulary(cfg: RunConfig, unit: Literal["token", "byte"], given: int | None) -> Any:
     """Stands in for the tokenizer, whose size follows from its name unless it is a file."""
     size = given
+    cfg = cfg.model_copy(update={"tokenizer": byte_or(cfg.tokenizer, unit)})
     if size is None and cfg.tokenizer.startswith("bpe-"):
         size = int(cfg.tokenizer.removeprefix("bpe-"))
     elif size is None and (cfg.tokenizer == "byte" or (cfg.tokenizer == "auto" and cfg.data == "synthetic")):
@@ -62,10 +64,11 @@ def _vocabulary(cfg: RunConfig, given: int | None) -> Any:
 
 def describe(cfg: RunConfig, model_cfg: Any, vocab_size: int | None = None) -> dict[str, Any]:
     """Counts from the model built without storage, costs by the documented formulas."""
-    from adapters import build_adapter
+    from adapters import adapter_class, build_adapter
     from trainer.optim.optimizers import role_table
 
-    tokenizer = _vocabulary(cfg, vocab_size if getattr(model_cfg, "vocab_size", None) is None else None)
+    unit = adapter_class(cfg).unit(model_cfg)
+    tokenizer = _vocabulary(cfg, unit, vocab_size if getattr(model_cfg, "vocab_size", None) is None else None)
     adapter = build_adapter(cfg, model_cfg, tokenizer, "meta")
     roles = role_table(adapter.named_model_parameters(), adapter.param_roles(), cfg, adapter.width)
     flops = adapter.flops(cfg.train_seq_len)

@@ -13,9 +13,10 @@ from torch.nn import Parameter
 
 from models.layers.roles import Rule
 from naming import shorten
-from trainer.optim.muon import matrices_of
+from trainer.optim.muon import pieces_of
 
 FROZEN = "frozen"
+SCALED_ROLES = ("matrix", "router", "recurrent")  # matrices that read a hidden state
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class ParameterGroup:
 
     treatment: Treatment
     parameters: dict[str, Parameter] = field(default_factory=dict)
-    splits: list[int] = field(default_factory=list)  # per parameter: matrices stacked along its rows
+    splits: list[int | tuple[int, ...]] = field(default_factory=list)  # per parameter: see `Rule.split`
 
 
 def assign_groups(
@@ -85,7 +86,7 @@ def _treatment(name: str, parameter: Parameter, rule: Rule, cfg: Any, width: int
     matrix = rule.role == "matrix"
     if matrix:
         try:
-            matrices_of(parameter, rule.split)
+            pieces_of(parameter, rule.split)
         except ValueError as error:
             raise ValueError(f"{name} has the role matrix: {error}") from None
     optimizer = "adamw" if cfg.optimizer == "muon" and not matrix else cfg.optimizer
@@ -93,8 +94,9 @@ def _treatment(name: str, parameter: Parameter, rule: Rule, cfg: Any, width: int
     # Adam's update has unit scale per entry, so its effect on a hidden layer grows with the fan-in and the
     # rate must shrink with it (Yang et al., Tensor Programs V, arXiv:2203.03466, table 8). Embeddings and
     # vectors have a fan-in of one; Muon's scale accounts for the shape already. Decoupled decay shrinks too.
-    if matrix and optimizer in ("adamw", "adam") and cfg.lr_scaling == "width" and cfg.lr_base_width:
-        lr *= cfg.lr_base_width / width
+    scaled = rule.role in SCALED_ROLES and parameter.ndim >= 2 and optimizer in ("adamw", "adam")
+    if scaled and cfg.lr_scaling == "width" and cfg.lr_base_width:
+        lr *= cfg.lr_base_width / (rule.width or width)
     decayed = rule.role != "scalar" and parameter.ndim >= 2
     return Treatment(
         role=rule.role,

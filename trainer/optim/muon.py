@@ -10,8 +10,9 @@ query-key-value weight for one matrix.
 Shapes: B matrices of one shape, m rows, n columns.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -76,46 +77,72 @@ def iteration_dtype(parameter_dtype: torch.dtype, device_type: str) -> torch.dty
     return torch.float32
 
 
-def matrices_of(parameter: Tensor, split: int) -> tuple[int, int, int]:
-    """(count, rows, columns) of the matrices that a parameter holds.
+@dataclass(frozen=True)
+class Piece:
+    """Equal matrices that lie in one parameter: `count` of `rows` rows each, in the parameter's rows from `start` on
+    (of each matrix of a stack). `key` names their momentum in the optimizer's state."""
 
-    Two dimensions are one matrix, or `split` matrices stacked along the rows (a fused query-key-value
-    projection); three dimensions are a stack of such (experts).
+    start: int
+    length: int  # rows of the parameter
+    count: int
+    rows: int
+    columns: int
+    key: str = "momentum_buffer"
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This piece of the parameter, of its gradient or of a tensor like it, as a view."""
+        return tensor.narrow(-2, self.start, self.length)
+
+
+def pieces_of(parameter: Tensor, split: int | tuple[int, ...]) -> list[Piece]:
+    """The matrices that a parameter holds. Raises ValueError where it holds none.
+
+    Two dimensions are one matrix, `split` equal ones stacked along the rows (a fused query-key-value projection), or
+    one of each number of rows in a tuple `split`; three dimensions are a stack of such (experts).
     """
     if parameter.ndim not in (2, 3):
         raise ValueError(f"a matrix or a stack of matrices is needed, got shape {tuple(parameter.shape)}")
     *stack, rows, columns = parameter.shape
-    if rows % split:
-        raise ValueError(f"{rows} rows cannot be split into {split} equal matrices")
-    return math.prod(stack) * split, rows // split, columns
+    number = math.prod(stack)
+    if isinstance(split, int):
+        if rows % split:
+            raise ValueError(f"{rows} rows cannot be split into {split} equal matrices")
+        return [Piece(0, rows, number * split, rows // split, columns)]
+    if sum(split) != rows:
+        raise ValueError(f"{rows} rows cannot be split into parts of {', '.join(map(str, split))}")
+    starts = itertools.accumulate(split, initial=0)
+    return [
+        Piece(start, length, number, length, columns, f"momentum_buffer.{i}")
+        for i, (start, length) in enumerate(zip(starts, split, strict=False))
+    ]
 
 
 @dataclass
 class _Bucket:
     """All matrices of one shape in one group, with their momentum in one tensor."""
 
-    parameters: list[Parameter]
-    counts: list[int]  # matrices per parameter; they sum to B
-    momentum: Tensor  # (B, m, n)
+    members: list[tuple[Parameter, Piece]]
+    momentum: Tensor  # (B, m, n); B is the sum of the pieces' counts
 
-    def slices(self) -> Sequence[Tensor]:
-        """Momentum per parameter, as views."""
-        return self.unstack(self.momentum)
+    @property
+    def weights(self) -> list[Tensor]:
+        return [piece.of(parameter) for parameter, piece in self.members]
 
     def stack_gradients(self) -> Tensor:
         shape = (-1, *self.momentum.shape[1:])
-        gradients = [p.grad.reshape(shape) for p in self.parameters if p.grad is not None]
+        gradients = [piece.of(p.grad).reshape(shape) for p, piece in self.members if p.grad is not None]
         return torch.cat(gradients).to(self.momentum.dtype)
 
     def unstack(self, stacked: Tensor) -> list[Tensor]:
-        parts = stacked.split(self.counts)
-        return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
+        """(B, m, n) -> the part of each member, in its shape, as views."""
+        parts = stacked.split([piece.count for _, piece in self.members])
+        return [part.view(piece.of(p).shape) for part, (p, piece) in zip(parts, self.members, strict=True)]
 
 
 class Muon(torch.optim.Optimizer):
     """M <- mu M + (1 - mu) g;  u = (1 - mu) g + mu M;  W <- W - lr wd W - lr s orth(u).
 
-    A group may carry `splits`, one integer per parameter (see `matrices_of`). Momentum is fp32 (fp64 in an
+    A group may carry `splits`, one per parameter (see `pieces_of`). Momentum is fp32 (fp64 in an
     fp64 model) and is allocated at construction. Setting `found_inf` to a device scalar that holds 1 makes
     the next step leave parameters and momentum exactly as they are, without a host synchronisation: the
     contract of torch's fused optimizers.
@@ -152,19 +179,20 @@ class Muon(torch.optim.Optimizer):
 
     def _make_buckets(self, group: dict) -> list[_Bucket]:
         splits = group["splits"] or [1] * len(group["params"])
-        members: dict[tuple, list[tuple[Parameter, int]]] = {}
+        members: dict[tuple, list[tuple[Parameter, Piece]]] = {}
         for parameter, split in zip(group["params"], splits, strict=True):
-            count, rows, columns = matrices_of(parameter, split)
-            key = (rows, columns, parameter.dtype, parameter.device)
-            members.setdefault(key, []).append((parameter, count))
+            for piece in pieces_of(parameter, split):
+                key = (piece.rows, piece.columns, parameter.dtype, parameter.device)
+                members.setdefault(key, []).append((parameter, piece))
         buckets = []
         for (rows, columns, dtype, device), pairs in members.items():
-            parameters, counts = [p for p, _ in pairs], [count for _, count in pairs]
-            state_dtype = torch.promote_types(dtype, torch.float32)
-            momentum = torch.zeros(sum(counts), rows, columns, dtype=state_dtype, device=device)
-            bucket = _Bucket(parameters, counts, momentum)
-            for parameter, part in zip(parameters, bucket.slices(), strict=True):
-                self.state[parameter]["momentum_buffer"] = part
+            number, state_dtype = (
+                sum(piece.count for _, piece in pairs),
+                torch.promote_types(dtype, torch.float32),
+            )
+            bucket = _Bucket(pairs, torch.zeros(number, rows, columns, dtype=state_dtype, device=device))
+            for (parameter, piece), part in zip(pairs, bucket.unstack(bucket.momentum), strict=True):
+                self.state[parameter][piece.key] = part
             buckets.append(bucket)
         return buckets
 
@@ -179,7 +207,7 @@ class Muon(torch.optim.Optimizer):
     def _step_bucket(self, group: dict, bucket: _Bucket) -> None:
         momentum, mu = bucket.momentum, group["momentum"]
         rows, columns = momentum.shape[1:]
-        dtype = bucket.parameters[0].dtype
+        dtype = bucket.members[0][0].dtype
         gradient = bucket.stack_gradients()  # (B, m, n)
         # A skipped step goes through the same arithmetic with a gradient (which may hold NaN) and rates of 0.
         # `new_full` and not `tensor`: filling on the device does not wait for it.
@@ -197,7 +225,7 @@ class Muon(torch.optim.Optimizer):
         nesterov = gradient.lerp_(momentum, mu)
         update = newton_schulz(nesterov, group["ns_steps"], iteration_dtype(dtype, momentum.device.type))
         update = update.to(dtype).mul_(rate)
-        weights: list[Tensor] = list(bucket.parameters)
+        weights = bucket.weights
         if group["weight_decay"]:
             torch._foreach_mul_(weights, decay)
         torch._foreach_add_(weights, tuple(bucket.unstack(update.contiguous())))

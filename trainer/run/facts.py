@@ -108,6 +108,7 @@ def architecture(s: Session) -> dict[str, Any]:
         "train_seq_len": s.cfg.train_seq_len,
         "batch_size": s.plan.micro_rows,
         "preset": s.cfg.preset,
+        "provenance": s.adapter.provenance(),
     }
 
 
@@ -116,7 +117,7 @@ def checkpoint_contents(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """(tensors, texts) by file name; `meter`: its global state."""
     tensors: dict[str, Any] = {
-        "model.pt": s.adapter.model.state_dict(),
+        "model.pt": s.adapter.trained_state(),
         "optimizer.pt": {
             "optimizers": s.optimizers.state_dict(),
             "scaler": s.scaler.state_dict(),

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import ValidationError
 
-from adapters import build_adapter
+from adapters import adapter_class, build_adapter
 from adapters.base import ModelAdapter
-from naming import not_one_of, require_fit, shapes
+from configs.messages import ConfigError
+from naming import did_you_mean, not_one_of, require_fit, shapes
 from trainer.distributed import choose_device
 from trainer.precision import choose_precision, tune_host
 from trainer.run.checkpoint import find_checkpoint, load_json, load_tensors
@@ -22,7 +24,15 @@ if TYPE_CHECKING:
     from configs.schema import RunConfig
     from data.tokenizers import Tokenizer
 
-__all__ = ["Restored", "add_checkpoint_arguments", "config_of", "load_weights", "restore"]
+__all__ = [
+    "Restored",
+    "add_checkpoint_arguments",
+    "config_of",
+    "load_weights",
+    "require_same_provenance",
+    "restore",
+    "with_free_fields",
+]
 
 
 @dataclass
@@ -48,6 +58,12 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--raw", action="store_true", help="use the raw weights even if the run kept an EMA")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="model_cfg.FIELD=VALUE",
+        help="fields that are no architecture, such as a sampler or the number of noise draws",
+    )
 
 
 def config_of(checkpoint: Path) -> tuple[RunConfig, Any]:
@@ -60,10 +76,53 @@ def config_of(checkpoint: Path) -> tuple[RunConfig, Any]:
     return cfg, model_config_class(cfg).model_validate(saved["model_cfg"])
 
 
+def with_free_fields(cfg: RunConfig, model_cfg: Any, overrides: list[str]) -> Any:
+    """`model_cfg` with `model_cfg.field=value` words applied. ConfigError for what no such field is, what is fixed with
+    the architecture, and what the Config refuses."""
+    from configs.explain import explain
+    from configs.frontend import parse_override
+
+    cls, values, problems = type(model_cfg), model_cfg.model_dump(), []
+    free = sorted(cls.free())
+    for word in overrides:
+        root, _, name = word.partition("=")[0].partition(".")
+        if root != "model_cfg" or "=" not in word:
+            problems.append(f"command line: '{word}' is not model_cfg.<field>=<value>")
+        elif name not in values:
+            problems.append(f"command line: unknown key 'model_cfg.{name}'.{did_you_mean(name, free)}")
+        elif name not in free:
+            allowed = ", ".join(free) or "none of this type"
+            problems.append(f"command line: model_cfg.{name} is fixed with the architecture. Free: {allowed}")
+        else:
+            values[name] = parse_override(f"++{word}").value()
+    if problems:
+        raise ConfigError(problems)
+    try:
+        changed = cls.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError([p for _, p in explain(error, cls, values, lambda key: "", "model_cfg.")]) from None
+    if problems := changed.problems(cfg):
+        raise ConfigError(problems)
+    return changed
+
+
 def load_weights(adapter: ModelAdapter, state: dict[str, torch.Tensor], source: str) -> None:
-    """Exact match of names and shapes, or a ValueError that lists the differences."""
-    require_fit(source, shapes(adapter.model.state_dict()), shapes(state))
-    adapter.model.load_state_dict(state)
+    """Exact match of names and shapes, or a ValueError that lists the differences. External parts keep their own."""
+    require_fit(source, shapes(adapter.trained_state()), shapes(state))
+    adapter.model.load_state_dict(state, strict=False)
+
+
+def require_same_provenance(adapter: ModelAdapter, saved: dict[str, Any], source: Path) -> None:
+    """`saved`: the config.json of a checkpoint, whose weights belong to the external parts they were trained with."""
+    theirs, mine = saved.get("provenance") or {}, adapter.provenance()
+    differing = [k for k in sorted({*theirs, *mine}) if theirs.get(k) != mine.get(k)]
+    if differing:
+        told = "; ".join(
+            f"{k} was {theirs.get(k, 'not there')}, here it is {mine.get(k, 'not there')}" for k in differing
+        )
+        raise ValueError(
+            f"{source} was trained on another base: {told}. Give the base that it was trained on"
+        )
 
 
 def restore(args: argparse.Namespace, changes: dict[str, Any] | None = None) -> Restored:
@@ -79,15 +138,19 @@ def restore(args: argparse.Namespace, changes: dict[str, Any] | None = None) -> 
     checkpoint = find_checkpoint(given, lambda text: print(text, file=sys.stderr)) if given else None
     if checkpoint:
         cfg, model_cfg = config_of(checkpoint)
+        model_cfg = with_free_fields(cfg, model_cfg, args.overrides)
     elif args.hydra_model_cfg:
-        cfg, model_cfg = compose([f"--hydra_model_cfg={args.hydra_model_cfg}"])
+        cfg, model_cfg = compose([f"--hydra_model_cfg={args.hydra_model_cfg}", *args.overrides])
     else:
         raise ValueError("nothing to load. Give --checkpoint <run folder> or --model_name <name>")
     cfg = cfg.model_copy(update=changes or {})
     if checkpoint and args.hydra_model_cfg:
         _compare_architectures(args.hydra_model_cfg, cfg, model_cfg, checkpoint)
     tune_host(cfg, device)
-    tokenizer = load_tokenizer(checkpoint / "tokenizer.json") if checkpoint else load_dataset(cfg).tokenizer
+    if checkpoint:
+        tokenizer = load_tokenizer(checkpoint / "tokenizer.json")
+    else:
+        tokenizer = load_dataset(cfg, unit=adapter_class(cfg).unit(model_cfg)).tokenizer
     adapter = build_adapter(cfg, model_cfg, tokenizer, device)
     weights = _load(adapter, checkpoint, args.raw) if checkpoint else "untrained"
     precision, _ = choose_precision(cfg.mixed_precision, device)
@@ -97,6 +160,7 @@ def restore(args: argparse.Namespace, changes: dict[str, Any] | None = None) -> 
 
 def _load(adapter: ModelAdapter, checkpoint: Path, raw: bool) -> str:
     """Fill the model; says which weights these are."""
+    require_same_provenance(adapter, load_json(checkpoint, "config.json"), checkpoint)
     load_weights(adapter, load_tensors(checkpoint, "model.pt"), f"{checkpoint}/model.pt")
     if raw or not (checkpoint / "ema.pt").exists():
         return "raw"
@@ -105,6 +169,9 @@ def _load(adapter: ModelAdapter, checkpoint: Path, raw: bool) -> str:
         for name, parameter in adapter.named_model_parameters():
             if name in shadow:
                 parameter.copy_(shadow[name])
+    adapter.constrain(
+        torch.zeros((), device=adapter.device)
+    )  # an average of points of a set need not lie on it
     return "EMA"
 
 

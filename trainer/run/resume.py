@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from configs.schema import redacted
 from trainer.run.checkpoint import checkpoints_in, find_checkpoint, newest_checkpoint
 from trainer.run.facts import architecture, execution
+from trainer.run.restore import require_same_provenance
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
@@ -58,12 +59,14 @@ def check_resumable(s: Session, checkpoint: Path, saved: dict[str, Any], note: C
     """Refuse what would silently be another run; announce what changes results or rounding."""
     theirs = json.loads((checkpoint / "config.json").read_text())
     mine = architecture(s)
-    differing = [k for k in mine["model_cfg"] if mine["model_cfg"][k] != theirs["model_cfg"].get(k)]
+    other = [k for k in mine["model_cfg"] if mine["model_cfg"][k] != theirs["model_cfg"].get(k)]
+    differing = [k for k in other if k not in s.adapter.model_cfg.free()]
     if theirs["type"] != mine["type"] or differing:
         what = ", ".join(f"{k} {theirs['model_cfg'].get(k)} -> {mine['model_cfg'][k]}" for k in differing)
         raise ValueError(
             f"the architecture is fixed by {checkpoint}/config.json (type {theirs['type']}): {what}"
         )
+    require_same_provenance(s.adapter, theirs, checkpoint)
     for key, now in (
         ("fingerprint", s.dataset.fingerprint),
         ("tokenizer_digest", s.dataset.tokenizer.digest),
@@ -74,6 +77,8 @@ def check_resumable(s: Session, checkpoint: Path, saved: dict[str, Any], note: C
                 f"{now[:12]} now). Restore the data, or start a new run with init_from_checkpoint={checkpoint}"
             )
     before, after = saved["training_config"], redacted(s.cfg)
+    before |= {f"model_cfg.{k}": theirs["model_cfg"].get(k) for k in other}
+    after |= {f"model_cfg.{k}": mine["model_cfg"][k] for k in other}
     changed = [k for k in after if k not in _NOT_COMPARED and before.get(k) != after[k]]
     for key in changed:
         note(f"changed since the checkpoint: {key} {before.get(key)} -> {after[key]}")
