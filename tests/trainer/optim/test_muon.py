@@ -36,13 +36,16 @@ class ReferenceMuon:
         self.weight = shrunk - self.lr * self.scale * orthogonalise_one(nesterov)
 
 
-# (shape, split): wide, tall, two of one shape, a fused projection, a stack of experts, a stack of fused ones
+# (shape, split): wide, tall, two of one shape, a fused projection, a stack of experts, a stack of fused ones, and fused
+# projections of unequal parts, alone and stacked
 SHAPES = [((6, 10), 1), ((10, 6), 1), ((6, 10), 1), ((24, 8), 3), ((3, 8, 5), 1), ((2, 6, 4), 2)]
+SHAPES += [((14, 8), (8, 4, 2)), ((2, 9, 5), (6, 3))]
 
 
-def matrices(tensor: torch.Tensor, split: int) -> list[torch.Tensor]:
+def matrices(tensor: torch.Tensor, split: int | tuple[int, ...]) -> list[torch.Tensor]:
     stack = tensor if tensor.ndim == 3 else tensor[None]
-    return [part for matrix in stack for part in matrix.chunk(split, dim=0)]
+    rows = split if isinstance(split, tuple) else [tensor.shape[-2] // split] * split
+    return [part for matrix in stack for part in matrix.split(rows, dim=0)]
 
 
 @pytest.mark.parametrize("scale", ["spectral", "rms"])
