@@ -1,6 +1,9 @@
-"""Next-token prediction: the objective of every plain autoregressive language model.
+"""Next-token prediction: the objective of every plain autoregressive language model, and what others start from.
 
-Shapes: B rows, S positions, D width, V vocabulary.
+An architecture with further targets, further loss terms or figures of its own overrides `step_output`; one whose
+network is called in another way overrides `hidden` and `next_logits`. Nothing has to be copied from here.
+
+Shapes: B rows, S positions, n look-ahead, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,45 +26,72 @@ from adapters.base import (
     Prepared,
     StepOutput,
 )
-from adapters.choice import Choice
+from adapters.decoding import LanguageModel, decode
 from configs.schema import DefaultModelConfig
 from kernels.linear_cross_entropy import linear_cross_entropy
+from models.layers.cache import Cache
+from models.layers.decoder import Hidden
 
 if TYPE_CHECKING:
     from data.rows import Batch
 
-__all__ = ["DefaultModelAdapter", "DefaultModelConfig", "sample_next"]
+__all__ = ["DefaultModelAdapter", "DefaultModelConfig", "nth"]
 
 
 class DefaultModelAdapter(ModelAdapter):
-    """Cross-entropy of the next token; exact likelihood by the chain rule; sampling over the model's cache."""
+    """Cross-entropy of the next token; exact likelihood by the chain rule; sampling over the model's cache.
+
+    The model is called as `model(tokens, doc_ids=...)` and `model(tokens, cache=...)`, and returns hidden states
+    (B, T, D) or a `Hidden`. It has `head_weight` (V_p, D), `logits(hidden)`, `max_context` (None = no window), and, to
+    generate faster, `init_cache(rows)`.
+    """
 
     def prepare(self, batch: Batch, ctx: Context) -> Prepared:
-        tokens = torch.from_numpy(batch.tokens)  # (B, S+1)
-        weights = torch.from_numpy(batch.weights)  # (B, S)
-        return Prepared(
-            tensors={
-                "inputs": tokens[:, :-1],
-                "targets": tokens[:, 1:],
-                "doc_ids": torch.from_numpy(batch.doc_ids)[:, :-1],
-                "weights": weights,
-            },
-            denominators={"tokens": float(weights.sum())},
-        )
+        """Tensors `inputs`, `doc_ids`, `targets`, `weights`, all (B, S), and the denominator `tokens`. With a
+        look-ahead of n also `targets_k`, `weights_k` and `tokens_k` for k = 2 to n: the k-th token after each input,
+        which counts where it belongs to the input's document or ends it."""
+        length = batch.weights.shape[1]
+        tokens = torch.from_numpy(batch.tokens)  # (B, S + n)
+        doc_ids = torch.from_numpy(batch.doc_ids)  # (B, S + n)
+        given = torch.from_numpy(batch.weights)  # (B, S)
+        tensors = {"inputs": tokens[:, :length], "doc_ids": doc_ids[:, :length]}
+        denominators = {}
+        for k in range(1, self.data_spec().lookahead + 1):
+            stays = doc_ids[:, k - 1 : k - 1 + length] == doc_ids[:, :length]
+            weights = given * stays
+            tensors[nth("targets", k)] = tokens[:, k : k + length]
+            tensors[nth("weights", k)] = weights
+            denominators[nth("tokens", k)] = float(weights.sum())
+        return Prepared(tensors, denominators)
 
     def forward(self, prepared: Prepared) -> StepOutput:
-        t = prepared.tensors
-        total, _ = self._cross_entropy(t["inputs"], t["doc_ids"], t["targets"], t["weights"])
-        return StepOutput(terms={"ce": LossTerm(total, "tokens")})
+        return self.step_output(self.hidden(prepared), prepared)
 
-    def _cross_entropy(
-        self, inputs: Tensor, doc_ids: Tensor, targets: Tensor, weights: Tensor | None
+    def hidden(self, prepared: Prepared) -> Hidden:
+        """Run the network over a batch, in training and in scoring."""
+        t = prepared.tensors
+        return _as_hidden(self.model(t["inputs"], doc_ids=t["doc_ids"]))
+
+    def step_output(self, hidden: Hidden, prepared: Prepared) -> StepOutput:
+        """The loss terms of a batch, and what is to be reported. Override to add to it."""
+        return StepOutput(terms={"ce": self.cross_entropy(hidden.states, prepared)})
+
+    def cross_entropy(
+        self, states: Tensor, prepared: Prepared, k: int = 1, weight: float = 1.0, head: Tensor | None = None
+    ) -> LossTerm:
+        """The term of the k-th token after each position, predicted from states (B, S, D) by the model's head or by
+        `head` (V_p, D). Only the next token's is the text's likelihood."""
+        t = prepared.tensors
+        total, _ = self.head_loss(states, t[nth("targets", k)], t[nth("weights", k)], head)
+        return LossTerm(total, nth("tokens", k), weight, likelihood=k == 1)
+
+    def head_loss(
+        self, states: Tensor, targets: Tensor, weights: Tensor | None, head: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Weighted sum of nats, (), and nats of every position, (B, S)."""
-        hidden = self.model(inputs, doc_ids=doc_ids)  # (B, S, D)
+        """Weighted sum of nats, (), and nats of every position, (B, S), unweighted and detached."""
         total, nats = linear_cross_entropy(
-            hidden.flatten(0, 1),
-            self.model.head_weight,
+            states.flatten(0, 1),
+            self.model.head_weight if head is None else head,
             targets.flatten(),
             None if weights is None else weights.flatten(),
             vocab_size=self.model_cfg.vocab_size,
@@ -70,11 +100,11 @@ class DefaultModelAdapter(ModelAdapter):
 
     def likelihood(self, batch: Batch, ctx: Context) -> Likelihood:
         prepared = self.prepare(batch, ctx).to(self.device)
-        t = prepared.tensors
-        _, nats = self._cross_entropy(t["inputs"], t["doc_ids"], t["targets"], None)  # (B, S)
+        hidden = self.hidden(prepared)
+        _, nats = self.head_loss(hidden.states, prepared.tensors["targets"], None)  # (B, S)
         nats = nats.cpu().double()
-        ends = torch.from_numpy(batch.end_weights).double()
-        return Likelihood(nats=(nats * t["weights"].cpu().double()).sum(1), end_nats=(nats * ends).sum(1))
+        text, ends = (torch.from_numpy(w).double() for w in (batch.weights, batch.end_weights))
+        return Likelihood(nats=(nats * text).sum(1), end_nats=(nats * ends).sum(1))
 
     @torch.no_grad()
     def generate(
@@ -84,73 +114,30 @@ class DefaultModelAdapter(ModelAdapter):
         on_tokens: OnTokens | None = None,
         on_state: OnState | None = None,
     ) -> Generation:
-        """Continue each prompt token by token. A prompt is a document that has just begun, so the document
-        token stands before it, as in training. Rows are independent: each has its own generator, and a row's
-        text does not depend on the other prompts."""
+        """Continue all prompts token by token. A prompt is a document that has just begun, so the document token stands
+        before it, as in training. A row's text does not depend on the other prompts; `on_tokens` hears the rows in
+        turn."""
         if options.steps or options.by_confidence:
             raise ValueError(
                 "steps and by_confidence are for models that draw many positions at once; leave them out"
             )
         if options.temperature is None:
             options = replace(options, temperature=self.default_temperature)
-        eot = self.tokenizer.eot
-        stops = self.stop_tokens(options)
-        generated: list[list[int]] = []
-        calls = 0
-        for row, prompt in enumerate(prompts):
-            generator = torch.Generator().manual_seed((options.seed * 1_000_003 + row) % 2**63)
-            stepper = _Stepper(self.model, self.device, options.use_cache)
-            text, new = [eot, *prompt], []
-            for _ in range(options.max_new_tokens):
-                token = sample_next(stepper.next_logits(text), options, generator)
-                if token in stops:
-                    break
-                text.append(token)
-                new.append(token)
-                if on_tokens is not None:
-                    on_tokens(row, [token])
-            generated.append(new)
-            calls += stepper.calls
-        return Generation(generated, calls)
+        init_cache = getattr(self.model, "init_cache", None) if options.use_cache else None
+        model = LanguageModel(self.next_logits, init_cache, self.model.max_context, self.device)
+        texts = [[self.tokenizer.eot, *prompt] for prompt in prompts]
+        return decode(model, texts, options, self.stop_tokens(options), on_tokens)
+
+    def next_logits(self, tokens: Tensor, cache: Cache | None) -> Tensor:
+        """Logits (B, V) of what follows tokens (B, T), which continue what `cache` holds, or stand alone."""
+        hidden = _as_hidden(self.model(tokens, cache=cache))
+        return self.model.logits(hidden.states[:, -1])
 
 
-class _Stepper:
-    """Logits of the next token, feeding the model only what its cache has not seen.
-
-    When the text outgrows the model's context, the window slides: positions may be absolute, so the last half
-    is recomputed from scratch and grows again.
-    """
-
-    def __init__(self, model: torch.nn.Module, device: torch.device, use_cache: bool) -> None:
-        self.model, self.device, self.use_cache = model, device, use_cache
-        self.limit: int = model.max_context  # type: ignore[assignment]
-        self.start = 0  # index in the text of the first token the model sees
-        self.calls = 0
-        self.cache = None
-
-    def next_logits(self, text: list[int]) -> Tensor:
-        """(V,) fp32 on the CPU."""
-        if len(text) - self.start > self.limit:
-            self.start = len(text) - max(1, self.limit // 2)
-            self.cache = None
-        self.calls += 1
-        if not self.use_cache:
-            hidden = self.model(self._row(text[self.start :]))
-        else:
-            if self.cache is None:
-                self.cache = self.model.init_cache(1, self.limit, device=self.device, dtype=None)  # type: ignore
-            fresh = text[self.start + self.cache.length :]  # type: ignore[attr-defined]
-            hidden = self.model(self._row(fresh), cache=self.cache)
-        return self.model.logits(hidden[0, -1]).float().cpu()  # type: ignore[operator]
-
-    def _row(self, tokens: list[int]) -> Tensor:
-        return torch.tensor([tokens], dtype=torch.int64, device=self.device)
+def nth(name: str, k: int) -> str:
+    """The name of a tensor or denominator that belongs to the k-th token after each position."""
+    return name if k == 1 else f"{name}_{k}"
 
 
-def sample_next(logits: Tensor, options: GenerateOptions, generator: torch.Generator) -> int:
-    """Draw a token id from (V,) logits; a temperature must be set. In fp64: fp32 Gumbel noise truncates the tails."""
-    assert options.temperature is not None
-    if options.temperature == 0:
-        return int(logits.argmax())
-    choice = Choice(options.temperature, options.top_k, options.top_p, options.min_p)
-    return int(torch.multinomial(choice(logits.unsqueeze(0))[0].exp(), 1, generator=generator))
+def _as_hidden(output: Tensor | Hidden) -> Hidden:
+    return output if isinstance(output, Hidden) else Hidden(output)

@@ -121,7 +121,7 @@ class BD3LM(DiT):
         length = clean.shape[1]
         blocks = self._consecutive(clean) if blocks is None else blocks
         mask = self._one_pass_mask(blocks, doc_ids)[:, :, :length, :length]
-        cache = self.init_cache(len(clean), 2 * length, device=clean.device)
+        cache = self.init_cache(len(clean))
         biases = [additive(mask, self.compute_dtype)] * self.cfg.n_layers
         positions = torch.arange(length, device=clean.device)
         tau = torch.zeros(len(clean), device=clean.device)
@@ -171,16 +171,8 @@ class BD3LM(DiT):
             cache.advance(length)
         return hidden
 
-    def init_cache(
-        self,
-        batch: int,
-        max_len: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> KVCache:
-        """`max_len` counts stored tokens and the block in work."""
-        c = self.cfg
-        return KVCache(c.n_layers, batch, c.n_heads, max_len, c.d_model // c.n_heads, device, dtype)
+    def init_cache(self, rows: int) -> KVCache:
+        return KVCache(self.cfg.n_layers, rows)
 
     def flops(self, seq_len: int) -> Flops:
         """Per token of text: the blocks run on 2L tokens, which attend to L^2 + L L' pairs in all. In the last layer

@@ -96,6 +96,7 @@ class Block(nn.Module):
 
 class GPT2(Decoder):
     Config = GPT2Config
+    cfg: GPT2Config
 
     def __init__(self, cfg: GPT2Config) -> None:
         super().__init__()
@@ -135,16 +136,6 @@ class GPT2(Decoder):
     @property
     def embedding_weight(self) -> Tensor:
         return self.wte.weight
-
-    def init_cache(
-        self,
-        batch: int,
-        max_len: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> KVCache:
-        c = self.cfg
-        return KVCache(c.n_layers, batch, c.n_heads, max_len, c.d_model // c.n_heads, device, dtype)
 
     def init_weights(self, generator: torch.Generator) -> None:
         """N(0, 0.02^2), residual projections N(0, (0.02 / sqrt(2L))^2), biases 0, gains 1."""

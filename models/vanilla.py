@@ -165,6 +165,7 @@ class Block(nn.Module):
 
 class Vanilla(Decoder):
     Config = VanillaConfig
+    cfg: VanillaConfig
 
     def __init__(self, cfg: VanillaConfig) -> None:
         super().__init__()
@@ -211,16 +212,6 @@ class Vanilla(Decoder):
     @property
     def embedding_weight(self) -> Tensor:
         return self.embed_tokens.weight
-
-    def init_cache(
-        self,
-        batch: int,
-        max_len: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> KVCache:
-        c = self.cfg
-        return KVCache(c.n_layers, batch, c.kv_heads, max_len, c.head_width, device, dtype)
 
     def init_weights(self, generator: torch.Generator) -> None:
         """N(0, 0.02^2), residual projections N(0, (0.02 / sqrt(2L))^2), biases 0, gains 1."""

@@ -37,10 +37,12 @@ class Window:
     def length(self):
         return 0 if self.tokens is None else self.tokens.shape[1]
 
+    def select(self, rows):
+        self.tokens = self.tokens[rows]
+
 
 class Convolution(nn.Module):
     Config = Config
-    head_bias = None
 
     def __init__(self, cfg):
         super().__init__()
@@ -64,7 +66,7 @@ class Convolution(nn.Module):
     def logits(self, hidden):
         return self.head(hidden)
 
-    def init_cache(self, batch, max_len, device, dtype):
+    def init_cache(self, rows):
         return Window()
 
     def forward(self, tokens, doc_ids=None, cache=None):

@@ -189,7 +189,7 @@ class BD3LMProcess(MDLProcess):
         Known text is conditioned on if it stands in an earlier block or in the same one."""
         x = window.x.masked_fill(window.unknown, self.mask)
         blocks = block_of(x.shape[1], self.size)
-        state = _Prefix(network, self.cfg.kv_cache and window.choice.use_cache, x.shape)
+        state = _Prefix(network, self.cfg.kv_cache and window.choice.use_cache, rows=len(x))
         for block in range(int(blocks[-1]) + 1):
             here = blocks == block
             part = replace(
@@ -240,15 +240,14 @@ class BD3LMProcess(MDLProcess):
 class _Prefix(Network):
     """A network that reads one block behind the finished ones. Without `cached`, these are run again every time."""
 
-    def __init__(self, network: Network, cached: bool, shape: torch.Size) -> None:
+    def __init__(self, network: Network, cached: bool, rows: int) -> None:
         super().__init__(network.model, network.chunked)
-        self.network, self.cached = network, cached
-        self.batch, self.length = shape
+        self.network, self.cached, self.rows = network, cached, rows
         self.finished: list[Tensor] = []  # clean blocks
         self.cache = self._new_cache()
 
     def _new_cache(self) -> Any:
-        return self.model.init_cache(self.batch, self.length, device=self.device, dtype=None)
+        return self.model.init_cache(self.rows)
 
     def _run(self, x: Tensor, tau: Tensor, store: bool) -> Tensor:
         self.network.calls += 1

@@ -5,27 +5,39 @@ Shapes: B rows, T tokens, D width, V vocabulary, V_p padded vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers.cache import KVCache
+from configs.schema import DefaultModelConfig
+from models.layers.cache import Cache, KVCache
 
-__all__ = ["Decoder", "document_positions", "padded_vocabulary"]
+__all__ = ["Decoder", "Hidden", "document_positions", "padded_vocabulary"]
 
 VOCABULARY_MULTIPLE = 128
+
+
+@dataclass
+class Hidden:
+    """What a backbone returns in place of a plain tensor when it has more to tell: hidden states (B, T, D), and by name
+    what its adapter makes loss terms and metrics of, such as balance losses or tokens per expert."""
+
+    states: Tensor
+    extra: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Decoder(nn.Module):
     """Head and cache of a decoder with a padded, possibly tied vocabulary.
 
-    A subclass sets `lm_head` (None when tied), and defines `embedding_weight`, `init_cache`, `forward`.
+    A subclass sets `lm_head` (None when tied), and defines `embedding_weight` and `forward`.
     """
 
+    cfg: DefaultModelConfig
     vocab_size: int
     n_ctx: int
     lm_head: nn.Linear | None
-    head_bias: Tensor | None = None
 
     @property
     def embedding_weight(self) -> Tensor:
@@ -37,16 +49,18 @@ class Decoder(nn.Module):
         return self.embedding_weight if self.lm_head is None else self.lm_head.weight
 
     @property
-    def max_context(self) -> int:
+    def max_context(self) -> int | None:
+        """Tokens that generation may look back on; None = all of them."""
         return self.n_ctx
+
+    def init_cache(self, rows: int) -> Cache:
+        return KVCache(self.cfg.n_layers, rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V): without the padding."""
         return F.linear(hidden, self.head_weight[: self.vocab_size].to(hidden.dtype))
 
-    def check_input(
-        self, tokens: Tensor, doc_ids: Tensor | None, cache: KVCache | None, learned: bool
-    ) -> int:
+    def check_input(self, tokens: Tensor, doc_ids: Tensor | None, cache: Cache | None, learned: bool) -> int:
         """Refuse what a model (with `learned` positions) cannot process; returns the length of the cache."""
         past = 0 if cache is None else cache.length
         if doc_ids is not None and cache is not None:

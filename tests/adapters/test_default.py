@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from adapters.base import GenerateOptions
-from adapters.default import DefaultModelAdapter, sample_next
+from adapters import decoding
+from adapters.base import DataSpec, GenerateOptions, LossTerm
+from adapters.decoding import sample_next
+from adapters.default import DefaultModelAdapter
 from configs.schema import DefaultModelConfig
-from tests.contract.tiny import Letters, adapter_of, context, loss_and_gradients, random_batch
+from models.layers.decoder import Hidden
+from tests.contract.tiny import Letters, adapter_of, batch_of, context, loss_and_gradients, random_batch
 
 
 def generator(seed=0):
@@ -20,7 +23,8 @@ def generator(seed=0):
 
 def draws(logits, count, **options):
     options, source = GenerateOptions(**options), generator()
-    return np.bincount([sample_next(logits, options, source) for _ in range(count)], minlength=len(logits))
+    found = [sample_next(logits[None], options, [source])[0] for _ in range(count)]
+    return np.bincount(found, minlength=len(logits))
 
 
 def chi_square(counts, probabilities):
@@ -76,7 +80,18 @@ def test_the_law_of_a_drawn_token(options, law):
 
 def test_greedy_ignores_the_seed():
     options = GenerateOptions(temperature=0.0)
-    assert {sample_next(LOGITS, options, generator(seed)) for seed in range(20)} == {1}
+    assert {sample_next(LOGITS[None], options, [generator(seed)])[0] for seed in range(20)} == {1}
+
+
+def test_each_row_is_drawn_as_torch_draws_it_from_its_own_generator():
+    """What seeds mean must not change with the number of rows, nor with a rewrite of the draw."""
+    logits = torch.randn(5, 300, generator=generator(), dtype=torch.float64)
+    options = GenerateOptions(temperature=1.0)
+    sources, twins = ([generator(10 + row) for row in range(5)] for _ in range(2))
+    for _ in range(50):
+        law = logits.softmax(1)
+        expected = [int(torch.multinomial(law[row], 1, generator=twins[row])) for row in range(5)]
+        assert sample_next(logits, options, sources) == expected
 
 
 def test_equal_logits_do_not_widen_top_k():
@@ -143,7 +158,7 @@ def by_hand(adapter, prompt, row, options):
             start = len(text) - CONTEXT // 2
         with torch.no_grad():
             hidden = adapter.model(torch.tensor([text[start:]]))
-            text.append(sample_next(adapter.model.logits(hidden[0, -1]), options, source))
+            text += sample_next(adapter.model.logits(hidden[:, -1]), options, [source])
     return text[1 + len(prompt) :]
 
 
@@ -168,6 +183,53 @@ def test_seeds(adapter):
     state = torch.get_rng_state()
     adapter.generate([[1]], FULL)
     assert torch.equal(torch.get_rng_state(), state), "the global generator is not touched"
+
+
+def test_rows_of_unequal_length_are_continued_together(adapter):
+    """Each as if it were alone, beyond the context too, with and without the cache; in far fewer passes."""
+    prompts = [[i % 63 for i in range(n, n + n)] for n in (5, 0, CONTEXT, 2 * CONTEXT + 3, 5, CONTEXT - 1)]
+    expected = [by_hand(adapter, prompt, row, FULL) for row, prompt in enumerate(prompts)]
+    cached = adapter.generate(prompts, FULL)
+    whole = adapter.generate(prompts, dataclasses.replace(FULL, use_cache=False))
+    assert cached.tokens == whole.tokens == expected
+    assert cached.network_calls == whole.network_calls <= FULL.max_new_tokens + CONTEXT
+
+
+def test_equal_prompts_take_as_many_passes_as_one(adapter):
+    assert adapter.generate([[1, 2]] * 5, FULL).network_calls == FULL.max_new_tokens
+
+
+def test_finished_rows_leave_the_batch_and_nobody_notices(adapter, monkeypatch):
+    ending = dataclasses.replace(FULL, stop_ids=(3, 11, 40))
+    prompts = [[i] for i in range(6)]
+    widths = []
+    forward = type(adapter.model).forward
+
+    def watched(self, tokens, **given):
+        widths.append(len(tokens))
+        return forward(self, tokens, **given)
+
+    monkeypatch.setattr(type(adapter.model), "forward", watched)
+    found = adapter.generate(prompts, ending).tokens
+    assert len({len(text) for text in found}) > 3 and max(map(len, found)) < FULL.max_new_tokens
+    alone = []
+    for row, whole in enumerate(adapter.generate(prompts, FULL).tokens):
+        stop = next(i for i, token in enumerate(whole) if token in ending.stop_ids)
+        alone.append(whole[:stop])
+        assert len(found[row]) == stop
+    assert found == alone
+    ran = widths[: max(map(len, found)) + 1]
+    assert ran == [sum(len(text) >= step for text in found) for step in range(len(ran))]
+
+
+def test_more_rows_than_fit_at_once_are_taken_in_turn(adapter, monkeypatch):
+    short = dataclasses.replace(FULL, max_new_tokens=4)
+    prompts = [[i] for i in range(5)]
+    together = adapter.generate(prompts, short)
+    monkeypatch.setattr(decoding, "ROWS_AT_ONCE", 2)
+    in_turn = adapter.generate(prompts, short)
+    assert in_turn.tokens == together.tokens
+    assert (together.network_calls, in_turn.network_calls) == (4, 12)
 
 
 def test_rows_do_not_look_at_each_other(adapter):
@@ -255,6 +317,76 @@ def test_weights_scale_the_loss(exact):
     assert one == pytest.approx(half), "the denominator is the sum of the weights"
     for name in gradient:
         torch.testing.assert_close(gradient[name], gradient_2[name])
+
+
+class TwoMore(DefaultModelAdapter):
+    """Each of three tokens from one state by the same head, with what the model tells of itself as a further term."""
+
+    def data_spec(self):
+        return DataSpec(lookahead=3)
+
+    def hidden(self, prepared):
+        hidden = super().hidden(prepared)
+        return Hidden(hidden.states, {"size": hidden.states.square().sum()})
+
+    def step_output(self, hidden, prepared):
+        output = super().step_output(hidden, prepared)
+        for k in (2, 3):
+            output.terms[f"ce_{k}"] = self.cross_entropy(hidden.states, prepared, k, weight=0.5)
+        output.terms["size"] = LossTerm(hidden.extra["size"], "tokens", 1e-3, likelihood=False)
+        return output
+
+
+@pytest.fixture(scope="module")
+def two_more(exact):
+    return TwoMore(exact.model, exact.model_cfg, exact.tokenizer)
+
+
+def test_later_targets_end_with_their_document(two_more):
+    """Documents a b c | d e | f g h of rows of 6 with three targets each; 9 stands before each document."""
+    tokens = np.array([[9, 1, 2, 9, 3, 4, 9, 5, 6]])
+    batch = dataclasses.replace(
+        batch_of(tokens, n=3), doc_ids=np.array([[0, 0, 0, 1, 1, 1, 2, 2, 2]], np.int32)
+    )
+    batch.weights[0, 1] = 0  # a target that does not count, and so none of its position's
+    found = two_more.prepare(batch, context())
+    rows = {name: tensor.tolist()[0] for name, tensor in found.tensors.items()}
+    assert rows == {
+        "inputs": [9, 1, 2, 9, 3, 4],
+        "doc_ids": [0, 0, 0, 1, 1, 1],
+        "targets": [1, 2, 9, 3, 4, 9],
+        "weights": [1, 0, 1, 1, 1, 1],
+        "targets_2": [2, 9, 3, 4, 9, 5],
+        "weights_2": [1, 0, 0, 1, 1, 0],
+        "targets_3": [9, 3, 4, 9, 5, 6],
+        "weights_3": [1, 0, 0, 1, 0, 0],
+    }
+    assert found.denominators == {"tokens": 5, "tokens_2": 3, "tokens_3": 2}
+
+
+def test_further_terms_by_one_method(two_more, exact):
+    batch = random_batch(n=3)
+    plain = dataclasses.replace(batch, tokens=batch.tokens[:, :-2], doc_ids=batch.doc_ids[:, :-2])
+    losses, _ = loss_and_gradients(two_more, [batch])
+    tokens, length = torch.from_numpy(batch.tokens), batch.weights.shape[1]
+    with torch.no_grad():
+        hidden = exact.model(tokens[:, :length])
+        logits = exact.model.logits(hidden).flatten(0, 1)
+        expected = {
+            name: nn.functional.cross_entropy(logits, tokens[:, k : k + length].flatten()).item()
+            for k, name in ((1, "ce"), (2, "ce_2"), (3, "ce_3"))
+        }
+        expected["size"] = hidden.square().sum().item() / batch.weights.size
+    assert losses == pytest.approx(expected, rel=1e-12)
+    terms = two_more(two_more.prepare(batch, context())).terms
+    assert [(t.weight, t.likelihood) for t in terms.values()] == [
+        (1, True),
+        (0.5, False),
+        (0.5, False),
+        (1e-3, False),
+    ]
+    scores = [a.likelihood(b, context(phase="eval")).nats for a, b in ((two_more, batch), (exact, plain))]
+    assert torch.equal(*scores), "the score is that of the next token alone"
 
 
 def test_the_loss_is_the_mean_negative_log_likelihood(exact):

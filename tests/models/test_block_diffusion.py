@@ -155,7 +155,7 @@ def test_cache_equals_one_pass(time: bool) -> None:
     model = build(time_conditioning=time)
     clean, noisy, tau = inputs()
     wanted = model(noisy, tau, clean=clean)
-    cache = model.init_cache(2, L)
+    cache = model.init_cache(2)
     for start in range(0, L, BLOCK):
         block = slice(start, start + BLOCK)
         for _ in range(2):  # trying a block leaves nothing behind
@@ -169,7 +169,7 @@ def test_prompt_of_several_blocks_fills_the_cache() -> None:
     model = build()
     clean, noisy, tau = inputs()
     wanted = model(noisy, tau, clean=clean)[:, 6:]
-    cache = model.init_cache(2, L)
+    cache = model.init_cache(2)
     model(clean[:, :6], torch.zeros(2), cache=cache, store=True)
     assert (model(noisy[:, 6:], tau[:, 6:], cache=cache) - wanted).abs().max() < 1e-10
 
@@ -250,6 +250,6 @@ def test_misuse() -> None:
     with pytest.raises(ValueError, match="either the clean tokens"):
         model(noisy, tau)
     with pytest.raises(ValueError, match="either the clean tokens"):
-        model(noisy, tau, clean=clean, cache=model.init_cache(2, L))
+        model(noisy, tau, clean=clean, cache=model.init_cache(2))
     with pytest.raises(ValueError, match="doc_ids cannot"):
-        model(noisy, tau, doc_ids=noisy, cache=model.init_cache(2, L))
+        model(noisy, tau, doc_ids=noisy, cache=model.init_cache(2))

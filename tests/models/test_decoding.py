@@ -62,7 +62,7 @@ def test_a_row_does_not_see_other_rows(type_, fields):
 @pytest.mark.parametrize("prefill", [1, 7, LENGTH - 1])
 def test_cached_steps_equal_one_forward(type_, fields, prefill):
     model, tokens = build(type_, **fields), tokens_of(rows=3, length=LENGTH)
-    cache = model.init_cache(3, LENGTH)
+    cache = model.init_cache(3)
     steps = [logits_of(model, tokens[:, :prefill], cache=cache)]
     steps += [logits_of(model, tokens[:, t : t + 1], cache=cache) for t in range(prefill, LENGTH)]
     assert cache.length == LENGTH
@@ -72,7 +72,7 @@ def test_cached_steps_equal_one_forward(type_, fields, prefill):
 @every_variant
 def test_cache_takes_chunks_and_forgets_on_truncate(type_, fields):
     model, tokens = build(type_, **fields), tokens_of(rows=2, length=LENGTH)
-    cache = model.init_cache(2, LENGTH, device="cpu", dtype=torch.float64)
+    cache = model.init_cache(2)
     logits_of(model, tokens[:, :20], cache=cache)
     logits_of(model, (tokens[:, 20:35] + 1) % VOCABULARY, cache=cache)  # drafts that are then rejected
     cache.truncate(20)
@@ -83,32 +83,38 @@ def test_cache_takes_chunks_and_forgets_on_truncate(type_, fields):
 def test_cache_in_bf16_is_close():
     with torch.autocast("cpu", torch.bfloat16):
         model, tokens = build("vanilla", torch.float32, std=None), tokens_of(rows=2, length=LENGTH)
-        cache = model.init_cache(2, LENGTH)
+        cache = model.init_cache(2)
         steps = [logits_of(model, tokens[:, t : t + 1], cache=cache) for t in range(LENGTH)]
         assert steps[0].dtype == torch.bfloat16
         torch.testing.assert_close(torch.cat(steps, 1), logits_of(model, tokens), rtol=0, atol=3e-2)
 
 
-def test_cache_stores_each_kv_head_once():
+@every_variant
+def test_cache_goes_on_with_the_rows_selected(type_, fields):
+    model, tokens = build(type_, **fields), tokens_of(rows=4, length=LENGTH)
+    cache = model.init_cache(4)
+    logits_of(model, tokens[:, :20], cache=cache)
+    kept = torch.tensor([3, 1])
+    cache.select(kept)
+    rest = logits_of(model, tokens[kept, 20:], cache=cache)
+    torch.testing.assert_close(rest, logits_of(model, tokens[kept])[:, 20:], rtol=0, atol=1e-9)
+
+
+def test_cache_stores_each_kv_head_once_and_grows_with_the_text():
     model = build("vanilla", n_kv_heads=2)
-    cache = model.init_cache(3, 20)
-    logits_of(model, tokens_of(rows=3, length=5), cache=cache)
-    assert cache._storage.shape == (
-        2,
-        2,
-        3,
-        2,
-        20,
-        4,
-    )  # layers, keys and values, rows, kv heads, tokens, width
+    cache = model.init_cache(3)
+    shapes = []
+    for tokens in (5, 3, 1):
+        logits_of(model, tokens_of(rows=3, length=tokens), cache=cache)
+        shapes.append({tuple(stored.shape) for stored in cache._layers})
+    # of each layer: keys and values, rows, kv heads, tokens, width
+    assert shapes == [{(2, 3, 2, 8, 4)}, {(2, 3, 2, 8, 4)}, {(2, 3, 2, 16, 4)}]
 
 
 def test_cache_refuses_what_does_not_fit():
     model = build("vanilla")
-    cache = model.init_cache(2, 6)
+    cache = model.init_cache(2)
     logits_of(model, tokens_of(length=4), cache=cache)
-    with pytest.raises(ValueError, match="holds 6 tokens; 4 \\+ 3"):
-        logits_of(model, tokens_of(length=3), cache=cache)
     with pytest.raises(ValueError, match="made for 2 rows, got 3"):
         logits_of(model, tokens_of(rows=3, length=1), cache=cache)
     with pytest.raises(ValueError, match="cannot truncate a cache of 4 tokens to 5"):
@@ -123,7 +129,7 @@ def test_learned_positions_refuse_longer_input(type_, fields):
     assert model.max_context == 8
     with pytest.raises(ValueError, match=r"9 tokens exceeds n_ctx \(8\)"):
         model(tokens_of(length=9))
-    cache = model.init_cache(2, 20)
+    cache = model.init_cache(2)
     logits_of(model, tokens_of(length=8), cache=cache)
     with pytest.raises(ValueError, match="n_ctx"):
         logits_of(model, tokens_of(length=1), cache=cache)

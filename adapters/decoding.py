@@ -1,0 +1,161 @@
+"""Text from left to right, many rows at once, over any cache that `models.layers.cache.Cache` describes.
+
+The rows of a forward pass have always seen equally many tokens of their windows. Where one row's prompt is longer
+than another's, it is still being read, token by token, while the shorter one is already continued; as soon as every
+row has more to read, they read all of it at once. So no row is padded, no model needs masks or positions of single
+rows, states of a recurrence stay exact, and rows reach the end of the model's context together. The price is that
+passes are counted from the shortest prompt: a prompt that is n tokens longer than the shortest costs up to n more.
+
+Shapes: B running rows, T tokens read in a pass, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapters.base import GenerateOptions, Generation, OnTokens
+from adapters.choice import Choice
+from models.layers.cache import Cache
+
+__all__ = ["LanguageModel", "decode", "sample_next"]
+
+# Rows in one forward pass; more are taken in turn, so that memory has a bound whatever is asked for.
+ROWS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """The part of a model that decoding needs."""
+
+    next_logits: Callable[[Tensor, Cache | None], Tensor]  # tokens (B, T) behind the cache's -> (B, V)
+    init_cache: Callable[[int], Cache] | None  # rows -> empty; None = each pass reads whole windows
+    max_context: int | None  # tokens it can look back on; None = all
+    device: torch.device
+
+
+@dataclass
+class _Row:
+    """`text` from the document token on, of which the model sees the window from `start`."""
+
+    number: int
+    text: list[int]
+    prompt: int  # tokens of `text` that were given
+    generator: torch.Generator
+    start: int = 0
+
+    @property
+    def known(self) -> int:
+        """Tokens of the window."""
+        return len(self.text) - self.start
+
+    @property
+    def new(self) -> list[int]:
+        return self.text[self.prompt :]
+
+    def slide(self, limit: int | None) -> None:
+        """Positions may be absolute, so a full window starts anew with its last half."""
+        if limit is not None and self.known > limit:
+            self.start = len(self.text) - max(1, limit // 2)
+
+
+def decode(
+    model: LanguageModel,
+    texts: list[list[int]],
+    options: GenerateOptions,
+    stops: set[int],
+    on_tokens: OnTokens | None = None,
+) -> Generation:
+    """Continue each of `texts` (not empty) until a token of `stops`, which is not part of it, or for
+    `max_new_tokens`. Each row has a generator of its own, made of (seed, row)."""
+    rows = [
+        _Row(i, list(text), len(text), torch.Generator().manual_seed((options.seed * 1_000_003 + i) % 2**63))
+        for i, text in enumerate(texts)
+    ]
+    calls = 0
+    for first in range(0, len(rows), ROWS_AT_ONCE):
+        calls += _decode_together(model, rows[first : first + ROWS_AT_ONCE], options, stops, on_tokens)
+    return Generation([row.new for row in rows], calls)
+
+
+def _decode_together(
+    model: LanguageModel,
+    rows: list[_Row],
+    options: GenerateOptions,
+    stops: set[int],
+    on_tokens: OnTokens | None,
+) -> int:
+    """Appends to the rows' texts; returns the number of forward passes."""
+    window = _Windows(model)
+    while rows:
+        # Rows whose windows are full are so together: all have been read up to the same place.
+        for row in rows:
+            row.slide(model.max_context)
+        logits = window.read(rows)  # (B, V)
+        read_out = [i for i, row in enumerate(rows) if row.known == window.length]
+        if len(read_out) < len(rows):
+            logits = logits[read_out]
+        tokens = sample_next(logits, options, [rows[i].generator for i in read_out])
+        finished = set()
+        for i, token in zip(read_out, tokens, strict=True):
+            row = rows[i]
+            if token in stops:
+                finished.add(i)
+                continue
+            row.text.append(token)
+            if on_tokens is not None:
+                on_tokens(row.number, [token])
+            if len(row.new) == options.max_new_tokens:
+                finished.add(i)
+        if finished:
+            running = [i for i in range(len(rows)) if i not in finished]
+            rows = [rows[i] for i in running]
+            window.keep(running)
+    return window.calls
+
+
+class _Windows:
+    """The windows of the running rows, read up to a common length."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+        self.length = self.calls = 0
+        self.cache: Cache | None = None
+
+    def read(self, rows: list[_Row]) -> Tensor:
+        """Read on to the end of the shortest window; the logits behind it, (B, V) fp32 on the CPU."""
+        shortest = min(row.known for row in rows)
+        if shortest <= self.length:  # the windows have moved on
+            self.length, self.cache = 0, None
+        if self.cache is None and self.model.init_cache is not None:
+            self.cache = self.model.init_cache(len(rows))
+        first = 0 if self.cache is None else self.length
+        windows = [row.text[row.start + first : row.start + shortest] for row in rows]
+        tokens = torch.tensor(windows, dtype=torch.int64, device=self.model.device)  # (B, T)
+        logits = self.model.next_logits(tokens, self.cache)
+        self.length = shortest
+        self.calls += 1
+        assert self.cache is None or self.cache.length == shortest, "the model has not counted its tokens"
+        return logits.float().cpu()
+
+    def keep(self, running: list[int]) -> None:
+        if self.cache is not None and running:
+            self.cache.select(torch.tensor(running, dtype=torch.int64, device=self.model.device))
+
+
+def sample_next(logits: Tensor, options: GenerateOptions, generators: list[torch.Generator]) -> list[int]:
+    """Draw a token id from each row of logits (M, V), with its own generator; a temperature must be set. In fp64: fp32
+    noise truncates the tails."""
+    assert options.temperature is not None
+    if options.temperature == 0:
+        return logits.argmax(1).tolist()
+    choice = Choice(options.temperature, options.top_k, options.top_p, options.min_p)
+    probabilities = choice(logits).exp()  # (M, V)
+    # The first of exponential clocks with these rates, which is what torch.multinomial draws of each row too.
+    clocks = torch.empty_like(probabilities)
+    for row, generator in zip(clocks, generators, strict=True):
+        row.exponential_(generator=generator)
+    return (probabilities / clocks).argmax(1).tolist()
