@@ -26,6 +26,7 @@ from configs.messages import (
     ConfigError,
     suggest_key,
 )
+from configs.removed import REMOVED
 from configs.schema import GENERIC_FIELDS, RunConfig
 from configs.unread import overruled
 from naming import did_you_mean, not_one_of
@@ -180,6 +181,8 @@ def _generic_flag(request: Request, name: str, key: str, value: str | None, rest
     """`--key=value`, `--key value`, and `--key` alone for a field that is true or false."""
     field = RENAMED.get(key, key)
     if field not in GENERIC_FIELDS and field.split(".")[0] not in ("model_cfg", "env"):
+        if field in REMOVED:
+            raise ConfigError(unknown_key(field))
         hint = suggest_key(key, (*GENERIC_FIELDS, "hydra_model_cfg"), _ARCHITECTURE_PATHS)
         hint = hint.replace(" '", " '--")
         if value is None and rest and not rest[0].startswith("-") and "=" not in rest[0]:
@@ -260,6 +263,8 @@ def _canonical(request: Request, key: str) -> str:
 
 def unknown_key(key: str, where: str = "command line") -> str:
     """The message for a key that is no generic field."""
+    if key in REMOVED:
+        return f"{where}: '{key}' is no longer a field: {REMOVED[key]}"
     root, _, leaf = key.partition(".")
     word = ARCHITECTURE_ALIASES.get(root, root)
     if word in ARCHITECTURE_WORDS and not leaf:

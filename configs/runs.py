@@ -11,6 +11,7 @@ from typing import Any
 from configs.files import shown
 from configs.frontend import Request
 from configs.messages import ConfigError, differences
+from configs.removed import REMOVED
 from naming import did_you_mean
 
 RUNS = Path("checkpoints")
@@ -123,7 +124,7 @@ def apply_lock(
     no architecture: they stay as they are in the tree."""
     asked = tree.get("model_cfg") or {}
     fixed = {k: v for k, v in saved["model_cfg"].items() if k not in free or k not in asked}
-    differing = differences(asked, fixed)
+    differing = [k for k in differences(asked, fixed) if f"model_cfg.{k}" not in REMOVED]
     name = folder_of_path(source.parent)
     lock = f"command line: the architecture of '{name}' is fixed by {source}"
     problems = [

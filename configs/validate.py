@@ -22,6 +22,7 @@ from configs.files import CONFIGS, fold_names
 from configs.frontend import unknown_key
 from configs.hardware import process_count, uses_cuda
 from configs.messages import ARCHITECTURE_ALIASES, RENAMED, ConfigError, suggest_key
+from configs.removed import drop_removed
 from configs.runs import not_a_folder
 from configs.schema import GENERIC_FIELDS, ModelConfig, RunConfig
 from naming import load
@@ -40,16 +41,29 @@ def validate(
     """
     notices = [] if notices is None else notices
     values = dict(tree)
-    run = _generic(values, where)
+    run = _generic(values, where, notices)
     _raise(_relations(run), where)
     _raise(_files(run), where)
     config_class = architecture_config(run.type, run.model_adapter, where)
     fields = _drop_preset_extras(run, config_class, notices)
+    fields = drop_removed(fields, config_class.model_fields, where, notices, "model_cfg.")
     model_cfg = _architecture(run.type, config_class, fields, where)
     _raise(_tokens(run, model_cfg) + model_cfg.problems(run), where)
     if getattr(model_cfg, "dropout", 0.0) == 1.0:
         notices.append("model_cfg.dropout is 1.0: every activation it touches becomes zero")
     return run.model_copy(update={"model_cfg": model_cfg.model_dump(mode="json")}), model_cfg
+
+
+def read_saved(
+    generic: Mapping[str, Any], model_cfg: Mapping[str, Any], source: str, notices: list[str]
+) -> tuple[RunConfig, ModelConfig]:
+    """What a checkpoint was trained with, from the generic fields and the architecture that it keeps. Relations and files
+    are not looked at: a run may be scored where its data is not. `source` is named in the notices."""
+    cfg = RunConfig.model_validate(drop_removed(generic, GENERIC_FIELDS, lambda key: source, notices))
+    config_class = architecture_config(cfg.type, cfg.model_adapter, lambda key: source)
+    kept = drop_removed(model_cfg, config_class.model_fields, lambda key: source, notices, "model_cfg.")
+    architecture = config_class.model_validate(kept)
+    return cfg.model_copy(update={"model_cfg": architecture.model_dump(mode="json")}), architecture
 
 
 def _raise(problems: list[str], where: Where) -> None:
@@ -66,8 +80,9 @@ def _placed(problem: str, where: Where) -> str:
     return problem
 
 
-def _generic(values: dict[str, Any], where: Where) -> RunConfig:
+def _generic(values: dict[str, Any], where: Where, notices: list[str]) -> RunConfig:
     fold_names(values, RENAMED)
+    values = drop_removed(values, GENERIC_FIELDS, where, notices)
     model_cfg = values.get("model_cfg")
     if isinstance(model_cfg, dict):
         model_cfg = values["model_cfg"] = dict(model_cfg)

@@ -115,8 +115,10 @@ def sweep_job(cfg: DictConfig) -> float:
     assert isinstance(values, dict)
     job = HydraConfig.get()
     try:
-        run_cfg, model_cfg = validate({str(k): v for k, v in values.items()})
         explicit = {o.partition("=")[0].lstrip("+") for o in job.overrides.task}
+        run_cfg, model_cfg = validate(
+            {str(k): v for k, v in values.items()}, lambda key: "command line" if key in explicit else ""
+        )
         folder = named_folder(run_cfg.model_dump(), explicit) or Path(job.runtime.output_dir)
         return launch.start(run_cfg, model_cfg, folder, isolated=True, origin=_origin(job))
     except ConfigError as error:

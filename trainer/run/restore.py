@@ -68,12 +68,15 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
 
 def config_of(checkpoint: Path) -> tuple[RunConfig, Any]:
     """(RunConfig, model_cfg) a checkpoint was trained with."""
-    from configs.compose import model_config_class
-    from configs.schema import RunConfig
+    from configs.validate import read_saved
 
-    cfg = RunConfig.model_validate(load_json(checkpoint, "training_state.json")["training_config"])
-    saved = load_json(checkpoint, "config.json")
-    return cfg, model_config_class(cfg).model_validate(saved["model_cfg"])
+    generic = load_json(checkpoint, "training_state.json")["training_config"]
+    architecture = load_json(checkpoint, "config.json")["model_cfg"]
+    notes: list[str] = []
+    found = read_saved(generic, architecture, str(checkpoint), notes)
+    for text in notes:
+        print(f"note: {text}", file=sys.stderr)
+    return found
 
 
 def with_free_fields(cfg: RunConfig, model_cfg: Any, overrides: list[str]) -> Any:

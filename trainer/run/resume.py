@@ -7,13 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.schema import redacted
+from configs.schema import RunConfig, redacted
 from trainer.run.checkpoint import checkpoints_in, find_checkpoint, newest_checkpoint
 from trainer.run.facts import architecture, execution
 from trainer.run.restore import require_same_provenance
 
 if TYPE_CHECKING:
-    from configs.schema import RunConfig
     from trainer.run.folder import RunFolder
     from trainer.session import Session
 
@@ -76,12 +75,14 @@ def check_resumable(s: Session, checkpoint: Path, saved: dict[str, Any], note: C
                 f"the data is not what {checkpoint} was trained on ({key} {saved['data'][key][:12]} then, "
                 f"{now[:12]} now). Restore the data, or start a new run with init_from_checkpoint={checkpoint}"
             )
-    before, after = saved["training_config"], redacted(s.cfg)
+    # A field that is younger than the checkpoint had no effect then, as its default has none now.
+    before = {**redacted(RunConfig(type=s.cfg.type)), **saved["training_config"]}
+    after = redacted(s.cfg)
     before |= {f"model_cfg.{k}": theirs["model_cfg"].get(k) for k in other}
     after |= {f"model_cfg.{k}": mine["model_cfg"][k] for k in other}
-    changed = [k for k in after if k not in _NOT_COMPARED and before.get(k) != after[k]]
+    changed = [k for k in after if k not in _NOT_COMPARED and before[k] != after[k]]
     for key in changed:
-        note(f"changed since the checkpoint: {key} {before.get(key)} -> {after[key]}")
+        note(f"changed since the checkpoint: {key} {before[key]} -> {after[key]}")
     for key, now in execution(s).items():
         then = saved["execution"].get(key)
         if then != now:
