@@ -57,8 +57,8 @@ def validate(
 def read_saved(
     generic: Mapping[str, Any], model_cfg: Mapping[str, Any], source: str, notices: list[str]
 ) -> tuple[RunConfig, ModelConfig]:
-    """What a checkpoint was trained with, from the generic fields and the architecture that it keeps. Relations and files
-    are not looked at: a run may be scored where its data is not. `source` is named in the notices."""
+    """What a checkpoint was trained with, from the generic fields and the architecture that it keeps. Relations and
+    files are not looked at: a run may be scored where its data is not. `source` is named in the notices."""
     cfg = RunConfig.model_validate(drop_removed(generic, GENERIC_FIELDS, lambda key: source, notices))
     config_class = architecture_config(cfg.type, cfg.model_adapter, lambda key: source)
     kept = drop_removed(model_cfg, config_class.model_fields, lambda key: source, notices, "model_cfg.")

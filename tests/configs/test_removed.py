@@ -35,7 +35,9 @@ def test_a_file_that_still_has_them_is_read_without(write):
     assert "old_size" not in cfg.model_cfg and model_cfg.d_model == 96
 
 
-@pytest.mark.parametrize("word", ["old_way=3", "--old_way=3", "model_cfg.old_size=3", "--model_cfg.old_size=3"])
+@pytest.mark.parametrize(
+    "word", ["old_way=3", "--old_way=3", "model_cfg.old_size=3", "--model_cfg.old_size=3"]
+)
 def test_the_command_line_is_told_what_to_use(write, word):
     write("old.yaml", OLD)
     name = word.lstrip("-").partition("=")[0]
