@@ -32,8 +32,6 @@ from configs.files import (
     ROOT,
     Locations,
     Node,
-    choices,
-    describe,
     description,
     digest,
     options,
@@ -262,17 +260,14 @@ def register() -> None:
         ],
         "hydra": settings,
     }
-    store = ConfigStore.instance()
-    store.store(name=APP, node=node)
-    for name in set(choices("data")) - set(options("data")):  # rows of the table need no file
-        store.store(group="configs/data", name=name, node={"data": name}, package="_global_")
+    ConfigStore.instance().store(name=APP, node=node)
 
 
 def help_text() -> str:
     """What `--help` says before it shows the composed config."""
 
     def listing(folder: str) -> str:
-        lines = [f"  {n:<12} {describe(folder, n)}" for n in choices(folder)]
+        lines = [f"  {n:<12} {description(CONFIGS / folder / f'{n}.yaml')}" for n in options(folder)]
         return "\n".join(lines)
 
     return f"""Train:  python mytrainer.py --hydra_model_cfg=configs/<name>.yaml [preset=<size>] [key=value]

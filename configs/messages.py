@@ -10,7 +10,12 @@ from typing import Any
 from naming import suggestion
 
 # Spellings that mean the same field everywhere: applied to the command line and to every file.
-RENAMED = {"seq_len": "train_seq_len", "resume_from_checkpoint": "resume"}
+RENAMED = {
+    "seq_len": "train_seq_len",
+    "resume_from_checkpoint": "resume",
+    "log_to_wandb": "use_wandb",
+    "wandb_log": "use_wandb",
+}
 ARCHITECTURE_ALIASES = {
     "model_dim": "d_model",
     "num_layers": "n_layers",
@@ -50,6 +55,10 @@ SYNONYMS = {
     "micro_batch_size": "batch_size",
     "nproc": "num_gpus",
     "init_from": "init_from_checkpoint",
+    "wandb": "use_wandb",
+    "wandb_mode": "use_wandb",
+    "wandb_name": "wandb_run_name",
+    "tensorboard": "use_tensorboard",
 }
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 REDACTED = "<redacted>"

@@ -11,6 +11,7 @@ import importlib
 import os
 import re
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -123,29 +124,19 @@ def world_size(num_gpus: Any, device: str) -> int:
 
 def _relations(run: RunConfig) -> list[str]:
     """Problems between generic fields."""
-    problems = _batch(run) + _schedule(run) + _machine(run)
+    problems = _batch(run) + _schedule(run) + _machine(run) + _trackers(run)
     if run.resume != "none" and run.init_from_checkpoint:
         problems.append("resume and init_from_checkpoint exclude each other: the second takes weights only")
     if run.resume == "auto" and not (run.model_name or run.output_dir):
         problems.append("resume=auto needs model_name or output_dir, to know which run goes on")
-    problems += _source(run)
+    if run.data == "text" and not run.input_file:
+        problems.append("data=text needs input_file=<file or folder>")
+    if run.data != "text" and run.input_file:
+        problems.append(f"input_file is read by data=text only, and data is '{run.data}'. Add data=text")
     if run.early_stopping and run.val_loss_every == 0:
         problems.append("early_stopping needs evaluations during training: val_loss_every is 0")
     if run.save_only_best and not run.save_checkpoint:
         problems.append("save_only_best needs save_checkpoint: true")
-    return problems
-
-
-def _source(run: RunConfig) -> list[str]:
-    from data import SOURCES, readers
-
-    source = SOURCES[run.data]
-    problems = [
-        f"data={run.data} needs {need}" for need in source.needs if not getattr(run, need.partition("=")[0])
-    ]
-    if run.input_file and "input_file" not in source.reads:
-        those = " or ".join(f"data={name}" for name in readers("input_file"))
-        problems.append(f"input_file is read by {those} only, and data is '{run.data}'. Add {those}")
     return problems
 
 
@@ -202,6 +193,15 @@ def _machine(run: RunConfig) -> list[str]:
             "ddp_backend: 'nccl' needs CUDA; on this device use gloo, or null to choose by device"
         )
     return problems
+
+
+def _trackers(run: RunConfig) -> list[str]:
+    """A tracker that was asked for and is not installed is found out now, not in the middle of the run."""
+    return [
+        f"{row.switch}: {row.needs} is not installed. pip install -e '.[{name}]', or set {row.switch}=false"
+        for name, row in load("trainer.run:TRACKERS").items()
+        if getattr(run, row.switch) and row.needs and find_spec(row.needs) is None
+    ]
 
 
 def _files(run: RunConfig) -> list[str]:

@@ -14,6 +14,7 @@ from trainer.run.folder import RunFolder
 from trainer.run.lines import evaluation_line, raw_evaluation_line, training_line
 from trainer.run.progress import Progress
 from trainer.run.sinks import ConsoleSink, MetricsSink, Sink
+from trainer.run.trackers import chosen_trackers
 from trainer.view.console import Console
 from trainer.view.report import write_report
 
@@ -64,6 +65,7 @@ class RunRecord:
         self.folder.write_json("manifest.json", facts.manifest)
         # The file first: what the others show is in it.
         self._sinks = [MetricsSink(), ConsoleSink(self.console, self.folder)]
+        self._sinks += chosen_trackers(s.cfg, self.console.note)
         for sink in self._sinks:
             sink.begin(facts)
         self._yardsticks = start_background(s.dataset, s.cfg.val_bytes)
