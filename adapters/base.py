@@ -207,7 +207,7 @@ class Generation:
     network_calls: int
 
 
-# Called with (row, new token ids) whenever text of a row becomes final.
+# Called with (row, new token ids) whenever text of a row becomes final; rows may take turns.
 OnTokens = Callable[[int, list[int]], None]
 # Called with (row, the whole text so far) after every step of a model that draws positions in any order; None where a
 # position is undecided.

@@ -1,6 +1,6 @@
 """Next-token prediction: the objective of every plain autoregressive language model, and what others start from.
 
-An architecture with further targets, further loss terms or figures of its own overrides `step_output`; one whose
+An architecture with further targets, loss terms or metrics overrides `step_output` (and `heldout_metrics`); one whose
 network is called in another way overrides `hidden` and `next_logits`. Nothing has to be copied from here.
 
 Shapes: B rows, S positions, n look-ahead, D width, V vocabulary.
@@ -20,6 +20,7 @@ from adapters.base import (
     Generation,
     Likelihood,
     LossTerm,
+    Metric,
     ModelAdapter,
     OnState,
     OnTokens,
@@ -104,7 +105,16 @@ class DefaultModelAdapter(ModelAdapter):
         _, nats = self.head_loss(hidden.states, prepared.tensors["targets"], None)  # (B, S)
         nats = nats.cpu().double()
         text, ends = (torch.from_numpy(w).double() for w in (batch.weights, batch.end_weights))
-        return Likelihood(nats=(nats * text).sum(1), end_nats=(nats * ends).sum(1))
+        return Likelihood(
+            nats=(nats * text).sum(1),
+            end_nats=(nats * ends).sum(1),
+            per_token=nats,
+            metrics=self.heldout_metrics(hidden, prepared),
+        )
+
+    def heldout_metrics(self, hidden: Hidden, prepared: Prepared) -> dict[str, Metric]:
+        """What evaluations report beside the score."""
+        return {}
 
     @torch.no_grad()
     def generate(

@@ -32,6 +32,8 @@ from configs.files import (
     ROOT,
     Locations,
     Node,
+    choices,
+    describe,
     description,
     digest,
     options,
@@ -260,14 +262,17 @@ def register() -> None:
         ],
         "hydra": settings,
     }
-    ConfigStore.instance().store(name=APP, node=node)
+    store = ConfigStore.instance()
+    store.store(name=APP, node=node)
+    for name in set(choices("data")) - set(options("data")):  # rows of the table need no file
+        store.store(group="configs/data", name=name, node={"data": name}, package="_global_")
 
 
 def help_text() -> str:
     """What `--help` says before it shows the composed config."""
 
     def listing(folder: str) -> str:
-        lines = [f"  {n:<12} {description(CONFIGS / folder / f'{n}.yaml')}" for n in options(folder)]
+        lines = [f"  {n:<12} {describe(folder, n)}" for n in choices(folder)]
         return "\n".join(lines)
 
     return f"""Train:  python mytrainer.py --hydra_model_cfg=configs/<name>.yaml [preset=<size>] [key=value]

@@ -12,6 +12,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from configs.messages import ARCHITECTURE_ALIASES, RENAMED, ConfigError
+from configs.schema import CHOICES
 from naming import did_you_mean
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +28,11 @@ def options(folder: str = "") -> list[str]:
     return [p.stem for p in found]
 
 
+def choices(group: str) -> list[str]:
+    """What may stand behind `<group>=`: the files of `configs/<group>/`, and the table's rows where there is one."""
+    return sorted({*options(group), *(CHOICES[group].table if group in CHOICES else ())})
+
+
 def description(path: Path) -> str:
     """First comment line of a YAML file that says something."""
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -35,6 +41,12 @@ def description(path: Path) -> str:
         if "@package" not in line:
             return line.lstrip("# ").strip()
     return ""
+
+
+def describe(group: str, name: str) -> str:
+    """One line about an option: what its file says, else the table's row."""
+    path = CONFIGS / group / f"{name}.yaml"
+    return description(path) if path.is_file() else CHOICES[group].table[name].description
 
 
 def shown(path: Path) -> str:
@@ -214,8 +226,8 @@ def _find_parent(path: Path, where: str, name: str) -> Path:
 
 
 def check_option(group: str, name: Any, where: str) -> str:
-    """The name, if `configs/<group>/<name>.yaml` exists."""
-    available = options(group)
+    """The name, if it is one of the group's `choices`."""
+    available = choices(group)
     if name in available:
         return str(name)
     raise ConfigError(

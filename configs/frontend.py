@@ -19,7 +19,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Glob, Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 
-from configs.files import EXTENSIONS, check_option, options
+from configs.files import EXTENSIONS, check_option, choices
 from configs.messages import (
     ARCHITECTURE_ALIASES,
     RENAMED,
@@ -283,7 +283,7 @@ def _deletion(request: Request, key: str) -> None:
 
 def _group(request: Request, group: str, value: str) -> None:
     parsed = parse_override(f"configs/{group}={value}")
-    names = override_choices(parsed, options(group))
+    names = override_choices(parsed, choices(group))
     for name in names if group != "preset" else [n for n in names if n != "auto"]:
         check_option(group, name, "command line")
     if len(names) > 1 or parsed.is_sweep_override():

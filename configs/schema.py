@@ -8,11 +8,35 @@ wanted), closed (unknown keys are errors) and frozen.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
 
 from configs.messages import REDACTED, is_secret
+from naming import Entry, load, not_one_of
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Marks a text field as a choice from a table of `naming.Entry`, named "module:TABLE" and imported on use."""
+
+    where: str
+
+    @property
+    def table(self) -> Mapping[str, Entry]:
+        return load(self.where)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._known, handler(source))
+
+    def _known(self, name: str) -> str:
+        if name not in self.table:
+            raise ValueError(not_one_of(name, self.table))
+        return name
+
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -139,7 +163,7 @@ class RunConfig(BaseModel):
     deterministic: bool = False
 
     # text and tokens
-    data: Literal["embedded", "text", "synthetic"] = "embedded"
+    data: Annotated[str, OneOf("data:SOURCES")] = "embedded"
     input_file: str | None = None
     data_root: str | None = None
     synthetic: Literal["markov", "grammar"] = "markov"
@@ -165,7 +189,7 @@ class RunConfig(BaseModel):
     val_steps: Positive | None = None
 
     # optimisation
-    optimizer: Literal["adamw", "adam", "sgd", "muon"] = "adamw"
+    optimizer: Annotated[str, OneOf("trainer.optim:OPTIMIZERS")] = "adamw"
     learning_rate: Rate = 6e-4
     muon_learning_rate: Rate = 0.02
     muon_momentum: OpenFraction = 0.95
@@ -181,7 +205,7 @@ class RunConfig(BaseModel):
     ema_decay: OpenFraction = 0.0
 
     # learning-rate schedule
-    scheduler: Literal["cooldown", "cosine", "linear", "constant", "inverse_sqrt"] = "cooldown"
+    scheduler: Annotated[str, OneOf("trainer.optim:SCHEDULES")] = "cooldown"
     cooldown_frac: Fraction = 0.45
     warmup_steps: NonNegative = 0
     warmup_ratio: OpenFraction | None = None
@@ -223,6 +247,13 @@ class RunConfig(BaseModel):
 
 
 GENERIC_FIELDS: tuple[str, ...] = tuple(RunConfig.model_fields)
+# The choices of a run: field -> where its table is.
+CHOICES: dict[str, OneOf] = {
+    name: mark
+    for name, field in RunConfig.model_fields.items()
+    for mark in field.metadata
+    if isinstance(mark, OneOf)
+}
 
 
 def redacted(cfg: RunConfig) -> dict[str, Any]:

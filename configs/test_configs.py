@@ -26,7 +26,7 @@ from hydra.core.global_hydra import GlobalHydra  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 
 from configs.compose import compose, compose_tree, model_config_class, prepare  # noqa: E402
-from configs.files import CONFIGS, options  # noqa: E402
+from configs.files import CONFIGS, choices, options  # noqa: E402
 from configs.messages import ConfigError  # noqa: E402
 from configs.schema import RunConfig, redacted  # noqa: E402
 from configs.validate import validate  # noqa: E402
@@ -56,6 +56,13 @@ def _compose(*words: str) -> RunConfig:
     return compose(list(words), notify=_quiet)[0]
 
 
+def _needed(data: str) -> list[str]:
+    """Overrides without which a source of text is refused; any file will do."""
+    from data import SOURCES
+
+    return [f"{need.partition('=')[0]}={CONFIGS / 'training.yaml'}" for need in SOURCES[data].needs]
+
+
 def check_model_file(name: str, build: bool) -> None:
     """Everything that must hold for configs/<name>.yaml. Raises if something does not."""
     path = CONFIGS / f"{name}.yaml"
@@ -66,9 +73,8 @@ def check_model_file(name: str, build: bool) -> None:
     assert isinstance(primary, dict)
     primary_tree = {**{str(k): v for k, v in primary.items()}, "preset": "none"}
     assert validate(grouped)[0] == validate(primary_tree)[0], "group and primary differ"
-    for data in options("data"):
-        words = [f"input_file={path}"] if data == "text" else []
-        assert _compose(str(path), f"data={data}", *words).data == data
+    for data in choices("data"):
+        assert _compose(str(path), f"data={data}", *_needed(data)).data == data
     for preset in options("preset"):
         cfg = _compose(str(path), f"preset={preset}")
         _check_run(cfg)
@@ -112,7 +118,7 @@ def _build(cfg: RunConfig) -> None:
 def check_option(group: str, name: str) -> None:
     """An option file composes over any model, and says so in its own field."""
     first = options()[0]
-    words = [f"input_file={CONFIGS / 'training.yaml'}"] if name == "text" else []
+    words = _needed(name) if group == "data" else []
     assert getattr(_compose(f"model={first}", f"{group}={name}", *words), group) == name
     text = (CONFIGS / group / f"{name}.yaml").read_text(encoding="utf-8")
     assert text.startswith("# @package _global_\n"), "must begin with '# @package _global_'"

@@ -4,21 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from configs.schema import ModelConfig, RunConfig
+from configs.schema import CHOICES, GENERIC_FIELDS, ModelConfig, RunConfig
 from naming import load
 
-_MUON = ("muon_learning_rate", "muon_momentum", "muon_scale", "muon_ns_steps")
-_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
-_WIDTH = ("lr_scaling", "lr_base_width")
-# A group of fields, and the values of a field with which they are read.
-_READ_WITH = [
-    (_MUON, "optimizer", ("muon",)),
-    (_ADAM, "optimizer", ("adamw", "adam", "muon")),
-    (_WIDTH, "optimizer", ("adamw", "adam")),
-    (("lr_base_width",), "lr_scaling", ("width",)),
-    (("cooldown_frac",), "scheduler", ("cooldown",)),
-    (("min_lr_ratio", "min_lr"), "scheduler", ("cooldown", "cosine", "linear", "inverse_sqrt")),
-]
 # The second wins over the first where it is not null.
 _WINS = [("warmup_steps", "warmup_ratio"), ("min_lr_ratio", "min_lr")]
 
@@ -30,20 +18,11 @@ def overruled(explicit: set[str]) -> Iterator[str]:
 
 def unread(run: RunConfig, model_cfg: ModelConfig, explicit: set[str]) -> str:
     """One remark about all of them, or nothing."""
+    reasons = {**_by_value(run), **_by_choice(run), **_by_switch(run)}
     told: dict[str, list[str]] = {}
-    seen: set[str] = set()
-    for fields, chooser, choices in _READ_WITH:
-        chosen = getattr(run, chooser)
-        names = [f for f in fields if f in explicit and f not in seen and chosen not in choices]
-        if names:
-            told.setdefault(f"{chooser}={chosen}", []).extend(names)
-            seen.update(names)
-    for loser, winner in _WINS:
-        if loser in explicit - seen and getattr(run, winner) is not None:
-            told.setdefault(f"{winner}={getattr(run, winner)}", []).append(loser)
-    for name, why in _by_switch(run).items():
-        if name in explicit:
-            told.setdefault(why, []).append(name)
+    for name in GENERIC_FIELDS:
+        if name in explicit and name in reasons:
+            told.setdefault(reasons[name], []).append(name)
     for name, why in model_cfg.unread().items():
         if f"model_cfg.{name}" in explicit:
             told.setdefault(f"model_cfg.{why}", []).append(f"model_cfg.{name}")
@@ -51,7 +30,32 @@ def unread(run: RunConfig, model_cfg: ModelConfig, explicit: set[str]) -> str:
     return f"not read by this run: {'; '.join(parts)}" if parts else ""
 
 
+def _by_choice(run: RunConfig) -> dict[str, str]:
+    """Fields that a row of some table reads and no chosen row does, with the choice that is to blame."""
+    chosen = {field: choice.table[getattr(run, field)] for field, choice in CHOICES.items()}
+    read = {name for row in chosen.values() for name in row.reads}
+    return {
+        name: f"{field}={getattr(run, field)}"
+        for field, choice in CHOICES.items()
+        for row in choice.table.values()
+        for name in row.reads
+        if name not in read
+    }
+
+
 def _by_switch(run: RunConfig) -> dict[str, str]:
     """Fields of trackers that are off."""
     off = [row for row in load("trainer.run:TRACKERS").values() if not getattr(run, row.switch)]
     return {name: f"{row.switch}=false" for row in off for name in row.reads}
+
+
+def _by_value(run: RunConfig) -> dict[str, str]:
+    reasons = {}
+    if run.lr_scaling == "none":
+        reasons["lr_base_width"] = "lr_scaling=none"
+    reasons |= {
+        loser: f"{winner}={getattr(run, winner)}"
+        for loser, winner in _WINS
+        if getattr(run, winner) is not None
+    }
+    return reasons

@@ -129,14 +129,24 @@ def _relations(run: RunConfig) -> list[str]:
         problems.append("resume and init_from_checkpoint exclude each other: the second takes weights only")
     if run.resume == "auto" and not (run.model_name or run.output_dir):
         problems.append("resume=auto needs model_name or output_dir, to know which run goes on")
-    if run.data == "text" and not run.input_file:
-        problems.append("data=text needs input_file=<file or folder>")
-    if run.data != "text" and run.input_file:
-        problems.append(f"input_file is read by data=text only, and data is '{run.data}'. Add data=text")
+    problems += _source(run)
     if run.early_stopping and run.val_loss_every == 0:
         problems.append("early_stopping needs evaluations during training: val_loss_every is 0")
     if run.save_only_best and not run.save_checkpoint:
         problems.append("save_only_best needs save_checkpoint: true")
+    return problems
+
+
+def _source(run: RunConfig) -> list[str]:
+    from data import SOURCES, readers
+
+    source = SOURCES[run.data]
+    problems = [
+        f"data={run.data} needs {need}" for need in source.needs if not getattr(run, need.partition("=")[0])
+    ]
+    if run.input_file and "input_file" not in source.reads:
+        those = " or ".join(f"data={name}" for name in readers("input_file"))
+        problems.append(f"input_file is read by {those} only, and data is '{run.data}'. Add {those}")
     return problems
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,23 +12,49 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from data.cache import cache_root
 from data.errors import DataError
-from naming import did_you_mean, not_one_of
+from naming import Entry, did_you_mean, not_one_of
 
 if TYPE_CHECKING:
     from data.corpus import Corpus, TrueModel
     from data.store import TokenStore
     from data.tokenizers import Tokenizer
 
-__all__ = ["SOURCES", "DataError", "Dataset", "load_dataset"]
+__all__ = ["SOURCES", "DataError", "Dataset", "Source", "load_dataset", "readers"]
 
-# `data=<name>` -> "module:function" that turns a config into a Corpus; imported on use.
-SOURCES = {
-    "embedded": "data.embedded:load",
-    "text": "data.text:load",
-    "synthetic": "data.synthetic:load",
-}
 AUTO_BPE = 1024  # what `tokenizer: auto` means for real text
+
+
+@dataclass(frozen=True)
+class Source(Entry):
+    """Where text comes from. `factory` is `(cfg) -> Corpus`.
+
+    `needs` are those of its fields that must be set, each with what it takes: "input_file=<file or folder>".
+    """
+
+    needs: tuple[str, ...] = ()
+
+
+# `data=<name>`
+SOURCES: dict[str, Source] = {
+    "embedded": Source("data.embedded:load", (), "the source of the Python standard library on this disk"),
+    "text": Source(
+        "data.text:load",
+        ("input_file", "data_root"),
+        "your own text",
+        needs=("input_file=<file or folder>",),
+    ),
+    "synthetic": Source(
+        "data.synthetic:load",
+        ("synthetic", "synthetic_bytes", "synthetic_symbols", "synthetic_order"),
+        "generated text of exactly known entropy",
+    ),
+}
 CACHE_FORMAT = 1  # part of every cache key: raise it when tokens or tokenizers would come out differently
+
+
+def readers(field: str) -> list[str]:
+    """Names of the sources that read a generic field."""
+    return [name for name, source in SOURCES.items() if field in source.reads]
 
 
 @dataclass(frozen=True)
@@ -111,8 +136,7 @@ def byte_or(spec: str, unit: Literal["token", "byte"], notes: list[str] | None =
 def _load_corpus(cfg: Any) -> Corpus:
     if cfg.data not in SOURCES:
         raise DataError(f"data: {not_one_of(cfg.data, SOURCES)}")
-    module, function = SOURCES[cfg.data].split(":")
-    return getattr(importlib.import_module(module), function)(cfg)
+    return SOURCES[cfg.data].load()(cfg)
 
 
 def _tokenizer(spec: str, source: str, corpus: Corpus, cache: Path, notes: list[str]) -> Tokenizer:

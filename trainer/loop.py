@@ -36,8 +36,8 @@ from trainer.precision import autocast
 from trainer.run.checkpoint import find_checkpoint, load_json, load_tensors, newest_checkpoint
 from trainer.run.progress import Progress
 from trainer.run.record import RunRecord
-from trainer.run.restore import load_weights, require_same_provenance
-from trainer.run.resume import check_resumable, checkpoint_to_resume
+from trainer.run.restore import load_weights
+from trainer.run.resume import check_resumable, checkpoint_to_resume, start_from_weights
 from trainer.sample import sample_text
 from trainer.session import Session, open_session
 from trainer.signals import StopSignal
@@ -66,22 +66,7 @@ def train(cfg: RunConfig, model_cfg: ModelConfig, run_dir: Path, config_yaml: st
         if checkpoint:
             trainer.resume(checkpoint, saved)
         elif cfg.init_from_checkpoint:
-            source = find_checkpoint(cfg.init_from_checkpoint, console.warn)
-            type_ = load_json(source, "config.json").get("type")
-            if type_ != cfg.type and cfg.eval_only:
-                raise ValueError(
-                    f"init_from_checkpoint: {source} holds a {type_}, and this run would score it as a {cfg.type}. "
-                    f"Set type={type_}, or train from these weights (eval_only=false)"
-                )
-            if type_ != cfg.type:
-                console.warn(f"the weights of {source} were trained as {type_}; this run is {cfg.type}")
-            require_same_provenance(session.adapter, load_json(source, "config.json"), source)
-            load_weights(session.adapter, load_tensors(source, "model.pt"), f"{source}/model.pt")
-            session.adapter.constrain(torch.zeros((), device=world.device))
-            if session.ema:
-                averaged = source / "ema.pt"
-                session.ema.restart(load_tensors(source, "ema.pt")["shadow"] if averaged.is_file() else None)
-            console.note(f"weights from {source}; optimizer and step start anew")
+            start_from_weights(session, find_checkpoint(cfg.init_from_checkpoint, console.warn), console)
         return trainer.run()
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from adapters import decoding
-from adapters.base import DataSpec, GenerateOptions, LossTerm
+from adapters.base import DataSpec, GenerateOptions, LossTerm, Metric
 from adapters.decoding import sample_next
 from adapters.default import DefaultModelAdapter
 from configs.schema import DefaultModelConfig
@@ -336,6 +336,9 @@ class TwoMore(DefaultModelAdapter):
         output.terms["size"] = LossTerm(hidden.extra["size"], "tokens", 1e-3, likelihood=False)
         return output
 
+    def heldout_metrics(self, hidden, prepared):
+        return {"size": Metric(hidden.extra["size"], prepared.denominators["tokens"])}
+
 
 @pytest.fixture(scope="module")
 def two_more(exact):
@@ -385,8 +388,12 @@ def test_further_terms_by_one_method(two_more, exact):
         (0.5, False),
         (1e-3, False),
     ]
-    scores = [a.likelihood(b, context(phase="eval")).nats for a, b in ((two_more, batch), (exact, plain))]
-    assert torch.equal(*scores), "the score is that of the next token alone"
+    with torch.no_grad():
+        found, next_alone = (
+            a.likelihood(b, context(phase="eval")) for a, b in ((two_more, batch), (exact, plain))
+        )
+    assert torch.equal(found.nats, next_alone.nats), "the score is that of the next token alone"
+    assert float(found.metrics["size"].sum) == pytest.approx(hidden.square().sum().item(), rel=1e-12)
 
 
 def test_the_loss_is_the_mean_negative_log_likelihood(exact):
@@ -400,3 +407,16 @@ def test_the_loss_is_the_mean_negative_log_likelihood(exact):
     found = exact.likelihood(batch, context(phase="eval"))
     assert found.nats.sum().item() == pytest.approx(expected.item() * batch.weights.size, rel=1e-12)
     assert (found.kind, found.end_nats.tolist()) == ("exact", [0.0] * 4)
+
+
+def test_the_score_of_every_position(exact):
+    batch = random_batch()
+    batch.weights[1, 5:], batch.end_weights[1, 5] = 0, 1
+    found = exact.likelihood(batch, context(phase="eval"))
+    tokens = torch.from_numpy(batch.tokens)
+    with torch.no_grad():
+        logits = exact.model.logits(exact.model(tokens[:, :-1]))
+    expected = nn.functional.cross_entropy(logits.mT, tokens[:, 1:], reduction="none")
+    torch.testing.assert_close(found.per_token, expected, rtol=1e-12, atol=0)
+    assert found.nats[1] == pytest.approx(expected[1, :5].sum().item(), rel=1e-12)
+    assert found.end_nats[1] == pytest.approx(expected[1, 5].item(), rel=1e-12)

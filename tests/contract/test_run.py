@@ -72,6 +72,7 @@ def test_a_run_leaves_what_it_promises(whole_run, type_):
     assert manifest["data"]["fingerprint"] and manifest["parameters"]["total"] > 0
     for name in ("model.pt", "config.json", "tokenizer.json", "training_state.json", "optimizer.pt"):
         assert (run / name).exists() and (run / "final_model" / name).exists()
+    assert not list(run.glob(".*.tmp")), "every step was saved, the last one twice"
     evaluations = [line for line in losses(run) if "val_bits_per_byte" in line]
     assert [line["step"] for line in evaluations] == [3, 6]
 

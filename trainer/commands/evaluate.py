@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from data import load_dataset
+from data import SOURCES, load_dataset, readers
 from data.rows import HeldoutRows
 from trainer.distributed import World
 from trainer.evaluate import evaluate
@@ -27,9 +27,7 @@ def main(argv: list[str]) -> int:
         description="Bits per byte of a trained model on the held-out documents of its run, or of other text.",
     )
     add_checkpoint_arguments(parser)
-    parser.add_argument(
-        "--data", choices=["embedded", "text", "synthetic"], help="score other data than the run's"
-    )
+    parser.add_argument("--data", choices=list(SOURCES), help="score other data than the run's")
     parser.add_argument(
         "--input_file", help="with --data text: a file or folder; its held-out part is scored"
     )
@@ -41,8 +39,9 @@ def main(argv: list[str]) -> int:
     for name in ("val_seq_len", "val_bytes", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"{name}: must be at least 1, got {getattr(args, name)}")
-    if args.input_file and args.data != "text":
-        raise ValueError("input_file is read by --data text only. Add --data text")
+    if args.input_file and args.data not in readers("input_file"):
+        those = " or ".join(f"--data {name}" for name in readers("input_file"))
+        raise ValueError(f"input_file is read by {those} only. Add {those}")
     if args.output:  # found out now, not when the work is done
         _require_writable(Path(args.output))
 

@@ -133,31 +133,45 @@ def main(argv: list[str]) -> int:
 
 
 class _Printer:
-    """Prints each sample from its prompt on; characters wait until all their bytes have arrived. What a view shows of
-    a text being resolved is wiped before."""
+    """Prints each sample from its prompt on. Samples are drawn side by side: the first is printed as it comes, the
+    others behind it. Characters wait until all their bytes have arrived. What a view shows of a text being resolved is
+    wiped before."""
 
     def __init__(self, prompt: str, tokenizer: Tokenizer, samples: int, view: TextView | None) -> None:
         self.prompt, self.tokenizer, self.samples, self.view = prompt, tokenizer, samples, view
-        self.row = -1
+        self.decoder = StreamDecoder(tokenizer)
+        self.streamed: int | None = None
+        self.waiting: dict[int, list[int]] = {}
         self.count = 0
 
     def add(self, row: int, tokens: list[int]) -> None:
         if not tokens:
             return
-        if row != self.row:
+        self.count += len(tokens)
+        if self.streamed is None:
             if self.view is not None:
                 self.view.wipe()
-            self.end()
-            self.row = row
-            self.decoder = StreamDecoder(self.tokenizer)
-            if self.samples > 1:
-                print(f"--- sample {row + 1} of {self.samples} ---", file=sys.stderr, flush=True)
-            sys.stdout.write(self.prompt)
-        self.count += len(tokens)
-        sys.stdout.write(self.decoder.push(tokens))
-        sys.stdout.flush()
+            self.streamed = row
+            self._begin(row)
+        if row == self.streamed:
+            self._write(self.decoder.push(tokens))
+        else:
+            self.waiting.setdefault(row, []).extend(tokens)
 
     def end(self) -> None:
-        if self.row >= 0:
-            sys.stdout.write(self.decoder.flush() + "\n")
-            sys.stdout.flush()
+        """Complete the sample being printed, then print those that waited."""
+        if self.streamed is not None:
+            self._write(self.decoder.flush() + "\n")
+        for row in sorted(self.waiting):
+            self._begin(row)
+            self._write(self.decoder.push(self.waiting[row]) + self.decoder.flush() + "\n")
+
+    def _begin(self, row: int) -> None:
+        self.decoder = StreamDecoder(self.tokenizer)
+        if self.samples > 1:
+            print(f"--- sample {row + 1} of {self.samples} ---", file=sys.stderr, flush=True)
+        self._write(self.prompt)
+
+    def _write(self, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()

@@ -106,19 +106,22 @@ def describe(cfg: RunConfig, model_cfg: Any, vocab_size: int | None = None) -> d
 def memory_estimate(adapter: Any, cfg: RunConfig, micro_rows: int) -> dict[str, int]:
     """Bytes of one process: fp32 weights and gradients, optimizer state, EMA, and the larger activations.
 
+    `adapter` lives on the meta device, and so do its optimizers: they are asked for what they would allocate.
     Activations per block and token: about 34 D bytes in 16-bit and twice that in fp32 with fused attention
     (Korthikanti et al., 2022, arXiv 2205.05198, equation 2 without the attention matrices); with recompute only the
     block's input of D. Logits of one micro-batch in fp32 are the other large tensor.
     """
+    from trainer.optim.optimizers import build_optimizers
+
     weights = 4 * sum(p.numel() for p in adapter.parameters())
-    states = {"adamw": 2, "adam": 2, "sgd": 1, "muon": 1}[cfg.optimizer]
+    optimizers = build_optimizers(adapter.named_model_parameters(), adapter.param_roles(), cfg, adapter.width)
     rows = micro_rows * cfg.train_seq_len
     item = 4 if cfg.mixed_precision == "no" else 2
     per_token = adapter.width * item * (1 if cfg.gradient_checkpointing else 17)
     out = {
         "weights": weights,
         "gradients": weights,
-        "optimizer": states * weights,
+        "optimizer": optimizers.state_bytes(),
         "ema": weights if cfg.ema_decay else 0,
         "activations": rows * per_token * len(adapter.blocks()),
         "logits": 2 * 4 * rows * adapter.model_cfg.vocab_size,

@@ -1,1 +1,75 @@
-"""How weights move: optimizers, their parameter groups, learning-rate schedules, the average of the weights."""
+"""The tables of optimizers and schedules. Import no torch: what a row names is imported on use.
+
+A row names its factory and the generic fields that it reads and others do not. A field of its own also needs its line
+in `configs/schema.py` and `configs/training.yaml`; nothing else lists optimizers or schedules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from naming import Entry
+
+__all__ = ["OPTIMIZERS", "SCHEDULES", "OptimizerEntry"]
+
+
+@dataclass(frozen=True)
+class OptimizerEntry(Entry):
+    """An optimizer and what it is given.
+
+    `factory` is `(groups, cfg) -> torch.optim.Optimizer`. A group has `params`, `splits`, `lr` and `weight_decay`;
+    `lr` is set anew before every step. What comes back must
+
+    - hold in `state[parameter]` tensors only, all of them from the start (memory is measured before the first step,
+      and a checkpoint keeps exactly these),
+    - leave parameters and state bit for bit as they are in a `step()` while its attribute `found_inf`, a float32
+      scalar on the parameters' device, is 1; without asking the device, and whatever the gradients hold.
+
+    `roles`: those that it steps, () = every role; the rest goes to the optimizer `rest`. `rate`: the field with its
+    learning rate. `width_scaled`: its update has unit scale per entry, so that rates follow `lr_scaling: width`.
+    """
+
+    roles: tuple[str, ...] = ()
+    rest: str = "adamw"
+    rate: str = "learning_rate"
+    width_scaled: bool = False
+
+
+_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
+_WIDTH = ("lr_scaling", "lr_base_width")
+_FLOOR = ("min_lr_ratio", "min_lr")
+
+# `optimizer=<name>`
+OPTIMIZERS: dict[str, OptimizerEntry] = {
+    "adamw": OptimizerEntry(
+        "trainer.optim.torch_fused:adamw",
+        (*_ADAM, *_WIDTH),
+        "Adam with decoupled weight decay",
+        width_scaled=True,
+    ),
+    "adam": OptimizerEntry(
+        "trainer.optim.torch_fused:adam",
+        (*_ADAM, *_WIDTH),
+        "weight decay inside the gradient",
+        width_scaled=True,
+    ),
+    "sgd": OptimizerEntry(
+        "trainer.optim.torch_fused:sgd", (), "momentum 0.9, weight decay inside the gradient"
+    ),
+    "muon": OptimizerEntry(
+        "trainer.optim.muon:muon",
+        ("muon_learning_rate", "muon_momentum", "muon_scale", "muon_ns_steps", *_ADAM, *_WIDTH),
+        "orthogonalised momentum for matrices, AdamW for the rest",
+        roles=("matrix",),
+        rate="muon_learning_rate",
+    ),
+}
+
+# `scheduler=<name>`: `(step, warmup, end, floor, cfg) -> factor`, see trainer/optim/schedules.py
+SCHEDULES: dict[str, Entry] = {
+    "cooldown": Entry("trainer.optim.schedules:cooldown", ("cooldown_frac", *_FLOOR), "flat, then linear"),
+    "cosine": Entry("trainer.optim.schedules:cosine", _FLOOR, "half a cosine"),
+    "linear": Entry("trainer.optim.schedules:linear", _FLOOR, "a straight line"),
+    "constant": Entry("trainer.optim.schedules:constant", (), "flat"),
+    "inverse_sqrt": Entry("trainer.optim.schedules:inverse_sqrt", _FLOOR, "1 / sqrt(step)"),
+}

@@ -4,16 +4,22 @@ Roles come from the adapter's rules; everything here follows from them and the c
 device, so that `show` prints the same table that a run uses.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.nn import Parameter
 
 from models.layers.roles import Rule
-from naming import shorten
+from naming import look_up, shorten
+from trainer.optim import OPTIMIZERS
 from trainer.optim.muon import pieces_of
+
+if TYPE_CHECKING:
+    from configs.schema import RunConfig
 
 FROZEN = "frozen"
 SCALED_ROLES = ("matrix", "router", "recurrent")  # matrices that read a hidden state
@@ -24,7 +30,7 @@ class Treatment:
     """How parameters of one kind are stepped."""
 
     role: str
-    optimizer: str  # adamw, adam, sgd, muon; "frozen" = never stepped
+    optimizer: str  # a name of `OPTIMIZERS`; "frozen" = never stepped
     lr: float = 0.0  # peak, with multipliers and width scaling; the schedule multiplies it
     lr_mult: float = 1.0
     weight_decay: float = 0.0
@@ -46,15 +52,14 @@ class ParameterGroup:
 
 
 def assign_groups(
-    named_parameters: Iterable[tuple[str, Parameter]], rules: list[Rule], cfg: Any, width: int
+    named_parameters: Iterable[tuple[str, Parameter]], rules: list[Rule], cfg: RunConfig, width: int
 ) -> list[ParameterGroup]:
     """Group every parameter by the first rule whose pattern matches its whole name.
 
     Args:
         named_parameters: each parameter once, as `Module.named_parameters` gives them.
         rules: first match wins.
-        cfg: the generic fields `optimizer`, `learning_rate`, `muon_learning_rate`, `weight_decay`,
-            `lr_scaling`, `lr_base_width`.
+        cfg: the generic fields `optimizer`, `weight_decay`, `lr_scaling`, `lr_base_width`, and the learning rates.
         width: the model's d_model, for `lr_scaling: width`.
     Raises:
         ValueError: a trainable parameter matches no rule, or a `matrix` is none.
@@ -82,19 +87,21 @@ def assign_groups(
     return list(groups.values())
 
 
-def _treatment(name: str, parameter: Parameter, rule: Rule, cfg: Any, width: int) -> Treatment:
+def _treatment(name: str, parameter: Parameter, rule: Rule, cfg: RunConfig, width: int) -> Treatment:
     matrix = rule.role == "matrix"
     if matrix:
         try:
             pieces_of(parameter, rule.split)
         except ValueError as error:
             raise ValueError(f"{name} has the role matrix: {error}") from None
-    optimizer = "adamw" if cfg.optimizer == "muon" and not matrix else cfg.optimizer
-    lr = (cfg.muon_learning_rate if optimizer == "muon" else cfg.learning_rate) * rule.lr_mult
+    chosen = look_up(OPTIMIZERS, cfg.optimizer, "optimizer")
+    optimizer = cfg.optimizer if not chosen.roles or rule.role in chosen.roles else chosen.rest
+    row = OPTIMIZERS[optimizer]
+    lr = getattr(cfg, row.rate) * rule.lr_mult
     # Adam's update has unit scale per entry, so its effect on a hidden layer grows with the fan-in and the
     # rate must shrink with it (Yang et al., Tensor Programs V, arXiv:2203.03466, table 8). Embeddings and
     # vectors have a fan-in of one; Muon's scale accounts for the shape already. Decoupled decay shrinks too.
-    scaled = rule.role in SCALED_ROLES and parameter.ndim >= 2 and optimizer in ("adamw", "adam")
+    scaled = rule.role in SCALED_ROLES and parameter.ndim >= 2 and row.width_scaled
     if scaled and cfg.lr_scaling == "width" and cfg.lr_base_width:
         lr *= cfg.lr_base_width / (rule.width or width)
     decayed = rule.role != "scalar" and parameter.ndim >= 2
@@ -109,7 +116,7 @@ def _treatment(name: str, parameter: Parameter, rule: Rule, cfg: Any, width: int
 
 
 def role_table(
-    named_parameters: Iterable[tuple[str, Parameter]], rules: list[Rule], cfg: Any, width: int
+    named_parameters: Iterable[tuple[str, Parameter]], rules: list[Rule], cfg: RunConfig, width: int
 ) -> list[dict[str, Any]]:
     """Rows {role, optimizer, tensors, parameters, lr, weight_decay, every}; `parameters` sum to the total."""
     return [

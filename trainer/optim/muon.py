@@ -10,17 +10,23 @@ query-key-value weight for one matrix.
 Shapes: B matrices of one shape, m rows, n columns.
 """
 
+from __future__ import annotations
+
 import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from naming import not_one_of
+
+if TYPE_CHECKING:
+    from configs.schema import RunConfig
 
 # Maximal slope at zero, so that five steps lift even small singular values into about [0.7, 1.2].
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -229,3 +235,7 @@ class Muon(torch.optim.Optimizer):
         if group["weight_decay"]:
             torch._foreach_mul_(weights, decay)
         torch._foreach_add_(weights, tuple(bucket.unstack(update.contiguous())))
+
+
+def muon(groups: list[dict[str, Any]], cfg: RunConfig) -> Muon:
+    return Muon(groups, lr=0.0, momentum=cfg.muon_momentum, scale=cfg.muon_scale, ns_steps=cfg.muon_ns_steps)

@@ -1,15 +1,13 @@
-"""All optimizers of a run behind one `step`.
-
-AdamW, Adam and SGD are torch's fused ones; Muon (trainer/optim/muon.py) takes the hidden matrices if chosen, with
-AdamW for the rest. Adam's and SGD's weight decay is L2 regularisation inside the gradient, as `torch.optim`
-defines it; AdamW's and Muon's is decoupled. SGD has momentum 0.9.
+"""All optimizers of a run behind one `step`; `trainer.optim.OPTIMIZERS` is the table of them.
 
 A step takes a device-side flag that turns it into an exact no-op, so that the loop need not wait for the
 device to learn whether a gradient was finite.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,17 +15,18 @@ from torch.nn import Parameter
 
 from models.layers.roles import Rule
 from naming import require_fit, shapes_and_dtypes, shorten
+from trainer.optim import OPTIMIZERS
 from trainer.optim.groups import FROZEN, ParameterGroup, assign_groups, role_table
-from trainer.optim.muon import Muon
+
+if TYPE_CHECKING:
+    from configs.schema import RunConfig
 
 __all__ = ["Optimizers", "build_optimizers", "clip_gradients", "role_table"]
 
-SGD_MOMENTUM = 0.9
-
 
 def build_optimizers(
-    named_parameters: Iterable[tuple[str, Parameter]], rules: list[Rule], cfg: Any, width: int
-) -> "Optimizers":
+    named_parameters: Iterable[tuple[str, Parameter]], rules: list[Rule], cfg: RunConfig, width: int
+) -> Optimizers:
     """Optimizers for every trainable parameter; see `assign_groups` for arguments and errors."""
     groups = assign_groups(named_parameters, rules, cfg, width)
     return Optimizers([group for group in groups if group.treatment.optimizer != FROZEN], cfg)
@@ -49,7 +48,7 @@ def clip_gradients(parameters: Iterable[Parameter], max_norm: float) -> Tensor:
 class Optimizers:
     """Steps every group with its optimizer; state is keyed by parameter name."""
 
-    def __init__(self, groups: list[ParameterGroup], cfg: Any) -> None:
+    def __init__(self, groups: list[ParameterGroup], cfg: RunConfig) -> None:
         self._groups = groups
         self._cfg = cfg
         self._names: dict[Tensor, str] = {p: name for group in groups for name, p in group.parameters.items()}
@@ -64,9 +63,16 @@ class Optimizers:
         for group in self._groups:
             kinds.setdefault((group.treatment.optimizer, group.treatment.every), []).append(group)
         for (kind, every), groups in kinds.items():
-            optimizer = _FACTORIES[kind]([_torch_group(group) for group in groups], self._cfg)
-            _allocate_torch_state(optimizer)
-            self._members.append(_Member(optimizer, every))
+            build = OPTIMIZERS[kind].load()
+            self._members.append(_Member(build([_torch_group(group) for group in groups], self._cfg), every))
+
+    def state_bytes(self) -> int:
+        """Memory of all state; on the `meta` device too, where nothing is really allocated."""
+        self.allocate()
+        kept = {
+            id(t): t for _, entries in self._live_state() for t in entries.values()
+        }  # `every` shares a counter
+        return sum(tensor.nbytes for tensor in kept.values())
 
     @torch.no_grad()
     def step(self, lr_factor: float = 1.0, found_inf: Tensor | None = None) -> None:
@@ -181,35 +187,3 @@ def _torch_group(group: ParameterGroup) -> dict[str, Any]:
         "peak_lr": group.treatment.lr,
         "weight_decay": group.treatment.weight_decay,
     }
-
-
-def _allocate_torch_state(optimizer: torch.optim.Optimizer) -> None:
-    """What torch would allocate in its first step, made now.
-
-    Not only for the batch search: a fused SGD whose first step is skipped would keep an uninitialised
-    momentum.
-    """
-    if isinstance(optimizer, Muon):
-        return  # allocates by itself
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if isinstance(optimizer, torch.optim.SGD):
-                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            else:
-                optimizer.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                optimizer.state[p]["exp_avg"] = torch.zeros_like(p)
-                optimizer.state[p]["exp_avg_sq"] = torch.zeros_like(p)
-
-
-def _adam_options(cfg: Any) -> dict[str, Any]:
-    return {"betas": (cfg.adam_beta1, cfg.adam_beta2), "eps": cfg.adam_epsilon, "fused": True}
-
-
-_FACTORIES: dict[str, Callable[[list[dict[str, Any]], Any], torch.optim.Optimizer]] = {
-    "adamw": lambda groups, cfg: torch.optim.AdamW(groups, **_adam_options(cfg)),
-    "adam": lambda groups, cfg: torch.optim.Adam(groups, **_adam_options(cfg)),
-    "sgd": lambda groups, cfg: torch.optim.SGD(groups, lr=0.0, momentum=SGD_MOMENTUM, fused=True),
-    "muon": lambda groups, cfg: Muon(
-        groups, lr=0.0, momentum=cfg.muon_momentum, scale=cfg.muon_scale, ns_steps=cfg.muon_ns_steps
-    ),
-}

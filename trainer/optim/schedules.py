@@ -1,12 +1,29 @@
-"""Learning-rate schedules: pure functions of the step, so that resume and sweeps need no state."""
+"""Learning-rate schedules: pure functions of the step, so that resume and sweeps need no state.
+
+`trainer.optim.SCHEDULES` is the table of them. Each is called from the end of the warm-up on, with
+
+    step    index of the update, from `warmup`
+    warmup  number of updates of the warm-up
+    end     the update from which the rate is at its floor
+    floor   where the schedule ends, as a part of the peak
+    cfg     the run, for what a schedule reads besides
+
+and returns the multiplier of every learning rate.
+"""
+
+from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING
+
+from naming import look_up
+from trainer.optim import SCHEDULES
+
+if TYPE_CHECKING:
+    from configs.schema import RunConfig
 
 
-def schedule_factor(step: int, total: int, cfg: Any) -> float:
+def schedule_factor(step: int, total: int, cfg: RunConfig) -> float:
     """Multiplier of every learning rate for one update.
 
     Warm-up rises linearly, (step + 1) / warmup, so that the first update is not lost and the last of the
@@ -22,11 +39,7 @@ def schedule_factor(step: int, total: int, cfg: Any) -> float:
         ValueError: an unknown scheduler; `lr_decay_steps` that end inside the warm-up.
     """
     assert step >= 0 and total >= 1, (step, total)
-    shape = SCHEDULERS.get(cfg.scheduler)
-    if shape is None:
-        close = get_close_matches(str(cfg.scheduler), SCHEDULERS, n=1)
-        hint = f". Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"scheduler: {cfg.scheduler!r} is not one of {', '.join(SCHEDULERS)}{hint}")
+    schedule = look_up(SCHEDULES, cfg.scheduler, "scheduler").load()
     warmup = warmup_updates(total, cfg)
     if cfg.lr_decay_steps is not None and cfg.lr_decay_steps <= warmup:
         raise ValueError(
@@ -37,50 +50,41 @@ def schedule_factor(step: int, total: int, cfg: Any) -> float:
         return (step + 1) / warmup
     end = total if cfg.lr_decay_steps is None else cfg.lr_decay_steps
     floor = cfg.min_lr_ratio if cfg.min_lr is None else cfg.min_lr / cfg.learning_rate
-    return shape(step, warmup, end, floor, cfg.cooldown_frac)
+    return schedule(step, warmup, end, floor, cfg)
 
 
-def warmup_updates(total: int, cfg: Any) -> int:
+def warmup_updates(total: int, cfg: RunConfig) -> int:
     """Number of warm-up updates of a run of `total` updates."""
     return cfg.warmup_steps if cfg.warmup_ratio is None else round(cfg.warmup_ratio * total)
 
 
-def _progress(step: int, start: float, end: float) -> float:
+def progress(step: int, start: float, end: float) -> float:
     """0 at `start`, 1 from `end` on."""
     if step >= end:
         return 1.0
     return 0.0 if step <= start else (step - start) / (end - start)
 
 
-def _constant(step: int, warmup: int, end: int, floor: float, cooldown_frac: float) -> float:
+def constant(step: int, warmup: int, end: int, floor: float, cfg: RunConfig) -> float:
     return 1.0
 
 
-def _linear(step: int, warmup: int, end: int, floor: float, cooldown_frac: float) -> float:
-    return 1.0 - (1.0 - floor) * _progress(step, warmup, end)
+def linear(step: int, warmup: int, end: int, floor: float, cfg: RunConfig) -> float:
+    return 1.0 - (1.0 - floor) * progress(step, warmup, end)
 
 
-def _cosine(step: int, warmup: int, end: int, floor: float, cooldown_frac: float) -> float:
+def cosine(step: int, warmup: int, end: int, floor: float, cfg: RunConfig) -> float:
     """Loshchilov and Hutter, SGDR (arXiv:1608.03983), eq. 5, one cycle."""
-    return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * _progress(step, warmup, end)))
+    return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress(step, warmup, end)))
 
 
-def _cooldown(step: int, warmup: int, end: int, floor: float, cooldown_frac: float) -> float:
+def cooldown(step: int, warmup: int, end: int, floor: float, cfg: RunConfig) -> float:
     """Flat, then linear over the last `cooldown_frac` of the run (Hägele et al., arXiv:2405.18392)."""
-    start = max(warmup, end * (1.0 - cooldown_frac))
-    return 1.0 - (1.0 - floor) * _progress(step, start, end)
+    start = max(warmup, end * (1.0 - cfg.cooldown_frac))
+    return 1.0 - (1.0 - floor) * progress(step, start, end)
 
 
-def _inverse_sqrt(step: int, warmup: int, end: int, floor: float, cooldown_frac: float) -> float:
+def inverse_sqrt(step: int, warmup: int, end: int, floor: float, cfg: RunConfig) -> float:
     """sqrt(warm-up / step), after Vaswani et al. (arXiv:1706.03762), eq. 3; not below the floor."""
     warmup = max(warmup, 1)
     return max(floor, math.sqrt(warmup / max(min(step, end), warmup)))
-
-
-SCHEDULERS: dict[str, Callable[[int, int, int, float, float], float]] = {
-    "cooldown": _cooldown,
-    "cosine": _cosine,
-    "linear": _linear,
-    "constant": _constant,
-    "inverse_sqrt": _inverse_sqrt,
-}

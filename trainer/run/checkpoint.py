@@ -237,6 +237,7 @@ def link_files(checkpoint: Path, run_dir: Path) -> None:
         temporary.unlink(missing_ok=True)
         _link(file, temporary)
         os.replace(temporary, run_dir / file.name)
+        temporary.unlink(missing_ok=True)  # renaming one link over another of the same file does nothing
 
 
 def _link(source: Path, target: Path) -> None:

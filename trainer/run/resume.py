@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it may."""
+"""Which checkpoint a run goes on from, and whether it may; and a start from the weights of another."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from configs.schema import RunConfig, redacted
-from trainer.run.checkpoint import checkpoints_in, find_checkpoint, newest_checkpoint
+from trainer.run.checkpoint import checkpoints_in, find_checkpoint, load_json, load_tensors, newest_checkpoint
 from trainer.run.facts import architecture, execution
-from trainer.run.restore import require_same_provenance
+from trainer.run.restore import load_weights, require_same_provenance
 
 if TYPE_CHECKING:
     from trainer.run.folder import RunFolder
     from trainer.session import Session
+    from trainer.view.console import Console
 
-__all__ = ["check_resumable", "checkpoint_to_resume"]
+__all__ = ["check_resumable", "checkpoint_to_resume", "start_from_weights"]
 
 # Where a run is and how long it may go on do not make it another run.
 # The architecture is compared apart.
@@ -87,3 +90,22 @@ def check_resumable(s: Session, checkpoint: Path, saved: dict[str, Any], note: C
         then = saved["execution"].get(key)
         if then != now:
             note(f"{key} was {then} and is {now}: equal to rounding from here, not bit for bit")
+
+
+def start_from_weights(s: Session, source: Path, console: Console) -> None:
+    """Take the weights of a checkpoint, and their average where both keep one; optimizer and step start anew."""
+    saved = load_json(source, "config.json")
+    if saved["type"] != s.cfg.type and s.cfg.eval_only:
+        raise ValueError(
+            f"init_from_checkpoint: {source} holds a {saved['type']}, and this run would score it as a {s.cfg.type}. "
+            f"Set type={saved['type']}, or train from these weights (eval_only=false)"
+        )
+    if saved["type"] != s.cfg.type:
+        console.warn(f"the weights of {source} were trained as {saved['type']}; this run is {s.cfg.type}")
+    require_same_provenance(s.adapter, saved, source)
+    load_weights(s.adapter, load_tensors(source, "model.pt"), f"{source}/model.pt")
+    s.adapter.constrain(torch.zeros((), device=s.world.device))
+    if s.ema:
+        averaged = source / "ema.pt"
+        s.ema.restart(load_tensors(source, "ema.pt")["shadow"] if averaged.is_file() else None)
+    console.note(f"weights from {source}; optimizer and step start anew")

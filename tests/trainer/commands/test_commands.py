@@ -12,6 +12,7 @@ import torch
 
 import mytrainer
 from tests.contract.tiny import config
+from trainer.commands.generate import _Printer
 from trainer.loop import train
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -85,6 +86,31 @@ def test_several_samples(command):
     assert [f"sample {n} of 3" in err for n in (1, 2, 3)] == [True] * 3
     texts = out.split("<", 1)[1].split("\n<")
     assert len(texts) == 3 and len(set(texts)) == 3
+    alone, _ = generate(command, "--prompt", "<", "--ignore_document_end", "--temperature", 2)
+    assert out.startswith(alone), "the first sample is the one that a single draw gives"
+
+
+class Words:
+    """Of two bytes each, so that a half one has to wait."""
+
+    eot = 0
+
+    def decode(self, tokens):
+        return "".join("äöü"[token] for token in tokens).encode()
+
+
+def test_samples_drawn_side_by_side_are_printed_one_after_another(capsys):
+    printer = _Printer(">", Words(), 3, None)
+    for step in range(2):
+        for row in (1, 2):  # the first sample ended before it began
+            printer.add(row, [step])
+            printer.add(0, [])
+    assert capsys.readouterr() == (">äö", "--- sample 2 of 3 ---\n"), (
+        "the first to have text is seen as it comes"
+    )
+    printer.end()
+    assert capsys.readouterr() == ("\n>äö\n", "--- sample 3 of 3 ---\n")
+    assert printer.count == 4
 
 
 def test_raw_weights_are_there_too(command):

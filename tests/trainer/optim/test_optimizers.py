@@ -9,9 +9,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.layers.roles import Rule
+from trainer.optim import OPTIMIZERS
 from trainer.optim.optimizers import build_optimizers, clip_gradients, role_table
 
-KINDS = ["adamw", "adam", "sgd", "muon"]
+KINDS = list(OPTIMIZERS)
 RULES = [
     Rule(r"embedding\.weight", "embedding"),
     Rule(r"head\.weight", "head", lr_mult=0.5),
@@ -422,14 +423,28 @@ def test_long_lists_of_names_are_cut():
         toy.build().load_state_dict(many)
 
 
-def test_allocate_makes_all_state_before_the_first_step():
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_state_is_there_before_the_first_step(kind):
     toy = Toy()
-    optimizers = toy.build(optimizer="muon")
+    optimizers = toy.build(optimizer=kind)
     optimizers.allocate()
-    allocated = flatten(optimizers.state_dict())
+    allocated, size = flatten(optimizers.state_dict()), optimizers.state_bytes()
     toy.gradients(0)
     optimizers.step()
     assert allocated.keys() == flatten(optimizers.state_dict()).keys()
+    assert optimizers.state_bytes() == size
+    assert Toy().to("meta").build(optimizer=kind).state_bytes() == size, "as much where nothing is allocated"
+
+
+def test_state_is_measured_in_bytes():
+    toy = Toy()
+    matrices, rest = 24 * 8 + 12 * 8, 11 * 8 + 12 + 11 * 8
+    assert toy.build(optimizer="sgd").state_bytes() == 4 * (matrices + rest)
+    assert toy.build(optimizer="adamw").state_bytes() == 4 * (2 * (matrices + rest) + 5)  # and a counter each
+    assert toy.build(optimizer="muon").state_bytes() == 4 * (matrices + 2 * rest + 3)
+    every = [Rule(r"mlp\..*|attention\..*", "embedding", every=2), *RULES]
+    collected = 4 * (matrices + 12 + 1)
+    assert toy.build(every, optimizer="sgd").state_bytes() == 4 * (matrices + rest) + collected
 
 
 # --- clipping -----------------------------------------------------------------------------------------
