@@ -293,7 +293,8 @@ class DiT(nn.Module):
         per_key, head = 4 * self.cfg.d_model, 2 * self.head_weight.numel()
         trunk += keys * per_key
         training = 3 * (trunk + self.cfg.share_of_logits * head)
-        return Flops(trunk + head, training, keys, reference_keys, per_key)
+        masked = (reference_keys - keys) * per_key
+        return Flops(trunk + head, training, keys, reference_keys, masked, 3 * masked)
 
     def _products(self) -> float:
         """Operations of the blocks' matrices, per token."""

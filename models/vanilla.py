@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from configs.schema import DefaultModelConfig, Dropout, Free, Positive, Rate, within_context
 from kernels.precision import compute_dtype
 from models.layers.attention import attention, attention_bias
-from models.layers.cache import KVCache
+from models.layers.cache import Cache, KVCache
 from models.layers.decoder import Decoder, document_positions, padded_vocabulary
-from models.layers.flops import Flops, decoder_flops, mean_keys
+from models.layers.flops import Flops, decoder_flops, matmul_flops, mean_keys
 from models.layers.init import INIT_STD, normal_, residual_std
 from models.layers.norms import LayerNorm, RMSNorm
 from models.layers.roles import Rule
@@ -185,6 +185,17 @@ class Vanilla(Decoder):
         doc_ids (B, T): attention stays within equal ids (rotary positions are relative and need no restart;
         learned ones restart). None: one document per row. With a cache the tokens continue what it holds.
         """
+        x, shared = self.embed(tokens, doc_ids, cache)
+        for block in self.layers:
+            x = block(x, *shared, cache)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
+        return self.norm(x)
+
+    def embed(
+        self, tokens: Tensor, doc_ids: Tensor | None, cache: Cache | None
+    ) -> tuple[Tensor, tuple[Tensor | None, Rotation | None]]:
+        """What enters the blocks: x (B, T, D), and what all of them share, the bias of attention and the rotation."""
         past = self.check_input(tokens, doc_ids, cache, learned=self.positions is not None)
         length = tokens.shape[1]
         index = torch.arange(past, past + length, device=tokens.device)  # (T,)
@@ -203,11 +214,7 @@ class Vanilla(Decoder):
             device=tokens.device,
             dtype=compute_dtype(x),
         )
-        for block in self.layers:
-            x = block(x, bias, rotation, cache)
-        if cache is not None:
-            cache.advance(length)
-        return self.norm(x)
+        return x, (bias, rotation)
 
     @property
     def embedding_weight(self) -> Tensor:
@@ -237,13 +244,15 @@ class Vanilla(Decoder):
             Rule(r"(.*(_layernorm|q_norm|k_norm)|norm)\.weight|.*\.bias", "scalar"),
         ]
 
-    def flops(self, seq_len: int) -> Flops:
+    def block_flops(self, seq_len: int) -> Flops:
         c = self.cfg
         attention_weights = 2 * c.d_model**2 + 2 * c.d_model * c.kv_heads * c.head_width
         mlp_weights = (3 if c.use_swiglu else 2) * c.d_model * c.hidden_width
-        matmul_weights = c.n_layers * (attention_weights + mlp_weights) + self.head_weight.numel()
-        keys, all_keys = [mean_keys(seq_len, c.sliding_window)] * c.n_layers, [seq_len] * c.n_layers
-        return decoder_flops(matmul_weights, keys, c.d_model, all_keys)
+        keys = mean_keys(seq_len, c.sliding_window)
+        return decoder_flops(attention_weights + mlp_weights, [keys], c.d_model, [seq_len])
+
+    def flops(self, seq_len: int) -> Flops:
+        return self.block_flops(seq_len) * self.cfg.n_layers + matmul_flops(self.head_weight.numel())
 
     # -- the files of Hugging Face transformers (`LlamaForCausalLM`) -----------------------------------------
 

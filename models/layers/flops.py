@@ -9,9 +9,9 @@ does not count.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
-__all__ = ["Flops", "decoder_flops", "mean_keys"]
+__all__ = ["Flops", "decoder_flops", "matmul_flops", "mean_keys"]
 
 
 @dataclass(frozen=True)
@@ -19,39 +19,59 @@ class Flops:
     """Operations per token: of a forward pass, and of a training step (forward and backward).
 
     `keys`: those that a token attends to on average, summed over the layers, as the two figures count them;
-    `reference_keys`: those that the plain path multiplies, masked ones too; `per_key`: forward operations of a key,
-    4 H h.
+    `reference_keys`: those that the plain path multiplies, masked ones too, which costs it `masked_forward` and
+    `masked_training` operations more. All of it adds up over the parts of a model, and a part that runs r times, or
+    for a share r of the tokens, costs r times as much: `blocks * depth + head`.
     """
 
     forward_per_token: float
     training_per_token: float
     keys: float = 0.0
     reference_keys: float = 0.0
-    per_key: float = 0.0
+    masked_forward: float = 0.0
+    masked_training: float = 0.0
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+    def __mul__(self, times: float) -> Flops:
+        return Flops(*(value * times for value in astuple(self)))
 
     @property
     def reference(self) -> Flops:
         """What the plain path multiplies: what a counter of operations finds."""
-        masked = (self.reference_keys - self.keys) * self.per_key
-        return replace(
-            self,
-            forward_per_token=self.forward_per_token + masked,
-            training_per_token=self.training_per_token + 3 * masked,
-            keys=self.reference_keys,
+        return Flops(
+            self.forward_per_token + self.masked_forward,
+            self.training_per_token + self.masked_training,
+            self.reference_keys,
+            self.reference_keys,
         )
+
+    @property
+    def frozen(self) -> Flops:
+        """Of a part that is read in training, and through which nothing has to be propagated back."""
+        return replace(self, training_per_token=self.forward_per_token, masked_training=self.masked_forward)
+
+
+def matmul_flops(weights: float) -> Flops:
+    """Of weights that multiply each token."""
+    return Flops(2.0 * weights, 6.0 * weights)
 
 
 def decoder_flops(
-    matmul_weights: int,
+    matmul_weights: float,
     keys_per_layer: Iterable[float],
     attention_width: int,
     reference_keys_per_layer: Iterable[float],
 ) -> Flops:
     """`keys_per_layer`: s_l of each layer; `reference_keys_per_layer`: those that the plain path multiplies, all T of a
     row where it masks; `attention_width`: H h."""
-    keys, per_key = sum(keys_per_layer), 4.0 * attention_width
-    forward = 2.0 * matmul_weights + keys * per_key
-    return Flops(forward, 3 * forward, keys, sum(reference_keys_per_layer), per_key)
+    keys, reference_keys = sum(keys_per_layer), sum(reference_keys_per_layer)
+    forward = 4.0 * attention_width * keys
+    masked = 4.0 * attention_width * (reference_keys - keys)
+    return matmul_flops(matmul_weights) + Flops(
+        forward, 3 * forward, keys, reference_keys, masked, 3 * masked
+    )
 
 
 def mean_keys(seq_len: int, window: int | None = None) -> float:
