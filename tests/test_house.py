@@ -44,7 +44,58 @@ def test_imports_point_one_way(path):
             assert top in ALLOWED[package], f"{path.name}:{line}: {package} imports {name}"
 
 
-@pytest.mark.parametrize("module", ["configs", "configs.schema", "configs.compose", "models", "data"])
+def test_what_everybody_uses_imports_nothing_of_the_project():
+    assert not [name for name, _ in imports(ast.parse((ROOT / "naming.py").read_text())) if name in MODULES]
+
+
+def module_of(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in [*FILES, ROOT / "naming.py"]}
+
+
+def imported_at_once(module):
+    """Modules of the project that importing this one imports, packages around it excepted."""
+    for node in ast.parse(MODULES[module].read_text()).body:
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        yield from (n for n in names if n in MODULES and not f"{module}.".startswith(f"{n}."))
+
+
+def test_no_imports_run_in_a_circle():
+    done = set()
+
+    def visit(module, path):
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module not in done:
+            for other in imported_at_once(module):
+                visit(other, [*path, module])
+            done.add(module)
+
+    for module in MODULES:
+        visit(module, [])
+    assert "trainer.optim.muon" in set(imported_at_once("trainer.optim.groups")), "it sees what is imported"
+
+
+LIGHT = (
+    "configs",
+    "configs.schema",
+    "configs.compose",
+    "models",
+    "data",
+    "kernels",
+    "trainer.optim",
+    "trainer.run",
+)
+
+
+@pytest.mark.parametrize("module", LIGHT)
 def test_importing_these_brings_no_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
