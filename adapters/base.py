@@ -32,6 +32,7 @@ from models.layers.roles import Rule
 
 if TYPE_CHECKING:
     from configs.schema import ModelConfig
+    from data.config import Unit
     from data.rows import Batch
     from data.store import TokenStore
     from data.tokenizers import Tokenizer
@@ -246,7 +247,7 @@ class ModelAdapter(nn.Module):
         return model_class(model_cfg)
 
     @classmethod
-    def unit(cls, model_cfg: ModelConfig) -> Literal["token", "byte"]:
+    def unit(cls, model_cfg: ModelConfig) -> Unit:
         """What the model reads: tokens of the run's tokenizer, or bytes. Asked before there is a tokenizer."""
         return model_cfg.unit
 

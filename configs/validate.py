@@ -7,7 +7,6 @@ a stage are reported together, a later stage runs only if the earlier ones passe
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -216,6 +215,8 @@ def _trackers(run: RunConfig) -> list[str]:
 
 def _files(run: RunConfig) -> list[str]:
     """Problems with what the run is to read, found before anything starts."""
+    from data.tokenizer_choice import choose
+
     problems = []
     if run.input_file:
         path = Path(run.data_root or "", run.input_file).expanduser()
@@ -227,27 +228,22 @@ def _files(run: RunConfig) -> list[str]:
             problems.append(f"{name}: no such run or checkpoint: {value}")
     if run.resume not in ("none", "auto") and Path(run.resume).expanduser().is_file():
         problems.append(not_a_folder(run.resume))
-    size = re.fullmatch(r"bpe-(\d+)", run.tokenizer)
-    if size and int(size[1]) < 257:
-        problems.append(f"tokenizer: '{run.tokenizer}' is too small: 256 bytes and one end mark make bpe-257")
-    elif not size and run.tokenizer not in ("auto", "byte") and not Path(run.tokenizer).expanduser().exists():
-        problems.append(
-            f"tokenizer: '{run.tokenizer}' is not one of auto, byte, bpe-<N>, and no such file exists"
-        )
+    try:
+        choose(run)
+    except ValueError as error:
+        problems.append(str(error))
     return problems
 
 
 def _tokens(run: RunConfig, model_cfg: ModelConfig) -> list[str]:
     """Problems between the tokenizer and what the architecture reads."""
+    from data.tokenizer_choice import choose
+
     try:
-        adapter = importlib.import_module("adapters").adapter_class(run)
+        choose(run, model_cfg.unit)
     except ValueError as error:
         return [str(error)]
-    if adapter.unit(model_cfg) == "token" or run.tokenizer in ("auto", "byte"):
-        return []
-    return [
-        f"tokenizer: '{run.tokenizer}' makes tokens, and {run.type} reads bytes. Set tokenizer=byte, or auto"
-    ]
+    return []
 
 
 def architecture_config(type_: str, adapter: str | None, where: Where) -> type[ModelConfig]:

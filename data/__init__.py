@@ -5,23 +5,30 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from data.cache import cache_root
 from data.errors import DataError
-from naming import Entry, did_you_mean, not_one_of
+from naming import Entry, not_one_of
 
 if TYPE_CHECKING:
+    from data.config import DataConfig, Unit
     from data.corpus import Corpus, TrueModel
     from data.store import TokenStore
     from data.tokenizers import Tokenizer
 
-__all__ = ["SOURCES", "DataError", "Dataset", "Source", "load_dataset", "readers"]
-
-AUTO_BPE = 1024  # what `tokenizer: auto` means for real text
+__all__ = [
+    "SOURCES",
+    "TOKENIZERS",
+    "DataError",
+    "Dataset",
+    "Source",
+    "TokenizerKind",
+    "load_dataset",
+    "readers",
+]
 
 
 @dataclass(frozen=True)
@@ -29,9 +36,26 @@ class Source(Entry):
     """Where text comes from. `factory` is `(cfg) -> Corpus`.
 
     `needs` are those of its fields that must be set, each with what it takes: "input_file=<file or folder>".
+    `tokenizer` is what `auto` means for it, and `tokenizer_why` says why.
     """
 
     needs: tuple[str, ...] = ()
+    tokenizer: str = "bpe-1024"
+    tokenizer_why: str = "trained on the training split"
+
+
+@dataclass(frozen=True)
+class TokenizerKind(Entry):
+    """A kind of tokenizer: the key is also its `type` in a saved file. `factory` is a class with
+
+    - `vocabulary_size(size)`: the number of ids; DataError with the nearest legal size,
+    - `from_content(content)`: one from the mapping that its `save` wrote,
+    - `train(documents, size)` if `trained`, else a constructor without arguments,
+
+    that meets `data.tokenizers.Tokenizer`. A trained kind is written `<kind>-<size>`, and cached.
+    """
+
+    trained: bool = False
 
 
 # `data=<name>`
@@ -47,6 +71,15 @@ SOURCES: dict[str, Source] = {
         "data.synthetic:load",
         ("synthetic", "synthetic_bytes", "synthetic_symbols", "synthetic_order"),
         "generated text of exactly known entropy",
+        tokenizer="byte",
+        tokenizer_why="as each symbol of generated text is a byte or a few",
+    ),
+}
+# `tokenizer=<kind>` or `<kind>-<N>`; besides them `auto` and the path of a saved one
+TOKENIZERS: dict[str, TokenizerKind] = {
+    "byte": TokenizerKind("data.tokenizers:ByteTokenizer", (), "the 256 bytes"),
+    "bpe": TokenizerKind(
+        "data.bpe:BpeTokenizer", (), "byte-level BPE of N ids, trained on your text", trained=True
     ),
 }
 CACHE_FORMAT = 1  # part of every cache key: raise it when tokens or tokenizers would come out differently
@@ -77,17 +110,16 @@ class Dataset:
 
 
 def load_dataset(
-    cfg: Any,
+    cfg: DataConfig,
     *,
-    unit: Literal["token", "byte"] = "token",
+    unit: Unit = "token",
     cache_dir: str | Path | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Dataset:
     """Read `cfg.data`, tokenise it (or map the cached tokens) and split it.
 
     Args:
-        cfg: fields data, input_file, data_root, synthetic, synthetic_bytes, synthetic_symbols,
-            synthetic_order, tokenizer, train_seq_len.
+        cfg: a run; besides the fields of `DataConfig`, those that its source reads.
         unit: what the architecture reads; with "byte" the tokenizer is that of single bytes.
         cache_dir: instead of `data.cache.cache_root()`.
         tokenizer: instead of the one `cfg.tokenizer` names (a checkpoint's own, for resuming and scoring).
@@ -96,13 +128,13 @@ def load_dataset(
         DataError: the text or tokenizer cannot be used as asked, or the text is too short for one row.
     """
     from data.rows import TrainingRows
+    from data.tokenizer_choice import make_tokenizer
 
     corpus = _load_corpus(cfg)
     cache = Path(cache_dir) if cache_dir is not None else cache_root()
     notes = list(corpus.notes)
     if tokenizer is None:
-        spec = byte_or(cfg.tokenizer, unit, notes)
-        tokenizer = _tokenizer(spec, cfg.data, corpus, cache, notes)
+        tokenizer = make_tokenizer(cfg, unit, corpus, cache, notes)
     stores, folder = _stores(corpus, tokenizer, cache, notes)
     dataset = Dataset(
         tokenizer=tokenizer,
@@ -119,86 +151,10 @@ def load_dataset(
     return dataset
 
 
-def byte_or(spec: str, unit: Literal["token", "byte"], notes: list[str] | None = None) -> str:
-    """What `tokenizer: <spec>` means for an architecture that reads this unit. DataError where the two exclude each
-    other."""
-    if unit == "token" or spec == "byte":
-        return spec
-    if spec != "auto":
-        raise DataError(
-            f"tokenizer is {spec!r}, and this architecture reads bytes. Set tokenizer=byte, or leave it at auto"
-        )
-    if notes is not None:
-        notes.append("tokenizer auto: byte, as this architecture reads bytes")
-    return "byte"
-
-
-def _load_corpus(cfg: Any) -> Corpus:
+def _load_corpus(cfg: DataConfig) -> Corpus:
     if cfg.data not in SOURCES:
         raise DataError(f"data: {not_one_of(cfg.data, SOURCES)}")
     return SOURCES[cfg.data].load()(cfg)
-
-
-def _tokenizer(spec: str, source: str, corpus: Corpus, cache: Path, notes: list[str]) -> Tokenizer:
-    from data.tokenizers import ByteTokenizer, load_tokenizer
-
-    if spec == "byte":
-        return ByteTokenizer()
-    if spec == "auto":
-        return _auto_tokenizer(source, corpus, cache, notes)
-    if match := re.fullmatch(r"bpe-(\d+)", spec):
-        return _cached_bpe(int(match[1]), corpus, cache, notes)
-    path = Path(spec).expanduser()
-    if not path.is_file():
-        likely = re.sub(r"^bpe[-_ ]?(\d+)$", r"bpe-\1", spec.lower())
-        hint = did_you_mean(
-            likely, ["auto", "byte", f"bpe-{AUTO_BPE}", *([likely] if likely.startswith("bpe-") else [])]
-        )
-        raise DataError(
-            f"tokenizer is {spec!r}: allowed are auto, byte, bpe-<N> (such as bpe-{AUTO_BPE}) and the "
-            f"path of a tokenizer.json; there is no such file.{hint}"
-        )
-    return load_tokenizer(path)
-
-
-def _auto_tokenizer(source: str, corpus: Corpus, cache: Path, notes: list[str]) -> Tokenizer:
-    from data.tokenizers import ByteTokenizer
-
-    if source == "synthetic":
-        notes.append("tokenizer auto: byte, as each symbol of generated text is a byte or a few")
-        return ByteTokenizer()
-    try:
-        tokenizer = _cached_bpe(AUTO_BPE, corpus, cache, notes)
-    except DataError as error:
-        notes.append(f"tokenizer auto: byte, as the text is small ({error})")
-        return ByteTokenizer()
-    notes.append(f"tokenizer auto: bpe-{AUTO_BPE}, trained on the training split")
-    return tokenizer
-
-
-def _cached_bpe(vocab_size: int, corpus: Corpus, cache: Path, notes: list[str]) -> Tokenizer:
-    from data.tokenizers import LARGEST_BPE, SMALLEST_BPE, load_tokenizer, train_bpe
-
-    if not SMALLEST_BPE <= vocab_size <= LARGEST_BPE:
-        legal = min(max(vocab_size, SMALLEST_BPE), LARGEST_BPE)
-        raise DataError(
-            f"tokenizer is 'bpe-{vocab_size}': N counts the 256 bytes and end-of-text, so it is "
-            f"{SMALLEST_BPE} to {LARGEST_BPE}. Nearest: bpe-{legal}."
-        )
-    path = cache / "tokenizers" / f"bpe-{vocab_size}-{corpus.fingerprint[:16]}-v{CACHE_FORMAT}.json"
-    if path.exists():
-        try:
-            tokenizer = load_tokenizer(path)
-            if tokenizer.vocab_size == vocab_size:
-                return tokenizer
-        except DataError as error:
-            notes.append(f"rebuilt a damaged cache file: {error}")
-    trained = train_bpe(corpus.train, vocab_size)
-    try:
-        trained.save(path)
-    except OSError as error:
-        notes.append(f"the tokenizer could not be cached: {error}")
-    return trained
 
 
 def _stores(

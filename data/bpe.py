@@ -1,4 +1,4 @@
-"""Training a byte-level BPE (Sennrich et al., arXiv:1508.07909, on bytes as in GPT-2) in pure Python.
+"""Byte-level BPE (Sennrich et al., arXiv:1508.07909, on bytes as in GPT-2): trained here, run by tiktoken.
 
 Words are counted first and every distinct word is merged once, weighted by its count; a heap with lazy
 deletion finds the next pair. Seconds for a few megabytes, and deterministic: ties go to the smaller bytes.
@@ -6,11 +6,27 @@ deletion finds the next pair. Seconds for a few megabytes, and deterministic: ti
 
 from __future__ import annotations
 
+import base64
+import binascii
 import heapq
+import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+import numpy as np
 import regex
+
+from data.corpus import Document, path_hash
+from data.errors import DataError
+from data.tokenizers import END_OF_TEXT, TableTokenizer, as_bytes
+
+SMALLEST = 257  # the bytes and end-of-text: no merge at all
+LARGEST = 131_072
+SAMPLE_BYTES_PER_TOKEN = 4096  # statistics come from this much text per vocabulary entry (4 MB for 1,024)
+# Longer texts are encoded in pieces cut behind a line end: some inputs (runs of blanks) cost tiktoken
+# quadratic time.
+PIECE_BYTES = 256 * 1024
 
 # GPT-4's split pattern with digits in groups of at most two, which suits small vocabularies (nanochat).
 SPLIT_PATTERN = (
@@ -20,6 +36,130 @@ SPLIT_PATTERN = (
 MIN_COUNT = 2  # a pair seen once is a quotation, not a regularity
 
 Pair = tuple[int, int]
+
+_NOT_UTF8 = re.compile("[\udc80-\udcff]+")
+
+
+class BpeTokenizer(TableTokenizer):
+    """Byte-level BPE over `ranks` (id = merge priority), run by tiktoken.
+
+    Bytes that are not UTF-8 become single-byte tokens, so decoding returns them unchanged.
+    """
+
+    kind = "bpe"
+
+    def __init__(self, ranks: list[bytes], pattern: str = SPLIT_PATTERN):
+        import tiktoken
+
+        self.pattern = pattern
+        super().__init__(f"bpe-{len(ranks) + 1}", ranks)
+        by_token = {token: index for index, token in enumerate(ranks)}
+        if len(by_token) != len(ranks):
+            raise DataError("a BPE tokenizer cannot hold the same bytes twice.")
+        missing = [value for value in range(256) if bytes([value]) not in by_token]
+        if missing:
+            raise DataError(f"a byte-level BPE needs all 256 single bytes; {len(missing)} are missing.")
+        self._byte_ids = np.array([by_token[bytes([value])] for value in range(256)], dtype=self.dtype)
+        try:
+            self._encoding = tiktoken.Encoding(
+                self.name, pat_str=pattern, mergeable_ranks=by_token, special_tokens={END_OF_TEXT: self.eot}
+            )
+        except ValueError as error:
+            raise DataError(f"tiktoken does not accept pat_str {pattern!r}: {error}.") from error
+
+    @staticmethod
+    def vocabulary_size(size: int) -> int:
+        if not SMALLEST <= size <= LARGEST:
+            raise DataError(
+                f"tokenizer: 'bpe-{size}' is too {'small' if size < SMALLEST else 'large'}: N counts the 256 bytes and "
+                f"end-of-text, so it is {SMALLEST} to {LARGEST}. Nearest: bpe-{min(max(size, SMALLEST), LARGEST)}."
+            )
+        return size
+
+    @classmethod
+    def from_content(cls, content: dict[str, Any]) -> BpeTokenizer:
+        return cls(_ranks(content), _pattern(content))
+
+    @classmethod
+    def train(cls, documents: Sequence[Document], size: int) -> BpeTokenizer:
+        """A BPE of exactly `size` ids, end-of-text included, from a sample of the documents.
+
+        The sample is whole documents in hash order until 4 KB per vocabulary entry is reached (4 MB for 1,024).
+        A text with too few repeated pairs is a DataError that names the largest size it supports.
+        """
+        sample, read = [], 0
+        for document in sorted(documents, key=lambda document: (path_hash(document.name), document.name)):
+            if read >= SAMPLE_BYTES_PER_TOKEN * size:
+                break
+            sample.append(document.text)
+            read += len(document.text)
+        ranks = train_ranks(count_words(sample), size - 1)
+        if len(ranks) < size - 1:
+            raise DataError(
+                f"tokenizer=bpe-{size} needs more text: {read:,} bytes support at most "
+                f"bpe-{len(ranks) + 1}. Use that, or tokenizer=byte."
+            )
+        return cls(ranks)
+
+    def _content(self) -> dict[str, Any]:
+        ranks = [base64.b64encode(token).decode() for token in self._tokens[:-1]]
+        return {**super()._content(), "pat_str": self.pattern, "ranks": ranks}
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        raw = as_bytes(text)
+        parts: list[np.ndarray] = []
+        for start, stop in _pieces(raw):
+            parts.extend(self._encode_piece(raw[start:stop]))
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=self.dtype)
+
+    def _encode_piece(self, raw: bytes) -> Iterable[np.ndarray]:
+        text = raw.decode("utf-8", "surrogateescape")
+        position = 0
+        for bad in _NOT_UTF8.finditer(text):
+            yield self._encode_text(text[position : bad.start()])
+            yield self._byte_ids[np.frombuffer(bad[0].encode("utf-8", "surrogateescape"), dtype=np.uint8)]
+            position = bad.end()
+        yield self._encode_text(text[position:])
+
+    def _encode_text(self, text: str) -> np.ndarray:
+        # No special token is allowed and none is refused: "<|endoftext|>" in a text stays text.
+        ids = self._encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
+        return ids.astype(self.dtype)
+
+
+def _pattern(content: dict[str, Any]) -> str:
+    pattern = content.get("pat_str")
+    if not isinstance(pattern, str):
+        raise DataError("pat_str must be a string: the pattern that splits text into words.")
+    return pattern
+
+
+def _ranks(content: dict[str, Any]) -> list[bytes]:
+    ranks = content.get("ranks")
+    if not isinstance(ranks, list):
+        raise DataError("ranks must be a list of base64 strings.")
+    try:
+        return [base64.b64decode(rank, validate=True) for rank in ranks]
+    except (binascii.Error, TypeError, ValueError) as error:
+        raise DataError(f"ranks must be a list of base64 strings: {error}.") from error
+
+
+def _pieces(raw: bytes) -> Iterable[tuple[int, int]]:
+    start = 0
+    while start < len(raw):
+        stop = min(start + PIECE_BYTES, len(raw))
+        if stop < len(raw):
+            stop = raw.rfind(b"\n", start + PIECE_BYTES // 2, stop) + 1 or _character_start(raw, stop)
+        yield start, stop
+        start = stop
+
+
+def _character_start(raw: bytes, position: int) -> int:
+    """The start of the UTF-8 sequence that `position` lies in (which is at most four bytes long)."""
+    for back in range(4):
+        if raw[position - back] & 0xC0 != 0x80:
+            return position - back
+    return position
 
 
 def count_words(texts: Iterable[bytes]) -> Counter[str]:

@@ -11,8 +11,8 @@ import os
 import platform
 import sysconfig
 from pathlib import Path
-from typing import Any
 
+from data.config import DataConfig
 from data.corpus import Corpus, Document, drop_duplicates, fingerprint, is_held_out
 from data.errors import DataError
 
@@ -23,7 +23,7 @@ SKIPPED_FOLDERS = frozenset(
 SKIPPED_FILES = ("_sysconfigdata", "_sysconfig_vars", "sitecustomize", "usercustomize")
 
 
-def load(cfg: Any = None, root: Path | None = None) -> Corpus:
+def load(cfg: DataConfig | None = None, root: Path | None = None) -> Corpus:
     """The standard library as a corpus; `root` replaces its folder in tests.
 
     Raises:

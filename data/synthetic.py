@@ -6,7 +6,7 @@ to the nearest document, and a tenth as much from another stream is held out.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 from data.corpus import Corpus, Document, fingerprint
 from data.errors import DataError
@@ -17,8 +17,15 @@ from naming import not_one_of
 KINDS = ("markov", "grammar")
 
 
-def load(cfg: Any) -> Corpus:
-    """The corpus of `cfg.synthetic`, `synthetic_bytes`, `synthetic_symbols` and `synthetic_order`."""
+class SyntheticConfig(Protocol):
+    synthetic: str  # one of KINDS
+    synthetic_bytes: int
+    synthetic_symbols: int  # alphabet and
+    synthetic_order: int  # memory of the Markov chain
+
+
+def load(cfg: SyntheticConfig) -> Corpus:
+    """The corpus that the settings describe."""
     if cfg.synthetic_bytes < 1:
         raise DataError(f"synthetic_bytes is {cfg.synthetic_bytes}; it must be at least 1.")
     source: MarkovSource | GrammarSource

@@ -15,7 +15,7 @@ import codecs
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from data.corpus import Corpus, Document, drop_duplicates, fingerprint, is_held_out, path_hash
 from data.errors import DataError
@@ -36,8 +36,13 @@ _BYTE_ORDER_MARKS = (
 )
 
 
-def load(cfg: Any) -> Corpus:
-    """The corpus of `cfg.input_file` (relative to `cfg.data_root`, else to the working directory).
+class TextConfig(Protocol):
+    input_file: str | None
+    data_root: str | None  # prefix for a relative input_file
+
+
+def load(cfg: TextConfig) -> Corpus:
+    """The corpus of `input_file` (relative to `data_root`, else to the working directory).
 
     Raises:
         DataError: no path given, nothing there, nothing usable in it, or text that is not UTF-8.

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from data.bpe import BpeTokenizer
 from data.corpus import Document
 from data.store import TokenStore, encode_documents
-from data.tokenizers import BpeTokenizer, ByteTokenizer, train_bpe
+from data.tokenizers import ByteTokenizer
 
 WORDS = ("the cat", "sat", "on a mat", "while rain", "fell softly", "over", "old roofs", "and", "dogs slept")
 
@@ -38,7 +39,7 @@ def documents() -> list[Document]:
 
 @pytest.fixture(scope="session")
 def bpe(documents: list[Document]) -> BpeTokenizer:
-    return train_bpe(documents, 300)
+    return BpeTokenizer.train(documents, 300)
 
 
 @pytest.fixture(scope="session")

@@ -43,7 +43,7 @@ def test_text_comes_back_from_its_tokens(config, book, cache) -> None:
 def test_second_load_maps_the_cache_and_trains_nothing(config, book, cache, monkeypatch) -> None:
     cfg = config(input_file=book, tokenizer="bpe-300")
     first = load_dataset(cfg, cache_dir=cache)
-    monkeypatch.setattr("data.tokenizers.train_bpe", lambda *_: pytest.fail("trained twice"))
+    monkeypatch.setattr("data.bpe.BpeTokenizer.train", lambda *_: pytest.fail("trained twice"))
     monkeypatch.setattr("data.store.encode_documents", lambda *_: pytest.fail("encoded twice"))
     second = load_dataset(cfg, cache_dir=cache)
     assert isinstance(second.train.tokens, np.memmap) and not second.train.tokens.flags.writeable

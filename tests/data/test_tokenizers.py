@@ -10,11 +10,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data import tokenizers
-from data.bpe import MIN_COUNT, count_words, train_ranks
+from data import bpe as bpe_module
+from data.bpe import MIN_COUNT, BpeTokenizer, count_words, train_ranks
 from data.corpus import Document
 from data.errors import DataError
-from data.tokenizers import END_OF_TEXT, BpeTokenizer, ByteTokenizer, StreamDecoder, load_tokenizer, train_bpe
+from data.tokenizers import END_OF_TEXT, ByteTokenizer, StreamDecoder, load_tokenizer
 
 messy_bytes = st.one_of(st.binary(max_size=80), st.text(max_size=60).map(lambda text: text.encode()))
 
@@ -34,20 +34,20 @@ def test_round_trip_is_exact_for_any_bytes(raw: bytes, bpe: BpeTokenizer) -> Non
 @given(raw=st.lists(messy_bytes, max_size=12).map(b"\n".join))
 @settings(deadline=None, max_examples=50)
 def test_long_texts_are_cut_into_pieces_without_loss(raw: bytes, bpe: BpeTokenizer) -> None:
-    limit = tokenizers.PIECE_BYTES
-    tokenizers.PIECE_BYTES = 16
+    limit = bpe_module.PIECE_BYTES
+    bpe_module.PIECE_BYTES = 16
     try:
         assert bpe.decode(bpe.encode(raw)) == raw
-        spans = list(tokenizers._pieces(raw))
+        spans = list(bpe_module._pieces(raw))
     finally:
-        tokenizers.PIECE_BYTES = limit
+        bpe_module.PIECE_BYTES = limit
     assert b"".join(raw[start:stop] for start, stop in spans) == raw
     assert all(0 < stop - start <= 16 for start, stop in spans)
 
 
 def test_pieces_never_cut_a_character() -> None:
     raw = "é€𝄞".encode() * 100_000
-    for start, stop in tokenizers._pieces(raw):
+    for start, stop in bpe_module._pieces(raw):
         raw[start:stop].decode("utf-8")
 
 
@@ -110,17 +110,17 @@ def test_training_merges_like_a_plain_count_of_pairs(merging_text: bytes) -> Non
 def test_training_is_deterministic_and_sees_the_sample_only(
     documents: list[Document], bpe: BpeTokenizer
 ) -> None:
-    again = train_bpe(list(reversed(documents)), 300)
+    again = BpeTokenizer.train(list(reversed(documents)), 300)
     assert again.digest == bpe.digest
-    assert train_bpe(documents, 299).digest != bpe.digest
+    assert BpeTokenizer.train(documents, 299).digest != bpe.digest
 
 
 def test_too_little_text_names_the_largest_vocabulary() -> None:
     document = Document("a", b"abab abab")
     with pytest.raises(DataError, match=r"at most bpe-(\d+)") as error:
-        train_bpe([document], 1024)
+        BpeTokenizer.train([document], 1024)
     largest = int(str(error.value).split("at most bpe-")[1].split(".")[0])
-    assert train_bpe([document], largest).vocab_size == largest
+    assert BpeTokenizer.train([document], largest).vocab_size == largest
 
 
 def test_save_and_load(tmp_path, bpe: BpeTokenizer) -> None:
@@ -152,7 +152,7 @@ def test_files_that_are_no_tokenizer_are_refused_by_reason(tmp_path, bpe: BpeTok
         "not a JSON file": path.read_bytes()[:-20],
         'no "format_version"': b'{"model": {"type": "BPE"}}',
         "format_version 2 is not known": _damage(content, format_version=2),
-        "'unigram' is not known": _damage(content, type="unigram"),
+        "'unigram' is not one of byte, bpe": _damage(content, type="unigram"),
         "list of base64": _damage(content, ranks=["?"]),
         "all 256 single bytes": _damage(content, ranks=content["ranks"][1:]),
         "same bytes twice": _damage(content, ranks=[*content["ranks"], content["ranks"][-1]]),

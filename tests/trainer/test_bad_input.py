@@ -18,7 +18,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 import mytrainer
-from data.tokenizers import BpeTokenizer
+from data.bpe import BpeTokenizer
 from tests.contract.tiny import overrides
 from trainer.run.checkpoint import checkpoints_in, damage
 

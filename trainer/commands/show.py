@@ -12,10 +12,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from configs.compose import compose, list_configs
-from data import byte_or
+from data.config import Unit
+from data.tokenizer_choice import vocabulary_size
 from trainer.batching import plan_batch
 
 if TYPE_CHECKING:
@@ -45,20 +46,9 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _vocabulary(cfg: RunConfig, unit: Literal["token", "byte"], given: int | None) -> Any:
+def _vocabulary(cfg: RunConfig, unit: Unit, given: int | None) -> Any:
     """Stands in for the tokenizer, whose size follows from its name unless it is a file."""
-    size = given
-    cfg = cfg.model_copy(update={"tokenizer": byte_or(cfg.tokenizer, unit)})
-    if size is None and cfg.tokenizer.startswith("bpe-"):
-        size = int(cfg.tokenizer.removeprefix("bpe-"))
-    elif size is None and (cfg.tokenizer == "byte" or (cfg.tokenizer == "auto" and cfg.data == "synthetic")):
-        size = 257
-    elif size is None and cfg.tokenizer == "auto":
-        size = 1024
-    elif size is None:
-        from data.tokenizers import load_tokenizer
-
-        size = load_tokenizer(cfg.tokenizer).vocab_size
+    size = vocabulary_size(cfg, unit) if given is None else given
     return SimpleNamespace(vocab_size=size, eot=size - 1, name=cfg.tokenizer)
 
 

@@ -275,12 +275,12 @@ def test_bad_evaluations_are_refused(command, words, text):
 def no_data(monkeypatch):
     """Whoever asks for data fails: `show` must not."""
     import data
-    import data.tokenizers
+    import data.bpe
 
     def fail(*args, **kwargs):
         raise AssertionError("data was touched")
 
-    for module, name in ((data, "load_dataset"), (data.tokenizers, "train_bpe")):
+    for module, name in ((data, "load_dataset"), (data.bpe.BpeTokenizer, "train")):
         monkeypatch.setattr(module, name, fail)
 
 

@@ -1,0 +1,15 @@
+"""The fields of a run that `data` reads. It knows nothing of `configs`: anything that has them will do."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+Unit = Literal["token", "byte"]  # what an architecture reads
+
+
+class DataConfig(Protocol):
+    """What `load_dataset` itself reads; each source says in its own file what it reads besides."""
+
+    data: str
+    tokenizer: str
+    train_seq_len: int

@@ -1,0 +1,122 @@
+"""What `tokenizer: <spec>` means: one of `data.TOKENIZERS`, the file of one, or `auto`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data import CACHE_FORMAT, SOURCES, TOKENIZERS
+from data.config import DataConfig, Unit
+from data.errors import DataError
+from naming import did_you_mean
+
+if TYPE_CHECKING:
+    from data.corpus import Corpus
+    from data.tokenizers import Tokenizer
+
+AUTO = "auto"
+BYTE = "byte"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`kind`: a row of `TOKENIZERS`, trained to `size` ids if it is a trained one. None: `spec` is a file."""
+
+    spec: str
+    kind: str | None
+    size: int | None = None
+
+
+def choose(cfg: DataConfig, unit: Unit = "token") -> tuple[Choice, str]:
+    """The tokenizer of a run and, where `auto` left it open, why it is that one.
+
+    Raises:
+        DataError: no such kind, size or file; or it makes tokens and the architecture reads bytes.
+    """
+    if cfg.tokenizer != AUTO:
+        choice = _parse(cfg.tokenizer)
+        if unit == "byte" and choice.kind != BYTE:
+            raise DataError(
+                f"tokenizer: '{cfg.tokenizer}' makes tokens, and this architecture reads bytes. "
+                f"Set tokenizer={BYTE}, or {AUTO}"
+            )
+        return choice, ""
+    if unit == "byte":
+        return _parse(BYTE), "as this architecture reads bytes"
+    source = SOURCES[cfg.data]
+    return _parse(source.tokenizer), source.tokenizer_why
+
+
+def vocabulary_size(cfg: DataConfig, unit: Unit = "token") -> int:
+    """Ids of the tokenizer that `cfg` names, before there is one."""
+    choice, _ = choose(cfg, unit)
+    if choice.kind is None:
+        return _load(choice).vocab_size
+    return TOKENIZERS[choice.kind].load().vocabulary_size(choice.size)
+
+
+def make_tokenizer(cfg: DataConfig, unit: Unit, corpus: Corpus, cache: Path, notes: list[str]) -> Tokenizer:
+    """The tokenizer itself, trained on the training split where its kind is trained; `cache` keeps it.
+
+    What `auto` came to, and what had to be repaired, is added to `notes`.
+    """
+    choice, why = choose(cfg, unit)
+    try:
+        tokenizer = _make(choice, corpus, cache, notes)
+    except DataError as error:
+        if cfg.tokenizer != AUTO:
+            raise
+        tokenizer, why = _make(_parse(BYTE), corpus, cache, notes), f"as the text is small ({error})"
+    if cfg.tokenizer == AUTO:
+        notes.append(f"tokenizer auto: {tokenizer.name}, {why}")
+    return tokenizer
+
+
+def _parse(spec: str) -> Choice:
+    name, _, size = spec.rpartition("-")
+    if spec in TOKENIZERS and not TOKENIZERS[spec].trained:
+        return Choice(spec, spec)
+    if name in TOKENIZERS and TOKENIZERS[name].trained and size.isdecimal():
+        TOKENIZERS[name].load().vocabulary_size(int(size))  # refuses a size that it cannot have
+        return Choice(spec, name, int(size))
+    if Path(spec).expanduser().is_file():
+        return Choice(spec, None)
+    digits = re.search(r"\d*$", spec)
+    size = digits[0] if digits and digits[0] else "1024"
+    spellings = [f"{kind}-<N>" if row.trained else kind for kind, row in TOKENIZERS.items()]
+    near = did_you_mean(spec.lower(), [AUTO, *(s.replace("<N>", size) for s in spellings)])
+    raise DataError(
+        f"tokenizer: '{spec}' is not one of {', '.join([AUTO, *spellings])}, and there is no such file.{near}"
+    )
+
+
+def _make(choice: Choice, corpus: Corpus, cache: Path, notes: list[str]) -> Tokenizer:
+    if choice.kind is None:
+        return _load(choice)
+    factory = TOKENIZERS[choice.kind].load()
+    if choice.size is None:
+        return factory()
+    from data.tokenizers import load_tokenizer
+
+    path = cache / "tokenizers" / f"{choice.spec}-{corpus.fingerprint[:16]}-v{CACHE_FORMAT}.json"
+    if path.exists():
+        try:
+            tokenizer = load_tokenizer(path)
+            if tokenizer.vocab_size == choice.size:
+                return tokenizer
+        except DataError as error:
+            notes.append(f"rebuilt a damaged cache file: {error}")
+    trained = factory.train(corpus.train, choice.size)
+    try:
+        trained.save(path)
+    except OSError as error:
+        notes.append(f"the tokenizer could not be cached: {error}")
+    return trained
+
+
+def _load(choice: Choice) -> Tokenizer:
+    from data.tokenizers import load_tokenizer
+
+    return load_tokenizer(Path(choice.spec).expanduser())
