@@ -20,12 +20,12 @@ from configs.schema import DefaultModelConfig, Dropout, Free, within_context
 from kernels.precision import compute_dtype
 from models.layers.attention import attention, attention_bias
 from models.layers.cache import KVCache
-from models.layers.decoder import Decoder, document_positions, padded_vocabulary
+from models.layers.decoder import document_positions, padded_vocabulary
 from models.layers.flops import Flops, decoder_flops, mean_keys
+from models.layers.huggingface import HuggingFaceDecoder
 from models.layers.init import INIT_STD, normal_, residual_std
 from models.layers.norms import LayerNorm
 from models.layers.roles import Rule
-from naming import require_fit, shapes
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
@@ -94,16 +94,15 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class GPT2(Decoder):
+class GPT2(HuggingFaceDecoder):
     Config = GPT2Config
     cfg: GPT2Config
+    hf_name, hf_prefix = "GPT-2", "transformer."
+    hf_buffers = (".attn.bias", ".attn.masked_bias")  # causal masks
 
     def __init__(self, cfg: GPT2Config) -> None:
-        super().__init__()
-        if cfg.vocab_size is None:
-            raise ValueError("vocab_size: must be filled in before the model is built")
-        self.cfg, self.vocab_size, self.n_ctx = cfg, cfg.vocab_size, cfg.n_ctx
-        rows = padded_vocabulary(cfg.vocab_size) if cfg.pad_vocab else cfg.vocab_size
+        super().__init__(cfg)
+        rows = padded_vocabulary(self.vocab_size) if cfg.pad_vocab else self.vocab_size
         self.wte = nn.Embedding(rows, cfg.d_model)
         self.wpe = nn.Embedding(cfg.n_ctx, cfg.d_model)
         self.h = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layers))
@@ -171,49 +170,20 @@ class GPT2(Decoder):
     # -- the files of Hugging Face transformers (`GPT2LMHeadModel`) ------------------------------------------
 
     def to_hf_state_dict(self) -> dict[str, Tensor]:
-        """Weights under their names and in their layout; a model without biases gets zero ones."""
-        hf = self._hf_views()
+        """As in the base class; a model without biases gets zero ones."""
+        hf = super().to_hf_state_dict()
         if not self.cfg.bias:
             for name, module in self.named_modules():
                 if isinstance(module, nn.Linear | LayerNorm) and module is not self.lm_head:
                     hf[f"transformer.{name}.bias"] = module.weight.new_zeros(module.weight.shape[0])
-        return {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in hf.items()}
+        return hf
 
     def from_hf_state_dict(self, hf: Mapping[str, Tensor]) -> None:
-        """Load such weights, also those of a base model file (no `transformer.` prefix, no head).
-
-        ValueError if a key is missing or left over, if a shape differs, or if the file needs what this
-        configuration lacks (biases that are not zero, a head of its own).
-        """
-        prefixes = ("transformer.", "lm_head.")
-        buffers = (".attn.bias", ".attn.masked_bias")  # causal masks of older files
-        found = {
-            name if name.startswith(prefixes) else f"transformer.{name}": tensor
-            for name, tensor in hf.items()
-            if not name.endswith(buffers)
-        }
+        """As in the base class; a model without biases takes zero ones."""
         if not self.cfg.bias:
-            found = {n: t for n, t in found.items() if not (n.endswith(".bias") and not t.any())}
-        if self.lm_head is None and "transformer.wte.weight" in found:
-            table = found["transformer.wte.weight"]
-            if not torch.equal(found.setdefault("lm_head.weight", table), table):
-                raise ValueError("this GPT-2 file has a head of its own: it needs tie_embeddings: false")
-        views = self._hf_views()
-        require_fit("this GPT-2 state dict", shapes(views), shapes(found))
-        with torch.no_grad():
-            for name, view in views.items():
-                view.copy_(found[name])
-            for padded in {self.embedding_weight, self.head_weight}:
-                padded[self.vocab_size :] = 0.0
+            hf = {name: t for name, t in hf.items() if not (name.endswith(".bias") and not t.any())}
+        super().from_hf_state_dict(hf)
 
-    def _hf_views(self) -> dict[str, Tensor]:
-        """Our tensors in foreign names and layout, sharing memory with the parameters."""
-        views = {}
-        for name, tensor in self.state_dict().items():
-            if name in ("wte.weight", "lm_head.weight"):
-                tensor = tensor[: self.vocab_size]
-            if name.endswith(TRANSPOSED):
-                tensor = tensor.T
-            views[name if name == "lm_head.weight" else f"transformer.{name}"] = tensor
-        views.setdefault("lm_head.weight", views["transformer.wte.weight"])
-        return views
+    def hf_views(self) -> dict[str, Tensor]:
+        views = super().hf_views()
+        return {name: view.T if name.endswith(TRANSPOSED) else view for name, view in views.items()}

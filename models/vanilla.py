@@ -11,7 +11,6 @@ the feed-forward layer, V vocabulary, V_p padded vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,13 +21,13 @@ from configs.schema import DefaultModelConfig, Dropout, Free, Positive, Rate, wi
 from kernels.precision import compute_dtype
 from models.layers.attention import attention, attention_bias
 from models.layers.cache import Cache, KVCache
-from models.layers.decoder import Decoder, document_positions, padded_vocabulary
+from models.layers.decoder import document_positions, padded_vocabulary
 from models.layers.flops import Flops, decoder_flops, matmul_flops, mean_keys
+from models.layers.huggingface import HuggingFaceDecoder
 from models.layers.init import INIT_STD, normal_, residual_std
 from models.layers.norms import LayerNorm, RMSNorm
 from models.layers.roles import Rule
 from models.layers.rotary import apply_rotary, rotary_tables
-from naming import require_fit, shapes
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
@@ -163,16 +162,15 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Vanilla(Decoder):
+class Vanilla(HuggingFaceDecoder):
     Config = VanillaConfig
     cfg: VanillaConfig
+    hf_name, hf_prefix = "Llama", "model."
+    hf_buffers = ("rotary_emb.inv_freq",)
 
     def __init__(self, cfg: VanillaConfig) -> None:
-        super().__init__()
-        if cfg.vocab_size is None:
-            raise ValueError("vocab_size: must be filled in before the model is built")
-        self.cfg, self.vocab_size, self.n_ctx = cfg, cfg.vocab_size, cfg.n_ctx
-        rows = padded_vocabulary(cfg.vocab_size)
+        super().__init__(cfg)
+        rows = padded_vocabulary(self.vocab_size)
         self.embed_tokens = nn.Embedding(rows, cfg.d_model)
         self.positions = None if cfg.use_rope else nn.Embedding(cfg.n_ctx, cfg.d_model)
         self.layers = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layers))
@@ -256,35 +254,8 @@ class Vanilla(Decoder):
 
     # -- the files of Hugging Face transformers (`LlamaForCausalLM`) -----------------------------------------
 
-    def to_hf_state_dict(self) -> dict[str, Tensor]:
-        """Weights under Llama's names, without padding. ValueError if this model is no Llama."""
-        return {name: t.detach().clone() for name, t in self._hf_views().items()}
-
-    def from_hf_state_dict(self, hf: Mapping[str, Tensor]) -> None:
-        """Load such weights, also those of a base model file (no `model.` prefix, no head).
-
-        ValueError if a key is missing or left over, if a shape differs, or if the file has a head of its own
-        and this configuration has none.
-        """
-        found = {
-            name if name.startswith(("model.", "lm_head.")) else f"model.{name}": tensor
-            for name, tensor in hf.items()
-            if not name.endswith("rotary_emb.inv_freq")  # a buffer of older files
-        }
-        if self.lm_head is None and "model.embed_tokens.weight" in found:
-            table = found["model.embed_tokens.weight"]
-            if not torch.equal(found.setdefault("lm_head.weight", table), table):
-                raise ValueError("this Llama file has a head of its own: it needs tie_embeddings: false")
-        views = self._hf_views()
-        require_fit("this Llama state dict", shapes(views), shapes(found))
-        with torch.no_grad():
-            for name, view in views.items():
-                view.copy_(found[name])
-            for padded in {self.embedding_weight, self.head_weight}:
-                padded[self.vocab_size :] = 0.0
-
-    def _hf_views(self) -> dict[str, Tensor]:
-        """Our tensors in foreign names, sharing memory with the parameters."""
+    def hf_views(self) -> dict[str, Tensor]:
+        """As in the base class. ValueError if this model is no Llama."""
         c = self.cfg
         off = {
             "use_rope: false": not c.use_rope,
@@ -296,10 +267,4 @@ class Vanilla(Decoder):
         }
         if any(off.values()):
             raise ValueError(f"Llama has no counterpart of {', '.join(k for k, v in off.items() if v)}")
-        views = {}
-        for name, tensor in self.state_dict().items():
-            if name in ("embed_tokens.weight", "lm_head.weight"):
-                tensor = tensor[: self.vocab_size]
-            views[name if name == "lm_head.weight" else f"model.{name}"] = tensor
-        views.setdefault("lm_head.weight", views["model.embed_tokens.weight"])
-        return views
+        return super().hf_views()

@@ -35,9 +35,13 @@ class Decoder(nn.Module):
     """
 
     cfg: DefaultModelConfig
-    vocab_size: int
-    n_ctx: int
     lm_head: nn.Linear | None
+
+    def __init__(self, cfg: DefaultModelConfig) -> None:
+        super().__init__()
+        if cfg.vocab_size is None:
+            raise ValueError("vocab_size: must be filled in before the model is built")
+        self.cfg, self.vocab_size, self.n_ctx = cfg, cfg.vocab_size, cfg.n_ctx
 
     @property
     def embedding_weight(self) -> Tensor:
