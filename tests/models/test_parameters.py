@@ -128,7 +128,7 @@ def test_every_parameter_matches_a_rule_and_every_rule_of_the_other_roles_a_tens
 def test_rules_refuse_unknown_roles_and_names():
     with pytest.raises(ValueError, match="'matrx' is not one of matrix"):
         Rule("x", "matrx")
-    with pytest.raises(ValueError, match="every and split"):
+    with pytest.raises(ValueError, match="every, split and width"):
         Rule("x", "matrix", split=0)
     with pytest.raises(ValueError, match="'ab' matches none"):
         rule_for([Rule("a", "matrix")], "ab")  # the whole name must match
