@@ -32,7 +32,7 @@ from models.layers.rotary import apply_rotary, rotary_tables
 if TYPE_CHECKING:
     from configs.schema import RunConfig
 
-__all__ = ["Vanilla", "VanillaConfig"]
+__all__ = ["Block", "Vanilla", "VanillaConfig", "block_flops"]
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, see rotary_tables
 
@@ -162,6 +162,14 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def block_flops(cfg: VanillaConfig, seq_len: int) -> Flops:
+    """Of one block, per token."""
+    attention_weights = 2 * cfg.d_model**2 + 2 * cfg.d_model * cfg.kv_heads * cfg.head_width
+    mlp_weights = (3 if cfg.use_swiglu else 2) * cfg.d_model * cfg.hidden_width
+    keys = mean_keys(seq_len, cfg.sliding_window)
+    return decoder_flops(attention_weights + mlp_weights, [keys], cfg.d_model, [seq_len])
+
+
 class Vanilla(HuggingFaceDecoder):
     Config = VanillaConfig
     cfg: VanillaConfig
@@ -242,15 +250,8 @@ class Vanilla(HuggingFaceDecoder):
             Rule(r"(.*(_layernorm|q_norm|k_norm)|norm)\.weight|.*\.bias", "scalar"),
         ]
 
-    def block_flops(self, seq_len: int) -> Flops:
-        c = self.cfg
-        attention_weights = 2 * c.d_model**2 + 2 * c.d_model * c.kv_heads * c.head_width
-        mlp_weights = (3 if c.use_swiglu else 2) * c.d_model * c.hidden_width
-        keys = mean_keys(seq_len, c.sliding_window)
-        return decoder_flops(attention_weights + mlp_weights, [keys], c.d_model, [seq_len])
-
     def flops(self, seq_len: int) -> Flops:
-        return self.block_flops(seq_len) * self.cfg.n_layers + matmul_flops(self.head_weight.numel())
+        return block_flops(self.cfg, seq_len) * self.cfg.n_layers + matmul_flops(self.head_weight.numel())
 
     # -- the files of Hugging Face transformers (`LlamaForCausalLM`) -----------------------------------------
 

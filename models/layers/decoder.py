@@ -41,7 +41,7 @@ class Decoder(nn.Module):
         super().__init__()
         if cfg.vocab_size is None:
             raise ValueError("vocab_size: must be filled in before the model is built")
-        self.cfg, self.vocab_size, self.n_ctx = cfg, cfg.vocab_size, cfg.n_ctx
+        self.cfg, self.vocab_size = cfg, cfg.vocab_size
 
     @property
     def embedding_weight(self) -> Tensor:
@@ -55,7 +55,7 @@ class Decoder(nn.Module):
     @property
     def max_context(self) -> int | None:
         """Tokens that generation may look back on; None = all of them."""
-        return self.n_ctx
+        return self.cfg.n_ctx
 
     def init_cache(self, rows: int) -> Cache:
         return KVCache(self.cfg.n_layers, rows)
@@ -70,8 +70,8 @@ class Decoder(nn.Module):
         if doc_ids is not None and cache is not None:
             raise ValueError("doc_ids cannot be combined with a cache: a cached row is one document")
         length = past + tokens.shape[1]
-        if learned and length > self.n_ctx:
-            raise ValueError(f"input of {length} tokens exceeds n_ctx ({self.n_ctx}): positions are learned")
+        if learned and length > (n_ctx := self.cfg.n_ctx):
+            raise ValueError(f"input of {length} tokens exceeds n_ctx ({n_ctx}): positions are learned")
         return past
 
 
