@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import models
+from kernels.choose import Kernels
 from naming import load, shorten
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def build_adapter(
     with torch.device("meta"):
         model = cls.build_model(load(models.resolve(cfg.type).model), model_cfg)
     adapter = cls(model, model_cfg, tokenizer)
+    adapter.kernels = Kernels(cfg.kernels)
     _refuse_state_outside_the_model(adapter)
     _freeze_external(adapter)
     if torch.device(device).type != "meta":

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from kernels.choose import Kernels
 from models.layers.flops import Flops
 from models.layers.roles import Rule
 
@@ -228,7 +229,6 @@ class ModelAdapter(nn.Module):
 
     Cfg: type[ModelConfig] | None = None  # schema of `model_cfg` when it is not the model's own `Config`
     console_metrics: tuple[str, ...] = ()  # metrics shown while training, beside the loss
-    loss_kernel = "linear_cross_entropy"  # module in kernels/ that output layer and loss run in
     default_temperature = 0.8  # of generation
     sample_steps = 0  # of the samples along a run: `GenerateOptions.steps`
     generation_notes: tuple[str, ...] = ()  # what a reader of generated text should know
@@ -240,6 +240,9 @@ class ModelAdapter(nn.Module):
         self.model = model
         self.model_cfg: Any = model_cfg
         self.tokenizer = tokenizer
+        self.kernels = (
+            Kernels()
+        )  # the run's, set by `build_adapter`; hand it to every operation of `kernels/`
 
     @classmethod
     def build_model(cls, model_class: Any, model_cfg: ModelConfig) -> nn.Module:
@@ -350,6 +353,11 @@ class ModelAdapter(nn.Module):
     def blocks(self) -> list[str]:
         """Module paths inside `model`: the units of compilation and activation recompute."""
         return self.model.blocks()
+
+    def kernel_calls(self, rows: int, seq_len: int) -> dict[str, tuple[int, int]]:
+        """Operations of `kernels/` that a training micro-batch calls -> (rows, columns) of the logits, at most. What is
+        said of a run before it starts; nothing depends on it."""
+        return {}
 
     def flops(self, seq_len: int) -> Flops:
         """Floating-point operations per token at this row length, by the documented formula: the plan."""

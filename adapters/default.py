@@ -96,6 +96,7 @@ class DefaultModelAdapter(ModelAdapter):
             targets.flatten(),
             None if weights is None else weights.flatten(),
             vocab_size=self.model_cfg.vocab_size,
+            kernels=self.kernels,
         )
         return total, nats.view_as(targets)
 
@@ -111,6 +112,9 @@ class DefaultModelAdapter(ModelAdapter):
             per_token=nats,
             metrics=self.heldout_metrics(hidden, prepared),
         )
+
+    def kernel_calls(self, rows: int, seq_len: int) -> dict[str, tuple[int, int]]:
+        return {"linear_cross_entropy": (rows * seq_len, self.model.head_weight.shape[0])}
 
     def heldout_metrics(self, hidden: Hidden, prepared: Prepared) -> dict[str, Metric]:
         """What evaluations report beside the score."""

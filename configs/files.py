@@ -99,15 +99,14 @@ def read(path: Path, stack: tuple[Path, ...] = ()) -> Node:
         raise ConfigError(
             f"{shown(path)}:{lines['defaults']}: defaults must be a list, e.g. [training, _self_]"
         )
-    notices = _fold(path, values, lines)
-    plain = not notices and all(isinstance(e, str) and Path(e).suffix not in EXTENSIONS for e in entries)
+    folded, notices = _fold(path, values, lines)
+    plain = not folded and all(isinstance(e, str) and Path(e).suffix not in EXTENSIONS for e in entries)
     parents: list[Node | str] = []
     for entry in entries:
         parents += _parents(path, lines.get("defaults", 1), entry, (*stack, path))
     if SELF not in parents:
         parents.append(SELF)
-    # The `seq_len` notice is for people; folded architecture names are an accepted spelling.
-    return Node(path, values, lines, parents, plain, [n for n in notices if "model_cfg" not in n])
+    return Node(path, values, lines, parents, plain, notices)
 
 
 def read_model(path: Path) -> Node:
@@ -180,16 +179,21 @@ def fold_names(values: dict[str, Any], names: dict[str, str], prefix: str = "") 
     return folded
 
 
-def _fold(path: Path, values: dict[str, Any], lines: dict[str, int]) -> list[str]:
+def _fold(path: Path, values: dict[str, Any], lines: dict[str, int]) -> tuple[bool, list[str]]:
+    """Give fields their one spelling, in place. (whether any had another, what people are told of it)"""
+    accepted = []
     try:
-        folded = fold_names(values, RENAMED)
+        renamed = fold_names(values, RENAMED)
         if isinstance(values.get("model_cfg"), dict):
-            folded += fold_names(values["model_cfg"], ARCHITECTURE_ALIASES, "model_cfg.")
+            accepted = fold_names(values["model_cfg"], ARCHITECTURE_ALIASES, "model_cfg.")
     except ConfigError as error:
         raise ConfigError([f"{shown(path)}: {p}" for p in error.problems]) from None
-    for old, new in folded:
+    if isinstance(values.get("kernels"), str):
+        values["kernels"] = {"default": values["kernels"]}
+        accepted.append(("kernels", "kernels.default"))
+    for old, new in renamed + accepted:
         lines.setdefault(new, lines.get(old, 1))
-    return [f"{shown(path)}: '{old}' is read as '{new}'" for old, new in folded]
+    return bool(renamed or accepted), [f"{shown(path)}: '{old}' is read as '{new}'" for old, new in renamed]
 
 
 def _parents(path: Path, line: int, entry: Any, stack: tuple[Path, ...]) -> list[Node | str]:

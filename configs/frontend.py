@@ -55,6 +55,8 @@ PLUGINS = {
     ("sweeper", "ax"): ("hydra-ax-sweeper", "ax"),
     ("sweeper", "nevergrad"): ("hydra-nevergrad-sweeper", "nevergrad"),
 }
+# Mappings whose keys are not generic fields: what may stand in them is checked later.
+_OPEN = ("model_cfg", "env", "kernels")
 # Hydra's flags: spelling -> (name, takes a value). None: the value may be left out.
 _HYDRA = {
     "-m": ("--multirun", False),
@@ -180,7 +182,7 @@ def _flag(request: Request, word: str, rest: list[str]) -> None:
 def _generic_flag(request: Request, name: str, key: str, value: str | None, rest: list[str]) -> None:
     """`--key=value`, `--key value`, and `--key` alone for a field that is true or false."""
     field = RENAMED.get(key, key)
-    if field not in GENERIC_FIELDS and field.split(".")[0] not in ("model_cfg", "env"):
+    if field not in GENERIC_FIELDS and field.split(".")[0] not in _OPEN:
         if field in REMOVED:
             raise ConfigError(unknown_key(field))
         hint = suggest_key(key, (*GENERIC_FIELDS, "hydra_model_cfg"), _ARCHITECTURE_PATHS)
@@ -230,6 +232,8 @@ def _override(request: Request, word: str) -> None:
         _check_plugin(key, value)
         return
     key = _canonical(request, key)
+    if key == "kernels" and not value.startswith("{"):
+        key = "kernels.default"
     if key in request.keys:
         request.notices.append(f"{key} is given more than once; the last value counts")
     request.keys.add(key)
@@ -240,10 +244,9 @@ def _override(request: Request, word: str) -> None:
         _group(request, key.removeprefix("configs/"), value)
         return
     root, _, leaf = key.partition(".")
-    known = key in GENERIC_FIELDS or (root in ("model_cfg", "env") and leaf)
+    known = key in GENERIC_FIELDS or (root in _OPEN and leaf)
     if not known:
         request.problems.append(unknown_key(key))
-    # model_cfg and env are open at this point: the typed check refuses what does not exist.
     prefix = "" if key in GENERIC_FIELDS else "++"
     parsed = parse_override(f"{prefix}{key}={_quoted(key, value)}")
     if parsed.is_sweep_override():
@@ -276,7 +279,7 @@ def _deletion(request: Request, key: str) -> None:
     root, _, leaf = key.partition(".")
     if key in GENERIC_FIELDS:
         raise ConfigError(f"command line: '{key}' is required and cannot be deleted. Set it: {key}=<value>")
-    if root not in ("model_cfg", "env") or not leaf:
+    if root not in _OPEN or not leaf:
         raise ConfigError(unknown_key(key))
     request.overrides.append(f"~{key}")
 

@@ -8,7 +8,9 @@ from typing import Any
 from configs.messages import ConfigError
 
 # What to say, by the full name that the field had.
-REMOVED: dict[str, str] = {}
+REMOVED: dict[str, str] = {
+    "model_cfg.loss_impl": "the field kernels chooses how losses are computed (kernels=reference was 'naive')",
+}
 
 
 def drop_removed(

@@ -75,6 +75,12 @@ def env_strings(value: Any) -> Any:
     }
 
 
+def kernel_mapping(value: Any) -> Any:
+    """`kernels: V` means `{default: V}`; an operation that is not named follows the default."""
+    value = {"default": value} if isinstance(value, str) else value
+    return {"default": "auto", **value} if isinstance(value, dict) else value
+
+
 def divisible(width_name: str, width: int, heads_name: str, heads: int) -> list[str]:
     """Problem (at most one) if `width` is no multiple of `heads`, with the nearest legal widths."""
     if heads < 1 or width % heads == 0:
@@ -218,6 +224,9 @@ class RunConfig(BaseModel):
     mixed_precision: Annotated[Literal["auto", "no", "bf16", "fp16"], _WordNo] = "auto"
     torch_compile: bool | Literal["auto"] = "auto"
     gradient_checkpointing: bool = False
+    kernels: Annotated[dict[str, str], BeforeValidator(kernel_mapping)] = Field(
+        default_factory=lambda: {"default": "auto"}
+    )
     num_gpus: Positive | Literal["auto"] = "auto"
     ddp_backend: Literal["nccl", "gloo"] | None = None
 

@@ -74,7 +74,7 @@ def _raise(problems: list[str], where: Where) -> None:
 
 def _placed(problem: str, where: Where) -> str:
     for key in re.findall(r"[A-Za-z_][\w.]*", problem):
-        if key.startswith("model_cfg.") or key in GENERIC_FIELDS:
+        if key.startswith(("model_cfg.", "kernels.")) or key in GENERIC_FIELDS:
             place = where(key)
             return f"{place}: {problem}" if place else problem
     return problem
@@ -123,7 +123,9 @@ def world_size(num_gpus: Any, device: str) -> int:
 
 def _relations(run: RunConfig) -> list[str]:
     """Problems between generic fields."""
-    problems = _batch(run) + _schedule(run) + _machine(run) + _trackers(run)
+    from kernels import problems as kernel_problems
+
+    problems = _batch(run) + _schedule(run) + _machine(run) + _trackers(run) + kernel_problems(run.kernels)
     if run.resume != "none" and run.init_from_checkpoint:
         problems.append("resume and init_from_checkpoint exclude each other: the second takes weights only")
     if run.resume == "auto" and not (run.model_name or run.output_dir):

@@ -50,7 +50,6 @@ class DiTConfig(DefaultModelConfig):
     time_conditioning: bool = True  # False: the network always sees time 0
     absorbing_state_idx: Annotated[int, Field(ge=-1)] = -1  # -1 appends a mask id; or a reserved token's id
     ignore_bos: bool = True  # the first token of a row is given: not noised, not scored
-    loss_impl: Literal["naive", "chunked"] = "chunked"  # chunked never holds all logits
     final_step: Free[Literal["sample", "argmax"]] = "sample"  # of the sampler
     nelbo_draws: Free[Draws] = 8  # noise draws per held-out row of the bound, in 4 independent replicates
 

@@ -129,6 +129,7 @@ def open_session(
     )
     if given is None and cfg.gradient_accumulation_steps is None and device.type == "cuda":
         plan = _probe(cfg, world, rows, adapter, optimizers, precision)
+        adapter.kernels.used.clear()  # what other batches took is not what the run takes
     loader = StepLoader(rows, adapter, plan, world.rank, cfg.seed)
     return Session(
         cfg=cfg,

@@ -47,7 +47,6 @@ class DiffusionAdapter(ModelAdapter):
     """Subclasses name their process."""
 
     process_class: type[Process]
-    loss_kernel = "linear_diffusion_loss"
     default_temperature = 1.0  # the model's own distribution
     generation_notes = ("a document's end is not modelled: the text goes on to max_new_tokens",)
 
@@ -74,7 +73,10 @@ class DiffusionAdapter(ModelAdapter):
         return self.process
 
     def network(self) -> Network:
-        return Network(self.model, chunked=self.model_cfg.loss_impl == "chunked")
+        return Network(self.model, self.kernels)
+
+    def kernel_calls(self, rows: int, seq_len: int) -> dict[str, tuple[int, int]]:
+        return {"linear_diffusion_loss": (rows * seq_len, self.model.V)}
 
     # -- training ------------------------------------------------------------------------------------------------
 

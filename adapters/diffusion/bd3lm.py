@@ -241,7 +241,7 @@ class _Prefix(Network):
     """A network that reads one block behind the finished ones. Without `cached`, these are run again every time."""
 
     def __init__(self, network: Network, cached: bool, rows: int) -> None:
-        super().__init__(network.model, network.chunked)
+        super().__init__(network.model, network.kernels)
         self.network, self.cached, self.rows = network, cached, rows
         self.finished: list[Tensor] = []  # clean blocks
         self.cache = self._new_cache()

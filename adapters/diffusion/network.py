@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import REFERENCE
 from kernels import linear_diffusion_loss as fused
+from kernels.choose import Kernels
 
 __all__ = ["Network", "RowLoss", "Rows", "sampling_dtype"]
 
@@ -85,10 +87,10 @@ def sampling_dtype(device: torch.device) -> tuple[torch.device, torch.dtype]:
 
 
 class Network:
-    """A backbone with its output layer. `chunked` False holds all logits of a loss at once (the reference)."""
+    """A backbone with its output layer. `kernels` of the run choose how losses are computed; None = automatically."""
 
-    def __init__(self, model: Any, chunked: bool = True) -> None:
-        self.model, self.chunked = model, chunked
+    def __init__(self, model: Any, kernels: Kernels | None = None) -> None:
+        self.model, self.kernels = model, kernels or Kernels()
         self.calls = 0
 
     @property
@@ -114,15 +116,19 @@ class Network:
         model = self.model
         args = (hidden, model.head_weight, model.head_bias, rows.x0, rows.xt, rows.weights, rows.coefficients)
         kind = {"mode": mode, "V": model.V, "n": model.n, "mask_id": model.mask_id, "aux_weight": aux_weight}
-        run = fused.linear_diffusion_loss if self.chunked else fused.reference
-        return RowLoss(*run(*args, **kind))
+        return RowLoss(*fused.linear_diffusion_loss(*args, **kind, kernels=self.kernels))
 
     def loss_of_logits(
         self, hidden: Tensor, weights: Tensor, function: RowFunction, aux_weight: float = 0.0
     ) -> RowLoss:
-        """A loss that no kernel knows, written on logits: `function(logits (m, V), rows)` returns nats (m,) and a
-        cross-entropy (m,) or None for a slice of the rows."""
-        chunk = self._rows_per_chunk() if self.chunked else max(1, len(hidden))
+        """A loss that no mode of the kernel knows, written on logits: `function(logits (m, V), rows)` returns nats (m,)
+        and a cross-entropy (m,) or None for a slice of the rows. All rows are one slice where the kernel's reference is
+        chosen."""
+        rows, columns = len(hidden), self.model.V
+        chosen = self.kernels.choose(
+            fused.OP, rows=rows, columns=columns, device=hidden.device, dtype=hidden.dtype
+        )
+        chunk = max(1, rows) if chosen == REFERENCE else self._rows_per_chunk()
         args = (
             hidden,
             self.model.head_weight,

@@ -10,11 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels import REFERENCE
+from kernels.choose import Kernels, rows_at_once
 from kernels.linear_cross_entropy.chunked import Chunked
 from kernels.linear_cross_entropy.reference import IGNORED, reference
-from kernels.precision import at_least_fp32, compute_dtype
+from kernels.precision import compute_dtype
 
 __all__ = ["IGNORED", "linear_cross_entropy", "reference"]
+
+OP = "linear_cross_entropy"
 
 
 def linear_cross_entropy(
@@ -24,6 +28,7 @@ def linear_cross_entropy(
     weights: Tensor | None = None,
     vocab_size: int | None = None,
     chunk_rows: int | None = None,
+    kernels: Kernels | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of negative log-likelihoods of `softmax(hidden @ weight.T)`, and the value of each row.
 
@@ -32,33 +37,20 @@ def linear_cross_entropy(
     hidden, weight and weights, and `nats` (N,), unweighted and detached; both at least fp32, fp64 for fp64.
     The matrix products run in autocast's dtype where it is on.
 
-    `chunk_rows`: rows per chunk; None = the plain path if all logits fit a budget, else chunks of that size.
+    `kernels` of the run choose the implementation; None = automatically. `chunk_rows` given: chunks of that many.
     """
     _check(hidden, weight, targets, weights, vocab_size)
     vocab_size = vocab_size or weight.shape[0]
     hidden = hidden.to(compute_dtype(hidden))
     if chunk_rows is None:
-        chunk_rows = _rows_within_budget(hidden, weight.shape[0])
-        if chunk_rows >= hidden.shape[0]:
+        kernels, (rows, columns) = kernels or Kernels(), (hidden.shape[0], weight.shape[0])
+        chosen = kernels.choose(OP, rows=rows, columns=columns, device=hidden.device, dtype=hidden.dtype)
+        if chosen == REFERENCE:
             return reference(hidden, weight, targets, weights, vocab_size)
+        chunk_rows = rows_at_once(OP, columns, hidden.device, hidden.dtype)
     return Chunked.apply(  # type: ignore[return-value]
         hidden, weight, targets, weights, vocab_size, chunk_rows, torch.is_grad_enabled()
     )
-
-
-# Bytes of logits (in the dtype of the statistics) up to which the plain path is taken, and about the size of
-# a chunk beyond. On a CPU it is a matter of caches: D = 192, V = 1,025, one thread, forward and backward,
-# plain : chunked: 4,096 rows (19 MB) 66 : 67 ms fp32, 33 : 39 bf16; 8,192 rows (38 MB) 185 : 134, 108 : 78;
-# 16,384 rows (75 MB) 377 : 270, 278 : 160. On a GPU it is a matter of memory, and of products large enough.
-LOGIT_BYTES = {"cpu": 24 * 2**20, "cuda": 256 * 2**20}
-# Fewer rows make the matrix products inefficient (V = 50,257, bf16, CPU: 128 rows cost 1.3 times 512 rows).
-MIN_CHUNK_ROWS = 512
-
-
-def _rows_within_budget(hidden: Tensor, vocab_rows: int) -> int:
-    item = at_least_fp32(hidden.dtype).itemsize
-    budget = LOGIT_BYTES.get(hidden.device.type, LOGIT_BYTES["cuda"])
-    return max(MIN_CHUNK_ROWS, budget // (item * vocab_rows))
 
 
 def _check(

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from kernels import REFERENCE
+from kernels.choose import Kernels, rows_at_once
 from kernels.linear_diffusion_loss.chunked import Chunked
 from kernels.linear_diffusion_loss.reference import product_dtype, reference
 from kernels.linear_diffusion_loss.rows import MODES, States
@@ -21,13 +23,7 @@ from naming import not_one_of
 
 __all__ = ["MODES", "linear_diffusion_loss", "reference"]
 
-# Bytes of a chunk's logits in the dtype of the statistics (some modes hold three such buffers), and the fewest
-# rows whatever they take. On a CPU chunks that stay in its cache are faster: 4096 rows, V = 1025, D = 192, one
-# thread, masked cross-entropy: 75 ms in chunks of 1 or 2 MiB, 104 ms in one of 16. But each chunk passes over
-# the head and its gradient, so that few rows of a large one cost more: V = 50258, D = 768: 10.5 s in chunks of
-# 128 rows, 9.8 of 256, 8.1 of 512.
-LOGIT_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
-MIN_ROWS = 512
+OP = "linear_diffusion_loss"
 
 
 def linear_diffusion_loss(
@@ -45,6 +41,7 @@ def linear_diffusion_loss(
     mask_id: int | None,
     aux_weight: float | Tensor = 0.0,
     chunk_rows: int | None = None,
+    kernels: Kernels | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns `sum_i weights_i nats_i + aux_weight_i ce_i`, (), differentiable in hidden, weight and bias;
     nats, (M,) detached, what each row adds to the bound; ce, (M,) detached, or None without an auxiliary
@@ -57,19 +54,24 @@ def linear_diffusion_loss(
     count. Statistics and sums are in at least fp32 (fp64 for fp64), matrix products in autocast's dtype; fp16
     is raised to fp32, because exp(logits) overflows it and the loss scale is not known here.
 
-    `chunk_rows`: rows per chunk; None = as many as a budget of memory allows. ValueError on misuse.
+    `kernels` of the run choose the implementation; None = automatically. `chunk_rows` given: chunks of that many.
+    ValueError on misuse.
     """
     states = States(V, n, mask_id)
     _check(hidden, weight, bias, x0, xt, weights, coefficients, mode, states)
+    dtype = product_dtype(hidden)
+    if chunk_rows is None:
+        kernels, rows = kernels or Kernels(), hidden.shape[0]
+        if kernels.choose(OP, rows=rows, columns=V, device=hidden.device, dtype=dtype) == REFERENCE:
+            args = (hidden, weight, bias, x0, xt, weights, coefficients)
+            return reference(*args, mode=mode, V=V, n=n, mask_id=mask_id, aux_weight=aux_weight)
+        chunk_rows = rows_at_once(OP, V, hidden.device, dtype)
     stats = at_least_fp32(hidden.dtype)
     with torch.no_grad():
         scalars = tuple(s.to(stats) for s in MODES[mode].prepare(x0, xt, coefficients, states))
         weights = weights.to(stats)
         aux_weights = _auxiliary(aux_weight, weights, mode)
-    hidden = hidden.to(product_dtype(hidden))
-    if chunk_rows is None:
-        budget = LOGIT_BYTES.get(hidden.device.type, LOGIT_BYTES["cuda"])
-        chunk_rows = max(MIN_ROWS, budget // (stats.itemsize * V))
+    hidden = hidden.to(dtype)
     gradient = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (hidden, weight, bias)
     )

@@ -1,5 +1,6 @@
 """Loss, gradients, invariance, causality, likelihood."""
 
+import importlib
 import itertools
 import math
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import linear_cross_entropy as head_loss
+from kernels import KERNELS
+from kernels.choose import Kernels
 from tests.contract.tiny import (
     SEQ_LEN,
     VOCABULARY,
@@ -108,14 +110,21 @@ def test_likelihood_sums_to_one_over_all_texts(type_):
         assert total < 1.05
 
 
-def test_chunked_and_plain_head_losses_agree(type_, monkeypatch):
-    adapter = adapter_of(type_, dtype=torch.float64)
+def test_every_implementation_of_the_kernels_gives_the_same(type_, monkeypatch):
+    adapter = adapter_of(type_, "kernels=reference", dtype=torch.float64)
+    ops = adapter.kernel_calls(4, SEQ_LEN)
     plain, plain_gradients = loss_and_gradients(adapter, [random_batch()])
-    monkeypatch.setattr(head_loss, "LOGIT_BYTES", {"cpu": 5 * 8 * 128, "cuda": 1})
-    chunked, chunked_gradients = loss_and_gradients(adapter, [random_batch()])
-    assert chunked == pytest.approx(plain, rel=1e-10)
-    for name, gradient in plain_gradients.items():
-        torch.testing.assert_close(chunked_gradients[name], gradient, rtol=1e-8, atol=1e-12, msg=name)
+    assert {op: [*used] for op, used in adapter.kernels.used.items()} == {op: ["reference"] for op in ops}
+    for op in ops:
+        if hasattr(module := importlib.import_module(f"kernels.{op}"), "rows_at_once"):
+            monkeypatch.setattr(module, "rows_at_once", lambda *args: 5)
+        for name in KERNELS[op].implementations[1:]:
+            adapter.kernels = Kernels({op: name})
+            other, gradients = loss_and_gradients(adapter, [random_batch()])
+            assert [*adapter.kernels.used[op]] == [name]
+            assert other == pytest.approx(plain, rel=1e-10)
+            for path, gradient in plain_gradients.items():
+                torch.testing.assert_close(gradients[path], gradient, rtol=1e-8, atol=1e-12, msg=path)
 
 
 class NoHostSync(TorchDispatchMode):

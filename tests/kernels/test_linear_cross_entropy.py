@@ -1,10 +1,13 @@
 """The head loss: chunked against the definition, in value and in every gradient."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import kernels.linear_cross_entropy as op
+from kernels import KERNELS, choose
 from kernels.linear_cross_entropy import IGNORED, linear_cross_entropy, reference
 
 ROWS, WIDTH, VOCABULARY, PADDED = 13, 6, 10, 16
@@ -155,17 +158,21 @@ def test_very_unlikely_targets_stay_finite():
         assert nats.tolist() == [1000.0, 0.0, 1000.0] and total.item() == 2000.0
 
 
-def test_the_budget_decides_the_path(monkeypatch):
+def test_the_choice_decides_the_path_and_the_budget_the_chunks(monkeypatch):
     hidden, weight, weights, targets = draw(torch.float32, rows=5)
     seen = []
     chunked = op.Chunked.apply
     monkeypatch.setattr(op.Chunked, "apply", lambda *args: seen.append(args[5]) or chunked(*args))
-    monkeypatch.setattr(op, "MIN_CHUNK_ROWS", 1)
     linear_cross_entropy(hidden, weight, targets, weights, VOCABULARY)
     assert seen == []
-    monkeypatch.setitem(op.LOGIT_BYTES, "cpu", 3 * PADDED * 4)  # three rows of fp32 logits
+    monkeypatch.setattr(choose, "MIN_CHUNK_ROWS", 1)
+    few = replace(KERNELS[op.OP], chunk_bytes={"cpu": 3 * PADDED * 4, "cuda": 1})  # three rows of fp32 logits
+    monkeypatch.setitem(KERNELS, op.OP, few)
     linear_cross_entropy(hidden, weight, targets, weights, VOCABULARY)
     assert seen == [3]
+    plain = choose.Kernels({"default": "reference"})
+    linear_cross_entropy(hidden, weight, targets, weights, VOCABULARY, kernels=plain)
+    assert seen == [3] and plain.used == {op.OP: {"reference": "kernels.default"}}
 
 
 def test_logits_of_all_rows_never_exist():

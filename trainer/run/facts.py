@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from configs.schema import redacted
+from kernels.precision import compute_dtype
 from trainer.optim.optimizers import role_table
+from trainer.precision import autocast
 from trainer.run.checkpoint import FORMAT
 from trainer.run.manifest import collect_environment, peak_memory_bytes
 from trainer.run.progress import Progress
@@ -21,7 +23,15 @@ if TYPE_CHECKING:
     from trainer.evaluate import Score
     from trainer.session import Session
 
-__all__ = ["Facts", "architecture", "checkpoint_contents", "execution", "facts_of", "summary_of"]
+__all__ = [
+    "Facts",
+    "architecture",
+    "checkpoint_contents",
+    "execution",
+    "facts_of",
+    "kernels_of",
+    "summary_of",
+]
 
 
 @dataclass(frozen=True)
@@ -33,12 +43,31 @@ class Facts:
     config: dict[str, Any]  # every field of the run, without secrets
     manifest: dict[str, Any]
     banner: list[str]
-    notes: list[str]  # of the data
+    notes: list[str]  # of the data, and of what is not read
 
 
 def facts_of(s: Session, path: Path, step: int) -> Facts:
     manifest = _manifest(s)
-    return Facts(path, step, redacted(s.cfg), manifest, _banner(s, manifest, path), list(s.dataset.notes))
+    ops = manifest["kernels"]
+    notes = [
+        f"kernels.{op} is not read by this run, which uses {', '.join(ops) or 'no such operation'}"
+        for op in s.adapter.kernels.unread(ops)
+    ]
+    return Facts(
+        path, step, redacted(s.cfg), manifest, _banner(s, manifest, path), [*s.dataset.notes, *notes]
+    )
+
+
+def kernels_of(s: Session) -> dict[str, dict[str, str]]:
+    """Operation of `kernels/` -> implementation -> why: what has run so far, else what training is going to take."""
+    kernels, device = s.adapter.kernels, s.world.device
+    with autocast(s.precision, device):
+        dtype = compute_dtype(next(s.adapter.parameters()))
+    expected = {
+        op: dict([kernels.foresee(op, rows=rows, columns=columns, device=device, dtype=dtype)])
+        for op, (rows, columns) in s.adapter.kernel_calls(s.plan.micro_rows, s.cfg.train_seq_len).items()
+    }
+    return {**expected, **kernels.used}
 
 
 def _manifest(s: Session) -> dict[str, Any]:
@@ -50,7 +79,7 @@ def _manifest(s: Session) -> dict[str, Any]:
     return {
         "type": s.cfg.type,
         "environment": collect_environment(s.world.device),
-        "kernels": {"attention": "torch scaled_dot_product_attention", s.adapter.loss_kernel: "torch"},
+        "kernels": kernels_of(s),
         "precision": s.precision,
         "compiled": s.compiled,
         "execution": execution(s),
@@ -83,6 +112,11 @@ def _banner(s: Session, manifest: dict[str, Any], path: Path) -> list[str]:
         f"{plan.micro_rows} rows)",
         f"{s.world.device} · {'fp32' if s.precision == 'no' else s.precision} ({s.precision_reason}) · "
         f"{'compiled blocks' if s.compiled else 'eager'} · {cfg.optimizer}",
+        *(
+            f"{op}: {name} ({why})"
+            for op, chosen in manifest["kernels"].items()
+            for name, why in chosen.items()
+        ),
         f"run folder {path}",
     ]
 

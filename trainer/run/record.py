@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from data.yardsticks import start_background
-from trainer.run.facts import checkpoint_contents, facts_of, summary_of
+from trainer.run.facts import checkpoint_contents, facts_of, kernels_of, summary_of
 from trainer.run.folder import RunFolder
 from trainer.run.lines import evaluation_line, raw_evaluation_line, training_line
 from trainer.run.progress import Progress
@@ -37,6 +37,7 @@ class RunRecord:
         self.folder = RunFolder(path)
         self.console = Console(enabled=world.is_main)
         self._sinks: list[Sink] = []  # from `begin` on, on process 0
+        self._manifest: dict[str, Any] = {}
         self._yardsticks: Any = None
         self._started = time.monotonic()
 
@@ -62,6 +63,7 @@ class RunRecord:
         self.folder.drop_samples_after(progress.step)
         if self.config_yaml:
             self.folder.write("config.yaml", self.config_yaml)
+        self._manifest = facts.manifest
         self.folder.write_json("manifest.json", facts.manifest)
         # The file first: what the others show is in it.
         self._sinks = [MetricsSink(), ConsoleSink(self.console, self.folder)]
@@ -96,8 +98,15 @@ class RunRecord:
         def write() -> None:
             tensors, texts = checkpoint_contents(s, progress, unread)
             self.folder.save(progress.step, tensors, texts, best=best, keep=s.cfg.save_total_limit)
+            self._correct_manifest(s)
 
         self.world.on_main(write)
+
+    def _correct_manifest(self, s: Session) -> None:
+        """It was written before the first step; by now operations have run."""
+        if (kernels := kernels_of(s)) != self._manifest["kernels"]:
+            self._manifest["kernels"] = kernels
+            self.folder.write_json("manifest.json", self._manifest)
 
     def ended_with(self, step: int) -> float | None:
         """The score a run ended with at this step, None if it has not been scored to the end."""
@@ -124,6 +133,7 @@ class RunRecord:
             yardsticks["true entropy"] = s.dataset.entropy_bits_per_byte
         summary = summary_of(s, progress, score, yardsticks, time.monotonic() - self._started)
         self.folder.write_json("summary.json", summary)
+        self._correct_manifest(s)
         write_report(self.folder.path)
         for sink in self._sinks:
             sink.finish(summary)

@@ -22,6 +22,7 @@ from adapters.diffusion.process import Choice, Draw, Window
 from adapters.diffusion.reverse import log_reverse, reverse_kl
 from adapters.diffusion.schedules import linear_betas
 from adapters.randomness import Noise
+from kernels.choose import Kernels
 from tests.adapters.diffusion.test_adapter import batch, build, train_context
 from tests.adapters.diffusion.test_bounds import d3pm, gauss_legendre, mdl, score_oracle, sedd, texts
 from tests.adapters.diffusion.test_chains import make_chain, one_step
@@ -571,23 +572,24 @@ def test_a_chains_bound_counts_the_prior_of_every_noised_token(fields):
 # -- which code computes the loss -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("impl", ["naive", "chunked"])
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
 @pytest.mark.parametrize("kind", ["mdl", "sedd", "d3pm", "bd3lm"])
-def test_the_naive_loss_is_the_reference_and_the_chunked_one_the_fused(kind, impl, monkeypatch):
+def test_the_kernels_of_the_run_compute_the_loss(kind, implementation, monkeypatch):
     called = []
-    for name in ("reference", "linear_diffusion_loss"):
-
-        def spy(*args, name, run, **options):
-            called.append(name)
-            return run(*args, **options)
-
-        monkeypatch.setattr(fused, name, partial(spy, name=name, run=getattr(fused, name)))
-    adapter = build(kind, trained=False, loss_impl=impl)
+    monkeypatch.setattr(fused, "reference", partial(_noted, called, "reference", fused.reference))
+    monkeypatch.setattr(fused.Chunked, "apply", partial(_noted, called, "chunked", fused.Chunked.apply))
+    adapter = build(kind, trained=False)
+    adapter.kernels = Kernels({"default": implementation})
     adapter(adapter.prepare(batch([0, 1]), train_context(2)))
-    assert called == ["reference" if impl == "naive" else "linear_diffusion_loss"]
+    assert called == [implementation] == [*adapter.kernels.used["linear_diffusion_loss"]]
 
 
-def test_the_naive_loss_of_a_dense_chain_holds_all_logits_and_the_chunked_one_a_few(monkeypatch):
+def _noted(called, name, run, *args, **options):
+    called.append(name)
+    return run(*args, **options)
+
+
+def test_the_plain_loss_of_a_dense_chain_holds_all_logits_and_the_chunked_one_a_few(monkeypatch):
     monkeypatch.setattr("adapters.diffusion.network.CHUNK_BYTES", 4 * 12 * 5)  # five rows of logits
     sizes, dense = [], _Dense.loss
 
@@ -605,11 +607,12 @@ def test_the_naive_loss_of_a_dense_chain_holds_all_logits_and_the_chunked_one_a_
         return dense(self, network, hidden, rows, aux_weight)
 
     monkeypatch.setattr(_Dense, "loss", spy)
-    for impl in ("naive", "chunked"):
+    for implementation in ("reference", "chunked"):
         sizes.clear()
-        adapter = build("d3pm", trained=False, loss_impl=impl, l0_mode="x0")
+        adapter = build("d3pm", trained=False, l0_mode="x0")
+        adapter.kernels = Kernels({"default": implementation})
         adapter(adapter.prepare(batch([0, 1]), train_context(2)))
-        assert sum(sizes) == 16 and max(sizes) == (16 if impl == "naive" else 5)
+        assert sum(sizes) == 16 and max(sizes) == (16 if implementation == "reference" else 5)
 
 
 # -- steps of the samplers ------------------------------------------------------------------------------------

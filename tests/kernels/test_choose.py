@@ -1,0 +1,116 @@
+"""Which implementation an operation takes, and why."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kernels import KERNELS, Kernel, problems
+from kernels.choose import MIN_CHUNK_ROWS, Kernels, rows_at_once
+from naming import load
+
+CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
+HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float32, torch.float64
+CE, DIFFUSION = "linear_cross_entropy", "linear_diffusion_loss"
+
+
+@pytest.fixture(autouse=True)
+def _plain_only(monkeypatch):
+    """Beside the real operations one that has nothing but its definition."""
+    monkeypatch.setitem(KERNELS, "toy", Kernel("kernels.toy:toy"))
+
+
+# `kernels`, operation, rows, columns, device, dtype; implementation, why. 24 MiB of fp32 logits with 1,024 columns are
+# 6,144 rows on a CPU; 256 MiB with 32,768 columns are 2,048 rows elsewhere.
+CHOICES = [
+    ({}, CE, 6144, 1024, CPU, SINGLE, "reference", "auto: logits of 6,144 rows fit at once"),
+    ({}, CE, 6145, 1024, CPU, SINGLE, "chunked", "auto: logits of 6,144 rows at a time"),
+    ({}, CE, 6145, 1024, CPU, HALF, "chunked", "auto: logits of 6,144 rows at a time"),  # statistics are fp32
+    ({}, CE, 6144, 1024, CPU, DOUBLE, "chunked", "auto: logits of 3,072 rows at a time"),
+    ({}, CE, 512, 50_304, CPU, SINGLE, "reference", "auto: logits of 512 rows fit at once"),  # however wide
+    ({}, CE, 513, 50_304, CPU, SINGLE, "chunked", "auto: logits of 512 rows at a time"),
+    ({}, CE, 2048, 32_768, CUDA, HALF, "reference", "auto: logits of 2,048 rows fit at once"),
+    ({}, CE, 2049, 32_768, CUDA, HALF, "chunked", "auto: logits of 2,048 rows at a time"),
+    ({}, CE, 2049, 32_768, MPS, SINGLE, "chunked", "auto: logits of 2,048 rows at a time"),
+    ({}, DIFFUSION, 1, 1024, CPU, SINGLE, "chunked", "auto: logits of 512 rows at a time"),
+    ({}, DIFFUSION, 9999, 128, CPU, SINGLE, "chunked", "auto: logits of 4,096 rows at a time"),
+    ({}, DIFFUSION, 1, 32_768, CUDA, HALF, "chunked", "auto: logits of 2,048 rows at a time"),
+    ({}, "toy", 1, 1, CPU, SINGLE, "reference", "auto: there is no other"),
+    ({"default": "auto"}, CE, 1, 1024, CPU, SINGLE, "reference", "auto: logits of 1 rows fit at once"),
+    ({"default": "reference"}, CE, 10**9, 1024, CPU, SINGLE, "reference", "kernels.default"),
+    ({"default": "reference"}, DIFFUSION, 10**9, 1024, CUDA, HALF, "reference", "kernels.default"),
+    ({"default": "chunked"}, CE, 1, 1024, CPU, SINGLE, "chunked", "kernels.default"),
+    ({"default": "chunked"}, "toy", 1, 1, CPU, SINGLE, "reference", "auto: there is no other"),
+    ({CE: "chunked"}, CE, 1, 1024, CPU, SINGLE, "chunked", f"kernels.{CE}"),
+    ({CE: "chunked"}, DIFFUSION, 1, 1024, CPU, SINGLE, "chunked", "auto: logits of 512 rows at a time"),
+    ({"default": "chunked", CE: "reference"}, CE, 10**9, 1024, CPU, SINGLE, "reference", f"kernels.{CE}"),
+    (
+        {"default": "chunked", CE: "auto"},
+        CE,
+        1,
+        1024,
+        CPU,
+        SINGLE,
+        "reference",
+        "auto: logits of 1 rows fit at once",
+    ),
+]
+
+
+@pytest.mark.parametrize(("wanted", "op", "rows", "columns", "device", "dtype", "name", "why"), CHOICES)
+def test_the_rule(wanted, op, rows, columns, device, dtype, name, why):
+    kernels = Kernels(wanted)
+    shape = {"rows": rows, "columns": columns, "device": device, "dtype": dtype}
+    assert kernels.foresee(op, **shape) == (name, why) and kernels.used == {}
+    assert kernels.choose(op, **shape) == name and kernels.used == {op: {name: why}}
+
+
+def test_everything_that_was_used_is_recorded_with_its_first_reason():
+    kernels = Kernels()
+    for rows in (100, 200, 9000):
+        kernels.choose(CE, rows=rows, columns=1024, device=CPU, dtype=SINGLE)
+    assert kernels.used[CE] == {
+        "reference": "auto: logits of 100 rows fit at once",
+        "chunked": "auto: logits of 6,144 rows at a time",
+    }
+    assert Kernels().used == {}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (
+            {CE: "chunkd"},
+            f"kernels.{CE}: 'chunkd' is not one of auto, reference, chunked. Did you mean 'chunked'?",
+        ),
+        ({"default": "fast"}, "kernels.default: 'fast' is not one of auto, reference, chunked"),
+        ({"linear_crossentropy": "auto"}, f"Did you mean '{CE}'?"),
+        (
+            {"toy": "chunked"},
+            "kernels.toy: 'chunked' is not one of auto, reference",
+        ),  # explicit, and not there
+    ],
+)
+def test_what_does_not_exist_is_refused(wanted, message):
+    (problem,) = problems(wanted)
+    assert message in problem
+    with pytest.raises(ValueError, match="is not one of"):
+        Kernels(wanted)
+
+
+def test_entries_of_operations_that_a_run_does_not_have():
+    assert Kernels({CE: "chunked", DIFFUSION: "auto"}).unread([CE]) == [DIFFUSION]
+
+
+def test_the_size_of_chunks_follows_the_table(monkeypatch):
+    assert rows_at_once(CE, 1024, CPU, SINGLE) == 6144
+    monkeypatch.setitem(KERNELS, CE, replace(KERNELS[CE], chunk_bytes={"cuda": 4 * 1024 * 700}))
+    assert rows_at_once(CE, 1024, CPU, SINGLE) == 700
+    assert rows_at_once(CE, 2048, CPU, SINGLE) == MIN_CHUNK_ROWS
+
+
+def test_the_table_names_what_exists():
+    for op in (CE, DIFFUSION):
+        assert callable(load(KERNELS[op].factory)) and KERNELS[op].implementations[0] == "reference"
