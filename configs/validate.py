@@ -256,7 +256,13 @@ def architecture_config(type_: str, adapter: str | None, where: Where) -> type[M
         architecture = models.resolve(type_)
     except ValueError as error:
         raise ConfigError(_placed(f"type: {error}", where)) from None
-    own = getattr(_imported("model_adapter", adapter or architecture.adapter, where), "Cfg", None)
+    brought = adapter or architecture.adapter
+    # The default adapter brings no Cfg, and importing it would import torch.
+    own = (
+        getattr(_imported("model_adapter", brought, where), "Cfg", None)
+        if brought != models.Architecture.adapter
+        else None
+    )
     spec = architecture.model
     config_class = own or getattr(_imported("type", spec, where), "Config", None)
     if isinstance(config_class, type) and issubclass(config_class, ModelConfig):
