@@ -11,7 +11,7 @@ from torch import Tensor
 from configs.schema import Free, OpenFraction, Positive
 from models.dit import DiT, DiTConfig
 from models.layers.bidirectional import additive
-from models.layers.block_diffusion import cached_mask, one_pass_groups, one_pass_mask
+from models.layers.block_diffusion import cached_mask, one_pass_groups, one_pass_mask, one_pass_pairs
 from models.layers.cache import KVCache
 from models.layers.flops import Flops
 
@@ -34,6 +34,8 @@ class BD3LMConfig(DiTConfig):
     num_sampling_steps: Free[Positive] = 1000  # per block, of the samplers that have steps
     sampler: Free[Literal["ancestral_cache", "ancestral", "analytic", "first_hitting"]] = "first_hitting"
     kv_cache: Free[bool] = True  # sampling keeps the keys and values of finished blocks
+
+    tiny = {"block_length": 8, "num_sampling_steps": 8}
 
     def unread(self) -> dict[str, str]:
         found: dict[str, str] = {}
@@ -175,13 +177,15 @@ class BD3LM(DiT):
         return KVCache(self.cfg.n_layers, rows)
 
     def flops(self, seq_len: int) -> Flops:
-        """Per token of text: the blocks run on 2L tokens, which attend to L^2 + L L' pairs in all. In the last layer
-        only the noisy half goes on behind its keys and values, with half of the pairs."""
-        c = self.cfg
+        """Per token: the blocks run on 2L tokens, which attend to L^2 + L L' pairs in all. In the last layer only the
+        noisy half goes on behind its keys and values, with half of the pairs."""
+        c, longest = self.cfg, self.cfg.block_length + 1
+        multiplied = (c.n_layers - 1) * one_pass_pairs(seq_len, longest)
+        multiplied += one_pass_pairs(seq_len, longest, noisy_only=True)
         unread = (2 + 4 * c.d_mult) * c.d_model**2  # attention's output and the MLP, of clean tokens
         pairs = (c.n_layers - 0.5) * (seq_len + c.block_length)
         trunk = 2 * self._products() - unread
-        conditioning = self._conditioning() / seq_len
+        conditioning = 0.0
         if c.time_conditioning:  # one per token of both halves, the last modulation only of the noisy one
             conditioning = 2 * self._conditioning() - 2 * self.final_adaln.weight.numel()
-        return self._flops(trunk + conditioning, pairs, pairs)
+        return self._flops(trunk + conditioning, pairs, multiplied / seq_len)

@@ -53,6 +53,8 @@ class DiTConfig(DefaultModelConfig):
     final_step: Free[Literal["sample", "argmax"]] = "sample"  # of the sampler
     nelbo_draws: Free[Draws] = 8  # noise draws per held-out row of the bound, in 4 independent replicates
 
+    tiny = {"nelbo_draws": 4}
+
     @property
     def has_mask(self) -> bool:
         """Whether the chain has a mask state."""
@@ -282,10 +284,11 @@ class DiT(nn.Module):
 
     def flops(self, seq_len: int) -> Flops:
         """Per token: `n_layers (24 D^2 + 4 L D) + 2 D V` forward at d_mult = 4, every position attending to
-        all L, and the conditioning, which each row pays once. Training is three times that, with the head only
-        where the loss reads it (`Config.share_of_logits`)."""
+        all L, and the conditioning, which each row pays once (without time conditioning: a whole batch, so nothing).
+        Training is three times that, with the head only where the loss reads it (`Config.share_of_logits`)."""
         keys = self.cfg.n_layers * seq_len
-        return self._flops(self._products() + self._conditioning() / seq_len, keys, keys)
+        conditioning = self._conditioning() / seq_len if self.cfg.time_conditioning else 0.0
+        return self._flops(self._products() + conditioning, keys, keys)
 
     def _flops(self, trunk: float, keys: float, reference_keys: float) -> Flops:
         """`trunk`: operations per token of all but attention's pairs and the head."""

@@ -10,6 +10,7 @@ B rows, L = S + 1 positions, M positions that the loss reads.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from adapters.base import (
     Context,
+    Flops,
     GenerateOptions,
     Generation,
     Likelihood,
@@ -150,6 +152,19 @@ class DiffusionAdapter(ModelAdapter):
         for name, total in process.statistics(network, hidden.detach(), loss, rows).items():
             metrics[name] = Metric(total, float(len(rows.index)))
         return StepOutput(process.terms(network, hidden, loss, rows), metrics)
+
+    def flops(self, seq_len: int) -> Flops:
+        """Per token of text: a row has one position more, which costs what the others do but for the head."""
+        flops, positions = self.model.flops(seq_len + 1), (seq_len + 1) / seq_len
+        head = 2 * self.model.head_weight.numel()
+        trained = 3 * self.model_cfg.share_of_logits * head
+        return replace(
+            flops,
+            forward_per_token=positions * (flops.forward_per_token - head) + head,
+            training_per_token=positions * (flops.training_per_token - trained) + trained,
+            keys=positions * flops.keys,
+            reference_keys=positions * flops.reference_keys,
+        )
 
     # -- scoring -------------------------------------------------------------------------------------------------
 

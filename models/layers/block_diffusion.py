@@ -9,7 +9,7 @@ from torch import Tensor
 
 from models.layers.bidirectional import Range, Sparse
 
-__all__ = ["cached_mask", "one_pass_groups", "one_pass_mask"]
+__all__ = ["cached_mask", "one_pass_groups", "one_pass_mask", "one_pass_pairs"]
 
 QUERY_GROUP = 128  # queries that share their keys in `one_pass_groups`
 
@@ -36,6 +36,20 @@ def one_pass_groups(mask: Tensor, longest: int, dtype: torch.dtype, noisy_only: 
     """
     length = mask.shape[-1] // 2
     noisy = mask.shape[-2] - length  # the first noisy query
+    return Sparse.of(mask, *_groups(length, noisy, longest, noisy_only), dtype)
+
+
+def one_pass_pairs(length: int, longest: int, noisy_only: bool = False) -> int:
+    """Pairs of query and key that the groups of `one_pass_groups` multiply, masked ones included."""
+    queries, keys = _groups(length, length, longest, noisy_only)
+    return sum(
+        (end - start) * sum(last - first for first, last in ranges)
+        for (start, end), ranges in zip(queries, keys, strict=True)
+    )
+
+
+def _groups(length: int, noisy: int, longest: int, noisy_only: bool) -> tuple[list[Range], list[list[Range]]]:
+    """Queries of each group and the ranges of their keys; `noisy`: number of the first noisy query."""
     count = max(1, length // QUERY_GROUP)
     groups = list(pairwise(length * i // count for i in range(count + 1)))
     # A block that a group shares with its neighbours reaches so far into them at most.
@@ -48,7 +62,7 @@ def one_pass_groups(mask: Tensor, longest: int, dtype: torch.dtype, noisy_only: 
     for (start, end), (first, last) in zip(groups, own, strict=True):
         queries.append((noisy + start, noisy + end))
         keys.append([(0, end), (length + first, length + last)])
-    return Sparse.of(mask, queries, keys, dtype)
+    return queries, keys
 
 
 def cached_mask(blocks: Tensor, cached: int) -> Tensor:

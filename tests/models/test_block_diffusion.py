@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.bd3lm import BD3LM, BD3LMConfig
 from models.layers import block_diffusion
-from models.layers.block_diffusion import cached_mask, one_pass_groups, one_pass_mask
+from models.layers.block_diffusion import cached_mask, one_pass_groups, one_pass_mask, one_pass_pairs
 from models.mdl import MDL, MDLConfig
 
 L, BLOCK, MASK = 8, 2, 11
@@ -234,14 +234,25 @@ def test_clean_half_has_time_zero() -> None:
 @pytest.mark.parametrize("time", [False, True])
 def test_flops_equal_the_counter_up_to_masked_pairs(time: bool) -> None:
     """The counter sees all pairs of a group: noisy queries with 2L keys, clean ones with L, in the last layer only the
-    former. Allowed are L^2 + L L' and, in the last layer, half of these."""
+    former. Allowed are L^2 + L L' and, in the last layer, half of these. Without time conditioning, it is computed once
+    and counts as nothing."""
     model = build(time_conditioning=time).float()
     clean, noisy, tau = (t[:1] for t in inputs())
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model.logits(model(noisy, tau, clean=clean))
-    counted, allowed = 5 * L * L, 1.5 * (L * L + L * BLOCK)
-    masked = 4 * 12 * (counted - allowed)  # two products of 2 D
-    assert counter.get_total_flops() - masked == L * model.flops(L).forward_per_token
+    flops = model.flops(L)
+    assert (flops.reference_keys, flops.keys) == (5 * L, 1.5 * (L + BLOCK))
+    once = 0 if time else model._conditioning()
+    assert counter.get_total_flops() - once == L * flops.reference.forward_per_token
+
+
+@pytest.mark.parametrize("length", [8, 300, 1000])
+def test_counted_pairs_are_those_of_the_groups(length: int) -> None:
+    mask = torch.ones(1, 1, 2 * length, 2 * length, dtype=torch.bool)
+    for noisy_only in (False, True):
+        groups = one_pass_groups(mask, 5, torch.float32, noisy_only)
+        pairs = sum(bias.shape[2] * bias.shape[3] for bias in groups.biases)
+        assert one_pass_pairs(length, 5, noisy_only) == pairs
 
 
 def test_misuse() -> None:
