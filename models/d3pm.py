@@ -49,6 +49,8 @@ class D3PMConfig(DiTConfig):
     l0_mode: Literal["posterior", "x0"] = "posterior"  # last step by equation 4, or by p(x0) itself
     zero_mask_logit: bool = False  # absorbing: the network gives the mask no probability
 
+    tiny = {"num_timesteps": 50, "sampling_timesteps": 8}
+
     @model_validator(mode="before")
     @classmethod
     def _of_the_paper(cls, given: Any) -> Any:

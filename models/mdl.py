@@ -41,6 +41,8 @@ class MDLConfig(DiTConfig):
     sampler: Free[Sampler] = "ancestral_cache"
     sar_chunk_size: Free[Positive | None] = None  # new tokens per semi-autoregressive round; null = n_ctx / 2
 
+    tiny = {"num_sampling_steps": 8}
+
     @property
     def sar_chunk(self) -> int:
         """New tokens per round of semi-autoregressive generation: 512 at the paper's context of 1024."""

@@ -43,6 +43,8 @@ class SEDDConfig(DiTConfig):
     sigma_min: Rate = 1e-4  # geometric: noise at t = 0 and 1
     sigma_max: Rate = 20.0
 
+    tiny = {"sampling_timesteps": 8}
+
     @model_validator(mode="before")
     @classmethod
     def _of_the_paper(cls, given: Any) -> Any:

@@ -1,4 +1,7 @@
-"""Record an architecture's golden names and 20-step curve: `python tests/contract/record.py <type> ...`"""
+"""Record an architecture's golden names and 20-step curve: `python tests/contract/record.py <type or YAML file> ...`
+
+Those of the table go to tests/contract/golden, those of a file beside it.
+"""
 
 from __future__ import annotations
 
@@ -11,40 +14,45 @@ import torch
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.contract.tiny import GOLDEN, adapter_of, config, context, random_batch
+from adapters.base import weighted_loss
+from tests.contract.conftest import located
+from tests.contract.tiny import adapter_of, batch_for, config, context, golden_file
 from trainer.optim.optimizers import build_optimizers, clip_gradients
 from trainer.optim.schedules import schedule_factor
 
+STEPS = 20
 
-def golden_curve(type_: str) -> list[float]:
+
+def golden_curve(architecture: str) -> list[float]:
     """Loss of twenty optimizer steps on three alternating batches, fp64, one thread."""
     torch.set_num_threads(1)
-    cfg, _ = config(type_)
-    adapter = adapter_of(type_, dtype=torch.float64)
+    cfg, _ = config(architecture)
+    adapter = adapter_of(architecture, dtype=torch.float64)
     optimizers = build_optimizers(adapter.named_model_parameters(), adapter.param_roles(), cfg, adapter.width)
     curve = []
-    for step in range(20):
-        prepared = adapter.prepare(random_batch(seed=step % 3), context(step=step))
+    for step in range(STEPS):
+        ctx = context(step=step)
+        adapter.on_step_start(ctx, STEPS)
+        prepared = adapter.prepare(batch_for(adapter, seed=step % 3), ctx)
         torch.manual_seed(step)  # dropout
-        output = adapter(prepared)
-        terms = output.terms.values()
-        loss = sum(t.weight * t.sum / prepared.denominators[t.denominator] for t in terms)
+        loss = weighted_loss(adapter(prepared).terms, prepared.denominators)
         loss.backward()
         clip_gradients(list(adapter.parameters()), cfg.max_grad_norm)
         skipped = torch.zeros(())
-        optimizers.step(schedule_factor(step, 20, cfg), skipped)
+        optimizers.step(schedule_factor(step, STEPS, cfg), skipped)
         adapter.after_step(step, skipped)
+        adapter.constrain(skipped)
         optimizers.zero_grad()
         curve.append(loss.item())
     return curve
 
 
-def record(type_: str) -> None:
-    state = {name: list(p.shape) for name, p in adapter_of(type_).model.state_dict().items()}
-    text = json.dumps({"curve": golden_curve(type_), "state": state}, indent=1)
-    (GOLDEN / f"{type_}.json").write_text(text + "\n")
+def record(architecture: str) -> None:
+    state = {name: list(p.shape) for name, p in adapter_of(architecture).model.state_dict().items()}
+    text = json.dumps({"curve": golden_curve(architecture), "state": state}, indent=1)
+    golden_file(architecture).write_text(text + "\n")
 
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        record(name)
+        record(located(name, Path.cwd()))

@@ -46,20 +46,20 @@ def losses(run: Path) -> list:
     return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
 
 
-def with_dropout(type_: str) -> list[str]:
-    _, model_cfg = config(type_)
+def with_dropout(architecture: str) -> list[str]:
+    _, model_cfg = config(architecture)
     return ["model_cfg.dropout=0.1"] if "dropout" in type(model_cfg).model_fields else []
 
 
 @pytest.fixture(scope="session")
-def whole_run(type_, tmp_path_factory):
+def whole_run(architecture, tmp_path_factory):
     """Six steps in one go, every step saved."""
-    run = tmp_path_factory.mktemp(f"{type_}-whole")
-    score = train(*config(type_, *HARD, *with_dropout(type_)), run)
+    run = tmp_path_factory.mktemp(f"{architecture}-whole")
+    score = train(*config(architecture, *HARD, *with_dropout(architecture)), run)
     return run, score
 
 
-def test_a_run_leaves_what_it_promises(whole_run, type_):
+def test_a_run_leaves_what_it_promises(whole_run, architecture):
     run, score = whole_run
     summary = json.loads((run / "summary.json").read_text())
     assert summary["score"]["bits_per_byte"] == score and 0 < score < 9
@@ -78,13 +78,14 @@ def test_a_run_leaves_what_it_promises(whole_run, type_):
 
 
 @pytest.mark.parametrize("at", [1, 4])
-def test_resume_is_exact(whole_run, type_, tmp_path, at):
+def test_resume_is_exact(whole_run, architecture, tmp_path, at):
     """N + M steps at once equal N steps, a restart into fresh objects, and M steps: weights, optimizer, EMA, log."""
     run, score = whole_run
     shutil.copytree(run / f"checkpoint-{at}", tmp_path / f"checkpoint-{at}")
     (tmp_path / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text() + '{"step": 7, "lo')
     again = train(
-        *config(type_, *HARD, *with_dropout(type_), "resume=auto", f"output_dir={tmp_path}"), tmp_path
+        *config(architecture, *HARD, *with_dropout(architecture), "resume=auto", f"output_dir={tmp_path}"),
+        tmp_path,
     )
     assert again == score
     assert_same_state(run / "checkpoint-6", tmp_path / "checkpoint-6")
@@ -92,30 +93,30 @@ def test_resume_is_exact(whole_run, type_, tmp_path, at):
 
 
 @pytest.mark.slow
-def test_golden_curve(type_):
+def test_golden_curve(architecture):
     """Twenty steps in fp64: any change to the arithmetic of model, loss, optimizer or order shows."""
-    assert golden_curve(type_) == pytest.approx(golden(type_)["curve"], rel=1e-6)
+    assert golden_curve(architecture) == pytest.approx(golden(architecture)["curve"], rel=1e-6)
 
 
 @pytest.mark.slow
-def test_compiled_blocks_equal_eager_ones(type_, monkeypatch):
-    from tests.contract.tiny import adapter_of, loss_and_gradients, random_batch
+def test_compiled_blocks_equal_eager_ones(architecture, monkeypatch):
+    from tests.contract.tiny import adapter_of, batch_for, loss_and_gradients
 
-    adapter = adapter_of(type_)
-    eager, eager_gradients = loss_and_gradients(adapter, [random_batch()])
+    adapter = adapter_of(architecture)
+    eager, eager_gradients = loss_and_gradients(adapter, [batch_for(adapter)])
     for path in adapter.blocks():
         adapter.model.get_submodule(path).compile(backend="aot_eager", fullgraph=True)
-    compiled, compiled_gradients = loss_and_gradients(adapter, [random_batch()])
+    compiled, compiled_gradients = loss_and_gradients(adapter, [batch_for(adapter)])
     assert compiled == pytest.approx(eager, rel=1e-5)
     for name, gradient in eager_gradients.items():
         torch.testing.assert_close(compiled_gradients[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
 
 
 @pytest.mark.slow
-def test_kill_at_a_random_moment_and_resume(type_, tmp_path):
+def test_kill_at_a_random_moment_and_resume(architecture, tmp_path):
     """kill -9 while training, more than once; the end is bit for bit that of a run left alone."""
     steps = ["num_iterations=60", "val_loss_every=0", "save_steps=5", "sample_tokens=0"]
-    args = [*overrides(type_, *HARD, *with_dropout(type_)), *steps, "save_total_limit=2"]
+    args = [*overrides(architecture, *HARD, *with_dropout(architecture)), *steps, "save_total_limit=2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     base = [sys.executable, "mytrainer.py", *args]
     alone = tmp_path / "alone"
@@ -148,7 +149,7 @@ def test_kill_at_a_random_moment_and_resume(type_, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(type_, tmp_path):
+def test_two_processes_equal_one(architecture, tmp_path):
     """The same global batch on one process and on two: the same losses to rounding; and one resumed on two."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     one, two, mixed = (tmp_path / name for name in ("one", "two", "mixed"))
@@ -157,9 +158,9 @@ def test_two_processes_equal_one(type_, tmp_path):
     plain = [
         "optimizer=sgd",
         "learning_rate=0.1",
-        *(f"{w.partition('=')[0]}=0.0" for w in with_dropout(type_)),
+        *(f"{w.partition('=')[0]}=0.0" for w in with_dropout(architecture)),
     ]
-    words = overrides(type_, "batch_size=1", "logging_steps=1", "save_steps=3", *plain)
+    words = overrides(architecture, "batch_size=1", "logging_steps=1", "save_steps=3", *plain)
     base = [sys.executable, "mytrainer.py", *words]
     for run, processes in ((one, 1), (two, 2)):
         done = subprocess.run(

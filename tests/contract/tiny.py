@@ -1,8 +1,15 @@
-"""Tiny versions of every architecture in the table, and the ways the contract tests run them."""
+"""Tiny versions of architectures, and the ways the contract tests run them.
+
+An architecture is a type of the table or the path of a YAML file, whose package may lie beside it. All that is known
+of it comes from that file, from its Config (`tiny`) and from its adapter (`unit`, `data_spec`).
+"""
 
 from __future__ import annotations
 
+import functools
 import json
+import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,31 +17,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from adapters import build_adapter
-from adapters.base import Context, ModelAdapter
-from configs import compose
-from configs.schema import RunConfig
+from adapters import adapter_class, build_adapter
+from adapters.base import Context, ModelAdapter, weighted_loss
+from configs.compose import compose, compose_tree, prepare
+from configs.frontend import parse
+from configs.messages import ConfigError
+from configs.schema import ModelConfig, RunConfig
+from configs.validate import architecture_config, validate
 from data.rows import Batch
+from data.tokenizers import ByteTokenizer
 from models import ARCHITECTURES
 from trainer.batching import StepBatch
 from trainer.loop import Trainer
-from trainer.optim.schedules import schedule_factor
 from trainer.session import Session
 
 GOLDEN = Path(__file__).parent / "golden"
 TYPES = sorted(ARCHITECTURES)
-VOCABULARY = 64
+VOCABULARY = 64  # of architectures that read tokens
 SEQ_LEN = 32
-
-# Sizes that every architecture understands. What one of them needs besides goes into EXTRA.
-SIZES = ["model_cfg.d_model=64", "model_cfg.n_layers=2", "model_cfg.n_heads=4", f"model_cfg.n_ctx={SEQ_LEN}"]
-_FEW = ["model_cfg.nelbo_draws=4"]
-EXTRA: dict[str, list[str]] = {
-    "d3pm": [*_FEW, "model_cfg.sampling_timesteps=8", "model_cfg.num_timesteps=50"],
-    "mdl": [*_FEW, "model_cfg.num_sampling_steps=8"],
-    "sedd": [*_FEW, "model_cfg.sampling_timesteps=8"],
-    "bd3lm": [*_FEW, "model_cfg.num_sampling_steps=8", "model_cfg.block_length=8"],
-}
 RUN = [
     "preset=none",
     "data=synthetic",
@@ -50,16 +50,67 @@ RUN = [
     "mixed_precision=no",
     "save_minutes=null",
 ]
+# Fields that choose among groups of files or read the disk: only the front end knows what they mean.
+_COMPOSED = {"preset", "data", "output_dir", "model_name", "resume", "init_from_checkpoint"}
 
 
-def overrides(type_: str, *more: str) -> list[str]:
+# -- configurations ------------------------------------------------------------------------------------------
+
+
+def of_tests(config_class: type[ModelConfig], name: str) -> dict[str, Any]:
+    """A Config's `tiny` or `examples`, those of its bases included."""
+    classes = reversed(config_class.__mro__)
+    return {field: value for cls in classes for field, value in vars(cls).get(name, {}).items()}
+
+
+@functools.cache
+def _tree(architecture: str) -> dict[str, Any]:
+    """What the front end makes of the file and `RUN`: once, as it takes longer than most tests."""
+    folder = str(Path(architecture).parent)
+    if architecture not in ARCHITECTURES and folder not in sys.path:
+        sys.path.insert(0, folder)
+    return compose_tree(prepare([f"--hydra_model_cfg={architecture}", *RUN]).overrides)
+
+
+def _tiny(architecture: str) -> dict[str, Any]:
+    tree = _tree(architecture)
+    config_class = architecture_config(tree["type"], tree.get("model_adapter"), lambda key: "")
+    return of_tests(config_class, "tiny")
+
+
+def overrides(architecture: str, *more: str) -> list[str]:
     """Command-line arguments; a later value replaces an earlier one of the same key."""
-    merged = {item.partition("=")[0]: item for item in [*SIZES, *EXTRA.get(type_, []), *RUN, *more]}
-    return [f"--hydra_model_cfg={type_}", *merged.values()]
+    sizes = [f"model_cfg.{name}={json.dumps(value)}" for name, value in _tiny(architecture).items()]
+    merged = {item.partition("=")[0]: item for item in [*sizes, *RUN, *more]}
+    return [f"--hydra_model_cfg={architecture}", *merged.values()]
 
 
-def config(type_: str, *more: str) -> tuple[RunConfig, Any]:
-    return compose(overrides(type_, *more))
+@functools.cache
+def config(architecture: str, *more: str) -> tuple[RunConfig, Any]:
+    """What `overrides` compose to, mostly without composing anew."""
+    request = parse(list(more))
+    if request.problems:
+        raise ConfigError(request.problems)
+    if request.keys & _COMPOSED:
+        return compose(overrides(architecture, *more))
+    tree = dict(_tree(architecture))
+    tree["model_cfg"] = {**tree["model_cfg"], **_tiny(architecture)}
+    for key, value in request.values.items():
+        root, _, leaf = key.partition(".")
+        if leaf:
+            tree[root] = {**tree[root], leaf: value}
+        else:
+            tree[key] = value
+    return validate(tree)
+
+
+def environment(architecture: str) -> dict[str, str]:
+    """Of a process that is to run the architecture: one thread that does not spin, its package on the path."""
+    found = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    return found if architecture in ARCHITECTURES else {**found, "PYTHONPATH": str(Path(architecture).parent)}
+
+
+# -- adapters ------------------------------------------------------------------------------------------------
 
 
 class Letters:
@@ -70,17 +121,45 @@ class Letters:
         self.token_bytes = np.array([1] * (size - 1) + [0])
 
 
+def tokenizer_for(cfg: RunConfig, model_cfg: Any, vocabulary: int = VOCABULARY) -> Any:
+    """`vocabulary` letters for an architecture that reads tokens; for one that reads bytes, these."""
+    return Letters(vocabulary) if adapter_class(cfg).unit(model_cfg) == "token" else ByteTokenizer()
+
+
 def adapter_of(
-    type_: str, *more: str, vocabulary: int = VOCABULARY, dtype: torch.dtype = torch.float32
+    architecture: str, *more: str, vocabulary: int = VOCABULARY, dtype: torch.dtype = torch.float32
 ) -> ModelAdapter:
-    cfg, model_cfg = config(type_, *more)
-    return build_adapter(cfg, model_cfg, Letters(vocabulary)).to(dtype)
+    cfg, model_cfg = config(architecture, *more)
+    return build_adapter(cfg, model_cfg, tokenizer_for(cfg, model_cfg, vocabulary)).to(dtype)
+
+
+@torch.no_grad()
+def move_away_from_uniform(adapter: ModelAdapter) -> None:
+    """Add N(0, 0.3^2) to every trained weight, as many models begin by predicting nothing."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in adapter.parameters():
+        if parameter.requires_grad:
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    adapter.constrain(torch.zeros(()))
+
+
+def is_exact(adapter: ModelAdapter) -> bool:
+    """Whether likelihoods are exact; a bound is estimated from noise, and single losses of it scatter."""
+    return adapter.likelihood(batch_for(adapter, rows=1), context(1, phase="eval")).kind == "exact"
+
+
+# -- batches -------------------------------------------------------------------------------------------------
+
+
+def batch_for(adapter: ModelAdapter, rows: int = 4, length: int = SEQ_LEN, seed: int = 0) -> Batch:
+    """Random rows of the adapter's symbols, with its look-ahead."""
+    return random_batch(rows, length, adapter.tokenizer.vocab_size, seed, adapter.data_spec().lookahead)
 
 
 def random_batch(
     rows: int = 4, length: int = SEQ_LEN, vocabulary: int = VOCABULARY, seed: int = 0, n: int = 1
 ) -> Batch:
-    """Rows of random letters, each one document; every target scored."""
+    """Rows of random symbols, each one document; every target scored."""
     tokens = np.random.default_rng(seed).integers(0, vocabulary - 1, (rows, length + n))
     tokens[:, 0] = vocabulary - 1
     return batch_of(tokens, n)
@@ -112,9 +191,13 @@ def context(rows: int = 4, step: int = 0, phase: str = "train") -> Context:
     return Context(seed=1337, step=step, phase=phase, rows_in_step=rows)  # type: ignore[arg-type]
 
 
+# -- steps ---------------------------------------------------------------------------------------------------
+
+
 def loss_and_gradients(adapter: ModelAdapter, parts: list[Batch], rows: int = 4) -> tuple[dict, dict]:
     """Sums of every loss term over the parts divided by the step's denominators, and the gradient by name."""
     adapter.zero_grad(set_to_none=True)
+    adapter.on_step_start(context(rows), 1)
     prepared = [adapter.prepare(part, context(rows)) for part in parts]
     denominators: dict[str, float] = {}
     for p in prepared:
@@ -123,35 +206,38 @@ def loss_and_gradients(adapter: ModelAdapter, parts: list[Batch], rows: int = 4)
     losses: dict[str, float] = {}
     for p in prepared:
         output = adapter(p)
-        total = torch.zeros((), dtype=torch.float64)
         for name, term in output.terms.items():
-            part = term.sum / denominators[term.denominator]
-            losses[name] = losses.get(name, 0.0) + part.item()
-            total = total + term.weight * part
-        total.backward()
+            part = term.sum.item() / (denominators[term.denominator] or 1.0)
+            losses[name] = losses.get(name, 0.0) + part
+        weighted_loss(output.terms, denominators).backward()
     return losses, {n: p.grad.clone() for n, p in adapter.named_model_parameters() if p.grad is not None}
 
 
-def train_on(session: Session, batch: Batch, steps: int) -> list[float]:
+def train_on(session: Session, batch: Batch, steps: range, total: int) -> list[float]:
     """Optimizer steps on one batch, through the adapter's hooks; the first term's loss of each."""
     trainer = Trainer(session, SimpleNamespace(console=None), SimpleNamespace(requested=False))  # type: ignore
-    trainer.total = steps
+    trainer.total = total
     losses = []
     session.adapter.train()
-    for step in range(steps):
-        prepared = session.adapter.prepare(batch, context(len(batch.rows), step))
-        packed = StepBatch(context(len(batch.rows), step), [prepared], [0], prepared.denominators, 0, 0)
+    for step in steps:
+        ctx = context(len(batch.rows), step)
+        prepared = session.adapter.prepare(batch, ctx)
+        packed = StepBatch(ctx, [prepared], [0], prepared.denominators, 0, 0)
         trainer.meter.add_step(prepared.denominators, 0, 1)
         trainer._train_step(packed, prepared.denominators)
         losses.append(trainer.meter.read(session.world)["loss"])
-    assert schedule_factor(0, steps, session.cfg) > 0
     return losses
 
 
-def is_exact(adapter: ModelAdapter) -> bool:
-    """Whether likelihoods are exact; a bound is estimated from noise, and single losses of it scatter."""
-    return adapter.likelihood(random_batch(), context(phase="eval")).kind == "exact"
+# -- what was recorded ---------------------------------------------------------------------------------------
 
 
-def golden(type_: str) -> dict[str, Any]:
-    return json.loads((GOLDEN / f"{type_}.json").read_text())
+def golden_file(architecture: str) -> Path:
+    """Beside the tests for the table's architectures, beside its YAML for any other."""
+    if architecture in ARCHITECTURES:
+        return GOLDEN / f"{architecture}.json"
+    return Path(architecture).with_suffix(".golden.json")
+
+
+def golden(architecture: str) -> dict[str, Any]:
+    return json.loads(golden_file(architecture).read_text())
