@@ -43,8 +43,8 @@ class DefaultModelAdapter(ModelAdapter):
     """Cross-entropy of the next token; exact likelihood by the chain rule; sampling over the model's cache.
 
     The model is called as `model(tokens, doc_ids=...)` and `model(tokens, cache=...)`, and returns hidden states
-    (B, T, D) or a `Hidden`. It has `head_weight` (V_p, D), `logits(hidden)`, `max_context` (None = no window), and, to
-    generate faster, `init_cache(rows)`.
+    (B, T, D) or a `Hidden`. It has `head_weight` (V_p, D), `logits(hidden)`, `max_context` (None = no window), and
+    `init_cache(rows)`; without one, or with None in its place, generation reads the whole window for each token.
     """
 
     def prepare(self, batch: Batch, ctx: Context) -> Prepared:

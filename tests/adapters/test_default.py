@@ -15,6 +15,7 @@ from adapters.default import DefaultModelAdapter
 from configs.schema import DefaultModelConfig
 from models.layers.decoder import Hidden
 from tests.contract.tiny import Letters, adapter_of, batch_of, context, loss_and_gradients, random_batch
+from tests.models.tiny import VOCABULARY, Recurrent
 
 
 def generator(seed=0):
@@ -187,12 +188,13 @@ def test_seeds(adapter):
 
 def test_rows_of_unequal_length_are_continued_together(adapter):
     """Each as if it were alone, beyond the context too, with and without the cache; in far fewer passes."""
-    prompts = [[i % 63 for i in range(n, n + n)] for n in (5, 0, CONTEXT, 2 * CONTEXT + 3, 5, CONTEXT - 1)]
-    expected = [by_hand(adapter, prompt, row, FULL) for row, prompt in enumerate(prompts)]
-    cached = adapter.generate(prompts, FULL)
-    whole = adapter.generate(prompts, dataclasses.replace(FULL, use_cache=False))
+    some = dataclasses.replace(FULL, max_new_tokens=CONTEXT + 4)
+    prompts = [[i % 63 for i in range(n, n + n)] for n in (5, 0, CONTEXT, 2 * CONTEXT + 3, 5)]
+    expected = [by_hand(adapter, prompt, row, some) for row, prompt in enumerate(prompts)]
+    cached = adapter.generate(prompts, some)
+    whole = adapter.generate(prompts, dataclasses.replace(some, use_cache=False))
     assert cached.tokens == whole.tokens == expected
-    assert cached.network_calls == whole.network_calls <= FULL.max_new_tokens + CONTEXT
+    assert cached.network_calls == whole.network_calls <= some.max_new_tokens + CONTEXT
 
 
 def test_equal_prompts_take_as_many_passes_as_one(adapter):
@@ -244,8 +246,26 @@ def test_tokens_are_handed_out_as_they_come(adapter):
     assert [heard[0], heard[1]] == found.tokens
 
 
+@pytest.mark.parametrize("attention", [True, False])
+def test_a_model_with_states_and_without_a_window(attention):
+    """The same text as from the whole of it every time; the longest prompt is read at once when the others are done."""
+    cfg = DefaultModelConfig(vocab_size=VOCABULARY)
+    adapter = DefaultModelAdapter(Recurrent(attention), cfg, Letters(VOCABULARY))
+    options = GenerateOptions(max_new_tokens=8, temperature=1.0, stop_at_document_end=False)
+    prompts = [[1, 2], [], [i % 10 for i in range(60)], [7]]
+    found = adapter.generate(prompts, options)
+    assert found.network_calls == (8 + 2) + 8
+    assert adapter.generate(prompts, dataclasses.replace(options, use_cache=False)) == found
+    for row, prompt in enumerate(prompts):
+        source, text = generator(row), [adapter.tokenizer.eot, *prompt]
+        for _ in range(options.max_new_tokens):
+            logits = adapter.model.logits(adapter.model(torch.tensor([text])))
+            text += sample_next(logits[:, -1], options, [source])
+        assert found.tokens[row] == text[1 + len(prompt) :]
+
+
 class Ender(nn.Module):
-    """A model that says a, b, then the document's end, whatever came before."""
+    """A model that says a, b, then the document's end, whatever came before. It has no cache."""
 
     max_context = 8
 
@@ -264,7 +284,7 @@ class Ender(nn.Module):
 
 def test_a_document_end_ends_the_text():
     adapter = DefaultModelAdapter(Ender(), DefaultModelConfig(vocab_size=3), Letters(3))
-    options = GenerateOptions(max_new_tokens=5, temperature=0.0, use_cache=False)
+    options = GenerateOptions(max_new_tokens=5, temperature=0.0)
     heard = []
     assert adapter.generate([[]], options, lambda row, new: heard.extend(new)).tokens == [[0, 1]]
     assert heard == [0, 1], "the end is no text"

@@ -1,8 +1,10 @@
 """Small models with weights that hide nothing: no bias is 0, no gain is 1."""
 
 import torch
+from torch import nn
 
 from models import resolve
+from models.layers.cache import KVCache, StateCache
 from naming import load
 
 VOCABULARY = 11
@@ -33,3 +35,41 @@ def build(type_, dtype=torch.float64, seed=0, std=0.3, **fields):
 
 def tokens_of(rows=2, length=9, seed=1, vocabulary=VOCABULARY):
     return torch.randint(vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+class Recurrent(nn.Module):
+    """h_t = tanh(A h_{t-1} + x_t), then (or not) attention over all h so far. It looks back without limit."""
+
+    max_context = None
+
+    def __init__(self, attention, width=4):
+        super().__init__()
+        self.attention, self.width = attention, width
+        source = torch.Generator().manual_seed(0)
+        self.table = nn.Parameter(torch.randn(VOCABULARY, width, generator=source, dtype=torch.float64))
+        self.step = nn.Parameter(torch.randn(width, width, generator=source, dtype=torch.float64))
+
+    def init_cache(self, rows):
+        parts = {"attention": KVCache(1, rows)} if self.attention else {}
+        return StateCache(state=torch.zeros(rows, self.width, dtype=torch.float64), **parts)
+
+    def logits(self, hidden):
+        return hidden @ self.table.mT
+
+    @torch.no_grad()
+    def forward(self, tokens, cache=None):
+        cache = self.init_cache(len(tokens)) if cache is None else cache
+        states = []
+        for x in self.table[tokens].unbind(1):
+            cache["state"] = torch.tanh(cache["state"] @ self.step + x)
+            states.append(cache["state"])
+        hidden = torch.stack(states, 1)  # (B, T, D)
+        if self.attention:
+            one_head = hidden[:, None]  # (B, 1, T, D)
+            keys, values = cache["attention"].append(0, one_head, one_head)
+            ahead = torch.arange(keys.shape[2]) > cache.length + torch.arange(tokens.shape[1])[:, None]
+            scores = (one_head @ keys.mT).masked_fill(ahead, -torch.inf)
+            hidden = (scores.softmax(-1) @ values)[:, 0]
+            cache["attention"].advance(tokens.shape[1])
+        cache.advance(tokens.shape[1])
+        return hidden

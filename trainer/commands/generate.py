@@ -47,7 +47,9 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, GenerateOptions]:
         help="least probability relative to the likeliest token's; 0 is off",
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num_samples", type=int, default=1)
+    parser.add_argument(
+        "--num_samples", type=int, default=1, help="drawn side by side; the first is printed as it comes"
+    )
     parser.add_argument(
         "--ignore_document_end", action="store_true", help="go on after the model ends the document"
     )
