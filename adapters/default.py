@@ -129,8 +129,8 @@ class DefaultModelAdapter(ModelAdapter):
         on_state: OnState | None = None,
     ) -> Generation:
         """Continue all prompts token by token. A prompt is a document that has just begun, so the document token stands
-        before it, as in training. A row's text does not depend on the other prompts; `on_tokens` hears the rows in
-        turn."""
+        before it, as in training. Beyond the rounding of products of another shape, a row's text does not depend on the
+        other prompts. `on_tokens` hears the rows in turn."""
         if options.steps or options.by_confidence:
             raise ValueError(
                 "steps and by_confidence are for models that draw many positions at once; leave them out"
