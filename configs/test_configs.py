@@ -26,9 +26,9 @@ from hydra.core.global_hydra import GlobalHydra  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 
 from configs.compose import compose, compose_tree, model_config_class, prepare  # noqa: E402
-from configs.files import CONFIGS, choices, options  # noqa: E402
+from configs.files import BASE, CONFIGS, choices, options  # noqa: E402
 from configs.messages import ConfigError  # noqa: E402
-from configs.schema import RunConfig, redacted  # noqa: E402
+from configs.schema import CHOICES, RunConfig, redacted  # noqa: E402
 from configs.validate import validate  # noqa: E402
 from naming import load  # noqa: E402
 
@@ -46,6 +46,24 @@ MISTAKES = [
     (["type=seddd"], "unknown type 'seddd'"),
     (["resume=auto"], "needs model_name or output_dir"),
 ]
+
+
+# What every recipe says, whatever its optimizer and schedule read besides; and fields that say the same in two ways.
+RECIPE = {
+    "optimizer",
+    "scheduler",
+    "learning_rate",
+    "weight_decay",
+    "max_grad_norm",
+    "ema_decay",
+    "warmup_ratio",
+}
+EITHER = {
+    "warmup_ratio": {"warmup_steps"},
+    "warmup_steps": {"warmup_ratio"},
+    "min_lr_ratio": {"min_lr"},
+    "min_lr": {"min_lr_ratio"},
+}
 
 
 def _quiet(text: str) -> None:
@@ -81,6 +99,7 @@ def check_model_file(name: str, build: bool) -> None:
     if build:
         _build(cfg)
     _check_stated(path, cfg)
+    _check_recipe(path)
 
 
 def _check_run(cfg: RunConfig) -> None:
@@ -101,6 +120,19 @@ def _check_stated(path: Path, cfg: RunConfig) -> None:
     assert stated.keys() == defaults.keys(), f"model_cfg states {[*stated]}, fields are {[*defaults]}"
     meant = cls(**stated).model_dump()
     assert meant == defaults, f"model_cfg states {stated}, defaults are {defaults}"
+
+
+def _check_recipe(path: Path) -> None:
+    """A shipped file states the whole recipe of its optimizer and its schedule, and of all other generic fields those
+    that it wants otherwise: what stands in training.yaml may change without changing what a paper's recipe means."""
+    stated, base = (OmegaConf.to_container(OmegaConf.load(p)) for p in (path, BASE))
+    assert isinstance(stated, dict) and isinstance(base, dict)
+    reads = [CHOICES[field].table[stated[field]].reads for field in ("optimizer", "scheduler")]
+    recipe = {*RECIPE, *(name for names in reads for name in names)}
+    missing = {name for name in recipe if name not in stated and not EITHER.get(name, set()) & stated.keys()}
+    assert not missing, f"the recipe does not state {', '.join(sorted(missing))}"
+    idle = [k for k in stated.keys() - recipe - EITHER.keys() if k in base and stated[k] == base[k]]
+    assert not idle, f"as in training.yaml, leave out: {', '.join(sorted(idle))}"
 
 
 def _build(cfg: RunConfig) -> None:

@@ -123,9 +123,8 @@ def world_size(num_gpus: Any, device: str) -> int:
 
 def _relations(run: RunConfig) -> list[str]:
     """Problems between generic fields."""
-    from kernels import problems as kernel_problems
-
-    problems = _batch(run) + _schedule(run) + _machine(run) + _trackers(run) + kernel_problems(run.kernels)
+    problems = _batch(run) + _schedule(run) + _machine(run) + _trackers(run)
+    problems += load("kernels:problems")(run.kernels)
     if run.resume != "none" and run.init_from_checkpoint:
         problems.append("resume and init_from_checkpoint exclude each other: the second takes weights only")
     if run.resume == "auto" and not (run.model_name or run.output_dir):

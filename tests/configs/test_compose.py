@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -262,6 +263,29 @@ def test_fields_that_the_run_does_not_read(work, words, told):
     notes: list[str] = []
     compose(["mine.yaml", *words.split()], notes.append)
     assert [n for n in notes if "not read" in n] == ([f"not read by this run: {told}"] if told else [])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("muon_momentum: 0.95", "", "the recipe does not state muon_momentum"),
+        ("warmup_ratio: 0.02", "", "the recipe does not state warmup_ratio"),
+        ("warmup_ratio: 0.02", "warmup_steps: 20", ""),
+        ("scheduler: cooldown", "scheduler: constant", "as in training.yaml, leave out: cooldown_frac"),
+        ("lr_scaling: width\n", "", "the recipe does not state lr_scaling"),
+        ("type: gpt2", "type: gpt2\nbatch_size: auto", "as in training.yaml, leave out: batch_size"),
+        ("type: gpt2", "type: gpt2\nbatch_size: 8", ""),
+    ],
+)
+def test_a_model_file_states_its_recipe_and_what_differs(tmp_path, old, new, message):
+    from configs.test_configs import _check_recipe
+
+    text = (CONFIGS / "gpt2.yaml").read_text()
+    assert old in text
+    path = tmp_path / "gpt2.yaml"
+    path.write_text(text.replace(old, new))
+    with nullcontext() if not message else pytest.raises(AssertionError, match=message):
+        _check_recipe(path)
 
 
 def test_every_shipped_configuration_passes_its_own_check(capsys):
