@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from naming import not_one_of
+
 __all__ = ["Spectrum", "balance", "generator_matrix", "load_embedding", "neighbor_graph", "spectrum"]
 
 SINKHORN_ROUNDS = 2000
@@ -124,4 +126,4 @@ def spectrum(matrix: Tensor, amounts: Tensor, construction: str) -> Spectrum:
         return Spectrum(vectors, torch.exp(amounts * values.clamp_max(0)))  # R has no positive eigenvalue
     if construction == "sinkhorn":
         return Spectrum(vectors, 1 - amounts + amounts * values)
-    raise ValueError(f"model_cfg.nn_construction: {construction!r} is not one of expm, sinkhorn")
+    raise ValueError(f"model_cfg.nn_construction: {not_one_of(construction, ('expm', 'sinkhorn'))}")

@@ -5,11 +5,11 @@ No document mask, no fused loss: causal attention over the whole row and the cro
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from models.gpt2 import GPT2Config
 
 __all__ = ["PlainGPT2"]
 
@@ -34,9 +34,10 @@ class _Block(nn.Module):
 
 
 class PlainGPT2(nn.Module):
-    """`forward(tokens (B, T), targets (B, T))` -> mean cross-entropy, (). `cfg`: a GPT2Config with `vocab_size`."""
+    """`forward(tokens (B, T), targets (B, T))` -> mean cross-entropy, (). `cfg` states its `vocab_size`."""
 
-    def __init__(self, cfg: Any) -> None:
+    def __init__(self, cfg: GPT2Config) -> None:
+        assert cfg.vocab_size is not None
         super().__init__()
         vocabulary = -(-cfg.vocab_size // 128) * 128
         self.wte, self.wpe = nn.Embedding(vocabulary, cfg.d_model), nn.Embedding(cfg.n_ctx, cfg.d_model)

@@ -20,7 +20,7 @@ from data.tokenizer_choice import vocabulary_size
 from trainer.batching import plan_batch
 
 if TYPE_CHECKING:
-    from configs.schema import RunConfig
+    from configs.schema import ModelConfig, RunConfig
 
 __all__ = ["describe", "main", "memory_estimate"]
 
@@ -52,7 +52,7 @@ def _vocabulary(cfg: RunConfig, unit: Unit, given: int | None) -> Any:
     return SimpleNamespace(vocab_size=size, eot=size - 1, name=cfg.tokenizer)
 
 
-def describe(cfg: RunConfig, model_cfg: Any, vocab_size: int | None = None) -> dict[str, Any]:
+def describe(cfg: RunConfig, model_cfg: ModelConfig, vocab_size: int | None = None) -> dict[str, Any]:
     """Counts from the model built without storage, costs by the documented formulas."""
     from adapters import adapter_class, build_adapter
     from trainer.optim.optimizers import role_table
@@ -119,7 +119,7 @@ def memory_estimate(adapter: Any, cfg: RunConfig, micro_rows: int) -> dict[str, 
     return {**out, "total": sum(out.values())}
 
 
-def _measured_speed(cfg: RunConfig, model_cfg: Any) -> dict[str, Any] | None:
+def _measured_speed(cfg: RunConfig, model_cfg: ModelConfig) -> dict[str, Any] | None:
     """Tokens per second of the newest finished run of this very model and row length here, if there is one."""
     wanted = {
         "type": cfg.type,

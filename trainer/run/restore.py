@@ -21,7 +21,7 @@ from trainer.precision import choose_precision, tune_host
 from trainer.run.checkpoint import find_checkpoint, load_json, load_tensors
 
 if TYPE_CHECKING:
-    from configs.schema import RunConfig
+    from configs.schema import ModelConfig, RunConfig
     from data.tokenizers import Tokenizer
 
 __all__ = [
@@ -79,7 +79,7 @@ def config_of(checkpoint: Path) -> tuple[RunConfig, Any]:
     return found
 
 
-def with_free_fields(cfg: RunConfig, model_cfg: Any, overrides: list[str]) -> Any:
+def with_free_fields(cfg: RunConfig, model_cfg: ModelConfig, overrides: list[str]) -> ModelConfig:
     """`model_cfg` with `model_cfg.field=value` words applied. ConfigError for what no such field is, what is fixed with
     the architecture, and what the Config refuses."""
     from configs.explain import explain
@@ -178,7 +178,7 @@ def _load(adapter: ModelAdapter, checkpoint: Path, raw: bool) -> str:
     return "EMA"
 
 
-def _compare_architectures(given: str, cfg: RunConfig, model_cfg: Any, checkpoint: Path) -> None:
+def _compare_architectures(given: str, cfg: RunConfig, model_cfg: ModelConfig, checkpoint: Path) -> None:
     """A model file beside a checkpoint is not needed: another type is an error, other sizes give way."""
     from configs.compose import compose
 

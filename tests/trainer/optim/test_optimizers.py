@@ -1,13 +1,13 @@
 """Roles, the torch optimizers behind them, the skip flag, `every`, saved state and clipping."""
 
 import io
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from configs.schema import RunConfig
 from models.layers.roles import Rule
 from trainer.optim import OPTIMIZERS
 from trainer.optim.optimizers import build_optimizers, clip_gradients, role_table
@@ -23,21 +23,7 @@ RULES = [
 
 
 def config(**overrides):
-    fields = {
-        "optimizer": "adamw",
-        "learning_rate": 0.01,
-        "muon_learning_rate": 0.02,
-        "muon_momentum": 0.95,
-        "muon_scale": "spectral",
-        "muon_ns_steps": 5,
-        "lr_scaling": "width",
-        "lr_base_width": 32,
-        "weight_decay": 0.1,
-        "adam_beta1": 0.9,
-        "adam_beta2": 0.95,
-        "adam_epsilon": 1e-8,
-    }
-    return SimpleNamespace(**(fields | overrides))
+    return RunConfig(type="none", **({"learning_rate": 0.01, "lr_base_width": 32} | overrides))
 
 
 class Toy(nn.Module):
