@@ -131,7 +131,7 @@ def _check_recipe(path: Path) -> None:
     recipe = {*RECIPE, *(name for names in reads for name in names)}
     missing = {name for name in recipe if name not in stated and not EITHER.get(name, set()) & stated.keys()}
     assert not missing, f"the recipe does not state {', '.join(sorted(missing))}"
-    idle = [k for k in stated.keys() - recipe - EITHER.keys() if k in base and stated[k] == base[k]]
+    idle = [str(k) for k in stated.keys() - recipe - EITHER.keys() if k in base and stated[k] == base[k]]
     assert not idle, f"as in training.yaml, leave out: {', '.join(sorted(idle))}"
 
 

@@ -71,6 +71,30 @@ class TrainingRows:
         scored = int(self.store.tokenizer.token_bytes[targets].sum())
         return Batch(tokens, doc_ids, weights, np.zeros_like(weights), rows, scored)
 
+    def changed_length(self, seq_len: int, position: int) -> tuple[float, float]:
+        """Shares of the running epoch's targets that are read twice and never, when rows of `seq_len` give way to these
+        after `position` targets. The readers of `reading_place` then stand elsewhere, each by less than a long row."""
+        before = (self.tokens_per_epoch - 1) // seq_len  # rows of an epoch
+        epoch, visits = divmod(position // seq_len, before)
+        begins = -(-position // self.seq_len) - epoch * self.rows_per_epoch
+        rest = np.arange(np.clip(begins, 0, self.rows_per_epoch), self.rows_per_epoch)
+        unread = np.zeros(
+            self.rows_per_epoch + 1, dtype=np.int64
+        )  # 1 = a row that is still to come; beyond: none
+        unread[reading_place(rest, self.rows_per_epoch)] = 1
+        sums = np.concatenate([[0], np.cumsum(unread)]) * self.seq_len
+
+        def to_come(place: np.ndarray) -> np.ndarray:
+            """Targets before a place of the stream that are still to come."""
+            row, within = np.divmod(np.minimum(place, self.rows_per_epoch * self.seq_len), self.seq_len)
+            return sums[row] + unread[row] * within
+
+        starts = reading_place(np.arange(visits), before) * seq_len
+        twice = int((to_come(starts + seq_len) - to_come(starts)).sum())
+        targets = self.tokens_per_epoch - 1
+        read = visits * seq_len + len(rest) * self.seq_len
+        return twice / targets, (targets - read + twice) / targets
+
     def _gather(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         permutation, starts = self._epoch(epoch)
         span = np.arange(self.seq_len + self.lookahead)

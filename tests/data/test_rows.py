@@ -221,3 +221,29 @@ def test_val_tokens_cuts_and_says_so(bpe_store: TokenStore) -> None:
     assert cut.total_bytes == cut.batch(np.arange(cut.n_rows)).bytes < every.total_bytes
     assert HeldoutRows(bpe_store, eot, 64, max_tokens=every.n_targets).complete
     assert HeldoutRows(bpe_store, eot, 64, max_tokens=1).n_rows == 1
+
+
+@pytest.mark.parametrize("epoch", [0, 2])
+@pytest.mark.parametrize("part", [0.0, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize(("old", "new"), [(4, 2), (2, 4), (3, 5), (4, 3)])
+def test_what_another_row_length_reads_twice_and_never(old, new, part, epoch) -> None:
+    """Counted target by target, over all rows before the change and all after it."""
+    store = store_of([b"x" * 4000])
+    before, after = (TrainingRows(store, 256, length) for length in (old, new))
+    first = epoch * before.rows_per_epoch + int(part * before.rows_per_epoch)
+    counts = np.zeros(after.tokens_per_epoch - 1, dtype=np.int64)
+    end = (epoch + 1) * after.rows_per_epoch
+    begin = -(-first * old // new)
+    for rows, ids in ((before, np.arange(first)), (after, np.arange(begin, end))):
+        here = ids[ids // rows.rows_per_epoch == epoch] % rows.rows_per_epoch
+        places = reading_place(here, rows.rows_per_epoch)[:, None] * rows.seq_len + np.arange(rows.seq_len)
+        counts += np.bincount(places.ravel(), minlength=len(counts))
+    twice, never = after.changed_length(old, first * old)
+    assert twice == pytest.approx((counts == 2).mean()) and never == pytest.approx((counts == 0).mean())
+    assert (twice > 0.01) == (0.1 <= part)
+
+
+def test_rows_of_the_same_length_are_read_on_from_anywhere() -> None:
+    rows = TrainingRows(store_of([b"x" * 4000]), 256, 4)
+    dropped = 4000 % 4 / 4000
+    assert all(rows.changed_length(4, 4 * n) == pytest.approx((0, dropped)) for n in (0, 7, 500, 999))

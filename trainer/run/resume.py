@@ -86,6 +86,9 @@ def check_resumable(s: Session, checkpoint: Path, saved: dict[str, Any], note: C
     changed = [k for k in after if k not in _NOT_COMPARED and before[k] != after[k]]
     for key in changed:
         note(f"changed since the checkpoint: {key} {before[key]} -> {after[key]}")
+    if "train_seq_len" in changed:
+        twice, never = s.rows.changed_length(before["train_seq_len"], saved["position"])
+        note(f"with rows of another length {twice:.1%} of this epoch's text is read twice, {never:.1%} never")
     for key, now in execution(s).items():
         then = saved["execution"].get(key)
         if then != now:
