@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from adapters.base import Context, Likelihood, ModelAdapter
+from trainer.meter import Meter
 from trainer.precision import autocast
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Score:
     # Nats per token of what a bound consists of, and of other estimates of it; empty when exact.
     parts: dict[str, float] = field(default_factory=dict)
     estimates: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)  # what the adapter reports beside the score
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -79,6 +81,7 @@ def evaluate(
     mine = np.arange(per_process) * world.size + world.rank
     ctx = Context(seed=seed, step=0, phase="eval", rows_in_step=rows.n_rows)
     found: Likelihood | None = None
+    metrics = Meter(world.device)
     sums = _Sums(len(rows.documents))
     try:
         for start in range(0, per_process, batch_rows):
@@ -89,6 +92,7 @@ def evaluate(
             batch = rows.batch(ids)
             with autocast(precision, world.device):
                 found = adapter.likelihood(batch, ctx)
+            metrics.add_metrics(found.metrics)
             sums.add(found, batch, rows.document_of[ids], rows.store.tokenizer.token_bytes)
     finally:
         adapter.train(training)
@@ -115,6 +119,7 @@ def evaluate(
         comparable=rows.complete,
         parts={name: total[f"part {name}"] / total["tokens"] for name in found.parts},
         estimates={name: total[f"estimate {name}"] / total["tokens"] for name in found.estimates},
+        metrics=metrics.read(world),
     )
 
 

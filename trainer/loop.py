@@ -34,6 +34,7 @@ from trainer.optim.optimizers import clip_gradients
 from trainer.optim.schedules import schedule_factor
 from trainer.precision import autocast
 from trainer.run.checkpoint import find_checkpoint, load_json, load_tensors, newest_checkpoint
+from trainer.run.lines import refuse_taken_names
 from trainer.run.progress import Progress
 from trainer.run.record import RunRecord
 from trainer.run.restore import load_weights
@@ -85,6 +86,7 @@ class Trainer:
         self.progress = Progress()
         self.meter = Meter(self.world.device)
         self.total = session.total_steps
+        self.planned_flops = session.adapter.flops(self.cfg.train_seq_len).training_per_token  # of a token
         self.last_norm: Tensor = torch.zeros((), device=self.world.device)
         # 1.0 from the first non-finite step on; keeps later updates from building on it until the host has seen it.
         self.halted = torch.zeros((), device=self.world.device)
@@ -100,7 +102,7 @@ class Trainer:
         if self.cfg.eval_only:
             score = self._final_score()
             if score:
-                self.record.evaluation(self.progress, score)
+                self.record.evaluation(self.s, self.progress, score)
                 self._sample()
             return self._finish(score) if score else self._leave()
         step = self.progress.step
@@ -171,7 +173,8 @@ class Trainer:
                 loss = weighted_loss(output.terms, denominators)
                 # DistributedDataParallel averages over processes; the denominators are already global.
                 (loss * (self.world.size * s.scaler.scale)).backward()
-            self.meter.add_output(output)
+            refuse_taken_names(s.adapter, output)
+            self.meter.add_output(output, self.planned_flops * s.plan.micro_rows * self.cfg.train_seq_len)
             bad_loss |= ~torch.isfinite(loss.detach())
 
         parameters = s.parameters
@@ -282,7 +285,7 @@ class Trainer:
         better = score.bits_per_byte < p.best_bits_per_byte
         if better:
             p.best_bits_per_byte, p.best_step = score.bits_per_byte, p.step
-        self.record.evaluation(p, score)
+        self.record.evaluation(self.s, p, score)
         if self.s.ema and p.step >= self.total:  # once, to show what averaging does
             raw = self._score(self.interim_rows, averaged=False)
             if raw:
@@ -322,7 +325,7 @@ class Trainer:
         if s.ema:
             s.ema.load_state_dict(load_tensors(checkpoint, "ema.pt"))
         self.meter.load_state_dict(state["meter"], self.world)
-        self.progress = Progress.from_json(saved["progress"])
+        self.progress = Progress.from_json(saved["progress"], self.planned_flops)
         s.loader.start_at(self.progress.step, saved["position"])
         self.console.note(
             f"resumed {checkpoint.name} at step {self.progress.step}, after {self.progress.seconds:.0f} s of training"
@@ -338,7 +341,7 @@ class Trainer:
     def _finish(self, score: Score) -> float:
         if not self.cfg.eval_only and self.cfg.save_checkpoint and not self.cfg.save_only_best:
             self._save()
-        self.record.finish(self.s, self.progress, score)
+        self.record.finish(self.s, self.progress, self.meter, score)
         if self.cfg.save_best_model and self.progress.best_step >= 0:
             return self.progress.best_bits_per_byte
         return score.bits_per_byte

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from adapters.base import StepOutput
+from adapters.base import Metric, StepOutput
 
 if TYPE_CHECKING:
     from trainer.distributed import World
@@ -17,9 +18,11 @@ __all__ = ["Meter"]
 
 
 class Meter:
-    """Adds up loss terms and metrics of every micro-batch; `read` reduces them over processes and starts anew.
+    """Adds up loss terms, metrics and operations of every micro-batch; `read` reduces them over processes and starts
+    anew.
 
-    Denominators, tokens and bytes are host numbers that are already global; everything else is local.
+    Denominators, tokens and bytes are host numbers that are already global; everything else is local. Nothing but
+    `read`, `flops` and `state_dict`, which all processes call together, waits for the device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -28,29 +31,40 @@ class Meter:
         self._reset()
 
     def _reset(self) -> None:
-        self._sums: dict[str, Tensor] = {}  # "<reduce>/<name>" -> local value
-        self._counts: dict[str, float | Tensor] = {}  # host numbers or device scalars
+        # "<kind>/<name>" -> local value; kinds are term, mean, sum, max, last, count, and flops without a name.
+        self._sums: dict[str, float | Tensor] = {}
         self._denominator_of: dict[str, str] = {}
         self._likelihoods: list[str] = []  # terms
         self._totals: dict[str, float] = {}  # global: denominators, tokens, bytes, steps
 
-    def add_output(self, output: StepOutput) -> None:
+    def add_output(self, output: StepOutput, planned_flops: float = 0.0) -> None:
+        """One micro-batch. `planned_flops` counts where the output does not say what it took."""
         for name, term in output.terms.items():
             self._denominator_of[name] = term.denominator
             if term.likelihood and name not in self._likelihoods:
                 self._likelihoods.append(name)
             self._accumulate(f"term/{name}", term.sum)
-        for name, metric in output.metrics.items():
-            self._accumulate(f"{metric.reduce}/{name}", metric.sum)
-            self._counts[name] = self._counts.get(name, 0.0) + metric.count
+        self.add_metrics(output.metrics)
+        self._accumulate("flops/", planned_flops if output.flops is None else output.flops)
 
-    def _accumulate(self, key: str, value: Tensor) -> None:
-        value = value.detach().to(self._dtype)
+    def add_metrics(self, metrics: Mapping[str, Metric]) -> None:
+        for name, metric in metrics.items():
+            self._accumulate(f"{metric.reduce}/{name}", metric.sum)
+            self._accumulate(f"count/{name}", metric.count)
+
+    def _accumulate(self, key: str, value: float | Tensor) -> None:
+        if isinstance(value, Tensor):
+            value = value.detach().to(self._device, self._dtype)
         old = self._sums.get(key)
         if old is None or key.startswith("last/"):
             self._sums[key] = value
+        elif key.startswith("max/"):
+            self._sums[key] = torch.maximum(self._tensor(old), self._tensor(value))
         else:
-            self._sums[key] = torch.maximum(old, value) if key.startswith("max/") else old + value
+            self._sums[key] = old + value
+
+    def _tensor(self, value: float | Tensor) -> Tensor:
+        return torch.as_tensor(value, dtype=self._dtype, device=self._device)
 
     def add_step(self, denominators: dict[str, float], tokens: float, bytes_: float) -> None:
         for name, value in {
@@ -65,33 +79,43 @@ class Meter:
     def steps(self) -> int:
         return int(self._totals.get("steps", 0))
 
-    def _gathered(self, world: World) -> tuple[dict[str, float], dict[str, float]]:
-        """Global sums and counts. The only place where the host waits for the device."""
-        keys, names = sorted(self._sums), sorted(self._counts)
-        values = torch.stack([self._sums[k] for k in keys]).tolist() if keys else []
-        added = world.add_up([*values, *(float(self._counts[n]) for n in names)])
-        sums = dict(zip(keys, added, strict=False))
+    def _gathered(self, world: World) -> dict[str, float]:
+        """Global sums. The only place where the host waits for the device."""
+        if not self._sums:
+            return {}
+        keys = sorted(self._sums)
+        on_device = {k: v for k in keys if isinstance(v := self._sums[k], Tensor)}
+        arrived = torch.stack(list(on_device.values())).tolist() if on_device else []
+        local = {**self._sums, **dict(zip(on_device, arrived, strict=True))}
+        values = [float(local[k]) for k in keys]
+        sums = dict(zip(keys, world.add_up(values), strict=True))
         if any(k.startswith("max/") for k in keys):
             largest = dict(zip(keys, world.maximum(values), strict=True))
             sums |= {k: v for k, v in largest.items() if k.startswith("max/")}
-        return sums, dict(zip(names, added[len(keys) :], strict=True))
+        return sums
+
+    def flops(self, world: World) -> float:
+        """Operations since the last read."""
+        return self._gathered(world).get("flops/", 0.0)
 
     def read(self, world: World) -> dict[str, float]:
-        """Means since the last read: every loss term, every metric, `loss`, `bits_per_byte` of the first term where it
-        is a likelihood. What was counted nowhere has no mean."""
-        sums, counts = self._gathered(world)
+        """Since the last read: means of every loss term and metric, `loss`, `bits_per_byte` of the first term where it
+        is a likelihood; `flops` in sum. What was counted nowhere has no mean."""
+        sums = self._gathered(world)
         out: dict[str, float] = {}
         for key, value in sums.items():
             kind, name = key.split("/", 1)
             if kind == "term":
                 out[f"loss_{name}"] = value / max(self._totals[self._denominator_of[name]], 1e-30)
             elif kind == "mean":
-                if counts[name] > 0:
-                    out[name] = value / counts[name]
+                if sums[f"count/{name}"] > 0:
+                    out[name] = value / sums[f"count/{name}"]
             elif kind == "last":
                 out[name] = value / world.size
-            else:
+            elif kind in ("sum", "max"):
                 out[name] = value
+            elif kind == "flops":
+                out["flops"] = value
         if self._denominator_of:
             first = next(iter(self._denominator_of))
             out["loss"] = out[f"loss_{first}"]
@@ -103,10 +127,8 @@ class Meter:
 
     def state_dict(self, world: World) -> dict[str, Any]:
         """The unread sums, so that the log line after a resume is the one an unbroken run writes."""
-        sums, counts = self._gathered(world)
         return {
-            "sums": sums,
-            "counts": counts,
+            "sums": self._gathered(world),
             "denominator_of": self._denominator_of,
             "likelihoods": self._likelihoods,
             "totals": self._totals,
@@ -114,10 +136,8 @@ class Meter:
 
     def load_state_dict(self, state: dict[str, Any], world: World) -> None:
         share = 1.0 if world.is_main else 0.0  # they are global sums: one process carries them
-        self._sums = {
-            k: torch.tensor(v if k.startswith("max/") else v * share, dtype=self._dtype, device=self._device)
-            for k, v in state["sums"].items()
-        }
-        self._counts = {k: v * share for k, v in state["counts"].items()}
+        # Counts had a mapping of their own once.
+        saved = {**state["sums"], **{f"count/{k}": v for k, v in state.get("counts", {}).items()}}
+        self._sums = {k: v if k.startswith("max/") else v * share for k, v in saved.items()}
         self._denominator_of, self._totals = dict(state["denominator_of"]), dict(state["totals"])
         self._likelihoods = list(state["likelihoods"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from adapters.base import Likelihood, ModelAdapter
+from adapters.base import Likelihood, Metric, ModelAdapter
 from adapters.default import DefaultModelAdapter
 from configs.schema import DefaultModelConfig
 from data import load_dataset
@@ -298,3 +298,25 @@ def test_the_error_over_documents_is_that_of_a_ratio():
     assert found.documents_standard_error == pytest.approx(expected)
     single = encode_documents([Document("a", texts[0])], ByteTokenizer())
     assert score(ByDocument(), HeldoutRows(single, 256, 30), batch_rows=2).documents_standard_error is None
+
+
+# -- what is reported beside the score ---------------------------------------------------------------------------------
+
+
+class Counting(TableAdapter):
+    """Reports how many text positions it saw, and their mean token."""
+
+    def heldout_metrics(self, hidden, prepared):
+        weights, tokens = prepared.tensors["weights"], prepared.tensors["targets"]
+        mean = Metric((weights * tokens).sum(), weights.sum())
+        return {"seen": Metric(weights.sum(), reduce="sum"), "token": mean}
+
+
+def test_metrics_are_added_up_over_batches_like_those_of_training(dataset):
+    adapter = Counting(random_table(dataset.tokenizer.vocab_size), dataset.tokenizer)
+    one, other = (score(adapter, rows_of(dataset), batch_rows=n) for n in (1, 7))
+    assert one.metrics["seen"] == other.metrics["seen"] == one.tokens
+    assert one.metrics["token"] == pytest.approx(dataset.heldout.tokens.astype(float).mean(), rel=1e-6)
+    assert other.metrics["token"] == pytest.approx(one.metrics["token"], rel=1e-9)
+    assert f"seen {one.tokens:.4g}" in dict(score_lines(one.as_dict()))["measured"]
+    assert "measured" not in dict(score_lines(score(uniform(dataset.tokenizer), rows_of(dataset)).as_dict()))

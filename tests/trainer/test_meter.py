@@ -1,5 +1,6 @@
 import math
 
+import pytest
 import torch
 
 from adapters.base import LossTerm, Metric, StepOutput
@@ -45,3 +46,49 @@ def test_saved_and_restored_in_the_middle_reads_the_same():
     second.load_state_dict(first.state_dict(WORLD), WORLD)
     fill(second)
     assert second.read(WORLD) == whole.read(WORLD)
+
+
+def test_nothing_that_is_added_waits_for_the_device(monkeypatch):
+    """Counts and operations may be tensors too."""
+
+    def wait(self):
+        raise AssertionError("a number was asked for")
+
+    for name in ("item", "tolist", "__float__", "__bool__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, wait)
+    nothing = torch.zeros(())
+    with pytest.raises(AssertionError, match="asked for"):
+        float(nothing)
+    meter = Meter(CPU)
+    for kind in ("mean", "sum", "max", "last"):
+        metrics = {kind: Metric(nothing, nothing, reduce=kind)}
+        for flops in (None, nothing, 3.0):
+            meter.add_output(StepOutput({"ce": LossTerm(nothing, "tokens")}, metrics, flops), 5.0)
+
+
+def test_counts_on_the_device_and_on_the_host_are_the_same():
+    meter = Meter(CPU)
+    meter.add_metrics(
+        {"a": Metric(torch.tensor(6.0), torch.tensor(1.0)), "b": Metric(torch.tensor(6.0), 1.0)}
+    )
+    meter.add_metrics({"a": Metric(torch.tensor(2.0), 3), "b": Metric(torch.tensor(2.0), torch.tensor(3))})
+    assert meter.read(WORLD) == {"a": 2.0, "b": 2.0}
+
+
+def test_operations_are_those_of_the_output_or_the_plan():
+    meter = Meter(CPU)
+    for flops in (None, 10.0, torch.tensor(4.0)):
+        meter.add_output(StepOutput({}, flops=flops), planned_flops=100.0)
+    assert meter.flops(WORLD) == meter.read(WORLD)["flops"] == 114.0
+    assert meter.flops(WORLD) == 0.0
+
+
+def test_a_state_from_before_operations_were_counted():
+    new, old = Meter(CPU), Meter(CPU)
+    fill(new)
+    state = new.state_dict(WORLD)
+    sums = {k: v for k, v in state["sums"].items() if not k.startswith(("count/", "flops/"))}
+    counts = {k.removeprefix("count/"): v for k, v in state["sums"].items() if k.startswith("count/")}
+    old.load_state_dict({**state, "sums": sums, "counts": counts}, WORLD)
+    fill(old), fill(new)
+    assert old.read(WORLD) == new.read(WORLD)

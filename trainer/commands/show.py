@@ -67,6 +67,7 @@ def describe(cfg: RunConfig, model_cfg: ModelConfig, vocab_size: int | None = No
     plan = plan_batch(cfg.global_batch_size, given, cfg.gradient_accumulation_steps, world, cfg.train_seq_len)
     tokens_per_step = plan.rows * cfg.train_seq_len
     total = sum(p.numel() for p in adapter.parameters())
+    active = adapter.active_parameters()
     tokens = None if cfg.num_epochs is not None else cfg.num_iterations * tokens_per_step
     return {
         "type": cfg.type,
@@ -74,6 +75,7 @@ def describe(cfg: RunConfig, model_cfg: ModelConfig, vocab_size: int | None = No
         "vocab_size": adapter.model_cfg.vocab_size,
         "parameters": {
             "total": total,
+            **({} if active is None else {"active": active}),
             "trainable": sum(r["parameters"] for r in roles if r["optimizer"] != "frozen"),
         },
         "roles": roles,
@@ -149,6 +151,8 @@ def _page(d: dict[str, Any]) -> str:
         )
         lines.append(f"  {row['role']:<12}{row['parameters']:>15,}  {row['tensors']:>4} tensors  {rate}")
     lines.append(f"  {'total':<12}{d['parameters']['total']:>15,}  ({human(d['parameters']['total'])})")
+    if (active := d["parameters"].get("active")) is not None:
+        lines.append(f"  {'active':<12}{active:>15,}  ({human(active)}) per token")
     f = d["flops_per_token"]
     lines += [
         "",
@@ -189,6 +193,7 @@ def _list_row(name: str, text: str, vocab_size: int | None) -> dict[str, Any]:
         "file": name,
         "description": text,
         "parameters": found["parameters"]["total"],
+        "active": found["parameters"].get("active"),
         **sizes,
         "problem": None,
     }
@@ -205,7 +210,10 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
             row[k] if row[k] is not None else "-" for k in ("n_layers", "n_heads", "d_model")
         )
         size = human(row["parameters"])
-        lines.append(f"{row['file']:<16}{size:>10}{layers:>8}{heads:>7}{width:>7}  {row['description']}")
+        active = f" ({human(row['active'])} active per token)" if row["active"] is not None else ""
+        lines.append(
+            f"{row['file']:<16}{size:>10}{layers:>8}{heads:>7}{width:>7}  {row['description']}{active}"
+        )
     lines += ["", "python mytrainer.py show --hydra_model_cfg=configs/gpt2.yaml preset=small"]
     return "\n".join(lines)
 

@@ -44,17 +44,24 @@ class Facts:
     manifest: dict[str, Any]
     banner: list[str]
     notes: list[str]  # of the data, and of what is not read
+    console_metrics: tuple[str, ...] = ()  # those that the adapter wants on the live line
 
 
 def facts_of(s: Session, path: Path, step: int) -> Facts:
     manifest = _manifest(s)
     ops = manifest["kernels"]
-    notes = [
+    unread = [
         f"kernels.{op} is not read by this run, which uses {', '.join(ops) or 'no such operation'}"
         for op in s.adapter.kernels.unread(ops)
     ]
     return Facts(
-        path, step, redacted(s.cfg), manifest, _banner(s, manifest, path), [*s.dataset.notes, *notes]
+        path=path,
+        step=step,
+        config=redacted(s.cfg),
+        manifest=manifest,
+        banner=_banner(s, manifest, path),
+        notes=[*s.dataset.notes, *unread],
+        console_metrics=s.adapter.console_metrics,
     )
 
 
@@ -76,6 +83,8 @@ def _manifest(s: Session) -> dict[str, Any]:
     for row in roles:
         by_role[row["role"]] = by_role.get(row["role"], 0) + row["parameters"]
     flops = s.adapter.flops(s.cfg.train_seq_len)
+    acting = s.adapter.active_parameters()
+    active = {} if acting is None else {"active": acting}
     return {
         "type": s.cfg.type,
         "environment": collect_environment(s.world.device),
@@ -91,7 +100,7 @@ def _manifest(s: Session) -> dict[str, Any]:
             "tokenizer": s.dataset.tokenizer.name,
             "tokenizer_digest": s.dataset.tokenizer.digest,
         },
-        "parameters": {"total": sum(by_role.values()), "by_role": by_role},
+        "parameters": {"total": sum(by_role.values()), **active, "by_role": by_role},
         "roles": roles,
         "flops_per_token": {"forward": flops.forward_per_token, "training": flops.training_per_token},
         "argv": sys.argv,
@@ -100,8 +109,9 @@ def _manifest(s: Session) -> dict[str, Any]:
 
 def _banner(s: Session, manifest: dict[str, Any], path: Path) -> list[str]:
     cfg, plan, counts = s.cfg, s.plan, manifest["parameters"]
+    active = f", {counts['active']:,} active per token" if "active" in counts else ""
     return [
-        f"{cfg.type} · {counts['total']:,} parameters "
+        f"{cfg.type} · {counts['total']:,} parameters{active} "
         f"({', '.join(f'{role} {n:,}' for role, n in counts['by_role'].items())})",
         f"data {s.dataset.name}: {s.dataset.train.total_bytes / 1e6:.1f} MB to train on, "
         f"{s.dataset.heldout.total_bytes / 1e6:.2f} MB held out · tokenizer {s.dataset.tokenizer.name}, "
@@ -180,9 +190,14 @@ def checkpoint_contents(
 
 
 def summary_of(
-    s: Session, progress: Progress, score: Score, yardsticks: dict[str, float], seconds_total: float
+    s: Session,
+    progress: Progress,
+    flops: float,
+    score: Score,
+    yardsticks: dict[str, float],
+    seconds_total: float,
 ) -> dict[str, Any]:
-    per_token = s.adapter.flops(s.cfg.train_seq_len).training_per_token
+    """`flops`: operations of all steps, as they were."""
     return {
         "type": s.cfg.type,
         "score": score.as_dict(),
@@ -196,5 +211,5 @@ def summary_of(
         "seconds_total": round(seconds_total, 3),
         "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else None,
         "peak_memory_bytes": peak_memory_bytes(s.world.device),
-        "flops": per_token * progress.tokens,
+        "flops": flops,
     }

@@ -16,6 +16,7 @@ class Progress:
     step: int = 0  # optimizer steps done
     tokens: int = 0  # scored training tokens, all processes
     bytes: int = 0
+    flops: float = 0.0  # operations of the steps up to the last log line, all processes
     seconds: float = 0.0  # spent in training steps, over all lives of the run
     evaluated_at: int = -1
     best_bits_per_byte: float = math.inf
@@ -32,6 +33,8 @@ class Progress:
         return out
 
     @classmethod
-    def from_json(cls, saved: dict[str, Any]) -> Progress:
+    def from_json(cls, saved: dict[str, Any], flops_per_token: float) -> Progress:
+        """`flops_per_token`: the plan, for a run from before operations were counted."""
         best = saved["best_bits_per_byte"]
-        return cls(**{**saved, "best_bits_per_byte": math.inf if best is None else best})
+        planned = {"flops": flops_per_token * saved["tokens"]}
+        return cls(**{**planned, **saved, "best_bits_per_byte": math.inf if best is None else best})

@@ -80,8 +80,8 @@ class RunRecord:
         for sink in self._sinks:
             sink.step(line)
 
-    def evaluation(self, progress: Progress, score: Score) -> None:
-        self._evaluation(evaluation_line(progress, score))
+    def evaluation(self, s: Session, progress: Progress, score: Score) -> None:
+        self._evaluation(evaluation_line(s.adapter, progress, score))
 
     def raw_evaluation(self, progress: Progress, score: Score) -> None:
         """The score of the weights as they are, beside that of their average."""
@@ -123,7 +123,8 @@ class RunRecord:
         if saved and step:
             self.console.note(f"go on with: python mytrainer.py resume={self.folder.path}")
 
-    def finish(self, s: Session, progress: Progress, score: Score) -> None:
+    def finish(self, s: Session, progress: Progress, meter: Meter, score: Score) -> None:
+        flops = progress.flops + meter.flops(self.world)  # takes part on every process
         if not self.world.is_main:
             return
         if self.folder.has_checkpoint(progress.step) and not s.cfg.eval_only:
@@ -131,7 +132,7 @@ class RunRecord:
         yardsticks = self._yardsticks.result() if self._yardsticks is not None else {}
         if s.dataset.entropy_bits_per_byte is not None:
             yardsticks["true entropy"] = s.dataset.entropy_bits_per_byte
-        summary = summary_of(s, progress, score, yardsticks, time.monotonic() - self._started)
+        summary = summary_of(s, progress, flops, score, yardsticks, time.monotonic() - self._started)
         self.folder.write_json("summary.json", summary)
         self._correct_manifest(s)
         write_report(self.folder.path)

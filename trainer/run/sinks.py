@@ -61,9 +61,10 @@ class ConsoleSink:
         for text in facts.notes:
             self._console.note(text)
         self._console.banner(facts.banner)
+        self._metrics = facts.console_metrics
 
     def step(self, line: dict[str, Any]) -> None:
-        self._console.step(line)
+        self._console.step(line, self._metrics)
 
     def evaluation(self, line: dict[str, Any]) -> None:
         if "val_raw_bits_per_byte" in line:

@@ -8,11 +8,12 @@ from html import escape
 
 from trainer.view.format import duration, quantity
 
-__all__ = ["Chart", "Series", "thin"]
+__all__ = ["MAX_SERIES", "Chart", "Series", "style", "thin"]
 
 WIDTH, HEIGHT = 720, 260
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 10, 30
-MAX_POINTS = 400
+MAX_POINTS = 400  # of a curve
+MAX_SERIES = 18  # of a chart: six colours times three dashes
 
 Point = tuple[float, float]
 
@@ -34,8 +35,10 @@ class Chart:
     series: list[Series] = field(default_factory=list)
 
     def svg(self) -> str:
-        """An <svg> element whose colours are the page's classes s0, s1, ..."""
-        series = [Series(s.name, thin(s.points), s.marked) for s in self.series if s.points]
+        """An <svg> element whose colours and dashes are the page's classes (`style`)."""
+        # Many curves share the points of three, so that a page with dozens of them stays small.
+        limit = MAX_POINTS if len(self.series) <= 6 else 3 * MAX_POINTS // len(self.series)
+        series = [Series(s.name, thin(s.points, limit), s.marked) for s in self.series if s.points]
         x_low, x_high = _extent([x for s in series for x, _ in s.points])
         y_ticks = ticks(*_y_range(series))
         y_low, y_high = y_ticks[0], y_ticks[-1]
@@ -62,13 +65,18 @@ class Chart:
                 parts.append(f'<text class="x" x="{x_at(x):.1f}" y="{HEIGHT - 8}">{label}</text>')
         for index, s in enumerate(series):
             xy = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in s.points)
-            parts.append(f'<polyline class="s{index % 6}" data-name="{escape(s.name)}" points="{xy}"/>')
+            parts.append(f'<polyline class="{style(index)}" data-name="{escape(s.name)}" points="{xy}"/>')
             if s.marked:
                 parts += [
-                    f'<circle class="s{index % 6}" cx="{x_at(x):.1f}" cy="{y_at(y):.1f}" r="3.5"/>'
+                    f'<circle class="{style(index)}" cx="{x_at(x):.1f}" cy="{y_at(y):.1f}" r="3.5"/>'
                     for x, y in s.points
                 ]
         return "".join(parts) + "</svg>"
+
+
+def style(index: int) -> str:
+    """Classes of the page for a chart's curve number `index`: a colour, and a dash for the seventh and later."""
+    return f"s{index % 6}" + (f" d{index // 6}" if index >= 6 else "")
 
 
 def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:

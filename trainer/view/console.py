@@ -8,6 +8,7 @@ built for 80 columns.
 import os
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -63,15 +64,17 @@ class Console:
 
     # -- progress ------------------------------------------------------------------------------------------
 
-    def step(self, line: dict[str, Any]) -> None:
+    def step(self, line: dict[str, Any], metrics: Sequence[str] = ()) -> None:
         """One log line: `step`, `total_steps` (or `total`), `loss`; where known `bits_per_byte`,
-        `tokens_per_second`, `mfu` (0 to 1), `eta_seconds`, and `learning_rate` or `lr/<role>`."""
+        `tokens_per_second`, `mfu` (0 to 1), `eta_seconds`, and `learning_rate` or `lr/<role>`; and `metrics`."""
         if not self._enabled:
             return
         if self._rich is None:
-            self._print(step_line(line, WIDTH))
+            self._print(step_line(line, WIDTH, metrics))
             return
-        text = Text(self._encodable(step_line(line, self._rich.width)), no_wrap=True, overflow="crop")
+        text = Text(
+            self._encodable(step_line(line, self._rich.width, metrics)), no_wrap=True, overflow="crop"
+        )
         if self._live is None:
             self._live = Live(console=self._rich, auto_refresh=False, transient=True)
             self._live.start()
@@ -147,8 +150,9 @@ class Console:
         return text.encode(encoding, errors="backslashreplace").decode(encoding)
 
 
-def step_line(line: dict[str, Any], width: int) -> str:
-    """Fields of constant width in a fixed order; the learning rate goes first where they do not fit."""
+def step_line(line: dict[str, Any], width: int, metrics: Sequence[str] = ()) -> str:
+    """Fields of constant width in a fixed order; the learning rate goes first where they do not fit, then the others up
+    to the speed, then `metrics`, the last one first."""
     total = line.get("total_steps", line.get("total"))
     places = len(str(total)) if total is not None else 6
     fields = {
@@ -157,6 +161,9 @@ def step_line(line: dict[str, Any], width: int) -> str:
     }
     if (bits := line.get("bits_per_byte")) is not None:
         fields["bits"] = f"bits/byte {bits:5.3f}"
+    for name in metrics:
+        value = f"{line[name]:.4g}" if name in line else "-"
+        fields[f"metric {name}"] = f"{name} {value:>10}"
     if (speed := line.get("tokens_per_second")) is not None:
         fields["speed"] = f"{quantity(speed):>5} tok/s"
     if (mfu := line.get("mfu")) is not None:
@@ -165,7 +172,7 @@ def step_line(line: dict[str, Any], width: int) -> str:
         fields["rate"] = f"lr {rate:.1e}"
     if (left := line.get("eta_seconds")) is not None:
         fields["left"] = f"{duration(left):>6} left"
-    for expendable in ("rate", "mfu", "speed"):
+    for expendable in ("rate", "mfu", "speed", *(f"metric {name}" for name in reversed(metrics))):
         if len("  ".join(fields.values())) > width:
             fields.pop(expendable, None)
     return "  ".join(fields.values())

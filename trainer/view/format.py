@@ -49,6 +49,7 @@ def score_lines(score: dict[str, Any]) -> list[tuple[str, str]]:
         if parts
         else "",
         **{f"as in the {k}": f"{v:.4f} nats per token" for k, v in (score.get("estimates") or {}).items()},
+        "measured": ", ".join(f"{name} {value:.4g}" for name, value in (score.get("metrics") or {}).items()),
         "text": "{documents:,} documents, {bytes:,} bytes",
         "other documents": f"of the kind would move the score by about {spread:.3f}"
         if spread is not None

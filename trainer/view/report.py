@@ -13,7 +13,7 @@ import yaml
 
 from trainer.run.checkpoint import write_atomically
 from trainer.run.metrics import read_metrics
-from trainer.view.charts import Chart, Series
+from trainer.view.curves import curves
 from trainer.view.format import (
     YARDSTICK_NOTES,
     bits_per_byte,
@@ -28,7 +28,6 @@ from trainer.view.format import (
 __all__ = ["write_report"]
 
 _ASSETS = Path(__file__).parent / "assets"
-AXES = {"step": "steps", "tokens": "tokens", "seconds": "time"}
 MAX_SAMPLES = 6
 SAMPLE_CHARACTERS = 3000
 
@@ -53,7 +52,7 @@ def write_report(run_dir: Path) -> Path:
         "SCRIPT": (_ASSETS / "report.js").read_text(encoding="utf-8"),
         "FACTS": _facts(run_dir, summary, manifest),
         "SCORE": _score(score, summary.get("yardsticks") or {}) if score else "",
-        "CURVES": _curves(metrics),
+        "CURVES": curves(metrics),
         "SAMPLES": _samples(run_dir / "samples.txt"),
         "SETTINGS": _table("Settings", "config.yaml", config),
         "MANIFEST": _table("Manifest", "manifest.json", manifest),
@@ -81,9 +80,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _facts(run_dir: Path, summary: dict[str, Any], manifest: dict[str, Any]) -> str:
     """One row of cards: what the score cost."""
-    parameters = manifest.get("parameters", {}).get("total")
+    counts = manifest.get("parameters", {})
+    plan = manifest.get("flops_per_token", {}).get("training", 0.0) * summary.get("tokens", 0)
+    # Counted along the way: what the data or a draw decided may not be what was planned.
+    planned = plan if plan and abs(summary.get("flops", plan) / plan - 1) > 1e-3 else None
     values = [
-        ("parameters", quantity(parameters) if parameters is not None else None),
+        ("parameters", quantity(counts["total"]) if "total" in counts else None),
+        ("active per token", quantity(counts["active"]) if "active" in counts else None),
         ("steps", f"{summary['steps']:,}" if summary.get("steps") is not None else None),
         ("tokens", quantity(summary["tokens"]) if summary.get("tokens") is not None else None),
         ("training time", duration(summary["seconds"]) if summary.get("seconds") is not None else None),
@@ -93,6 +96,7 @@ def _facts(run_dir: Path, summary: dict[str, Any], manifest: dict[str, Any]) -> 
             f"{quantity(summary['peak_memory_bytes'])}B" if summary.get("peak_memory_bytes") else None,
         ),
         ("FLOPs", quantity(summary["flops"]) if summary.get("flops") else None),
+        ("FLOPs planned", quantity(planned) if planned else None),
         ("device", manifest.get("environment", {}).get("device")),
     ]
     cards = "".join(
@@ -119,75 +123,6 @@ def _score(score: dict[str, Any], yardsticks: dict[str, float]) -> str:
     text = "".join(f'<p class="hint">{escape(note)}</p>' for note in notes)
     heading = "<h2>Score <small>bits per byte of the held-out text, lower is better</small></h2>"
     return f'<section>{heading}<table class="bars">{bars}</table>{text}</section>'
-
-
-# --- curves ---------------------------------------------------------------------------------------------
-
-
-def _curves(metrics: list[dict[str, Any]]) -> str:
-    """Charts, each drawn once per x axis; the page shows one axis at a time."""
-    rates = _equal_rates(metrics)
-    charts = [
-        ("Bits per byte", [("bits_per_byte", "training", False), ("val_bits_per_byte", "held out", True)]),
-        ("Loss", [("loss", "training, nats per token", False), ("val_nats_per_token", "held out", True)]),
-        (
-            "Learning rate",
-            [(keys[0], ", ".join(k.removeprefix("lr/") for k in keys), False) for keys in rates],
-        ),
-        ("Gradient norm", [("grad_norm", "before clipping", False)]),
-        ("Tokens per second", [("tokens_per_second", "over the log interval", False)]),
-    ]
-    figures = []
-    for title, wanted in charts:
-        drawn = {
-            axis: [
-                s for key, name, marked in wanted if (s := _series(metrics, axis, key, name, marked)).points
-            ]
-            for axis in AXES
-        }
-        if any(drawn.values()):
-            figures.append(_figure(title, drawn))
-    if not figures:
-        return ""
-    buttons = "".join(
-        f'<button type="button" data-axis="{axis}">{name}</button>' for axis, name in AXES.items()
-    )
-    heading = f'<h2>Curves <span class="axes">over {buttons}</span></h2>'
-    return f'<section>{heading}<div class="charts">{"".join(figures)}</div></section>'
-
-
-def _equal_rates(metrics: list[dict[str, Any]]) -> list[list[str]]:
-    """Keys of the learning rates, those that never differ together: one curve would hide the other."""
-    keys = sorted({key for line in metrics for key in line if key.startswith("lr/")})
-    groups: dict[tuple, list[str]] = {}
-    for key in keys:
-        groups.setdefault(tuple(line.get(key) for line in metrics), []).append(key)
-    return list(groups.values())
-
-
-def _series(metrics: list[dict[str, Any]], axis: str, key: str, name: str, marked: bool) -> Series:
-    points = [
-        (float(line[axis]), float(line[key]))
-        for line in metrics
-        if _number(line, axis) and _number(line, key)
-    ]
-    return Series(name, points, marked)
-
-
-def _number(line: dict[str, Any], key: str) -> bool:
-    return isinstance(line.get(key), int | float)
-
-
-def _figure(title: str, drawn: dict[str, list[Series]]) -> str:
-    some = next(series for series in drawn.values() if series)
-    legend = "".join(f'<span><i class="s{i % 6}"></i>{escape(s.name)}</span>' for i, s in enumerate(some))
-    charts = "".join(
-        f'<div class="over-{axis}">{Chart(axis, series).svg()}</div>'
-        for axis, series in drawn.items()
-        if series
-    )
-    caption = f"<figcaption><b>{escape(title)}</b> {legend}<output></output></figcaption>"
-    return f"<figure>{caption}{charts}</figure>"
 
 
 # --- samples and tables ---------------------------------------------------------------------------------

@@ -253,10 +253,12 @@ def test_one_that_is_not_installed_is_said_before_anything_starts(monkeypatch):
     monkeypatch.setattr("configs.validate.find_spec", lambda name: None)
     with pytest.raises(ConfigError) as error:
         config("gpt2", "use_wandb=offline", "use_tensorboard=true")
-    assert error.value.problems == [
-        f"command line: use_{name}: {name} is not installed. pip install -e '.[{name}]', or set use_{name}=false"
-        for name in ("wandb", "tensorboard")
-    ]
+    said = error.value.report()
+    for name in ("wandb", "tensorboard"):
+        assert (
+            f"use_{name}: {name} is not installed. pip install -e '.[{name}]', or set use_{name}=false"
+            in said
+        )
     config("gpt2")  # off: nothing is asked for
 
 

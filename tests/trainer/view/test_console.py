@@ -73,6 +73,15 @@ def test_what_does_not_fit_goes_in_order():
     assert "mfu" not in step_line(STEP, 200)
 
 
+def test_metrics_that_an_adapter_asks_for():
+    line = step_line(STEP | {"depth": 12.34567}, 100, ["depth", "load"])
+    assert "bits/byte 3.210  depth      12.35  load          -  12.3k tok/s" in line
+    lengths = {len(step_line(STEP | {"depth": value}, 120, ["depth"])) for value in (0.0, -1.23456e-7, 1e20)}
+    assert len(lengths) == 1
+    narrow = step_line(STEP | {"depth": 12.3}, 72, ["depth", "load"])
+    assert "depth" in narrow and "load" not in narrow and "tok/s" not in narrow
+
+
 def test_non_finite_numbers_do_not_break_the_line():
     line = step_line(STEP | {"loss": float("nan"), "eta_seconds": float("inf"), "mfu": None}, 80)
     assert "loss    nan" in line

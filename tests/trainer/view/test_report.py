@@ -136,6 +136,57 @@ def test_curves_come_from_the_metrics_over_three_axes(run):
     assert 'data-x1="100"' in text  # seconds
 
 
+def titles(text):
+    return re.findall(r"<figcaption><b>(.*?)</b>", text)
+
+
+def logged(path, *lines):
+    writer = MetricsWriter(path)
+    for step, line in enumerate(lines, start=1):
+        writer.write({"step": step, "tokens": step, "seconds": step, **line})
+    return write_report(path).read_text()
+
+
+def test_every_metric_has_a_chart(tmp_path):
+    text = logged(
+        tmp_path,
+        {
+            "loss": 3.0,
+            "loss_ce": 3.0,
+            "loss_aux": 1.0,
+            "depth": 2.0,
+            "nelbo_t0": 5.0,
+            "nelbo_t1": 4.0,
+            "n2": 1,
+        },
+        {
+            "val_depth": 2.5,
+            "val_bits_per_byte": 2.0,
+            "val_kind": "exact",
+            "val_comparable": True,
+            "val_tokens": 9,
+        },
+    )
+    assert titles(text) == ["Bits per byte", "Loss", "Loss terms", "depth", "nelbo_t", "n2"]
+    names = re.findall(r'data-axis="step">.*?</svg>', text)
+    assert [re.findall(r'data-name="(.*?)"', svg) for svg in names[2:]] == [
+        ["ce", "aux"],
+        ["training", "held out"],
+        ["0 training", "1 training"],
+        ["training"],
+    ]
+
+
+def test_many_metrics_of_a_kind_are_told_apart_and_stay_small(tmp_path):
+    loads = [{f"load_{i}": math.sin(i * s) for i in range(64)} for s in range(1000)]
+    text = logged(tmp_path, *loads)
+    assert titles(text) == ["load"] * 4
+    first = re.findall(r'data-axis="step">.*?</svg>', text)[0]
+    styles = re.findall(r'<polyline class="(.*?)"', first)
+    assert len(set(styles)) == len(styles) == 18
+    assert "polyline.d2" in text and len(text) < 300_000
+
+
 def test_samples_are_escaped_newest_first(run):
     text = write_report(run).read_text()
     assert r"<pre>&lt;b&gt;{{SCRIPT}}\x1b&lt;/b&gt;</pre>" in text

@@ -1,0 +1,122 @@
+"""The curves of a report: which charts a run has, from the lines of its metrics.jsonl alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from html import escape
+from typing import Any
+
+from trainer.run.lines import is_own_name
+from trainer.view.charts import MAX_SERIES, Chart, Series, style
+
+__all__ = ["curves"]
+
+Line = dict[str, Any]
+Curve = tuple[str, str, bool]  # key of a line, name in the legend, whether points are marked
+Wanted = tuple[str, list[Curve]]  # title of a chart, its curves
+AXES = {"step": "steps", "tokens": "tokens", "seconds": "time"}
+
+
+def curves(metrics: list[Line]) -> str:
+    """Charts, each drawn once per x axis; the page shows one axis at a time. Nothing where nothing was logged."""
+    figures = []
+    for title, wanted in [*_charts_of_the_trainer(metrics), *_charts_of_the_adapter(metrics)]:
+        drawn = {
+            axis: [
+                s for key, name, marked in wanted if (s := _series(metrics, axis, key, name, marked)).points
+            ]
+            for axis in AXES
+        }
+        if any(drawn.values()):
+            figures.append(_figure(title, drawn))
+    if not figures:
+        return ""
+    buttons = "".join(
+        f'<button type="button" data-axis="{axis}">{name}</button>' for axis, name in AXES.items()
+    )
+    heading = f'<h2>Curves <span class="axes">over {buttons}</span></h2>'
+    return f'<section>{heading}<div class="charts">{"".join(figures)}</div></section>'
+
+
+# --- which ----------------------------------------------------------------------------------------------
+
+
+def _charts_of_the_trainer(metrics: list[Line]) -> list[Wanted]:
+    terms = [key for key in _keys(metrics, "loss_") if key != "loss_scale"]
+    return [
+        ("Bits per byte", [("bits_per_byte", "training", False), ("val_bits_per_byte", "held out", True)]),
+        ("Loss", [("loss", "training, nats per token", False), ("val_nats_per_token", "held out", True)]),
+        # A single term is the loss.
+        ("Loss terms", [(k, k.removeprefix("loss_"), False) for k in terms] if len(terms) > 1 else []),
+        (
+            "Learning rate",
+            [(ks[0], ", ".join(k.removeprefix("lr/") for k in ks), False) for ks in _equal_rates(metrics)],
+        ),
+        ("Gradient norm", [("grad_norm", "before clipping", False)]),
+        ("Loss scale", [("loss_scale", "of fp16", False)]),
+        ("Tokens per second", [("tokens_per_second", "over the log interval", False)]),
+        ("Share of the device's peak", [("mfu", "over the log interval", False)]),
+    ]
+
+
+def _equal_rates(metrics: list[Line]) -> list[list[str]]:
+    """Keys of the learning rates, those that never differ together: one curve would hide the other."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for key in sorted(_keys(metrics, "lr/")):
+        groups.setdefault(tuple(line.get(key) for line in metrics), []).append(key)
+    return list(groups.values())
+
+
+def _charts_of_the_adapter(metrics: list[Line]) -> Iterator[Wanted]:
+    """Every metric, in training and on held-out text. Those that differ in a number at their end (`load_0`, `load_1`)
+    share a chart, or several where they are many."""
+    keys = [key for key in _keys(metrics) if is_own_name(key)]
+    families: dict[str, dict[str, str]] = {}  # stem -> name -> what is behind the stem
+    for name in dict.fromkeys(key.removeprefix("val_") for key in keys):
+        stem = re.sub(r"\d+$", "", name)
+        families.setdefault(stem, {})[name] = name[len(stem) :]
+    for stem, members in families.items():
+        if len(members) == 1:
+            stem, members = next(iter(members)), dict.fromkeys(members, "")
+        found: list[Curve] = []
+        for name, number in members.items():
+            found += [(name, f"{number} training".strip(), False)] if name in keys else []
+            found += [(f"val_{name}", f"{number} held out".strip(), True)] if f"val_{name}" in keys else []
+        for start in range(0, len(found), MAX_SERIES):
+            yield stem.rstrip("_/. ") or "Metrics", found[start : start + MAX_SERIES]
+
+
+def _keys(metrics: list[Line], beginning: str = "") -> list[str]:
+    """Names of numbers, in the order in which they first appear."""
+    return list(
+        dict.fromkeys(k for line in metrics for k in line if k.startswith(beginning) and _number(line, k))
+    )
+
+
+# --- how ------------------------------------------------------------------------------------------------
+
+
+def _series(metrics: list[Line], axis: str, key: str, name: str, marked: bool) -> Series:
+    points = [
+        (float(line[axis]), float(line[key]))
+        for line in metrics
+        if _number(line, axis) and _number(line, key)
+    ]
+    return Series(name, points, marked)
+
+
+def _number(line: Line, key: str) -> bool:
+    return isinstance(line.get(key), int | float)
+
+
+def _figure(title: str, drawn: dict[str, list[Series]]) -> str:
+    some = next(series for series in drawn.values() if series)
+    legend = "".join(f'<span><i class="{style(i)}"></i>{escape(s.name)}</span>' for i, s in enumerate(some))
+    charts = "".join(
+        f'<div class="over-{axis}">{Chart(axis, series).svg()}</div>'
+        for axis, series in drawn.items()
+        if series
+    )
+    caption = f"<figcaption><b>{escape(title)}</b> {legend}<output></output></figcaption>"
+    return f"<figure>{caption}{charts}</figure>"
