@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,11 +24,11 @@ from data import Source
 from models import Architecture
 from naming import Entry
 from tests.contract.tiny import overrides
+from tests.house_copy import Edit, edited_copy
 from trainer import optim
 from trainer.optim import OptimizerEntry
 from trainer.run import TRACKERS
 
-ROOT = Path(__file__).resolve().parents[1]
 SHORT = ["num_iterations=4", "val_loss_every=0", "val_bytes=500", "logging_steps=1", "sample_tokens=2"]
 
 SCHEDULE = """
@@ -325,8 +324,8 @@ def test_every_row_names_what_exists(table, name):
 
 # -- with fields of their own ------------------------------------------------------------------------------------------
 
-# What the sections say to write: (file, the line it goes behind, or None for a new file; the text)
-EDITS = [
+# What the sections say to write.
+EDITS: list[Edit] = [
     ("trainer/optim/square.py", None, SCHEDULE.replace("** 2", "** cfg.square_power")),
     (
         "trainer/optim/__init__.py",
@@ -366,16 +365,7 @@ EDITS = [
 
 @pytest.mark.slow
 def test_fields_of_their_own_are_a_line_in_the_schema_and_one_in_the_yaml(tmp_path):
-    house = tmp_path / "house"
-    house.mkdir()
-    for name in ("adapters", "configs", "data", "kernels", "models", "trainer", "mytrainer.py", "naming.py"):
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, house / name)
-    for file, behind, more in EDITS:
-        text = "" if behind is None else (house / file).read_text()
-        if behind is not None:
-            assert text.count(behind) == 1, (file, behind)
-            behind = next(line for line in text.splitlines(keepends=True) if line.startswith(behind))
-        (house / file).write_text(more if behind is None else text.replace(behind, behind + more))
+    house = edited_copy(tmp_path, EDITS)
 
     def command(status, *words):
         done = subprocess.run(

@@ -2,13 +2,11 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
 import time
 from importlib.machinery import ModuleSpec
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -16,13 +14,13 @@ import pytest
 from configs.compose import compose
 from configs.messages import ConfigError
 from tests.contract.tiny import config, overrides
+from tests.house_copy import Edit, edited_copy
 from trainer.loop import train
 from trainer.run import TRACKERS, TrackerEntry, background
 from trainer.run.background import InBackground
 from trainer.run.facts import Facts
 from trainer.run.trackers import TensorBoard, Wandb, numbers
 
-ROOT = Path(__file__).resolve().parents[3]
 SHORT = ["num_iterations=2", "logging_steps=1", "val_loss_every=0", "val_bytes=500", "sample_tokens=0"]
 
 
@@ -303,11 +301,7 @@ def test_a_tracker_is_added_by_a_row(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_tracker_of_ones_own_is_what_the_guide_says(tmp_path):
     """A copy of the project plus the three edits of CONTRIBUTING.md: a class, a row, a line each in schema and YAML."""
-    house = tmp_path / "house"
-    house.mkdir()
-    for name in ("adapters", "configs", "data", "kernels", "models", "trainer", "mytrainer.py", "naming.py"):
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, house / name)
-    (house / "trainer/run/lines_of.py").write_text(
+    lines_of = (
         "from trainer.run.sinks import MetricsSink\n\n\n"
         "class LinesOf(MetricsSink):\n"
         "    def begin(self, facts):\n"
@@ -316,26 +310,18 @@ def test_a_tracker_of_ones_own_is_what_the_guide_says(tmp_path):
         "        print(line['step'], file=self.file, flush=True)\n\n"
         "    evaluation = step\n"
     )
-    for file, behind, more in (
-        (
-            "trainer/run/__init__.py",
-            "TRACKERS: dict[str, TrackerEntry] = {\n",
-            '    "lines": TrackerEntry("trainer.run.lines_of:LinesOf", ("lines_file",), switch="use_lines"),\n',
-        ),
+    row = '    "lines": TrackerEntry("trainer.run.lines_of:LinesOf", ("lines_file",), switch="use_lines"),\n'
+    edits: list[Edit] = [
+        ("trainer/run/lines_of.py", None, lines_of),
+        ("trainer/run/__init__.py", "TRACKERS: dict[str, TrackerEntry] = {", row),
         (
             "configs/schema.py",
-            "    use_tensorboard: bool = False\n",
+            "    use_tensorboard: bool",
             '    use_lines: bool = False\n    lines_file: str = "lines"\n',
         ),
-        (
-            "configs/training.yaml",
-            'sample_prompt: ""                # what the sample goes on from\n',
-            "use_lines: false\nlines_file: lines\n",
-        ),
-    ):
-        text = (house / file).read_text()
-        assert text.count(behind) == 1
-        (house / file).write_text(text.replace(behind, behind + more))
+        ("configs/training.yaml", "sample_prompt:", "use_lines: false\nlines_file: lines\n"),
+    ]
+    house = edited_copy(tmp_path, edits)
 
     def run(*words):
         command = [sys.executable, "mytrainer.py", *overrides("gpt2", *SHORT, "output_dir=out", *words)]
