@@ -52,13 +52,23 @@ Dropout = Fraction
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
 class _FreeMark:
-    """See `Free`."""
+    """See `Free`; `results`: whether the choice may change any."""
+
+    results: bool = True
 
 
 # `Free[int]` in an architecture's Config: a choice of training or execution (a dropout rate, a loss weight, a sampler),
 # not of the architecture. It may change when a run goes on, and in `eval` and `generate`.
 Free = Annotated[T, _FreeMark()]
+# `Execution[bool]`: free too, and nothing but a way to compute: weights, losses, scores and text stay the same.
+Execution = Annotated[T, _FreeMark(results=False)]
+
+
+def _is_free(mark: Any) -> bool:
+    return isinstance(mark, _FreeMark)
+
 
 # YAML 1.1 reads a bare `no` as false; as a value of `mixed_precision` it can only mean the word.
 _WordNo = BeforeValidator(lambda v: "no" if v is False else v)
@@ -117,12 +127,20 @@ class ModelConfig(BaseModel):
     )
     # For the contract tests (tests/contract). A subclass states its own; those of its bases hold beside them.
     tiny: ClassVar[dict[str, Any]] = {}  # field -> value that makes the architecture small and quick
+    # field -> another value, or (another value, what other fields must be for it to mean something), where the tests
+    # cannot guess one. A value that is a file is given as a function (folder, vocabulary) that makes it.
+    examples: ClassVar[dict[str, Any]] = {}
 
     @classmethod
     def free(cls) -> set[str]:
-        """Names of the fields that are `Free`; all others are fixed once a run has begun."""
-        marked = (n for n, f in cls.model_fields.items() if any(isinstance(m, _FreeMark) for m in f.metadata))
-        return set(marked)
+        """Names of the fields that are `Free` or `Execution`; all others are fixed once a run has begun."""
+        return {name for name, field in cls.model_fields.items() if any(map(_is_free, field.metadata))}
+
+    @classmethod
+    def execution(cls) -> set[str]:
+        """Names of the fields that are `Execution`."""
+        fields = cls.model_fields.items()
+        return {n for n, f in fields if any(_is_free(m) and not m.results for m in f.metadata)}
 
     def problems(self, run: RunConfig) -> list[str]:
         """Constraints between fields, and between the architecture and the run. One complete sentence

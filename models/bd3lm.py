@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from configs.schema import Free, OpenFraction, Positive
+from configs.schema import Execution, Free, OpenFraction, Positive
 from models.dit import DiT, DiTConfig
 from models.layers.bidirectional import additive
 from models.layers.block_diffusion import cached_mask, one_pass_groups, one_pass_mask, one_pass_pairs
@@ -33,9 +33,13 @@ class BD3LMConfig(DiTConfig):
     use_low_discrepancy_sampler: Free[bool] = True  # times stratified over the blocks of a step
     num_sampling_steps: Free[Positive] = 1000  # per block, of the samplers that have steps
     sampler: Free[Literal["ancestral_cache", "ancestral", "analytic", "first_hitting"]] = "first_hitting"
-    kv_cache: Free[bool] = True  # sampling keeps the keys and values of finished blocks
+    kv_cache: Execution[bool] = True  # sampling keeps the keys and values of finished blocks
 
     tiny = {"block_length": 8, "num_sampling_steps": 8}
+    examples = {
+        "resample_masks": (False, {"sampling_eps_min": 0.4, "sampling_eps_max": 0.6}),
+        "num_sampling_steps": (4, {"sampler": "ancestral"}),
+    }
 
     def unread(self) -> dict[str, str]:
         found: dict[str, str] = {}

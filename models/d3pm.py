@@ -5,12 +5,14 @@ The network is the shared diffusion transformer; the chains, the bound and the s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import numpy as np
 from pydantic import Field, model_validator
 
-from configs.schema import Free, NonNegativeFloat, Positive
+from configs.schema import Execution, Free, NonNegativeFloat, Positive
 from models.dit import DiT, DiTConfig, fill_in
 
 if TYPE_CHECKING:
@@ -29,6 +31,32 @@ PAPER: dict[str, dict[str, Any]] = {
 }
 
 
+def _embedding(width: int) -> Callable[[Path, int], str]:
+    """For `examples`: what writes a file of embeddings, (vocabulary, width), into a folder."""
+
+    def write(folder: Path, vocabulary: int) -> str:
+        path = folder / f"embedding-{width}.npy"
+        np.save(path, np.random.default_rng(width).normal(size=(vocabulary, width)))
+        return str(path)
+
+    return write
+
+
+_LINEAR = {"noise_schedule": "linear"}
+_GAUSSIAN = {"transition_type": "gaussian", "noise_schedule": "linear"}
+_NEIGHBORS = {
+    "transition_type": "nearest_neighbor",
+    "noise_schedule": "cosine",
+    "nn_embedding_path": _embedding(8),
+}
+_FEW_STEPS = {
+    "transition_type": "uniform",
+    "noise_schedule": "cosine",
+    "num_timesteps": 4,
+    "sampling_timesteps": 4,
+}
+
+
 class D3PMConfig(DiTConfig):
     transition_type: Literal["absorbing", "uniform", "gaussian", "nearest_neighbor"] = "absorbing"
     noise_schedule: Literal["mutual_info", "cosine", "linear"] = "mutual_info"  # null = PAPER's for the chain
@@ -44,12 +72,23 @@ class D3PMConfig(DiTConfig):
     nearest_neighbors: Positive = 5  # k of the graph over embeddings
     nn_embedding_path: str | None = None  # pretrained embeddings, (K, any width), .npy or .pt
     nn_construction: Literal["expm", "sinkhorn"] = "expm"
-    dense_state_limit: Positive = 16384  # most states K of a chain with a dense table: K^2 numbers
+    dense_state_limit: Execution[Positive] = 16384  # most states K of a chain with a dense table: K^2 numbers
     reverse_param: Literal["joint", "mixture"] = "joint"  # equation 4, or a mixture of normalised posteriors
     l0_mode: Literal["posterior", "x0"] = "posterior"  # last step by equation 4, or by p(x0) itself
     zero_mask_logit: bool = False  # absorbing: the network gives the mask no probability
 
     tiny = {"num_timesteps": 50, "sampling_timesteps": 8}
+    examples = {
+        "gaussian_beta_min": (0.001, _GAUSSIAN),
+        "gaussian_beta_max": (0.5, _GAUSSIAN),
+        "linear_beta_min": (0.1, _LINEAR),
+        "linear_beta_max": (0.5, _LINEAR),
+        "nearest_neighbors": (3, _NEIGHBORS),
+        "nn_embedding_path": (_embedding(9), _NEIGHBORS),
+        "nn_construction": ("sinkhorn", _NEIGHBORS),
+        "dense_state_limit": (1000, _GAUSSIAN),
+        "l0_mode": ("x0", _FEW_STEPS),
+    }
 
     @model_validator(mode="before")
     @classmethod

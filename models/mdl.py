@@ -42,6 +42,13 @@ class MDLConfig(DiTConfig):
     sar_chunk_size: Free[Positive | None] = None  # new tokens per semi-autoregressive round; null = n_ctx / 2
 
     tiny = {"num_sampling_steps": 8}
+    examples = {
+        "time_conditioning": (True, {"sampler": "ancestral"}),
+        "sigma_min": (0.01, {"alpha_type": "geometric"}),
+        "sigma_max": (10.0, {"alpha_type": "geometric"}),
+        "num_timesteps": (10, {"continuous_time": False}),
+        "use_subs_parameterization": (False, {"continuous_time": False, "sampler": "ancestral"}),
+    }
 
     @property
     def sar_chunk(self) -> int:

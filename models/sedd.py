@@ -44,6 +44,13 @@ class SEDDConfig(DiTConfig):
     sigma_max: Rate = 20.0
 
     tiny = {"sampling_timesteps": 8}
+    examples = {
+        "final_step": ("argmax", {"noise_schedule": "geometric", "sigma_min": 1.0}),  # leaves much to it
+        "num_timesteps": (8, {"nelbo_draws": None, "num_timesteps": 4}),
+        "predictor": ("euler", {"noise_schedule": "geometric", "sampling_timesteps": 2}),
+        "sigma_min": (0.01, {"noise_schedule": "geometric"}),
+        "sigma_max": (10.0, {"noise_schedule": "geometric"}),
+    }
 
     @model_validator(mode="before")
     @classmethod

@@ -134,12 +134,12 @@ def adapter_of(
 
 
 @torch.no_grad()
-def move_away_from_uniform(adapter: ModelAdapter) -> None:
-    """Add N(0, 0.3^2) to every trained weight, as many models begin by predicting nothing."""
+def move_away_from_uniform(adapter: ModelAdapter, std: float = 0.3) -> None:
+    """Add N(0, std^2) to every trained weight, as many models begin by predicting nothing."""
     generator = torch.Generator().manual_seed(0)
     for parameter in adapter.parameters():
         if parameter.requires_grad:
-            parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter += std * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
     adapter.constrain(torch.zeros(()))
 
 
