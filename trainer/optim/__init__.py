@@ -25,8 +25,8 @@ class OptimizerEntry(Entry):
     - leave parameters and state bit for bit as they are in a `step()` while its attribute `found_inf`, a float32
       scalar on the parameters' device, is 1; without asking the device, and whatever the gradients hold.
 
-    `roles`: those that it steps, () = every role; the rest goes to the optimizer `rest`. `rate`: the field with its
-    learning rate. `width_scaled`: its update has unit scale per entry, so that rates follow `lr_scaling: width`.
+    `roles`: those that it steps, () = every role; the rest goes to the optimizer `rest`, whose fields stand in `reads`
+    too. `rate`: the field with its learning rate. `width_scaled`: its update has unit scale per entry, so that rates follow `lr_scaling: width`.
     """
 
     roles: tuple[str, ...] = ()

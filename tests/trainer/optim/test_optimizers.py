@@ -158,6 +158,12 @@ def test_learning_rates_by_role():
     assert rates == {"embedding": 0.005, "head x0.5": 0.0025, "matrix": 0.01, "scalar": 0.005}
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_steps_the_rest_is_read_too(kind):
+    row = OPTIMIZERS[kind]
+    assert not row.roles or set(OPTIMIZERS[row.rest].reads) <= set(row.reads)
+
+
 # --- the updates --------------------------------------------------------------------------------------
 
 
