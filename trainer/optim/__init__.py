@@ -26,7 +26,8 @@ class OptimizerEntry(Entry):
       scalar on the parameters' device, is 1; without asking the device, and whatever the gradients hold.
 
     `roles`: those that it steps, () = every role; the rest goes to the optimizer `rest`, whose fields stand in `reads`
-    too. `rate`: the field with its learning rate. `width_scaled`: its update has unit scale per entry, so that rates follow `lr_scaling: width`.
+    too. `rate`: the field with its learning rate. `width_scaled`: its update has unit scale per entry, so that rates
+    follow `lr_scaling: width`.
     """
 
     roles: tuple[str, ...] = ()
