@@ -54,7 +54,7 @@ def with_dropout(architecture: str) -> list[str]:
 @pytest.fixture(scope="session")
 def whole_run(architecture, tmp_path_factory):
     """Six steps in one go, every step saved."""
-    run = tmp_path_factory.mktemp(f"{architecture}-whole")
+    run = tmp_path_factory.mktemp(f"{Path(architecture).stem}-whole")
     score = train(*config(architecture, *HARD, *with_dropout(architecture)), run)
     return run, score
 

@@ -130,6 +130,8 @@ def test_rules_refuse_unknown_roles_and_names():
         Rule("x", "matrx")
     with pytest.raises(ValueError, match="every, split and width"):
         Rule("x", "matrix", split=0)
+    with pytest.raises(ValueError, match="rates of role head follow no width"):
+        Rule("x", "head", width=32)
     with pytest.raises(ValueError, match="'ab' matches none"):
         rule_for([Rule("a", "matrix")], "ab")  # the whole name must match
     assert rule_for([Rule("a.*", "head"), Rule("ab", "matrix")], "ab").role == "head"

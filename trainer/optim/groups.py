@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.nn import Parameter
 
-from models.layers.roles import Rule
+from models.layers.roles import SCALED_ROLES, Rule
 from naming import look_up, shorten
 from trainer.optim import OPTIMIZERS
 from trainer.optim.muon import pieces_of
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from configs.schema import RunConfig
 
 FROZEN = "frozen"
-SCALED_ROLES = ("matrix", "router", "recurrent")  # matrices that read a hidden state
 
 
 @dataclass(frozen=True)
