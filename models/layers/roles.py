@@ -13,7 +13,11 @@ from naming import not_one_of
 __all__ = ["ROLES", "SCALED_ROLES", "Rule", "parameters_by_role", "rule_for"]
 
 ROLES = ("matrix", "embedding", "head", "scalar", "router", "recurrent", "adapter", "memory")
-SCALED_ROLES = ("matrix", "router", "recurrent")  # matrices that read a hidden state: rates may follow its width
+SCALED_ROLES = (
+    "matrix",
+    "router",
+    "recurrent",
+)  # matrices that read a hidden state: rates may follow its width
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,9 @@ class Rule:
         if self.every < 1 or not parts or min(parts) < 1 or (self.width is not None and self.width < 1):
             raise ValueError(f"rule '{self.pattern}': every, split and width must be at least 1")
         if self.width is not None and self.role not in SCALED_ROLES:
-            raise ValueError(f"rule '{self.pattern}': rates of role {self.role} follow no width; leave width out")
+            raise ValueError(
+                f"rule '{self.pattern}': rates of role {self.role} follow no width; leave width out"
+            )
         re.compile(self.pattern)
 
 

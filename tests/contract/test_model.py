@@ -31,7 +31,9 @@ def test_every_parameter_has_exactly_one_role_and_the_counts_add_up(architecture
     table = role_table(adapter.named_model_parameters(), adapter.param_roles(), cfg, adapter.width)
     assert sum(row["parameters"] for row in table) == sum(p.numel() for p in adapter.parameters())
     frozen = sum(row["parameters"] for row in table if row["optimizer"] == "frozen")
-    assert frozen == sum(p.numel() for name, p in adapter.named_model_parameters() if adapter.is_external(name))
+    assert frozen == sum(
+        p.numel() for name, p in adapter.named_model_parameters() if adapter.is_external(name)
+    )
     assert len({row["role"] for row in table}) > 1
 
 
@@ -70,7 +72,9 @@ def counted_flops(architecture, rows, length):
         weighted_loss(output.terms, prepared.denominators).backward()
     plan = adapter.flops(length)
     expected = plan.reference.training_per_token
-    if output.flops is not None:  # decided by the data or by a draw: masked keys grow with what was really done
+    if (
+        output.flops is not None
+    ):  # decided by the data or by a draw: masked keys grow with what was really done
         expected *= float(output.flops) / (rows * length) / plan.training_per_token
     return counter.get_total_flops() / (rows * length), expected
 

@@ -1,0 +1,28 @@
+"""Every row of every matrix in a block has norm 1, after every step and in every average of steps."""
+
+import torch
+from torch import Tensor, nn
+
+from adapters.default import DefaultModelAdapter
+from models.vanilla import Vanilla
+
+
+class Sphere(Vanilla):
+    def matrices(self) -> list[nn.Parameter]:
+        return [p for p in self.layers.parameters() if p.ndim == 2]
+
+    @torch.no_grad()
+    def normalise(self, keep: Tensor) -> None:
+        """`keep`: a device scalar; where it is 1, nothing changes."""
+        for weight in self.matrices():
+            unit = weight / weight.norm(dim=1, keepdim=True)
+            weight.copy_(torch.where(keep > 0, weight, unit))
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        super().init_weights(generator)
+        self.normalise(torch.zeros(()))
+
+
+class SphereAdapter(DefaultModelAdapter):
+    def constrain(self, skipped: Tensor) -> None:
+        self.model.normalise(skipped)
