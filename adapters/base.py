@@ -149,7 +149,8 @@ class Likelihood:
     `nats`: (B,) fp64 over the positions that stand for text; `end_nats`: (B,) fp64 over document ends, which
     are reported apart. `kind` "exact", or "bound" for an upper bound estimated by `estimator`, whose variance
     (nats squared, per row) is `variance`, (B,). `end_nats` None: ends of documents are not modelled. `per_token`: the
-    nats of every scored position, (B, S) fp64, of exact models. `metrics` are reported as `val_<name>`.
+    nats of every scored position, (B, S) fp64, of exact models. `metrics` are reported as
+    `val_<name>`; a row of weight 0 is padding and must count in none.
     """
 
     nats: Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from html import escape
@@ -70,21 +71,28 @@ def _equal_rates(metrics: list[Line]) -> list[list[str]]:
 
 def _charts_of_the_adapter(metrics: list[Line]) -> Iterator[Wanted]:
     """Every metric, in training and on held-out text. Those that differ in a number at their end (`load_0`, `load_1`)
-    share a chart, or several where they are many."""
+    share a chart, and have another for held-out text."""
     keys = [key for key in _keys(metrics) if is_own_name(key)]
-    families: dict[str, dict[str, str]] = {}  # stem -> name -> what is behind the stem
+    families: dict[str, list[str]] = {}  # what stands before the number -> names
     for name in dict.fromkeys(key.removeprefix("val_") for key in keys):
-        stem = re.sub(r"\d+$", "", name)
-        families.setdefault(stem, {})[name] = name[len(stem) :]
-    for stem, members in families.items():
-        if len(members) == 1:
-            stem, members = next(iter(members)), dict.fromkeys(members, "")
-        found: list[Curve] = []
-        for name, number in members.items():
-            found += [(name, f"{number} training".strip(), False)] if name in keys else []
-            found += [(f"val_{name}", f"{number} held out".strip(), True)] if f"val_{name}" in keys else []
-        for start in range(0, len(found), MAX_SERIES):
-            yield stem.rstrip("_/. ") or "Metrics", found[start : start + MAX_SERIES]
+        families.setdefault(re.sub(r"\d+$", "", name), []).append(name)
+    for stem, names in families.items():
+        if len(names) == 1:
+            both: list[Curve] = [(names[0], "training", False), (f"val_{names[0]}", "held out", True)]
+            yield names[0], [curve for curve in both if curve[0] in keys]
+            continue
+        title = stem.rstrip("_/. ") or "Metrics"
+        for before, where, marked in (("", "training", False), ("val_", "held out", True)):
+            found = [
+                (before + name, name.removeprefix(stem), marked) for name in names if before + name in keys
+            ]
+            yield from ((f"{title}, {where}", part) for part in _equal_parts(found))
+
+
+def _equal_parts(curves: list[Curve]) -> Iterator[list[Curve]]:
+    """As few as a chart has room for."""
+    size = math.ceil(len(curves) / max(1, math.ceil(len(curves) / MAX_SERIES)))
+    return (curves[start : start + size] for start in range(0, len(curves), max(1, size)))
 
 
 def _keys(metrics: list[Line], beginning: str = "") -> list[str]:

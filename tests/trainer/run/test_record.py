@@ -43,9 +43,9 @@ def test_metrics_stand_in_their_lines(reported):
 
 def test_the_report_charts_them(reported):
     page = (reported / "report.html").read_text()
-    for title in ("depth", "load"):
+    for title in ("depth", "load, training"):
         assert page.count(f"<figcaption><b>{title}</b>") == 1
-    assert 'data-name="0 training"' in page and 'data-name="1 training"' in page
+    assert page.count('data-name="held out"') == 3 * 3, "of bits per byte, loss and depth, over three axes"
 
 
 def test_operations_are_counted_as_they_were(reported):
