@@ -19,13 +19,13 @@ AUTO, REFERENCE = "auto", "reference"
 class Kernel(Entry):
     """One operation on rows of logits.
 
-    `implementations`: their names; `reference` is the plain definition, with all logits at once, `chunked` computes
-    a few rows at a time. `chunk_bytes`: the size of a chunk's logits by type of device, in the dtype of statistics;
-    a type that is not named is taken for "cuda". `plain_if_one_chunk`: where all rows are one chunk, `auto` takes the
-    reference.
+    `factory` is the function that models and adapters call. `implementations`: name -> "module:function", all of one
+    signature; `reference` is the plain definition, with all logits at once. `chunk_bytes`: the size of the logits that
+    `chunked` holds, by type of device, in the dtype of statistics; a type that is not named is taken for "cuda".
+    `plain_if_one_chunk`: where all rows are one chunk, `auto` takes the reference.
     """
 
-    implementations: tuple[str, ...] = (REFERENCE,)
+    implementations: Mapping[str, str] = field(default_factory=dict)
     chunk_bytes: Mapping[str, int] = field(default_factory=dict)
     plain_if_one_chunk: bool = False
 
@@ -37,7 +37,10 @@ KERNELS: dict[str, Kernel] = {
     "linear_cross_entropy": Kernel(
         "kernels.linear_cross_entropy:linear_cross_entropy",
         description="output layer and cross-entropy",
-        implementations=(REFERENCE, "chunked"),
+        implementations={
+            REFERENCE: "kernels.linear_cross_entropy.reference:reference",
+            "chunked": "kernels.linear_cross_entropy.chunked:chunked",
+        },
         chunk_bytes={"cpu": 24 * 2**20, "cuda": 256 * 2**20},
         plain_if_one_chunk=True,
     ),
@@ -46,8 +49,21 @@ KERNELS: dict[str, Kernel] = {
     "linear_diffusion_loss": Kernel(
         "kernels.linear_diffusion_loss:linear_diffusion_loss",
         description="output layer and the losses of discrete diffusion",
-        implementations=(REFERENCE, "chunked"),
+        implementations={
+            REFERENCE: "kernels.linear_diffusion_loss.reference:reference",
+            "chunked": "kernels.linear_diffusion_loss.chunked:chunked",
+        },
         chunk_bytes={"cpu": 2 * 2**20, "cuda": 256 * 2**20},
+    ),
+    # The function holds a handful of tensors of this size, some of them in fp64.
+    "linear_function_loss": Kernel(
+        "kernels.linear_function_loss:linear_function_loss",
+        description="output layer and a loss given as a function of logits",
+        implementations={
+            REFERENCE: "kernels.linear_function_loss.reference:reference",
+            "chunked": "kernels.linear_function_loss.chunked:chunked",
+        },
+        chunk_bytes={"cuda": 64 * 2**20},
     ),
 }
 

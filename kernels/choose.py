@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 
 from kernels import AUTO, KERNELS, REFERENCE, problems
 from kernels.precision import at_least_fp32
+from naming import load
 
 __all__ = ["MIN_CHUNK_ROWS", "Kernels", "rows_at_once"]
 
@@ -37,6 +39,13 @@ class Kernels:
         self.used.setdefault(op, {}).setdefault(name, why)
         return name
 
+    def implementation(
+        self, op: str, *, rows: int, columns: int, device: torch.device, dtype: torch.dtype
+    ) -> Callable[..., Any]:
+        """The function that `choose` names."""
+        name = self.choose(op, rows=rows, columns=columns, device=device, dtype=dtype)
+        return load(KERNELS[op].implementations[name])
+
     def foresee(
         self, op: str, *, rows: int, columns: int, device: torch.device, dtype: torch.dtype
     ) -> tuple[str, str]:
@@ -47,8 +56,8 @@ class Kernels:
             return own, f"kernels.{op}"
         if own is None and self.wanted["default"] in kernel.implementations:
             return self.wanted["default"], "kernels.default"
-        if kernel.implementations == (REFERENCE,):
-            return REFERENCE, "auto: there is no other"
+        if "chunked" not in kernel.implementations:
+            return REFERENCE, "auto: nothing else for every shape"
         at_once = rows_at_once(op, columns, device, dtype)
         if kernel.plain_if_one_chunk and rows <= at_once:
             return REFERENCE, f"auto: logits of {rows:,} rows fit at once"

@@ -78,7 +78,7 @@ class DiffusionAdapter(ModelAdapter):
         return Network(self.model, self.kernels)
 
     def kernel_calls(self, rows: int, seq_len: int) -> dict[str, tuple[int, int]]:
-        return {"linear_diffusion_loss": (rows * seq_len, self.model.V)}
+        return {self.process.kernel: (rows * seq_len, self.model.V)}
 
     # -- training ------------------------------------------------------------------------------------------------
 

@@ -129,6 +129,8 @@ _BUILDERS = {
 class _Fused:
     """Closed-form KL inside the fused loss: absorbing and uniform chains, equation 4."""
 
+    kernel = "linear_diffusion_loss"
+
     def __init__(self, chain: AbsorbingChain | UniformChain, mode: str) -> None:
         self.chain, self.mode = chain, mode
 
@@ -144,6 +146,8 @@ class _Fused:
 
 class _Dense:
     """The definition on logits, for chains and parameterisations without a closed form."""
+
+    kernel = "linear_function_loss"
 
     def __init__(self, chain: Chain, cfg: Any) -> None:
         self.chain, self.cfg = chain, cfg
@@ -191,6 +195,7 @@ class D3PMProcess(Process):
         self.chain = build_chain(cfg, V, mask_id, unigram)
         self.steps = cfg.num_timesteps
         self.objective = self._objective()
+        self.kernel = self.objective.kernel
         bound_steps = cfg.nelbo_steps or self.steps
         self.bound_grid = even_grid(self.steps, bound_steps)
         self.estimator = f"the {bound_steps}-step bound of {cfg.transition_type} D3PM, prior included"

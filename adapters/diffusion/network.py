@@ -5,23 +5,20 @@ B rows, L positions, M gathered positions, D width, V states.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import REFERENCE
-from kernels import linear_diffusion_loss as fused
 from kernels.choose import Kernels
+from kernels.linear_diffusion_loss import linear_diffusion_loss
+from kernels.linear_function_loss import RowFunction, linear_function_loss
 
 __all__ = ["Network", "RowLoss", "Rows", "sampling_dtype"]
 
-CHUNK_BYTES = 64 * 2**20  # of logits that exist at once outside the fused losses
-
-RowFunction = Callable[[Tensor, slice], tuple[Tensor, "Tensor | None"]]
+CHUNK_BYTES = 64 * 2**20  # of fp64 logits that exist at once in sampling
 
 
 @dataclass
@@ -116,101 +113,20 @@ class Network:
         model = self.model
         args = (hidden, model.head_weight, model.head_bias, rows.x0, rows.xt, rows.weights, rows.coefficients)
         kind = {"mode": mode, "V": model.V, "n": model.n, "mask_id": model.mask_id, "aux_weight": aux_weight}
-        return RowLoss(*fused.linear_diffusion_loss(*args, **kind, kernels=self.kernels))
+        return RowLoss(*linear_diffusion_loss(*args, **kind, kernels=self.kernels))
 
     def loss_of_logits(
         self, hidden: Tensor, weights: Tensor, function: RowFunction, aux_weight: float = 0.0
     ) -> RowLoss:
-        """A loss that no mode of the kernel knows, written on logits: `function(logits (m, V), rows)` returns nats (m,)
-        and a cross-entropy (m,) or None for a slice of the rows. All rows are one slice where the kernel's reference is
-        chosen."""
-        rows, columns = len(hidden), self.model.V
-        chosen = self.kernels.choose(
-            fused.OP, rows=rows, columns=columns, device=hidden.device, dtype=hidden.dtype
-        )
-        chunk = max(1, rows) if chosen == REFERENCE else self._rows_per_chunk()
-        args = (
-            hidden,
-            self.model.head_weight,
-            self.model.head_bias,
-            weights,
-            function,
-            aux_weight,
-            chunk,
-            self.model.V,
-        )
-        return RowLoss(*_LossOfLogits.apply(*args))
-
-    def _rows_per_chunk(self) -> int:
-        return max(1, CHUNK_BYTES // (4 * self.model.V))
+        """A loss that no mode of the fused one knows, written on logits (kernels/linear_function_loss)."""
+        model = self.model
+        args = (hidden, model.head_weight, model.head_bias, weights, function)
+        return RowLoss(*linear_function_loss(*args, V=model.V, aux_weight=aux_weight, kernels=self.kernels))
 
     def logits(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """(rows, logits (m, V) fp64) in chunks, for sampling; never all positions at once."""
         device, dtype = sampling_dtype(self.device)
-        chunk = max(1, self._rows_per_chunk() // 2)
+        chunk = max(1, CHUNK_BYTES // (8 * self.model.V))
         for start in range(0, len(hidden), chunk):
             rows = slice(start, min(start + chunk, len(hidden)))
             yield rows, self.model.logits(hidden[rows])[:, : self.model.V].to(device, dtype)
-
-
-class _LossOfLogits(torch.autograd.Function):
-    """Gradients of a chunk are computed while its logits exist, in the forward pass; backward scales them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        row_weights: Tensor,
-        function: RowFunction,
-        aux_weight: float,
-        chunk: int,
-        states: int,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        wanted = [
-            t for t, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True) if needed
-        ]
-        stats = torch.promote_types(hidden.dtype, torch.float32)
-        grads = [
-            torch.zeros(t.shape, dtype=torch.promote_types(t.dtype, stats), device=t.device) for t in wanted
-        ]
-        total = torch.zeros((), dtype=stats, device=hidden.device)
-        nats, aux = [hidden.new_empty(0, dtype=stats)], []
-        for start in range(0, len(hidden), chunk):
-            rows = slice(start, min(start + chunk, len(hidden)))
-            with torch.enable_grad():
-                parts = [t.detach().requires_grad_(bool(wanted)) for t in (hidden[rows], weight, bias)]
-                logits = F.linear(parts[0], parts[1].to(hidden.dtype), parts[2].to(hidden.dtype))[
-                    :, :states
-                ].to(stats)
-                with torch.autocast(
-                    logits.device.type, enabled=False
-                ):  # probabilities are no matter of 8 bits
-                    row_nats, row_aux = function(logits, rows)
-                value = row_nats if row_aux is None else row_nats + aux_weight * row_aux
-                part = (value * row_weights[rows].to(stats)).sum()
-            if wanted:
-                needed = [p for p, n in zip(parts, ctx.needs_input_grad[:3], strict=True) if n]
-                for i, (tensor, grad) in enumerate(
-                    zip(wanted, torch.autograd.grad(part, needed), strict=True)
-                ):
-                    if tensor is hidden:
-                        grads[i][rows] = grad
-                    else:
-                        grads[i] += grad
-            total += part.detach()
-            nats.append(row_nats.detach())
-            if row_aux is not None:
-                aux.append(row_aux.detach())
-        ctx.save_for_backward(*grads)
-        ctx.dtypes = [t.dtype for t in wanted]
-        all_nats, all_aux = torch.cat(nats), torch.cat(aux) if aux else None
-        ctx.mark_non_differentiable(*(t for t in (all_nats, all_aux) if t is not None))
-        return total, all_nats, all_aux
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        scaled = iter([(g * grad).to(d) for g, d in zip(ctx.saved_tensors, ctx.dtypes, strict=True)])
-        return *(next(scaled) if needed else None for needed in ctx.needs_input_grad[:3]), *(None,) * 5

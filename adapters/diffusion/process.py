@@ -49,6 +49,7 @@ class Process(ABC):
     estimator: str  # how the bound is estimated, in words
     stratified = True  # training times are stratified over a step
     exact = False  # the bound is the likelihood itself
+    kernel = "linear_diffusion_loss"  # operation of kernels/ that its loss runs in
 
     def __init__(self, cfg: Any, n: int, V: int, mask_id: int | None) -> None:
         self.cfg, self.n, self.V, self.mask_id = cfg, n, V, mask_id

@@ -7,12 +7,10 @@ Shapes: N rows, D width, V_p rows of the head (padded vocabulary), V real vocabu
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from kernels import REFERENCE
-from kernels.choose import Kernels, rows_at_once
-from kernels.linear_cross_entropy.chunked import Chunked
+from kernels.choose import Kernels
+from kernels.linear_cross_entropy import chunked
 from kernels.linear_cross_entropy.reference import IGNORED, reference
 from kernels.precision import compute_dtype
 
@@ -42,15 +40,12 @@ def linear_cross_entropy(
     _check(hidden, weight, targets, weights, vocab_size)
     vocab_size = vocab_size or weight.shape[0]
     hidden = hidden.to(compute_dtype(hidden))
-    if chunk_rows is None:
-        kernels, (rows, columns) = kernels or Kernels(), (hidden.shape[0], weight.shape[0])
-        chosen = kernels.choose(OP, rows=rows, columns=columns, device=hidden.device, dtype=hidden.dtype)
-        if chosen == REFERENCE:
-            return reference(hidden, weight, targets, weights, vocab_size)
-        chunk_rows = rows_at_once(OP, columns, hidden.device, hidden.dtype)
-    return Chunked.apply(  # type: ignore[return-value]
-        hidden, weight, targets, weights, vocab_size, chunk_rows, torch.is_grad_enabled()
+    if chunk_rows is not None:
+        return chunked.chunked(hidden, weight, targets, weights, vocab_size, chunk_rows)
+    run = (kernels or Kernels()).implementation(
+        OP, rows=hidden.shape[0], columns=weight.shape[0], device=hidden.device, dtype=hidden.dtype
     )
+    return run(hidden, weight, targets, weights, vocab_size)
 
 
 def _check(

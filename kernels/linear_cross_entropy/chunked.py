@@ -12,10 +12,28 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.choose import rows_at_once
 from kernels.linear_cross_entropy.reference import IGNORED
 from kernels.precision import at_least_fp32
 
-__all__ = ["Chunked"]
+__all__ = ["Chunked", "chunked"]
+
+
+def chunked(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    vocab_size: int,
+    chunk_rows: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Arguments and results as `reference`; `chunk_rows` None = as many as the table allows."""
+    chunk_rows = chunk_rows or rows_at_once(
+        "linear_cross_entropy", weight.shape[0], hidden.device, hidden.dtype
+    )
+    return Chunked.apply(  # type: ignore[return-value]
+        hidden, weight, targets, weights, vocab_size, chunk_rows, torch.is_grad_enabled()
+    )
 
 
 class Chunked(torch.autograd.Function):

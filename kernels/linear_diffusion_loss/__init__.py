@@ -9,16 +9,14 @@ head (V, or more with padding), n real tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from kernels import REFERENCE
-from kernels.choose import Kernels, rows_at_once
-from kernels.linear_diffusion_loss.chunked import Chunked
+from kernels.choose import Kernels
+from kernels.linear_diffusion_loss import chunked
 from kernels.linear_diffusion_loss.reference import product_dtype, reference
 from kernels.linear_diffusion_loss.rows import MODES, States
-from kernels.precision import at_least_fp32
 from naming import not_one_of
 
 __all__ = ["MODES", "linear_diffusion_loss", "reference"]
@@ -57,42 +55,26 @@ def linear_diffusion_loss(
     `kernels` of the run choose the implementation; None = automatically. `chunk_rows` given: chunks of that many.
     ValueError on misuse.
     """
-    states = States(V, n, mask_id)
-    _check(hidden, weight, bias, x0, xt, weights, coefficients, mode, states)
-    dtype = product_dtype(hidden)
-    if chunk_rows is None:
-        kernels, rows = kernels or Kernels(), hidden.shape[0]
-        if kernels.choose(OP, rows=rows, columns=V, device=hidden.device, dtype=dtype) == REFERENCE:
-            args = (hidden, weight, bias, x0, xt, weights, coefficients)
-            return reference(*args, mode=mode, V=V, n=n, mask_id=mask_id, aux_weight=aux_weight)
-        chunk_rows = rows_at_once(OP, V, hidden.device, dtype)
-    stats = at_least_fp32(hidden.dtype)
-    with torch.no_grad():
-        scalars = tuple(s.to(stats) for s in MODES[mode].prepare(x0, xt, coefficients, states))
-        weights = weights.to(stats)
-        aux_weights = _auxiliary(aux_weight, weights, mode)
-    hidden = hidden.to(dtype)
-    gradient = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (hidden, weight, bias)
+    _check(hidden, weight, bias, x0, xt, weights, coefficients, mode, States(V, n, mask_id))
+    _check_auxiliary(aux_weight, weights, mode)
+    args = (hidden, weight, bias, x0, xt, weights, coefficients)
+    kind: dict[str, Any] = {"mode": mode, "V": V, "n": n, "mask_id": mask_id, "aux_weight": aux_weight}
+    if chunk_rows is not None:
+        return chunked.chunked(*args, **kind, chunk_rows=chunk_rows)
+    run = (kernels or Kernels()).implementation(
+        OP, rows=hidden.shape[0], columns=V, device=hidden.device, dtype=product_dtype(hidden)
     )
-    sizes = (mode, V, n, mask_id, chunk_rows, gradient)
-    with torch.autocast(hidden.device.type, enabled=False):  # the dtypes are chosen here
-        total, nats, aux = Chunked.apply(hidden, weight, bias, x0, xt, weights, aux_weights, *sizes, *scalars)
-    return total, nats, None if aux_weights is None else aux
+    return run(*args, **kind)
 
 
-def _auxiliary(aux_weight: float | Tensor, weights: Tensor, mode: str) -> Tensor | None:
-    if isinstance(aux_weight, Tensor):
-        if aux_weight.shape != weights.shape:
-            raise ValueError(f"aux_weight: expected {tuple(weights.shape)}, got {tuple(aux_weight.shape)}")
-        aux_weights = aux_weight.to(weights.dtype)
-    elif aux_weight == 0:
-        return None
-    else:
-        aux_weights = aux_weight * weights
+def _check_auxiliary(aux_weight: float | Tensor, weights: Tensor, mode: str) -> None:
+    if not isinstance(aux_weight, Tensor):
+        if aux_weight == 0:
+            return
+    elif aux_weight.shape != weights.shape:
+        raise ValueError(f"aux_weight: expected {tuple(weights.shape)}, got {tuple(aux_weight.shape)}")
     if not MODES[mode].has_aux:
         raise ValueError(f"aux_weight: mode '{mode}' has no auxiliary cross-entropy")
-    return aux_weights
 
 
 def _check(

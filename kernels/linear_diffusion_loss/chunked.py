@@ -5,6 +5,7 @@ losses of discrete diffusion).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,14 +13,56 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.choose import rows_at_once
+from kernels.linear_diffusion_loss.reference import product_dtype
 from kernels.linear_diffusion_loss.rows import MODES, Chunk, States
+from kernels.precision import at_least_fp32
 
-__all__ = ["Chunked"]
+__all__ = ["Chunked", "chunked"]
 
 # Rows of low-precision products. Their number is drawn anew in every step, and the library compiles and keeps a product
 # for each shape it meets: a megabyte a step at first.
 ROW_MULTIPLE = 64
 COLUMN_MULTIPLE = 64  # of low-precision copies of the head: odd numbers of columns make products slow
+
+
+def chunked(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x0: Tensor,
+    xt: Tensor,
+    weights: Tensor,
+    coefficients: Mapping[str, Tensor],
+    *,
+    mode: str,
+    V: int,
+    n: int,
+    mask_id: int | None,
+    aux_weight: float | Tensor = 0.0,
+    chunk_rows: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Arguments and results as `reference`; `chunk_rows` None = as many as the table allows."""
+    stats, dtype = at_least_fp32(hidden.dtype), product_dtype(hidden)
+    with torch.no_grad():
+        prepared = MODES[mode].prepare(x0, xt, coefficients, States(V, n, mask_id))
+        scalars = tuple(s.to(stats) for s in prepared)
+        weights = weights.to(stats)
+        aux_weights: Tensor | None = None
+        if isinstance(aux_weight, Tensor):
+            aux_weights = aux_weight.to(stats)
+        elif aux_weight != 0:
+            aux_weights = aux_weight * weights
+    gradient = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (hidden, weight, bias)
+    )
+    rows = chunk_rows or rows_at_once("linear_diffusion_loss", V, hidden.device, dtype)
+    sizes = (mode, V, n, mask_id, rows, gradient)
+    with torch.autocast(hidden.device.type, enabled=False):  # the dtypes are chosen here
+        total, nats, aux = Chunked.apply(
+            hidden.to(dtype), weight, bias, x0, xt, weights, aux_weights, *sizes, *scalars
+        )
+    return total, nats, None if aux_weights is None else aux
 
 
 class Chunked(torch.autograd.Function):

@@ -19,7 +19,9 @@ CE, DIFFUSION = "linear_cross_entropy", "linear_diffusion_loss"
 @pytest.fixture(autouse=True)
 def _plain_only(monkeypatch):
     """Beside the real operations one that has nothing but its definition."""
-    monkeypatch.setitem(KERNELS, "toy", Kernel("kernels.toy:toy"))
+    monkeypatch.setitem(
+        KERNELS, "toy", Kernel("kernels.toy:toy", implementations={"reference": "kernels.toy:toy"})
+    )
 
 
 # `kernels`, operation, rows, columns, device, dtype; implementation, why. 24 MiB of fp32 logits with 1,024 columns are
@@ -37,12 +39,12 @@ CHOICES = [
     ({}, DIFFUSION, 1, 1024, CPU, SINGLE, "chunked", "auto: logits of 512 rows at a time"),
     ({}, DIFFUSION, 9999, 128, CPU, SINGLE, "chunked", "auto: logits of 4,096 rows at a time"),
     ({}, DIFFUSION, 1, 32_768, CUDA, HALF, "chunked", "auto: logits of 2,048 rows at a time"),
-    ({}, "toy", 1, 1, CPU, SINGLE, "reference", "auto: there is no other"),
+    ({}, "toy", 1, 1, CPU, SINGLE, "reference", "auto: nothing else for every shape"),
     ({"default": "auto"}, CE, 1, 1024, CPU, SINGLE, "reference", "auto: logits of 1 rows fit at once"),
     ({"default": "reference"}, CE, 10**9, 1024, CPU, SINGLE, "reference", "kernels.default"),
     ({"default": "reference"}, DIFFUSION, 10**9, 1024, CUDA, HALF, "reference", "kernels.default"),
     ({"default": "chunked"}, CE, 1, 1024, CPU, SINGLE, "chunked", "kernels.default"),
-    ({"default": "chunked"}, "toy", 1, 1, CPU, SINGLE, "reference", "auto: there is no other"),
+    ({"default": "chunked"}, "toy", 1, 1, CPU, SINGLE, "reference", "auto: nothing else for every shape"),
     ({CE: "chunked"}, CE, 1, 1024, CPU, SINGLE, "chunked", f"kernels.{CE}"),
     ({CE: "chunked"}, DIFFUSION, 1, 1024, CPU, SINGLE, "chunked", "auto: logits of 512 rows at a time"),
     ({"default": "chunked", CE: "reference"}, CE, 10**9, 1024, CPU, SINGLE, "reference", f"kernels.{CE}"),
@@ -113,4 +115,5 @@ def test_the_size_of_chunks_follows_the_table(monkeypatch):
 
 def test_the_table_names_what_exists():
     for op in (CE, DIFFUSION):
-        assert callable(load(KERNELS[op].factory)) and KERNELS[op].implementations[0] == "reference"
+        assert callable(load(KERNELS[op].factory)) and "reference" in KERNELS[op].implementations
+        assert all(callable(load(spec)) for spec in KERNELS[op].implementations.values())

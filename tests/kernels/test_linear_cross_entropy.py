@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import kernels.linear_cross_entropy as op
 from kernels import KERNELS, choose
 from kernels.linear_cross_entropy import IGNORED, linear_cross_entropy, reference
+from kernels.linear_cross_entropy import chunked as chunks
 
 ROWS, WIDTH, VOCABULARY, PADDED = 13, 6, 10, 16
 
@@ -161,8 +162,8 @@ def test_very_unlikely_targets_stay_finite():
 def test_the_choice_decides_the_path_and_the_budget_the_chunks(monkeypatch):
     hidden, weight, weights, targets = draw(torch.float32, rows=5)
     seen = []
-    chunked = op.Chunked.apply
-    monkeypatch.setattr(op.Chunked, "apply", lambda *args: seen.append(args[5]) or chunked(*args))
+    chunked = chunks.Chunked.apply
+    monkeypatch.setattr(chunks.Chunked, "apply", lambda *args: seen.append(args[5]) or chunked(*args))
     linear_cross_entropy(hidden, weight, targets, weights, VOCABULARY)
     assert seen == []
     monkeypatch.setattr(choose, "MIN_CHUNK_ROWS", 1)
@@ -231,7 +232,7 @@ def test_the_plain_path_equals_pytorch():
 def test_evaluation_computes_no_gradients(monkeypatch):
     """Under no_grad, autograd still reports that inputs need gradients."""
     products = []
-    monkeypatch.setattr(op.chunked, "_add_product", lambda *args: products.append(args))
+    monkeypatch.setattr(chunks, "_add_product", lambda *args: products.append(args))
     hidden = torch.randn(6, 4, requires_grad=True)
     weight = torch.randn(8, 4, requires_grad=True)
     targets = torch.arange(6)

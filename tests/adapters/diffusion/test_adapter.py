@@ -15,6 +15,7 @@ from adapters.diffusion.mdl import MDLAdapter
 from adapters.diffusion.sedd import SEDDAdapter
 from data.rows import Batch
 from kernels.choose import Kernels
+from kernels.linear_function_loss import chunked as function_chunks
 from models.bd3lm import BD3LM
 from models.d3pm import D3PM
 from models.mdl import MDL
@@ -543,7 +544,7 @@ def test_the_dense_loss_has_the_gradient_of_its_definition(monkeypatch):
     """In chunks of one row and of all rows."""
     values = []
     for chunk in (1, 2**20):
-        monkeypatch.setattr("adapters.diffusion.network.CHUNK_BYTES", 4 * (V + 1) * chunk)
+        monkeypatch.setattr(function_chunks, "rows_at_once", lambda *args, chunk=chunk: chunk)
         values.append(objective(build("d3pm", reverse_param="mixture"), [batch([0, 1, 2, 3])]))
     assert values[0][0] == pytest.approx(values[1][0], rel=1e-12)
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(values[0][1], values[1][1], strict=True))

@@ -8,6 +8,7 @@ import itertools
 import math
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -22,7 +23,9 @@ from adapters.diffusion.process import Choice, Draw, Window
 from adapters.diffusion.reverse import log_reverse, reverse_kl
 from adapters.diffusion.schedules import linear_betas
 from adapters.randomness import Noise
+from kernels import KERNELS
 from kernels.choose import Kernels
+from kernels.linear_function_loss import chunked as function_chunks
 from tests.adapters.diffusion.test_adapter import batch, build, train_context
 from tests.adapters.diffusion.test_bounds import d3pm, gauss_legendre, mdl, score_oracle, sedd, texts
 from tests.adapters.diffusion.test_chains import make_chain, one_step
@@ -576,8 +579,9 @@ def test_a_chains_bound_counts_the_prior_of_every_noised_token(fields):
 @pytest.mark.parametrize("kind", ["mdl", "sedd", "d3pm", "bd3lm"])
 def test_the_kernels_of_the_run_compute_the_loss(kind, implementation, monkeypatch):
     called = []
-    monkeypatch.setattr(fused, "reference", partial(_noted, called, "reference", fused.reference))
-    monkeypatch.setattr(fused.Chunked, "apply", partial(_noted, called, "chunked", fused.Chunked.apply))
+    for name, spec in KERNELS[fused.OP].implementations.items():
+        module = import_module(spec.partition(":")[0])
+        monkeypatch.setattr(module, name, partial(_noted, called, name, getattr(module, name)))
     adapter = build(kind, trained=False)
     adapter.kernels = Kernels({"default": implementation})
     adapter(adapter.prepare(batch([0, 1]), train_context(2)))
@@ -590,7 +594,7 @@ def _noted(called, name, run, *args, **options):
 
 
 def test_the_plain_loss_of_a_dense_chain_holds_all_logits_and_the_chunked_one_a_few(monkeypatch):
-    monkeypatch.setattr("adapters.diffusion.network.CHUNK_BYTES", 4 * 12 * 5)  # five rows of logits
+    monkeypatch.setattr(function_chunks, "rows_at_once", lambda *args: 5)
     sizes, dense = [], _Dense.loss
 
     def spy(self, network, hidden, rows, aux_weight):
