@@ -229,6 +229,8 @@ class ModelAdapter(nn.Module):
     """
 
     Cfg: type[ModelConfig] | None = None  # schema of `model_cfg` when it is not the model's own `Config`
+    # Operations of a training step that wait for the device, as a boolean mask does ("nonzero"). Best is none.
+    host_syncs: tuple[str, ...] = ()
     console_metrics: tuple[str, ...] = ()  # metrics shown while training, beside the loss
     default_temperature = 0.8  # of generation
     sample_steps = 0  # of the samples along a run: `GenerateOptions.steps`

@@ -111,7 +111,7 @@ def reveal_on_grid(
         if bool(read.any()):
             index = read.flatten().nonzero().squeeze(1)
             hidden = denoise(i, x, index)
-            keep = reveal.flatten()[index]
+            keep = reveal.flatten()[index].nonzero().squeeze(1)  # on the host, which need not wait then
             index, hidden = index[keep], hidden[keep.to(hidden.device)]
             u = noise.uniform(f"token {i}", length).flatten()[index]
             argmax = last and process.cfg.final_step == "argmax"

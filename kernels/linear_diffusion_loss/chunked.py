@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from kernels.choose import rows_at_once
 from kernels.linear_diffusion_loss.reference import product_dtype
 from kernels.linear_diffusion_loss.rows import MODES, Chunk, States
-from kernels.precision import at_least_fp32
+from kernels.precision import at_least_fp32, own_dtypes
 
 __all__ = ["Chunked", "chunked"]
 
@@ -58,7 +58,7 @@ def chunked(
     )
     rows = chunk_rows or rows_at_once("linear_diffusion_loss", V, hidden.device, dtype)
     sizes = (mode, V, n, mask_id, rows, gradient)
-    with torch.autocast(hidden.device.type, enabled=False):  # the dtypes are chosen here
+    with own_dtypes(hidden.device):
         total, nats, aux = Chunked.apply(
             hidden.to(dtype), weight, bias, x0, xt, weights, aux_weights, *sizes, *scalars
         )

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.precision import at_least_fp32
+from kernels.precision import at_least_fp32, own_dtypes
 
 __all__ = ["RowFunction", "reference", "weighed"]
 
@@ -43,7 +42,7 @@ def weighed(
     """Sum (), nats (m,) and cross-entropy (m,) of `rows`, whose hidden (m, D) and weights (m,) are given."""
     dtype = at_least_fp32(hidden.dtype)
     logits = F.linear(hidden, weight.to(hidden.dtype), bias.to(hidden.dtype))[:, :V].to(dtype)  # (m, V)
-    with torch.autocast(logits.device.type, enabled=False):  # probabilities are no matter of 8 bits
+    with own_dtypes(logits.device):  # probabilities are no matter of 8 bits
         nats, ce = function(logits, rows)
     value = nats if ce is None else nats + aux_weight * ce
     return (value * weights.to(dtype)).sum(), nats, ce

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.precision import at_least_fp32, compute_dtype
+from kernels.precision import at_least_fp32, compute_dtype, own_dtypes
 
 __all__ = ["AdaLN", "AdaptiveNorm", "TimeEmbedding", "gated_residual", "time_features"]
 
@@ -39,7 +39,7 @@ class TimeEmbedding(nn.Module):
         self.outer = nn.Linear(cond_dim, cond_dim)
 
     def forward(self, tau: Tensor) -> Tensor:
-        with torch.autocast(tau.device.type, enabled=False):
+        with own_dtypes(tau.device):
             features = time_features(tau.to(at_least_fp32(self.inner.weight.dtype)))
             hidden = F.silu(self.inner(features.to(self.inner.weight.dtype)))
             return F.silu(self.outer(hidden))
@@ -56,7 +56,7 @@ class AdaLN(nn.Module):
         self.bias = nn.Parameter(torch.empty(parts * width))
 
     def forward(self, c: Tensor) -> tuple[Tensor, ...]:
-        with torch.autocast(c.device.type, enabled=False):
+        with own_dtypes(c.device):
             return F.linear(c, self.weight, self.bias).chunk(self.parts, dim=-1)
 
     def init_weights(self) -> None:

@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import KERNELS
 from kernels.choose import Kernels
@@ -127,27 +126,3 @@ def test_every_implementation_of_the_kernels_gives_the_same(architecture, monkey
             assert other == pytest.approx(plain, rel=1e-10)
             for path, gradient in plain_gradients.items():
                 torch.testing.assert_close(gradients[path], gradient, rtol=1e-8, atol=1e-12, msg=path)
-
-
-class NoHostSync(TorchDispatchMode):
-    """Refuses the operations that make a GPU's host wait."""
-
-    REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "_unique")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.__name__ if hasattr(func, "__name__") else str(func)
-        assert not any(word in name for word in self.REFUSED), f"{name} waits for the device"
-        return func(*args, **(kwargs or {}))
-
-
-def test_no_host_synchronisation_in_forward_and_backward(architecture):
-    adapter = adapter_of(architecture)
-    prepared = adapter.prepare(batch_for(adapter), context())
-    with NoHostSync():
-        output = adapter(prepared)
-        total = torch.zeros(())
-        for term in output.terms.values():
-            total = total + term.weight * term.sum / prepared.denominators[term.denominator]
-        total.backward()
-    with pytest.raises(AssertionError, match="waits for the device"), NoHostSync():
-        torch.ones(()).item()
