@@ -57,7 +57,7 @@ class Kernels:
         if own is None and self.wanted["default"] in kernel.implementations:
             return self.wanted["default"], "kernels.default"
         if "chunked" not in kernel.implementations:
-            return REFERENCE, "auto: nothing else for every shape"
+            return REFERENCE, "auto: the plain definition"
         at_once = rows_at_once(op, columns, device, dtype)
         if kernel.plain_if_one_chunk and rows <= at_once:
             return REFERENCE, f"auto: logits of {rows:,} rows fit at once"

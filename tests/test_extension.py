@@ -10,6 +10,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,11 @@ from hydra.core.global_hydra import GlobalHydra
 import data
 import models
 import mytrainer
-from configs.compose import check_grid, prepare
+from configs.compose import check, check_grid, compose_tree, prepare
+from configs.messages import ConfigError
 from configs.schema import CHOICES, GENERIC_FIELDS
 from data import Source
+from kernels import KERNELS, Kernel
 from models import Architecture
 from naming import Entry
 from tests.contract.tiny import overrides
@@ -130,6 +133,51 @@ class SmallStates(DefaultModelAdapter):
         output = super().step_output(hidden, prepared)
         size = (hidden.states.square().mean(-1) * prepared.tensors["weights"]).sum()
         output.terms["small"] = LossTerm(size, "tokens", self.model_cfg.small_weight)
+        return output
+'''
+
+IMPLEMENTATION = '''
+from kernels.linear_cross_entropy.reference import reference
+
+
+def halves(hidden, weight, targets, weights, vocab_size):
+    """The even rows, then the odd ones."""
+    parts = [
+        reference(hidden[k::2], weight, targets[k::2], None if weights is None else weights[k::2], vocab_size)
+        for k in (0, 1)
+    ]
+    nats = hidden.new_empty(len(hidden), dtype=parts[0][1].dtype)
+    nats[0::2], nats[1::2] = parts[0][1], parts[1][1]
+    return parts[0][0] + parts[1][0], nats
+'''
+
+OPERATION = '''
+from adapters.base import LossTerm
+from adapters.default import DefaultModelAdapter
+
+
+def reference(states, weights):
+    return (states.square().mean(-1) * weights).sum()
+
+
+def state_size(states, weights, kernels):
+    """Weighted sum of the mean squares of states (N, D), ()."""
+    rows, columns = states.shape
+    run = kernels.implementation(
+        "state_size", rows=rows, columns=columns, device=states.device, dtype=states.dtype
+    )
+    return run(states, weights)
+
+
+class SmallStates(DefaultModelAdapter):
+    def kernel_calls(self, rows, seq_len):
+        return {**super().kernel_calls(rows, seq_len), "state_size": (rows * seq_len, self.width)}
+
+    def step_output(self, hidden, prepared):
+        output = super().step_output(hidden, prepared)
+        weights = prepared.tensors["weights"].flatten()
+        size = state_size(hidden.states.flatten(0, 1), weights, self.kernels)
+        output.terms["small"] = LossTerm(size, "tokens", 0.1)
         return output
 '''
 
@@ -307,7 +355,44 @@ def test_a_diffusion_process(toy, run, monkeypatch):
     assert len(out.strip()) > 0
 
 
+def test_a_way_to_compute_an_operation(toy, run, monkeypatch):
+    toy("kernel", IMPLEMENTATION)
+    row = KERNELS["linear_cross_entropy"]
+    more = replace(row, implementations={**row.implementations, "halves": "toy_kernel:halves"})
+    monkeypatch.setitem(KERNELS, "linear_cross_entropy", more)
+    tried(run, "kernels.linear_cross_entropy=halves")
+    assert json.loads(Path("whole/manifest.json").read_text())["kernels"] == {
+        "linear_cross_entropy": {"halves": "kernels.linear_cross_entropy"}
+    }
+    with pytest.raises(
+        ConfigError, match="'halve' is not one of auto, reference, chunked, halves. Did you mean 'hal"
+    ):
+        prepare_and_check("gpt2", "kernels=halve")
+    prepare_and_check("gpt2", "kernels=halves")  # by the operations that have it
+
+
+def test_an_operation(toy, run, monkeypatch):
+    toy("operation", OPERATION)
+    plain = {"reference": "toy_operation:reference"}
+    monkeypatch.setitem(KERNELS, "state_size", Kernel("toy_operation:state_size", implementations=plain))
+    adapter = "model_adapter='toy_operation:SmallStates'"
+    run(*overrides("gpt2", *SHORT, adapter, "kernels=chunked", "output_dir=out"))
+    assert json.loads(Path("out/manifest.json").read_text())["kernels"] == {
+        "linear_cross_entropy": {"chunked": "kernels.default"},
+        "state_size": {"reference": "auto: the plain definition"},
+    }
+    tried(run, adapter, "kernels.state_size=reference")
+    with pytest.raises(ConfigError, match="kernels.state_size: 'chunked' is not one of auto, reference"):
+        prepare_and_check("gpt2", "kernels.state_size=chunked")
+
+
+def prepare_and_check(model, *words):
+    plan = prepare(overrides(model, *words))
+    return check(plan, compose_tree(plan.overrides))
+
+
 TABLES = {
+    "kernels": KERNELS,
     **{field: choice.table for field, choice in CHOICES.items()},
     "trackers": TRACKERS,
     "tokenizer": data.TOKENIZERS,
