@@ -11,7 +11,7 @@ from adapters.base import Context
 from configs.schema import RunConfig
 from data.markov import MarkovSource
 from data.rows import Batch
-from tests.adapters.diffusion.test_adapter import KINDS
+from tests.adapters.diffusion.tiny import KINDS
 from trainer.optim.optimizers import build_optimizers, clip_gradients
 
 SYMBOLS, S = 32, 64

@@ -7,6 +7,7 @@ three. An oracle is a backbone whose hidden state IS its answer: the output laye
 from __future__ import annotations
 
 import itertools
+import math
 import types
 from collections.abc import Callable
 
@@ -14,9 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adapters.diffusion.chains import UniformChain
+from adapters.diffusion.schedules import cosine_betas
 from data.rows import Batch
 
+F64 = torch.float64
 K, LENGTH = 3, 3
+M = K  # id of the mask
 START = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 STEP = torch.tensor([[0.8, 0.1, 0.1], [0.2, 0.6, 0.2], [0.1, 0.3, 0.6]], dtype=torch.float64)
 SEQUENCES = torch.tensor(list(itertools.product(range(K), repeat=LENGTH)))  # (27, 3)
@@ -136,3 +141,48 @@ def chi_square(counts: Tensor, law: Tensor) -> float:
 
 # The 1 - 1e-4 quantile of chi-square by degrees of freedom.
 CHI_SQUARE_LIMIT = {2: 18.42, 8: 31.83, 26: 61.66}
+MARGINALS = torch.stack(
+    [torch.stack([LAW[SEQUENCES[:, i] == v].sum() for v in range(K)]) for i in range(LENGTH)]
+)
+INDEPENDENT = torch.stack([MARGINALS[i, SEQUENCES[:, i]] for i in range(LENGTH)]).prod(0)
+
+
+def block_oracle(size):
+    """Masked posterior given clean tokens of earlier blocks and the visible ones of the own block."""
+
+    class BlockOracle(Oracle):
+        def read(self, clean, doc_ids, blocks):
+            return clean
+
+        def forward(self, tokens, tau, doc_ids=None, clean=None, blocks=None):
+            out = torch.zeros(*tokens.shape, self.V, dtype=F64)
+            assert blocks[0] == blocks[1]  # the given token is of the first block
+            for block in blocks.unique().tolist():
+                here, before = (blocks == block)[1:], (blocks < block)[1:]
+                seen = torch.where(here, tokens[:, 1:], torch.where(before, clean[:, 1:], M))
+                out[:, 1:][:, here] = with_mask(masked_posterior(seen))[:, here]
+            return out
+
+    return BlockOracle(lambda xt, tau: xt, M)
+
+
+def score_oracle(process):
+    """The true ratios, as the network of `process` would put them out."""
+    if process.mask_id is not None:
+        return Oracle(lambda xt, tau: with_mask(masked_posterior(xt)) + math.log(K), M)
+    return Oracle(lambda xt, tau: uniform_ratios(xt, torch.exp(-tau.double())).log(), None)
+
+
+def uniform_oracle(steps):
+    chain = UniformChain(K, cosine_betas(steps))
+
+    def answer(xt, tau):
+        t = (tau.double() * steps / 1000).round().long()
+        return uniform_leave_one_out(xt, chain.alpha_bar[t]).log()
+
+    return Oracle(answer, None)
+
+
+def gauss_legendre(low, high, nodes):
+    x, w = np.polynomial.legendre.leggauss(nodes)
+    return (x + 1) / 2 * (high - low) + low, w * (high - low) / 2

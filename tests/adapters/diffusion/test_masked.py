@@ -1,0 +1,103 @@
+"""Samplers that reveal masked positions, and the tail of a binomial law."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from adapters.base import GenerateOptions
+from adapters.diffusion import masked
+from adapters.diffusion.network import Network
+from adapters.diffusion.process import Choice, Window
+from adapters.randomness import Noise
+from tests.adapters.diffusion.processes import mdl, of, sample, window
+from tests.adapters.diffusion.tiny import build
+from tests.adapters.diffusion.toy import F64, LENGTH, K, M, masked_oracle, masked_posterior
+
+
+def test_binomial_tail_against_the_sum():
+    n = torch.tensor([0.0, 1.0, 5.0, 7.0], dtype=F64)
+    for k in (0.0, 1.0, 3.0, 7.0):
+        expected = [
+            sum(math.comb(int(c), j) * 0.3**j * 0.7 ** (int(c) - j) for j in range(int(k), int(c) + 1))
+            for c in n
+        ]
+        got = masked.binomial_tail(n, 0.3, torch.full((4,), k, dtype=F64))
+        assert torch.allclose(got, torch.tensor(expected, dtype=F64), atol=1e-12)
+    nearly = masked.binomial_tail(n, 1 - math.exp(-20), torch.full((4,), 1.0, dtype=F64))
+    assert torch.allclose(nearly, torch.tensor([0.0, 1.0, 1.0, 1.0], dtype=F64), atol=1e-8)
+
+
+def test_the_cache_saves_calls_and_changes_nothing():
+    steps, runs = 20, 100
+    calls = []
+    for seed in range(runs):
+        lazy, fewer = sample(mdl(num_sampling_steps=steps), masked_oracle(), 1, seed=seed)
+        full, all_calls = sample(
+            mdl(num_sampling_steps=steps, sampler="ancestral"), masked_oracle(), 1, seed=seed
+        )
+        assert torch.equal(lazy, full)
+        assert fewer <= min(all_calls, LENGTH)
+        calls.append(fewer)
+    calls = torch.tensor(calls, dtype=F64)
+    expected = steps * (1 - (1 - 1 / steps) ** LENGTH)
+    assert float(calls.mean()) == pytest.approx(expected, abs=3 * float(calls.std()) / runs**0.5)
+
+
+def test_first_hitting_takes_one_call_per_position():
+    assert sample(mdl(sampler="first_hitting"), masked_oracle(), 50)[1] == LENGTH
+
+
+def test_first_hitting_calls_the_network_at_the_times_of_the_process():
+    """u <- u U^(1/k) with k masked: on average 3/4, 1/2, 1/4 for three, and u_1^3 is uniform (Zheng et al. 2024)."""
+    process, count = mdl(sampler="first_hitting"), 20_000
+    oracle = of(process, lambda xt, tau: torch.zeros(*xt.shape, K + 1, dtype=F64))
+    *_, _ = process.resolve(Network(oracle), window(count))
+    u = torch.stack([1 - torch.exp(-tau) for tau in oracle.taus])  # (3, B)
+    assert u.mean(1).tolist() == pytest.approx([3 / 4, 1 / 2, 1 / 4], abs=0.007)
+    assert float((u[0] ** 3).mean()) == pytest.approx(1 / 2, abs=0.009)
+    assert float((u[0] ** 6).mean()) == pytest.approx(1 / 3, abs=0.009)
+    for k, ratio in ((2, u[1] / u[0]), (1, u[2] / u[1])):  # U^(1/k), independent of what went before
+        assert float((ratio**k).mean()) == pytest.approx(1 / 2, abs=0.009)
+    for masks, tokens in zip((3, 2, 1), oracle.tokens, strict=True):
+        assert bool(((tokens == M).sum(1) == masks).all())
+
+
+@pytest.mark.parametrize("final_step", ["argmax", "sample"])
+def test_first_hitting_ends_each_row_with_its_last_token(final_step):
+    """Rows with three and with two gaps: only the token that completes a row is the likeliest one."""
+    count = 400
+    whole = window(count)
+    x, unknown = whole.x.clone(), whole.unknown.clone()
+    x[::2, 2], unknown[::2, 2] = 1, False
+    process = mdl(sampler="first_hitting", final_step=final_step)
+    states = list(
+        process.resolve(
+            Network(masked_oracle()), Window(x, unknown, Noise(0, 0, "sample", np.arange(count)), Choice())
+        )
+    )
+    last, earlier = [], []
+    for before, after in itertools.pairwise([x.masked_fill(unknown, M), *states]):
+        row, place = (before != after).nonzero().unbind(1)
+        greedy = masked_posterior(before[:, 1:]).argmax(2)[row, place - 1] == after[row, place]
+        ends = (before == M).sum(1)[row] == 1
+        last.append(greedy[ends])
+        earlier.append(greedy[~ends])
+    last, earlier = torch.cat(last), torch.cat(earlier)
+    assert len(last) == count and len(earlier) == count // 2 * 3
+    assert float(earlier.double().mean()) < 0.8
+    assert float(last.double().mean()) == 1 if final_step == "argmax" else float(last.double().mean()) < 0.8
+
+
+@pytest.mark.parametrize(
+    "more", [{"by_confidence": True, "steps": 3}, {}], ids=["confidence", "argmax at the end"]
+)
+def test_rows_with_different_gaps_do_not_disturb_each_other(more):
+    adapter = build("mdl", sampler="first_hitting", final_step="argmax")
+    texts = [[1, None, 3, 4, 5, 6], [None] * 6]
+    for seed in range(8):
+        options = GenerateOptions(seed=seed, **more)
+        together = adapter.infill(texts, options).tokens
+        assert together[0] == adapter.infill(texts[:1], options).tokens[0]
