@@ -50,18 +50,39 @@ def rows(count: int, generator: torch.Generator | None = None) -> Batch:
     )
 
 
-def masked_posterior(xt: Tensor, mask_id: int = K) -> Tensor:
+def masked_posterior(xt: Tensor) -> Tensor:
     """p(x_i | visible tokens), (B, 3, K), of rows xt (B, 3) with masks; a visible token's own position is left out."""
+    return MASKED_POSTERIOR[(xt * torch.tensor([16, 4, 1])).sum(1)]
+
+
+def _masked_posterior(xt: Tensor) -> Tensor:
     out = []
     for i in range(LENGTH):
         fits = torch.ones(len(xt), len(SEQUENCES), dtype=torch.bool)
         for j in range(LENGTH):
             if j != i:
-                fits &= (xt[:, j, None] == mask_id) | (xt[:, j, None] == SEQUENCES[None, :, j])
+                fits &= (xt[:, j, None] == M) | (xt[:, j, None] == SEQUENCES[None, :, j])
         weights = fits * LAW
         marginal = torch.stack([(weights * (SEQUENCES[:, i] == v)).sum(1) for v in range(K)], 1)
         out.append(marginal / marginal.sum(1, keepdim=True))
     return torch.stack(out, 1)
+
+
+MASKED_POSTERIOR = _masked_posterior(torch.tensor(list(itertools.product(range(K + 1), repeat=LENGTH))))
+
+
+def once_per_state(law: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """`law(xt (B, 3), kept (B,))` computed for each noisy text and survival probability once, however many rows share
+    them: there are 27 texts, and all rows of a sampler are at one time."""
+
+    def found(xt: Tensor, kept: Tensor) -> Tensor:
+        levels, level = kept.unique(return_inverse=True)
+        if len(SEQUENCES) * len(levels) >= len(xt):
+            return law(xt, kept)
+        known = law(SEQUENCES.repeat(len(levels), 1), levels.repeat_interleave(len(SEQUENCES)))
+        return known[len(SEQUENCES) * level + text_index(xt)]
+
+    return found
 
 
 def noisy_likelihood(xt: Tensor, kept: Tensor) -> Tensor:
@@ -71,6 +92,7 @@ def noisy_likelihood(xt: Tensor, kept: Tensor) -> Tensor:
     return kept * same + (1 - kept) / K
 
 
+@once_per_state
 def uniform_leave_one_out(xt: Tensor, kept: Tensor) -> Tensor:
     """p(x0_i | x_t at all other positions), (B, 3, K), under uniform noise."""
     q = noisy_likelihood(xt, kept)
@@ -83,6 +105,7 @@ def uniform_leave_one_out(xt: Tensor, kept: Tensor) -> Tensor:
     return torch.stack(out, 1)
 
 
+@once_per_state
 def uniform_ratios(xt: Tensor, kept: Tensor) -> Tensor:
     """p_t(x with y at i) / p_t(x), (B, 3, K)."""
     q = noisy_likelihood(xt, kept)
@@ -128,10 +151,14 @@ def masked_oracle() -> Oracle:
     return Oracle(lambda xt, tau: with_mask(masked_posterior(xt)), K)
 
 
+def text_index(text: Tensor) -> Tensor:
+    """(B,) places of rows (B, 3) without masks in SEQUENCES."""
+    return (text * torch.tensor([9, 3, 1])).sum(1)
+
+
 def histogram(text: Tensor) -> Tensor:
     """Counts (27,) of rows (B, 3)."""
-    index = (text * torch.tensor([9, 3, 1])).sum(1)
-    return torch.bincount(index, minlength=27).double()
+    return torch.bincount(text_index(text), minlength=27).double()
 
 
 def chi_square(counts: Tensor, law: Tensor) -> float:
