@@ -1,4 +1,4 @@
-"""What every process promises: times of a step, choices, and samplers that keep what they know."""
+"""What every process promises: times of a step, and samplers that keep what they know."""
 
 import itertools
 import math
@@ -69,16 +69,6 @@ def test_times_of_a_step_are_stratified_over_all_its_rows_or_independent(kind, s
     for one, other in ((values[1:], values[:-1]), (r[1:], r[:-1])):  # within a step, and across steps
         pair = torch.stack([one.flatten(), other.flatten()])
         assert abs(float(torch.corrcoef(pair)[0, 1])) < 4 / len(values) ** 0.5
-
-
-def test_temperature_and_nucleus_act_on_the_prediction():
-    log_p = torch.tensor([[0.5, 0.3, 0.2]], dtype=F64).log()
-    cold = Choice(temperature=0.5)(log_p).exp()
-    assert torch.allclose(cold, torch.tensor([[25.0, 9.0, 4.0]], dtype=F64) / 38)
-    assert torch.allclose(Choice(top_p=0.6)(log_p).exp(), torch.tensor([[0.625, 0.375, 0.0]], dtype=F64))
-    assert torch.allclose(Choice(top_k=1)(log_p).exp(), torch.tensor([[1.0, 0, 0]], dtype=F64))
-    assert Choice(temperature=0)(log_p).exp().tolist() == [[1, 0, 0]]
-    assert torch.equal(Choice()(log_p), log_p.log_softmax(1))
 
 
 SAMPLERS = {
