@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from tests.models.reference import gpt2_logits, vanilla_logits
 from tests.models.tiny import VARIANT_NAMES, VARIANTS, build, tokens_of
 
-LENGTH = 9
-DOCUMENTS = [[0, 0, 0, 0, 1, 1, 1, 2, 2], [5, 5, 6, 6, 6, 6, 6, 6, 6]]
+LENGTH = 7  # the reference takes the square of it; a window of 5 must still be shorter than a document
+DOCUMENTS = [[0, 0, 0, 1, 1, 2, 2], [5, 6, 6, 6, 6, 6, 6]]
 
 
 def reference_logits(type_, model, tokens, docs):

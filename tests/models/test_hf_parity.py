@@ -6,6 +6,9 @@ import torch
 from tests.models.tiny import VOCABULARY, build, tokens_of
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.xdist_group(
+    "transformers"
+)  # whose modules take a second to import, in one worker only
 TOLERANCE = {"rtol": 0, "atol": 1e-8}
 
 
