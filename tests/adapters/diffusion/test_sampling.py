@@ -29,8 +29,8 @@ from tests.adapters.diffusion.toy import (
 def test_filled_gaps_follow_the_conditional_law(known, name):
     process, oracle = {
         "mdl": (mdl(sampler="first_hitting"), masked_oracle()),
-        "d3pm": (d3pm(64), masked_oracle()),
-        "sedd": (sedd(sampling_timesteps=64), score_oracle(sedd())),
+        "d3pm": (d3pm(32), masked_oracle()),
+        "sedd": (sedd(sampling_timesteps=32), score_oracle(sedd())),
     }[name]
     text, _ = sample(process, oracle, MANY, known=known)
     fits = torch.stack([SEQUENCES[:, p - 1] == v for p, v in known.items()]).all(0)
@@ -82,7 +82,7 @@ def chain_oracle(length):
 
 def test_long_text_goes_on_from_its_own_end():
     """Windows of 8, chunks of 4: every chunk continues the prefix it is conditioned on, which never changes."""
-    process = mdl(n_ctx=7, sar_chunk_size=4)
+    process = mdl(n_ctx=7, sar_chunk_size=4, num_sampling_steps=16)
     shown = []
     out = continue_text(
         process,
