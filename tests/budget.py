@@ -58,6 +58,7 @@ class Budget:
     """Measures in the process that runs the tests, adds up and prints in the one that started them."""
 
     def __init__(self, config: pytest.Config) -> None:
+        self.config = config
         self.worker = hasattr(config, "workerinput")
         self.began = time.monotonic()
         self.before: float | None = None  # CPU seconds up to the first test
@@ -65,6 +66,11 @@ class Budget:
         self.workers: dict[str, dict[str, float]] = {}
 
     # --- where tests run
+
+    def pytest_collection_finish(self) -> None:
+        """Torch imports its compiler when the first optimizer is made, for over a second: no test's fault."""
+        if self.worker or not self.config.getoption("numprocesses", None):
+            import torch._dynamo  # noqa: F401
 
     def _measured(self, item: pytest.Item, phase: str) -> Generator:
         if self.before is None:
