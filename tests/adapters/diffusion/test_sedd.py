@@ -305,7 +305,7 @@ def test_samples_follow_the_law(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("graph", ["absorbing", "uniform"])
 def test_many_samples_follow_the_law(graph):
-    process = sedd(transition_type=graph, sampling_timesteps=512)
+    process = sedd(transition_type=graph, sampling_timesteps=256)
     assert follows_the_law(process, score_oracle(process), 20_000)
 
 
