@@ -1,14 +1,17 @@
 """Losses and logits of chosen positions: which code computes them, and in what portions."""
 
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
 
 import kernels.linear_diffusion_loss as fused
 from adapters.diffusion.d3pm import _Dense
+from kernels import KERNELS
 from kernels.choose import Kernels
-from tests.adapters.diffusion.tiny import KINDS, V, batch, build, objective, train_context
+from kernels.linear_function_loss import chunked as function_chunks
+from tests.adapters.diffusion.tiny import KINDS, batch, build, objective, train_context
 from tests.adapters.diffusion.toy import F64
 
 
@@ -16,8 +19,9 @@ from tests.adapters.diffusion.toy import F64
 @pytest.mark.parametrize("kind", ["mdl", "sedd", "d3pm", "bd3lm"])
 def test_the_kernels_of_the_run_compute_the_loss(kind, implementation, monkeypatch):
     called = []
-    monkeypatch.setattr(fused, "reference", partial(_noted, called, "reference", fused.reference))
-    monkeypatch.setattr(fused.Chunked, "apply", partial(_noted, called, "chunked", fused.Chunked.apply))
+    for name, spec in KERNELS[fused.OP].implementations.items():
+        module = import_module(spec.partition(":")[0])
+        monkeypatch.setattr(module, name, partial(_noted, called, name, getattr(module, name)))
     adapter = build(kind, trained=False)
     adapter.kernels = Kernels({"default": implementation})
     adapter(adapter.prepare(batch([0, 1]), train_context(2)))
@@ -42,7 +46,7 @@ def test_the_chunked_and_the_plain_loss_agree(kind):
 
 
 def test_the_plain_loss_of_a_dense_chain_holds_all_logits_and_the_chunked_one_a_few(monkeypatch):
-    monkeypatch.setattr("adapters.diffusion.network.CHUNK_BYTES", 4 * 12 * 5)  # five rows of logits
+    monkeypatch.setattr(function_chunks, "rows_at_once", lambda *args: 5)
     sizes, dense = [], _Dense.loss
 
     def spy(self, network, hidden, rows, aux_weight):
@@ -71,7 +75,7 @@ def test_the_dense_loss_has_the_gradient_of_its_definition(monkeypatch):
     """In chunks of one row and of all rows."""
     values = []
     for chunk in (1, 2**20):
-        monkeypatch.setattr("adapters.diffusion.network.CHUNK_BYTES", 4 * (V + 1) * chunk)
+        monkeypatch.setattr(function_chunks, "rows_at_once", lambda *args, chunk=chunk: chunk)
         values.append(objective(build("d3pm", reverse_param="mixture"), [batch([0, 1, 2, 3])]))
     assert values[0][0] == pytest.approx(values[1][0], rel=1e-12)
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(values[0][1], values[1][1], strict=True))
