@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from adapters.base import GenerateOptions, Generation, OnTokens
-from adapters.choice import Choice
+from adapters.shaping import Shaping
 from models.layers.cache import Cache
 
 __all__ = ["LanguageModel", "decode", "sample_next"]
@@ -91,7 +91,7 @@ def _decode_together(
     """Appends to the rows' texts; returns the number of forward passes."""
     window = _Windows(model)
     while rows:
-        # Rows whose windows are full are so together: all have been read up to the same place.
+        # Rows whose windows are full are so together: all have been read to the same length.
         for row in rows:
             row.slide(model.max_context)
         logits = window.read(rows)  # (B, V)
@@ -152,8 +152,8 @@ def sample_next(logits: Tensor, options: GenerateOptions, generators: list[torch
     assert options.temperature is not None
     if options.temperature == 0:
         return logits.argmax(1).tolist()
-    choice = Choice(options.temperature, options.top_k, options.top_p, options.min_p)
-    probabilities = choice(logits).exp()  # (M, V)
+    shaping = Shaping(options.temperature, options.top_k, options.top_p, options.min_p)
+    probabilities = shaping(logits).exp()  # (M, V)
     # The first of exponential clocks with these rates, which is what torch.multinomial draws of each row too.
     clocks = torch.empty_like(probabilities)
     for row, generator in zip(clocks, generators, strict=True):

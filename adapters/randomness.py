@@ -74,8 +74,8 @@ class Noise:
         step is cut into micro-batches and processes.
         """
         total = rows_in_step * per_row
-        place = (self.rows % rows_in_step)[:, None] * per_row + np.arange(per_row)  # (B, per_row)
-        dealt = _permutation(total, self.phase, self.seed, self.step, stream)[place]
+        slot = (self.rows % rows_in_step)[:, None] * per_row + np.arange(per_row)  # (B, per_row)
+        dealt = _permutation(total, self.phase, self.seed, self.step, stream)[slot]
         return (torch.from_numpy(dealt) + self.uniform(stream, per_row)) / total
 
 

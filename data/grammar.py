@@ -19,20 +19,20 @@ END = "."
 TEXT_SEED = 2022
 
 
-class Choice(NamedTuple):
+class Alternative(NamedTuple):
     """One right-hand side: probability and symbols. Names of rules are in capitals, words are not."""
 
     probability: float
     symbols: tuple[str, ...]
 
 
-def _words(names: str) -> list[Choice]:
+def _words(names: str) -> list[Alternative]:
     listed = names.split()
-    return [Choice(1 / len(listed), (name,)) for name in listed]
+    return [Alternative(1 / len(listed), (name,)) for name in listed]
 
 
-def _choices(*listed: tuple[float, str]) -> list[Choice]:
-    return [Choice(probability, tuple(symbols.split())) for probability, symbols in listed]
+def _alternatives(*listed: tuple[float, str]) -> list[Alternative]:
+    return [Alternative(probability, tuple(symbols.split())) for probability, symbols in listed]
 
 
 _VERBS = {
@@ -40,24 +40,24 @@ _VERBS = {
     "TRANSITIVE": ("sees follows likes finds carries", "see follow like find carry"),
     "REPORTING": ("says knows hopes", "say know hope"),
 }
-RULES: dict[str, list[Choice]] = {
-    "SENTENCE": _choices((1.0, f"CLAUSE {END}")),
-    "CLAUSE": _choices((0.6, "ONE VERB-ONE"), (0.4, "MANY VERB-MANY")),
-    "ONE": _choices((1.0, "DET-ONE BODY-ONE")),
-    "MANY": _choices((1.0, "DET-MANY BODY-MANY")),
-    "OBJECT": _choices((0.7, "ONE"), (0.3, "MANY")),
-    "DET-ONE": _choices((0.5, "a"), (0.3, "this"), (0.2, "every")),
-    "DET-MANY": _choices((0.5, "some"), (0.3, "these"), (0.2, "many")),
+RULES: dict[str, list[Alternative]] = {
+    "SENTENCE": _alternatives((1.0, f"CLAUSE {END}")),
+    "CLAUSE": _alternatives((0.6, "ONE VERB-ONE"), (0.4, "MANY VERB-MANY")),
+    "ONE": _alternatives((1.0, "DET-ONE BODY-ONE")),
+    "MANY": _alternatives((1.0, "DET-MANY BODY-MANY")),
+    "OBJECT": _alternatives((0.7, "ONE"), (0.3, "MANY")),
+    "DET-ONE": _alternatives((0.5, "a"), (0.3, "this"), (0.2, "every")),
+    "DET-MANY": _alternatives((0.5, "some"), (0.3, "these"), (0.2, "many")),
     "ADJECTIVE": _words("big small red quiet happy clever"),
     "NOUN-ONE": _words("cat dog bird child farmer queen"),
     "NOUN-MANY": _words("cats dogs birds children farmers queens"),
 }
 for _number in ("ONE", "MANY"):
-    RULES[f"BODY-{_number}"] = _choices(
+    RULES[f"BODY-{_number}"] = _alternatives(
         (0.3, f"ADJECTIVE BODY-{_number}"), (0.7, f"NOUN-{_number} RELATIVE-{_number}")
     )
-    RULES[f"RELATIVE-{_number}"] = _choices((0.8, ""), (0.2, f"that VERB-{_number}"))
-    RULES[f"VERB-{_number}"] = _choices(
+    RULES[f"RELATIVE-{_number}"] = _alternatives((0.8, ""), (0.2, f"that VERB-{_number}"))
+    RULES[f"VERB-{_number}"] = _alternatives(
         (0.4, f"INTRANSITIVE-{_number}"),
         (0.45, f"TRANSITIVE-{_number} OBJECT"),
         (0.15, f"REPORTING-{_number} that CLAUSE"),
@@ -72,7 +72,7 @@ class GrammarSource:
     `bits_per_sentence` and `bytes_per_sentence` are exact expectations, `entropy_bits_per_byte` their ratio.
     """
 
-    def __init__(self, rules: dict[str, list[Choice]] | None = None):
+    def __init__(self, rules: dict[str, list[Alternative]] | None = None):
         self.rules = RULES if rules is None else rules
         self._table = _parsing_table(self.rules)
         self.bits_per_sentence, self.bytes_per_sentence = self._expectations()
@@ -83,8 +83,8 @@ class GrammarSource:
         index = {name: place for place, name in enumerate(self.rules)}
         matrix = np.eye(len(index))
         constants = np.zeros((len(index), 2))
-        for name, choices in self.rules.items():
-            for probability, symbols in choices:
+        for name, alternatives in self.rules.items():
+            for probability, symbols in alternatives:
                 constants[index[name], 0] -= probability * math.log2(probability)
                 for symbol in symbols:
                     if symbol in index:
@@ -111,8 +111,8 @@ class GrammarSource:
             if symbol not in self.rules:
                 words.append(symbol)
                 continue
-            draw, choices = generator.random(), self.rules[symbol]
-            for chosen in choices:
+            draw, alternatives = generator.random(), self.rules[symbol]
+            for chosen in alternatives:
                 draw -= chosen.probability
                 if draw < 0:
                     break
@@ -159,18 +159,18 @@ def _spell(words: list[str]) -> str:
     return " ".join(words[:-1]) + words[-1] + "\n"
 
 
-def _parsing_table(rules: dict[str, list[Choice]]) -> dict[str, dict[str, Choice]]:
-    """LL(1) table: rule name and next word -> the one choice. AssertionError if two choices claim a word."""
+def _parsing_table(rules: dict[str, list[Alternative]]) -> dict[str, dict[str, Alternative]]:
+    """LL(1) table: rule name and next word -> the one alternative. AssertionError if two alternatives claim a word."""
     empty, first = _first_sets(rules)
     follow = _follow_sets(rules, empty, first)
-    table: dict[str, dict[str, Choice]] = {}
-    for name, choices in rules.items():
-        row: dict[str, Choice] = {}
-        for choice in choices:
-            words, vanishes = _first_of(choice.symbols, empty, first)
+    table: dict[str, dict[str, Alternative]] = {}
+    for name, alternatives in rules.items():
+        row: dict[str, Alternative] = {}
+        for alternative in alternatives:
+            words, vanishes = _first_of(alternative.symbols, empty, first)
             for word in words | (follow[name] if vanishes else set()):
                 assert word not in row, f"grammar is not LL(1): {name} before {word!r}"
-                row[word] = choice
+                row[word] = alternative
         table[name] = row
     return table
 
@@ -185,14 +185,14 @@ def _first_of(symbols: tuple[str, ...], empty: set[str], first: dict[str, set[st
     return words, True
 
 
-def _first_sets(rules: dict[str, list[Choice]]) -> tuple[set[str], dict[str, set[str]]]:
+def _first_sets(rules: dict[str, list[Alternative]]) -> tuple[set[str], dict[str, set[str]]]:
     empty: set[str] = set()
     first: dict[str, set[str]] = {name: set() for name in rules}
     before = None
     while before != (before := (len(empty), [len(words) for words in first.values()])):
-        for name, choices in rules.items():
-            for choice in choices:
-                words, vanishes = _first_of(choice.symbols, empty, first)
+        for name, alternatives in rules.items():
+            for alternative in alternatives:
+                words, vanishes = _first_of(alternative.symbols, empty, first)
                 first[name] |= words
                 if vanishes:
                     empty.add(name)
@@ -200,13 +200,13 @@ def _first_sets(rules: dict[str, list[Choice]]) -> tuple[set[str], dict[str, set
 
 
 def _follow_sets(
-    rules: dict[str, list[Choice]], empty: set[str], first: dict[str, set[str]]
+    rules: dict[str, list[Alternative]], empty: set[str], first: dict[str, set[str]]
 ) -> dict[str, set[str]]:
     follow: dict[str, set[str]] = {name: set() for name in rules}
     before = None
     while before != (before := [len(words) for words in follow.values()]):
-        for name, choices in rules.items():
-            for _, symbols in choices:
+        for name, alternatives in rules.items():
+            for _, symbols in alternatives:
                 for place, symbol in enumerate(symbols):
                     if symbol in rules:
                         words, vanishes = _first_of(symbols[place + 1 :], empty, first)

@@ -84,9 +84,9 @@ class TrainingRows:
         unread[reading_place(rest, self.rows_per_epoch)] = 1
         sums = np.concatenate([[0], np.cumsum(unread)]) * self.seq_len
 
-        def to_come(place: np.ndarray) -> np.ndarray:
-            """Targets before a place of the stream that are still to come."""
-            row, within = np.divmod(np.minimum(place, self.rows_per_epoch * self.seq_len), self.seq_len)
+        def to_come(targets: np.ndarray) -> np.ndarray:
+            """How many of the stream's first `targets` are still to come."""
+            row, within = np.divmod(np.minimum(targets, self.rows_per_epoch * self.seq_len), self.seq_len)
             return sums[row] + unread[row] * within
 
         starts = reading_place(np.arange(visits), before) * seq_len
@@ -102,14 +102,14 @@ class TrainingRows:
         # Documents in this epoch's order; beyond the end, every position is a start token of its own.
         beyond = np.maximum(positions - (self.tokens_per_epoch - 1), 0)
         inside = np.minimum(positions, self.tokens_per_epoch - 1)
-        place = np.searchsorted(starts, inside, side="right") - 1
-        within = inside - starts[place]  # 0 = the start token
-        index = self.store.offsets[permutation[place]] + within - 1
+        nth = np.searchsorted(starts, inside, side="right") - 1
+        within = inside - starts[nth]  # 0 = the start token
+        index = self.store.offsets[permutation[nth]] + within - 1
         is_start = (within == 0) | (beyond > 0)
         tokens = self.store.tokens[np.where(is_start, 0, index)].astype(np.int64)
         tokens[is_start] = self.eot
-        place = place + beyond
-        return tokens, (place - place[:, :1]).astype(np.int32)
+        nth = nth + beyond
+        return tokens, (nth - nth[:, :1]).astype(np.int32)
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Permutation (n_docs,) and the stream position of each document's start token (n_docs,)."""

@@ -235,7 +235,7 @@ class Masked(Process):
         def denoise(t, x, index):
             return network.hidden(x, self.tau(t.unsqueeze(1)), index)
 
-        return masked.reveal_by_confidence(self, network, window, window.choice.steps or self.sampler_steps, denoise)
+        return masked.reveal_by_confidence(self, network, window, window.sampling.steps or self.sampler_steps, denoise)
 
 
 class Adapter(DiffusionAdapter):

@@ -8,6 +8,17 @@
 
 Nothing here knows an architecture. The step itself never waits for the device: the flag that says whether a step's
 gradients were finite is read one step later, and until then every update after it is a no-op too.
+
+Words that have one meaning, here and in data/, adapters/ and kernels/:
+
+    row      one sequence of a batch, known by its global id: a context token and the targets that are scored together.
+             A row of logits is one position of it
+    visit    the turn at which a row of training text is read in its epoch, 0, 1, 2, ...
+    place    an index along a text: where in the epoch's stream a visit reads
+    window   the stretch of text that the network sees at once; longer text is scored or written in several
+    draw     what comes of random numbers, a function of (seed, step, row): a token, the noise of a row, one estimate
+             of its bound
+    choice   what a run picks from a table of names, once for the whole run: optimizer, schedule, kernel, tokenizer
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from adapters.base import (
 )
 from adapters.diffusion.likelihood import estimate_bound
 from adapters.diffusion.network import Network, Rows
-from adapters.diffusion.process import Choice, Process
+from adapters.diffusion.process import Process, Sampling
 from adapters.diffusion.sampling import continue_text, fill, same_length
 from adapters.randomness import Noise
 
@@ -212,8 +212,8 @@ class DiffusionAdapter(ModelAdapter):
         """Positions that are generated together, with the given one before them."""
         return self.model_cfg.n_ctx + 1
 
-    def _choice(self, options: GenerateOptions) -> Choice:
-        choice = Choice(
+    def _sampling(self, options: GenerateOptions) -> Sampling:
+        sampling = Sampling(
             temperature=self.default_temperature if options.temperature is None else options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
@@ -222,8 +222,8 @@ class DiffusionAdapter(ModelAdapter):
             by_confidence=options.by_confidence,
             use_cache=options.use_cache,
         )
-        self.process.check(choice)
-        return choice
+        self.process.check(sampling)
+        return sampling
 
     @torch.no_grad()
     def generate(
@@ -256,7 +256,7 @@ class DiffusionAdapter(ModelAdapter):
                 self.window,
                 self.process.chunk,
                 options.seed,
-                self._choice(options),
+                self._sampling(options),
                 show,
             )
             for i, text in zip(group, done, strict=True):
@@ -295,7 +295,9 @@ class DiffusionAdapter(ModelAdapter):
                 if on_state is not None:
                     on_state(group[i], tokens[1:])
 
-            filled = fill(self.process, network, windows, group, options.seed, 0, self._choice(options), show)
+            filled = fill(
+                self.process, network, windows, group, options.seed, 0, self._sampling(options), show
+            )
             for i, text in zip(group, filled, strict=True):
                 out[i] = text[1:]
         return Generation(out, network.calls)

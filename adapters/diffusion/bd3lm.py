@@ -189,7 +189,7 @@ class BD3LMProcess(MDLProcess):
         Known text is conditioned on if it stands in an earlier block or in the same one."""
         x = window.x.masked_fill(window.unknown, self.mask)
         blocks = block_of(x.shape[1], self.size)
-        state = _Prefix(network, self.cfg.kv_cache and window.choice.use_cache, rows=len(x))
+        state = _Prefix(network, self.cfg.kv_cache and window.sampling.use_cache, rows=len(x))
         for block in range(int(blocks[-1]) + 1):
             here = blocks == block
             part = replace(
@@ -206,13 +206,13 @@ class BD3LMProcess(MDLProcess):
             state.store(x[:, here])
 
     def _resolve_block(self, network: Network, part: Window, state: _Prefix) -> Iterator[Tensor]:
-        cfg, steps = self.cfg, part.choice.steps or self.cfg.num_sampling_steps
+        cfg, steps = self.cfg, part.sampling.steps or self.cfg.num_sampling_steps
 
         def at_mask_probability(u: Tensor, x: Tensor, index: Tensor) -> Tensor:
             sigma = self.schedule.sigma(u.double())
             return state.hidden(x, sigma, index)
 
-        if part.choice.by_confidence:
+        if part.sampling.by_confidence:
             return masked.reveal_by_confidence(self, network, part, steps, at_mask_probability)
         if cfg.sampler == "first_hitting":
             return masked.first_hitting(self, network, part, at_mask_probability)
@@ -233,7 +233,7 @@ class BD3LMProcess(MDLProcess):
             part,
             stay,
             at_step,
-            lazy=cfg.sampler == "ancestral_cache" and part.choice.use_cache,
+            lazy=cfg.sampler == "ancestral_cache" and part.sampling.use_cache,
         )
 
 
@@ -292,7 +292,7 @@ class ClipSearch:
     """Which range of masking probabilities gives the per-block loss the least variance (section 4.2 of the paper).
 
     `add` collects losses per token by masked fraction, in bins of a twentieth; `best` tries widths 0.5, 0.55, ..., 0.9
-    at every place. A table is (3, 20): count, sum, sum of squares.
+    from every bin on. A table is (3, 20): count, sum, sum of squares.
     """
 
     BINS = 20
@@ -313,9 +313,9 @@ class ClipSearch:
         """Blocks (B, N) with `masked` of `counts` tokens masked and a cross-entropy of `nats` over these."""
         some = masked > 0
         fraction, nats_per_mask = masked[some] / counts[some], nats[some] / masked[some]
-        place = ((fraction * self.BINS).ceil().long() - 1).clamp(0, self.BINS - 1)
+        bins = ((fraction * self.BINS).ceil().long() - 1).clamp(0, self.BINS - 1)
         new = torch.stack([torch.ones_like(nats_per_mask), nats_per_mask, nats_per_mask**2])
-        self.table.index_add_(1, place, new.double())
+        self.table.index_add_(1, bins, new.double())
 
     @classmethod
     def best(cls, table: Tensor) -> tuple[int, int] | None:

@@ -26,7 +26,7 @@ from adapters.diffusion.mutual_information import (
 )
 from adapters.diffusion.neighbors import balance, generator_matrix, load_embedding, neighbor_graph, spectrum
 from adapters.diffusion.network import Network, RowLoss, Rows
-from adapters.diffusion.process import Choice, Draw, Process, Window
+from adapters.diffusion.process import Draw, Process, Sampling, Window
 from adapters.diffusion.reverse import NEVER, ancestral_step, reverse_kl
 from adapters.diffusion.schedules import absorbing_mutual_info_betas, cosine_betas, linear_betas
 from naming import not_one_of
@@ -213,9 +213,9 @@ class D3PMProcess(Process):
     def sampler_steps(self) -> int:
         return self.cfg.sampling_timesteps
 
-    def check(self, choice: Choice) -> None:
-        super().check(choice)
-        even_grid(self.steps, choice.steps or self.cfg.sampling_timesteps)
+    def check(self, sampling: Sampling) -> None:
+        super().check(sampling)
+        even_grid(self.steps, sampling.steps or self.cfg.sampling_timesteps)
 
     def training_time(self, r: Tensor) -> Tensor:
         return (r * self.steps).long().clamp_max(self.steps - 1) + 1
@@ -262,8 +262,8 @@ class D3PMProcess(Process):
     def estimate(self, draw: Draw) -> dict[str, Tensor]:
         """One step of the bound's grid, times the number of steps; stratified over all of it this is the whole sum."""
         steps = len(self.bound_grid) - 1
-        place = (draw.r * steps).long().clamp_max(steps - 1)  # (B, 1)
-        s, t = self.bound_grid[steps - place], self.bound_grid[steps - place - 1]
+        stratum = (draw.r * steps).long().clamp_max(steps - 1)  # (B, 1)
+        s, t = self.bound_grid[steps - stratum], self.bound_grid[steps - stratum - 1]
         xt = self.corrupt(draw.x0, draw.noised, t, draw.u)
         rows = self._rows(draw.x0, xt, draw.noised, s, t, False).to(draw.network.device, draw.network.dtype)
         hidden = draw.hidden(xt, self.tau(t), rows)
@@ -277,9 +277,9 @@ class D3PMProcess(Process):
     def resolve(self, network: Network, window: Window) -> Iterator[Tensor]:
         """Ancestral sampling over an even grid. On a chain with a mask, known text stays as it is, and the
         conditional is exact; on others it is noised as far as the rest at every step, an approximation."""
-        choice = window.choice
-        grid = even_grid(self.steps, choice.steps or self.cfg.sampling_timesteps)
-        if choice.by_confidence:
+        sampling = window.sampling
+        grid = even_grid(self.steps, sampling.steps or self.cfg.sampling_timesteps)
+        if sampling.by_confidence:
             yield from masked.reveal_by_confidence(
                 self, network, window, len(grid) - 1, self._at_mask_probability(network)
             )
@@ -306,7 +306,7 @@ class D3PMProcess(Process):
                 x.flatten()[index],
                 (s, t),
                 u,
-                window.choice,
+                window.sampling,
                 self.cfg,
                 self.cfg.reverse_param,
                 self.cfg.l0_mode == "x0",

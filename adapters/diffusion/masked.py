@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adapters.diffusion.chains import draw
 from adapters.diffusion.network import Network, sampling_dtype
-from adapters.diffusion.process import Choice, Process, Window
+from adapters.diffusion.process import Process, Sampling, Window
 
 __all__ = [
     "Denoise",
@@ -62,7 +62,7 @@ def binomial_tail(count: Tensor, p: float, k: Tensor) -> Tensor:
 
 
 def sample_clean(
-    process: Process, network: Network, hidden: Tensor, u: Tensor, choice: Choice, argmax: Tensor | bool
+    process: Process, network: Network, hidden: Tensor, u: Tensor, sampling: Sampling, argmax: Tensor | bool
 ) -> tuple[Tensor, Tensor]:
     """Clean tokens (M,) at masked positions and their probabilities (M,) fp64, from hidden states (M, D). `argmax`
     (M,) or for all: the likeliest token instead of a draw."""
@@ -73,7 +73,7 @@ def sample_clean(
         torch.empty(len(hidden), dtype=torch.float64),
     )
     for rows, logits in network.logits(hidden):
-        p = choice(process.clean_log_probs(logits)).exp()
+        p = sampling(process.clean_log_probs(logits)).exp()
         chosen = torch.where(likeliest[rows].to(device), p.argmax(1), draw(p, u[rows].to(device)))
         tokens[rows] = chosen.cpu()
         confidence[rows] = p.gather(1, chosen.unsqueeze(1)).squeeze(1).cpu()
@@ -115,7 +115,7 @@ def reveal_on_grid(
             index, hidden = index[keep], hidden[keep.to(hidden.device)]
             u = noise.uniform(f"token {i}", length).flatten()[index]
             argmax = last and process.cfg.final_step == "argmax"
-            tokens, _ = sample_clean(process, network, hidden, u, window.choice, argmax)
+            tokens, _ = sample_clean(process, network, hidden, u, window.sampling, argmax)
             x = _put(x, index, tokens)
         yield x
 
@@ -134,12 +134,12 @@ def first_hitting(process: Process, network: Network, window: Window, denoise: D
         count = masked.sum(1)
         fresh = noise.uniform(f"hit {i}", 2)  # (B, 2): time, token
         u = u * fresh[:, 0] ** (1 / count.clamp_min(1))
-        place = choose_exactly(masked, count.clamp_max(1), noise.uniform(f"place {i}", length))
-        index = place.flatten().nonzero().squeeze(1)
+        revealed = choose_exactly(masked, count.clamp_max(1), noise.uniform(f"place {i}", length))
+        index = revealed.flatten().nonzero().squeeze(1)
         hidden = denoise(u, x, index)
         row = index // length
         argmax = (count <= 1)[row] & (process.cfg.final_step == "argmax")
-        tokens, _ = sample_clean(process, network, hidden, fresh[row, 1], window.choice, argmax)
+        tokens, _ = sample_clean(process, network, hidden, fresh[row, 1], window.sampling, argmax)
         x = _put(x, index, tokens)
         yield x
 
@@ -158,7 +158,7 @@ def reveal_by_confidence(
         index = masked.flatten().nonzero().squeeze(1)
         hidden = denoise(masked.sum(1) / total.clamp_min(1), x, index)
         u = noise.uniform(f"token {i}", length).flatten()[index]
-        tokens, confidence = sample_clean(process, network, hidden, u, window.choice, False)
+        tokens, confidence = sample_clean(process, network, hidden, u, window.sampling, False)
         drawn = _put(x, index, tokens)
         doubt = (
             torch.full(x.shape, torch.inf, dtype=torch.float64)

@@ -161,9 +161,9 @@ class MDLProcess(Process):
     # -- sampling --------------------------------------------------------------------------------------------------
 
     def resolve(self, network: Network, window: Window) -> Iterator[Tensor]:
-        cfg, steps = self.cfg, window.choice.steps or self.cfg.num_sampling_steps
+        cfg, steps = self.cfg, window.sampling.steps or self.cfg.num_sampling_steps
         times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-        if window.choice.by_confidence:
+        if window.sampling.by_confidence:
             return masked.reveal_by_confidence(
                 self, network, window, steps, masked.at_mask_probability(network, self.last_u)
             )
@@ -191,7 +191,7 @@ class MDLProcess(Process):
             window,
             stay,
             denoise,
-            lazy=cfg.sampler == "ancestral_cache" and window.choice.use_cache,
+            lazy=cfg.sampler == "ancestral_cache" and window.sampling.use_cache,
         )
 
     def log_scores(self, logits: Tensor, now: Tensor, sigma: float) -> Tensor:
@@ -214,7 +214,7 @@ class MDLProcess(Process):
             hidden = network.hidden(x, tau, index)
             u = window.noise.uniform(f"step {t}", length).flatten()[index]
             now = x.flatten()[index]
-            drawn = ancestral_step(chain, network, hidden, now, (t - 1, t), u, window.choice, self.cfg)
+            drawn = ancestral_step(chain, network, hidden, now, (t - 1, t), u, window.sampling, self.cfg)
             x = x.flatten().index_put((index,), drawn).view_as(x)
             yield x
 

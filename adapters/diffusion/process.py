@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapters import choice
 from adapters.base import LossTerm
 from adapters.diffusion.network import Network, RowLoss, Rows
 from adapters.randomness import Noise
+from adapters.shaping import Shaping
 
-__all__ = ["Choice", "Process", "Window"]
+__all__ = ["Sampling", "Process", "Window"]
 
 
 @dataclass(frozen=True)
-class Choice(choice.Choice):
+class Sampling(Shaping):
     """What a caller may ask of sampling beside changes to the predicted distribution of a clean token."""
 
     steps: int = 0  # reverse steps; 0 = the model's own number
@@ -40,7 +40,7 @@ class Window:
     x: Tensor
     unknown: Tensor
     noise: Noise
-    choice: Choice
+    sampling: Sampling
 
 
 class Process(ABC):
@@ -94,16 +94,16 @@ class Process(ABC):
     def sampler_steps(self) -> int:
         """Reverse steps of a window; 0 for a sampler that has none."""
 
-    def check(self, choice: Choice) -> None:
-        """Raises ValueError for a choice that this process would not heed."""
-        if choice.by_confidence and self.mask_id is None:
+    def check(self, sampling: Sampling) -> None:
+        """Raises ValueError for what this process would not heed."""
+        if sampling.by_confidence and self.mask_id is None:
             raise ValueError(
                 "by_confidence: reveals masked positions in order of confidence, and this chain has no mask"
             )
-        if choice.steps and not choice.by_confidence and not self.sampler_steps:
+        if sampling.steps and not sampling.by_confidence and not self.sampler_steps:
             raise ValueError(
                 f"steps: this model's sampler is first_hitting, which reveals one token per call and takes no number "
-                f"of steps, got {choice.steps}. Leave it out, or reveal several tokens per call with by_confidence"
+                f"of steps, got {sampling.steps}. Leave it out, or reveal several tokens per call with by_confidence"
             )
 
     @property

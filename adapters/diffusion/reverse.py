@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adapters.diffusion.chains import Chain, draw
 from adapters.diffusion.network import Network, sampling_dtype
-from adapters.diffusion.process import Choice
+from adapters.diffusion.process import Sampling
 
 __all__ = ["NEVER", "ancestral_step", "log_posterior", "log_reverse", "reverse_kl"]
 
@@ -62,7 +62,7 @@ def ancestral_step(
     xt: Tensor,
     times: tuple[int, int],
     u: Tensor,
-    choice: Choice,
+    sampling: Sampling,
     cfg: Any,
     parameterization: str = "joint",
     last_from_clean: bool = False,
@@ -78,7 +78,7 @@ def ancestral_step(
     for rows, logits in network.logits(hidden):
         if zero_mask:
             logits[:, chain.mask_id] = -torch.inf
-        log_p = choice(logits.log_softmax(1))
+        log_p = sampling(logits.log_softmax(1))
         now = xt[rows].to(device)
         s, t = (torch.full_like(now, time) for time in times)
         if times[0] == 0 and last_from_clean:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from adapters.diffusion.network import Network
-from adapters.diffusion.process import Choice, Process, Window
+from adapters.diffusion.process import Process, Sampling, Window
 from adapters.randomness import Noise
 
 __all__ = ["continue_text", "fill", "same_length"]
@@ -37,7 +37,7 @@ def fill(
     rows: Sequence[int],
     seed: int,
     part: int,
-    choice: Choice,
+    sampling: Sampling,
     on_step: OnStep,
 ) -> list[list[int]]:
     """Draw the None positions of equally long windows. `rows` and `part` key the noise."""
@@ -48,7 +48,7 @@ def fill(
     unknown = torch.tensor([[token is None for token in window] for window in windows])
     known = [[0 if token is None else token for token in window] for window in windows]
     noise = Noise(seed, part, "generate", np.asarray(rows))
-    window = Window(torch.tensor(known, dtype=torch.int64), unknown, noise, choice)
+    window = Window(torch.tensor(known, dtype=torch.int64), unknown, noise, sampling)
     x = window.x
     if bool(unknown.any()):
         for x in process.resolve(network, window):
@@ -66,7 +66,7 @@ def continue_text(
     window: int,
     chunk: int,
     seed: int,
-    choice: Choice,
+    sampling: Sampling,
     on_step: OnStep,
 ) -> list[list[int]]:
     """`new_tokens` behind each of several equally long texts, in windows of at most `window` positions and, where one
@@ -86,7 +86,7 @@ def continue_text(
         def show(i: int, tokens: list[int | None], done: list[list[int]] = done) -> None:
             on_step(i, [*done[i], *tokens])
 
-        filled = fill(process, network, windows, rows, seed, part, choice, show)
+        filled = fill(process, network, windows, rows, seed, part, sampling, show)
         out = [before + new for before, new in zip(done, filled, strict=True)]
         part += 1
     return out

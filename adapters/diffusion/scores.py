@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adapters.diffusion.chains import draw
 from adapters.diffusion.network import Network, sampling_dtype
-from adapters.diffusion.process import Choice, Process, Window
+from adapters.diffusion.process import Process, Sampling, Window
 
 __all__ = ["AbsorbingGraph", "ScoreModel", "Step", "UniformGraph", "reveal_by_scores", "shape_scores"]
 
@@ -60,11 +60,11 @@ class UniformGraph:
         return p.scatter(1, now.unsqueeze(1), (1 - p.sum(1, keepdim=True)).clamp_min(0))
 
 
-def shape_scores(log_s: Tensor, now: Tensor, choice: Choice) -> Tensor:
-    """Apply `choice` to the normalised scores of y != x, whose total is kept."""
+def shape_scores(log_s: Tensor, now: Tensor, sampling: Sampling) -> Tensor:
+    """Apply `sampling` to the normalised scores of y != x, whose total is kept."""
     others = log_s.scatter(1, now.unsqueeze(1), -torch.inf)
     total = others.logsumexp(1, keepdim=True)
-    return (choice(others - total) + total).scatter(1, now.unsqueeze(1), 0.0)
+    return (sampling(others - total) + total).scatter(1, now.unsqueeze(1), 0.0)
 
 
 class ScoreModel(Protocol):
@@ -104,7 +104,7 @@ def reveal_by_scores(
         hidden = network.hidden(x, torch.full((len(x),), sigma), index)
         now, u = x.flatten()[index], noise.uniform(f"step {i}", length).flatten()[index]
         drawn = _draw_step(
-            process, model, network, hidden, now, u, window.choice, (sigma, step, amount), last
+            process, model, network, hidden, now, u, window.sampling, (sigma, step, amount), last
         )
         x = x.flatten().index_put((index,), drawn).view_as(x)
         yield x
@@ -117,7 +117,7 @@ def _draw_step(
     hidden: Tensor,
     now: Tensor,
     u: Tensor,
-    choice: Choice,
+    sampling: Sampling,
     plan: tuple[float, Step, float],
     last: bool,
 ) -> Tensor:
@@ -127,7 +127,7 @@ def _draw_step(
     drawn = torch.empty_like(now)
     for rows, logits in network.logits(hidden):
         present = now[rows].to(device)
-        log_s = shape_scores(model.log_scores(logits, present, sigma), present, choice)
+        log_s = shape_scores(model.log_scores(logits, present, sigma), present, sampling)
         p = step(log_s, present, amount)
         if last and process.mask_id is not None:
             p[:, process.mask_id] = 0

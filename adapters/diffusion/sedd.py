@@ -168,8 +168,8 @@ class SEDDProcess(Process):
         return logits.scatter(1, now.unsqueeze(1), 0.0)
 
     def resolve(self, network: Network, window: Window) -> Iterator[Tensor]:
-        cfg, steps = self.cfg, window.choice.steps or self.cfg.sampling_timesteps
-        if window.choice.by_confidence:
+        cfg, steps = self.cfg, window.sampling.steps or self.cfg.sampling_timesteps
+        if window.sampling.by_confidence:
             most = float(self.schedule.mask_probability(torch.ones((), dtype=torch.float64)))
             return masked.reveal_by_confidence(
                 self, network, window, steps, masked.at_mask_probability(network, most)

@@ -10,7 +10,7 @@ import pytest
 
 from data import grammar, synthetic
 from data.errors import DataError
-from data.grammar import Choice, GrammarSource
+from data.grammar import Alternative, GrammarSource
 from data.markov import DOCUMENT_SYMBOLS, MarkovSource
 
 
@@ -111,10 +111,10 @@ def test_grammar_text_scores_its_entropy() -> None:
 def test_grammar_expectations_by_enumeration() -> None:
     """A small finite grammar, every sentence spelled out: probabilities, entropy and length."""
     rules = {
-        "SENTENCE": [Choice(1.0, ("NAME", "DOES", "."))],
-        "NAME": [Choice(0.25, ("ann",)), Choice(0.75, ("the", "KIND", "dog"))],
-        "KIND": [Choice(0.5, ()), Choice(0.5, ("big",))],
-        "DOES": [Choice(0.9, ("runs",)), Choice(0.1, ("sees", "bob"))],
+        "SENTENCE": [Alternative(1.0, ("NAME", "DOES", "."))],
+        "NAME": [Alternative(0.25, ("ann",)), Alternative(0.75, ("the", "KIND", "dog"))],
+        "KIND": [Alternative(0.5, ()), Alternative(0.5, ("big",))],
+        "DOES": [Alternative(0.9, ("runs",)), Alternative(0.1, ("sees", "bob"))],
     }
     source = GrammarSource(rules)
     sentences = [
@@ -127,14 +127,17 @@ def test_grammar_expectations_by_enumeration() -> None:
 
 
 def test_grammar_rules_are_laws() -> None:
-    for name, choices in grammar.RULES.items():
-        assert math.isclose(sum(choice.probability for choice in choices), 1), name
-        for symbol in itertools.chain.from_iterable(choice.symbols for choice in choices):
+    for name, alternatives in grammar.RULES.items():
+        assert math.isclose(sum(alternative.probability for alternative in alternatives), 1), name
+        for symbol in itertools.chain.from_iterable(alternative.symbols for alternative in alternatives):
             assert symbol in grammar.RULES or not symbol.isupper(), f"{name} uses the undefined {symbol}"
 
 
 def test_an_ambiguous_grammar_is_refused() -> None:
-    rules = {"SENTENCE": [Choice(0.5, ("A", ".")), Choice(0.5, ("a", "."))], "A": [Choice(1.0, ("a",))]}
+    rules = {
+        "SENTENCE": [Alternative(0.5, ("A", ".")), Alternative(0.5, ("a", "."))],
+        "A": [Alternative(1.0, ("a",))],
+    }
     with pytest.raises(AssertionError, match="not LL"):
         GrammarSource(rules)
 

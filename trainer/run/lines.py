@@ -71,8 +71,8 @@ def _taken(adapter: ModelAdapter, what: str, name: str, taken: Iterable[str]) ->
 def training_line(
     s: Session, progress: Progress, meter: Meter, grad_norm: float, rates: dict[str, float]
 ) -> dict[str, Any]:
-    """Empties the meter over all processes, and starts the next window of time. `rates`: learning rate by role."""
-    steps, window = meter.steps, max(progress.seconds - progress.logged_at_seconds, 1e-9)
+    """Empties the meter over all processes, and starts the next interval. `rates`: learning rate by role."""
+    steps, elapsed = meter.steps, max(progress.seconds - progress.logged_at_seconds, 1e-9)
     progress.logged_at_seconds = progress.seconds
     read = meter.read(s.world)
     flops = read.pop("flops")
@@ -86,14 +86,14 @@ def training_line(
         "bytes": progress.bytes,
         "flops": progress.flops,
         "seconds": round(progress.seconds, 3),
-        "tokens_per_second": steps * s.plan.rows * s.cfg.train_seq_len / window,
-        "eta_seconds": window / max(steps, 1) * (s.total_steps - progress.step),
+        "tokens_per_second": steps * s.plan.rows * s.cfg.train_seq_len / elapsed,
+        "eta_seconds": elapsed / max(steps, 1) * (s.total_steps - progress.step),
         **{f"lr/{role}": rate for role, rate in rates.items()},
     }
     if s.scaler.enabled:
         line |= {"loss_scale": s.scaler.scale.item(), "skipped_steps": progress.skipped_steps}
     if peak := peak_flops(s.world.device):
-        line["mfu"] = flops / window / (peak * s.world.size)
+        line["mfu"] = flops / elapsed / (peak * s.world.size)
     return line
 
 

@@ -20,7 +20,7 @@ Point = tuple[float, float]
 
 @dataclass
 class Series:
-    """A named curve; `marked` draws its points, for values that are few."""
+    """A named curve; `marked` shows its points, for values that are few."""
 
     name: str
     points: list[Point]

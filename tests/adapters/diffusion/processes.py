@@ -12,7 +12,7 @@ from adapters.diffusion.bd3lm import BD3LMProcess
 from adapters.diffusion.d3pm import D3PMProcess
 from adapters.diffusion.mdl import MDLProcess
 from adapters.diffusion.network import Network
-from adapters.diffusion.process import Choice, Draw, Window
+from adapters.diffusion.process import Draw, Sampling, Window
 from adapters.diffusion.sedd import SEDDProcess
 from adapters.randomness import Noise
 from models.bd3lm import BD3LMConfig
@@ -110,7 +110,7 @@ class Fixed:
 MANY = 4000  # samples, to count
 
 
-def window(count, seed=0, known=None, choice=None):
+def window(count, seed=0, known=None, sampling=None):
     """`count` rows with everything unknown but the given token and `known` {position: token}."""
     x, unknown = (
         torch.zeros(count, LENGTH + 1, dtype=torch.int64),
@@ -119,7 +119,7 @@ def window(count, seed=0, known=None, choice=None):
     unknown[:, 0] = False
     for position, token in (known or {}).items():
         x[:, position], unknown[:, position] = token, False
-    return Window(x, unknown, Noise(seed, 0, "sample", np.arange(count)), choice or Choice())
+    return Window(x, unknown, Noise(seed, 0, "sample", np.arange(count)), sampling or Sampling())
 
 
 def sample(process, oracle, count, **options):

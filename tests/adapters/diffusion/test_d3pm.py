@@ -13,7 +13,7 @@ from adapters.diffusion.chains import AbsorbingChain, GaussianChain, UniformChai
 from adapters.diffusion.d3pm import _Dense, build_chain, even_grid
 from adapters.diffusion.likelihood import REPLICATES, estimate_bound
 from adapters.diffusion.network import Network
-from adapters.diffusion.process import Choice, Draw
+from adapters.diffusion.process import Draw, Sampling
 from adapters.diffusion.reverse import log_reverse, reverse_kl
 from adapters.diffusion.schedules import absorbing_mutual_info_betas, cosine_betas
 from adapters.randomness import Noise
@@ -119,14 +119,14 @@ def test_the_network_of_a_chain_of_steps_is_told_a_thousandth_of_the_way():
     t = torch.tensor([[1], [3], [8]])
     assert process.tau(t).tolist() == [125.0, 375.0, 1000.0]
     oracle = of(process)
-    *_, _ = process.resolve(Network(oracle), window(64, choice=Choice(steps=4)))
+    *_, _ = process.resolve(Network(oracle), window(64, sampling=Sampling(steps=4)))
     assert [float(tau[0]) for tau in oracle.taus] == [1000.0, 750.0, 500.0, 250.0]
     x0, noised, u = toy_texts(4)
     r = torch.tensor([[0.1], [0.3], [0.6], [0.9]], dtype=F64)
     process.estimate(Draw(Network(oracle), x0, noised, None, r, u, u, {}))
     assert oracle.taus[-1].tolist() == [250.0, 500.0, 750.0, 1000.0]
     oracle.taus.clear()
-    *_, _ = process.resolve(Network(oracle), window(4, choice=Choice(by_confidence=True, steps=2)))
+    *_, _ = process.resolve(Network(oracle), window(4, sampling=Sampling(by_confidence=True, steps=2)))
     assert [float(tau[0]) for tau in oracle.taus] == [1000.0, 750.0]  # 2 of 3 masked: the first t past 2/3
 
 
@@ -493,7 +493,7 @@ def test_reverse_steps_are_the_chains_own_and_the_last_one_by_x0_the_prediction_
     seen = drawn_from(monkeypatch)
     process = d3pm(6, **CHAINS[name])
     oracle = of(process)
-    *_, _ = process.resolve(Network(oracle), window(80, choice=Choice(steps=steps)))
+    *_, _ = process.resolve(Network(oracle), window(80, sampling=Sampling(steps=steps)))
     assert len(seen) == steps
     for i, (tokens, p) in enumerate(zip(oracle.tokens, seen, strict=True)):
         t, s = 6 - i * 6 // steps, 6 - (i + 1) * 6 // steps

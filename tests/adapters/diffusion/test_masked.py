@@ -10,7 +10,7 @@ import torch
 from adapters.base import GenerateOptions
 from adapters.diffusion import masked
 from adapters.diffusion.network import Network
-from adapters.diffusion.process import Choice, Window
+from adapters.diffusion.process import Sampling, Window
 from adapters.randomness import Noise
 from tests.adapters.diffusion.processes import MANY, mdl, of, sample, window
 from tests.adapters.diffusion.tiny import build
@@ -84,7 +84,7 @@ def test_first_hitting_ends_each_row_with_its_last_token(final_step):
     process = mdl(sampler="first_hitting", final_step=final_step)
     states = list(
         process.resolve(
-            Network(masked_oracle()), Window(x, unknown, Noise(0, 0, "sample", np.arange(count)), Choice())
+            Network(masked_oracle()), Window(x, unknown, Noise(0, 0, "sample", np.arange(count)), Sampling())
         )
     )
     last, earlier = [], []

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from adapters.diffusion.likelihood import estimate_bound
 from adapters.diffusion.mdl import MDLAdapter
 from adapters.diffusion.network import Network
-from adapters.diffusion.process import Choice, Draw
+from adapters.diffusion.process import Draw, Sampling
 from adapters.randomness import Noise
 from models.mdl import MDLConfig
 from tests.adapters.diffusion.processes import (
@@ -79,7 +79,7 @@ def test_the_network_of_the_masked_model_is_told_the_total_noise(fields, sigma):
     expected = [sigma(t) for t in (1.0, 0.75, 0.5, 0.25, 0.0)]
     assert [float(tau[0]) for tau in oracle.taus] == pytest.approx(expected, rel=1e-6)
     oracle.taus.clear()
-    *_, _ = process.resolve(Network(oracle), window(4, choice=Choice(by_confidence=True, steps=3)))
+    *_, _ = process.resolve(Network(oracle), window(4, sampling=Sampling(by_confidence=True, steps=3)))
     most = 1 - math.exp(-sigma(1.0))
     expected = [-math.log1p(-min(u, most)) for u in (1.0, 2 / 3, 1 / 3)]  # the noise of that many masks
     assert [float(tau[0]) for tau in oracle.taus] == pytest.approx(expected, rel=1e-6)
@@ -308,9 +308,9 @@ def test_many_samples_follow_the_law():
 
 
 def test_greedy_text_is_the_same_for_every_seed_and_confidence_is_not_the_law():
-    text, _ = sample(mdl(sampler="first_hitting"), masked_oracle(), 50, choice=Choice(temperature=0))
+    text, _ = sample(mdl(sampler="first_hitting"), masked_oracle(), 50, sampling=Sampling(temperature=0))
     assert bool((text == 0).all())
-    text, calls = sample(mdl(), masked_oracle(), MANY, choice=Choice(by_confidence=True, steps=3))
+    text, calls = sample(mdl(), masked_oracle(), MANY, sampling=Sampling(by_confidence=True, steps=3))
     assert calls == 3
     assert chi_square(histogram(text), LAW) > 3 * CHI_SQUARE_LIMIT[26]
 

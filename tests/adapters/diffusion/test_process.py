@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from adapters.diffusion.network import Network
-from adapters.diffusion.process import Choice
+from adapters.diffusion.process import Sampling
 from tests.adapters.diffusion.processes import (
     COSINE,
     WITHOUT_SUBS,
@@ -120,7 +120,7 @@ def test_sampling_without_a_mask_starts_from_uniform_tokens(make):
 def test_sampling_timesteps_are_network_calls(make):
     calls = [sample(make(s), masked_oracle(), 200)[1] for s in (4, 16)]
     assert calls[0] <= 5 and 5 < calls[1] <= 17
-    few = sample(make(16), masked_oracle(), 200, choice=Choice(steps=2))[1]
+    few = sample(make(16), masked_oracle(), 200, sampling=Sampling(steps=2))[1]
     assert few <= 3
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from adapters.diffusion.network import Network
-from adapters.diffusion.process import Choice
+from adapters.diffusion.process import Sampling
 from adapters.diffusion.sampling import continue_text, fill
 from tests.adapters.diffusion.processes import MANY, d3pm, mdl, sample, sedd
 from tests.adapters.diffusion.toy import (
@@ -93,7 +93,7 @@ def test_long_text_goes_on_from_its_own_end():
         8,
         process.chunk,
         0,
-        Choice(),
+        Sampling(),
         lambda i, t: shown.append((i, t)),
     )
     assert out[0] == [i % 3 for i in range(24)] and out[1] == [(i + 2) % 3 for i in range(24)]
@@ -108,6 +108,6 @@ def test_long_text_goes_on_from_its_own_end():
 def test_rows_do_not_depend_on_their_neighbours():
     process, oracle = mdl(num_sampling_steps=16), masked_oracle()
     empty = [0, None, None, None]
-    pair = fill(process, Network(oracle), [empty, empty], [0, 1], 5, 0, Choice(), lambda i, t: None)
-    alone = fill(process, Network(oracle), [empty], [1], 5, 0, Choice(), lambda i, t: None)
+    pair = fill(process, Network(oracle), [empty, empty], [0, 1], 5, 0, Sampling(), lambda i, t: None)
+    alone = fill(process, Network(oracle), [empty], [1], 5, 0, Sampling(), lambda i, t: None)
     assert pair[1] == alone[0]

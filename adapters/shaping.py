@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Choice"]
+__all__ = ["Shaping"]
 
 
 @dataclass(frozen=True)
-class Choice:
+class Shaping:
     """Off by default, as a changed distribution is not the model's own.
 
     In this order: `temperature` (0: all mass on the likeliest token), the `top_k` likeliest tokens (0 is off), the

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from adapters.choice import Choice
+from adapters.shaping import Shaping
 
 LAW = np.array([0.05, 0.4, 0.02, 0.25, 0.15, 0.13])
 TEMPERED = LAW**0.5 / (LAW**0.5).sum()
@@ -41,15 +41,15 @@ def kept(mask, law=LAW):
 def test_the_law_of_a_choice(options, law):
     """Of two rows at once, whatever constant their logits carry; symbols that are left out have no probability."""
     logits = torch.from_numpy(np.log(LAW))
-    found = Choice(**options)(torch.stack([logits + 3.0, logits.flip(0)])).exp()
+    found = Shaping(**options)(torch.stack([logits + 3.0, logits.flip(0)])).exp()
     for row, expected in zip(found, (law, law[::-1].copy()), strict=True):
         assert torch.allclose(row, torch.from_numpy(expected), rtol=1e-12, atol=0)
 
 
 def test_no_choice_changes_no_digit():
     logits = torch.from_numpy(np.log(LAW))[None]
-    assert torch.equal(Choice()(logits), logits.log_softmax(1))
+    assert torch.equal(Shaping()(logits), logits.log_softmax(1))
 
 
 def test_equal_logits_do_not_widen_top_k():
-    assert int((Choice(top_k=3)(torch.zeros(1, 8)).exp() > 0).sum()) == 3
+    assert int((Shaping(top_k=3)(torch.zeros(1, 8)).exp() > 0).sum()) == 3
