@@ -53,6 +53,8 @@ class VanillaConfig(DefaultModelConfig):
     use_rmsnorm: bool = True  # False: LayerNorm
     use_swiglu: bool = True  # False: GELU
 
+    examples = {"multiple_of": (128, {"ffn_hidden": None})}
+
     @property
     def kv_heads(self) -> int:
         return self.n_kv_heads or self.n_heads

@@ -6,30 +6,49 @@ import pytest
 import torch
 
 from models import ARCHITECTURES
-from naming import not_one_of
-from tests.contract.tiny import TYPES
+from tests.contract.pair import Pair
+from tests.contract.tiny import TYPES, golden, golden_file, located
+
+# Architectures outside of the project. Their slow tests are their own (tests/toys).
+TOYS = [str(p) for p in sorted((Path(__file__).parents[1] / "toys").glob("*.yaml")) if p.stem != "toy"]
 
 
 def pytest_generate_tests(metafunc):
     if "architecture" in metafunc.fixturenames:
-        given = metafunc.config.getoption("architecture")
-        chosen = [located(name, metafunc.config.invocation_params.dir) for name in given] or TYPES
         # One worker per architecture, so that what a worker has built is built once.
         params = [
-            pytest.param(name, id=Path(name).stem, marks=pytest.mark.xdist_group(name)) for name in chosen
+            pytest.param(name, id=Path(name).stem, marks=[pytest.mark.xdist_group(name), *marks])
+            for name, marks in chosen(metafunc)
         ]
         metafunc.parametrize("architecture", params, scope="session")
 
 
-def located(name: str, folder: Path) -> str:
-    """A type of the table as it is, the path of a YAML file in full."""
-    if name in ARCHITECTURES:
-        return name
-    if not (folder / name).is_file():
-        raise pytest.UsageError(f"--architecture: no such file, and {not_one_of(name, TYPES)}")
-    return str((folder / name).resolve())
+def chosen(metafunc):
+    given = metafunc.config.getoption("architecture")
+    if not given:
+        quick = metafunc.definition.get_closest_marker("slow") is None
+        return [(name, []) for name in TYPES] + [(toy, [pytest.mark.slow]) for toy in TOYS if quick]
+    try:
+        return [(located(name, metafunc.config.invocation_params.dir), []) for name in given]
+    except ValueError as error:
+        raise pytest.UsageError(f"--architecture: {error}") from None
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def recorded(architecture):
+    """What `record.py` wrote of the architecture."""
+    if not golden_file(architecture).is_file():
+        wanted = f"nothing was recorded of it yet: python tests/contract/record.py {architecture}"
+        (pytest.fail if architecture in ARCHITECTURES else pytest.skip)(wanted)
+    return golden(architecture)
+
+
+@pytest.fixture(scope="session")
+def pair():
+    with Pair() as processes:
+        yield processes

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from adapters import build_adapter, complete_model_config
-from adapters.base import GenerateOptions, ModelAdapter, weighted_loss
+from adapters.base import GenerateOptions, ModelAdapter, StepOutput, weighted_loss
 from configs.schema import ModelConfig, RunConfig
 from tests.contract.tiny import (
     SEQ_LEN,
@@ -24,9 +25,10 @@ from tests.contract.tiny import (
     of_tests,
     tokenizer_for,
 )
+from trainer.optim.optimizers import build_optimizers
 
 # In the order in which they are looked at: the cheapest first.
-SIGHTS = ("shapes", "flops", "loss", "score", "text")
+SIGHTS = ("shapes", "flops", "loss", "score", "text", "next_loss")
 
 
 @dataclass
@@ -66,16 +68,33 @@ class Sighting:
     @cached_property
     def loss(self) -> dict[str, float]:
         """Of a training step: each term, the sum that is minimised, and what is reported."""
-        adapter, ctx = self.adapter.train(), context()
-        adapter.on_step_start(ctx, 1)
-        prepared = adapter.prepare(batch_for(adapter), ctx)
-        torch.manual_seed(0)  # dropout
         with torch.no_grad():
-            output = adapter(prepared)
-        total = weighted_loss(output.terms, prepared.denominators)
+            total, output = self._step(0)
         named = {name: term.sum for name, term in output.terms.items()}
         named |= {f"metric {name}": metric.sum for name, metric in output.metrics.items()}
         return {"": float(total), **{name: float(value) for name, value in named.items()}}
+
+    @cached_property
+    def next_loss(self) -> float:
+        """After a step and its hooks, which may have moved a buffer."""
+        adapter, nothing_skipped = self.adapter, torch.zeros(())
+        optimizers = build_optimizers(
+            adapter.named_model_parameters(), adapter.param_roles(), self.cfg, adapter.width
+        )
+        self._step(0)[0].backward()
+        optimizers.step(1.0)
+        adapter.after_step(0, nothing_skipped)
+        adapter.constrain(nothing_skipped)
+        with torch.no_grad():
+            return float(self._step(1)[0])
+
+    def _step(self, step: int) -> tuple[Tensor, StepOutput]:
+        adapter, ctx = self.adapter.train(), context(step=step)
+        adapter.on_step_start(ctx, 2)
+        prepared = adapter.prepare(batch_for(adapter), ctx)
+        torch.manual_seed(step)  # dropout
+        output = adapter(prepared)
+        return weighted_loss(output.terms, prepared.denominators), output
 
     @cached_property
     def score(self) -> list[float]:

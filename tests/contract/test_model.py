@@ -13,14 +13,12 @@ from tests.contract.tiny import (
     batch_for,
     config,
     context,
-    golden,
     is_exact,
+    session_of,
     tokenizer_for,
     train_on,
 )
-from trainer.distributed import World
 from trainer.optim.optimizers import build_optimizers, role_table
-from trainer.session import open_session
 
 SHORT, LONG = 16, 64  # rows that operations are counted on
 
@@ -37,11 +35,9 @@ def test_every_parameter_has_exactly_one_role_and_the_counts_add_up(architecture
     assert len({row["role"] for row in table}) > 1
 
 
-def test_names_and_shapes_are_those_recorded(architecture):
+def test_names_and_shapes_are_those_recorded(architecture, recorded):
     found = {name: list(p.shape) for name, p in adapter_of(architecture).model.state_dict().items()}
-    assert found == golden(architecture)["state"], (
-        "checkpoints would no longer load; record anew only on purpose"
-    )
+    assert found == recorded["state"], "checkpoints would no longer load; record anew only on purpose"
 
 
 def test_initialisation_leaves_nothing_out_and_depends_on_the_seed_alone(architecture):
@@ -101,8 +97,7 @@ def test_flops_formula_against_the_counter(architecture):
 def test_overfits_one_batch(architecture):
     """Through the architecture's own optimizer grouping and hooks; rates meant for a million noisy steps replaced."""
     words = ["scheduler=constant", "warmup_ratio=0.05", "optimizer=adamw", "learning_rate=0.003"]
-    cfg, model_cfg = config(architecture, *words, "lr_scaling=none")
-    session = open_session(cfg, model_cfg, World(torch.device("cpu")))
+    session = session_of(architecture, *words, "lr_scaling=none")
     adapter = session.adapter
     batch, exact = batch_for(adapter), is_exact(adapter)
 

@@ -27,9 +27,11 @@ from configs.validate import architecture_config, validate
 from data.rows import Batch
 from data.tokenizers import ByteTokenizer
 from models import ARCHITECTURES
+from naming import not_one_of
 from trainer.batching import StepBatch
+from trainer.distributed import World
 from trainer.loop import Trainer
-from trainer.session import Session
+from trainer.session import Session, open_session
 
 GOLDEN = Path(__file__).parent / "golden"
 TYPES = sorted(ARCHITECTURES)
@@ -52,6 +54,15 @@ RUN = [
 ]
 # Fields that choose among groups of files or read the disk: only the front end knows what they mean.
 _COMPOSED = {"preset", "data", "output_dir", "model_name", "resume", "init_from_checkpoint"}
+
+
+def located(name: str, folder: Path) -> str:
+    """A type of the table as it is, the path of a YAML file in full. ValueError if it is neither."""
+    if name in ARCHITECTURES:
+        return name
+    if not (folder / name).is_file():
+        raise ValueError(f"no such file, and {not_one_of(name, TYPES)}")
+    return str((folder / name).resolve())
 
 
 # -- configurations ------------------------------------------------------------------------------------------
@@ -213,20 +224,27 @@ def loss_and_gradients(adapter: ModelAdapter, parts: list[Batch], rows: int = 4)
     return losses, {n: p.grad.clone() for n, p in adapter.named_model_parameters() if p.grad is not None}
 
 
-def train_on(session: Session, batch: Batch, steps: range, total: int) -> list[float]:
-    """Optimizer steps on one batch, through the adapter's hooks; the first term's loss of each."""
+def session_of(architecture: str, *more: str) -> Session:
+    return open_session(*config(architecture, *more), World(torch.device("cpu")))
+
+
+def trainer_of(session: Session) -> Trainer:
+    """One that keeps no record and that nobody stops."""
     trainer = Trainer(session, SimpleNamespace(console=None), SimpleNamespace(requested=False))  # type: ignore
-    trainer.total = total
-    losses = []
     session.adapter.train()
+    return trainer
+
+
+def train_on(session: Session, batch: Batch, steps: range, total: int) -> None:
+    """Optimizer steps on one batch, through the adapter's hooks."""
+    trainer = trainer_of(session)
+    trainer.total = total
     for step in steps:
         ctx = context(len(batch.rows), step)
         prepared = session.adapter.prepare(batch, ctx)
-        packed = StepBatch(ctx, [prepared], [0], prepared.denominators, 0, 0)
-        trainer.meter.add_step(prepared.denominators, 0, 1)
-        trainer._train_step(packed, prepared.denominators)
-        losses.append(trainer.meter.read(session.world)["loss"])
-    return losses
+        trainer._train_step(
+            StepBatch(ctx, [prepared], [0], prepared.denominators, 0, 0), prepared.denominators
+        )
 
 
 # -- what was recorded ---------------------------------------------------------------------------------------

@@ -1,0 +1,121 @@
+"""What takes long: golden curves, compilation, kill -9, two processes."""
+
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.contract.pair import train_here
+from tests.contract.record import golden_curve
+from tests.contract.test_run import HARD, assert_same_state, losses, with_dropout
+from tests.contract.tiny import (
+    adapter_of,
+    batch_for,
+    config,
+    environment,
+    loss_and_gradients,
+    overrides,
+)
+from trainer.loop import train
+from trainer.run.checkpoint import checkpoints_in, load_json, load_tensors
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+def test_golden_curve(architecture, recorded):
+    """Twenty steps in fp64: any change to the arithmetic of model, loss, optimizer or order shows."""
+    assert golden_curve(architecture) == pytest.approx(recorded["curve"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_equal_eager_ones(architecture):
+    adapter = adapter_of(architecture)
+    eager, eager_gradients = loss_and_gradients(adapter, [batch_for(adapter)])
+    for path in adapter.blocks():
+        adapter.model.get_submodule(path).compile(backend="aot_eager", fullgraph=True)
+    compiled, compiled_gradients = loss_and_gradients(adapter, [batch_for(adapter)])
+    assert compiled == pytest.approx(eager, rel=1e-5)
+    for name, gradient in eager_gradients.items():
+        torch.testing.assert_close(compiled_gradients[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.slow
+def test_kill_at_a_random_moment_and_resume(architecture, tmp_path):
+    """kill -9 while training, more than once; the end is bit for bit that of a run left alone."""
+    steps = ["num_iterations=60", "val_loss_every=0", "save_steps=5", "sample_tokens=0"]
+    args = [*overrides(architecture, *HARD, *with_dropout(architecture)), *steps, "save_total_limit=2"]
+    env = environment(architecture)
+    base = [sys.executable, "mytrainer.py", *args]
+    alone = tmp_path / "alone"
+    subprocess.run([*base, f"output_dir={alone}"], cwd=ROOT, env=env, check=True, capture_output=True)
+    killed = tmp_path / "killed"
+    chance = random.Random(os.getpid())
+    for _ in range(2):
+        child = subprocess.Popen(
+            [*base, f"output_dir={killed}", "resume=auto"],
+            cwd=ROOT,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        before = len(checkpoints_in(killed)) and checkpoints_in(killed)[-1].name
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and child.poll() is None:
+            found = checkpoints_in(killed)
+            if found and found[-1].name != before:
+                break
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.3))
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    done = subprocess.run(
+        [*base, f"output_dir={killed}", "resume=auto"], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert_same_state(alone / "checkpoint-60", killed / "checkpoint-60")
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(architecture, tmp_path, pair):
+    """The same global batch on one process and on two: the same losses to rounding; and one resumed on two. Weights and
+    buffers of the two are the same to the bit."""
+    one, two, mixed = (tmp_path / name for name in ("one", "two", "mixed"))
+    # Plain descent without dropout: Adam's and Muon's normalisation would magnify rounding, and dropout is drawn per
+    # micro-batch of a process.
+    plain = [
+        "optimizer=sgd",
+        "learning_rate=0.1",
+        *(f"{w.partition('=')[0]}=0.0" for w in with_dropout(architecture)),
+    ]
+    words = ["batch_size=1", "logging_steps=1", "save_steps=3", *plain]
+    train(*config(architecture, *words), one)
+    shutil.copytree(one / "checkpoint-3", mixed / "checkpoint-3")
+    shutil.copy(one / "metrics.jsonl", mixed / "metrics.jsonl")
+    pair.ask(train_here, architecture, words, two)
+    (said, state), (_, of_the_other) = pair.ask(
+        train_here, architecture, [*words, "resume=auto", f"output_dir={mixed}"], mixed
+    )
+    assert "world_size was 1 and is 2" in said
+    assert state.keys() == of_the_other.keys()
+    for name, value in state.items():
+        assert np.array_equal(value, of_the_other[name]), f"{name} differs between the processes"
+    for other in (two, mixed):
+        assert [line["step"] for line in losses(other)] == [line["step"] for line in losses(one)]
+        for left, right in zip(losses(one), losses(other), strict=True):
+            for key in ("loss", "grad_norm", "val_bits_per_byte"):
+                if key in left:
+                    assert math.isclose(left[key], right[key], rel_tol=2e-5), (left["step"], key)
+    weights = load_tensors(one / "checkpoint-6", "model.pt")
+    for name, value in load_tensors(two / "checkpoint-6", "model.pt").items():
+        torch.testing.assert_close(value, weights[name], rtol=1e-3, atol=1e-4, msg=name)
+    assert load_json(two / "checkpoint-6", "training_state.json")["execution"]["world_size"] == 2
