@@ -84,11 +84,39 @@ def test_fields_are_overridden_without_plus_also_where_the_file_is_silent(work):
         (["env.OMP_NUM_THREADS=3"], "env", {"OMP_NUM_THREADS": "3"}),
         (["resume=null"], "resume", "none"),
         (["val_loss_every=0"], "val_loss_every", 0),
+        ([], "kernels", {"default": "auto"}),
+        (["kernels=reference"], "kernels", {"default": "reference"}),
+        (["--kernels", "reference"], "kernels", {"default": "reference"}),
+        (["kernels={default: reference}"], "kernels", {"default": "reference"}),
+        (
+            ["--kernels.linear_cross_entropy=chunked"],
+            "kernels",
+            {"default": "auto", "linear_cross_entropy": "chunked"},
+        ),
+        (
+            ["kernels.linear_cross_entropy=auto", "kernels=chunked"],
+            "kernels",
+            {"default": "chunked", "linear_cross_entropy": "auto"},
+        ),
     ],
 )
 def test_spellings_of_generic_fields(work, words, field, value):
     found = getattr(quiet("model=mine.yaml", *words)[0], field)
     assert found == value and type(found) is type(value)
+
+
+def test_one_word_for_all_kernels_in_a_file_leaves_room_for_others(write):
+    write("plain.yaml", "defaults: [mine, _self_]\nkernels: reference\n")
+    write("child.yaml", "defaults: [plain, _self_]\nkernels: {linear_diffusion_loss: chunked}\n")
+    assert quiet("plain.yaml")[0].kernels == {"default": "reference"}
+    cfg, _ = quiet("child.yaml", "kernels.linear_cross_entropy=auto")
+    assert cfg.kernels == {
+        "default": "reference",
+        "linear_diffusion_loss": "chunked",
+        "linear_cross_entropy": "auto",
+    }
+    points = check_grid(prepare(["plain.yaml", "kernels=auto,chunked", "-m"]))
+    assert points is not None and [p.cfg.kernels["default"] for p in points] == ["auto", "chunked"]
 
 
 def test_aliases_are_folded_in_files_and_overrides(work, write):
