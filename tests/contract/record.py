@@ -53,5 +53,11 @@ def record(architecture: str) -> None:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        record(located(name, Path.cwd()))
+    if not sys.argv[1:]:
+        sys.exit(__doc__)
+    try:
+        architectures = [located(name, Path.cwd()) for name in sys.argv[1:]]
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    for architecture in architectures:
+        record(architecture)

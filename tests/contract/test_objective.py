@@ -74,6 +74,9 @@ def test_a_later_token_changes_nothing_earlier(architecture):
     if not is_exact(adapter):
         pytest.skip("a bound has no order of positions; what it may see is tested with its objective")
     before = nats_by_position(adapter, tokens)
+    whole = adapter.likelihood(batch_of(tokens, tokens.shape[1] - SEQ_LEN), context(1, phase="eval"))
+    if whole.per_token is not None:
+        torch.testing.assert_close(whole.per_token[0], before, rtol=1e-9, atol=1e-12)
     for place in (1, 7, SEQ_LEN - 1):
         changed = tokens.copy()
         changed[0, place] = (changed[0, place] + 1) % adapter.tokenizer.eot
