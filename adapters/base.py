@@ -243,9 +243,8 @@ class ModelAdapter(nn.Module):
         self.model = model
         self.model_cfg: Any = model_cfg
         self.tokenizer = tokenizer
-        self.kernels = (
-            Kernels()
-        )  # the run's, set by `build_adapter`; hand it to every operation of `kernels/`
+        # The run's, set by `build_adapter`; hand it to every operation of `kernels/`.
+        self.kernels = Kernels()
 
     @classmethod
     def build_model(cls, model_class: Any, model_cfg: ModelConfig) -> nn.Module:

@@ -1,5 +1,6 @@
 """Training end to end, in process, tiny: what each field changes and what goes wrong well."""
 
+import hashlib
 import json
 import math
 import os
@@ -236,6 +237,21 @@ def test_other_architecture_data_or_optimizer_is_refused(tmp_path):
         with pytest.raises(ValueError, match=words):
             cfg, model_cfg = config("gpt2", "num_iterations=9", change)
             train(cfg.model_copy(update={"resume": "auto"}), model_cfg, tmp_path)
+
+
+def test_a_field_that_is_younger_than_the_checkpoint_has_its_default(tmp_path, capsys):
+    run(tmp_path, "num_iterations=3")
+    place = tmp_path / "checkpoint-3"
+    saved = load_json(place, "config.json")
+    del saved["model_cfg"]["pad_vocab"]
+    (place / "config.json").write_text(json.dumps(saved))
+    digests = load_json(place, "digests.json")
+    digests["config.json"] = hashlib.sha256((place / "config.json").read_bytes()).hexdigest()
+    (place / "digests.json").write_text(json.dumps(digests))
+    run(tmp_path, "num_iterations=4", "resume=auto")
+    assert "pad_vocab" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="pad_vocab is True, False was asked"):
+        run(tmp_path, "num_iterations=5", "resume=auto", "model_cfg.pad_vocab=false")
 
 
 def test_changed_fields_are_announced(tmp_path, capsys):

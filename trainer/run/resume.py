@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from configs.schema import RunConfig, redacted
+from configs.schema import redacted
+from configs.validate import read_saved
 from trainer.run.checkpoint import checkpoints_in, find_checkpoint, load_json, load_tensors, newest_checkpoint
 from trainer.run.facts import architecture, execution
 from trainer.run.restore import load_weights, require_same_provenance
 
 if TYPE_CHECKING:
+    from configs.schema import RunConfig
     from trainer.run.folder import RunFolder
     from trainer.session import Session
     from trainer.view.console import Console
@@ -61,10 +63,13 @@ def check_resumable(s: Session, checkpoint: Path, saved: dict[str, Any], note: C
     """Refuse what would silently be another run; announce what changes results or rounding."""
     theirs = json.loads((checkpoint / "config.json").read_text())
     mine = architecture(s)
-    other = [k for k in mine["model_cfg"] if mine["model_cfg"][k] != theirs["model_cfg"].get(k)]
+    # A field that is younger than the checkpoint had no effect then, as its default has none now.
+    before, _ = read_saved(saved["training_config"], theirs["model_cfg"], str(checkpoint), [])
+    then = before.model_cfg
+    other = [k for k in mine["model_cfg"] if mine["model_cfg"][k] != then.get(k)]
     differing = [k for k in other if k not in s.adapter.model_cfg.free()]
     if theirs["type"] != mine["type"] or differing:
-        what = ", ".join(f"{k} {theirs['model_cfg'].get(k)} -> {mine['model_cfg'][k]}" for k in differing)
+        what = ", ".join(f"{k} {then.get(k)} -> {mine['model_cfg'][k]}" for k in differing)
         raise ValueError(
             f"the architecture is fixed by {checkpoint}/config.json (type {theirs['type']}): {what}"
         )
@@ -78,21 +83,18 @@ def check_resumable(s: Session, checkpoint: Path, saved: dict[str, Any], note: C
                 f"the data is not what {checkpoint} was trained on ({key} {saved['data'][key][:12]} then, "
                 f"{now[:12]} now). Restore the data, or start a new run with init_from_checkpoint={checkpoint}"
             )
-    # A field that is younger than the checkpoint had no effect then, as its default has none now.
-    before = {**redacted(RunConfig(type=s.cfg.type)), **saved["training_config"]}
-    after = redacted(s.cfg)
-    before |= {f"model_cfg.{k}": theirs["model_cfg"].get(k) for k in other}
-    after |= {f"model_cfg.{k}": mine["model_cfg"][k] for k in other}
-    changed = [k for k in after if k not in _NOT_COMPARED and before[k] != after[k]]
+    old = {**redacted(before), **{f"model_cfg.{k}": then.get(k) for k in other}}
+    new = {**redacted(s.cfg), **{f"model_cfg.{k}": mine["model_cfg"][k] for k in other}}
+    changed = [k for k in new if k not in _NOT_COMPARED and old[k] != new[k]]
     for key in changed:
-        note(f"changed since the checkpoint: {key} {before[key]} -> {after[key]}")
+        note(f"changed since the checkpoint: {key} {old[key]} -> {new[key]}")
     if "train_seq_len" in changed:
-        twice, never = s.rows.changed_length(before["train_seq_len"], saved["position"])
+        twice, never = s.rows.changed_length(before.train_seq_len, saved["position"])
         note(f"with rows of another length {twice:.1%} of this epoch's text is read twice, {never:.1%} never")
     for key, now in execution(s).items():
-        then = saved["execution"].get(key)
-        if then != now:
-            note(f"{key} was {then} and is {now}: equal to rounding from here, not bit for bit")
+        recorded = saved["execution"].get(key)
+        if recorded != now:
+            note(f"{key} was {recorded} and is {now}: equal to rounding from here, not bit for bit")
 
 
 def start_from_weights(s: Session, source: Path, console: Console) -> None:
