@@ -112,9 +112,9 @@ class LossTerm:
 @dataclass
 class Metric:
     """A reported statistic: `sum` and `count` are added over micro-batches and processes ("mean" divides them);
-    "max" and "last" look at `sum` alone. A count may be a device scalar: nothing waits for it before the log line."""
+    "max" and "last" look at `sum` alone. Either may be a device scalar: nothing waits for it before the log line."""
 
-    sum: Tensor
+    sum: float | Tensor
     count: float | Tensor = 1.0
     reduce: Literal["mean", "sum", "max", "last"] = "mean"
 

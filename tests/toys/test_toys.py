@@ -150,9 +150,9 @@ def test_a_row_of_text_does_not_depend_on_the_others(trained, shape):
 
 @every_shape
 def test_it_keeps_the_contract(shape):
-    """All of tests/contract, on its file; but a toy owes nobody the names and curves of an earlier one."""
-    words = ["--architecture", TOYS / f"{shape}.yaml", "-k", "not recorded and not golden", "-n", "0"]
-    command = [sys.executable, "-m", "pytest", "tests/contract", "-q", "-p", "no:cacheprovider", *words]
+    """The fast tier of tests/contract, on its file."""
+    words = ["--architecture", TOYS / f"{shape}.yaml", "-n", "0", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "tests/contract", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
 
@@ -199,7 +199,7 @@ def test_experts_are_counted_and_balanced(trained):
     adapter.after_step(0, torch.tensor(0.0))
     moved = adapter.model.layers[0].mlp.bias - bias
     torch.testing.assert_close(moved, torch.tensor([-0.01, 0.01, 0.01, 0.01]))
-    idle = 2 * 3 * (2 * 32 + 32) * 32
+    idle = 2 * 3 * (2 * 96 + 96) * 32
     assert adapter.active_parameters() == sum(p.numel() for p in adapter.parameters()) - idle
 
 
@@ -338,7 +338,8 @@ def test_half_of_the_tokens_pass_and_the_choice_is_foretold(trained):
         decided = adapter.model(tokens, doc_ids=doc_ids)
     assert (chosen.extra["passed"].sum(-1) == 16).all()
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert 0.2 < logged[-1]["val_passed"] < 0.8, "as many pass without the row's choice"
+    (passed,) = {line["val_passed"] for line in logged if "val_passed" in line}
+    assert 0.2 < passed < 0.8, "as many pass without the row's choice"
     assert torch.equal(decided.extra["passed"] > 0, decided.extra["score"] > 0)
     every = block_flops(adapter.model_cfg, 32)
     saved = every.training_per_token - block_flops(adapter.model_cfg, 16).training_per_token / 2

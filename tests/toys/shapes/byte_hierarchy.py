@@ -1,5 +1,5 @@
 """A wide network reads patches of bytes, a narrow one the bytes of each patch: every byte is predicted from the earlier
-patches of its document, and from the bytes of its own patch that are behind it.
+patches of its document, and from the bytes before it in its own patch.
 
 Shapes: B rows, T bytes, P bytes of a patch, N patches, D width of the wide network, d of the narrow one.
 """
@@ -79,9 +79,7 @@ class ByteHierarchy(Decoder):
         fill = (0, -length % patch)  # behind everything, so that nothing sees it
         x = self.embed(F.pad(tokens, fill)).unflatten(1, (-1, patch))  # (B, N, P, d)
         docs = F.pad(doc_ids, fill, value=-1).unflatten(1, (-1, patch))  # (B, N, P)
-        of_patch = docs[
-            :, :, -1
-        ]  # (B, N): a patch belongs to its last byte's document, and leaves out other bytes
+        of_patch = docs[:, :, -1]  # (B, N): the document of its last byte; a patch leaves out other bytes
         patches = self.join((x * (docs == of_patch[..., None])[..., None]).flatten(2))  # (B, N, D)
         told = self.tell(self.wide(patches, of_patch))[:, :-1]  # (B, N-1, d): each patch to the next,
         heard = docs[:, 1:] == of_patch[:, :-1, None]  # (B, N-1, P): to its own document's bytes

@@ -84,6 +84,6 @@ class RecurrentDepthAdapter(DefaultModelAdapter):
     def step_output(self, hidden: Hidden, prepared: Prepared) -> StepOutput:
         output = super().step_output(hidden, prepared)
         depth, inputs = prepared.host["depth"], prepared.tensors["inputs"]
-        output.metrics["depth"] = Metric(hidden.states.new_tensor(depth))
+        output.metrics["depth"] = Metric(depth)
         output.flops = self.model.flops(inputs.shape[1], depth).training_per_token * inputs.numel()
         return output
