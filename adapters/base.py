@@ -293,7 +293,9 @@ class ModelAdapter(nn.Module):
         """Put weights that must stay on a set (such as unit rows) back onto it. Called after `after_step`, after
         averaged weights were put into the model, and after weights came from elsewhere; never on resume, as doing it
         twice may round differently. Where `skipped`, a device-side fp32 scalar, is 1.0, nothing may change: use
-        `torch.where`."""
+        `torch.where`. By default the model's own `constrain`, where it has one."""
+        if hasattr(self.model, "constrain"):
+            self.model.constrain(skipped)
 
     def after_evaluation(self, step: int) -> None:
         """Called on every process after `step` steps, when all held-out rows have gone through `likelihood`. A score
@@ -338,12 +340,12 @@ class ModelAdapter(nn.Module):
     def external(self) -> list[str]:
         """Paths of modules inside `model` whose parameters and buffers come from elsewhere, such as a pretrained base:
         `init_weights` loads them, nothing trains, averages, exchanges or saves them."""
-        return []
+        return self.model.external() if hasattr(self.model, "external") else []
 
     def provenance(self) -> dict[str, str]:
         """What identifies the external parts, such as a digest of their files. Kept in config.json; a checkpoint is
         only loaded where it is the same."""
-        return {}
+        return self.model.provenance() if hasattr(self.model, "provenance") else {}
 
     def init_weights(self, generator: torch.Generator) -> None:
         self.model.init_weights(generator)
@@ -367,7 +369,7 @@ class ModelAdapter(nn.Module):
 
     def active_parameters(self) -> int | None:
         """Parameters that act on one token; None where that is all of them."""
-        return None
+        return self.model.active_parameters() if hasattr(self.model, "active_parameters") else None
 
     @property
     def width(self) -> int:

@@ -104,6 +104,11 @@ class Experts(Vanilla):
         routers = self.cfg.n_layers * self.cfg.n_experts * self.cfg.d_model
         return super().flops(seq_len) + matmul_flops(routers)
 
+    def active_parameters(self) -> int:
+        idle = 1 - 1 / self.cfg.n_experts
+        experts = sum(block.mlp.up.numel() + block.mlp.down.numel() for block in self.layers)
+        return sum(p.numel() for p in self.parameters()) - round(idle * experts)
+
 
 class ExpertsAdapter(DefaultModelAdapter):
     console_metrics = ("busiest",)
@@ -134,8 +139,3 @@ class ExpertsAdapter(DefaultModelAdapter):
         for block, load in zip(self.model.layers, self.add_up(self.load), strict=True):
             nudge = self.model_cfg.bias_rate * (load.mean() - load).sign()
             block.mlp.bias += torch.where(skipped > 0, 0.0, nudge)
-
-    def active_parameters(self) -> int:
-        idle = 1 - 1 / self.model_cfg.n_experts
-        experts = sum(block.mlp.up.numel() + block.mlp.down.numel() for block in self.model.layers)
-        return sum(p.numel() for p in self.model.parameters()) - round(idle * experts)

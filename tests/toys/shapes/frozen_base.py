@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapters.default import DefaultModelAdapter
 from configs.schema import Free, Positive
 from models.layers.cache import KVCache
 from models.layers.decoder import Decoder
@@ -60,6 +59,12 @@ class FrozenBase(Decoder):
             x = self.base(tokens, doc_ids, cache)  # (B, T, D)
         return self.adapter(x)
 
+    def external(self) -> list[str]:
+        return ["base"]
+
+    def provenance(self) -> dict[str, str]:
+        return {"base": self.cfg.digest}
+
     def init_weights(self, generator: torch.Generator) -> None:
         self.base.init_weights(torch.Generator().manual_seed(int(self.cfg.digest[:15], 16)))
         normal_(self.adapter.down.weight, self.cfg.d_model**-0.5, generator)
@@ -84,11 +89,3 @@ class FrozenBase(Decoder):
         base = block_flops(self.cfg, seq_len) * self.cfg.n_layers
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         return base.frozen + matmul_flops(trained)
-
-
-class FrozenBaseAdapter(DefaultModelAdapter):
-    def external(self) -> list[str]:
-        return ["base"]
-
-    def provenance(self) -> dict[str, str]:
-        return {"base": self.model_cfg.digest}

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from adapters.default import DefaultModelAdapter
 from models.vanilla import Vanilla
 
 
@@ -12,17 +11,11 @@ class Sphere(Vanilla):
         return [p for p in self.layers.parameters() if p.ndim == 2]
 
     @torch.no_grad()
-    def normalise(self, keep: Tensor) -> None:
-        """`keep`: a device scalar; where it is 1, nothing changes."""
+    def constrain(self, skipped: Tensor) -> None:
         for weight in self.matrices():
             unit = weight / weight.norm(dim=1, keepdim=True)
-            weight.copy_(torch.where(keep > 0, weight, unit))
+            weight.copy_(torch.where(skipped > 0, weight, unit))
 
     def init_weights(self, generator: torch.Generator) -> None:
         super().init_weights(generator)
-        self.normalise(torch.zeros(()))
-
-
-class SphereAdapter(DefaultModelAdapter):
-    def constrain(self, skipped: Tensor) -> None:
-        self.model.normalise(skipped)
+        self.constrain(torch.zeros(()))
