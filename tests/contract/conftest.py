@@ -9,27 +9,21 @@ from models import ARCHITECTURES
 from tests.contract.pair import Pair
 from tests.contract.tiny import TYPES, golden, golden_file, located
 
-# Architectures outside of the project. Their slow tests are their own (tests/toys).
-TOYS = [str(p) for p in sorted((Path(__file__).parents[1] / "toys").glob("*.yaml")) if p.stem != "toy"]
-
 
 def pytest_generate_tests(metafunc):
     if "architecture" in metafunc.fixturenames:
         # One worker per architecture, so that what a worker has built is built once.
         params = [
-            pytest.param(name, id=Path(name).stem, marks=[pytest.mark.xdist_group(name), *marks])
-            for name, marks in chosen(metafunc)
+            pytest.param(name, id=Path(name).stem, marks=pytest.mark.xdist_group(name))
+            for name in chosen(metafunc.config)
         ]
         metafunc.parametrize("architecture", params, scope="session")
 
 
-def chosen(metafunc):
-    given = metafunc.config.getoption("architecture")
-    if not given:
-        quick = metafunc.definition.get_closest_marker("slow") is None
-        return [(name, []) for name in TYPES] + [(toy, [pytest.mark.slow]) for toy in TOYS if quick]
+def chosen(config):
+    given = config.getoption("architecture")
     try:
-        return [(located(name, metafunc.config.invocation_params.dir), []) for name in given]
+        return [located(name, config.invocation_params.dir) for name in given] or TYPES
     except ValueError as error:
         raise pytest.UsageError(f"--architecture: {error}") from None
 
