@@ -25,7 +25,7 @@ def chosen(config):
     try:
         return [located(name, config.invocation_params.dir) for name in given] or TYPES
     except ValueError as error:
-        raise pytest.UsageError(f"--architecture: {error}") from None
+        pytest.exit(f"--architecture: {error}", returncode=pytest.ExitCode.USAGE_ERROR)
 
 
 @pytest.fixture(autouse=True)

@@ -70,7 +70,8 @@ def test_a_run_leaves_what_it_promises(whole_run, architecture):
     assert [line["step"] for line in evaluations] == [2, STEPS]
 
 
-@pytest.mark.parametrize("at", [1, 3])
+# Before any evaluation, and after one, which may have changed what comes next.
+@pytest.mark.parametrize("at", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_resume_is_exact(whole_run, architecture, tmp_path, at):
     """N + M steps at once equal N steps, a restart into fresh objects, and M steps: weights, optimizer, EMA, log."""
     run, score = whole_run
