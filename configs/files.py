@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,8 +135,7 @@ def _has_base(node: Node) -> bool:
 def _parse(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     try:
         text = path.read_text(encoding="utf-8")
-        values = OmegaConf.to_container(OmegaConf.create(text) if text.strip() else OmegaConf.create({}))
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        values, tree = _parse_text(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -151,7 +152,16 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         raise ConfigError(
             f"{shown(path)}:1: expected 'key: value' lines, got {text.strip().splitlines()[0]!r}"
         )
-    return {str(k): v for k, v in values.items()}, dict(_lines(tree, "")) if tree is not None else {}
+    own = {str(k): copy.deepcopy(v) for k, v in values.items()}
+    return own, dict(_lines(tree, "")) if tree is not None else {}
+
+
+@functools.lru_cache(maxsize=256)
+def _parse_text(text: str) -> tuple[Any, yaml.Node | None]:
+    """Values, and the tree that knows their lines; neither is to be changed. Kept by their text, as every point of a
+    sweep reads the same files and YAML in pure Python takes tens of milliseconds each time."""
+    values = OmegaConf.to_container(OmegaConf.create(text) if text.strip() else OmegaConf.create({}))
+    return values, yaml.compose(text, Loader=yaml.SafeLoader)
 
 
 def _lines(tree: yaml.Node, prefix: str) -> Iterator[tuple[str, int]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,8 +81,11 @@ def _needed(data: str) -> list[str]:
     return [f"{need.partition('=')[0]}={CONFIGS / 'training.yaml'}" for need in SOURCES[data].needs]
 
 
-def check_model_file(name: str, build: bool) -> None:
-    """Everything that must hold for configs/<name>.yaml. Raises if something does not."""
+def check_model_file(
+    name: str, build: bool, presets: Sequence[str] | None = None, sources: Sequence[str] | None = None
+) -> None:
+    """Everything that must hold for configs/<name>.yaml, with these presets and sources of data (default: with every
+    one). Raises if something does not."""
     path = CONFIGS / f"{name}.yaml"
     grouped = compose_tree(prepare([str(path), "preset=none"]).overrides)
     GlobalHydra.instance().clear()
@@ -91,9 +94,9 @@ def check_model_file(name: str, build: bool) -> None:
     assert isinstance(primary, dict)
     primary_tree = {**{str(k): v for k, v in primary.items()}, "preset": "none"}
     assert validate(grouped)[0] == validate(primary_tree)[0], "group and primary differ"
-    for data in choices("data"):
+    for data in sources or choices("data"):
         assert _compose(str(path), f"data={data}", *_needed(data)).data == data
-    for preset in options("preset"):
+    for preset in presets or options("preset"):
         cfg = _compose(str(path), f"preset={preset}")
         _check_run(cfg)
     if build:

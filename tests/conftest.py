@@ -1,8 +1,12 @@
 """Every test process, before torch is imported: the project on the path, one thread that does not spin."""
 
+import logging
 import os
 import sys
 from pathlib import Path
+from unittest import mock
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,3 +25,19 @@ def pytest_addoption(parser):
         help="run the contract tests (tests/contract) on this architecture: a type of the table, or a YAML file "
         "whose package may lie beside it. May be given more than once; default: every type of the table",
     )
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """For command lines in this process: what they change in it (paths, environment, Hydra and its log) is undone."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    monkeypatch.setattr(sys, "argv", ["mytrainer.py"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    # Hydra's --cfg and sweeps log to what is stdout then; this test's ends with it.
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(logging.root, "level", logging.root.level)
+    GlobalHydra.instance().clear()
+    with mock.patch.dict(os.environ, HYDRA_FULL_ERROR="0"):
+        yield
+    GlobalHydra.instance().clear()

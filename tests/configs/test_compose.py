@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from configs import compose
 from configs.compose import check_grid, compose_tree, prepare
-from configs.files import CONFIGS, ROOT
+from configs.files import CONFIGS, ROOT, options
 from configs.messages import ConfigError
 from configs.schema import RunConfig
 from configs.validate import validate
@@ -131,6 +131,18 @@ def test_aliases_are_folded_in_files_and_overrides(work, write):
     cfg, model_cfg = quiet("aliased.yaml", "model_cfg.num_heads=4")
     assert (model_cfg.d_model, model_cfg.n_layers, model_cfg.n_ctx, model_cfg.n_heads) == (48, 5, 64, 4)
     assert cfg.train_seq_len == 32
+
+
+def test_a_file_is_read_as_it_stands_now(write):
+    """What was read of it before shows neither in the values nor in the line numbers."""
+    text = "defaults: [mine, _self_]\nseq_len: 32\nmodel_cfg: {model_dim: 48}\n"
+    for first in ("", "\n\n", ""):
+        write("x.yaml", first + text)
+        cfg, model_cfg = quiet("x.yaml")
+        assert (cfg.train_seq_len, model_cfg.d_model, cfg.seed) == (32, 48, 1337)
+        write("x.yaml", first + text + "seed: x\n")
+        with pytest.raises(ConfigError, match=rf"^x.yaml:{len(first) + 4}: seed: expected int"):
+            quiet("x.yaml")
 
 
 def test_files_outside_configs_find_relative_parents(work, write):
@@ -316,7 +328,15 @@ def test_a_model_file_states_its_recipe_and_what_differs(tmp_path, old, new, mes
         _check_recipe(path)
 
 
-def test_every_shipped_configuration_passes_its_own_check(capsys):
+@pytest.mark.parametrize("name", options())
+def test_a_shipped_configuration_passes_its_own_check(name):
+    from configs.test_configs import check_model_file
+
+    check_model_file(name, build=True, presets=["nano"], sources=["synthetic"])
+
+
+@pytest.mark.slow
+def test_every_check_of_every_shipped_configuration_passes(capsys):
     import runpy
 
     script = runpy.run_path(str(CONFIGS / "test_configs.py"))
@@ -385,6 +405,7 @@ def test_jobs_of_a_sweep_may_not_share_a_folder(work):
     assert check_grid(prepare(["mine.yaml", "model_name=x,y", "seed=1", "-m"])) is not None
 
 
+@pytest.mark.slow
 def test_importing_the_schema_and_composing_leave_torch_alone(work):
     import subprocess
     import sys

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from configs import compose
@@ -118,19 +115,15 @@ def test_a_grid_over_models_and_sizes_amends_each_by_its_type(write, amended):
     assert points is not None and [p.cfg.num_iterations for p in points] == [77, 1750, 250, 1750]
 
 
-def test_jobs_of_a_sweep_are_amended_as_they_were_checked(write, amended, monkeypatch):
+def test_jobs_of_a_sweep_are_amended_as_they_were_checked(write, amended, in_process, monkeypatch):
     started: list = []
     monkeypatch.setattr(train.launch, "start", lambda cfg, *args, **kwargs: started.append(cfg) or 1.0)
-    monkeypatch.setattr(sys, "argv", ["mytrainer.py"])
     write("other.yaml", "defaults: [mdl, _self_]\n")
-    GlobalHydra.instance().clear()
     assert train.main(["model=mine.yaml,other.yaml", "preset=nano", "-m"]) == 0
     assert [c.num_iterations for c in started] == [77, 250]
 
 
-def test_a_composed_amendment_is_shown(amended, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["mytrainer.py"])
-    GlobalHydra.instance().clear()
+def test_a_composed_amendment_is_shown(amended, in_process, capsys):
     assert train.main(["mine.yaml", "preset=nano", "--cfg", "job"]) == 0
     assert "num_iterations: 77" in capsys.readouterr().out
 

@@ -115,6 +115,7 @@ def test_what_cannot_be_done_is_refused(generate, type_, words, message):
     assert (status, out) == (2, "") and message in err and "Traceback" not in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("term", ["xterm", "dumb"])
 def test_a_terminal_sees_the_text_resolve(runs, term):
     """Frames with undecided tokens, drawn over each other; on a terminal that cannot move its cursor only the text."""

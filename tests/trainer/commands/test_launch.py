@@ -1,4 +1,7 @@
-"""How runs are started: folders, processes, signals, exit statuses. Training itself is replaced."""
+"""How runs are started: folders, processes, signals, exit statuses. Training itself is replaced.
+
+A command runs in this process (`run`); the slow tests start what only processes of its own can show (`started`).
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,12 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+import mytrainer
 from configs.messages import ConfigError
 from configs.schema import RunConfig
 from tests.contract.tiny import overrides
 from trainer.commands import launch
+from trainer.errors import TrainingError
 
 ROOT = Path(__file__).resolve().parents[3]
 ARCHITECTURE = """
@@ -26,9 +31,9 @@ from configs.schema import DefaultModelConfig
 class Model:
     Config = DefaultModelConfig
 """
-# Python runs this at start-up: `trainer.loop` is there before anyone imports it, and no torch with it.
-LOOP = """
-import json, os, sys, time, types
+# Stands for `trainer.loop.train`.
+TRAIN = """
+import json, os, sys, time
 from pathlib import Path
 
 def train(cfg, model_cfg, folder, config_yaml):
@@ -53,7 +58,10 @@ def train(cfg, model_cfg, folder, config_yaml):
         Path(folder, f"saved-{os.environ.get('RANK', '0')}").write_text(str(len(stopped)))
         return float("nan")
     return abs(cfg.learning_rate - 0.5)
-
+"""
+# Python runs this at start-up: `trainer.loop` is there before anyone imports it, and no torch with it.
+SITE = f"""{TRAIN}
+import types
 module = types.ModuleType("trainer.loop")
 module.train = train
 sys.modules["trainer.loop"] = module
@@ -64,26 +72,47 @@ MODEL = "defaults: [training, _self_]\ntype: 'plain_arch:Model'\n"
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
     (tmp_path / "plain_arch.py").write_text(ARCHITECTURE)
-    (tmp_path / "sitecustomize.py").write_text(LOOP)
     (tmp_path / "mine.yaml").write_text(MODEL)
     return tmp_path
 
 
-def popen(work: Path, *words: str, launcher: tuple[str, ...] = (), **env: str) -> subprocess.Popen[str]:
+@pytest.fixture
+def run(work, in_process, monkeypatch, capsys):
+    """`python mytrainer.py ...` in this process and in `work`."""
+    stand_in: dict = {}
+    exec(TRAIN, stand_in)
+    monkeypatch.setattr("trainer.loop.train", stand_in["train"])
+    monkeypatch.setattr("configs.hardware.cuda_device_count", lambda: 0)
+    monkeypatch.chdir(work)
+    monkeypatch.syspath_prepend(work)
+    monkeypatch.delitem(sys.modules, "plain_arch", raising=False)
+
+    def command(*words: str) -> subprocess.CompletedProcess[str]:
+        capsys.readouterr()
+        try:
+            status = mytrainer.main([*words])
+        except SystemExit as leaving:
+            status = leaving.code
+        return subprocess.CompletedProcess(words, status, *capsys.readouterr())
+
+    yield command
+    sys.modules.pop("plain_arch", None)
+
+
+def popen(work: Path, *words: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    (work / "sitecustomize.py").write_text(SITE)
     return subprocess.Popen(
         [sys.executable, *launcher, str(ROOT / "mytrainer.py"), *words],
         cwd=work,
-        env={**os.environ, "PYTHONPATH": str(work), "CUDA_VISIBLE_DEVICES": "", **env},
+        env={**os.environ, "PYTHONPATH": str(work), "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def run(
-    work: Path, *words: str, launcher: tuple[str, ...] = (), **env: str
-) -> subprocess.CompletedProcess[str]:
-    process = popen(work, *words, launcher=launcher, **env)
+def started(work: Path, *words: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    process = popen(work, *words, launcher=launcher)
     out, err = process.communicate(timeout=120)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
@@ -102,13 +131,13 @@ def wait_for(*paths: Path) -> None:
 # -- one process -----------------------------------------------------------------------------------------
 
 
-def test_a_single_run_trains_in_this_process_and_leaves_one_folder(work):
-    done = run(work, "mine.yaml", "output_dir=out", "seed=5", "env.PLAIN=x", "env.SOME_TOKEN=t0p")
+def test_a_single_run_trains_in_this_process_and_leaves_one_folder(work, run):
+    done = run("mine.yaml", "output_dir=out", "seed=5", "env.PLAIN=x", "env.SOME_TOKEN=t0p")
     assert done.returncode == 0, done.stderr
     found = facts(work / "out")
-    assert (found["seed"], found["plain"], found["env"], found["torch"]) == (5, "x", "t0p", False)
+    assert (found["seed"], found["plain"], found["env"], found["pid"]) == (5, "x", "t0p", os.getpid())
     created = {p.name for p in work.iterdir()} - {"__pycache__"}
-    assert created == {"plain_arch.py", "sitecustomize.py", "mine.yaml", "out"}
+    assert created == {"plain_arch.py", "mine.yaml", "out"}
     assert {p.name for p in (work / "out").iterdir()} == {"config.yaml", "ran-0.json"}
     saved = "".join(
         p.read_text() for p in (work / "out").rglob("*.*") if p.is_file() and p.name != "ran-0.json"
@@ -117,44 +146,54 @@ def test_a_single_run_trains_in_this_process_and_leaves_one_folder(work):
     assert f"{work / 'mine.yaml'} (sha256" in (work / "out" / "config.yaml").read_text()
 
 
-def test_the_folder_is_named_by_output_dir_model_name_or_the_clock(work):
-    assert run(work, "mine.yaml", "model_name=dante").returncode == 0
+@pytest.mark.slow
+def test_the_environment_is_set_before_torch_is_there(work):
+    done = started(work, "mine.yaml", "output_dir=out", "env.PLAIN=x")
+    assert done.returncode == 0, done.stderr
+    found = facts(work / "out")
+    assert (found["plain"], found["torch"]) == ("x", False)
+
+
+def test_the_folder_is_named_by_output_dir_model_name_or_the_clock(work, run):
+    assert run("mine.yaml", "model_name=dante").returncode == 0
     assert (work / "checkpoints" / "dante" / "config.yaml").exists()
-    assert run(work, "mine.yaml").returncode == 0
+    assert run("mine.yaml").returncode == 0
     (folder,) = (work / "outputs").iterdir()
     assert folder.name.startswith("Model-20") and (folder / "config.yaml").exists()
 
 
-def test_the_saved_config_runs_again(work):
-    assert run(work, "mine.yaml", "output_dir=a", "seed=6", "sample_prompt=no: 1e-4").returncode == 0
-    assert run(work, "a/config.yaml", "output_dir=b").returncode == 0
+def test_the_saved_config_runs_again(work, run):
+    assert run("mine.yaml", "output_dir=a", "seed=6", "sample_prompt=no: 1e-4").returncode == 0
+    assert run("a/config.yaml", "output_dir=b").returncode == 0
     first, second = (OmegaConf.to_container(OmegaConf.load(work / d / "config.yaml")) for d in "ab")
     assert {**first, "output_dir": "b"} == second and second["sample_prompt"] == "no: 1e-4"
 
 
-def test_a_training_failure_is_one_message_and_status_1(work):
-    done = run(work, "mine.yaml", "output_dir=out", "seed=13")
+def test_a_training_failure_is_one_message_and_status_1(run, monkeypatch):
+    done = run("mine.yaml", "output_dir=out", "seed=13")
     assert (done.returncode, done.stderr.strip()) == (1, "error: step 3 is not finite")
-    traceback = run(work, "mine.yaml", "output_dir=out2", "seed=13", HYDRA_FULL_ERROR="1")
-    assert traceback.returncode == 1 and "Traceback" in traceback.stderr
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(TrainingError, match="step 3 is not finite"):
+        run("mine.yaml", "output_dir=out2", "seed=13")
 
 
-def test_a_configuration_error_is_status_2_and_starts_nothing(work):
-    done = run(work, "mine.yaml", "output_dir=out", "seed=x")
+def test_a_configuration_error_is_status_2_and_starts_nothing(work, run, monkeypatch):
+    done = run("mine.yaml", "output_dir=out", "seed=x")
     assert done.returncode == 2 and done.stderr.endswith("1 problem; nothing was started\n")
     assert "Traceback" not in done.stderr and not (work / "out").exists()
-    shown = run(work, "mine.yaml", "seed=x", HYDRA_FULL_ERROR="1")
-    assert shown.returncode != 0 and "Traceback" in shown.stderr
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ConfigError, match="expected int"):
+        run("mine.yaml", "seed=x")
 
 
-def test_a_folder_that_cannot_be_written_is_a_clear_error(work):
-    done = run(work, "mine.yaml", "output_dir=mine.yaml/below")
+def test_a_folder_that_cannot_be_written_is_a_clear_error(run):
+    done = run("mine.yaml", "output_dir=mine.yaml/below")
     assert done.returncode == 2
     assert "cannot write to mine.yaml/below: Not a directory. Choose another output_dir" in done.stderr
 
 
-def test_no_model_at_all(work):
-    done = run(work)
+def test_no_model_at_all(run):
+    done = run()
     assert done.returncode == 2 and "no model chosen" in done.stderr and "gpt2" in done.stderr
 
 
@@ -171,26 +210,26 @@ def test_no_model_at_all(work):
         pytest.param(["--hydra-help"], "Hydra", marks=pytest.mark.slow),
     ],
 )
-def test_what_is_only_shown(work, words, text):
-    done = run(work, *words)
+def test_what_is_only_shown(work, run, words, text):
+    done = run(*words)
     assert done.returncode == 0 and text in done.stdout, done.stderr
     assert not (work / "outputs").exists()
 
 
 @pytest.mark.parametrize("env", ["env.PLAIN=[1]", "env={PLAIN: [1]}", "env=3"])
-def test_an_environment_of_other_things_than_text_is_refused(work, env):
-    done = run(work, "mine.yaml", env)
+def test_an_environment_of_other_things_than_text_is_refused(run, env):
+    done = run("mine.yaml", env)
     assert done.returncode == 2 and "Traceback" not in done.stderr and "config error: " in done.stderr
 
 
-def test_numbers_in_the_environment_of_a_file_are_text(work):
+def test_numbers_in_the_environment_of_a_file_are_text(work, run):
     (work / "mine.yaml").write_text(MODEL + "env: {PLAIN: 7}\n")
-    assert run(work, "mine.yaml", "output_dir=here").returncode == 0
+    assert run("mine.yaml", "output_dir=here").returncode == 0
     assert facts(work / "here")["plain"] == "7"
 
 
-def test_cfg_prints_an_invalid_config_and_then_its_problems(work):
-    done = run(work, "mine.yaml", "--cfg", "job", "seed=x", "env.MY_KEY=k3y")
+def test_cfg_prints_an_invalid_config_and_then_its_problems(run):
+    done = run("mine.yaml", "--cfg", "job", "seed=x", "env.MY_KEY=k3y")
     assert done.returncode == 2 and "seed: x" in done.stdout and "expected int" in done.stderr
     assert "k3y" not in done.stdout + done.stderr
 
@@ -202,9 +241,10 @@ def jobs(work: Path) -> list[Path]:
     return sorted(p.parent for p in work.glob("multirun/*/*/*/ran-0.json"))
 
 
+@pytest.mark.slow
 def test_each_job_of_a_sweep_has_a_process_of_its_own(work):
     (work / "other.yaml").write_text("defaults: [mine, _self_]\nmodel_cfg: {d_model: 96}\n")
-    done = run(work, "--hydra_model_cfg=mine.yaml,other.yaml", "seed=1,2", "-m")
+    done = started(work, "--hydra_model_cfg=mine.yaml,other.yaml", "seed=1,2", "-m")
     assert done.returncode == 0, done.stderr
     found = [facts(f) for f in jobs(work)]
     assert [(f["d_model"], f["seed"]) for f in found] == [(768, 1), (768, 2), (96, 1), (96, 2)]
@@ -223,14 +263,15 @@ def test_a_sweep_over_models_trains_them_with_the_fields_they_share(tmp_path):
     ]
 
 
-def test_one_bad_point_starts_no_job(work):
-    done = run(work, "mine.yaml", "seed=1,x,y", "-m")
+def test_one_bad_point_starts_no_job(work, run):
+    done = run("mine.yaml", "seed=1,x,y", "-m")
     assert done.returncode == 2 and "job 1 (seed=x)" in done.stderr and "job 2 (seed=y)" in done.stderr
     assert not (work / "multirun").exists()
 
 
+@pytest.mark.slow
 def test_a_failed_job_fails_the_sweep_without_a_traceback(work):
-    done = run(work, "mine.yaml", "seed=13,1", "-m")
+    done = started(work, "mine.yaml", "seed=13,1", "-m")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "job 0: the run ended with exit status 1" in done.stderr
     assert len(jobs(work)) == 2  # the second ran nevertheless
@@ -240,7 +281,7 @@ def test_a_failed_job_fails_the_sweep_without_a_traceback(work):
 def test_optuna_minimises_the_score(work):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     words = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "learning_rate=interval(0.1,0.9)", "-m"]
-    done = run(work, "mine.yaml", *words)
+    done = started(work, "mine.yaml", *words)
     assert done.returncode == 0, done.stderr
     (results,) = work.glob("multirun/*/*/optimization_results.yaml")
     best = OmegaConf.load(results)
@@ -258,7 +299,7 @@ def test_other_launchers(work, launcher):
     (work / "preset" / "for").mkdir(parents=True)
     (work / "preset" / "for" / "Model-tiny.yaml").write_text("model_cfg: {d_model: 60}\n")
     words = ["seed=1,2", "preset=tiny", f"hydra/launcher={launcher}", "-m"]
-    done = run(work, "sub/with blank.yaml", *words)
+    done = started(work, "sub/with blank.yaml", *words)
     assert done.returncode == 0, done.stderr
     assert [(facts(f)["seed"], facts(f)["d_model"]) for f in jobs(work)] == [(1, 60), (2, 60)]
 
@@ -268,7 +309,7 @@ def test_other_launchers(work, launcher):
 
 @pytest.mark.slow
 def test_num_gpus_starts_that_many_processes(work):
-    done = run(work, "mine.yaml", "num_gpus=2", "device=cpu", "output_dir=out")
+    done = started(work, "mine.yaml", "num_gpus=2", "device=cpu", "output_dir=out")
     assert done.returncode == 0, done.stderr
     assert len({facts(work / "out", r)["pid"] for r in (0, 1)}) == 2
 
@@ -277,7 +318,7 @@ def test_num_gpus_starts_that_many_processes(work):
 @pytest.mark.parametrize("words", [("num_gpus=2",), ()])
 def test_torchrun_is_joined_and_rank_0_alone_decides_the_folder(work, words):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = run(work, "mine.yaml", *words, launcher=torchrun)
+    done = started(work, "mine.yaml", *words, launcher=torchrun)
     assert done.returncode == 0, done.stderr
     (folder,) = (work / "outputs").iterdir()
     assert {p.name for p in folder.glob("ran-*")} == {"ran-0.json", "ran-1.json"}
@@ -289,7 +330,7 @@ def test_torchrun_is_joined_and_rank_0_alone_decides_the_folder(work, words):
 )
 def test_an_error_under_torchrun_is_said_once_and_ends_every_rank(work, words, text):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = run(work, "mine.yaml", *words, launcher=torchrun)
+    done = started(work, "mine.yaml", *words, launcher=torchrun)
     assert done.returncode != 0 and done.stderr.count(text) == 1
     assert done.stderr.count("nothing was started") == 1 and not (work / "outputs").exists()
 
@@ -297,6 +338,7 @@ def test_an_error_under_torchrun_is_said_once_and_ends_every_rank(work, words, t
 # -- signals ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_the_job_once_and_ends_the_sweep(work, number):
     process = popen(work, "mine.yaml", "seed=14,1", "hydra.sweep.dir=sweep", "-m")
