@@ -27,6 +27,16 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_configure(config):
+    from tests.contract.located import located
+
+    folder = config.invocation_params.dir
+    try:
+        config.option.architecture = [located(name, folder) for name in config.option.architecture]
+    except ValueError as error:
+        raise pytest.UsageError(f"--architecture: {error}") from None
+
+
 @pytest.fixture
 def in_process(monkeypatch):
     """For command lines in this process: what they change in it (paths, environment, Hydra and its log) is undone."""

@@ -7,7 +7,7 @@ import torch
 
 from models import ARCHITECTURES
 from tests.contract.pair import Pair
-from tests.contract.tiny import TYPES, golden, golden_file, located
+from tests.contract.tiny import TYPES, golden, golden_file
 
 
 def pytest_generate_tests(metafunc):
@@ -15,17 +15,9 @@ def pytest_generate_tests(metafunc):
         # One worker per architecture, so that what a worker has built is built once.
         params = [
             pytest.param(name, id=Path(name).stem, marks=pytest.mark.xdist_group(name))
-            for name in chosen(metafunc.config)
+            for name in metafunc.config.getoption("architecture") or TYPES
         ]
         metafunc.parametrize("architecture", params, scope="session")
-
-
-def chosen(config):
-    given = config.getoption("architecture")
-    try:
-        return [located(name, config.invocation_params.dir) for name in given] or TYPES
-    except ValueError as error:
-        pytest.exit(f"--architecture: {error}", returncode=pytest.ExitCode.USAGE_ERROR)
 
 
 @pytest.fixture(autouse=True)

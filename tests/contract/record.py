@@ -15,7 +15,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from adapters.base import weighted_loss
-from tests.contract.tiny import adapter_of, batch_for, config, context, golden_file, located
+from tests.contract.located import located
+from tests.contract.tiny import adapter_of, batch_for, config, context, golden_file
 from trainer.optim.optimizers import build_optimizers, clip_gradients
 from trainer.optim.schedules import schedule_factor
 

@@ -27,7 +27,6 @@ from configs.validate import architecture_config, validate
 from data.rows import Batch
 from data.tokenizers import ByteTokenizer
 from models import ARCHITECTURES
-from naming import not_one_of
 from trainer.batching import StepBatch
 from trainer.distributed import World
 from trainer.loop import Trainer
@@ -54,15 +53,6 @@ RUN = [
 ]
 # Fields that choose among groups of files or read the disk: only the front end knows what they mean.
 _COMPOSED = {"preset", "data", "output_dir", "model_name", "resume", "init_from_checkpoint"}
-
-
-def located(name: str, folder: Path) -> str:
-    """A type of the table as it is, the path of a YAML file in full. ValueError if it is neither."""
-    if name in ARCHITECTURES:
-        return name
-    if not (folder / name).is_file():
-        raise ValueError(f"no such file, and {not_one_of(name, TYPES)}")
-    return str((folder / name).resolve())
 
 
 # -- configurations ------------------------------------------------------------------------------------------
