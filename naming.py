@@ -18,6 +18,7 @@ __all__ = [
     "did_you_mean",
     "load",
     "look_up",
+    "nearest",
     "not_one_of",
     "require_fit",
     "shapes",
@@ -84,7 +85,12 @@ def not_one_of(given: object, allowed: Iterable[object]) -> str:
 
 def did_you_mean(word: str, choices: Iterable[str], limit: int = 3) -> str:
     """` Did you mean 'a', 'b' or 'c'?` with a space in front, or nothing where no choice is close."""
-    return suggestion(difflib.get_close_matches(word, list(choices), n=limit, cutoff=0.6))
+    return suggestion(nearest(word, choices, limit))
+
+
+def nearest(word: str, choices: Iterable[str], limit: int = 3) -> list[str]:
+    """The choices that are close to a word, the closest first."""
+    return difflib.get_close_matches(word, list(choices), n=limit, cutoff=0.6)
 
 
 def suggestion(names: list[str]) -> str:

@@ -65,11 +65,11 @@ def build_adapter(
     adapter = cls(model, model_cfg, tokenizer)
     adapter.kernels = Kernels(cfg.kernels)
     _refuse_state_outside_the_model(adapter)
-    _freeze_external(adapter)
     if torch.device(device).type != "meta":
         adapter.to_empty(device="cpu")
         adapter.init_weights(torch.Generator().manual_seed(cfg.seed))
         adapter.to(device)
+    _freeze_external(adapter)  # last, as loading a base may replace its modules
     return adapter
 
 

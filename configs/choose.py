@@ -10,7 +10,7 @@ from pathlib import Path
 from configs.files import BASE, CONFIGS, EXTENSIONS, ROOT, options, shown
 from configs.frontend import Request, override_choices, parse_override
 from configs.messages import ConfigError
-from naming import did_you_mean
+from naming import nearest, suggestion
 
 
 def model_paths(request: Request) -> tuple[list[Path], str]:
@@ -102,10 +102,9 @@ def _glob(item: str, path: Path, bases: list[Path]) -> list[Path]:
 def _not_found(item: str, path: Path, tried: list[Path]) -> str:
     if path.suffix and path.suffix not in EXTENSIONS:
         return f"command line: cannot read '{path.suffix}'. Accepted: {' '.join(EXTENSIONS)}"
-    near = did_you_mean(path.stem, options()).replace("'", "")
-    if near and (path.suffix or "/" in item):
-        folder = path.parent.as_posix()
-        names = near.removeprefix(" Did you mean ").removesuffix("?").replace(" or ", ", ").split(", ")
-        near = f" Did you mean {' or '.join(f'{folder}/{n}{path.suffix or EXTENSIONS[0]}' for n in names)}?"
+    names = nearest(path.stem, options())
+    if path.suffix or "/" in item:
+        names = [f"{path.parent.as_posix()}/{name}{path.suffix or EXTENSIONS[0]}" for name in names]
+    near = suggestion(names)
     places = " and ".join(dict.fromkeys(str(t) for t in tried if t.suffix in EXTENSIONS))
     return f"command line: no such file: {item} (tried {places}).{near}"

@@ -168,6 +168,8 @@ def _flag(request: Request, word: str, rest: list[str]) -> None:
             value = _next(name, rest)
         elif takes is None and not equals and rest and rest[0] in _CHOICES[flag]:
             value = rest.pop(0)
+        if flag == "--info" and not value:
+            value = "all"  # left out, Hydra would take the next word for it
         if value and value not in _CHOICES.get(flag, (value,)):
             raise ConfigError(f"command line: {flag}: {not_one_of(value, _CHOICES[flag])}")
         request.flags.append(f"{flag}={value}" if value else flag)
@@ -232,8 +234,10 @@ def _override(request: Request, word: str) -> None:
         _check_plugin(key, value)
         return
     key = _canonical(request, key)
-    if key == "kernels" and not value.startswith("{"):
-        key = "kernels.default"
+    if key == "kernels":
+        for op, name in _entries(value):
+            _override(request, f"{mark}kernels.{op}={name}")
+        return
     if key in request.keys:
         request.notices.append(f"{key} is given more than once; the last value counts")
     request.keys.add(key)
@@ -254,6 +258,18 @@ def _override(request: Request, word: str) -> None:
     else:
         request.values[key] = parsed.value()
     request.overrides.append(parsed.input_line or "")
+
+
+def _entries(value: str) -> list[tuple[str, str]]:
+    """`V` or `{op: V, ...}` of the field kernels."""
+    if not value.startswith("{"):
+        return [("default", value)]
+    parsed = parse_override(f"kernels={value}").value()
+    if not isinstance(parsed, dict):
+        raise ConfigError(
+            f"command line: kernels: one mapping is meant, or kernels.<operation>=..., got {value}"
+        )
+    return [(str(op), str(name)) for op, name in parsed.items()]
 
 
 def _canonical(request: Request, key: str) -> str:

@@ -241,10 +241,22 @@ def _tokens(run: RunConfig, model_cfg: ModelConfig) -> list[str]:
     from data.tokenizer_choice import choose
 
     try:
-        choose(run, model_cfg.unit)
+        choose(run, _unit(run, model_cfg))
     except ValueError as error:
         return [str(error)]
     return []
+
+
+def _unit(run: RunConfig, model_cfg: ModelConfig) -> Any:
+    """What the adapter says that the model reads."""
+    import models
+
+    brought = run.model_adapter or models.resolve(run.type).adapter
+    # The default adapter says what the Config says, and importing it would import torch.
+    if brought == models.Architecture.adapter:
+        return model_cfg.unit
+    adapter = _imported("model_adapter", brought, lambda key: "")
+    return adapter.unit(model_cfg) if hasattr(adapter, "unit") else model_cfg.unit
 
 
 def architecture_config(type_: str, adapter: str | None, where: Where) -> type[ModelConfig]:

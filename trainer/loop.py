@@ -45,7 +45,7 @@ from trainer.optim.optimizers import clip_gradients
 from trainer.optim.schedules import schedule_factor
 from trainer.precision import autocast
 from trainer.run.checkpoint import find_checkpoint, load_json, load_tensors, newest_checkpoint
-from trainer.run.lines import refuse_taken_names
+from trainer.run.lines import refuse_taken_names, refuse_taken_names_of_score
 from trainer.run.progress import Progress
 from trainer.run.record import RunRecord
 from trainer.run.restore import load_weights
@@ -113,7 +113,7 @@ class Trainer:
         if self.cfg.eval_only:
             score = self._final_score()
             if score:
-                self.record.evaluation(self.s, self.progress, score)
+                self.record.evaluation(self.progress, score)
                 self._sample()
             return self._finish(score) if score else self._leave()
         step = self.progress.step
@@ -268,7 +268,18 @@ class Trainer:
                 raise TrainingError(
                     f"the held-out score at step {self.progress.step} is {score.bits_per_byte}"
                 )
+        if score:
+            self._refuse_taken_names(score)
         return score
+
+    def _refuse_taken_names(self, score: Score) -> None:
+        """The names are known after the first evaluation only: what has been trained until then is kept."""
+        try:
+            refuse_taken_names_of_score(self.s.adapter, score)
+        except ValueError:
+            if self.cfg.save_checkpoint and self.progress.step > 0:
+                self._save()
+            raise
 
     def _sample(self) -> None:
         """Append a text to samples.txt, once per step; one process writes it."""
@@ -296,7 +307,7 @@ class Trainer:
         better = score.bits_per_byte < p.best_bits_per_byte
         if better:
             p.best_bits_per_byte, p.best_step = score.bits_per_byte, p.step
-        self.record.evaluation(self.s, p, score)
+        self.record.evaluation(p, score)
         if self.s.ema and p.step >= self.total:  # once, to show what averaging does
             raw = self._score(self.interim_rows, averaged=False)
             if raw:

@@ -24,7 +24,7 @@ from trainer.batching import BatchPlan, StepLoader, largest_batch_that_fits, pla
 from trainer.distributed import World
 from trainer.optim.ema import EMA
 from trainer.optim.optimizers import Optimizers, build_optimizers
-from trainer.precision import LossScaler, choose_precision, should_compile, tune_host
+from trainer.precision import LossScaler, autocast, choose_precision, should_compile, tune_host
 
 if TYPE_CHECKING:
     from configs.schema import ModelConfig, RunConfig
@@ -173,8 +173,6 @@ def _probe(
     precision: str,
 ) -> BatchPlan:
     """Find the largest micro-batch that fits beside the optimizer state; every process takes the smallest found."""
-    from trainer.precision import autocast
-
     optimizers.allocate()
 
     def try_rows(n: int) -> None:

@@ -13,8 +13,8 @@ ALL = ", ".join(sorted(ARCHITECTURES))
 CASES = [
     # words, text that the message must contain
     ([], [f"no model chosen. Give --hydra_model_cfg=configs/<name>.yaml; available: {ALL}"]),
-    (["configs/gpt3.yaml"], ["no such file: configs/gpt3.yaml (tried ", "Did you mean configs/gpt2.yaml?"]),
-    (["model=vanila"], ["no such file: vanila", "Did you mean vanilla?"]),
+    (["configs/gpt3.yaml"], ["no such file: configs/gpt3.yaml (tried ", "Did you mean 'configs/gpt2.yaml'?"]),
+    (["model=vanila"], ["no such file: vanila", "Did you mean 'vanilla'?"]),
     (["model=configs/x*.yaml"], ["the pattern 'configs/x*.yaml' matches no config"]),
     (["model=glob(x*)"], ["matches no config"]),
     (["model=gpt2,vanilla"], ["2 configs given for one run. Add -m to run them as a sweep"]),

@@ -38,6 +38,22 @@ class OnABase(DefaultModelAdapter):
         torch.nn.init.constant_(self.model.embed_tokens.weight, self.VALUE)
 
 
+class OnALoadedBase(OnABase):
+    """Puts a fresh module where the base was, as loaders do."""
+
+    def init_weights(self, generator):
+        super().init_weights(generator)
+        loaded = torch.nn.Embedding(*self.model.embed_tokens.weight.shape)
+        torch.nn.init.constant_(loaded.weight, self.VALUE)
+        self.model.embed_tokens = loaded
+
+
+class BytesByAdapter(DefaultModelAdapter):
+    @classmethod
+    def unit(cls, model_cfg):
+        return "byte"
+
+
 class WithADraw(DefaultModelAdapter):
     """Scales the loss of a step by a number that all its rows share, told by both ways that a step has."""
 

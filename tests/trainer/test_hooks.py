@@ -1,5 +1,6 @@
 """What the trainer does with the parts of the contract that the six architectures of the table do not need."""
 
+import argparse
 import json
 
 import pytest
@@ -12,8 +13,10 @@ from models.layers.roles import Rule
 from tests.contract.tiny import Letters, config
 from tests.trainer import hooks_toy
 from trainer import loop
+from trainer.commands.show import memory_estimate
 from trainer.loop import train
 from trainer.run.checkpoint import load_json, load_tensors
+from trainer.run.restore import restore
 
 TOYS = "tests.trainer.hooks_toy"
 
@@ -120,6 +123,26 @@ def test_a_base_is_in_no_checkpoint_average_or_optimizer(tmp_path):
     assert [row["role"] for row in frozen] == ["embedding"] and frozen[0]["parameters"] > 0
 
 
+def test_a_base_that_is_put_in_while_loading_is_not_trained(tmp_path):
+    score = run(tmp_path, "OnALoadedBase")
+    assert "embed_tokens.weight" not in load_tensors(tmp_path, "model.pt")
+    args = argparse.Namespace(
+        checkpoint=str(tmp_path), model_name=None, hydra_model_cfg=None, raw=False, device="cpu", overrides=[]
+    )
+    weight = restore(args).adapter.model.embed_tokens.weight
+    assert not weight.requires_grad and torch.equal(weight, torch.full_like(weight, 0.02))
+    assert score < 9
+
+
+def test_memory_of_a_base_is_weights_alone():
+    cfg, model_cfg = of("OnABase")
+    adapter = build_adapter(cfg, model_cfg, Letters(), "meta")
+    trained = 4 * sum(p.numel() for n, p in adapter.named_model_parameters() if n != "embed_tokens.weight")
+    found = memory_estimate(adapter, cfg, 1)
+    assert found["gradients"] == found["ema"] == trained
+    assert found["weights"] == trained + 4 * adapter.model.embed_tokens.weight.numel()
+
+
 def test_a_run_on_a_base_goes_on_exactly_and_refuses_another_base(tmp_path, monkeypatch):
     score = run(tmp_path / "whole", "OnABase")
     run(tmp_path / "parts", "OnABase", "save_steps=3")
@@ -203,3 +226,5 @@ def test_a_model_of_bytes_reads_bytes():
         load_dataset(cfg.model_copy(update={"tokenizer": "bpe-512"}), unit="byte")
     assert config("vanilla", *words, "tokenizer=byte")[0].tokenizer == "byte"
     assert config("vanilla", "tokenizer=byte")[0].tokenizer == "byte", "legal for models of tokens"
+    with pytest.raises(ValueError, match="'bpe-512' makes tokens, and this architecture reads bytes"):
+        config("vanilla", f'model_adapter="{TOYS}:BytesByAdapter"', "tokenizer=bpe-512")

@@ -13,6 +13,7 @@ from data.rows import HeldoutRows
 from trainer.distributed import World
 from trainer.evaluate import evaluate
 from trainer.run.checkpoint import write_atomically
+from trainer.run.lines import refuse_taken_names_of_score
 from trainer.run.restore import add_checkpoint_arguments, restore
 from trainer.signals import StopSignal
 from trainer.view.format import bits_per_byte, ranking_notes, score_lines
@@ -72,6 +73,7 @@ def main(argv: list[str]) -> int:
     if score is None:
         print(f"{stop.name} received: stopped before the score was complete", file=sys.stderr)
         return 0
+    refuse_taken_names_of_score(restored.adapter, score)
     result = {
         "checkpoint": str(restored.checkpoint) if restored.checkpoint else None,
         "type": cfg.type,

@@ -105,16 +105,17 @@ def memory_estimate(adapter: Any, cfg: RunConfig, micro_rows: int) -> dict[str, 
     """
     from trainer.optim.optimizers import build_optimizers
 
-    weights = 4 * sum(p.numel() for p in adapter.parameters())
+    trained = 4 * sum(p.numel() for p in adapter.parameters() if p.requires_grad)
+    weights = 4 * sum(t.numel() for t in [*adapter.parameters(), *adapter.buffers()])
     optimizers = build_optimizers(adapter.named_model_parameters(), adapter.param_roles(), cfg, adapter.width)
     rows = micro_rows * cfg.train_seq_len
     item = 4 if cfg.mixed_precision == "no" else 2
     per_token = adapter.width * item * (1 if cfg.gradient_checkpointing else 17)
     out = {
         "weights": weights,
-        "gradients": weights,
+        "gradients": trained,
         "optimizer": optimizers.state_bytes(),
-        "ema": weights if cfg.ema_decay else 0,
+        "ema": trained if cfg.ema_decay else 0,
         "activations": rows * per_token * len(adapter.blocks()),
         "logits": 2 * 4 * rows * adapter.model_cfg.vocab_size,
     }

@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     from trainer.meter import Meter
     from trainer.session import Session
 
-__all__ = ["evaluation_line", "is_own_name", "raw_evaluation_line", "refuse_taken_names", "training_line"]
+__all__ = [
+    "evaluation_line",
+    "is_own_name",
+    "raw_evaluation_line",
+    "refuse_taken_names",
+    "refuse_taken_names_of_score",
+    "training_line",
+]
 
 # What the trainer says itself: a metric of such a name would take its place. Beginnings end in a separator.
 _TAKEN = {
@@ -97,13 +104,16 @@ def training_line(
     return line
 
 
-def evaluation_line(adapter: ModelAdapter, progress: Progress, score: Score) -> dict[str, Any]:
-    """Raises ValueError where a metric of `Likelihood` has a name that a score uses itself."""
-    values = score.as_dict()
-    metrics = values.pop("metrics")
-    for name in metrics:
+def refuse_taken_names_of_score(adapter: ModelAdapter, score: Score) -> None:
+    """ValueError where a metric of a `Likelihood` has a name that a score uses itself."""
+    for name in score.metrics:
         if not is_own_name(f"val_{name}"):
             raise _taken(adapter, "held-out metric", name, [*_TAKEN_IN_SCORES, *_TAKEN_BEGINNINGS_IN_SCORES])
+
+
+def evaluation_line(progress: Progress, score: Score) -> dict[str, Any]:
+    values = score.as_dict()
+    metrics = values.pop("metrics")
     return {
         "step": progress.step,
         "tokens": progress.tokens,

@@ -80,8 +80,8 @@ class RunRecord:
         for sink in self._sinks:
             sink.step(line)
 
-    def evaluation(self, s: Session, progress: Progress, score: Score) -> None:
-        self._evaluation(evaluation_line(s.adapter, progress, score))
+    def evaluation(self, progress: Progress, score: Score) -> None:
+        self._evaluation(evaluation_line(progress, score))
 
     def raw_evaluation(self, progress: Progress, score: Score) -> None:
         """The score of the weights as they are, beside that of their average."""

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from adapters import adapter_class, build_adapter
 from adapters.base import ModelAdapter
-from configs.messages import ConfigError
+from configs.messages import ARCHITECTURE_ALIASES, ConfigError
+from configs.removed import REMOVED
 from naming import did_you_mean, not_one_of, require_fit, shapes
 from trainer.distributed import choose_device
 from trainer.precision import choose_precision, tune_host
@@ -89,15 +90,18 @@ def with_free_fields(cfg: RunConfig, model_cfg: ModelConfig, overrides: list[str
     free = sorted(cls.free())
     for word in overrides:
         root, _, name = word.partition("=")[0].partition(".")
+        name = ARCHITECTURE_ALIASES.get(name, name)
         if root != "model_cfg" or "=" not in word:
             problems.append(f"command line: '{word}' is not model_cfg.<field>=<value>")
+        elif (gone := f"model_cfg.{name}") in REMOVED and name not in values:
+            problems.append(f"command line: '{gone}' is no longer a field: {REMOVED[gone]}")
         elif name not in values:
-            problems.append(f"command line: unknown key 'model_cfg.{name}'.{did_you_mean(name, free)}")
+            problems.append(f"command line: unknown key 'model_cfg.{name}'.{did_you_mean(name, values)}")
         elif name not in free:
             allowed = ", ".join(free) or "none of this type"
             problems.append(f"command line: model_cfg.{name} is fixed with the architecture. Free: {allowed}")
         else:
-            values[name] = parse_override(f"++{word}").value()
+            values[name] = parse_override(f"++model_cfg.{name}={word.partition('=')[2]}").value()
     if problems:
         raise ConfigError(problems)
     try:

@@ -66,11 +66,12 @@ class Console:
 
     def step(self, line: dict[str, Any], metrics: Sequence[str] = ()) -> None:
         """One log line: `step`, `total_steps` (or `total`), `loss`; where known `bits_per_byte`,
-        `tokens_per_second`, `mfu` (0 to 1), `eta_seconds`, and `learning_rate` or `lr/<role>`; and `metrics`."""
+        `tokens_per_second`, `mfu` (0 to 1), `eta_seconds`, and `lr/<role>`; and `metrics`."""
         if not self._enabled:
             return
         if self._rich is None:
-            self._print(step_line(line, WIDTH, metrics))
+            # A file has room for what an adapter wants to be seen.
+            self._print(step_line(line, WIDTH + sum(len(name) + 13 for name in metrics), metrics))
             return
         text = Text(
             self._encodable(step_line(line, self._rich.width, metrics)), no_wrap=True, overflow="crop"
@@ -153,7 +154,7 @@ class Console:
 def step_line(line: dict[str, Any], width: int, metrics: Sequence[str] = ()) -> str:
     """Fields of constant width in a fixed order; the learning rate goes first where they do not fit, then the others up
     to the speed, then `metrics`, the last one first."""
-    total = line.get("total_steps", line.get("total"))
+    total = line.get("total_steps")
     places = len(str(total)) if total is not None else 6
     fields = {
         "step": f"{line['step']:>{places}}" + (f"/{total}" if total is not None else ""),
@@ -181,7 +182,7 @@ def step_line(line: dict[str, Any], width: int, metrics: Sequence[str] = ()) -> 
 def _learning_rate(line: dict[str, Any]) -> float | None:
     """The matrices' rate where roles differ: most parameters follow it."""
     rates = {key: value for key, value in line.items() if key.startswith("lr/")}
-    return line.get("learning_rate", rates.get("lr/matrix", next(iter(rates.values()), None)))
+    return rates.get("lr/matrix", next(iter(rates.values()), None))
 
 
 def _aligned(number: str) -> str:
