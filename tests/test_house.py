@@ -95,6 +95,7 @@ LIGHT = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", LIGHT)
 def test_importing_these_brings_no_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

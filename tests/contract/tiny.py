@@ -19,7 +19,7 @@ import torch
 
 from adapters import adapter_class, build_adapter
 from adapters.base import Context, ModelAdapter, weighted_loss
-from configs.compose import compose, compose_tree, prepare
+from configs.compose import check, compose, compose_tree, prepare
 from configs.frontend import parse
 from configs.messages import ConfigError
 from configs.schema import ModelConfig, RunConfig
@@ -51,8 +51,9 @@ RUN = [
     "mixed_precision=no",
     "save_minutes=null",
 ]
-# Fields that choose among groups of files or read the disk: only the front end knows what they mean.
-_COMPOSED = {"preset", "data", "output_dir", "model_name", "resume", "init_from_checkpoint"}
+# Fields that choose among groups of files, and those of runs on the disk: only the front end knows what they mean.
+_COMPOSED = {"preset", "data"}
+_OF_RUNS = {"output_dir", "model_name", "resume", "init_from_checkpoint"}
 
 
 # -- configurations ------------------------------------------------------------------------------------------
@@ -102,6 +103,9 @@ def config(architecture: str, *more: str) -> tuple[RunConfig, Any]:
             tree[root] = {**tree[root], leaf: value}
         else:
             tree[key] = value
+    if request.keys & _OF_RUNS:
+        checked = check(prepare([f"--hydra_model_cfg={architecture}", "preset=none", *more]), tree)
+        return checked.cfg, checked.model_cfg
     return validate(tree)
 
 

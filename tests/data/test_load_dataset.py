@@ -94,6 +94,7 @@ def test_a_cache_that_cannot_be_written_costs_a_note_only(config, book, tmp_path
     assert sum("could not be cached" in note for note in dataset.notes) == 2
 
 
+@pytest.mark.slow
 def test_processes_at_once_end_with_one_sound_cache(config, book, cache) -> None:
     code = (
         "import sys; from types import SimpleNamespace; from data import load_dataset\n"
@@ -183,6 +184,7 @@ def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path) -> None:
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.slow
 def test_the_package_imports_no_torch() -> None:
     code = (
         "import sys, data, data.tokenizers, data.yardsticks, data.synthetic, data.text, data.embedded\n"

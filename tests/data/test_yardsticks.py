@@ -147,6 +147,7 @@ def test_closing_ends_the_child(dataset: Dataset) -> None:
     assert background.process.returncode is not None
 
 
+@pytest.mark.slow
 def test_child_leaves_when_its_parent_is_killed(dataset: Dataset, tmp_path) -> None:
     """A parent that dies without a word (kill -9), holding a child that would otherwise wait for ever."""
     slow = tmp_path / "slow.py"

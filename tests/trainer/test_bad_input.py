@@ -15,31 +15,30 @@ import filelock
 import numpy as np
 import pytest
 import torch
-from hydra.core.global_hydra import GlobalHydra
 
 import mytrainer
 from data.bpe import BpeTokenizer
-from tests.contract.tiny import overrides
+from tests.contract.tiny import config, overrides
+from trainer import loop
+from trainer.commands.launch import config_text
 from trainer.run.checkpoint import checkpoints_in, damage
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def work(tmp_path, monkeypatch):
-    """An empty working directory with a cache of its own; what the command changes in this process is undone."""
+def work(tmp_path, cache, in_process, monkeypatch):
+    """An empty working directory, and a cache that only these tests use."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    for name, value in (
-        ("MYTRAINER_CACHE", str(tmp_path / "cache")),
-        ("PYTHONPATH", ""),
-        ("HYDRA_FULL_ERROR", "0"),
-    ):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "argv", ["mytrainer.py"])
-    yield tmp_path / "here"
-    GlobalHydra.instance().clear()
+    monkeypatch.setenv("MYTRAINER_CACHE", str(cache))
+    monkeypatch.setenv("PYTHONPATH", "")
+    return tmp_path / "here"
 
 
 @pytest.fixture
@@ -203,8 +202,9 @@ def test_a_tokenizer_file_of_another_kind(train, work, content, text):
     refused(train("tokenizer=mine.json", "output_dir=out"), "mine.json", text)
 
 
-def test_a_damaged_token_cache_is_rebuilt(train, work):
+def test_a_damaged_token_cache_is_rebuilt(train, work, monkeypatch):
     """An id far beyond the vocabulary in the cached tokens never reaches the model."""
+    monkeypatch.setenv("MYTRAINER_CACHE", str(work.parent / "cache"))
     assert train("output_dir=one")[0] == 0
     (tokens,) = (work.parent / "cache/tokens").glob("*/train.tokens.npy")
     content = bytearray(tokens.read_bytes())
@@ -226,10 +226,19 @@ def test_a_folder_that_cannot_be_written(train, work, folder):
     assert (work / "a_file").read_bytes() == b""
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of six steps."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    cfg, model_cfg = config("gpt2", "output_dir=run")
+    loop.train(cfg, model_cfg, folder, config_text(cfg))
+    return folder
+
+
 @pytest.fixture
-def run(train, work):
-    """A finished run of six steps in ./run, and its digests."""
-    assert train("output_dir=run")[0] == 0
+def run(finished, work):
+    """A finished run of six steps in ./run: its digests."""
+    shutil.copytree(finished, work / "run")
     return saved(work / "run")
 
 

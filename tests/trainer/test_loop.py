@@ -6,8 +6,6 @@ import math
 import os
 import shutil
 import signal
-import threading
-import time
 
 import filelock
 import pytest
@@ -34,6 +32,18 @@ def weights(path):
 
 def same(left, right):
     return all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of six steps that nothing happened to, to compare with and to copy."""
+    path = tmp_path_factory.mktemp("trained") / "run"
+    run(path)
+    return path
+
+
+def score_of(path):
+    return json.loads((path / "summary.json").read_text())["score"]["bits_per_byte"]
 
 
 # -- fields ------------------------------------------------------------------------------------------------------
@@ -75,17 +85,12 @@ def test_recompute_calls_the_blocks_again(tmp_path, monkeypatch):
     assert len(calls) - plain == plain + 2, "two blocks run once more in backward"
 
 
-def test_ema_is_what_is_evaluated_and_saved_beside(tmp_path):
-    run(tmp_path / "raw")
+def test_ema_is_what_is_evaluated_and_saved_beside(tmp_path, trained):
     run(tmp_path / "ema", "ema_decay=0.9")
-    assert same(weights(tmp_path / "raw/final_model"), weights(tmp_path / "ema/final_model"))
+    assert same(weights(trained / "final_model"), weights(tmp_path / "ema/final_model"))
     shadow = load_tensors(tmp_path / "ema/final_model", "ema.pt")["shadow"]
     assert not same(shadow, weights(tmp_path / "ema/final_model"))
-    scores = [
-        json.loads((tmp_path / n / "summary.json").read_text())["score"]["bits_per_byte"]
-        for n in ("raw", "ema")
-    ]
-    assert scores[0] != scores[1]
+    assert score_of(trained) != score_of(tmp_path / "ema")
 
 
 def test_precisions(tmp_path):
@@ -96,8 +101,8 @@ def test_precisions(tmp_path):
     assert scales and all(s > 1 for s in scales)
 
 
-def test_seed_changes_weights_and_order(tmp_path):
-    assert run(tmp_path / "a") != run(tmp_path / "b", "seed=7")
+def test_seed_changes_weights_and_order(tmp_path, trained):
+    assert score_of(trained) != run(tmp_path, "seed=7")
 
 
 def test_epochs_replace_steps(tmp_path):
@@ -105,10 +110,9 @@ def test_epochs_replace_steps(tmp_path):
     assert lines(tmp_path)[-1]["step"] == math.floor(0.05 * (20_000 // 32) / 4)
 
 
-def test_evaluation_only_changes_no_weight(tmp_path, capsys):
-    run(tmp_path / "trained")
-    score = run(tmp_path / "scored", "eval_only=true", f"init_from_checkpoint={tmp_path / 'trained'}")
-    assert score == json.loads((tmp_path / "trained/summary.json").read_text())["score"]["bits_per_byte"]
+def test_evaluation_only_changes_no_weight(tmp_path, trained, capsys):
+    score = run(tmp_path / "scored", "eval_only=true", f"init_from_checkpoint={trained}")
+    assert score == score_of(trained)
     assert not checkpoints_in(tmp_path / "scored")
     assert (
         "python mytrainer.py" not in capsys.readouterr().out.split("scored/report.html")[-1]
@@ -136,31 +140,24 @@ def test_given_weights_are_scored_with_their_average(tmp_path):
 
 
 def test_weights_of_another_architecture_are_not_scored_as_this_one(tmp_path):
-    train(*config("mdl", f"output_dir={tmp_path / 'mdl'}", "num_iterations=1"), tmp_path / "mdl")
-    words = [f"init_from_checkpoint={tmp_path / 'mdl'}", "ema_decay=0.9", "num_iterations=1"]
+    short = ["num_iterations=1", "val_bytes=64", "sample_tokens=0"]
+    train(*config("mdl", *short), tmp_path / "mdl")
+    words = [f"init_from_checkpoint={tmp_path / 'mdl'}", "ema_decay=0.9", *short]
     with pytest.raises(ValueError, match="holds a mdl, and this run would score it as a sedd"):
         train(*config("sedd", "eval_only=true", *words), tmp_path / "scored")
     train(*config("sedd", *words), tmp_path / "trained")
 
 
-def test_a_start_from_weights_without_an_average_begins_one(tmp_path):
-    run(tmp_path / "plain", "ema_decay=0.0")
-    scores = [
-        run(
-            tmp_path / f"scored{d}",
-            f"ema_decay={d}",
-            "eval_only=true",
-            f"init_from_checkpoint={tmp_path / 'plain'}",
-        )
-        for d in (0.0, 0.9)
+def test_a_start_from_weights_without_an_average_begins_one(tmp_path, trained):
+    given = run(tmp_path, "ema_decay=0.9", "eval_only=true", f"init_from_checkpoint={trained}")
+    assert given == score_of(trained)
+
+
+def test_limits_on_tokens_mark_the_score_as_not_comparable(tmp_path, trained):
+    run(tmp_path, "val_steps=1", "val_bytes=null")
+    flags = [
+        json.loads((path / "summary.json").read_text())["score"]["comparable"] for path in (tmp_path, trained)
     ]
-    assert scores[0] == scores[1]
-
-
-def test_limits_on_tokens_mark_the_score_as_not_comparable(tmp_path):
-    run(tmp_path / "a", "val_steps=1", "val_bytes=null")
-    run(tmp_path / "b")
-    flags = [json.loads((tmp_path / n / "summary.json").read_text())["score"]["comparable"] for n in "ab"]
     assert flags == [False, True]
 
 
@@ -211,9 +208,14 @@ def test_early_stopping(tmp_path):
 # -- resuming --------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_to_do(tmp_path, capsys):
-    run(tmp_path)
-    run(tmp_path, "resume=auto", "num_iterations=4")
+@pytest.fixture
+def again(trained, tmp_path):
+    """A copy of the finished run, to go on with."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def test_nothing_to_do(again, capsys):
+    run(again, "resume=auto", "num_iterations=4")
     assert "nothing to do: step 6 >= num_iterations 4" in capsys.readouterr().out
 
 
@@ -227,8 +229,7 @@ def test_damaged_newest_checkpoint_is_skipped_and_replaced(tmp_path, capsys):
     assert same(weights(tmp_path / "whole/checkpoint-6"), weights(tmp_path / "hurt/checkpoint-6"))
 
 
-def test_other_architecture_data_or_optimizer_is_refused(tmp_path):
-    run(tmp_path)
+def test_other_architecture_data_or_optimizer_is_refused(again):
     for change, words in (
         ("model_cfg.n_layers=3", "n_layers 2 -> 3"),
         ("synthetic_bytes=30000", "the data is not what"),
@@ -236,7 +237,7 @@ def test_other_architecture_data_or_optimizer_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             cfg, model_cfg = config("gpt2", "num_iterations=9", change)
-            train(cfg.model_copy(update={"resume": "auto"}), model_cfg, tmp_path)
+            train(cfg.model_copy(update={"resume": "auto"}), model_cfg, again)
 
 
 def test_a_field_that_is_younger_than_the_checkpoint_has_its_default(tmp_path, capsys):
@@ -254,9 +255,8 @@ def test_a_field_that_is_younger_than_the_checkpoint_has_its_default(tmp_path, c
         run(tmp_path, "num_iterations=5", "resume=auto", "model_cfg.pad_vocab=false")
 
 
-def test_changed_fields_are_announced(tmp_path, capsys):
-    run(tmp_path)
-    run(tmp_path, "resume=auto", "num_iterations=8", "learning_rate=0.002")
+def test_changed_fields_are_announced(again, capsys):
+    run(again, "resume=auto", "num_iterations=8", "learning_rate=0.002")
     out = capsys.readouterr().out
     assert "learning_rate 0.001 -> 0.002" in out and "num_iterations 6 -> 8" in out
 
@@ -351,10 +351,8 @@ def test_a_learning_rate_that_explodes(tmp_path):
         run(tmp_path, *args)
 
 
-def test_full_disk_at_a_checkpoint(tmp_path, monkeypatch):
+def test_full_disk_at_a_checkpoint(again, monkeypatch):
     import trainer.run.checkpoint as ck
-
-    run(tmp_path)
 
     def full(*args):
         raise OSError(28, "No space left on device")
@@ -362,35 +360,32 @@ def test_full_disk_at_a_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(ck.os, "fsync", full)
     with pytest.raises(TrainingError, match="disk is full.*checkpoint-6"):
         cfg, model_cfg = config(
-            "gpt2", f"output_dir={tmp_path}", "resume=auto", "num_iterations=9", "save_steps=1"
+            "gpt2", f"output_dir={again}", "resume=auto", "num_iterations=9", "save_steps=1"
         )
-        train(cfg, model_cfg, tmp_path)
-    assert ck.damage(tmp_path / "checkpoint-6") is None
+        train(cfg, model_cfg, again)
+    assert ck.damage(again / "checkpoint-6") is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_run_can_go_on(tmp_path, capsys, number):
-    run(tmp_path / "whole", "num_iterations=40")
-    path = tmp_path / "stopped"
+def test_a_signal_saves_and_the_run_can_go_on(tmp_path, trained, monkeypatch, capsys, number):
+    train_step = loop.Trainer._train_step
 
-    def interrupt():
-        while not (path / "metrics.jsonl").exists() or len(lines(path)) < 3:
-            time.sleep(0.005)
-        os.kill(os.getpid(), number)
+    def interrupted(self, batch, denominators):
+        if batch.step == 3:
+            os.kill(os.getpid(), number)
+        train_step(self, batch, denominators)
 
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    run(path, "num_iterations=40")
-    thread.join()
-    out = capsys.readouterr().out
-    stopped_at = load_json(checkpoints_in(path)[-1], "training_state.json")["step"]
-    assert f"python mytrainer.py resume={path}" in out and 0 < stopped_at < 40
-    run(path, "num_iterations=40", "resume=auto")
-    assert same(weights(tmp_path / "whole/checkpoint-40"), weights(path / "checkpoint-40"))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "_train_step", interrupted)
+        run(tmp_path)
+    assert f"python mytrainer.py resume={tmp_path}" in capsys.readouterr().out
+    assert load_json(checkpoints_in(tmp_path)[-1], "training_state.json")["step"] == 4
+    assert not (tmp_path / "summary.json").exists()
+    run(tmp_path, "resume=auto")
+    assert same(weights(trained / "checkpoint-6"), weights(tmp_path / "checkpoint-6"))
 
 
-def test_a_signal_during_an_evaluation_repeats_it_after_the_resume(tmp_path, monkeypatch):
-    run(tmp_path / "whole")
+def test_a_signal_during_an_evaluation_repeats_it_after_the_resume(tmp_path, trained, monkeypatch):
     evaluate = loop.evaluate
     calls = []
 
@@ -409,7 +404,7 @@ def test_a_signal_during_an_evaluation_repeats_it_after_the_resume(tmp_path, mon
             (line["step"], line["val_bits_per_byte"]) for line in lines(path) if "val_bits_per_byte" in line
         ]
 
-    assert scores(tmp_path / "stopped") == scores(tmp_path / "whole")
+    assert scores(tmp_path / "stopped") == scores(trained)
 
 
 def test_a_final_evaluation_that_was_cut_short_is_made_up_for(tmp_path, monkeypatch):
@@ -435,17 +430,16 @@ def test_with_no_evaluation_but_the_last_that_one_counts(tmp_path, field):
     assert (tmp_path / "best_model").exists() == (field == "save_best_model")
 
 
-def test_another_batch_size_goes_on_where_the_text_was_left(tmp_path, monkeypatch):
-    run(tmp_path)
+def test_another_batch_size_goes_on_where_the_text_was_left(again, monkeypatch):
     from data.rows import TrainingRows
 
     seen, batch = [], TrainingRows.batch
     monkeypatch.setattr(
         TrainingRows, "batch", lambda self, rows: seen.extend(rows.tolist()) or batch(self, rows)
     )
-    run(tmp_path, "resume=auto", "global_batch_size=6", "num_iterations=8")
+    run(again, "resume=auto", "global_batch_size=6", "num_iterations=8")
     assert seen == list(range(24, 36)), "six steps of four rows came before"
-    run(tmp_path, "resume=auto", "global_batch_size=2", "num_iterations=9")
+    run(again, "resume=auto", "global_batch_size=2", "num_iterations=9")
     assert seen[12:] == [36, 37]
 
 

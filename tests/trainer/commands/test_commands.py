@@ -327,12 +327,16 @@ def test_show_is_what_is_trained(command, runs, no_data):
     assert found["flops_per_token"] == manifest["flops_per_token"]
 
 
-def test_show_lists_the_configurations(command, no_data):
+def test_show_lists_the_configurations(command, monkeypatch, no_data):
+    from trainer.commands import show
+
+    status, listed, err = command("show_configs", "--json")
+    by_name = {row["file"]: row for row in json.loads(listed)}
+    assert status == 0 and by_name.keys() == {name for name, _ in show.list_configs()}, err
+    assert by_name["gpt2"]["n_layers"] == 12 and by_name["gpt2"]["parameters"] > 80_000_000
+    monkeypatch.setattr(show, "list_configs", lambda: [("gpt2", "one"), ("vanilla", "another")])
     status, out, err = command("show")
     assert status == 0 and "gpt2 " in out and "vanilla " in out, err
-    _, listed, _ = command("show_configs", "--json")
-    by_name = {row["file"]: row for row in json.loads(listed)}
-    assert by_name["gpt2"]["n_layers"] == 12 and by_name["gpt2"]["parameters"] > 80_000_000
 
 
 def test_show_names_a_broken_file_and_lists_the_others(command, monkeypatch, tmp_path, no_data):

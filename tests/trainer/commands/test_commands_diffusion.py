@@ -13,6 +13,7 @@ import mytrainer
 from tests.contract.tiny import config
 from trainer.loop import train
 
+pytestmark = pytest.mark.xdist_group("diffusion commands")  # one worker trains the runs that they share
 ROOT = Path(__file__).resolve().parents[3]
 TEXT = "0123____01____3"
 
@@ -21,18 +22,10 @@ TEXT = "0123____01____3"
 def runs(tmp_path_factory):
     """A run folder of each type, hardly trained."""
     work = tmp_path_factory.mktemp("work")
+    short = ["num_iterations=2", "val_loss_every=0", "val_bytes=64", "sample_tokens=0", "ema_decay=0.0"]
     for type_ in ("mdl", "sedd", "bd3lm"):
-        train(*config(type_, "num_iterations=2", "val_loss_every=0", "sample_tokens=0"), work / type_)
-    train(
-        *config(
-            "sedd",
-            "num_iterations=2",
-            "val_loss_every=0",
-            "sample_tokens=0",
-            "model_cfg.transition_type=uniform",
-        ),
-        work / "uniform",
-    )
+        train(*config(type_, *short), work / type_)
+    train(*config("sedd", *short, "model_cfg.transition_type=uniform"), work / "uniform")
     return work
 
 
