@@ -6,6 +6,8 @@ import math
 import os
 import shutil
 import signal
+import threading
+import time
 
 import filelock
 import pytest
@@ -383,6 +385,26 @@ def test_a_signal_saves_and_the_run_can_go_on(tmp_path, trained, monkeypatch, ca
     assert not (tmp_path / "summary.json").exists()
     run(tmp_path, "resume=auto")
     assert same(weights(trained / "checkpoint-6"), weights(tmp_path / "checkpoint-6"))
+
+
+@pytest.mark.slow
+def test_a_signal_at_any_time(tmp_path):
+    """From a thread, in whatever the run is doing then."""
+    run(tmp_path / "whole", "num_iterations=40")
+    path = tmp_path / "stopped"
+
+    def interrupt():
+        while not (path / "metrics.jsonl").exists() or len(lines(path)) < 3:
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    run(path, "num_iterations=40")
+    thread.join()
+    assert 0 < load_json(checkpoints_in(path)[-1], "training_state.json")["step"] < 40
+    run(path, "num_iterations=40", "resume=auto")
+    assert same(weights(tmp_path / "whole/checkpoint-40"), weights(path / "checkpoint-40"))
 
 
 def test_a_signal_during_an_evaluation_repeats_it_after_the_resume(tmp_path, trained, monkeypatch):
