@@ -7,7 +7,7 @@ generates it, and says what role each parameter plays. One step of the trainer i
     1. `prepare` every micro-batch (CPU, loader's thread) and add up the denominators over the whole step
        and all processes;
     2. per micro-batch: `loss = sum_k weight_k * sum_k / denominator_k`, backward;
-    3. finite check, clip, optimizer, `after_step`, EMA.
+    3. finite check, clip, optimizer, `after_step`, `constrain`, EMA.
 
 Because a term is a sum and its denominator belongs to the step, eight rows in one micro-batch, one row in
 eight, or four on each of two processes give the same gradient.

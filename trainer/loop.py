@@ -3,7 +3,7 @@
     for each step:
         agree on denominators and stop/save flags      one small host all-reduce
         for each micro-batch: forward, backward        gradients exchanged in the last one only
-        finite check, clip, optimizers, after_step, EMA
+        finite check, clip, optimizers, after_step, constrain, EMA
         log, evaluate, checkpoint when due
 
 Nothing here knows an architecture. The step itself never waits for the device: the flag that says whether a step's
