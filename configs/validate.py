@@ -251,12 +251,16 @@ def _unit(run: RunConfig, model_cfg: ModelConfig) -> Any:
     """What the adapter says that the model reads."""
     import models
 
-    brought = run.model_adapter or models.resolve(run.type).adapter
-    # The default adapter says what the Config says, and importing it would import torch.
-    if brought == models.Architecture.adapter:
-        return model_cfg.unit
-    adapter = _imported("model_adapter", brought, lambda key: "")
+    adapter = _own_adapter(run.model_adapter or models.resolve(run.type).adapter, lambda key: "")
     return adapter.unit(model_cfg) if hasattr(adapter, "unit") else model_cfg.unit
+
+
+def _own_adapter(spec: str, where: Where) -> Any:
+    """The adapter that this names; None for the default one, which has no Cfg, says what the Config says, and would
+    import torch."""
+    import models
+
+    return None if spec == models.Architecture.adapter else _imported("model_adapter", spec, where)
 
 
 def architecture_config(type_: str, adapter: str | None, where: Where) -> type[ModelConfig]:
@@ -267,13 +271,7 @@ def architecture_config(type_: str, adapter: str | None, where: Where) -> type[M
         architecture = models.resolve(type_)
     except ValueError as error:
         raise ConfigError(_placed(f"type: {error}", where)) from None
-    brought = adapter or architecture.adapter
-    # The default adapter brings no Cfg, and importing it would import torch.
-    own = (
-        getattr(_imported("model_adapter", brought, where), "Cfg", None)
-        if brought != models.Architecture.adapter
-        else None
-    )
+    own = getattr(_own_adapter(adapter or architecture.adapter, where), "Cfg", None)
     spec = architecture.model
     config_class = own or getattr(_imported("type", spec, where), "Config", None)
     if isinstance(config_class, type) and issubclass(config_class, ModelConfig):
