@@ -19,6 +19,7 @@ COMMANDS = {
     "bench": "trainer.commands.bench:main",
     "worker": "trainer.commands.launch:worker_main",  # started by us: one process of a run
 }
+RUNS = ("train", "worker")  # they go on where nobody reads what they print
 
 
 def _import_paths() -> None:
@@ -41,17 +42,27 @@ def main(argv: list[str]) -> int:
     # OpenMP threads that spin while they wait lose 5 to 80 times their speed when anything else runs on the
     # machine, and gain up to a third when nothing does. Must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    command = argv[0] if argv and argv[0] in COMMANDS else None
-    module, _, function = COMMANDS[command or "train"].partition(":")
+    from trainer.view.stream import patient_streams
+
+    command = argv[0] if argv and argv[0] in COMMANDS else "train"
     try:
-        return getattr(importlib.import_module(module), function)(argv[1:] if command else argv) or 0
+        with patient_streams(raises=command not in RUNS):
+            return _run(command, argv)
+    except BrokenPipeError:  # the reader of our output (`| head`) has seen enough
+        return 141
+
+
+def _run(command: str, argv: list[str]) -> int:
+    module, _, function = COMMANDS[command].partition(":")
+    try:
+        words = argv[1:] if argv and argv[0] == command else argv
+        return getattr(importlib.import_module(module), function)(words) or 0
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of our output (`| head`) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    except BrokenPipeError:
+        raise
     except Exception as error:
-        explained = _explain(error, command or "train")
+        explained = _explain(error, command)
         if explained is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         status, message = explained
@@ -68,10 +79,7 @@ def _explain(error: Exception, command: str) -> tuple[int, str] | None:
         return 2, error.report()
     if isinstance(error, TrainingError):
         return 1, f"error: {error}"
-    if command in (
-        "train",
-        "worker",
-    ):  # what can go wrong in a run is explained in trainer/commands/launch.py
+    if command in RUNS:  # what can go wrong in a run is explained in trainer/commands/launch.py
         return None
     if isinstance(error, OSError) and error.filename:
         return 2, f"error: {error.filename}: {error.strerror}"

@@ -25,6 +25,7 @@ from trainer.view.format import (
     ranking,
     ranking_notes,
 )
+from trainer.view.stream import patient
 
 __all__ = ["Console"]
 
@@ -42,7 +43,7 @@ class Console:
 
     def __init__(self, enabled: bool = True, live: bool | None = None, stream: TextIO | None = None) -> None:
         self._enabled = enabled
-        self._stream = stream or sys.stdout
+        self._stream = patient(stream or sys.stdout)
         if live is None:
             live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
         self._rich = RichConsole(file=self._stream, force_terminal=True, highlight=False) if live else None
@@ -73,9 +74,7 @@ class Console:
             # A file has room for what an adapter wants to be seen.
             self._print(step_line(line, WIDTH + sum(len(name) + 13 for name in metrics), metrics))
             return
-        text = Text(
-            self._encodable(step_line(line, self._rich.width, metrics)), no_wrap=True, overflow="crop"
-        )
+        text = Text(step_line(line, self._rich.width, metrics), no_wrap=True, overflow="crop")
         if self._live is None:
             self._live = Live(console=self._rich, auto_refresh=False, transient=True)
             self._live.start()
@@ -138,17 +137,11 @@ class Console:
     def _print(self, text: str, style: str = "") -> None:
         if not self._enabled:
             return
-        text = self._encodable(text)
         if self._rich is None:
             print(text, file=self._stream, flush=True)
         else:
             # soft_wrap leaves long lines to the terminal, so that a command copies as one line.
             self._rich.print(Text(text, style=style), soft_wrap=True)
-
-    def _encodable(self, text: str) -> str:
-        """A terminal that is not UTF-8 must not end a run."""
-        encoding = getattr(self._stream, "encoding", None) or "utf-8"
-        return text.encode(encoding, errors="backslashreplace").decode(encoding)
 
 
 def step_line(line: dict[str, Any], width: int, metrics: Sequence[str] = ()) -> str:
