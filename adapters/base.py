@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from adapters.shaping import Shaping
 from kernels.choose import Kernels
 from models.layers.flops import Flops
 from models.layers.roles import Rule
@@ -316,6 +317,17 @@ class ModelAdapter(nn.Module):
     ) -> Generation:
         """Continue each prompt. `on_state` is for models that draw positions in any order; others leave it alone."""
         raise NotImplementedError(f"{type(self).__name__} must define generate")
+
+    def shaping(self, options: GenerateOptions) -> Shaping:
+        """What each predicted distribution goes through before a token is drawn from it: `options`, and nothing but
+        ids that the tokenizer has, as the model's vocabulary may be larger. Every sampler draws through it."""
+        return Shaping(
+            temperature=self.default_temperature if options.temperature is None else options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            tokens=self.tokenizer.vocab_size,
+        )
 
     def stop_tokens(self, options: GenerateOptions) -> set[int]:
         """Token ids that end a text."""

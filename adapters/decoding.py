@@ -66,18 +66,22 @@ def decode(
     model: LanguageModel,
     texts: list[list[int]],
     options: GenerateOptions,
+    shaping: Shaping,
     stops: set[int],
     on_tokens: OnTokens | None = None,
 ) -> Generation:
     """Continue each of `texts` (not empty) until a token of `stops`, which is not part of it, or for
-    `max_new_tokens`. Each row has a generator of its own, made of (seed, row)."""
+    `max_new_tokens`. `shaping` is the adapter's for these options. Each row has a generator of its own, made of (seed,
+    row)."""
     rows = [
         _Row(i, list(text), len(text), torch.Generator().manual_seed((options.seed * 1_000_003 + i) % 2**63))
         for i, text in enumerate(texts)
     ]
     calls = 0
     for first in range(0, len(rows), ROWS_AT_ONCE):
-        calls += _decode_together(model, rows[first : first + ROWS_AT_ONCE], options, stops, on_tokens)
+        calls += _decode_together(
+            model, rows[first : first + ROWS_AT_ONCE], options, shaping, stops, on_tokens
+        )
     return Generation([row.new for row in rows], calls)
 
 
@@ -85,6 +89,7 @@ def _decode_together(
     model: LanguageModel,
     rows: list[_Row],
     options: GenerateOptions,
+    shaping: Shaping,
     stops: set[int],
     on_tokens: OnTokens | None,
 ) -> int:
@@ -98,7 +103,7 @@ def _decode_together(
         read_out = [i for i, row in enumerate(rows) if row.known == window.length]
         if len(read_out) < len(rows):
             logits = logits[read_out]
-        tokens = sample_next(logits, options, [rows[i].generator for i in read_out])
+        tokens = sample_next(logits, shaping, [rows[i].generator for i in read_out])
         finished = set()
         for i, token in zip(read_out, tokens, strict=True):
             row = rows[i]
@@ -146,13 +151,11 @@ class _Windows:
             self.cache.select(torch.tensor(running, dtype=torch.int64, device=self.model.device))
 
 
-def sample_next(logits: Tensor, options: GenerateOptions, generators: list[torch.Generator]) -> list[int]:
-    """Draw a token id from each row of logits (M, V), with its own generator; a temperature must be set. In fp64: fp32
-    noise truncates the tails."""
-    assert options.temperature is not None
-    if options.temperature == 0:
-        return logits.argmax(1).tolist()
-    shaping = Shaping(options.temperature, options.top_k, options.top_p, options.min_p)
+def sample_next(logits: Tensor, shaping: Shaping, generators: list[torch.Generator]) -> list[int]:
+    """Draw a token id from each row of logits (M, V), with its own generator. In fp64: fp32 noise truncates the
+    tails."""
+    if shaping.temperature == 0:
+        return shaping.only_tokens(logits).argmax(1).tolist()
     probabilities = shaping(logits).exp()  # (M, V)
     # The first of exponential clocks with these rates, which is what torch.multinomial draws of each row too.
     clocks = torch.empty_like(probabilities)

@@ -8,7 +8,6 @@ Shapes: B rows, S positions, n look-ahead, D width, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -135,12 +134,10 @@ class DefaultModelAdapter(ModelAdapter):
             raise ValueError(
                 "steps and by_confidence are for models that draw many positions at once; leave them out"
             )
-        if options.temperature is None:
-            options = replace(options, temperature=self.default_temperature)
         init_cache = getattr(self.model, "init_cache", None) if options.use_cache else None
         model = LanguageModel(self.next_logits, init_cache, self.model.max_context, self.device)
         texts = [[self.tokenizer.eot, *prompt] for prompt in prompts]
-        return decode(model, texts, options, self.stop_tokens(options), on_tokens)
+        return decode(model, texts, options, self.shaping(options), self.stop_tokens(options), on_tokens)
 
     def next_logits(self, tokens: Tensor, cache: Cache | None) -> Tensor:
         """Logits (B, V) of what follows tokens (B, T), which continue what `cache` holds, or stand alone."""

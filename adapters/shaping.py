@@ -17,16 +17,27 @@ class Shaping:
     In this order: `temperature` (0: all mass on the likeliest token), the `top_k` likeliest tokens (0 is off), the
     smallest set of likeliest tokens whose mass reaches `top_p`, tokens at least `min_p` times as likely as the
     likeliest.
+
+    `tokens`: ids below it stand for tokens; no other is ever drawn (None: all do). A model's vocabulary may be larger
+    than its tokenizer's, and only training and scoring normalise over the rest.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    tokens: int | None = None
+
+    def only_tokens(self, logits: Tensor) -> Tensor:
+        """Logits (M, V), -inf where an id stands for no token."""
+        if self.tokens is None or self.tokens >= logits.shape[1]:
+            return logits
+        lacking = torch.arange(logits.shape[1], device=logits.device) >= self.tokens
+        return logits.masked_fill(lacking, -torch.inf)
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Logits (M, V) -> log-probabilities (M, V) fp64."""
-        logits = logits.double()
+        logits = self.only_tokens(logits.double())
         if self.temperature == 0:
             best = logits.argmax(1, keepdim=True)
             return torch.full_like(logits, -torch.inf).scatter_(1, best, 0.0)

@@ -214,10 +214,7 @@ class DiffusionAdapter(ModelAdapter):
 
     def _sampling(self, options: GenerateOptions) -> Sampling:
         sampling = Sampling(
-            temperature=self.default_temperature if options.temperature is None else options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            min_p=options.min_p,
+            **vars(self.shaping(options)),
             steps=options.steps,
             by_confidence=options.by_confidence,
             use_cache=options.use_cache,

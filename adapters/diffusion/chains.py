@@ -25,9 +25,12 @@ LARGEST_TABLE_BYTES = 4 * 2**30
 
 
 def draw(probabilities: Tensor, u: Tensor) -> Tensor:
-    """Inverse-CDF draw from unnormalised fp64 rows (M, K) with uniforms (M,): (M,) ids, never one of probability 0."""
+    """Inverse-CDF draw from unnormalised fp64 rows (M, K) with uniforms (M,): (M,) ids, never one of probability 0.
+    ValueError if a row is no law, as those of a network are whose weights are not finite."""
     cumulative = probabilities.cumsum(1)
     total = cumulative[:, -1:]
+    if not bool(((total > 0) & (total < torch.inf)).all()):
+        raise ValueError("nothing can be drawn: what the network predicts is not finite")
     threshold = (u.unsqueeze(1).to(cumulative) * total).minimum(total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
 

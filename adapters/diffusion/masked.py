@@ -14,6 +14,7 @@ from torch import Tensor
 from adapters.diffusion.chains import draw
 from adapters.diffusion.network import Network, sampling_dtype
 from adapters.diffusion.process import Process, Sampling, Window
+from adapters.diffusion.schedules import total_noise
 
 __all__ = [
     "Denoise",
@@ -34,8 +35,7 @@ def at_mask_probability(network: Network, most: float) -> Denoise:
     """The network told the total noise -log(1 - u) of a mask probability u, which the schedule lets reach `most`."""
 
     def denoise(u: Tensor, x: Tensor, index: Tensor) -> Tensor:
-        sigma = -torch.log1p(-u.double().clamp_max(most))
-        return network.hidden(x, sigma.float(), index)
+        return network.hidden(x, total_noise(u.double().clamp_max(most)).float(), index)
 
     return denoise
 

@@ -17,7 +17,7 @@ from adapters.diffusion.chains import Chain, draw
 from adapters.diffusion.network import Network, sampling_dtype
 from adapters.diffusion.process import Sampling
 
-__all__ = ["NEVER", "ancestral_step", "log_posterior", "log_reverse", "reverse_kl"]
+__all__ = ["NEVER", "ancestral_step", "log_posterior", "log_reverse", "reverse_kl", "shape_prediction"]
 
 NEVER = -1e30  # logarithm of probability 0 where a gradient passes: -inf would make it NaN
 
@@ -55,6 +55,30 @@ def reverse_kl(
     return torch.where(possible, log_q.exp() * (log_q - log_r.where(possible, 0.0)), 0.0).sum(1)
 
 
+def shape_prediction(log_p: Tensor, mask_id: int | None, sampling: Sampling) -> Tensor:
+    """`sampling` applied to log p(x_0 | x_t) (M, K) of the tokens; what is given to the mask stays with the mask."""
+    if mask_id is None:
+        return sampling(log_p)
+    tokens = log_p.index_fill(1, torch.tensor(mask_id, device=log_p.device), -torch.inf)
+    shaped = sampling(tokens) + tokens.logsumexp(1, keepdim=True)
+    shaped[:, mask_id] = log_p[:, mask_id]
+    return shaped
+
+
+def _tokens_only(log_r: Tensor, log_p: Tensor, mask_id: int | None, sampling: Sampling) -> Tensor:
+    """Probabilities (M, K) of the last step's tokens. A narrow `sampling` may leave only tokens that the chain cannot
+    have come from, to fp64: then the prediction decides."""
+
+    def tokens(log: Tensor) -> Tensor:
+        log = sampling.only_tokens(log)
+        if mask_id is None:
+            return log
+        return log.index_fill(1, torch.tensor(mask_id, device=log.device), -torch.inf)
+
+    p = tokens(log_r).softmax(1)  # NaN where nothing is left
+    return torch.where(p.isnan().any(1, keepdim=True), tokens(log_p).softmax(1), p)
+
+
 def ancestral_step(
     chain: Chain,
     network: Network,
@@ -70,7 +94,7 @@ def ancestral_step(
 ) -> Tensor:
     """x_s (M,) drawn from p(x_s | x_t), from hidden states (M, D) and uniforms u (M,); times = (s, t).
 
-    At s = 0 the mask is left out. `last_from_clean`: there, draw from p(x_0 | x_t) itself.
+    At s = 0 nothing but tokens is left. `last_from_clean`: there, draw from p(x_0 | x_t) itself.
     """
     device, _ = sampling_dtype(network.device)
     chain = chain.to(device)
@@ -78,15 +102,14 @@ def ancestral_step(
     for rows, logits in network.logits(hidden):
         if zero_mask:
             logits[:, chain.mask_id] = -torch.inf
-        log_p = sampling(logits.log_softmax(1))
+        log_p = shape_prediction(logits.log_softmax(1), chain.mask_id, sampling)
         now = xt[rows].to(device)
         s, t = (torch.full_like(now, time) for time in times)
-        if times[0] == 0 and last_from_clean:
-            p = log_p.exp()
-        else:
-            p = log_reverse(chain, log_p, now, s, t, parameterization).exp()
-        if times[0] == 0 and chain.mask_id is not None:
-            p[:, chain.mask_id] = 0
-        argmax = times[0] == 0 and cfg.final_step == "argmax"
+        last = times[0] == 0
+        log_r = log_p
+        if not (last and last_from_clean):
+            log_r = log_reverse(chain, log_p, now, s, t, parameterization)
+        p = _tokens_only(log_r, log_p, chain.mask_id, sampling) if last else log_r.exp()
+        argmax = last and cfg.final_step == "argmax"
         drawn[rows] = (p.argmax(1) if argmax else draw(p, u[rows].to(device))).cpu()
     return drawn

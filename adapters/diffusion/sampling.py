@@ -50,10 +50,15 @@ def fill(
     noise = Noise(seed, part, "generate", np.asarray(rows))
     window = Window(torch.tensor(known, dtype=torch.int64), unknown, noise, sampling)
     x = window.x
+
+    def undecided(token: int) -> bool:
+        """The mask, or noise that stands for no token."""
+        return token == process.mask_id or (sampling.tokens is not None and token >= sampling.tokens)
+
     if bool(unknown.any()):
         for x in process.resolve(network, window):
             for i, row in enumerate(x.tolist()):
-                on_step(i, [None if token == process.mask_id else token for token in row])
+                on_step(i, [None if undecided(token) else token for token in row])
     return x.tolist()
 
 

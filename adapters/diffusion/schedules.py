@@ -27,10 +27,16 @@ __all__ = [
     "absorbing_mutual_info_betas",
     "cosine_betas",
     "linear_betas",
+    "total_noise",
 ]
 
 HALF_PI = math.pi / 2
 LARGEST_SIGMA = 69.0  # sigma is infinite where alpha is 0; e^-69 = 1e-30 is as good as that
+
+
+def total_noise(mask_probability: Tensor) -> Tensor:
+    """sigma = -log(1 - u) of mask probabilities u, finite where these are 1."""
+    return -torch.log1p(-mask_probability).clamp_min(-LARGEST_SIGMA)
 
 
 class Schedule(ABC):
@@ -48,7 +54,7 @@ class Schedule(ABC):
         return 1 - self.mask_probability(t)
 
     def sigma(self, t: Tensor) -> Tensor:
-        return -torch.log1p(-self.mask_probability(t)).clamp_min(-LARGEST_SIGMA)
+        return total_noise(self.mask_probability(t))
 
     def rate(self, t: Tensor) -> Tensor:
         """sigma'(t) = w(t) (e^sigma - 1)."""

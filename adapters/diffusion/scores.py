@@ -7,6 +7,7 @@ probabilities over the next state. M positions, V states; `log_s` (M, V) fp64 is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -110,6 +111,15 @@ def reveal_by_scores(
         yield x
 
 
+def _tokens_only(p: Tensor, log_s: Tensor, mask_id: int | None, sampling: Sampling) -> Tensor:
+    """The last step's law p (M, V) without what is no token. Where nothing is left of it, the scores' own."""
+    allowed = sampling.only_tokens(torch.zeros_like(p)) == 0
+    if mask_id is not None:
+        allowed[:, mask_id] = False
+    p = p.where(allowed, 0.0)
+    return torch.where(p.sum(1, keepdim=True) > 0, p, log_s.where(allowed, -torch.inf).softmax(1))
+
+
 def _draw_step(
     process: Process,
     model: ScoreModel,
@@ -127,10 +137,12 @@ def _draw_step(
     drawn = torch.empty_like(now)
     for rows, logits in network.logits(hidden):
         present = now[rows].to(device)
-        log_s = shape_scores(model.log_scores(logits, present, sigma), present, sampling)
+        # Between the ends any state may be visited that noise leads to; text is made of tokens.
+        drawable = sampling if last or process.mask_id is not None else replace(sampling, tokens=None)
+        log_s = shape_scores(model.log_scores(logits, present, sigma), present, drawable)
         p = step(log_s, present, amount)
-        if last and process.mask_id is not None:
-            p[:, process.mask_id] = 0
+        if last:
+            p = _tokens_only(p, log_s, process.mask_id, sampling)
         argmax = last and process.cfg.final_step == "argmax"
         drawn[rows] = (p.argmax(1) if argmax else draw(p, u[rows].to(device))).cpu()
     return drawn

@@ -12,6 +12,7 @@ from adapters import decoding
 from adapters.base import DataSpec, GenerateOptions, LossTerm, Metric
 from adapters.decoding import sample_next
 from adapters.default import DefaultModelAdapter
+from adapters.shaping import Shaping
 from configs.schema import DefaultModelConfig
 from models.layers.decoder import Hidden
 from tests.contract.tiny import Letters, adapter_of, batch_of, context, loss_and_gradients, random_batch
@@ -23,8 +24,8 @@ def generator(seed=0):
 
 
 def draws(logits, count, **options):
-    options, source = GenerateOptions(**options), generator()
-    found = [sample_next(logits[None], options, [source])[0] for _ in range(count)]
+    shaping, source = Shaping(**options), generator()
+    found = [sample_next(logits[None], shaping, [source])[0] for _ in range(count)]
     return np.bincount(found, minlength=len(logits))
 
 
@@ -66,19 +67,18 @@ def test_tokens_are_drawn_from_the_chosen_law(options, law):
 
 
 def test_greedy_ignores_the_seed():
-    options = GenerateOptions(temperature=0.0)
-    assert {sample_next(LOGITS[None], options, [generator(seed)])[0] for seed in range(20)} == {1}
+    shaping = Shaping(temperature=0.0)
+    assert {sample_next(LOGITS[None], shaping, [generator(seed)])[0] for seed in range(20)} == {1}
 
 
 def test_each_row_is_drawn_as_torch_draws_it_from_its_own_generator():
     """What seeds mean must not change with the number of rows, nor with a rewrite of the draw."""
     logits = torch.randn(5, 300, generator=generator(), dtype=torch.float64)
-    options = GenerateOptions(temperature=1.0)
     sources, twins = ([generator(10 + row) for row in range(5)] for _ in range(2))
     for _ in range(50):
         law = logits.softmax(1)
         expected = [int(torch.multinomial(law[row], 1, generator=twins[row])) for row in range(5)]
-        assert sample_next(logits, options, sources) == expected
+        assert sample_next(logits, Shaping(), sources) == expected
 
 
 def test_equal_logits_do_not_widen_top_k():
@@ -145,7 +145,7 @@ def by_hand(adapter, prompt, row, options):
             start = len(text) - CONTEXT // 2
         with torch.no_grad():
             hidden = adapter.model(torch.tensor([text[start:]]))
-            text += sample_next(adapter.model.logits(hidden[:, -1]), options, [source])
+            text += sample_next(adapter.model.logits(hidden[:, -1]), adapter.shaping(options), [source])
     return text[1 + len(prompt) :]
 
 
@@ -247,7 +247,7 @@ def test_a_model_with_states_and_without_a_window(attention):
         source, text = generator(row), [adapter.tokenizer.eot, *prompt]
         for _ in range(options.max_new_tokens):
             logits = adapter.model.logits(adapter.model(torch.tensor([text])))
-            text += sample_next(logits[:, -1], options, [source])
+            text += sample_next(logits[:, -1], adapter.shaping(options), [source])
         assert found.tokens[row] == text[1 + len(prompt) :]
 
 

@@ -14,6 +14,7 @@ from tests.contract.tiny import (
     config,
     context,
     is_exact,
+    move_away_from_uniform,
     session_of,
     tokenizer_for,
     train_on,
@@ -170,3 +171,31 @@ def test_generation_is_repeatable_and_the_cache_changes_nothing(architecture):
     assert first != text(stop_at_document_end=False, seed=6)
     assert first == text(stop_at_document_end=False, use_cache=False)
     assert text(temperature=0.0) == text(temperature=0.0, seed=9)
+
+
+def test_text_is_made_of_the_tokenizers_ids_where_the_vocabulary_is_larger(architecture):
+    """As where a preset says 50304. Not even a model that is sure of an id which is no token, or of a mask, writes
+    one; scores go on counting what it gives to them."""
+    adapter, more = adapter_of(architecture), 20
+    known = adapter.tokenizer.vocab_size
+    if "vocab_size" not in type(adapter.model_cfg).model_fields or adapter.external():
+        pytest.skip("its vocabulary is not the run's to choose")
+    adapter = adapter_of(architecture, f"model_cfg.vocab_size={known + more}", dtype=torch.float64).eval()
+    move_away_from_uniform(adapter, std=0.1)
+    logits = adapter.model.logits
+
+    def sure_of_no_token(hidden):
+        out = logits(hidden)
+        out[..., known:] += 50.0
+        return out
+
+    adapter.model.logits = sure_of_no_token
+    for given in ({}, {"temperature": 0.0}, {"top_k": 3, "top_p": 0.9}, {"min_p": 0.1}):
+        options = GenerateOptions(max_new_tokens=6, stop_at_document_end=False, **given)
+        (text,) = adapter.generate([[1, 2, 3]], options).tokens
+        assert len(text) == 6 and max(text) < known, given
+    batch = batch_for(adapter)
+    before = adapter.likelihood(batch, context(phase="eval")).nats
+    with torch.no_grad():
+        adapter.model.head_weight[known : known + more] += 1.0
+    assert not torch.allclose(before, adapter.likelihood(batch, context(phase="eval")).nats)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from adapters.base import GenerateOptions
+from tests.adapters.diffusion.processes import WITHOUT_SUBS
 from tests.adapters.diffusion.tiny import EVAL, KINDS, TOKENIZER, S, V, batch, build, objective, train_context
 
 
@@ -202,6 +203,42 @@ def test_text_ends_before_a_stop_token(kind):
     assert adapter.generate([[1, 2]], replace(options, stop_ids=(stop,))).tokens == [
         whole[: whole.index(stop)]
     ]
+
+
+SAMPLERS = [
+    ("mdl", {}),
+    ("mdl", {"sampler": "analytic"}),
+    ("mdl", {"sampler": "first_hitting", "time_conditioning": True, "alpha_min": 0.0}),
+    ("mdl", WITHOUT_SUBS),
+    ("sedd", {}),
+    ("sedd", {"transition_type": "uniform", "noise_schedule": "geometric"}),
+    ("sedd", {"transition_type": "uniform", "predictor": "euler", "final_step": "argmax"}),
+    ("d3pm", {}),
+    ("d3pm", {"l0_mode": "x0", "reverse_param": "mixture", "final_step": "argmax"}),
+    ("d3pm", {"transition_type": "uniform"}),
+    ("d3pm", {"transition_type": "gaussian", "gaussian_beta_min": 1e-5, "gaussian_beta_max": 1e-4}),
+    ("d3pm", {"transition_type": "gaussian", "reverse_param": "mixture"}),
+    ("bd3lm", {}),
+    ("bd3lm", {"sampler": "analytic"}),
+]
+
+
+@pytest.mark.parametrize("kind, fields", SAMPLERS, ids=str)
+def test_no_sampler_writes_the_mask_or_an_id_that_the_tokenizer_lacks(kind, fields):
+    """Of a network that is sure of them, with a vocabulary of four ids more than the tokenizer has."""
+    adapter = build(kind, **fields, vocab_size=V + 4)
+    # Elsewhere beyond what fp64 knows of the rest; scores are exponentials.
+    adapter.model.head_bias.data[V:] += 30.0 if kind == "sedd" else 1000.0
+    for shaping in ({}, {"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.5, "min_p": 0.5}):
+        options = GenerateOptions(max_new_tokens=10, stop_at_document_end=False, **shaping)
+        shown = []
+        text = adapter.generate([[1, 2]], options, on_state=lambda row, x, seen=shown: seen.extend(x)).tokens
+        filled = adapter.infill([[1, None, 3, None, None]], options).tokens
+        if adapter.model.mask_id is not None:
+            text += adapter.generate([[1, 2]], replace(options, by_confidence=True)).tokens
+        assert all(len(row) == 10 for row in text) and filled[0][0] == 1 and filled[0][2] == 3
+        assert all(0 <= token < V for row in [*text, *filled] for token in row), shaping
+        assert all(token is None or token < V for token in shown), shaping
 
 
 def test_generation_stops_at_a_document_end_and_reports_tokens():

@@ -90,3 +90,9 @@ def test_the_prior_is_the_divergence_of_the_last_law_from_the_uniform_one(kind):
     expected = (torch.xlogy(law, law) + law * math.log(law.shape[1])).sum(1)
     assert torch.allclose(chain.prior_nats(torch.arange(chain.states)), expected, atol=1e-9)
     assert expected.min() > 0.1
+
+
+def test_nothing_is_drawn_from_what_is_no_law():
+    for row in ([0.0, float("nan")], [0.0, 0.0], [1.0, float("inf")]):
+        with pytest.raises(ValueError, match="not finite"):
+            draw(torch.tensor([row], dtype=torch.float64), torch.tensor([0.5]))
