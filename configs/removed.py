@@ -1,4 +1,5 @@
-"""Fields that are gone: what was saved with them is read without, and who asks for one is told what to use."""
+"""Fields that are gone: what was saved with them is read without, and who asks for one is told what to use. And fields
+that are younger than some runs."""
 
 from __future__ import annotations
 
@@ -10,6 +11,11 @@ from configs.messages import ConfigError
 # What to say, by the full name that the field had.
 REMOVED: dict[str, str] = {
     "model_cfg.loss_impl": "the field kernels chooses how losses are computed (kernels=reference was 'naive')",
+}
+
+# What a run did that knew no such field, where it is not what the default does now.
+YOUNGER: dict[str, Any] = {
+    "near_copies": "keep",
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from configs.files import shown
 from configs.frontend import Request
 from configs.messages import ConfigError, differences
-from configs.removed import REMOVED
+from configs.removed import REMOVED, YOUNGER
 from naming import did_you_mean
 
 RUNS = Path("checkpoints")
@@ -48,7 +48,8 @@ def checkpoints(folder: Path) -> list[Path]:
 def implied_model(request: Request) -> str | None:
     """The model file of a command that names a run instead of one: the run's own config.yaml.
 
-    `--model_name X` also goes on with that run if it has checkpoints; the override is added to the request.
+    `--model_name X` also goes on with that run if it has checkpoints; the override is added to the request, and what
+    the run did where it knew no such field.
     """
     resume = str(request.values.get("resume") or "none")
     branch = resume not in ("none", "auto")
@@ -63,6 +64,11 @@ def implied_model(request: Request) -> str | None:
     if "resume" not in request.keys and checkpoints(folder):
         request.overrides.append("resume=auto")
         request.values["resume"] = "auto"
+    said = config.read_text(encoding="utf-8", errors="replace")
+    for name, before in YOUNGER.items():
+        if name not in request.keys and not re.search(rf"^{name}:", said, re.MULTILINE):
+            request.overrides.append(f"{name}={before}")
+            request.values[name] = before
     return str(config.absolute())
 
 

@@ -194,6 +194,7 @@ class RunConfig(BaseModel):
     data: Annotated[str, OneOf("data:SOURCES")] = "embedded"
     input_file: str | None = None
     data_root: str | None = None
+    near_copies: Literal["drop", "keep"] | None = None
     synthetic: Literal["markov", "grammar"] = "markov"
     synthetic_bytes: Annotated[int, Field(ge=1000)] = 1_000_000
     synthetic_symbols: Annotated[int, Field(ge=2, le=95)] = 32

@@ -51,6 +51,8 @@ def _by_switch(run: RunConfig) -> dict[str, str]:
 
 def _by_value(run: RunConfig) -> dict[str, str]:
     reasons = {}
+    if load("data:SOURCES")[run.data].near_copies is None:
+        reasons["near_copies"] = f"data={run.data}"
     if run.lr_scaling == "none":
         reasons["lr_base_width"] = "lr_scaling=none"
     reasons |= {

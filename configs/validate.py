@@ -22,7 +22,7 @@ from configs.files import CONFIGS, fold_names
 from configs.frontend import unknown_key
 from configs.hardware import process_count, uses_cuda
 from configs.messages import ARCHITECTURE_ALIASES, RENAMED, ConfigError, suggest_key
-from configs.removed import drop_removed
+from configs.removed import YOUNGER, drop_removed
 from configs.runs import not_a_folder
 from configs.schema import GENERIC_FIELDS, ModelConfig, RunConfig
 from naming import load
@@ -59,7 +59,8 @@ def read_saved(
 ) -> tuple[RunConfig, ModelConfig]:
     """What a checkpoint was trained with, from the generic fields and the architecture that it keeps. Relations and
     files are not looked at: a run may be scored where its data is not. `source` is named in the notices."""
-    cfg = RunConfig.model_validate(drop_removed(generic, GENERIC_FIELDS, lambda key: source, notices))
+    known = drop_removed(generic, GENERIC_FIELDS, lambda key: source, notices)
+    cfg = RunConfig.model_validate({**YOUNGER, **known})
     config_class = architecture_config(cfg.type, cfg.model_adapter, lambda key: source)
     kept = drop_removed(model_cfg, config_class.model_fields, lambda key: source, notices, "model_cfg.")
     architecture = config_class.model_validate(kept)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from data.cache import cache_root
 from data.errors import DataError
@@ -16,6 +16,7 @@ from naming import Entry, not_one_of
 if TYPE_CHECKING:
     from data.config import DataConfig, Unit
     from data.corpus import Corpus, TrueModel
+    from data.near_copies import Overlap
     from data.store import TokenStore
     from data.tokenizers import Tokenizer
 
@@ -36,12 +37,14 @@ class Source(Entry):
     """Where text comes from. `factory` is `(cfg) -> Corpus`.
 
     `needs` are those of its fields that must be set, each with what it takes: "input_file=<file or folder>".
-    `tokenizer` is what `auto` means for it, and `tokenizer_why` says why.
+    `tokenizer` is what `auto` means for it, and `tokenizer_why` says why. `near_copies` is what that field means where
+    it is not set; None: held-out text is not compared with the training text, as both are drawn independently.
     """
 
     needs: tuple[str, ...] = ()
     tokenizer: str = "bpe-1024"
     tokenizer_why: str = "trained on the training split"
+    near_copies: Literal["drop", "keep"] | None = "keep"
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,12 @@ class TokenizerKind(Entry):
 
 # `data=<name>`
 SOURCES: dict[str, Source] = {
-    "embedded": Source("data.embedded:load", (), "the source of the Python standard library on this disk"),
+    "embedded": Source(
+        "data.embedded:load",
+        (),
+        "the source of the Python standard library on this disk",
+        near_copies="drop",
+    ),
     "text": Source(
         "data.text:load",
         ("input_file", "data_root"),
@@ -73,6 +81,7 @@ SOURCES: dict[str, Source] = {
         "generated text of exactly known entropy",
         tokenizer="byte",
         tokenizer_why="as each symbol of generated text is a byte or a few",
+        near_copies=None,
     ),
 }
 # `tokenizer=<kind>` or `<kind>-<N>`; besides them `auto` and the path of a saved one
@@ -95,6 +104,7 @@ class Dataset:
     """A corpus as tokens. `fingerprint` is that of the text and its split, whatever the tokenizer.
 
     `truth` and `entropy_bits_per_byte` are set for synthetic text only. `notes` are sentences for the user.
+    `overlap`: what the held-out documents share with the training text, None where that is not measured.
     `cache_path` is the folder that holds the token arrays, None where no cache could be written.
     """
 
@@ -106,6 +116,7 @@ class Dataset:
     entropy_bits_per_byte: float | None = None
     truth: TrueModel | None = None
     notes: tuple[str, ...] = ()
+    overlap: Overlap | None = None
     cache_path: Path | None = None
 
 
@@ -130,8 +141,8 @@ def load_dataset(
     from data.rows import TrainingRows
     from data.tokenizer_choice import make_tokenizer
 
-    corpus = _load_corpus(cfg)
     cache = Path(cache_dir) if cache_dir is not None else cache_root()
+    corpus, overlap = _load_corpus(cfg, cache)
     notes = list(corpus.notes)
     if tokenizer is None:
         tokenizer = make_tokenizer(cfg, unit, corpus, cache, notes)
@@ -145,16 +156,21 @@ def load_dataset(
         entropy_bits_per_byte=corpus.truth.entropy_bits_per_byte if corpus.truth else None,
         truth=corpus.truth,
         notes=tuple(notes),
+        overlap=overlap,
         cache_path=folder,
     )
     TrainingRows(dataset.train, tokenizer.eot, cfg.train_seq_len)  # refuses a text too short for one row
     return dataset
 
 
-def _load_corpus(cfg: DataConfig) -> Corpus:
+def _load_corpus(cfg: DataConfig, cache: Path) -> tuple[Corpus, Overlap | None]:
+    from data.near_copies import heed
+
     if cfg.data not in SOURCES:
         raise DataError(f"data: {not_one_of(cfg.data, SOURCES)}")
-    return SOURCES[cfg.data].load()(cfg)
+    corpus: Corpus = SOURCES[cfg.data].load()(cfg)
+    default = SOURCES[cfg.data].near_copies
+    return heed(corpus, cfg.near_copies or default, cache) if default else (corpus, None)
 
 
 def _stores(

@@ -11,5 +11,6 @@ class DataConfig(Protocol):
     """What `load_dataset` itself reads; each source says in its own file what it reads besides."""
 
     data: str
+    near_copies: Literal["drop", "keep"] | None  # None: as the source says
     tokenizer: str
     train_seq_len: int

@@ -291,6 +291,7 @@ def test_a_warm_up_and_a_floor_on_the_command_line_win_over_a_file(write):
         ("optimizer=muon muon_momentum=0.9 adam_beta2=0.9", ""),
         ("scheduler=cosine cooldown_frac=0.2", "cooldown_frac (because of scheduler=cosine)"),
         ("scheduler=constant min_lr_ratio=0.2", "min_lr_ratio (because of scheduler=constant)"),
+        ("data=synthetic near_copies=drop", "near_copies (because of data=synthetic)"),
         ("lr_scaling=none lr_base_width=64", "lr_base_width (because of lr_scaling=none)"),
         (
             "optimizer=sgd adam_beta1=0.8 scheduler=linear cooldown_frac=0",

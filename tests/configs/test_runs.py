@@ -141,3 +141,12 @@ def test_checkpoints_are_ordered_by_number(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
     (tmp_path / "checkpoint-x").mkdir()
     assert [p.name for p in runs.checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-20", "checkpoint-100"]
+
+
+def test_a_run_older_than_a_field_goes_on_as_it_was(dante):
+    config = dante / "config.yaml"
+    assert planned("resume=checkpoints/dante")[0].cfg.near_copies is None  # of today: what the source says
+    config.write_text(config.read_text().replace("near_copies: null\n", ""))
+    assert planned("resume=checkpoints/dante")[0].cfg.near_copies == "keep"
+    assert planned("--model_name", "dante")[0].cfg.near_copies == "keep"
+    assert planned("resume=checkpoints/dante", "near_copies=drop")[0].cfg.near_copies == "drop"

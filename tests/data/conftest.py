@@ -61,6 +61,7 @@ def config():
             "data": "text",
             "input_file": None,
             "data_root": None,
+            "near_copies": None,
             "synthetic": "markov",
             "synthetic_bytes": 20_000,
             "synthetic_symbols": 8,

@@ -234,7 +234,7 @@ def test_damaged_newest_checkpoint_is_skipped_and_replaced(tmp_path, capsys):
 def test_other_architecture_data_or_optimizer_is_refused(again):
     for change, words in (
         ("model_cfg.n_layers=3", "n_layers 2 -> 3"),
-        ("synthetic_bytes=30000", "the data is not what"),
+        ("synthetic_bytes=30000", "the data is not what.* Set what it had: synthetic_bytes=20000"),
         ("optimizer=sgd", "another optimizer"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -80,6 +80,7 @@ def main(argv: list[str]) -> int:
         "weights": restored.weights,
         "data": dataset.name,
         "data_fingerprint": dataset.fingerprint,
+        "overlap": dataset.overlap and dataset.overlap.as_dict(),
         "precision": restored.precision,
         "score": score.as_dict(),
     }
@@ -88,7 +89,7 @@ def main(argv: list[str]) -> int:
     lines = [("bits per byte", bits_per_byte(shown)), *score_lines(shown)]
     for name, text in lines:
         print(f"  {name:<18}{text}", file=sys.stderr)
-    for note in ranking_notes(shown, {}):
+    for note in [*ranking_notes(shown, {}), *dataset.notes]:
         print(f"  {note}", file=sys.stderr)
     print(json.dumps(result))
     if args.output:

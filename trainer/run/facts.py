@@ -99,6 +99,7 @@ def _manifest(s: Session) -> dict[str, Any]:
             "heldout_bytes": s.dataset.heldout.total_bytes,
             "tokenizer": s.dataset.tokenizer.name,
             "tokenizer_digest": s.dataset.tokenizer.digest,
+            "overlap": s.dataset.overlap and s.dataset.overlap.as_dict(),
         },
         "parameters": {"total": sum(by_role.values()), **active, "by_role": by_role},
         "roles": roles,
@@ -178,7 +179,11 @@ def checkpoint_contents(
         "optimizer_file": "optimizer.pt",
         "progress": progress.to_json(),
         "execution": execution(s),
-        "data": {"fingerprint": s.dataset.fingerprint, "tokenizer_digest": s.dataset.tokenizer.digest},
+        "data": {
+            "name": s.dataset.name,
+            "fingerprint": s.dataset.fingerprint,
+            "tokenizer_digest": s.dataset.tokenizer.digest,
+        },
         "training_config": redacted(s.cfg),
     }
     texts = {

@@ -11,6 +11,7 @@ import torch
 
 from configs.schema import redacted
 from configs.validate import read_saved
+from data import SOURCES
 from trainer.run.checkpoint import checkpoints_in, find_checkpoint, load_json, load_tensors, newest_checkpoint
 from trainer.run.facts import architecture, execution
 from trainer.run.restore import load_weights, require_same_provenance
@@ -81,7 +82,8 @@ def check_resumable(s: Session, checkpoint: Path, saved: dict[str, Any], note: C
         if saved["data"][key] != now:
             raise ValueError(
                 f"the data is not what {checkpoint} was trained on ({key} {saved['data'][key][:12]} then, "
-                f"{now[:12]} now). Restore the data, or start a new run with init_from_checkpoint={checkpoint}"
+                f"{now[:12]} now). {_mended(before, saved['data'], s)}, or start a new run with "
+                f"init_from_checkpoint={checkpoint}"
             )
     old = {**redacted(before), **{f"model_cfg.{k}": then.get(k) for k in other}}
     new = {**redacted(s.cfg), **{f"model_cfg.{k}": mine["model_cfg"][k] for k in other}}
@@ -95,6 +97,17 @@ def check_resumable(s: Session, checkpoint: Path, saved: dict[str, Any], note: C
         recorded = saved["execution"].get(key)
         if recorded != now:
             note(f"{key} was {recorded} and is {now}: equal to rounding from here, not bit for bit")
+
+
+def _mended(before: RunConfig, data: dict[str, Any], s: Session) -> str:
+    """How to have the data of a run again: what it set otherwise, else the text itself."""
+    chosen = {"data", "near_copies", *(name for source in SOURCES.values() for name in source.reads)}
+    then = [f"{n}={getattr(before, n)}" for n in sorted(chosen) if getattr(before, n) != getattr(s.cfg, n)]
+    if then:
+        return f"Set what it had: {' '.join(then)}"
+    if data.get("name", s.dataset.name) != s.dataset.name:
+        return f"Restore the data ({data['name']} then, {s.dataset.name} now)"
+    return "Restore the data"
 
 
 def start_from_weights(s: Session, source: Path, console: Console) -> None:

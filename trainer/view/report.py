@@ -52,6 +52,7 @@ def write_report(run_dir: Path) -> Path:
         "SCRIPT": (_ASSETS / "report.js").read_text(encoding="utf-8"),
         "FACTS": _facts(run_dir, summary, manifest),
         "SCORE": _score(score, summary.get("yardsticks") or {}) if score else "",
+        "OVERLAP": _overlap(manifest.get("data", {}).get("overlap") or {}),
         "CURVES": curves(metrics),
         "SAMPLES": _samples(run_dir / "samples.txt"),
         "SETTINGS": _table("Settings", "config.yaml", config),
@@ -123,6 +124,26 @@ def _score(score: dict[str, Any], yardsticks: dict[str, float]) -> str:
     text = "".join(f'<p class="hint">{escape(note)}</p>' for note in notes)
     heading = "<h2>Score <small>bits per byte of the held-out text, lower is better</small></h2>"
     return f'<section>{heading}<table class="bars">{bars}</table>{text}</section>'
+
+
+def _overlap(found: dict[str, Any]) -> str:
+    """How much of the held-out text stands in training, and the worst documents."""
+    if not found:
+        return ""
+    dropped, about = found["dropped"], "about " if found["estimate"] else ""
+    text = f"{about}{found['share_in_training']:.1%} of the held-out bytes"
+    if dropped["documents"]:
+        text += (
+            f", after {dropped['documents']:,} near copies ({dropped['bytes']:,} bytes) were dropped; "
+            f"{found['share_in_training_before_dropping']:.1%} with them"
+        )
+    rows = "".join(
+        f"<tr><th>{escape(one['document'])}</th><td>{one['share']:.0%} of {one['bytes']:,} bytes"
+        f"{', dropped' if one['dropped'] else ''}</td></tr>"
+        for one in found["worst"]
+    )
+    heading = "<h2>Held-out text that also stands in training <small>near_copies</small></h2>"
+    return f'<section>{heading}<p class="hint">{escape(text)}</p><table>{rows}</table></section>'
 
 
 # --- samples and tables ---------------------------------------------------------------------------------

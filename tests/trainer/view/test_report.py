@@ -278,3 +278,19 @@ def test_flat_and_single_points_are_drawn():
         assert svg.count("<circle") == len(points)
         assert "nan" not in svg
         assert "inf" not in svg
+
+
+def test_held_out_text_that_stands_in_training_is_shown_with_the_worst_documents(run):
+    overlap = {
+        "share_in_training": 0.031,
+        "share_in_training_before_dropping": 0.22,
+        "estimate": False,
+        "dropped": {"documents": 2, "bytes": 34567},
+        "worst": [{"document": "<cp437>.py", "bytes": 34000, "share": 0.99, "dropped": True}],
+    }
+    (run / "manifest.json").write_text(json.dumps({"data": {"overlap": overlap}}))
+    text = Page(write_report(run).read_text()).text
+    assert (
+        "3.1% of the held-out bytes, after 2 near copies (34,567 bytes) were dropped; 22.0% with them" in text
+    )
+    assert "<cp437>.py" in text and "99% of 34,000 bytes, dropped" in text

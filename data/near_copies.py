@@ -1,0 +1,242 @@
+"""How much of the held-out text stands in the training text, and which held-out documents are near copies of it.
+
+A score on text that was trained on is a memory test: it favours what remembers over what understands. `near_copies`
+says what happens to held-out documents of which half or more stands in training: they are dropped, or kept with a note.
+
+Text is cut into units: lines without indentation, blank ones left out; a line of over LONG_LINE bytes (one-line JSON,
+minified code, DNA) into parts that its content decides, so that an insertion moves no cut but its own. A unit shorter
+than SHORTEST is told by itself and those behind it, up to that length. A unit is seen where what tells it also stands
+in training; the share of a document is the bytes of its seen units. Code has about 5 % of such lines by nature (licence
+heads, imports, idioms).
+
+Linear time: a set of what tells the held-out units, and one pass over the training text. Bounded memory: beyond
+LARGEST entries every second one, then every fourth and so on, chosen by its checksum, stands for all, and shares are
+estimates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.cache import write_atomic
+from data.corpus import Corpus, Document, fingerprint, total_bytes
+from data.errors import DataError
+
+SHORTEST = 20  # bytes that tell a unit
+LONG_LINE = 1024
+NEAR_COPY = 0.5  # share in training from which a document is one
+NOTE_ABOVE = 0.05  # share of all held-out bytes in training from which people are told
+LARGEST = 1_000_000
+WORST = 5  # documents that are named
+FORMAT = 1  # of the cached file: raise it when shares would come out differently
+
+_WINDOW = 16  # bytes that decide a cut inside a long line
+_ONE_CUT_IN = 64  # such windows, on average
+_BLOCK = 1 << 20  # bytes hashed at once
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What the held-out documents share with the training text.
+
+    `share`: of the bytes that are held out in the end; `before` dropping. `worst`: (name, bytes, share), worst first.
+    `estimate`: whether a sample of the text stands for all of it.
+    """
+
+    choice: str
+    share: float
+    before: float
+    dropped: int
+    dropped_bytes: int
+    worst: tuple[tuple[str, int, float], ...]
+    estimate: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON: what the manifest says."""
+        return {
+            "near_copies": self.choice,
+            "share_in_training": round(self.share, 4),
+            "share_in_training_before_dropping": round(self.before, 4),
+            "estimate": self.estimate,
+            "dropped": {"documents": self.dropped, "bytes": self.dropped_bytes},
+            "worst": [
+                {
+                    "document": name.encode("utf-8", "replace").decode(),
+                    "bytes": size,
+                    "share": round(share, 4),
+                    "dropped": self.choice == "drop" and share >= NEAR_COPY,
+                }
+                for name, size, share in self.worst
+            ],
+        }
+
+
+def heed(corpus: Corpus, choice: str, cache: Path) -> tuple[Corpus, Overlap]:
+    """The corpus as `near_copies: <choice>` wants it, with a note for people, and what was measured.
+
+    Raises:
+        DataError: nothing would be left to score.
+    """
+    notes = list(corpus.notes)
+    shares, estimate = _shares(corpus, cache, notes)
+    copies = [share >= NEAR_COPY for share in shares]
+    kept = [d for d, copy in zip(corpus.heldout, copies, strict=True) if choice == "keep" or not copy]
+    if not kept:
+        raise DataError(
+            f"near_copies=drop would leave nothing held out: of each of the {len(copies)} held-out documents half or "
+            f"more stands in the training text. Set near_copies=keep, or hold out other text"
+        )
+    of = dict(zip(corpus.heldout, shares, strict=True))
+    order = sorted(corpus.heldout, key=lambda document: -of[document] * len(document.text))
+    overlap = Overlap(
+        choice=choice,
+        share=_share_of(kept, of),
+        before=_share_of(corpus.heldout, of),
+        dropped=len(corpus.heldout) - len(kept),
+        dropped_bytes=total_bytes(corpus.heldout) - total_bytes(kept),
+        worst=tuple((d.name, len(d.text), of[d]) for d in order[:WORST] if of[d]),
+        estimate=estimate,
+    )
+    notes += _notes(overlap, sum(copies))
+    if overlap.dropped:
+        corpus = replace(corpus, heldout=kept, fingerprint=fingerprint(corpus.train, kept))
+    return replace(corpus, notes=tuple(notes)), overlap
+
+
+def _share_of(documents: Sequence[Document], of: dict[Document, float]) -> float:
+    return sum(of[d] * len(d.text) for d in documents) / total_bytes(documents)
+
+
+def _notes(overlap: Overlap, copies: int) -> list[str]:
+    if overlap.choice == "drop":
+        documents = f"{overlap.dropped:,} document{'s' if overlap.dropped > 1 else ''}"
+        what = f"{documents}, {overlap.dropped_bytes:,} bytes" if overlap.dropped else "none"
+        notes = [f"held-out near copies of training text dropped: {what}"]
+    else:
+        notes = []
+    if overlap.share > NOTE_ABOVE:
+        most = ", ".join(f"{name} ({share:.0%})" for name, _, share in overlap.worst[:3])
+        mend = f". near_copies=drop leaves out {copies} of its documents" if copies > overlap.dropped else ""
+        about = "about " if overlap.estimate else ""
+        notes.append(
+            f"{about}{overlap.share:.1%} of the held-out text also stands in the training text, which favours models "
+            f"that remember; most of it in {most}{mend}"
+        )
+    return notes
+
+
+def _shares(corpus: Corpus, cache: Path, notes: list[str]) -> tuple[list[float], bool]:
+    """`shares_in_training`, kept in the cache by the text."""
+    path = cache / "near_copies" / f"{corpus.fingerprint[:16]}-v{FORMAT}.json"
+    if path.exists():
+        try:
+            digest, _, text = path.read_text(encoding="utf-8").partition("\n")
+            if digest != _digest(text):
+                raise ValueError("it has changed since it was written")
+            found = json.loads(text)
+            return found["shares"], found["estimate"]
+        except (OSError, ValueError) as error:
+            notes.append(f"rebuilt a damaged cache file: {path}: {error}")
+    shares, estimate = shares_in_training(corpus.train, corpus.heldout)
+    text = json.dumps({"shares": shares, "estimate": estimate})
+    try:
+        write_atomic(path, lambda file: file.write(f"{_digest(text)}\n{text}".encode()))
+    except OSError as error:
+        notes.append(f"what stands in training could not be cached: {error}")
+    return shares, estimate
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def shares_in_training(
+    train: Iterable[Document], heldout: Sequence[Document], largest: int = LARGEST
+) -> tuple[list[float], bool]:
+    """Share of each held-out document's bytes in units that also stand in training, 0 to 1; whether a sample of the
+    units (never more than `largest`) stands for all."""
+    wanted, one_in = _sample(heldout, largest)
+    seen: set[bytes] = set()
+    for document in train:
+        seen.update(wanted.intersection(_told(_units(document.text))))
+    return [_share(document.text, seen, one_in) for document in heldout], one_in > 1
+
+
+def _sample(documents: Iterable[Document], largest: int) -> tuple[set[bytes], int]:
+    """What tells the units, of one in how many."""
+    wanted: set[bytes] = set()
+    one_in = 1
+    for document in documents:
+        wanted.update(tell for tell in _told(_units(document.text)) if _chosen(tell, one_in))
+        while len(wanted) > largest:
+            one_in *= 2
+            wanted = {tell for tell in wanted if _chosen(tell, one_in)}
+    return wanted, one_in
+
+
+def _chosen(tell: bytes, one_in: int) -> bool:
+    return one_in == 1 or zlib.crc32(tell) % one_in == 0
+
+
+def _share(text: bytes, seen: set[bytes], one_in: int) -> float:
+    units = _units(text)
+    sizes = [
+        (len(u), tell in seen) for u, tell in zip(units, _told(units), strict=True) if _chosen(tell, one_in)
+    ]
+    return sum(size for size, is_seen in sizes if is_seen) / max(sum(size for size, _ in sizes), 1)
+
+
+def _units(text: bytes) -> list[bytes]:
+    units = []
+    for line in text.split(b"\n"):
+        if len(line) > LONG_LINE:
+            units.extend(_cut(line))
+        elif line := line.strip():
+            units.append(line)
+    return units
+
+
+def _told(units: list[bytes]) -> list[bytes]:
+    """What each unit is told by."""
+    told = list(units)
+    for place, unit in enumerate(units):
+        if len(unit) < SHORTEST:
+            stop = place + 1
+            while len(unit) < SHORTEST and stop < len(units):
+                unit += b"\n" + units[stop]
+                stop += 1
+            told[place] = unit
+    return told
+
+
+def _cut(line: bytes) -> list[bytes]:
+    """Parts of a long line. A cut is behind a window of bytes whose hash says so, the first of a run of them."""
+    blocks = [
+        start + _cuts(line[start : start + _BLOCK + _WINDOW - 1]) for start in range(0, len(line), _BLOCK)
+    ]
+    cuts = np.concatenate(blocks)
+    cuts = cuts[np.diff(cuts, prepend=-_WINDOW) >= _WINDOW].tolist()
+    return [
+        line[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(line)], strict=True) if start < stop
+    ]
+
+
+def _cuts(block: bytes) -> np.ndarray:
+    """Where windows end that decide a cut (n,) int64."""
+    hashes = np.frombuffer(block, dtype=np.uint8).astype(np.uint64)
+    factor, width = 0x9E3779B97F4A7C15, 1
+    while (
+        width < _WINDOW
+    ):  # hash of 2 w bytes = hash of the first w * factor + hash of the others, modulo 2^64
+        hashes = hashes[:-width] * np.uint64(factor) + hashes[width:]
+        factor, width = factor * factor % 2**64, 2 * width
+    mixed = (hashes ^ (hashes >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+    return np.flatnonzero(mixed >> np.uint64(32) & np.uint64(_ONE_CUT_IN - 1) == 0) + _WINDOW
