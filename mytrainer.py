@@ -58,6 +58,7 @@ def _run(command: str, argv: list[str]) -> int:
         words = argv[1:] if argv and argv[0] == command else argv
         return getattr(importlib.import_module(module), function)(words) or 0
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         raise

@@ -12,18 +12,20 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer.errors import TrainingError
+from trainer.errors import StopRequested, TrainingError
 
 if TYPE_CHECKING:
     from adapters.base import ModelAdapter
     from configs.schema import RunConfig
+
+Result = TypeVar("Result")
 
 __all__ = ["World", "choose_device", "join_process_group", "leave_process_group", "open_world"]
 
@@ -66,7 +68,7 @@ def leave_process_group() -> None:
 
 @dataclass
 class _Failure:
-    error: Exception
+    error: BaseException
 
 
 class World:
@@ -127,7 +129,7 @@ class World:
         if self.is_main:
             try:
                 outcome = work()
-            except (TrainingError, ValueError, OSError) as error:
+            except (TrainingError, ValueError, OSError, StopRequested) as error:
                 if self.size == 1:
                     raise
                 outcome = _Failure(error)
@@ -136,9 +138,11 @@ class World:
             raise outcome.error
         return outcome
 
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
+    def main_first(self, work: Callable[[], Result]) -> Result:
+        """The same work on every process, on rank 0 before the others; where it fails there, it fails on all."""
+        found: list[Result] = []
+        self.on_main(lambda: found.append(work()))
+        return found[0] if found else work()
 
     def sum_on_device(self, values: Tensor) -> Tensor:
         """Element-wise sum of a tensor over all processes, on the device and in the group of the gradients."""

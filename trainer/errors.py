@@ -9,5 +9,5 @@ class TrainingError(RuntimeError):
     """A run cannot go on: the message says what happened, what was kept, and what to do. Exit status 1."""
 
 
-class StopRequested(Exception):
-    """SIGTERM or Ctrl-C arrived: save and leave with exit status 0."""
+class StopRequested(BaseException):
+    """A signal asked for it: save and leave with exit status 0. No `except Exception` on its way may swallow it."""

@@ -37,8 +37,8 @@ from adapters.base import weighted_loss
 from data.tokenizers import load_tokenizer
 from trainer.batching import StepBatch
 from trainer.diagnose import explain_non_finite
-from trainer.distributed import open_world
-from trainer.errors import TrainingError
+from trainer.distributed import World, open_world
+from trainer.errors import StopRequested, TrainingError
 from trainer.evaluate import Score, evaluate
 from trainer.meter import Meter
 from trainer.optim.optimizers import clip_gradients
@@ -63,23 +63,43 @@ __all__ = ["train"]
 def train(cfg: RunConfig, model_cfg: ModelConfig, run_dir: Path, config_yaml: str = "") -> float:
     """Train, score and sample; returns bits per byte (of the best model if `save_best_model`), NaN if stopped
     before the first score. `config_yaml` is kept in the run folder, as the text that reproduces the run."""
-    with open_world(cfg) as world, RunRecord(run_dir, world, config_yaml) as record, StopSignal() as stop:
-        console = record.console
-        checkpoint = world.on_main(lambda: checkpoint_to_resume(cfg, record.folder, console.warn))
-        saved = load_json(checkpoint, "training_state.json") if checkpoint else {}
-        micro_rows = tokenizer = None
-        if checkpoint:
-            tokenizer = load_tokenizer(checkpoint / "tokenizer.json")
-            recorded, share = saved["execution"], cfg.global_batch_size // world.size
-            if recorded["world_size"] == world.size and share % recorded["micro_rows"] == 0:
-                micro_rows = recorded["micro_rows"]
-        session = open_session(cfg, model_cfg, world, micro_rows=micro_rows, tokenizer=tokenizer)
-        trainer = Trainer(session, record, stop)
-        if checkpoint:
-            trainer.resume(checkpoint, saved)
-        elif cfg.init_from_checkpoint:
-            start_from_weights(session, find_checkpoint(cfg.init_from_checkpoint, console.warn), console)
-        return trainer.run()
+    with (
+        StopSignal("saving, then leaving") as stop,
+        open_world(cfg) as world,
+        RunRecord(run_dir, world, config_yaml) as record,
+    ):
+        try:
+            # Of several processes only the one that the others wait for: see `interruptible`.
+            with stop.at_once() if world.size == 1 else nullcontext():
+                trainer = _trainer(cfg, model_cfg, world, record, stop)
+            return trainer.run()
+        except StopRequested:
+            record.stopped(0, stop.name, saved=False)
+            return math.nan
+
+
+def _trainer(
+    cfg: RunConfig, model_cfg: ModelConfig, world: World, record: RunRecord, stop: StopSignal
+) -> Trainer:
+    """A trainer before its first step, or where a checkpoint goes on."""
+    console = record.console
+    checkpoint = world.on_main(lambda: checkpoint_to_resume(cfg, record.folder, console.warn))
+    saved = load_json(checkpoint, "training_state.json") if checkpoint else {}
+    micro_rows = tokenizer = None
+    if checkpoint:
+        tokenizer = load_tokenizer(checkpoint / "tokenizer.json")
+        recorded, share = saved["execution"], cfg.global_batch_size // world.size
+        if recorded["world_size"] == world.size and share % recorded["micro_rows"] == 0:
+            micro_rows = recorded["micro_rows"]
+    session = open_session(
+        cfg, model_cfg, world, micro_rows=micro_rows, tokenizer=tokenizer, interruptible=stop.at_once
+    )
+    trainer = Trainer(session, record, stop)
+    if checkpoint:
+        trainer.resume(checkpoint, saved)
+    elif cfg.init_from_checkpoint:
+        start_from_weights(session, find_checkpoint(cfg.init_from_checkpoint, console.warn), console)
+    return trainer
 
 
 def dropout_seed(seed: int, step: int, first_row: int) -> int:
@@ -363,7 +383,7 @@ class Trainer:
     def _finish(self, score: Score) -> float:
         if not self.cfg.eval_only and self.cfg.save_checkpoint and not self.cfg.save_only_best:
             self._save()
-        self.record.finish(self.s, self.progress, self.meter, score)
+        self.record.finish(self.s, self.progress, self.meter, score, lambda: self.stop.requested)
         if self.cfg.save_best_model and self.progress.best_step >= 0:
             return self.progress.best_bits_per_byte
         return score.bits_per_byte

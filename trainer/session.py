@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -95,16 +95,22 @@ def open_session(
     *,
     micro_rows: int | None = None,
     tokenizer: Tokenizer | None = None,
+    interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Session:
-    """`micro_rows` and `tokenizer`: what a resumed run used, where the configuration leaves them open."""
+    """`micro_rows` and `tokenizer`: what a resumed run used, where the configuration leaves them open.
+
+    `interruptible`: around reading and tokenising the text on the first process, which may raise StopRequested there;
+    the others wait for it, and raise it too.
+    """
     device = world.device
     tune_host(cfg, device)
     precision, reason = choose_precision(cfg.mixed_precision, device)
-    if not world.is_main:
-        world.barrier()  # rank 0 fills the caches of the tokenizer and the token shards first
-    dataset = load_dataset(cfg, unit=adapter_class(cfg).unit(model_cfg), tokenizer=tokenizer)
-    if world.is_main:
-        world.barrier()
+
+    def load() -> Dataset:
+        with interruptible() if world.is_main else nullcontext():
+            return load_dataset(cfg, unit=adapter_class(cfg).unit(model_cfg), tokenizer=tokenizer)
+
+    dataset = world.main_first(load)  # it fills the caches of the tokenizer and the token shards
     adapter = build_adapter(cfg, model_cfg, dataset.tokenizer, device)
     adapter.on_training_text(dataset.train)
     spec = adapter.data_spec()

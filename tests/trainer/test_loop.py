@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import threading
@@ -14,9 +15,10 @@ import pytest
 import torch
 
 from tests.contract.tiny import config
-from trainer import loop
+from trainer import loop, session
 from trainer.errors import TrainingError
 from trainer.loop import train
+from trainer.run import record
 from trainer.run.checkpoint import checkpoints_in, load_json, load_tensors
 
 
@@ -427,6 +429,56 @@ def test_a_signal_during_an_evaluation_repeats_it_after_the_resume(tmp_path, tra
         ]
 
     assert scores(tmp_path / "stopped") == scores(trained)
+
+
+def test_a_signal_while_the_text_is_read_leaves_at_once_and_nothing_behind(tmp_path, monkeypatch, capsys):
+    def reading(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGHUP)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(session, "load_dataset", reading)
+    assert math.isnan(run(tmp_path / "run"))
+    assert "SIGHUP received: nothing was saved" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+class Unready:
+    """Yardsticks that take longer than anybody waits."""
+
+    def done(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        return False
+
+    def close(self):
+        pass
+
+
+class Dead(Unready):
+    def done(self):
+        return True
+
+    def result(self):
+        raise RuntimeError("the yardsticks' process ended with status -9: ")
+
+
+@pytest.mark.parametrize(
+    ("yardsticks", "words"), [(Unready, "were not waited for"), (Dead, "no yardsticks: .*status -9")]
+)
+def test_without_yardsticks_a_run_ends_as_it_should(tmp_path, monkeypatch, capsys, yardsticks, words):
+    monkeypatch.setattr(record, "start_background", lambda *args: yardsticks())
+    score = run(tmp_path)
+    out = capsys.readouterr().out
+    assert re.search(f"^warning: .*{words}", out, re.MULTILINE) and "> this model" in out
+    assert score_of(tmp_path) == score and (tmp_path / "report.html").exists()
+
+
+def test_yardsticks_that_cannot_be_started_are_done_without(tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(record, "start_background", full)
+    run(tmp_path)
+    assert "warning: no yardsticks: [Errno 28]" in capsys.readouterr().out
 
 
 def test_a_final_evaluation_that_was_cut_short_is_made_up_for(tmp_path, monkeypatch):

@@ -140,8 +140,8 @@ def _loop_overhead(configs: tuple[RunConfig, Any], steps: int) -> dict[str, floa
 
     with tempfile.TemporaryDirectory() as scratch:
         bare, ours = _open(configs), _open(configs)
-        with RunRecord(Path(scratch), ours.world) as record, StopSignal() as stop:
-            trainer = Trainer(ours, record, stop)
+        with RunRecord(Path(scratch), ours.world) as record:
+            trainer = Trainer(ours, record, StopSignal())
 
             def real(index: int) -> None:
                 batch = ours.loader.load(index)

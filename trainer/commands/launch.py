@@ -31,11 +31,13 @@ from configs.messages import REDACTED, ConfigError
 from configs.schema import ModelConfig, RunConfig, redacted
 from configs.validate import validate
 from trainer.errors import TrainingError
+from trainer.signals import stop_signals
 
 ROOT = Path(__file__).resolve().parents[2]
 # Where the processes of a self-launched run say who they are and how they ended.
 _POST = "MYTRAINER_WORKERS"
 _KEY = "mytrainer/launch"
+_BEGUN = "begun"  # a file of each of them, once it can save and leave when asked to
 _KEPT = "kept.yaml"  # beside a worker's config: what the run folder keeps of it
 
 
@@ -145,6 +147,8 @@ def run_here(cfg: RunConfig, model_cfg: ModelConfig, folder: Path, text: str) ->
     mistakes that only show once data and model are there, status 2. `text` becomes the run's config.yaml."""
     from trainer.loop import train
 
+    if _POST in os.environ:
+        Path(os.environ[_POST], f"{_BEGUN}-{os.environ.get('RANK', '0')}").touch()
     try:
         return train(cfg, model_cfg, folder, text)
     except (TrainingError, ValueError, OSError) as error:
@@ -171,16 +175,13 @@ def run_workers(cfg: RunConfig, text: str, folder: Path, processes: int) -> floa
             env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
             env |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-        # Sessions of their own: Ctrl-C in a terminal reaches the workers once, through us.
-        children = [
-            subprocess.Popen(
-                command,
-                env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else env,
-                start_new_session=True,
-            )
-            for rank in range(processes)
-        ]
-        with _forwarding(children) as received:
+        children: list[subprocess.Popen[bytes]] = []
+        with _forwarding(children, [Path(post, f"{_BEGUN}-{rank}") for rank in range(processes)]) as received:
+            # Sessions of their own: Ctrl-C in a terminal reaches the workers once, through us.
+            while len(children) < processes and not received:
+                rank = str(len(children))
+                own = {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
+                children.append(subprocess.Popen(command, env={**env, **own}, start_new_session=True))
             status = _wait(children)
         return _outcome(Path(post), status, received)
 
@@ -212,8 +213,10 @@ def _outcome(post: Path, status: int, received: list[int]) -> float:
     if report.exists():
         result = json.loads(report.read_text())
     status = result.get("status", 1) if status else 0
-    if received and status in (0, 1) and not result.get("status"):
-        raise SystemExit(0 if result else 128 + received[0])
+    if received:  # no further job of a sweep is started either
+        if not result:
+            print(f"{signal.Signals(received[0]).name} received: nothing was saved", file=sys.stderr)
+        raise SystemExit(result.get("status", 128 + received[0]))
     if status or not result:
         raise JobFailed(status or 1)
     score = result["score"]
@@ -221,18 +224,20 @@ def _outcome(post: Path, status: int, received: list[int]) -> float:
 
 
 @contextmanager
-def _forwarding(children: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """While open, SIGTERM and SIGINT go to the worker processes. Yields the signals received."""
+def _forwarding(children: list[subprocess.Popen[bytes]], begun: list[Path]) -> Iterator[list[int]]:
+    """While open, what asks to stop goes to the worker processes; those that are not all there yet (`begun`: a file of
+    each) cannot agree on anything, and have nothing to lose. Yields the signals received."""
     received: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
         received.append(number)
+        together = all(path.exists() for path in begun)
         for child in children:
             if child.poll() is None:
-                child.send_signal(number)
+                child.send_signal(number) if together else child.kill()
 
     try:
-        previous = {n: signal.signal(n, forward) for n in (signal.SIGTERM, signal.SIGINT)}
+        previous = {n: signal.signal(n, forward) for n in stop_signals()}
     except ValueError:  # not the main thread (a sweep launcher's): nobody sends it signals
         previous = {}
     try:

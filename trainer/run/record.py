@@ -4,6 +4,7 @@ process 0 alone writes it: to its folder, and to every sink."""
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -54,7 +55,7 @@ class RunRecord:
         if self._yardsticks is not None:
             self._yardsticks.close()
         if self.world.is_main:
-            self.folder.unlock(failed=error is not None)
+            self.folder.unlock(failed=error is not None or not self._sinks)
 
     def begin(self, s: Session, progress: Progress) -> None:
         if not self.world.is_main:
@@ -70,7 +71,10 @@ class RunRecord:
         self._sinks += chosen_trackers(s.cfg, self.console.note)
         for sink in self._sinks:
             sink.begin(facts)
-        self._yardsticks = start_background(s.dataset, s.cfg.val_bytes)
+        try:
+            self._yardsticks = start_background(s.dataset, s.cfg.val_bytes)
+        except OSError as error:
+            self.console.warn(f"no yardsticks: {error}")
 
     def step(
         self, s: Session, progress: Progress, meter: Meter, grad_norm: Tensor, rates: dict[str, float]
@@ -123,13 +127,31 @@ class RunRecord:
         if saved and step:
             self.console.note(f"go on with: python mytrainer.py resume={self.folder.path}")
 
-    def finish(self, s: Session, progress: Progress, meter: Meter, score: Score) -> None:
+    def _read_yardsticks(self, should_stop: Callable[[], bool]) -> dict[str, float]:
+        """Bits per byte by name; nothing where there are none, or nobody wants to wait for them."""
+        if self._yardsticks is None:
+            return {}
+        with self.console.doing("waiting for the yardsticks (Ctrl-C leaves them out)"):
+            while not self._yardsticks.done() and not should_stop():
+                time.sleep(0.02)
+        try:
+            if self._yardsticks.done():
+                return self._yardsticks.result()
+            self.console.warn("the yardsticks were not waited for")
+        except RuntimeError as error:
+            self.console.warn(f"no yardsticks: {error}")
+        return {}
+
+    def finish(
+        self, s: Session, progress: Progress, meter: Meter, score: Score, should_stop: Callable[[], bool]
+    ) -> None:
+        """The score stands: what is still to come is made as far as it can be."""
         flops = progress.flops + meter.flops(self.world)  # takes part on every process
         if not self.world.is_main:
             return
         if self.folder.has_checkpoint(progress.step) and not s.cfg.eval_only:
             self.folder.link_final(progress.step)
-        yardsticks = self._yardsticks.result() if self._yardsticks is not None else {}
+        yardsticks = self._read_yardsticks(should_stop)
         if s.dataset.entropy_bits_per_byte is not None:
             yardsticks["true entropy"] = s.dataset.entropy_bits_per_byte
         summary = summary_of(s, progress, flops, score, yardsticks, time.monotonic() - self._started)

@@ -8,7 +8,10 @@ built for 80 columns.
 import os
 import sys
 import textwrap
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,6 +33,7 @@ from trainer.view.stream import patient
 __all__ = ["Console"]
 
 WIDTH = 80
+FIRST_WORD, LAST_WORDS = 4.0, 60.0  # seconds of silence: at first, at most
 
 
 class Console:
@@ -48,6 +52,7 @@ class Console:
             live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
         self._rich = RichConsole(file=self._stream, force_terminal=True, highlight=False) if live else None
         self._live: Live | None = None
+        self._lock = threading.Lock()  # `doing` prints from a thread
 
     # -- messages ------------------------------------------------------------------------------------------
 
@@ -62,6 +67,32 @@ class Console:
 
     def warn(self, text: str) -> None:
         self._print(f"warning: {text}", "yellow")
+
+    @contextmanager
+    def doing(self, what: str) -> Iterator[Callable[[str], None]]:
+        """Around what may take long: says so once it has, and then and when, from a thread of its own.
+
+        Yields a function to call when it has come to something else.
+        """
+        done = threading.Event()
+        now = [(what, time.monotonic())]
+
+        def tell() -> None:
+            pause = FIRST_WORD
+            while not done.wait(pause):
+                text, since = now[-1]
+                self._print(f"{text} ... {duration(time.monotonic() - since)}", "dim")
+                pause = min(2 * pause, LAST_WORDS)
+
+        thread = threading.Thread(target=tell, name="console", daemon=True)
+        if self._enabled:
+            thread.start()
+        try:
+            yield lambda text: now.append((text, time.monotonic()))
+        finally:
+            done.set()
+            if self._enabled:
+                thread.join()
 
     # -- progress ------------------------------------------------------------------------------------------
 
@@ -137,6 +168,10 @@ class Console:
     def _print(self, text: str, style: str = "") -> None:
         if not self._enabled:
             return
+        with self._lock:
+            self._write(text, style)
+
+    def _write(self, text: str, style: str) -> None:
         if self._rich is None:
             print(text, file=self._stream, flush=True)
         else:

@@ -84,7 +84,7 @@ def patient_streams(raises: bool) -> Iterator[None]:
 
 
 def _nowhere() -> TextIO:
-    return open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open as long as it is standard output)
+    return open(os.devnull, "w", encoding="utf-8")
 
 
 def _open_closed_descriptors() -> None:

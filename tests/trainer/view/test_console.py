@@ -2,6 +2,7 @@
 
 import io
 import re
+import time
 
 import pytest
 
@@ -43,6 +44,8 @@ def everything(console: Console) -> None:
     console.step(STEP | {"step": 30})
     console.score_table(SCORE, YARDSTICKS)
     console.sample("def f(x):\n\treturn x")
+    with console.doing("something"):
+        pass
     console.finish("outputs/run", ["python mytrainer.py generate --checkpoint outputs/run " + "x" * 90])
     console.close()
 
@@ -125,6 +128,27 @@ def test_stream_that_is_not_utf8():
     console.note("gpt2 · é")
     console.sample("λ")
     assert raw.getvalue() == b"gpt2 \\xb7 \\xe9\n\nsample\n  \\u03bb\n"
+
+
+def test_what_takes_long_says_so_and_again(monkeypatch):
+    monkeypatch.setattr("trainer.view.console.FIRST_WORD", 0.01)
+    console, stream = plain()
+
+    def wait_for(text):
+        deadline = time.monotonic() + 10
+        while text not in stream.getvalue():
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+    with console.doing("reading the text") as now:
+        wait_for("reading the text ... 0s\n")
+        now("training the tokenizer")
+        wait_for("training the tokenizer ... 0s\n")
+    said = stream.getvalue()
+    with console.doing("nothing"):
+        pass
+    time.sleep(0.03)
+    assert stream.getvalue() == said
 
 
 # --- the score ----------------------------------------------------------------------------------------
