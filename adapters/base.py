@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -236,6 +237,9 @@ class ModelAdapter(nn.Module):
     default_temperature = 0.8  # of generation
     sample_steps = 0  # of the samples along a run: `GenerateOptions.steps`
     generation_notes: tuple[str, ...] = ()  # what a reader of generated text should know
+    # Buffers of the model that are no weights, where it has them: fitted during a "run", so that one that begins with
+    # its weights starts without; or to the "text", and taken along only to the same text.
+    fitted: Mapping[str, Literal["run", "text"]] = MappingProxyType({})
 
     model: Any  # the backbone, an nn.Module; Any because each has attributes of its own
 
@@ -271,7 +275,7 @@ class ModelAdapter(nn.Module):
 
     def on_training_text(self, store: TokenStore) -> None:
         """Called once before training with the training text, for objectives that are fitted to its statistics. What is
-        learned here belongs into a buffer of the model, so that checkpoints carry it."""
+        learned here belongs into a buffer of the model, so that checkpoints carry it, and into `fitted`."""
 
     def on_step_start(self, ctx: Context, total_steps: int) -> None:
         """Curricula, and draws that all rows of a step share: a function of `ctx` and `total_steps`. Called on every

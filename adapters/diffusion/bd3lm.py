@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -340,6 +341,7 @@ class BD3LMAdapter(DiffusionAdapter):
     """
 
     process_class = BD3LMProcess
+    fitted = MappingProxyType({"clip_plan": "run"})
     AHEAD = 16
 
     def __init__(self, model: Any, model_cfg: Any, tokenizer: Any) -> None:

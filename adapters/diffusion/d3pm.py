@@ -10,6 +10,7 @@ which holds for any s < t, so that sampling and bounds may skip steps. M positio
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -347,9 +348,11 @@ class D3PMAdapter(DiffusionAdapter):
     checkpoint brings its own schedule."""
 
     process_class = D3PMProcess
+    fitted = MappingProxyType({"unigram": "text"})
 
     def __init__(self, model: Any, model_cfg: Any, tokenizer: Any) -> None:
         super().__init__(model, model_cfg, tokenizer)
+        self._made_at = -1  # version of the frequencies that the process was made of
         if needs_unigram(model_cfg):
             model.register_buffer("unigram", torch.empty(model.V))
 
@@ -364,7 +367,13 @@ class D3PMAdapter(DiffusionAdapter):
             counts = torch.bincount(torch.from_numpy(store.tokens[:].astype("int64")), minlength=self.model.V)
             counts[self.tokenizer.eot] += store.n_docs
             self.model.unigram.copy_(counts / counts.sum())
-            self._process = None
+
+    @property
+    def process(self) -> Process:
+        """Made anew where the frequencies have changed, as weights bring theirs."""
+        if needs_unigram(self.model_cfg) and self._made_at != (version := self.model.unigram._version):
+            self._process, self._made_at = None, version
+        return super().process
 
     def make_process(self) -> Process:
         unigram = self.model.unigram.double().cpu() if needs_unigram(self.model_cfg) else None

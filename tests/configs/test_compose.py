@@ -222,13 +222,21 @@ def test_auto_preset_says_what_it_chose_and_how_to_get_the_full_size(work, monke
     assert compose_tree(prepare(["model=gpt2", "device=cpu"]).overrides)["preset"] == "nano"
 
 
+PAPERS = {  # rate, schedule, warm-up, steps, tokens of a row
+    "bd3lm_blocks": (3e-4, "constant", 2500, 150_000, 1024),
+    "d3pm_absorb": (5e-4, "inverse_sqrt", 10_000, 1_000_000, 128),
+    "mdlm": (3e-4, "constant", 2500, 1_000_000, 1024),
+    "sedd_absorb": (3e-4, "constant", 2500, 1_300_000, 1024),
+}
+
+
 @pytest.mark.parametrize("paper", sorted((CONFIGS / "papers").glob("*.yaml")), ids=lambda p: p.stem)
 def test_recipes_of_the_papers(work, paper):
-    cfg, _ = quiet(str(paper))
+    cfg, model_cfg = quiet(str(paper))
     assert cfg.preset == "none" and cfg.optimizer == "adamw" and cfg.global_batch_size == 512
-    assert (
-        cfg.scheduler in ("constant", "inverse_sqrt") and cfg.warmup_steps >= 2000 and cfg.ema_decay == 0.9999
-    )
+    assert (cfg.adam_beta1, cfg.adam_beta2, cfg.weight_decay, cfg.ema_decay) == (0.9, 0.999, 0.0, 0.9999)
+    found = (cfg.learning_rate, cfg.scheduler, cfg.warmup_steps, cfg.num_iterations, cfg.train_seq_len)
+    assert found == PAPERS[paper.stem] and cfg.warmup_ratio is None and model_cfg.n_ctx == cfg.train_seq_len
 
 
 def test_training_yaml_states_every_field_with_the_default_of_the_schema():

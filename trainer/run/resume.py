@@ -14,6 +14,7 @@ from configs.validate import read_saved
 from data import SOURCES
 from trainer.run.checkpoint import checkpoints_in, find_checkpoint, load_json, load_tensors, newest_checkpoint
 from trainer.run.facts import architecture, execution
+from trainer.run.fitted import with_own_fits
 from trainer.run.restore import load_weights, require_same_provenance
 
 if TYPE_CHECKING:
@@ -121,7 +122,8 @@ def start_from_weights(s: Session, source: Path, console: Console) -> None:
     if saved["type"] != s.cfg.type:
         console.warn(f"the weights of {source} were trained as {saved['type']}; this run is {s.cfg.type}")
     require_same_provenance(s.adapter, saved, source)
-    load_weights(s.adapter, load_tensors(source, "model.pt"), f"{source}/model.pt")
+    state = with_own_fits(s, source, load_tensors(source, "model.pt"), console.note)
+    load_weights(s.adapter, state, f"{source}/model.pt")
     s.adapter.constrain(torch.zeros((), device=s.world.device))
     if s.ema:
         averaged = source / "ema.pt"
