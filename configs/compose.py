@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import hydra
@@ -248,7 +249,11 @@ def register() -> None:
     """Store the root config: three group choices and Hydra's own settings."""
     settings: dict[str, Any] = {
         "job": {"name": APP, "chdir": False},
-        "sweep": {"dir": "multirun/${now:%Y-%m-%d}/${now:%H-%M-%S}", "subdir": "${hydra.job.num}"},
+        # By the clock to be found, and by a number of its own: two sweeps may start in one second.
+        "sweep": {
+            "dir": f"multirun/${{now:%Y-%m-%d}}/${{now:%H-%M-%S}}-{token_hex(2)}",
+            "subdir": "${hydra.job.num}",
+        },
     }
     node = {
         "defaults": [

@@ -151,6 +151,11 @@ def parse(argv: list[str]) -> Request:
             for key in request.values
             if key.startswith("hydra")
         ]
+    if request.values.get("init_from_checkpoint") and request.values.get("resume") not in (None, "none"):
+        request.problems.append(
+            "command line: resume and init_from_checkpoint exclude each other: the first goes on with a run, the "
+            "second begins one from weights alone. Leave one of them out"
+        )
     both = {"batch_size", "gradient_accumulation_steps"}
     if both <= request.keys and not {"global_batch_size"} & request.keys:
         request.overrides.append("global_batch_size=null")  # the two asked for decide it

@@ -126,8 +126,6 @@ def _relations(run: RunConfig) -> list[str]:
     """Problems between generic fields."""
     problems = _batch(run) + _schedule(run) + _machine(run) + _trackers(run)
     problems += load("kernels:problems")(run.kernels)
-    if run.resume != "none" and run.init_from_checkpoint:
-        problems.append("resume and init_from_checkpoint exclude each other: the second takes weights only")
     if run.resume == "auto" and not (run.model_name or run.output_dir):
         problems.append("resume=auto needs model_name or output_dir, to know which run goes on")
     problems += _source(run)
@@ -224,8 +222,9 @@ def _files(run: RunConfig) -> list[str]:
         path = Path(run.data_root or "", run.input_file).expanduser()
         if not path.exists():
             problems.append(f"input_file: no such file or folder: {path} (looked from {Path.cwd()})")
-    for name in ("resume", "init_from_checkpoint"):
-        value = getattr(run, name)
+    # A run that goes on does not read what it began from.
+    begins = {"init_from_checkpoint": run.init_from_checkpoint} if run.resume == "none" else {}
+    for name, value in {"resume": run.resume, **begins}.items():
         if value not in (None, "none", "auto") and not Path(value).expanduser().exists():
             problems.append(f"{name}: no such run or checkpoint: {value}")
     if run.resume not in ("none", "auto") and Path(run.resume).expanduser().is_file():

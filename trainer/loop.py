@@ -34,7 +34,6 @@ import torch
 from torch import Tensor
 
 from adapters.base import weighted_loss
-from data.tokenizers import load_tokenizer
 from trainer.batching import StepBatch
 from trainer.diagnose import explain_non_finite
 from trainer.distributed import World, open_world
@@ -45,11 +44,18 @@ from trainer.optim.optimizers import clip_gradients
 from trainer.optim.schedules import schedule_factor
 from trainer.precision import autocast
 from trainer.run.checkpoint import find_checkpoint, load_json, load_tensors, newest_checkpoint
+from trainer.run.folder import BEST
 from trainer.run.lines import refuse_taken_names, refuse_taken_names_of_score
 from trainer.run.progress import Progress
 from trainer.run.record import RunRecord
-from trainer.run.restore import load_weights
-from trainer.run.resume import check_resumable, checkpoint_to_resume, start_from_weights
+from trainer.run.restore import load_average, load_weights, weights_of
+from trainer.run.resume import (
+    check_resumable,
+    checkpoint_to_resume,
+    scores_alike,
+    start_from_weights,
+    tokenizer_to_take,
+)
 from trainer.sample import sample_text
 from trainer.session import Session, open_session
 from trainer.signals import StopSignal
@@ -85,9 +91,12 @@ def _trainer(
     console = record.console
     checkpoint = world.on_main(lambda: checkpoint_to_resume(cfg, record.folder, console.warn))
     saved = load_json(checkpoint, "training_state.json") if checkpoint else {}
-    micro_rows = tokenizer = None
+    source = checkpoint
+    if source is None and cfg.init_from_checkpoint:
+        source = find_checkpoint(cfg.init_from_checkpoint, console.warn)
+    tokenizer = tokenizer_to_take(cfg, source) if source else None
+    micro_rows = None
     if checkpoint:
-        tokenizer = load_tokenizer(checkpoint / "tokenizer.json")
         recorded, share = saved["execution"], cfg.global_batch_size // world.size
         if recorded["world_size"] == world.size and share % recorded["micro_rows"] == 0:
             micro_rows = recorded["micro_rows"]
@@ -97,8 +106,8 @@ def _trainer(
     trainer = Trainer(session, record, stop)
     if checkpoint:
         trainer.resume(checkpoint, saved)
-    elif cfg.init_from_checkpoint:
-        start_from_weights(session, find_checkpoint(cfg.init_from_checkpoint, console.warn), console)
+    elif source:
+        start_from_weights(session, source, console)
     return trainer
 
 
@@ -137,15 +146,15 @@ class Trainer:
                 self._sample()
             return self._finish(score) if score else self._leave()
         step = self.progress.step
-        if step >= self.total and (ended := self.record.ended_with(step)) is not None:
-            self.console.note(
-                f"nothing to do: step {step} >= num_iterations {self.total}. Raise num_iterations to go on"
-            )
-            return self.progress.best_bits_per_byte if self.cfg.save_best_model else ended
+        if self._is_over() and (ended := self.record.ended_with(step)) is not None:
+            self.console.note(f"nothing to do: {self._how_to_go_on()}")
+            return ended
         if self._evaluation_due() and not self._evaluate():
             return self._leave()
         self.s.adapter.train()
-        for batch in self.s.loader.steps(self.progress.step, self.total):
+        for batch in self.s.loader.steps(
+            self.progress.step, self.progress.step if self._is_over() else self.total
+        ):
             started = time.perf_counter()
             denominators, stop, save = self._agree(batch)
             if stop:
@@ -167,6 +176,16 @@ class Trainer:
         self._raise_if_not_finite()
         score = self._final_score()
         return self._finish(score) if score else self._leave()
+
+    def _is_over(self) -> bool:
+        return self.progress.step >= self.total or self._out_of_patience()
+
+    def _how_to_go_on(self) -> str:
+        step = self.progress.step
+        if step < self.total:
+            return f"the run stopped early, at step {step}. Set early_stopping=false or raise early_stopping_patience"
+        length = "num_iterations" if self.cfg.num_epochs is None else "num_epochs"
+        return f"step {step} >= {length} {getattr(self.cfg, length)}. Raise {length} to go on"
 
     def _save_step_due(self) -> bool:
         cfg = self.cfg
@@ -344,11 +363,28 @@ class Trainer:
 
     def _final_score(self) -> Score | None:
         """The score over `val_bytes`; the last interim evaluation if that covered the same text."""
-        cfg = self.cfg
-        same_text = cfg.val_bytes_interim in (None, cfg.val_bytes)
-        if same_text and self.latest and self.progress.evaluated_at == self.progress.step:
+        if self._same_text and self.latest and self.progress.evaluated_at == self.progress.step:
             return self.latest
-        return self._score(self.s.heldout(cfg.val_bytes))
+        return self._score(self.s.heldout(self.cfg.val_bytes))
+
+    @property
+    def _same_text(self) -> bool:
+        """Whether evaluations along the way cover the text of the final score."""
+        return self.cfg.val_bytes_interim in (None, self.cfg.val_bytes)
+
+    def _best(self, last: Score) -> dict[str, Any] | None:
+        """Step and score of best_model/ on the text of the final score; {} where none is kept. None when a stop was
+        asked for meanwhile."""
+        p = self.progress
+        if not self.cfg.save_best_model or p.best_step < 0:
+            return {}
+        if p.best_step == p.step:
+            return {"step": p.step, **last.as_dict()}
+        if self._same_text:
+            return {"step": p.best_step, "bits_per_byte": p.best_bits_per_byte, "kind": last.kind}
+        with weights_of(self.s, self.record.folder.path / BEST):
+            score = self._score(self.s.heldout(self.cfg.val_bytes))
+        return None if score is None else {"step": p.best_step, **score.as_dict()}
 
     # -- saving, resuming, leaving -------------------------------------------------------------------------------
 
@@ -359,19 +395,40 @@ class Trainer:
 
     def resume(self, checkpoint: Path, saved: dict[str, Any]) -> None:
         s = self.s
-        check_resumable(s, checkpoint, saved, self.console.note)
+        before = check_resumable(s, checkpoint, saved, self.console.note)
         load_weights(s.adapter, load_tensors(checkpoint, "model.pt"), f"{checkpoint}/model.pt")
         state = load_tensors(checkpoint, saved["optimizer_file"])
         s.optimizers.load_state_dict(state["optimizers"])
         s.scaler.load_state_dict(state["scaler"])
-        if s.ema:
-            s.ema.load_state_dict(load_tensors(checkpoint, "ema.pt"))
+        if s.ema and not load_average(s.ema, checkpoint):
+            self.console.note(
+                f"{checkpoint.name} keeps no average of the weights: ema_decay begins one at its weights"
+            )
         self.meter.load_state_dict(state["meter"], self.world)
         self.progress = Progress.from_json(saved["progress"], self.planned_flops)
+        self._settle_best(checkpoint, scores_alike(before, self.cfg))
         s.loader.start_at(self.progress.step, saved["position"])
         self.console.note(
             f"resumed {checkpoint.name} at step {self.progress.step}, after {self.progress.seconds:.0f} s of training"
         )
+
+    def _settle_best(self, checkpoint: Path, scores_alike: bool) -> None:
+        """The best score is gone on with where it is one of the same text and, if best_model/ is kept, its model is."""
+        p, folder = self.progress, self.record.folder
+        if p.best_step < 0:
+            return
+        if not scores_alike:
+            why = "evaluations score other text, or other weights, than before"
+        elif self.cfg.save_best_model and not self.world.on_main(
+            lambda: folder.have_best(p.best_step, checkpoint)
+        ):
+            why = f"the model of step {p.best_step} is no longer there"
+        else:
+            return
+        self.console.note(
+            f"the best score so far, {p.best_bits_per_byte:.4f} at step {p.best_step}, is forgotten: {why}"
+        )
+        p.best_bits_per_byte, p.best_step, p.evaluations_without_improvement = math.inf, -1, 0
 
     def _leave(self) -> float:
         """A stop was asked for: save, say how to go on, end well."""
@@ -383,7 +440,17 @@ class Trainer:
     def _finish(self, score: Score) -> float:
         if not self.cfg.eval_only and self.cfg.save_checkpoint and not self.cfg.save_only_best:
             self._save()
-        self.record.finish(self.s, self.progress, self.meter, score, lambda: self.stop.requested)
-        if self.cfg.save_best_model and self.progress.best_step >= 0:
-            return self.progress.best_bits_per_byte
-        return score.bits_per_byte
+        best = self._best(score)
+        if best is None:
+            return self._leave()
+        early = self.progress.step < self.total and not self.cfg.eval_only
+        self.record.finish(
+            self.s,
+            self.progress,
+            self.meter,
+            score,
+            best,
+            stopped_early=early,
+            should_stop=lambda: self.stop.requested,
+        )
+        return best["bits_per_byte"] if best else score.bits_per_byte

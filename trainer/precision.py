@@ -94,9 +94,16 @@ class LossScaler:
         self.scale = self.scale * factor
         self.good_steps = torch.where(grow, torch.zeros_like(self.good_steps), self.good_steps)
 
-    def state_dict(self) -> dict[str, float]:
-        return {"scale": self.scale.item(), "good_steps": self.good_steps.item()}
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "enabled": self.enabled,
+            "scale": self.scale.item(),
+            "good_steps": self.good_steps.item(),
+        }
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self.scale.fill_(state["scale"])
-        self.good_steps.fill_(state["good_steps"])
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing is taken where one of the two is off: another precision is another scale. States that do not say so
+        yet are of an enabled one if there is a scale."""
+        if self.enabled and state.get("enabled", state["scale"] != 1.0):
+            self.scale.fill_(state["scale"])
+            self.good_steps.fill_(state["good_steps"])

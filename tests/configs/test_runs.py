@@ -7,7 +7,7 @@ import json
 import pytest
 
 from configs import compose, runs
-from configs.compose import check, compose_tree, prepare
+from configs.compose import MODEL_GROUP, check, compose_hydra, compose_tree, prepare
 from configs.messages import ConfigError
 from trainer.commands.launch import config_text, read_config
 
@@ -129,6 +129,34 @@ def test_a_run_is_never_overwritten(dante):
     with pytest.raises(ConfigError, match="already holds checkpoint-20. Add resume=auto"):
         planned("mine.yaml", "model_name=dante", "preset=tiny")
     planned("mine.yaml", "model_name=dante", "preset=tiny", "resume=auto")
+
+
+def test_a_run_begun_from_weights_goes_on_though_they_are_gone(dante, work):
+    """By the command that is printed; what it began from stays in its configuration."""
+    saved = (dante / "config.yaml").read_text()
+    (dante / "config.yaml").write_text(
+        saved.replace("init_from_checkpoint: null", "init_from_checkpoint: /no/run")
+    )
+    checked, _ = planned("resume=checkpoints/dante")
+    assert (checked.cfg.init_from_checkpoint, checked.cfg.resume) == ("/no/run", "checkpoints/dante")
+    with pytest.raises(ConfigError, match="init_from_checkpoint: no such run or checkpoint: /no/run"):
+        planned(str(dante / "config.yaml"), "output_dir=new", "model_name=null")
+
+
+def test_going_on_and_beginning_exclude_each_other_on_one_command_line(dante):
+    with pytest.raises(ConfigError, match="command line: resume and init_from_checkpoint exclude each other"):
+        prepare(["resume=checkpoints/dante", "init_from_checkpoint=checkpoints/dante"])
+    planned("resume=checkpoints/dante", "init_from_checkpoint=null")
+    planned("mine.yaml", "output_dir=new", "init_from_checkpoint=checkpoints/dante", "resume=none")
+
+
+def test_two_sweeps_of_one_second_have_folders_of_their_own(work):
+    def folder():
+        plan = prepare(["mine.yaml", "seed=1,2", "-m"])
+        return compose_hydra([f"{MODEL_GROUP}='{next(iter(plan.models))}'"]).hydra.sweep.dir
+
+    one, other = folder(), folder()
+    assert one != other and one.startswith("multirun/")
 
 
 def test_a_mistyped_name_lists_the_runs(dante):

@@ -12,7 +12,7 @@ from data import SOURCES, load_dataset, readers
 from data.rows import HeldoutRows
 from trainer.distributed import World
 from trainer.evaluate import evaluate
-from trainer.run.checkpoint import write_atomically
+from trainer.run.files import write_atomically
 from trainer.run.lines import refuse_taken_names_of_score
 from trainer.run.restore import add_checkpoint_arguments, restore
 from trainer.signals import StopSignal

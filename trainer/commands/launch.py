@@ -93,6 +93,8 @@ def with_absolute_paths(cfg: RunConfig) -> RunConfig:
         changes["data_root"] = os.path.abspath(os.path.expanduser(cfg.data_root))
     elif cfg.input_file is not None:
         changes["input_file"] = os.path.abspath(os.path.expanduser(cfg.input_file))
+    if cfg.init_from_checkpoint is not None:
+        changes["init_from_checkpoint"] = os.path.abspath(os.path.expanduser(cfg.init_from_checkpoint))
     if Path(cfg.tokenizer).suffix == ".json":
         changes["tokenizer"] = os.path.abspath(os.path.expanduser(cfg.tokenizer))
     return cfg.model_copy(update=changes)

@@ -7,11 +7,10 @@ skipped. Links (`model.pt` at the top, `best_model/`, `final_model/`) are for pe
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import re
+import shlex
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 
-from trainer.errors import TrainingError
+from trainer.run.files import beside, checkpoints_in, could_not_write, discard, replace_folder
 
 __all__ = [
     "FORMAT",
@@ -34,36 +33,10 @@ __all__ = [
     "newest_checkpoint",
     "prune",
     "save_checkpoint",
-    "write_atomically",
 ]
 
 FORMAT = 1
-_NAME = re.compile(r"checkpoint-(\d+)")
 DIGESTS = "digests.json"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text`, or leave it as it was. Raises TrainingError if that cannot be done."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise TrainingError(_explain_write_failure(path, error)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def checkpoints_in(run_dir: Path) -> list[Path]:
-    """The `checkpoint-<step>` folders of a run, oldest first, by step number."""
-    found = [
-        (int(m[1]), p) for p in run_dir.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name)) and p.is_dir()
-    ]
-    return [path for _, path in sorted(found)]
 
 
 def save_checkpoint(run_dir: Path, step: int, tensors: dict[str, Any], texts: dict[str, str]) -> Path:
@@ -74,7 +47,7 @@ def save_checkpoint(run_dir: Path, step: int, tensors: dict[str, Any], texts: di
     final = run_dir / f"checkpoint-{step}"
     if final.exists() and damage(final) is None:
         return final  # a step's state is a function of the run: what is there is what would be written
-    temporary = run_dir / f".checkpoint-{step}.{os.getpid()}.tmp"
+    temporary = beside(final)
     try:
         temporary.mkdir(parents=True)
         digests = {}
@@ -85,24 +58,13 @@ def save_checkpoint(run_dir: Path, step: int, tensors: dict[str, Any], texts: di
         _write(temporary / DIGESTS, partial(_write_text, json.dumps(digests, indent=1)))
         _sync_folder(temporary)
         if final.exists():  # damaged: checked above
-            shutil.rmtree(final)
+            discard(final)
         os.rename(temporary, final)
         _sync_folder(run_dir)
     except (OSError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise TrainingError(_explain_write_failure(final, error)) from error
+        raise could_not_write(final, error) from error
     return final
-
-
-def _explain_write_failure(path: Path, error: Exception) -> str:
-    kept = checkpoints_in(path.parent)
-    rest = f"The last complete checkpoint is {kept[-1]}." if kept else "No checkpoint had been saved before."
-    free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
-    if getattr(error, "errno", None) == errno.ENOSPC or free < 1 << 20:
-        reason = f"the disk is full ({free / 1e6:.1f} MB free)"
-    else:
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
-    return f"could not write {path}: {reason}. {rest} Free some space and resume"
 
 
 class _Digesting:
@@ -180,7 +142,7 @@ def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Path | None
 def find_checkpoint(path: str | Path, warn: Callable[[str], None]) -> Path:
     """A checkpoint folder from what a person names: the folder itself, a run folder (its newest), or a link
     folder such as `best_model`."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.exists():
         near = sorted(p.name for p in path.parent.glob("*") if p.is_dir() and not p.name.startswith("."))[:8]
         there = f" In {path.parent}: {', '.join(near)}" if near else ""
@@ -192,8 +154,17 @@ def find_checkpoint(path: str | Path, warn: Callable[[str], None]) -> Path:
         return path
     found = newest_checkpoint(path, warn)
     if found is None:
-        raise ValueError(f"{path} holds no complete checkpoint")
+        raise ValueError(f"{path} holds no complete checkpoint.{_how_to_start_over(path)}")
     return found
+
+
+def _how_to_start_over(run_dir: Path) -> str:
+    """The command for a run that ended before its first checkpoint, behind a space; "" for any other folder."""
+    config = run_dir / "config.yaml"
+    if checkpoints_in(run_dir) or not config.is_file():
+        return ""
+    words = shlex.join([str(config), f"output_dir={run_dir}", "resume=auto"])
+    return f" Its run ended before the first one; to start it over: python mytrainer.py {words}"
 
 
 def load_json(checkpoint: Path, name: str) -> Any:
@@ -209,23 +180,16 @@ def prune(run_dir: Path, keep: int | None) -> None:
     """Delete the oldest checkpoints beyond `keep`. Link folders keep their files: hard links outlive this."""
     if keep is not None:
         for old in checkpoints_in(run_dir)[:-keep]:
-            shutil.rmtree(old)
+            discard(old)
 
 
 def link_folder(checkpoint: Path, target: Path) -> None:
     """Make `target` a folder of hard links (copies where impossible) to a checkpoint's files."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    ready = beside(target)
+    ready.mkdir()
     for file in checkpoint.iterdir():
-        _link(file, temporary / file.name)
-    if target.exists():
-        retired = target.with_name(f".{target.name}.{os.getpid()}.old")
-        os.rename(target, retired)
-        os.rename(temporary, target)
-        shutil.rmtree(retired)
-    else:
-        os.rename(temporary, target)
+        _link(file, ready / file.name)
+    replace_folder(target, ready)
 
 
 def link_files(checkpoint: Path, run_dir: Path) -> None:
@@ -233,8 +197,7 @@ def link_files(checkpoint: Path, run_dir: Path) -> None:
     for file in checkpoint.iterdir():
         if file.name == DIGESTS:
             continue
-        temporary = run_dir / f".{file.name}.{os.getpid()}.tmp"
-        temporary.unlink(missing_ok=True)
+        temporary = beside(run_dir / file.name)
         _link(file, temporary)
         os.replace(temporary, run_dir / file.name)
         temporary.unlink(missing_ok=True)  # renaming one link over another of the same file does nothing

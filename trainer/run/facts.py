@@ -15,7 +15,7 @@ from kernels.precision import compute_dtype
 from trainer.optim.optimizers import role_table
 from trainer.precision import autocast
 from trainer.run.checkpoint import FORMAT
-from trainer.run.manifest import collect_environment, peak_memory_bytes
+from trainer.run.manifest import collect_environment
 from trainer.run.progress import Progress
 from trainer.view.format import quantity
 
@@ -138,6 +138,8 @@ def execution(s: Session) -> dict[str, Any]:
         "device": str(s.world.device.type),
         "world_size": s.world.size,
         "micro_rows": s.plan.micro_rows,
+        "precision": s.precision,
+        "compiled": s.compiled,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
@@ -200,21 +202,24 @@ def summary_of(
     flops: float,
     score: Score,
     yardsticks: dict[str, float],
-    seconds_total: float,
+    best: dict[str, Any],
+    stopped_early: bool,
 ) -> dict[str, Any]:
-    """`flops`: operations of all steps, as they were."""
+    """`flops`: operations of all steps, as they were. `best`: step and score of best_model/, if the run keeps one."""
     return {
         "type": s.cfg.type,
         "score": score.as_dict(),
+        **({"best": best} if best else {}),
         "weights": "averaged (EMA)" if s.ema else "raw",
         "precision": s.precision,
         "yardsticks": yardsticks,
         "steps": progress.step,
+        "stopped_early": stopped_early,
         "tokens": progress.tokens,
         "bytes": progress.bytes,
         "seconds": round(progress.seconds, 3),
-        "seconds_total": round(seconds_total, 3),
+        "seconds_total": round(progress.seconds_total, 3),
         "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else None,
-        "peak_memory_bytes": peak_memory_bytes(s.world.device),
+        "peak_memory_bytes": progress.peak_memory_bytes,
         "flops": flops,
     }

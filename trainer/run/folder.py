@@ -2,6 +2,7 @@
 
 config.yaml manifest.json metrics.jsonl samples.txt summary.json report.html
 checkpoint-<step>/  best_model/  final_model/  and links to the newest checkpoint's files
+metrics.dropped.jsonl  samples.dropped.txt  what lives cut short had written beyond the checkpoint that was gone on with
 """
 
 from __future__ import annotations
@@ -9,15 +10,28 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import filelock
 
 from trainer.errors import TrainingError
-from trainer.run.checkpoint import link_files, link_folder, prune, save_checkpoint, write_atomically
+from trainer.run.checkpoint import (
+    damage,
+    link_files,
+    link_folder,
+    load_json,
+    prune,
+    save_checkpoint,
+)
+from trainer.run.files import append, could_not_write, settle_leftovers, write_atomically
+from trainer.run.metrics import MetricsWriter
 
-__all__ = ["RunFolder"]
+__all__ = ["BEST", "RunFolder"]
+
+BEST = "best_model"
 
 
 class RunFolder:
@@ -32,13 +46,14 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
+            settle_leftovers(self.path)
         except filelock.Timeout:
             raise TrainingError(
                 f"another run is writing to {self.path}. Wait for it, or choose another output_dir"
             ) from None
-        except OSError as error:
+        except (OSError, NotImplementedError) as error:  # the second: a file system without locks
             raise TrainingError(
-                f"cannot write to {self.path}: {error.strerror or error}. Choose another output_dir"
+                f"cannot write to {self.path}: {getattr(error, 'strerror', None) or error}. Choose another output_dir"
             ) from error
 
     def unlock(self, failed: bool) -> None:
@@ -46,10 +61,13 @@ class RunFolder:
         if failed and {p.name for p in self.path.glob("*")} <= {".lock"}:
             shutil.rmtree(self.path, ignore_errors=True)  # a mistake leaves no folder behind
 
+    def holds_a_run(self) -> list[str]:
+        """What of a run's results is there."""
+        return [name for name in ("metrics.jsonl", "summary.json") if (self.path / name).exists()]
+
     def refuse_to_overwrite(self) -> None:
         """A new run into a folder that holds another's results would mix or lose them."""
-        there = [name for name in ("metrics.jsonl", "summary.json") if (self.path / name).exists()]
-        if there:
+        if there := self.holds_a_run():
             raise ValueError(
                 f"{self.path} already holds a run ({', '.join(there)}). Add resume=auto to go on with it, or choose "
                 f"another output_dir"
@@ -57,8 +75,8 @@ class RunFolder:
 
     # -- small files -------------------------------------------------------------------------------------------
 
-    def write(self, name: str, text: str) -> None:
-        write_atomically(self.path / name, text)
+    def write(self, name: str, content: str | bytes) -> None:
+        write_atomically(self.path / name, content)
 
     def write_json(self, name: str, value: Any) -> None:
         self.write(name, json.dumps(value, indent=2) + "\n")
@@ -66,34 +84,44 @@ class RunFolder:
     def read_json(self, name: str) -> dict[str, Any]:
         """{} where there is no such file."""
         path = self.path / name
-        return json.loads(path.read_text()) if path.exists() else {}
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    # -- what a life cut short left ------------------------------------------------------------------------------
+
+    def drop_later(self, step: int, scored: bool) -> str:
+        """Take lines and samples beyond `step`, where the run goes on, out of metrics.jsonl and samples.txt; `scored`:
+        whether the score of `step` is in what is gone on with. They are made anew, as before or, with other settings,
+        otherwise: the old ones are kept beside. A sentence on them, "" where there are none."""
+        dropped = self.path / "metrics.dropped.jsonl"
+        lines = MetricsWriter(self.path).truncate_after(step, scored=scored, aside=dropped)
+        self._drop_samples_after(step)
+        if not lines:
+            return ""
+        return f"metrics.jsonl had {lines} lines beyond step {step}, of a life cut short: moved to {dropped.name}"
 
     # -- samples -----------------------------------------------------------------------------------------------
 
     def add_sample(self, step: int, text: str) -> None:
-        path = self.path / "samples.txt"
-        try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(f"--- step {step} ---\n{text}\n\n")
-        except OSError as error:
-            raise TrainingError(f"could not write {path}: {error.strerror or error}") from error
+        append(self.path / "samples.txt", f"--- step {step} ---\n{text}\n\n")
         self.sampled_at = step
 
-    def drop_samples_after(self, step: int) -> None:
-        """Forget the samples of a life cut short after its last checkpoint."""
+    def _drop_samples_after(self, step: int) -> None:
         text = self._samples()
-        starts = [(int(m[1]), m.start()) for m in re.finditer(r"^--- step (\d+) ---$", text, re.MULTILINE)]
+        starts = [(int(m[1]), m.start()) for m in re.finditer(rb"^--- step (\d+) ---$", text, re.MULTILINE)]
         late = [start for number, start in starts if number > step]
         if late:
+            append(self.path / "samples.dropped.txt", text[late[0] :])
             self.write("samples.txt", text[: late[0]])
         self.sampled_at = max((number for number, _ in starts if number <= step), default=-1)
 
     def last_sample(self) -> str:
-        return self._samples().rsplit("--- step ", 1)[-1].partition("\n")[2].strip("\n")
+        text = self._samples().decode(errors="backslashreplace")
+        return text.rsplit("--- step ", 1)[-1].partition("\n")[2].strip("\n")
 
-    def _samples(self) -> str:
+    def _samples(self) -> bytes:
+        """Bytes: a process killed while it wrote may have left half a character."""
         path = self.path / "samples.txt"
-        return path.read_text(encoding="utf-8") if path.exists() else ""
+        return path.read_bytes() if path.exists() else b""
 
     # -- checkpoints -------------------------------------------------------------------------------------------
 
@@ -102,13 +130,36 @@ class RunFolder:
     ) -> None:
         """Write `checkpoint-<step>/`, point the links to it, delete the oldest beyond `keep`."""
         checkpoint = save_checkpoint(self.path, step, tensors, texts)
-        if best:
-            link_folder(checkpoint, self.path / "best_model")
-        link_files(checkpoint, self.path)
-        prune(self.path, keep)
+        with self._explained():
+            if best:
+                link_folder(checkpoint, self.path / BEST)
+            link_files(checkpoint, self.path)
+            prune(self.path, keep)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            path = Path(error.filename2 or error.filename or self.path)
+            raise could_not_write(path, error, self.path) from error
 
     def has_checkpoint(self, step: int) -> bool:
         return (self.path / f"checkpoint-{step}").exists()
 
     def link_final(self, step: int) -> None:
-        link_folder(self.path / f"checkpoint-{step}", self.path / "final_model")
+        with self._explained():
+            link_folder(self.path / f"checkpoint-{step}", self.path / "final_model")
+
+    def have_best(self, step: int, source: Path) -> bool:
+        """Whether best_model/ is that of `step`, having made it so where that step can still be found: in this run or
+        in that of `source`, the checkpoint that is gone on with. A life may have been cut short just before it made
+        the link, a branch begins without one, and `save_best_model` may have been off until now."""
+        for run in (self.path, source.parent):
+            for found in (run / BEST, run / f"checkpoint-{step}"):
+                if damage(found) is None and load_json(found, "training_state.json")["step"] == step:
+                    if found != self.path / BEST:
+                        with self._explained():
+                            link_folder(found, self.path / BEST)
+                    return True
+        return False

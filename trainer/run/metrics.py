@@ -7,11 +7,10 @@ writing.
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import TrainingError
+from trainer.run.files import append, write_atomically
 
 __all__ = ["MetricsWriter", "read_metrics"]
 
@@ -27,33 +26,24 @@ class MetricsWriter:
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one object: numbers (of Python, numpy or one-element tensors), strings, lists, mappings."""
-        text = json.dumps(_to_json(line), allow_nan=False)
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(text + "\n")
-        except OSError as error:
-            raise TrainingError(f"cannot write {self.path}: {error.strerror or error}") from error
+        append(self.path, json.dumps(_to_json(line), allow_nan=False) + "\n")
 
-    def truncate_after(self, step: float) -> None:
-        """Drop lines of steps beyond `step`, and unreadable ones; the file is replaced in one go."""
+    def truncate_after(self, step: float, *, scored: bool = True, aside: Path | None = None) -> int:
+        """Drop lines of steps beyond `step`, the score of `step` itself unless `scored`, and unreadable lines; the file
+        is replaced in one go. Before that what can be read of them goes to the end of the file `aside`, if there is to
+        be one. Returns how many lines these are."""
         if not self.path.exists():
-            return
-        old = self.path.read_bytes()
-        lines = old.splitlines(keepends=True)
-        new = b"".join(line for line in lines if (at := _step_of(line)) is not None and at <= step)
-        if new == old:
-            return
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                file.write(new)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path)
-        except OSError as error:
-            raise TrainingError(f"cannot write {self.path}: {error.strerror or error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+            return 0
+        lines = [(line, _parse(line)) for line in self.path.read_bytes().splitlines(keepends=True)]
+        readable = [(line, record) for line, record in lines if record is not None]
+        late = [line for line, record in readable if _is_later(record, step, scored)]
+        if len(lines) == len(readable) and not late:
+            return 0
+        if aside is not None and late:
+            append(aside, b"".join(late))
+        kept = [line for line, record in readable if not _is_later(record, step, scored)]
+        write_atomically(self.path, b"".join(kept))
+        return len(late)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -87,9 +77,9 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return _restore(record) if isinstance(record, dict) else None
 
 
-def _step_of(line: bytes) -> float | None:
-    record = _parse(line)
-    return None if record is None else record.get("step", 0)
+def _is_later(record: dict[str, Any], step: float, scored: bool) -> bool:
+    at = record.get("step", 0)
+    return at > step or (at == step and not scored and any(key.startswith("val_") for key in record))
 
 
 def _to_json(value: Any) -> Any:

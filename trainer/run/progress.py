@@ -18,6 +18,8 @@ class Progress:
     bytes: int = 0
     flops: float = 0.0  # operations of the steps up to the last log line, all processes
     seconds: float = 0.0  # spent in training steps, over all lives of the run
+    seconds_total: float = 0.0  # from start to end of every life, as far as it was saved
+    peak_memory_bytes: int = 0  # of any of them
     evaluated_at: int = -1
     best_bits_per_byte: float = math.inf
     best_step: int = -1

@@ -13,6 +13,7 @@ from data.yardsticks import start_background
 from trainer.run.facts import checkpoint_contents, facts_of, kernels_of, summary_of
 from trainer.run.folder import RunFolder
 from trainer.run.lines import evaluation_line, raw_evaluation_line, training_line
+from trainer.run.manifest import peak_memory_bytes
 from trainer.run.progress import Progress
 from trainer.run.sinks import ConsoleSink, MetricsSink, Sink
 from trainer.run.trackers import chosen_trackers
@@ -41,6 +42,7 @@ class RunRecord:
         self._manifest: dict[str, Any] = {}
         self._yardsticks: Any = None
         self._started = time.monotonic()
+        self._earlier_seconds = 0.0  # of earlier lives of the run
 
     def __enter__(self) -> RunRecord:
         self.world.on_main(self.folder.lock)
@@ -60,8 +62,10 @@ class RunRecord:
     def begin(self, s: Session, progress: Progress) -> None:
         if not self.world.is_main:
             return
+        self._earlier_seconds = progress.seconds_total
         facts = facts_of(s, self.folder.path, progress.step)
-        self.folder.drop_samples_after(progress.step)
+        if told := self.folder.drop_later(progress.step, scored=progress.evaluated_at == progress.step):
+            self.console.note(told)
         if self.config_yaml:
             self.folder.write("config.yaml", self.config_yaml)
         self._manifest = facts.manifest
@@ -100,11 +104,17 @@ class RunRecord:
         unread = meter.state_dict(self.world)  # takes part on every process
 
         def write() -> None:
+            self._take_stock(s, progress)
             tensors, texts = checkpoint_contents(s, progress, unread)
             self.folder.save(progress.step, tensors, texts, best=best, keep=s.cfg.save_total_limit)
             self._correct_manifest(s)
 
         self.world.on_main(write)
+
+    def _take_stock(self, s: Session, progress: Progress) -> None:
+        """What only this process knows of the whole run."""
+        progress.seconds_total = self._earlier_seconds + time.monotonic() - self._started
+        progress.peak_memory_bytes = max(progress.peak_memory_bytes, peak_memory_bytes(s.world.device))
 
     def _correct_manifest(self, s: Session) -> None:
         """It was written before the first step; by now operations have run."""
@@ -113,11 +123,15 @@ class RunRecord:
             self.folder.write_json("manifest.json", self._manifest)
 
     def ended_with(self, step: int) -> float | None:
-        """The score a run ended with at this step, None if it has not been scored to the end."""
+        """The score a run ended with at this step (of best_model/ if it keeps one), None if it has not been scored to
+        the end."""
 
         def read() -> float | None:
             summary = self.folder.read_json("summary.json")
-            return summary["score"]["bits_per_byte"] if summary.get("steps") == step else None
+            if summary.get("steps") != step:
+                return None
+            write_report(self.folder.path)  # a life may have been cut short between the two
+            return summary.get("best", summary["score"])["bits_per_byte"]
 
         return self.world.on_main(read)
 
@@ -143,9 +157,18 @@ class RunRecord:
         return {}
 
     def finish(
-        self, s: Session, progress: Progress, meter: Meter, score: Score, should_stop: Callable[[], bool]
+        self,
+        s: Session,
+        progress: Progress,
+        meter: Meter,
+        score: Score,
+        best: dict[str, Any],
+        *,
+        stopped_early: bool,
+        should_stop: Callable[[], bool],
     ) -> None:
-        """The score stands: what is still to come is made as far as it can be."""
+        """The score stands: what is still to come is made as far as it can be. `best`: step and score of best_model/,
+        {} where the run keeps none."""
         flops = progress.flops + meter.flops(self.world)  # takes part on every process
         if not self.world.is_main:
             return
@@ -154,7 +177,8 @@ class RunRecord:
         yardsticks = self._read_yardsticks(should_stop)
         if s.dataset.entropy_bits_per_byte is not None:
             yardsticks["true entropy"] = s.dataset.entropy_bits_per_byte
-        summary = summary_of(s, progress, flops, score, yardsticks, time.monotonic() - self._started)
+        self._take_stock(s, progress)
+        summary = summary_of(s, progress, flops, score, yardsticks, best, stopped_early)
         self.folder.write_json("summary.json", summary)
         self._correct_manifest(s)
         write_report(self.folder.path)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,14 +27,18 @@ from trainer.run.checkpoint import find_checkpoint, load_json, load_tensors
 if TYPE_CHECKING:
     from configs.schema import ModelConfig, RunConfig
     from data.tokenizers import Tokenizer
+    from trainer.optim.ema import EMA
+    from trainer.session import Session
 
 __all__ = [
     "Restored",
     "add_checkpoint_arguments",
     "config_of",
+    "load_average",
     "load_weights",
     "require_same_provenance",
     "restore",
+    "weights_of",
     "with_free_fields",
 ]
 
@@ -117,6 +124,31 @@ def load_weights(adapter: ModelAdapter, state: dict[str, torch.Tensor], source: 
     """Exact match of names and shapes, or a ValueError that lists the differences. External parts keep their own."""
     require_fit(source, shapes(adapter.trained_state()), shapes(state))
     adapter.model.load_state_dict(state, strict=False)
+
+
+def load_average(ema: EMA, checkpoint: Path) -> bool:
+    """Go on with the average that a checkpoint keeps. Where it keeps none, begin one at the present weights; False."""
+    if (checkpoint / "ema.pt").is_file():
+        ema.load_state_dict(load_tensors(checkpoint, "ema.pt"))
+        return True
+    ema.restart()
+    return False
+
+
+@contextmanager
+def weights_of(s: Session, checkpoint: Path) -> Iterator[None]:
+    """Run the body with the weights of a checkpoint of this run, and their average; those of `s` always come back."""
+    own = {name: tensor.clone() for name, tensor in s.adapter.trained_state().items()}
+    average = copy.deepcopy(s.ema.state_dict()) if s.ema else None
+    try:
+        load_weights(s.adapter, load_tensors(checkpoint, "model.pt"), f"{checkpoint}/model.pt")
+        if s.ema:
+            load_average(s.ema, checkpoint)
+        yield
+    finally:
+        load_weights(s.adapter, own, "the weights of this run")
+        if s.ema and average:
+            s.ema.load_state_dict(average)
 
 
 def require_same_provenance(adapter: ModelAdapter, saved: dict[str, Any], source: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from configs.schema import redacted
 from configs.validate import read_saved
 from data import SOURCES
+from data.tokenizers import Tokenizer, load_tokenizer
 from trainer.run.checkpoint import checkpoints_in, find_checkpoint, load_json, load_tensors, newest_checkpoint
 from trainer.run.facts import architecture, execution
 from trainer.run.fitted import with_own_fits
@@ -23,7 +24,13 @@ if TYPE_CHECKING:
     from trainer.session import Session
     from trainer.view.console import Console
 
-__all__ = ["check_resumable", "checkpoint_to_resume", "start_from_weights"]
+__all__ = [
+    "check_resumable",
+    "checkpoint_to_resume",
+    "scores_alike",
+    "start_from_weights",
+    "tokenizer_to_take",
+]
 
 # Where a run is and how long it may go on do not make it another run.
 # The architecture is compared apart.
@@ -51,6 +58,10 @@ def checkpoint_to_resume(cfg: RunConfig, folder: RunFolder, warn: Callable[[str]
                 f"no checkpoint of {folder.path} is sound ({', '.join(p.name for p in damaged)}). Move them away to "
                 f"start anew, or choose another output_dir"
             )
+        if newest is None and folder.holds_a_run():
+            warn(
+                f"{folder.path} holds no checkpoint: its run ended before the first one, and starts over at step 0"
+            )
         return newest
     found = find_checkpoint(cfg.resume, warn)
     if newest is not None and found.resolve() != newest.resolve():
@@ -61,8 +72,28 @@ def checkpoint_to_resume(cfg: RunConfig, folder: RunFolder, warn: Callable[[str]
     return found
 
 
-def check_resumable(s: Session, checkpoint: Path, saved: dict[str, Any], note: Callable[[str], None]) -> None:
-    """Refuse what would silently be another run; announce what changes results or rounding."""
+def tokenizer_to_take(cfg: RunConfig, source: Path) -> Tokenizer | None:
+    """The tokenizer that the weights of a checkpoint were trained with, where the run leaves it open or names it as the
+    checkpoint does. None where it names another: that one is made, and refused unless it comes to the same."""
+    theirs = load_tokenizer(source / "tokenizer.json")
+    named_then = load_json(source, "training_state.json")["training_config"].get("tokenizer")
+    return theirs if cfg.tokenizer in ("auto", theirs.name, named_then) else None
+
+
+def _require_same_tokenizer(s: Session, source: Path) -> None:
+    theirs, mine = load_tokenizer(source / "tokenizer.json"), s.dataset.tokenizer
+    if theirs.digest != mine.digest:
+        raise ValueError(
+            f"tokenizer: '{s.cfg.tokenizer}' is another than the {theirs.name} of {source}, whose weights know the "
+            f"tokens of that one alone. Leave it at tokenizer=auto, which takes the checkpoint's"
+        )
+
+
+def check_resumable(
+    s: Session, checkpoint: Path, saved: dict[str, Any], note: Callable[[str], None]
+) -> RunConfig:
+    """Refuse what would silently be another run; announce what changes results or rounding. Returns the configuration
+    that the checkpoint was trained with."""
     theirs = json.loads((checkpoint / "config.json").read_text())
     mine = architecture(s)
     # A field that is younger than the checkpoint had no effect then, as its default has none now.
@@ -76,16 +107,19 @@ def check_resumable(s: Session, checkpoint: Path, saved: dict[str, Any], note: C
             f"the architecture is fixed by {checkpoint}/config.json (type {theirs['type']}): {what}"
         )
     require_same_provenance(s.adapter, theirs, checkpoint)
-    for key, now in (
-        ("fingerprint", s.dataset.fingerprint),
-        ("tokenizer_digest", s.dataset.tokenizer.digest),
-    ):
-        if saved["data"][key] != now:
-            raise ValueError(
-                f"the data is not what {checkpoint} was trained on ({key} {saved['data'][key][:12]} then, "
-                f"{now[:12]} now). {_mended(before, saved['data'], s)}, or start a new run with "
-                f"init_from_checkpoint={checkpoint}"
-            )
+    _require_same_tokenizer(s, checkpoint)
+    then_text, text = saved["data"]["fingerprint"], s.dataset.fingerprint
+    if then_text != text:
+        raise ValueError(
+            f"the data is not what {checkpoint} was trained on (fingerprint {then_text[:12]} then, {text[:12]} now). "
+            f"{_mended(before, saved['data'], s)}, or start a new run with init_from_checkpoint={checkpoint}"
+        )
+    if before.optimizer != s.cfg.optimizer:
+        raise ValueError(
+            f"optimizer: the state in {checkpoint} was written by another optimizer, {before.optimizer}, and means "
+            f"nothing to {s.cfg.optimizer}. Go on with optimizer={before.optimizer}, or begin a new run from the "
+            f"weights: optimizer={s.cfg.optimizer} init_from_checkpoint={checkpoint} output_dir=<new>"
+        )
     old = {**redacted(before), **{f"model_cfg.{k}": then.get(k) for k in other}}
     new = {**redacted(s.cfg), **{f"model_cfg.{k}": mine["model_cfg"][k] for k in other}}
     changed = [k for k in new if k not in _NOT_COMPARED and old[k] != new[k]]
@@ -95,9 +129,27 @@ def check_resumable(s: Session, checkpoint: Path, saved: dict[str, Any], note: C
         twice, never = s.rows.changed_length(before.train_seq_len, saved["position"])
         note(f"with rows of another length {twice:.1%} of this epoch's text is read twice, {never:.1%} never")
     for key, now in execution(s).items():
-        recorded = saved["execution"].get(key)
+        recorded = saved["execution"].get(key, now)  # what was not recorded yet is not known to differ
         if recorded != now:
             note(f"{key} was {recorded} and is {now}: equal to rounding from here, not bit for bit")
+    return before
+
+
+def scores_alike(before: RunConfig, now: RunConfig) -> bool:
+    """Whether evaluations along the way score the same text with weights of the same kind, so that the best score of
+    the one is one of the other."""
+
+    def scored(cfg: RunConfig) -> tuple[object, ...]:
+        length = cfg.val_seq_len or cfg.train_seq_len
+        return (
+            length,
+            cfg.val_bytes_interim or cfg.val_bytes,
+            cfg.val_tokens,
+            cfg.val_steps,
+            cfg.ema_decay > 0,
+        )
+
+    return scored(before) == scored(now)
 
 
 def _mended(before: RunConfig, data: dict[str, Any], s: Session) -> str:
@@ -122,10 +174,13 @@ def start_from_weights(s: Session, source: Path, console: Console) -> None:
     if saved["type"] != s.cfg.type:
         console.warn(f"the weights of {source} were trained as {saved['type']}; this run is {s.cfg.type}")
     require_same_provenance(s.adapter, saved, source)
+    _require_same_tokenizer(s, source)
     state = with_own_fits(s, source, load_tensors(source, "model.pt"), console.note)
     load_weights(s.adapter, state, f"{source}/model.pt")
     s.adapter.constrain(torch.zeros((), device=s.world.device))
     if s.ema:
         averaged = source / "ema.pt"
         s.ema.restart(load_tensors(source, "ema.pt")["shadow"] if averaged.is_file() else None)
-    console.note(f"weights from {source}; optimizer and step start anew")
+    console.note(
+        f"weights and tokenizer ({s.dataset.tokenizer.name}) from {source}; optimizer and step start anew"
+    )

@@ -32,11 +32,10 @@ class Sink(Protocol):
 
 
 class MetricsSink:
-    """metrics.jsonl. What a life cut short wrote after its last checkpoint is dropped."""
+    """metrics.jsonl."""
 
     def begin(self, facts: Facts) -> None:
         self._writer = MetricsWriter(facts.path)
-        self._writer.truncate_after(facts.step)
 
     def step(self, line: dict[str, Any]) -> None:
         self._writer.write(line)
@@ -62,6 +61,7 @@ class ConsoleSink:
             self._console.note(text)
         self._console.banner(facts.banner)
         self._metrics = facts.console_metrics
+        self._epochs: float | None = facts.config["num_epochs"]
 
     def step(self, line: dict[str, Any]) -> None:
         self._console.step(line, self._metrics)
@@ -74,13 +74,19 @@ class ConsoleSink:
             self._console.evaluation(line)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        self._console.score_table(summary["score"], summary["yardsticks"])
+        self._console.score_table(summary["score"], summary["yardsticks"], summary.get("best"))
         if sample := self._folder.last_sample():
             self._console.sample(sample)
         path, steps = self._folder.path, summary["steps"]
+        if summary["stopped_early"]:
+            longer = "early_stopping=false"
+        elif self._epochs:
+            longer = f"num_epochs={2 * self._epochs:g}"
+        else:
+            longer = f"num_iterations={2 * max(steps, 1)}"
         commands = [
             f"python mytrainer.py generate --checkpoint {path} --prompt 'def '",
-            f"python mytrainer.py resume={path} num_iterations={2 * max(steps, 1)}",
+            f"python mytrainer.py resume={path} {longer}",
         ]
         self._console.finish(path, commands if self._folder.has_checkpoint(steps) else [])
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.run import TRACKERS
 from trainer.run.background import InBackground
-from trainer.run.checkpoint import write_atomically
 from trainer.run.facts import Facts
+from trainer.run.files import write_atomically
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig

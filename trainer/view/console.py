@@ -123,12 +123,15 @@ class Console:
 
     # -- the end -------------------------------------------------------------------------------------------
 
-    def score_table(self, score: dict[str, Any], yardsticks: dict[str, float]) -> None:
-        """The final score among what simple methods reach on the same text."""
+    def score_table(
+        self, score: dict[str, Any], yardsticks: dict[str, float], best: dict[str, Any] | None = None
+    ) -> None:
+        """The final score, and that of the best model where one is kept, among what simple methods reach on the same
+        text."""
         self.close()
         self._print("")
         self._print("bits per byte of the held-out text, lower is better")
-        rows = ranking(score, yardsticks)
+        rows = ranking(score, yardsticks, best)
         names = max(len(name) for name, *_ in rows)
         numbers = max(len(_aligned(number)) for _, _, number, _ in rows)
         for name, _, number, ours in rows:

@@ -88,14 +88,20 @@ YARDSTICK_NOTES = {
 }
 
 
-def ranking(score: dict[str, Any], yardsticks: dict[str, float]) -> list[tuple[str, float, str, bool]]:
-    """(name, bits per byte, printed number, is ours), best first; ours before an equal yardstick."""
+def ranking(
+    score: dict[str, Any], yardsticks: dict[str, float], best: dict[str, Any] | None = None
+) -> list[tuple[str, float, str, bool]]:
+    """(name, bits per byte, printed number, is ours), best first; ours before an equal yardstick. `best`: the score of
+    best_model/ and its `step`."""
     rows = [
         (name, value, f"{value:.3f}", False)
         for name, value in yardsticks.items()
         if name != "ngram_training_bytes" and value is not None
     ]
     rows.append(("this model", score["bits_per_byte"], bits_per_byte(score), True))
+    if best:
+        name = f"best model, of step {best['step']}"
+        rows.append((name, best["bits_per_byte"], bits_per_byte(best), True))
     return sorted(rows, key=lambda row: (row[1], not row[3]))
 
 

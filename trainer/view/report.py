@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from trainer.run.checkpoint import write_atomically
+from trainer.run.files import write_atomically
 from trainer.run.metrics import read_metrics
 from trainer.view.curves import curves
 from trainer.view.format import (
@@ -51,7 +51,7 @@ def write_report(run_dir: Path) -> Path:
         "STYLE": (_ASSETS / "report.css").read_text(encoding="utf-8"),
         "SCRIPT": (_ASSETS / "report.js").read_text(encoding="utf-8"),
         "FACTS": _facts(run_dir, summary, manifest),
-        "SCORE": _score(score, summary.get("yardsticks") or {}) if score else "",
+        "SCORE": _score(score, summary.get("yardsticks") or {}, summary.get("best")) if score else "",
         "OVERLAP": _overlap(manifest.get("data", {}).get("overlap") or {}),
         "CURVES": curves(metrics),
         "SAMPLES": _samples(run_dir / "samples.txt"),
@@ -109,9 +109,9 @@ def _facts(run_dir: Path, summary: dict[str, Any], manifest: dict[str, Any]) -> 
 # --- the score ------------------------------------------------------------------------------------------
 
 
-def _score(score: dict[str, Any], yardsticks: dict[str, float]) -> str:
+def _score(score: dict[str, Any], yardsticks: dict[str, float], best: dict[str, Any] | None) -> str:
     """Bars from zero, best on top, ours marked."""
-    rows = ranking(score, yardsticks)
+    rows = ranking(score, yardsticks, best)
     longest = max(value for _, value, _, _ in rows)
     bars = "".join(
         f'<tr class="{"ours" if ours else ""}"><th>{escape(name)}</th>'

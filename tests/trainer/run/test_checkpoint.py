@@ -8,6 +8,7 @@ import torch
 
 from trainer.errors import TrainingError
 from trainer.run import checkpoint as ck
+from trainer.run import files
 
 
 def save(run: Path, step: int, value: float = 1.0) -> Path:
@@ -79,7 +80,7 @@ def test_a_real_write_error_midway_through_torch_save(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(ck.TrainingError, match="could not write .*checkpoint-1"):
+        with pytest.raises(TrainingError, match="could not write .*checkpoint-1"):
             ck.save_checkpoint(tmp_path, 2, {"model.pt": torch.zeros(10**6)}, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -134,8 +135,8 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
 
 def test_atomic_text(tmp_path, monkeypatch):
     path = tmp_path / "summary.json"
-    ck.write_atomically(path, "old")
-    monkeypatch.setattr(ck.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("no")))
-    with pytest.raises(TrainingError, match="could not write.*summary.json"):
-        ck.write_atomically(path, "new")
+    files.write_atomically(path, "old")
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("no")))
+    with pytest.raises(TrainingError, match="could not write.*summary.json: no. Mend that and try again"):
+        files.write_atomically(path, "new")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["summary.json"]

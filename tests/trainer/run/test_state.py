@@ -1,0 +1,335 @@
+"""What of a run's state is gone on with, or taken along into another, and what is said where it is not."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+from data.tokenizers import load_tokenizer
+from tests.contract.tiny import config
+from trainer import loop
+from trainer.loop import train
+from trainer.precision import LossScaler
+from trainer.run.checkpoint import checkpoints_in, load_json, load_tensors
+from trainer.run.folder import RunFolder
+from trainer.run.progress import Progress
+
+# A rate that ruins the model after its first evaluation: the best model is not the last.
+RUIN = ["optimizer=sgd", "learning_rate=6.0", "max_grad_norm=0", "scheduler=constant", "val_loss_every=1"]
+STOPS = [
+    "val_loss_every=1",
+    "early_stopping=true",
+    "early_stopping_patience=2",
+    "early_stopping_threshold=5.0",
+]
+
+
+def run(path, *more):
+    return train(*config("gpt2", f"output_dir={path}", *more), path)
+
+
+def lines(path, name="metrics.jsonl"):
+    return [json.loads(line) for line in (path / name).read_text().splitlines()]
+
+
+def summary(path):
+    return json.loads((path / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Six steps that nothing happened to, a checkpoint at each."""
+    path = tmp_path_factory.mktemp("trained") / "run"
+    run(path, "save_steps=1", "save_total_limit=null")
+    return path
+
+
+def cut_back(trained, path, step):
+    """A copy of that run, of which a life was cut short with `step` as its last checkpoint."""
+    shutil.copytree(trained, path)
+    for checkpoint in checkpoints_in(path):
+        if int(checkpoint.name.rpartition("-")[2]) > step:
+            shutil.rmtree(checkpoint)
+    return path
+
+
+# -- the tokenizer of given weights --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Two texts, and a run of a tokenizer of the first."""
+    folder = tmp_path_factory.mktemp("texts")
+    for name, words in (
+        ("one", "the cat sat on the mat and the hat "),
+        ("two", "zwölf Boxkämpfer jagen Viktor quer "),
+    ):
+        (folder / name).write_text("".join(f"{words} {n}\n" for n in range(400)))
+    run(folder / "run", "data=text", f"input_file={folder}/one", "tokenizer=bpe-280", "num_iterations=1")
+    return folder
+
+
+@pytest.mark.parametrize("named", ["auto", "bpe-280"])
+def test_weights_bring_their_tokenizer(texts, tmp_path, capsys, named):
+    words = [
+        "data=text",
+        f"input_file={texts}/two",
+        f"tokenizer={named}",
+        f"init_from_checkpoint={texts}/run",
+    ]
+    run(tmp_path, *words, "num_iterations=1")
+    theirs, ours = (
+        load_tokenizer(path / "checkpoint-1" / "tokenizer.json") for path in (texts / "run", tmp_path)
+    )
+    assert ours.digest == theirs.digest
+    assert f"weights and tokenizer (bpe-280) from {texts}/run/checkpoint-1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("other", ["byte", "bpe-270"])
+def test_weights_are_not_read_in_another_tokenizer(texts, tmp_path, other):
+    words = ["data=text", f"input_file={texts}/one", f"tokenizer={other}"]
+    said = f"tokenizer: '{other}' is another than the bpe-280 of .*checkpoint-1.* Leave it at tokenizer=auto"
+    with pytest.raises(ValueError, match=said):
+        run(tmp_path / "new", *words, f"init_from_checkpoint={texts}/run")
+    shutil.copytree(texts / "run", tmp_path / "run")
+    with pytest.raises(ValueError, match=said):
+        run(tmp_path / "run", *words, "resume=auto", "num_iterations=2")
+
+
+def test_a_run_begun_from_weights_goes_on_from_its_own(trained, tmp_path):
+    begun = [f"init_from_checkpoint={trained}", "num_iterations=4", "val_loss_every=0"]
+    run(tmp_path / "whole", *begun)
+    run(tmp_path / "cut", *begun, "save_steps=2")
+    shutil.rmtree(tmp_path / "cut/checkpoint-4")
+    cfg, model_cfg = config("gpt2", *begun)
+    train(cfg.model_copy(update={"resume": "auto"}), model_cfg, tmp_path / "cut")
+    whole, cut = (load_tensors(tmp_path / name / "checkpoint-4", "model.pt") for name in ("whole", "cut"))
+    assert all(torch.equal(value, cut[name]) for name, value in whole.items())
+
+
+# -- averages, scales, totals --------------------------------------------------------------------------------
+
+
+def test_an_average_that_is_turned_on_begins_at_the_weights(trained, tmp_path, capsys):
+    path = cut_back(trained, tmp_path / "run", 6)
+    run(path, "resume=auto", "ema_decay=0.99", "num_iterations=7")
+    assert "checkpoint-6 keeps no average of the weights: ema_decay begins one" in capsys.readouterr().out
+    before = load_tensors(trained / "checkpoint-6", "model.pt")
+    after = load_tensors(path / "checkpoint-7", "model.pt")
+    shadow = load_tensors(path / "checkpoint-7", "ema.pt")["shadow"]
+    for name, value in shadow.items():  # 1 - d = 9/11 in the first update
+        torch.testing.assert_close(value, before[name] + (after[name] - before[name]) * 9 / 11)
+
+
+def test_a_loss_scale_is_that_of_its_precision():
+    device = torch.device("cpu")
+    fp16, other = LossScaler(True, device), LossScaler(False, device)
+    fp16.scale.fill_(1024.0)
+    other.load_state_dict(fp16.state_dict())
+    assert other.scale == 1.0, "nothing would divide by it"
+    again = LossScaler(True, device)
+    again.load_state_dict(other.state_dict())
+    assert again.scale == 2.0**16
+    again.load_state_dict({"scale": 512.0, "good_steps": 3.0})  # before a state said whose it is
+    assert (again.scale, again.good_steps) == (512.0, 3.0)
+
+
+def test_precision_is_announced_where_it_is_the_machine_that_changed_it(trained, tmp_path, capsys):
+    path = cut_back(trained, tmp_path / "run", 6)
+    run(path, "resume=auto", "num_iterations=7", "mixed_precision=bf16")
+    assert "precision was no and is bf16: equal to rounding from here" in capsys.readouterr().out
+
+
+def test_totals_are_of_all_lives(trained, tmp_path):
+    path = cut_back(trained, tmp_path / "run", 3)
+    place = path / "checkpoint-3" / "training_state.json"
+    saved = json.loads(place.read_text())
+    saved["progress"] |= {"seconds_total": 1000.0, "peak_memory_bytes": 2**50}
+    place.write_text(json.dumps(saved))
+    digests = load_json(path / "checkpoint-3", "digests.json")
+    del digests["training_state.json"]
+    (path / "checkpoint-3" / "digests.json").write_text(json.dumps(digests))
+    run(path, "resume=auto")
+    found = summary(path)
+    assert 1000 < found["seconds_total"] < 1100 and found["peak_memory_bytes"] == 2**50
+    assert found["flops"] == pytest.approx(summary(trained)["flops"])
+
+
+def test_progress_of_before_a_field_was_there():
+    saved = {
+        k: v for k, v in Progress(step=3).to_json().items() if k not in ("seconds_total", "peak_memory_bytes")
+    }
+    assert Progress.from_json(saved, 1.0) == Progress(step=3)
+
+
+# -- early stopping and the best model -----------------------------------------------------------------------
+
+
+def test_a_run_that_stopped_early_has_no_step_left(tmp_path, capsys):
+    score = run(tmp_path, *STOPS)
+    out = capsys.readouterr().out
+    assert f"resume={tmp_path} early_stopping=false" in out, "what is printed goes on"
+    assert summary(tmp_path)["stopped_early"]
+    before = {p: p.read_bytes() for p in tmp_path.iterdir() if p.name in ("metrics.jsonl", "summary.json")}
+    assert run(tmp_path, *STOPS, "resume=auto") == score
+    assert (
+        "nothing to do: the run stopped early, at step 3. Set early_stopping=false" in capsys.readouterr().out
+    )
+    assert {p: p.read_bytes() for p in before} == before and len(checkpoints_in(tmp_path)) == 1
+    run(tmp_path, "val_loss_every=1", "resume=auto")
+    assert lines(tmp_path)[-1]["step"] == 6 and not summary(tmp_path)["stopped_early"]
+
+
+def test_a_last_score_that_was_cut_short_costs_no_step(tmp_path):
+    run(tmp_path, *STOPS)
+    (tmp_path / "summary.json").unlink()
+    run(tmp_path, *STOPS, "resume=auto")
+    assert summary(tmp_path)["steps"] == 3
+
+
+def test_the_best_score_stands_beside_the_last(tmp_path, capsys):
+    score = run(tmp_path, *RUIN, "save_best_model=true", "num_iterations=4")
+    found = summary(tmp_path)
+    evaluated = {
+        line["step"]: line["val_bits_per_byte"] for line in lines(tmp_path) if "val_bits_per_byte" in line
+    }
+    step = min(evaluated, key=evaluated.get)
+    assert found["score"]["bits_per_byte"] == evaluated[4] > evaluated[step]
+    assert (found["best"]["step"], found["best"]["bits_per_byte"]) == (step, evaluated[step])
+    assert score == evaluated[step]
+    table = capsys.readouterr().out.partition("lower is better")[2]
+    assert f"> best model, of step {step} " in table and "> this model " in table
+    assert f"best model, of step {step}" in (tmp_path / "report.html").read_text()
+    assert run(tmp_path, *RUIN, "save_best_model=true", "num_iterations=4", "resume=auto") == score
+
+
+def test_the_best_model_is_scored_on_the_text_of_the_last_score(tmp_path):
+    """Evaluations along the way are of a part: their score is not one to set beside the last."""
+    keep = ["save_best_model=true", "num_iterations=4", "synthetic_bytes=60000", "val_bytes=null"]
+    score = run(tmp_path, *RUIN, *keep, "val_bytes_interim=1000")
+    best = summary(tmp_path)["best"]
+    assert best["bytes"] == summary(tmp_path)["score"]["bytes"] > 1000 and best["bits_per_byte"] == score
+    whole = ["synthetic_bytes=60000", "val_bytes=null", "eval_only=true"]
+    given = run(tmp_path / "eval", *whole, f"init_from_checkpoint={tmp_path}/best_model")
+    assert given == pytest.approx(score, rel=1e-6)
+    last = load_tensors(tmp_path / "checkpoint-4", "model.pt")
+    assert not all(
+        torch.equal(v, last[k]) for k, v in load_tensors(tmp_path / "best_model", "model.pt").items()
+    )
+
+
+def test_a_branch_takes_the_best_model_along(tmp_path):
+    keep = [*RUIN, "save_best_model=true", "save_steps=1"]
+    run(tmp_path / "a", *keep, "num_iterations=3", "save_total_limit=1")
+    step = summary(tmp_path / "a")["best"]["step"]
+    run(tmp_path / "b", *keep, f"resume={tmp_path}/a", "num_iterations=5")
+    assert load_json(tmp_path / "b/best_model", "training_state.json")["step"] == step
+    assert summary(tmp_path / "b")["best"]["step"] == step
+
+
+def test_a_best_model_that_is_gone_is_no_best_score(tmp_path, capsys):
+    keep = [*RUIN, "save_best_model=true", "save_total_limit=1"]
+    run(tmp_path, *keep, "num_iterations=3")
+    step = summary(tmp_path)["best"]["step"]
+    shutil.rmtree(tmp_path / "best_model")
+    run(tmp_path, *keep, "num_iterations=4", "resume=auto")
+    assert (
+        f"at step {step}, is forgotten: the model of step {step} is no longer there"
+        in capsys.readouterr().out
+    )
+    assert summary(tmp_path)["best"]["step"] == 4 and (tmp_path / "best_model").is_dir()
+
+
+def test_scores_of_other_text_are_not_compared(trained, tmp_path, capsys):
+    path = cut_back(trained, tmp_path / "run", 6)
+    run(path, "resume=auto", "num_iterations=7", "val_bytes=200")
+    assert "is forgotten: evaluations score other text" in capsys.readouterr().out
+    progress = load_json(path / "checkpoint-7", "training_state.json")["progress"]
+    assert progress["best_step"] == 7
+
+
+def test_another_optimizer_says_how_to_go_on(trained):
+    with pytest.raises(
+        ValueError, match="Go on with optimizer=muon, or .*optimizer=sgd init_from_checkpoint=.*-6"
+    ):
+        cfg, model_cfg = config("gpt2", "num_iterations=9", "optimizer=sgd")
+        train(cfg.model_copy(update={"resume": "auto"}), model_cfg, trained)
+
+
+# -- what a life cut short had written -----------------------------------------------------------------------
+
+
+def test_lines_beyond_the_checkpoint_are_kept_beside(trained, tmp_path, capsys):
+    path = cut_back(trained, tmp_path / "run", 3)
+    late = [line for line in lines(path) if line["step"] > 3]
+    run(path, "resume=auto")
+    said = f"metrics.jsonl had {len(late)} lines beyond step 3, of a life cut short: moved to metrics.dropped.jsonl"
+    assert said in capsys.readouterr().out
+    assert lines(path, "metrics.dropped.jsonl") == late
+    assert (path / "samples.dropped.txt").read_text().startswith("--- step 6 ---\n")
+    assert [line["step"] for line in lines(path)] == [line["step"] for line in lines(trained)]
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts_over_and_says_so(trained, tmp_path, capsys):
+    path = cut_back(trained, tmp_path / "run", 0)
+    before = lines(path)
+    run(path, "resume=auto")
+    out = capsys.readouterr().out
+    assert "holds no checkpoint: its run ended before the first one, and starts over at step 0" in out
+    assert lines(path, "metrics.dropped.jsonl") == before, "nothing is wiped"
+    assert len(lines(path)) == len(before)
+
+
+def test_a_first_start_has_nothing_to_say(tmp_path, capsys):
+    run(tmp_path, "resume=auto", "num_iterations=1")
+    assert "starts over" not in capsys.readouterr().out and not (tmp_path / "metrics.dropped.jsonl").exists()
+
+
+def test_a_path_without_a_checkpoint_says_how_to_start_over(trained, tmp_path):
+    path = cut_back(trained, tmp_path / "my run", 0)
+    (path / "config.yaml").touch()
+    again = rf"python mytrainer.py '{path}/config.yaml' 'output_dir={path}' resume=auto"
+    with pytest.raises(ValueError, match=f"holds no complete checkpoint. .*: {again}"):
+        loop.checkpoint_to_resume(
+            config("gpt2")[0].model_copy(update={"resume": str(path)}), RunFolder(path), print
+        )
+
+
+def test_a_score_behind_the_checkpoint_of_its_step_stands_once(tmp_path, monkeypatch):
+    """Stopped in the middle of an evaluation, gone on with, killed after it: the evaluation is made a second time."""
+    evaluate = loop.evaluate
+
+    def stopping(*args, should_stop, **kwargs):
+        return None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", stopping)
+        assert math.isnan(run(tmp_path))
+    assert [c.name for c in checkpoints_in(tmp_path)] == ["checkpoint-3"]
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop.Trainer, "_train_step", killed)
+        run(tmp_path, "resume=auto")
+    assert loop.evaluate is evaluate
+    run(tmp_path, "resume=auto")
+    assert [line["step"] for line in lines(tmp_path) if "val_bits_per_byte" in line] == [3, 6]
+
+
+def test_half_a_character_in_the_samples_stops_nothing(trained, tmp_path):
+    path = cut_back(trained, tmp_path / "run", 3)
+    with open(path / "samples.txt", "ab") as file:
+        file.write("--- step 7 ---\n€".encode()[:-1])
+    run(path, "resume=auto")
+    assert (path / "samples.txt").read_bytes() == (trained / "samples.txt").read_bytes()
+
+
+def test_a_report_that_was_not_written_any_more_is(trained, tmp_path):
+    path = cut_back(trained, tmp_path / "run", 6)
+    (path / "report.html").unlink()
+    run(path, "resume=auto")
+    assert (path / "report.html").exists()

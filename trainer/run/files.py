@@ -1,0 +1,131 @@
+"""Files and folders that are replaced in one go or left as they were.
+
+What is not whole yet has a name of its own: neither the clock nor the number of the process is in it, which in a
+container is the same every time. What a killed process left under such names is removed by whoever holds the run
+folder's lock next.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from trainer.errors import TrainingError
+
+__all__ = [
+    "append",
+    "beside",
+    "checkpoints_in",
+    "could_not_write",
+    "discard",
+    "replace_folder",
+    "settle_leftovers",
+    "write_atomically",
+]
+
+UNFINISHED, RETIRED = "tmp", "old"
+# Ours, and those of versions that named them by process number. Nothing else in a folder is touched.
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_LEFTOVER = re.compile(rf"\.(?P<name>.+)\.(?:[0-9a-f]{{16}}|\d+)\.(?P<kind>{UNFINISHED}|{RETIRED})")
+
+
+def beside(path: Path, kind: str = UNFINISHED) -> Path:
+    """A hidden name in the same folder that nobody else uses. A name may have 255 bytes: long ones are cut."""
+    return path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.{kind}")
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace `path` by `content`, text as UTF-8, or leave it as it was. Raises TrainingError if that cannot be
+    done."""
+    temporary = beside(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise could_not_write(path, error) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def append(path: Path, content: str | bytes) -> None:
+    """Put `content`, text as UTF-8, at the end of a file. Raises TrainingError if that cannot be done."""
+    try:
+        with open(path, "ab") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        raise could_not_write(path, error) from error
+
+
+def replace_folder(target: Path, ready: Path) -> None:
+    """Put the folder `ready` in the place of `target`. Between the two renames there is neither: `settle_leftovers`
+    brings the old one back."""
+    if not target.exists():
+        os.rename(ready, target)
+        return
+    retired = beside(target, RETIRED)
+    os.rename(target, retired)
+    os.rename(ready, target)
+    shutil.rmtree(retired)
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder so that no half of it is ever seen under its name."""
+    unnamed = beside(folder)
+    os.rename(folder, unnamed)
+    shutil.rmtree(unnamed)
+
+
+def settle_leftovers(folder: Path) -> None:
+    """Finish what a killed process was doing in this folder: what it retired and had not replaced yet comes back, the
+    rest goes. Only for who holds the folder's lock."""
+    for path in folder.iterdir():
+        match = _LEFTOVER.fullmatch(path.name)
+        if match is None:
+            continue
+        original = folder / match["name"]
+        if match["kind"] == RETIRED and not original.exists():
+            os.rename(path, original)
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def checkpoints_in(run_dir: Path) -> list[Path]:
+    """The `checkpoint-<step>` folders of a run, oldest first, by step number."""
+    found = [
+        (int(m[1]), p)
+        for p in run_dir.glob("checkpoint-*")
+        if (m := _CHECKPOINT.fullmatch(p.name)) and p.is_dir()
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def could_not_write(path: Path, error: Exception, run: Path | None = None) -> TrainingError:
+    """The message for a failed write: why, what of the run is safe, what to do. `run`: its folder, that of `path` if
+    none is given; it need not be one."""
+    run = run or path.parent
+    folder = next(p for p in path.absolute().parents if p.exists())
+    free, number = shutil.disk_usage(folder).free, getattr(error, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT) or (number is None and free < 1 << 20):
+        reason, remedy = f"the disk is full ({free / 1e6:.1f} MB free)", "Free some space"
+    else:
+        said = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        reason, remedy = said or type(error).__name__, "Mend that"
+    if kept := checkpoints_in(run):
+        remedy = f"The last complete checkpoint is {kept[-1]}. {remedy} and resume"
+    elif (run / "manifest.json").exists():
+        remedy = f"No checkpoint had been saved before. {remedy} and start again"
+    else:
+        remedy += " and try again"
+    return TrainingError(f"could not write {path}: {reason}. {remedy}")
