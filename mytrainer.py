@@ -44,6 +44,8 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from trainer.view.stream import patient_streams
 
+    if argv[:1] in (["--help"], ["-h"]) and argv[1:2] and argv[1] in COMMANDS:
+        argv = [argv[1], argv[0], *argv[2:]]  # `--help train`, as other programs have it
     command = argv[0] if argv and argv[0] in COMMANDS else "train"
     try:
         with patient_streams(raises=command not in RUNS):

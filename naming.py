@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 __all__ = [
     "Entry",
+    "command_line",
     "did_you_mean",
+    "expand_path",
     "load",
     "look_up",
     "nearest",
@@ -101,10 +106,44 @@ def suggestion(names: list[str]) -> str:
     return f" Did you mean {', '.join(others)} or {last}?" if others else f" Did you mean {last}?"
 
 
+def command_line(*words: object) -> str:
+    """`python mytrainer.py ...`, quoted so that a shell hands on these very words."""
+    return shlex.join(["python", "mytrainer.py", *map(str, words)])
+
+
 def shorten(names: list[str], most: int = 5) -> str:
     """`a, b, c, d, e and 7 more`."""
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+# --- files ---------------------------------------------------------------------------------------------
+
+_LONGEST = 255  # bytes of one name, on every file system in use
+
+
+def expand_path(text: str | Path) -> Path:
+    """A path that a person gave, `~` at its start resolved. ValueError for what no file here can be called."""
+    path = str(text)
+    if unfit := next((c for c in path if c in "\0\n\r"), None):
+        raise ValueError(f"{path!r}: a path cannot hold {'a NUL' if unfit == chr(0) else 'a line break'}")
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        user = path.split("/")[0]
+        raise ValueError(
+            f"{path!r}: there is no home folder for '{user}' here. Write the path in full, or ./{path} for that name"
+        )
+    for name in expanded.split("/"):
+        if (length := len(os.fsencode(name))) > _LONGEST:
+            raise ValueError(
+                f"{shorten_text(path)!r}: a name in it has {length} bytes, and a file or folder {_LONGEST} at most"
+            )
+    return Path(expanded)
+
+
+def shorten_text(text: str, most: int = 60) -> str:
+    """The beginning of a text, with dots where it goes on."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 # --- state kept by name --------------------------------------------------------------------------------

@@ -5,12 +5,14 @@ from __future__ import annotations
 import fnmatch
 import glob
 import os
+import re
 from pathlib import Path
 
 from configs.files import BASE, CONFIGS, EXTENSIONS, ROOT, options, shown
-from configs.frontend import Request, override_choices, parse_override
+from configs.frontend import Request
+from configs.grammar import override_choices, parse_override
 from configs.messages import ConfigError
-from naming import nearest, suggestion
+from naming import expand_path, nearest, suggestion
 
 
 def model_paths(request: Request) -> tuple[list[Path], str]:
@@ -21,7 +23,7 @@ def model_paths(request: Request) -> tuple[list[Path], str]:
         items, wrapped = _items(value)
         function = function or wrapped
         for item in items:
-            paths += _resolve(item, request.config_path)
+            paths += _resolve(item, request)
     unique = list(dict.fromkeys(paths))
     if len(unique) > 1 and not request.multirun:
         raise ConfigError(
@@ -33,6 +35,8 @@ def model_paths(request: Request) -> tuple[list[Path], str]:
 
 def _items(value: str) -> tuple[list[str], str]:
     """Split one value of the flag at top-level commas, or take Hydra's sweep functions apart."""
+    if "," in value and Path(value).suffix in EXTENSIONS and os.path.isfile(os.path.expanduser(value)):
+        return [value], ""  # a comma in its name
     for name in ("choice", "glob", "sort", "shuffle"):
         if value.startswith(f"{name}("):
             parsed = parse_override(f"configs@_global_={value}")
@@ -57,16 +61,13 @@ def _items(value: str) -> tuple[list[str], str]:
     return [i for i in items if i], ""
 
 
-def _resolve(item: str, folder: str | None) -> list[Path]:
+def _resolve(item: str, request: Request) -> list[Path]:
     """One item of the flag: an option name, a path or a file pattern."""
-    path = Path(item).expanduser()
-    if path.suffix in EXTENSIONS or "/" in item or folder:
-        bases = [Path(folder).expanduser().absolute()] if folder else [Path.cwd(), ROOT]
-    else:
-        bases = [CONFIGS]
+    path = _expanded(item, "--hydra_model_cfg")
+    bases, is_name = _bases(item, path, request)
     if any(c in item for c in "*?[") and not any((b / path).exists() for b in bases):
         return _glob(item, path, bases)
-    endings = [""] if path.suffix in EXTENSIONS else ["", *EXTENSIONS] if folder else [*EXTENSIONS, ""]
+    endings = [""] if path.suffix in EXTENSIONS else [*EXTENSIONS, ""] if is_name else ["", *EXTENSIONS]
     tried = [Path(os.path.abspath(f"{base / path}{end}")) for base in bases for end in endings]
     found = next((t for t in tried if t.exists() and (t != CONFIGS or "/" not in item)), None)
     if path == Path("configs") or (found and found.is_dir()):
@@ -86,6 +87,34 @@ def _resolve(item: str, folder: str | None) -> list[Path]:
     return [found]
 
 
+def _bases(item: str, path: Path, request: Request) -> tuple[list[Path], bool]:
+    """The folders in which an item is looked for, in order, and whether it is a name rather than a path."""
+    extra = [_folder("--config-dir", request.config_dir)] if request.config_dir else []
+    if request.config_path:
+        return [_folder("--config-path", request.config_path), *extra], False
+    if path.suffix in EXTENSIONS or "/" in item:
+        return [Path.cwd(), ROOT, *extra], False
+    return [CONFIGS, *extra], True
+
+
+def _folder(flag: str, given: str) -> Path:
+    """A folder that a flag names: from here, or from the project."""
+    path = _expanded(given, flag)
+    found = next((base / path for base in (Path.cwd(), ROOT) if (base / path).is_dir()), None)
+    if found is None:
+        raise ConfigError(
+            f"command line: {flag}: no such folder: {given} (looked from {Path.cwd()} and {ROOT})"
+        )
+    return found
+
+
+def _expanded(given: str, flag: str) -> Path:
+    try:
+        return expand_path(given)
+    except ValueError as error:
+        raise ConfigError(f"command line: {flag}: {error}") from None
+
+
 def _glob(item: str, path: Path, bases: list[Path]) -> list[Path]:
     for base in bases:
         pattern = str(base / path)
@@ -100,6 +129,8 @@ def _glob(item: str, path: Path, bases: list[Path]) -> list[Path]:
 
 
 def _not_found(item: str, path: Path, tried: list[Path]) -> str:
+    if re.match(r"[\w.]+=", item):
+        return f"command line: --hydra_model_cfg has no value of its own: '{item}' stands where a model file belongs"
     if path.suffix and path.suffix not in EXTENSIONS:
         return f"command line: cannot read '{path.suffix}'. Accepted: {' '.join(EXTENSIONS)}"
     names = nearest(path.stem, options())

@@ -11,47 +11,23 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from secrets import token_hex
 from typing import Any
-
-import hydra
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from configs import runs
 from configs.choose import model_paths
-from configs.files import (
-    CONFIGS,
-    ROOT,
-    Locations,
-    Node,
-    choices,
-    describe,
-    description,
-    digest,
-    options,
-    read,
-    read_model,
-    shown,
-)
-from configs.frontend import SIZE_KEYS, Request, override_choices, parse, parse_override
-from configs.hardware import uses_cuda
+from configs.files import BASE, CONFIGS, Locations, Node, digest, options, read, read_model, shown
+from configs.frontend import Request, parse
+from configs.grammar import override_choices, parse_override
+from configs.hydra_app import MODEL_GROUP, compose_tree, register
 from configs.messages import REDACTED, ConfigError, is_secret
-from configs.registry import AMENDMENTS, Model, Registry, amendments
+from configs.paths import usable_paths
+from configs.registry import Model, Registry, amendments
 from configs.schema import GENERIC_FIELDS, ModelConfig, RunConfig
+from configs.size import automatic_preset
 from configs.unread import unread
-from configs.validate import architecture_config, validate
-
-APP = "mytrainer"
-MODEL_GROUP = "configs@_global_"
+from configs.validate import architecture_config, refuse_own_words, validate
 
 
 @dataclasses.dataclass
@@ -65,10 +41,12 @@ class Plan:
     secrets: dict[str, str]  # environment variables that must not reach any file
     notices: list[str]
 
-    def where(self, option: str, tree: dict[str, Any]) -> Locations:
-        """Origins of the keys of a composition with this model."""
-        model = self.models[option]
-        chosen = [(g, tree[g]) for g in ("data", "preset") if g in self.request.values]
+    def where(self, option: str | None, tree: Mapping[str, Any]) -> Locations:
+        """Origins of the keys of a composition with this model (None: the first)."""
+        if not self.models:
+            return Locations([], self.request.keys)
+        model = self.models[option or next(iter(self.models))]
+        chosen = [(g, tree.get(g)) for g in ("data", "preset") if g in self.request.values]
         layers = [read(CONFIGS / g / f"{n}.yaml") for g, n in chosen if n in options(g)]
         amendment = model.amendments.get(str(tree.get("preset"))) if "preset" in self.request.values else None
         layers += [amendment] if amendment else []
@@ -93,7 +71,9 @@ def compose(
     Raises ConfigError. `notify` receives the remarks that stop nothing; default: stderr.
     """
     plan = prepare(overrides)
-    checked = check(plan, compose_tree(plan.overrides))
+    if plan.request.mode != "run" or plan.request.multirun:
+        raise ConfigError("command line: one run is meant here. Leave out --cfg, --info, --help and -m")
+    checked = check(plan, tree_of(plan))
     for text in plan.notices:
         (notify or _to_stderr)(text)
     return checked.cfg, checked.model_cfg
@@ -103,9 +83,10 @@ def _to_stderr(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
 
 
-def list_configs() -> list[tuple[str, str]]:
-    """(option name, one-line description) of every model file in configs/."""
-    return [(name, description(CONFIGS / f"{name}.yaml")) for name in options()]
+def tree_of(plan: Plan, overrides: list[str] | None = None, option: str | None = None) -> dict[str, Any]:
+    """The composition of a plan, or of one point of its sweep. Raises ConfigError with the place of what is wrong."""
+    point = plan.overrides if overrides is None else overrides
+    return compose_tree(point, plan.where(option, plan.request.values))
 
 
 def model_config_class(cfg: RunConfig) -> type[ModelConfig]:
@@ -119,9 +100,10 @@ def prepare(argv: list[str]) -> Plan:
     nodes, function = _models(request)
     if request.problems:
         raise ConfigError(request.problems)
+    _imply_source(request, nodes)
     folder = runs.named_folder(request.values, request.keys)
     saved = runs.saved_architecture(request.values, folder)
-    preset = _preset(request, nodes, saved)
+    preset = automatic_preset(request, nodes, saved)
     registry = Registry(use_presets=not preset and "preset" not in request.values)
     added = [_option(n, request, registry) for n in nodes]
     names = {model.option: model for model in added}
@@ -162,61 +144,64 @@ def _models(request: Request) -> tuple[list[Node], str]:
         return [], ""
 
 
+def _imply_source(request: Request, nodes: list[Node]) -> None:
+    """`input_file=F` alone means the source of text that reads it; no file has to say so, nor the command line."""
+    from data import readers
+
+    stated = [n for node in nodes for n in node.chain() if n.path != BASE and n.values.get("data")]
+    given = "input_file" in request.keys or any(node.stated("input_file") for node in nodes)
+    if not given or "data" in request.keys or stated:
+        return
+    source = readers("input_file")[0]
+    request.values["data"] = source
+    request.overrides.append(f"configs/data={source}")
+    request.notices.append(f"input_file is given: data={source}")
+
+
 def _option(node: Node, request: Request, registry: Registry) -> Model:
     """A file without `type` has the type of its own name if there is such an architecture, else vanilla."""
     if "type" in request.sweeps:
         _refuse_amended(node, request)
     type_ = request.values.get("type") or node.stated("type")
     if type_ or "type" in request.keys:
-        return registry.add(node, str(type_))
-    import models
+        added = registry.add(node, str(type_))
+    else:
+        import models
 
-    type_ = node.path.stem if node.path.stem in models.ARCHITECTURES else "vanilla"
-    request.notices.append(f"{shown(node.path)} states no type: taken as {type_}")
-    return registry.add(node, type_, {"type": type_})
+        type_ = node.path.stem if node.path.stem in models.ARCHITECTURES else "vanilla"
+        request.notices.append(f"{shown(node.path)} states no type: taken as {type_}")
+        added = registry.add(node, type_, {"type": type_})
+    _refuse_own_words(added, _types(request, type_), request)
+    return added
+
+
+def _types(request: Request, type_: Any) -> list[str]:
+    """The types that a model file is trained as: one, or those of a sweep over `type`."""
+    if "type" not in request.sweeps:
+        return [str(type_)]
+    return override_choices(parse_override(f"type={request.written('type')}"), [])
+
+
+def _refuse_own_words(model: Model, types: list[str], request: Request) -> None:
+    """Keys that were read as another spelling of a field, though in this architecture's world they mean another."""
+    for type_ in types:
+        for spelled in request.spelled.values():
+            refuse_own_words(type_, [spelled], "command line")
+        for node in (*model.layers, *model.amendments.values()):
+            for key, line in node.lines.items():
+                refuse_own_words(type_, [key], f"{shown(node.path)}:{line}")
 
 
 def _refuse_amended(node: Node, request: Request) -> None:
     """The types of a sweep over `type` share one option, so what a preset means for one of them cannot apply."""
     chosen = request.values.get("preset", node.stated("preset"))
     presets = set(chosen if isinstance(chosen, list) else [chosen])
-    (swept,) = (o for o in request.overrides if o.startswith("type="))
-    for type_ in override_choices(parse_override(swept), []):
+    for type_ in _types(request, None):
         if amended := presets & amendments(node, type_).keys():
             raise ConfigError(
                 f"command line: preset {min(amended)} means something of its own for type {type_}, which a sweep over "
                 f"type cannot follow. Sweep over model files: --hydra_model_cfg=a.yaml,b.yaml"
             )
-
-
-def _preset(request: Request, nodes: list[Node], saved: tuple[dict[str, Any], Path] | None) -> str:
-    """The preset that `auto` stands for; nothing where the command line or the file names one."""
-    if request.values.get("preset", "auto") != "auto" or not nodes:
-        return ""
-    stated = {n.stated("preset") for n in nodes} - {None, "auto"}
-    if stated and "preset" not in request.values:
-        return ""
-    if saved:
-        begun_with = str(saved[0].get("preset"))
-        return begun_with if begun_with in options("preset") else "none"
-    shipped = all(n.path.parent == CONFIGS and n.stated("type") == n.path.stem for n in nodes)
-    sized = [k for k in SIZE_KEYS if f"model_cfg.{k}" in request.keys]
-    data = request.values.get("data") or next(
-        (n.stated("data") for n in nodes if n.stated("data")), "embedded"
-    )
-    if shipped and data == "embedded" and sized:
-        request.notices.append(
-            f"preset auto: the file's own full size, as model_cfg.{sized[0]} is given. Add preset=nano (or another) to "
-            f"change that one and have a small run"
-        )
-    if not shipped or sized or data != "embedded":
-        return "none"
-    on_cuda = uses_cuda(str(request.values.get("device", "auto")))
-    preset, why = ("small", "CUDA") if on_cuda else ("nano", "no CUDA device")
-    size = description(CONFIGS / "preset" / f"{preset}.yaml").split(".")[0].split(",")[0]
-    command = f"python mytrainer.py --hydra_model_cfg={','.join(shown(n.path) for n in nodes)} preset=none"
-    request.notices.append(f"preset auto: {preset} ({why}, embedded corpus; {size}). Full size: {command}")
-    return preset
 
 
 def _added(override: str) -> str:
@@ -245,87 +230,10 @@ def _hide_secrets(request: Request, nodes: list[Node], overrides: list[str]) -> 
     return {k: v for k, v in secrets.items() if v != REDACTED}
 
 
-def register() -> None:
-    """Store the root config: three group choices and Hydra's own settings."""
-    settings: dict[str, Any] = {
-        "job": {"name": APP, "chdir": False},
-        # By the clock to be found, and by a number of its own: two sweeps may start in one second.
-        "sweep": {
-            "dir": f"multirun/${{now:%Y-%m-%d}}/${{now:%H-%M-%S}}-{token_hex(2)}",
-            "subdir": "${hydra.job.num}",
-        },
-    }
-    node = {
-        "defaults": [
-            {MODEL_GROUP: None},
-            {"configs/data": None},
-            {"configs/preset": None},
-            # What a size means for one architecture besides (configs/registry.py); wins over the preset's own.
-            {f"optional configs/{AMENDMENTS}": f"${{{MODEL_GROUP}}}-${{configs/preset}}"},
-            "_self_",
-            {"override hydra/job_logging": "none"},
-        ],
-        "hydra": settings,
-    }
-    store = ConfigStore.instance()
-    store.store(name=APP, node=node)
-    for name in set(choices("data")) - set(options("data")):  # rows of the table need no file
-        store.store(group="configs/data", name=name, node={"data": name}, package="_global_")
-
-
-def help_text() -> str:
-    """What `--help` says before it shows the composed config."""
-
-    def listing(folder: str) -> str:
-        lines = [f"  {n:<12} {describe(folder, n)}" for n in choices(folder)]
-        return "\n".join(lines)
-
-    return f"""Train:  python mytrainer.py --hydra_model_cfg=configs/<name>.yaml [preset=<size>] [key=value]
-Sweep:  python mytrainer.py --hydra_model_cfg=a,b learning_rate=1e-3,3e-4 -m    (a process per point)
-Go on:  python mytrainer.py --model_name <name> [--num_iterations N]           (checkpoints/<name>)
-Other:  python mytrainer.py generate | eval | show | bench --help
-
-Show instead of run: --cfg job [--resolve] [--package model_cfg], --info defaults-tree
-
-Models (--hydra_model_cfg=configs/<name>.yaml, or any YAML file of yours):
-{listing("")}
-
-Sizes (preset=<name>):
-{listing("preset")}
-
-Data (data=<name>):
-{listing("data")}
-"""
-
-
-@contextmanager
-def _hydra() -> Iterator[None]:
-    GlobalHydra.instance().clear()
-    try:
-        with hydra.initialize_config_dir(config_dir=str(ROOT), version_base="1.3", job_name=APP):
-            yield
-    except (HydraException, OmegaConfBaseException) as error:
-        first = str(error).strip().split("\n")[0]
-        raise ConfigError(f"command line: {first}") from error
-
-
-def compose_hydra(overrides: list[str]) -> DictConfig:
-    """Hydra's composition, its own settings included."""
-    with _hydra():
-        return hydra.compose(APP, overrides, return_hydra_config=True)
-
-
-def compose_tree(overrides: list[str]) -> dict[str, Any]:
-    """Hydra's composition, resolved, as plain values."""
-    with _hydra():
-        tree = OmegaConf.to_container(hydra.compose(APP, overrides), resolve=True)
-    assert isinstance(tree, dict)
-    return {str(k): v for k, v in tree.items()}
-
-
 def check(plan: Plan, tree: dict[str, Any], option: str | None = None) -> Checked:
     """Check one composition: the lock of the run that goes on, then everything `validate` knows."""
     option = option or next(iter(plan.models))
+    tree.update(usable_paths(tree, plan.where(option, tree)))
     folder = runs.named_folder(tree, plan.request.keys)
     saved = plan.saved or runs.saved_architecture(tree, folder)
     if saved:
@@ -337,40 +245,3 @@ def check(plan: Plan, tree: dict[str, Any], option: str | None = None) -> Checke
     runs.refuse_overwrite(tree, folder)
     path = plan.models[option].path
     return Checked(cfg, model_cfg, folder, f"{path} (sha256 {digest(path)})")
-
-
-def check_grid(plan: Plan) -> list[Checked] | None:
-    """Compose and check every point of a grid before the first starts; `None` for other sweepers, whose
-    trials do not exist yet. One bad point stops all, and the message lists every bad one."""
-    parser = OverridesParser.create()
-    parsed = parser.parse_overrides(plan.overrides)
-    fixed = [o.input_line for o in parsed if not o.is_sweep_override() and o.input_line]
-    settings = compose_hydra([*fixed, f"{MODEL_GROUP}='{next(iter(plan.models))}'"]).hydra.sweeper
-    if not str(settings.get("_target_", "")).endswith(".BasicSweeper"):
-        return None
-    extra = [f"{k}={v}" for k, v in (settings.get("params") or {}).items()]
-    (points,) = BasicSweeper.split_arguments(parser.parse_overrides([*extra, *plan.overrides]), None)
-    varied = {
-        o.get_key_element()
-        for o in parser.parse_overrides([*extra, *plan.overrides])
-        if o.is_sweep_override()
-    }
-    problems: list[str] = []
-    checked: list[Checked] = []
-    for number, point in enumerate(points):
-        label = " ".join(p.replace(MODEL_GROUP, "model") for p in point if p.split("=")[0] in varied)
-        option = next(p.partition("=")[2].strip("'") for p in point if p.startswith(f"{MODEL_GROUP}="))
-        try:
-            checked.append(check(plan, compose_tree(point), option))
-        except ConfigError as error:
-            problems += [f"job {number} ({label}): {p}" for p in error.problems]
-    folders = [c.folder for c in checked if c.folder]
-    if len(set(folders)) < len(folders):
-        shared = next(f for f in folders if folders.count(f) > 1)
-        problems.append(
-            f"{folders.count(shared)} jobs would share the run folder {shared}. "
-            "Leave model_name and output_dir out of a sweep, or sweep over them too"
-        )
-    if problems:
-        raise ConfigError(problems)
-    return checked

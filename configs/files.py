@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,18 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
+from configs.defaults_list import parse_entry, placed
 from configs.messages import ARCHITECTURE_ALIASES, RENAMED, ConfigError
 from configs.schema import CHOICES
-from naming import did_you_mean
+from naming import did_you_mean, expand_path
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 BASE = CONFIGS / "training.yaml"
 EXTENSIONS = (".yaml", ".yml")
 SELF = "_self_"
+_HEADER = re.compile(r"\A(?:#.*\n|\s*\n)*?#\s*@package\s+(?P<package>\S+)")
+_PLAIN = re.compile(r"(?!optional )[^@]*(?<!\.yaml)(?<!\.yml)")  # an entry that Hydra reads as we do
 
 
 def options(folder: str = "") -> list[str]:
@@ -36,8 +40,14 @@ def choices(group: str) -> list[str]:
 
 
 def description(path: Path) -> str:
-    """First comment line of a YAML file that says something."""
-    for line in path.read_text(encoding="utf-8").splitlines():
+    """First comment line of a YAML file that says something; what is wrong with one that cannot be read."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        return f"invalid: not UTF-8 text ({error.reason} at byte {error.start})"
+    except OSError as error:
+        return f"invalid: {error.strerror or error}"
+    for line in text.splitlines():
         if not line.startswith("#"):
             break
         if "@package" not in line:
@@ -89,8 +99,8 @@ class Node:
         return self.plain and self.path.is_relative_to(CONFIGS) and all(p.native() for p in parents)
 
 
-def read(path: Path, stack: tuple[Path, ...] = ()) -> Node:
-    """Load a file and, recursively, the files of its `defaults`. Raises ConfigError."""
+def read(path: Path, stack: tuple[Path, ...] = (), package: str = "") -> Node:
+    """A file and, recursively, the files of its `defaults`. Its fields stand under `package`. Raises ConfigError."""
     path = path.resolve()
     if path in stack:
         cycle = (*stack[stack.index(path) :], path)
@@ -101,11 +111,18 @@ def read(path: Path, stack: tuple[Path, ...] = ()) -> Node:
         raise ConfigError(
             f"{shown(path)}:{lines['defaults']}: defaults must be a list, e.g. [training, _self_]"
         )
+    if "hydra" in values:
+        raise ConfigError(
+            f"{shown(path)}:{lines.get('hydra', 1)}: settings of Hydra cannot stand in a model file. Give them on the "
+            "command line, e.g. hydra.sweep.dir=<folder>; folders of further files by --config-dir=<folder>"
+        )
+    at = lines.get("defaults", 1)
+    values, lines = placed(values, lines, package)
     folded, notices = _fold(path, values, lines)
-    plain = not folded and all(isinstance(e, str) and Path(e).suffix not in EXTENSIONS for e in entries)
+    plain = not (folded or package) and all(isinstance(e, str) and _PLAIN.fullmatch(e) for e in entries)
     parents: list[Node | str] = []
     for entry in entries:
-        parents += _parents(path, lines.get("defaults", 1), entry, (*stack, path))
+        parents += _parents(path, at, entry, (*stack, path), package)
     if SELF not in parents:
         parents.append(SELF)
     return Node(path, values, lines, parents, plain, notices)
@@ -151,6 +168,12 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     if tree is not None and not isinstance(tree, yaml.MappingNode):
         raise ConfigError(
             f"{shown(path)}:1: expected 'key: value' lines, got {text.strip().splitlines()[0]!r}"
+        )
+    if (header := _HEADER.search(text)) and header["package"] != "_global_":
+        number = text.count("\n", 0, header.start("package")) + 1
+        raise ConfigError(
+            f"{shown(path)}:{number}: '# @package {header['package']}' is not read here: fields stand where they are "
+            f"written. Leave it out; the list that names a file can place it: {path.stem}@{header['package']}"
         )
     own = {str(k): copy.deepcopy(v) for k, v in values.items()}
     return own, dict(_lines(tree, "")) if tree is not None else {}
@@ -206,37 +229,40 @@ def _fold(path: Path, values: dict[str, Any], lines: dict[str, int]) -> tuple[bo
     return bool(renamed or accepted), [f"{shown(path)}: '{old}' is read as '{new}'" for old, new in renamed]
 
 
-def _parents(path: Path, line: int, entry: Any, stack: tuple[Path, ...]) -> list[Node | str]:
+def _parents(path: Path, line: int, entry: Any, stack: tuple[Path, ...], package: str) -> list[Node | str]:
     """The nodes of one entry of `defaults`."""
     if entry == SELF:
         return [SELF]
     where = f"{shown(path)}:{line}"
-    names = [entry]
-    if isinstance(entry, dict) and len(entry) == 1:
-        (group, value) = next(iter(entry.items()))
-        if str(group).startswith("override ") or str(group).lstrip("/").startswith("hydra"):
+    nodes: list[Node | str] = []
+    for wanted in parse_entry(entry, where):
+        found, tried = _find_parent(path, where, wanted.name)
+        if found is not None:
+            inner = ".".join(part for part in (package, wanted.package) if part)
+            nodes.append(read(found, stack, inner))
+        elif not wanted.optional:
             raise ConfigError(
-                f"{where}: '{group}: {value}' cannot stand in a model file. "
-                f"Give it on the command line: {str(group).removeprefix('override ').lstrip('/')}={value}"
+                f"{where}: no such config: {wanted.name} (tried {', '.join(shown(t) for t in tried)})"
             )
-        values = value if isinstance(value, list) else [value]
-        names = [f"{group}/{v}" for v in values if v is not None]
-    if not all(isinstance(n, str) for n in names):
-        raise ConfigError(f"{where}: a defaults entry is a name or a path, got {entry!r}")
-    return [read(_find_parent(path, where, name), stack) for name in names]
+    return nodes
 
 
-def _find_parent(path: Path, where: str, name: str) -> Path:
-    """Beside the file first, then in configs/. A leading slash is Hydra's way to say: from the project."""
+def _find_parent(path: Path, where: str, name: str) -> tuple[Path | None, list[Path]]:
+    """The file, and where it was looked for: beside the other first, then in configs/. A leading slash is Hydra's way
+    to say: from the project."""
     bare = name[1:] if name.startswith("/configs/") else name
     folders = [ROOT] if bare != name else [path.parent, CONFIGS]
     endings = [""] if Path(bare).suffix in EXTENSIONS else list(EXTENSIONS)
-    tried = [folder / (Path(bare).expanduser().as_posix() + end) for folder in folders for end in endings]
+    try:
+        expanded = expand_path(bare).as_posix()
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    tried = [folder / (expanded + end) for folder in folders for end in endings]
     for candidate in tried:
         # A file called training.yaml may build on the shared one; any other self-reference is a cycle.
         if candidate.is_file() and not (bare == BASE.stem and candidate.resolve() == path):
-            return candidate
-    raise ConfigError(f"{where}: no such config: {name} (tried {', '.join(shown(t) for t in tried)})")
+            return candidate, tried
+    return None, tried
 
 
 def check_option(group: str, name: Any, where: str) -> str:

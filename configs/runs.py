@@ -19,7 +19,7 @@ RUNS = Path("checkpoints")
 
 def folder_of_path(path: str | Path) -> Path:
     """The run folder of `resume=<path>`, where the path is that folder or one of its checkpoints."""
-    path = Path(path).expanduser()
+    path = Path(path)
     inside = re.fullmatch(r"checkpoint-\d+|best_model|final_model", path.name)
     return path.parent if inside else path
 
@@ -35,7 +35,7 @@ def named_folder(values: Mapping[str, Any], explicit: set[str] = frozenset()) ->
     if resume not in (None, "none", "auto", "???") and not said_here:
         return folder_of_path(resume)
     if values.get("output_dir") and said_here != {"model_name"}:
-        return Path(values["output_dir"]).expanduser()
+        return Path(values["output_dir"])
     return RUNS / str(values["model_name"]) if values.get("model_name") else None
 
 
@@ -56,7 +56,7 @@ def implied_model(request: Request) -> str | None:
     folder = folder_of_path(resume) if branch else named_folder(request.values, request.keys)
     if folder is None:
         return None
-    if branch and Path(resume).expanduser().is_file():
+    if branch and Path(resume).is_file():
         raise ConfigError(f"command line: {not_a_folder(resume)}")
     config = folder / "config.yaml"
     if not config.is_file():
@@ -74,7 +74,7 @@ def implied_model(request: Request) -> str | None:
 
 def not_a_folder(resume: str) -> str:
     """The message for `resume=run/model.pt`."""
-    parent = folder_of_path(Path(resume).expanduser().parent)
+    parent = folder_of_path(Path(resume).parent)
     hint = f" Go on with its run: resume={parent}" if (parent / "config.yaml").is_file() else ""
     return f"resume: {resume} is a file; a run folder or a checkpoint-<step> in one is needed.{hint}"
 
@@ -99,7 +99,7 @@ def saved_architecture(values: Mapping[str, Any], folder: Path | None) -> tuple[
     resume = values.get("resume")
     if resume in (None, "none"):
         return None
-    source = folder if resume == "auto" else Path(str(resume)).expanduser()
+    source = folder if resume == "auto" else Path(str(resume))
     if source is None:
         return None
     run = folder_of_path(source)

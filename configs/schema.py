@@ -8,15 +8,17 @@ wanted), closed (unknown keys are errors) and frozen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+import typing
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from configs.messages import REDACTED, is_secret
-from naming import Entry, load, not_one_of
+from naming import Entry, expand_path, load, not_one_of, shorten_text
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,44 @@ class OneOf:
         return name
 
 
+@dataclass(frozen=True)
+class Names:
+    """Marks a text that a file or folder is called by. `check` gives it as it is used, or raises ValueError."""
+
+    check: Callable[[str], str]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+
+def _path(text: str) -> str:
+    return str(expand_path(text)) if text else text
+
+
+def _run_name(name: str) -> str:
+    """A name that is one folder on every system."""
+    fits = re.fullmatch(r"[A-Za-z0-9._-]+", name) and name.strip(".")
+    if fits and len(name) <= 255:
+        return name
+    near = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:60]
+    raise ValueError(
+        f"{shorten_text(name)!r} cannot name a run: letters, digits, '.', '_' and '-' can, 255 of them at most and not "
+        f"dots alone" + (f". Nearest: '{near}'" if near else "")
+    )
+
+
+def _device_name(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise ValueError(not_one_of(name, ("auto", "cpu", "cuda", "cuda:<n>", "mps")))
+    return name
+
+
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
-Place = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1)]
+FilePath = Annotated[str, Names(_path)]
+Place = Annotated[str, Field(min_length=1), Names(_path)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -72,6 +108,10 @@ def _is_free(mark: Any) -> bool:
 
 # YAML 1.1 reads a bare `no` as false; as a value of `mixed_precision` it can only mean the word.
 _WordNo = BeforeValidator(lambda v: "no" if v is False else v)
+# Python writes `pkg.mod.Class`, entry points `pkg.mod:Class`.
+_WithColon = BeforeValidator(
+    lambda v: ":".join(v.rsplit(".", 1)) if isinstance(v, str) and ":" not in v else v
+)
 _NullIsNone = BeforeValidator(lambda v: "none" if v is None else v)
 _TrueIsOnline = BeforeValidator(lambda v: "online" if v is True else v)
 
@@ -181,25 +221,25 @@ class RunConfig(BaseModel):
     # what is trained
     type: str
     model_cfg: dict[str, Any] = Field(default_factory=dict)
-    model_adapter: str | None = None
+    model_adapter: Annotated[str, _WithColon] | None = None
     preset: str = "auto"
 
     # where it goes
-    model_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]*[A-Za-z0-9_-][A-Za-z0-9._-]*$")] | None = None
+    model_name: Annotated[str, Names(_run_name)] | None = None
     output_dir: Place | None = None
     seed: Seed = 1337
     deterministic: bool = False
 
     # text and tokens
     data: Annotated[str, OneOf("data:SOURCES")] = "embedded"
-    input_file: str | None = None
-    data_root: str | None = None
+    input_file: FilePath | None = None
+    data_root: FilePath | None = None
     near_copies: Literal["drop", "keep"] | None = None
     synthetic: Literal["markov", "grammar"] = "markov"
     synthetic_bytes: Annotated[int, Field(ge=1000)] = 1_000_000
     synthetic_symbols: Annotated[int, Field(ge=2, le=95)] = 32
     synthetic_order: Positive = 1
-    tokenizer: str = "auto"
+    tokenizer: FilePath = "auto"
 
     # rows, batches, steps
     train_seq_len: Positive = 1024
@@ -243,7 +283,7 @@ class RunConfig(BaseModel):
     lr_decay_steps: Positive | None = None
 
     # machine
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda|cuda:\d+)$")] = "auto"
+    device: Annotated[str, AfterValidator(_device_name)] = "auto"
     mixed_precision: Annotated[Literal["auto", "no", "bf16", "fp16"], _WordNo] = "auto"
     torch_compile: bool | Literal["auto"] = "auto"
     gradient_checkpointing: bool = False
@@ -272,8 +312,8 @@ class RunConfig(BaseModel):
     sample_tokens: NonNegative = 200
     sample_prompt: str = ""
     use_wandb: Annotated[Literal[False, "offline", "online"], _TrueIsOnline] = False
-    wandb_project: Place = "mytrainer"
-    wandb_run_name: Place | None = None
+    wandb_project: Text = "mytrainer"
+    wandb_run_name: Text | None = None
     use_tensorboard: bool = False
     env: Annotated[dict[str, str], BeforeValidator(env_strings)] = Field(default_factory=dict)
 
@@ -285,6 +325,23 @@ CHOICES: dict[str, OneOf] = {
     for name, field in RunConfig.model_fields.items()
     for mark in field.metadata
     if isinstance(mark, OneOf)
+}
+
+
+def _marks(annotation: Any) -> Iterator[Any]:
+    """What is attached to an annotation or to a member of its union."""
+    if typing.get_origin(annotation) is Annotated:
+        yield from typing.get_args(annotation)[1:]
+    for member in typing.get_args(annotation):
+        yield from _marks(member)
+
+
+# Fields that files and folders are called by: field -> check. Some are needed before the types are checked.
+PATHS: dict[str, Callable[[str], str]] = {
+    name: mark.check
+    for name, field in RunConfig.model_fields.items()
+    for mark in (*field.metadata, *_marks(field.annotation))
+    if isinstance(mark, Names)
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,19 @@ def validate(
     return run.model_copy(update={"model_cfg": model_cfg.model_dump(mode="json")}), model_cfg
 
 
+def refuse_own_words(type_: str, keys: Iterable[str], place: str) -> None:
+    """Raises for `model_cfg.<word>` where the type's row of the table has the word as its own."""
+    import models
+
+    own = models.ARCHITECTURES[type_].own_words if type_ in models.ARCHITECTURES else {}
+    for key in keys:
+        root, _, word = key.partition(".")
+        if root == "model_cfg" and word in own:
+            raise ConfigError(
+                f"{place}: {key} is not clear for type '{type_}': {own[word]}. Name one of them"
+            )
+
+
 def read_saved(
     generic: Mapping[str, Any], model_cfg: Mapping[str, Any], source: str, notices: list[str]
 ) -> tuple[RunConfig, ModelConfig]:
@@ -87,6 +100,7 @@ def _generic(values: dict[str, Any], where: Where, notices: list[str]) -> RunCon
     model_cfg = values.get("model_cfg")
     if isinstance(model_cfg, dict):
         model_cfg = values["model_cfg"] = dict(model_cfg)
+        refuse_own_words(str(values.get("type")), [f"model_cfg.{k}" for k in model_cfg], "config")
         fold_names(model_cfg, ARCHITECTURE_ALIASES, "model_cfg.")
     problems = [unknown_key(k, where(k) or "config") for k in values if k not in GENERIC_FIELDS]
     problems += [
@@ -131,8 +145,9 @@ def _relations(run: RunConfig) -> list[str]:
     problems += _source(run)
     if run.early_stopping and run.val_loss_every == 0:
         problems.append("early_stopping needs evaluations during training: val_loss_every is 0")
-    if run.save_only_best and not run.save_checkpoint:
-        problems.append("save_only_best needs save_checkpoint: true")
+    for name in ("save_only_best", "save_best_model"):
+        if getattr(run, name) and not run.save_checkpoint:
+            problems.append(f"{name} needs save_checkpoint: true. Leave out one of the two")
     return problems
 
 
@@ -219,15 +234,15 @@ def _files(run: RunConfig) -> list[str]:
 
     problems = []
     if run.input_file:
-        path = Path(run.data_root or "", run.input_file).expanduser()
+        path = Path(run.data_root or "", run.input_file)
         if not path.exists():
             problems.append(f"input_file: no such file or folder: {path} (looked from {Path.cwd()})")
     # A run that goes on does not read what it began from.
     begins = {"init_from_checkpoint": run.init_from_checkpoint} if run.resume == "none" else {}
     for name, value in {"resume": run.resume, **begins}.items():
-        if value not in (None, "none", "auto") and not Path(value).expanduser().exists():
+        if value not in (None, "none", "auto") and not Path(value).exists():
             problems.append(f"{name}: no such run or checkpoint: {value}")
-    if run.resume not in ("none", "auto") and Path(run.resume).expanduser().is_file():
+    if run.resume not in ("none", "auto") and Path(run.resume).is_file():
         problems.append(not_a_folder(run.resume))
     try:
         choose(run)
@@ -275,13 +290,25 @@ def architecture_config(type_: str, adapter: str | None, where: Where) -> type[M
     spec = architecture.model
     config_class = own or getattr(_imported("type", spec, where), "Config", None)
     if isinstance(config_class, type) and issubclass(config_class, ModelConfig):
+        _refuse_taken_names(config_class, spec, where)
         return config_class
     message = f"type: {spec} has no class attribute `Config` derived from configs.schema.ModelConfig"
     raise ConfigError(_placed(message, where))
 
 
+def _refuse_taken_names(config_class: type[ModelConfig], spec: str, where: Where) -> None:
+    """A field called as a spelling of another could never be set: its name is read as that one."""
+    taken = [
+        f"'{n}' (read as {ARCHITECTURE_ALIASES[n]})"
+        for n in config_class.model_fields
+        if n in ARCHITECTURE_ALIASES
+    ]
+    if taken:
+        message = f"type: the Config of {spec} calls a field {', '.join(taken)}. Give it a name of its own"
+        raise ConfigError(_placed(message, where))
+
+
 def _imported(field: str, spec: str, where: Where) -> Any:
-    spec = spec if ":" in spec else ":".join(spec.rsplit(".", 1))
     try:
         return load(spec)
     except (ImportError, ValueError) as error:

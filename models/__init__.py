@@ -5,7 +5,8 @@ Adding an architecture is one file here, one YAML in `configs/` and one row belo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from naming import did_you_mean
 
@@ -14,11 +15,16 @@ __all__ = ["ARCHITECTURES", "Architecture", "resolve"]
 
 @dataclass(frozen=True)
 class Architecture:
-    """`model` and `adapter` are "module:Class"; the model class carries its `Config`."""
+    """`model` and `adapter` are "module:Class"; the model class carries its `Config`.
+
+    `own_words`: keys of `model_cfg` that elsewhere are another spelling of a field (`configs.messages`), and that
+    whoever knows the paper's code takes for something else; each with what to say instead. They are refused.
+    """
 
     model: str
     adapter: str = "adapters.default:DefaultModelAdapter"
     description: str = ""
+    own_words: Mapping[str, str] = field(default_factory=dict)
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -26,6 +32,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "models.bd3lm:BD3LM",
         "adapters.diffusion.bd3lm:BD3LMAdapter",
         "block diffusion (Arriola et al. 2025)",
+        own_words={"block_size": "the block is model_cfg.block_length, the context model_cfg.n_ctx"},
     ),
     "d3pm": Architecture(
         "models.d3pm:D3PM",

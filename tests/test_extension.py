@@ -19,7 +19,8 @@ from hydra.core.global_hydra import GlobalHydra
 import data
 import models
 import mytrainer
-from configs.compose import check, check_grid, compose_tree, prepare
+from configs.compose import check, compose_tree, prepare
+from configs.grid import check_grid
 from configs.messages import ConfigError
 from configs.schema import CHOICES, GENERIC_FIELDS
 from data import Source

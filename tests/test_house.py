@@ -87,6 +87,8 @@ LIGHT = (
     "configs",
     "configs.schema",
     "configs.compose",
+    "configs.dump",
+    "configs.grid",
     "models",
     "data",
     "kernels",

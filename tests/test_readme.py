@@ -12,8 +12,9 @@ import pytest
 
 import mytrainer
 from configs import compose
-from configs.compose import check, check_grid, compose_tree, prepare
+from configs.compose import check, compose_tree, prepare
 from configs.files import options
+from configs.grid import check_grid
 from data import SOURCES
 from models import ARCHITECTURES
 from trainer.commands.launch import config_text
@@ -60,6 +61,7 @@ def somewhere(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("configs.hardware.cuda_device_count", lambda: 0)
+    monkeypatch.setattr("configs.frontend.missing_program", lambda launcher: [])  # SLURM is there
     (tmp_path / "my_notes").mkdir()
     (tmp_path / "my experiments").mkdir()
     (tmp_path / "my experiments/mine.yaml").write_text("defaults: [gpt2, _self_]\n")

@@ -10,8 +10,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from configs import compose
-from configs.compose import check_grid, compose_tree, prepare
+from configs.compose import compose_tree, prepare
 from configs.files import CONFIGS, ROOT, options
+from configs.grid import check_grid
 from configs.messages import ConfigError
 from configs.schema import RunConfig
 from configs.validate import validate

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from configs import compose
+from configs.compose import prepare, tree_of
+from configs.grid import check_grid
 from configs.messages import ConfigError
 from models import ARCHITECTURES
 
@@ -51,9 +53,9 @@ CASES = [
     (["mine.yaml", "kernels.linear_cross_entropi=auto"], ["kernels.linear_cross_entropi: ", "'linear_cross_entropy'?"]),
     (["mine.yaml", "kernels.linear_cross_entropy=3"], ["kernels.linear_cross_entropy: expected str, got 3 (int)"]),
     (["mine.yaml", "batch_size=big"], ["batch_size: 'big' is not one of auto, int"]),
-    (["mine.yaml", "device=gpu"], ["device: 'gpu' does not match"]),
-    (["mine.yaml", "model_name=a/b"], ["model_name: 'a/b' does not match"]),
-    (["mine.yaml", "model_name=.."], ["model_name: '..' does not match"]),
+    (["mine.yaml", "device=gpu"], ["device: 'gpu' is not one of auto, cpu, cuda, cuda:<n>, mps"]),
+    (["mine.yaml", "model_name=a/b"], ["model_name: 'a/b' cannot name a run: letters, digits", "Nearest: 'a-b'"]),
+    (["mine.yaml", "model_name=.."], ["model_name: '..' cannot name a run", "not dots alone"]),
     (
         ["mine.yaml", "model_cfg.d_model=770", "model_cfg.n_heads=6"],
         ["model_cfg.d_model (770) must be divisible by model_cfg.n_heads (6); nearest: 768, 774"],
@@ -70,7 +72,7 @@ CASES = [
     (["mine.yaml", "warmup_steps=9", "num_iterations=9"], ["warmup_steps (9) must be less than num_iterations (9)"]),
     (["mine.yaml", "min_lr=1"], ["min_lr (1.0) must not exceed learning_rate (0.001)"]),
     (["mine.yaml", "data=text"], ["data=text needs input_file=<file or folder>"]),
-    (["mine.yaml", "input_file=mine.yaml"], ["input_file is read by data=text only", "Add data=text"]),
+    (["mine.yaml", "data=embedded", "input_file=a.txt"], ["input_file is read by data=text only", "Add data=text"]),
     (["mine.yaml", "data=text", "input_file=no.txt"], ["input_file: no such file or folder: no.txt"]),
     (["mine.yaml", "data=txt"], ["no data 'txt'. Did you mean 'text'? Available: embedded, synthetic, text"]),
     (["mine.yaml", "preset=huge"], ["no preset 'huge'", "Available: 150M, 200M, 250M, nano, none, small, tiny"]),
@@ -84,6 +86,13 @@ CASES = [
     ),
     (["mine.yaml", "early_stopping=true", "val_loss_every=0"], ["early_stopping needs evaluations"]),
     (["mine.yaml", "save_only_best=true", "save_checkpoint=false"], ["save_only_best needs save_checkpoint"]),
+    (["mine.yaml", "save_best_model=true", "save_checkpoint=false"], ["save_best_model needs save_checkpoint"]),
+    (
+        ["model=bd3lm", "model_cfg.block_size=32"],
+        ["command line: model_cfg.block_size is not clear for type 'bd3lm': the block is model_cfg.block_length, the"],
+    ),
+    (["model=vanilla", "type=bd3lm", "model_cfg.block_size=32"], ["model_cfg.block_size is not clear for type"]),
+    (["type=gpt2,bd3lm", "mine.yaml", "model_cfg.block_size=32", "-m"], ["not clear for type 'bd3lm'"]),
     (["mine.yaml", "type=gtp2"], [f"unknown type 'gtp2'. Did you mean 'gpt2'? Registered: {ALL}"]),
     (["mine.yaml", "type=no_such_module:X"], ["type: cannot import 'no_such_module:X'"]),
     (["mine.yaml", "model_adapter=fake_arch:Nope"], ["model_adapter: cannot import 'fake_arch:Nope'"]),
@@ -95,7 +104,27 @@ CASES = [
     (["mine.yaml", "seed=[1,"], ["command line: seed: cannot read the value"]),
     (["mine.yaml", "hydra/launcher=ray"], ["needs the package hydra-ray-launcher: pip install \"mytrainer[ray]\""]),
     (["mine.yaml", "hydra/sweeper=ax"], ["needs the package hydra-ax-sweeper: pip install \"mytrainer[ax]\""]),
-    (["mine.yaml", "seed=1,2"], ["seed has several values for one run. Add -m"]),
+    (["mine.yaml", "seed=1,2"], ["seed has several values for one run. Add -m to run them as a sweep\n"]),
+    (
+        ["mine.yaml", "sample_prompt=Hello, you"],
+        ["sample_prompt has several values for one run. Add -m", """for the shell: 'sample_prompt="Hello, you"'"""],
+    ),
+    (["mine.yaml", "output_dir=a,b"], ["quote it twice, once for the shell: 'output_dir"]),
+    (["mine.yaml", "seq_len=3", "train_seq_len=3"], ["seq_len and train_seq_len name the same field. Keep train_seq"]),
+    (["mine.yaml", "--seq_len", "3", "train_seq_len=3"], ["seq_len and train_seq_len name the same field"]),
+    (
+        ["mine.yaml", "model_cfg.d_model=32", "model_cfg.model_dim=choice(32,48)", "-m"],
+        ["model_cfg.d_model and model_cfg.model_dim name the same field. Keep model_cfg.d_model"],
+    ),
+    (["mine.yaml", "model_cfg={d_model: 32}", "model_cfg.model_dim=32"], ["name the same field"]),
+    (["mine.yaml", "model_name=" + "x" * 256], ["cannot name a run", "255 of them at most"]),
+    (["mine.yaml", "output_dir=a\nb"], [r"command line: output_dir: 'a\nb': a path cannot hold a line break"]),
+    (["mine.yaml", "output_dir=a\0b"], ["a path cannot hold a NUL"]),
+    (["mine.yaml", f"resume={'x' * 300}"], ["resume: 'xxx", "has 300 bytes, and a file or folder 255 at most"]),
+    (["mine.yaml", "resume=~nobody-here/run"], ["resume: '~nobody-here/run': there is no home folder for '~nobo"]),
+    (["model=~nobody-here/mine.yaml"], ["--hydra_model_cfg: '~nobody-here/mine.yaml': there is no home folder"]),
+    (["--hydra_model_cfg", "preset=nano"], ["--hydra_model_cfg has no value of its own: 'preset=nano' stands where"]),
+    (["gpt2"], ["'gpt2' is neither a command", "The model: --hydra_model_cfg=gpt2"]),
     (["--model_name", "nobody"], ["no run called 'nobody'", "add --hydra_model_cfg=configs/<name>.yaml"]),
 ]  # fmt: skip
 
@@ -132,8 +161,30 @@ FILES = [
     ("defaults: [mine, _self_]\nkernels: fast", "x.yaml:2", "kernels.default: 'fast' is not one of"),
     ("defaults: [mine, _self_]\nkernels: 3", "x.yaml:2", "kernels: expected mapping, got 3 (int)"),
     ("- 1\n- 2", "x.yaml", "mapping"),
+    (
+        "defaults: [bd3lm, _self_]\nmodel_cfg:\n  block_size: 32",
+        "x.yaml:3",
+        "the block is model_cfg.block_length",
+    ),
+    (
+        "defaults: [training]\ntype: bd3lm\nmodel_cfg: {block_size: 32}",
+        "x.yaml:3",
+        "the context model_cfg.n_ctx",
+    ),
+    ("defaults: [mine]\noutput_dir: ~nobody-here/x", "x.yaml:2: output_dir", "there is no home folder"),
+    ("defaults: [mine]\nmodel_name: a/b", "x.yaml:2: model_name", "Nearest: 'a-b'"),
     ("just words", "x.yaml:1", "expected 'key: value' lines"),
-    ("defaults: [mine, _self_]\ndevice: ${nope}", "", "nope"),
+    ("defaults: [mine, _self_]\ndevice: ${nope}", "x.yaml:2: device: ", "${nope} names no field"),
+    (
+        "defaults: [mine, _self_]\nseed: ${sed}",
+        "x.yaml:2: seed: ",
+        "${sed} names no field. Did you mean 'seed'?",
+    ),
+    (
+        "defaults: [mine, _self_]\nmodel_cfg:\n  tag: ${oc.env:NO_X}",
+        "x.yaml:3: model_cfg.tag",
+        "NO_X is not set",
+    ),
 ]
 
 
@@ -175,10 +226,70 @@ def test_dropout_of_one_is_a_warning(work):
     assert any("dropout is 1.0" in n for n in notes)
 
 
-def test_a_repeated_override_is_noticed(work):
+def test_the_last_of_a_repeated_override_counts(work):
     notes: list[str] = []
-    cfg, _ = compose(["mine.yaml", "seed=1", "seed=2"], notes.append)
+    cfg, _ = compose(["mine.yaml", "seed=1", "--seed", "3", "seed=2"], notes.append)
     assert cfg.seed == 2 and any("seed is given more than once" in n for n in notes)
+    cfg, _ = compose(
+        ["mine.yaml", "data=text", "configs/data=synthetic", "preset=tiny", "preset=none"], notes.append
+    )
+    assert (cfg.data, cfg.preset) == ("synthetic", "none")
+    cfg, _ = compose(["mine.yaml", "seed=1,2", "seed=5"], notes.append)
+    assert cfg.seed == 5
+
+
+def test_the_last_of_a_repeated_override_counts_in_a_sweep(work):
+    plan = prepare(["mine.yaml", "model_cfg.d_model=32", "model_cfg.d_model=choice(36,48)", "-m"])
+    assert [o for o in plan.overrides if "d_model" in o] == ["++model_cfg.d_model=choice(36,48)"]
+    assert [p.model_cfg.d_model for p in check_grid(plan)] == [36, 48]
+    assert any("model_cfg.d_model is given more than once; the last value counts" in n for n in plan.notices)
+    plan = prepare(
+        ["mine.yaml", "seed=1,2", "hydra.sweeper.max_batch_size=1", "hydra.sweeper.max_batch_size=2", "-m"]
+    )
+    assert [o for o in plan.overrides if "max_batch" in o] == ["hydra.sweeper.max_batch_size=2"]
+
+
+def test_the_key_of_a_context_stays_a_spelling_of_it_elsewhere(work):
+    assert (
+        compose(["model=gpt2", "model_cfg.block_size=64", "train_seq_len=64"], lambda text: None)[1].n_ctx
+        == 64
+    )
+
+
+def test_an_architecture_cannot_call_a_field_as_a_spelling_of_another(work):
+    with (work / "fake_arch.py").open("a") as file:
+        file.write("\n\nclass Blocky:\n    class Config(Config):\n        block_size: int = 3\n")
+    with pytest.raises(
+        ConfigError, match=r"Config of fake_arch:Blocky calls a field 'block_size' \(read as n_ctx\)"
+    ):
+        compose(["mine.yaml", "type=fake_arch:Blocky"])
+
+
+def test_a_home_is_resolved_behind_an_equals_sign_too(work, monkeypatch):
+    monkeypatch.setenv("HOME", str(work))
+    cfg, _ = compose(["mine.yaml", "output_dir=~/out", "tokenizer=byte"], lambda text: None)
+    assert (cfg.output_dir, cfg.tokenizer) == (f"{work}/out", "byte")
+    with pytest.raises(ConfigError, match=f"init_from_checkpoint: no such run or checkpoint: {work}/run"):
+        compose(["mine.yaml", "init_from_checkpoint=~/run"])
+
+
+def test_a_comma_in_the_name_of_a_model_file(work, write):
+    write("a,b.yaml", "defaults: [mine, _self_]\nseed: 4\n")
+    assert compose(["--hydra_model_cfg=a,b.yaml"], lambda text: None)[0].seed == 4
+
+
+def test_a_file_of_text_alone_means_data_text(work, write):
+    notes: list[str] = []
+    write("a.txt", "hello")
+    cfg, _ = compose(["mine.yaml", "input_file=a.txt"], notes.append)
+    assert (cfg.data, cfg.input_file) == ("text", "a.txt") and "input_file is given: data=text" in notes
+    plan = prepare(["model=gpt2", "input_file=a.txt"])
+    assert tree_of(plan)["preset"] == "none"  # as with other data
+    write("own.yaml", "defaults: [mine, _self_]\ninput_file: a.txt\n")
+    assert compose(["own.yaml"], notes.append)[0].data == "text"
+    write("other.yaml", "defaults: [mine, _self_]\ndata: synthetic\n")
+    with pytest.raises(ConfigError, match="input_file is read by data=text only, and data is 'synthetic'"):
+        compose(["other.yaml", "input_file=a.txt"])
 
 
 def test_started_processes_must_match(work, monkeypatch):

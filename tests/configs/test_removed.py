@@ -7,7 +7,8 @@ import json
 import pytest
 
 from configs import compose
-from configs.compose import check_grid, prepare
+from configs.compose import prepare
+from configs.grid import check_grid
 from configs.messages import ConfigError
 from configs.removed import REMOVED
 from configs.validate import read_saved

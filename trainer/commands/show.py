@@ -14,7 +14,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from configs.compose import compose, list_configs
+from configs.compose import compose
+from configs.help import list_configs
 from data.config import Unit
 from data.tokenizer_choice import vocabulary_size
 from trainer.batching import plan_batch
@@ -29,6 +30,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python mytrainer.py show",
         description="Sizes and costs of a configuration. Extra arguments are Hydra overrides: preset=small n=v ...",
+        allow_abbrev=False,  # a word that is no option is the configuration's
     )
     parser.add_argument("--hydra_model_cfg", "--config", help="the model file; none: list what there is")
     parser.add_argument("--vocab_size", type=int, help="vocabulary where the file leaves it to the tokenizer")
@@ -36,11 +38,12 @@ def main(argv: list[str]) -> int:
     args, overrides = parser.parse_known_args(argv)
     if args.vocab_size is not None and args.vocab_size < 2:
         raise ValueError(f"vocab_size: must be at least 2, got {args.vocab_size}")
-    if args.hydra_model_cfg is None:
+    named = [] if args.hydra_model_cfg is None else [f"--hydra_model_cfg={args.hydra_model_cfg}"]
+    if not named and not overrides:
         rows = [_list_row(name, text, args.vocab_size) for name, text in list_configs()]
         print(json.dumps(rows, indent=2) if args.json else _table(rows))
         return 2 if any(row["problem"] for row in rows) else 0
-    cfg, model_cfg = compose([f"--hydra_model_cfg={args.hydra_model_cfg}", *overrides])
+    cfg, model_cfg = compose([*named, *overrides])
     found = describe(cfg, model_cfg, args.vocab_size)
     print(json.dumps(found, indent=2) if args.json else _page(found))
     return 0

@@ -14,18 +14,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 
-from configs.compose import (
-    APP,
-    Checked,
-    Plan,
-    check,
-    check_grid,
-    compose_hydra,
-    compose_tree,
-    help_text,
-    prepare,
-)
+from configs.compose import Checked, Plan, check, prepare, tree_of
+from configs.dump import job_text
 from configs.files import CONFIGS, ROOT, digest
+from configs.grid import check_grid
+from configs.help import help_text
+from configs.hydra_app import APP, compose_hydra, sweep_folder
+from configs.hydra_words import is_setting
 from configs.messages import ConfigError
 from configs.runs import named_folder
 from configs.schema import env_strings
@@ -48,7 +43,7 @@ def _lead(argv: list[str]) -> int:
     launch.apply_env({}, plan.secrets)
     if plan.request.multirun:
         return _sweep(plan)
-    tree = compose_tree(plan.overrides)
+    tree = tree_of(plan)
     launch.apply_env(_env(tree["env"]))  # before the model file, hence torch, is imported
     checked = check(plan, tree)
     _say(plan)
@@ -67,20 +62,29 @@ def _say(plan: Plan) -> None:
 
 
 def _show(plan: Plan) -> int:
-    """--help, --cfg, --info: Hydra prints, then what is wrong goes to stderr.
-
-    Except for --help: Hydra's walks every folder of the project in search of option groups.
-    """
-    if plan.request.mode == "help":
+    """--help, --cfg, --info: what is shown goes to stdout, then what is wrong to stderr."""
+    request = plan.request
+    if (
+        request.mode == "help"
+    ):  # not Hydra's, which walks every folder of the project in search of option groups
         print(help_text())
-        if len(plan.models) == 1 and not plan.request.sweeps:
+        if len(plan.models) == 1 and not request.sweeps:
             print("This configuration; override anything in it (key=value):\n")
-            print(OmegaConf.to_yaml(OmegaConf.create(compose_tree(plan.overrides))))
+            print(OmegaConf.to_yaml(OmegaConf.create(tree_of(plan))))
+        return 0
+    if request.shows_job:
+        print(job_text(plan), end="", flush=True)
+        try:
+            check(plan, tree_of(plan))  # imports the model file
+        finally:
+            _say(plan)
         return 0
     _say(plan)
+    if request.mode in ("cfg", "info"):
+        compose_hydra(plan.overrides, plan.where(None, request.values))  # its mistakes in our words
     _hydra(plan, lambda cfg: None)
-    if plan.request.mode == "cfg" and len(plan.models) == 1:
-        check(plan, compose_tree(plan.overrides))
+    if request.mode == "cfg" and len(plan.models) == 1:
+        check(plan, tree_of(plan))
     return 0
 
 
@@ -102,8 +106,9 @@ def _sweep(plan: Plan) -> int:
         )
     check_grid(plan)
     model = f"configs@_global_='{next(iter(plan.models))}'"
-    fixed = [o for o in plan.overrides if o.startswith("hydra")]
-    launch.require_writable(Path(compose_hydra([*fixed, model]).hydra.sweep.dir).absolute().parent)
+    settings = [o for o in plan.overrides if is_setting(o.lstrip("+~"))]
+    folder = sweep_folder([*settings, model], plan.where(None, plan.request.values))
+    launch.require_writable(Path(folder).absolute().parent)
     _say(plan)
     _hydra(plan, sweep_job)
     return 0

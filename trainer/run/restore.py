@@ -91,7 +91,7 @@ def with_free_fields(cfg: RunConfig, model_cfg: ModelConfig, overrides: list[str
     """`model_cfg` with `model_cfg.field=value` words applied. ConfigError for what no such field is, what is fixed with
     the architecture, and what the Config refuses."""
     from configs.explain import explain
-    from configs.frontend import parse_override
+    from configs.grammar import parse_override
 
     cls, values, problems = type(model_cfg), model_cfg.model_dump(), []
     free = sorted(cls.free())

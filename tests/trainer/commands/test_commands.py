@@ -339,6 +339,17 @@ def test_show_lists_the_configurations(command, monkeypatch, no_data):
     assert status == 0 and "gpt2 " in out and "vanilla " in out, err
 
 
+@pytest.mark.parametrize("name", ["show", "show_configs"])
+def test_show_ignores_no_word(command, name):
+    for words in (["preset=small"], ["--jsn"], ["nope=1", "--json"], ["-m"]):
+        status, out, err = command(name, *words)
+        assert (status, out) == (2, "") and err.startswith("config error: "), words
+    assert "no model chosen. Give --hydra_model_cfg=" in command(name, "preset=small")[2]
+    for model in ("model=gpt2", "hydra_model_cfg=gpt2", "configs/gpt2.yaml"):
+        status, out, err = command(name, model, "preset=nano", "--json")
+        assert status == 0 and json.loads(out)["type"] == "gpt2", err
+
+
 def test_show_names_a_broken_file_and_lists_the_others(command, monkeypatch, tmp_path, no_data):
     from trainer.commands import show
 

@@ -21,7 +21,7 @@ import mytrainer
 from configs.messages import ConfigError
 from configs.schema import RunConfig
 from tests.contract.tiny import overrides
-from trainer.commands import launch
+from trainer.commands import launch, train
 from trainer.errors import TrainingError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -205,7 +205,11 @@ def test_no_model_at_all(run):
         (["mine.yaml", "--cfg", "job", "--resolve"], "learning_rate: 0.0006"),
         (["mine.yaml", "--cfg", "job", "--package", "model_cfg", "model_cfg.d_model=96"], "d_model: 96"),
         (["mine.yaml", "--info", "defaults-tree"], "configs/training"),
+        (["mine.yaml", "--cfg", "hydra"], "  sweep:\n    dir: multirun/"),
         (["--info", "plugins"], "BasicSweeper"),
+        (["--info"], "Config search path"),
+        (["--config-dir", ".", "--info", "searchpath"], "command-line"),
+        (["--help", "show"], "Sizes and costs of a configuration"),
         # Hydra looks through the whole project for this one.
         pytest.param(["--hydra-help"], "Hydra", marks=pytest.mark.slow),
     ],
@@ -226,6 +230,18 @@ def test_numbers_in_the_environment_of_a_file_are_text(work, run):
     (work / "mine.yaml").write_text(MODEL + "env: {PLAIN: 7}\n")
     assert run("mine.yaml", "output_dir=here").returncode == 0
     assert facts(work / "here")["plain"] == "7"
+
+
+def test_cfg_job_is_printed_before_the_model_is_imported_and_then_says_what_a_run_would(
+    work, run, capsys, monkeypatch
+):
+    printed = []
+    check = train.check
+    monkeypatch.setattr(train, "check", lambda *args: printed.append(capsys.readouterr().out) or check(*args))
+    done = run("mine.yaml", "--cfg", "job", "muon_momentum=0.8", "env.FOO=1")
+    assert done.returncode == 0 and not (work / "outputs").exists()
+    assert printed[0].startswith("defaults:\n- training\n- _self_\n") and "muon_momentum: 0.8" in printed[0]
+    assert "note: not read by this run: muon_momentum (because of optimizer=adamw)" in done.stderr
 
 
 def test_cfg_prints_an_invalid_config_and_then_its_problems(run):

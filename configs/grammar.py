@@ -1,0 +1,93 @@
+"""Values in Hydra's grammar: reading what stands behind `key=`, and writing it so that Hydra reads the same."""
+
+from __future__ import annotations
+
+import shlex
+import types
+import typing
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Glob, Override
+from hydra.errors import HydraException
+
+from configs.messages import ConfigError
+from configs.schema import GENERIC_FIELDS, RunConfig
+
+
+def parse_override(text: str) -> Override:
+    """One `key=value`. ConfigError if Hydra's grammar has no place for the value."""
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        key, _, value = text.lstrip("+").partition("=")
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"command line: {key}: cannot read the value {value!r} ({reason}). "
+            f"Quote it twice, once for the shell: {in_quotes(key, value)}"
+        ) from None
+
+
+def in_quotes(key: str, value: str) -> str:
+    """`key=value` as one types it in a shell so that the value is one text, whatever is in it."""
+    escaped = value.replace('"', '\\"')
+    return shlex.quote(f'{key}="{escaped}"')
+
+
+def override_choices(parsed: Override, available: list[str]) -> list[str]:
+    """The names that a value means, a sweep's all."""
+    value = parsed.value()
+    if isinstance(value, ChoiceSweep):
+        return [str(getattr(v, "text", v)) for v in value.list]  # a quoted one is an object
+    if isinstance(value, Glob):
+        return value.filter(available)
+    return [str(value)]
+
+
+def entries(key: str, value: str) -> list[tuple[str, str]] | None:
+    """`{a: 1, b: x}` as (name, value) pairs in the same grammar; None where the value is no mapping."""
+    if not value.lstrip().startswith("{"):
+        return None
+    found = parse_override(f"{key}={value}")
+    mapping = found._value
+    if not isinstance(mapping, dict):
+        return None
+    return [
+        (str(getattr(name, "text", name)), found._get_value_element_as_str(item))
+        for name, item in mapping.items()
+    ]
+
+
+def is_text(key: str) -> bool:
+    """Whether a key of the command line takes any text: a comma in it may be meant."""
+    return key.startswith("env.") or (key in GENERIC_FIELDS and str in field_types(key))
+
+
+def quoted(key: str, value: str) -> str:
+    """A value for a text field, quoted where Hydra's grammar would misread it as a number or not at all."""
+    if not is_text(key) or value[:1] in ("'", '"') or value == "null" or value.startswith("${"):
+        return value
+    try:
+        parsed = OverridesParser.create().parse_override(f"x={value}")
+        if parsed.is_sweep_override() or isinstance(parsed.value(), str):
+            return value
+        if key.startswith("env.") and isinstance(parsed.value(), list | dict):
+            return value  # for the typed check to refuse
+    except HydraException:
+        pass
+    escaped = value.replace("\\'", "\\\\'").replace("'", "\\'")
+    return f"'{escaped}'" if not escaped.endswith("\\") else value
+
+
+def field_types(field: str) -> set[Any]:
+    """The plain types that a generic field accepts."""
+
+    def leaves(annotation: Any) -> set[Any]:
+        origin = typing.get_origin(annotation)
+        if origin is typing.Annotated:
+            return leaves(typing.get_args(annotation)[0])
+        if origin in (typing.Union, types.UnionType):
+            return set().union(*(leaves(a) for a in typing.get_args(annotation)))
+        return {annotation}
+
+    return leaves(RunConfig.model_fields[field].annotation)

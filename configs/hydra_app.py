@@ -1,0 +1,121 @@
+"""Hydra's part: the root config, composition, and what it finds wrong in our words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from secrets import token_hex
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
+
+from configs.files import ROOT, choices, options
+from configs.messages import ConfigError
+from configs.registry import AMENDMENTS
+from configs.schema import GENERIC_FIELDS
+from naming import did_you_mean
+
+APP = "mytrainer"
+MODEL_GROUP = "configs@_global_"
+Where = Callable[[str], str]  # key -> place of its value, "" if unknown
+
+
+def register() -> None:
+    """Store the root config: three group choices and Hydra's own settings."""
+    settings: dict[str, Any] = {
+        "job": {"name": APP, "chdir": False},
+        # By the clock to be found, and by a number of its own: two sweeps may start in one second.
+        "sweep": {
+            "dir": f"multirun/${{now:%Y-%m-%d}}/${{now:%H-%M-%S}}-{token_hex(2)}",
+            "subdir": "${hydra.job.num}",
+        },
+    }
+    node = {
+        "defaults": [
+            {MODEL_GROUP: None},
+            {"configs/data": None},
+            {"configs/preset": None},
+            # What a size means for one architecture besides (configs/registry.py); wins over the preset's own.
+            {f"optional configs/{AMENDMENTS}": f"${{{MODEL_GROUP}}}-${{configs/preset}}"},
+            "_self_",
+            {"override hydra/job_logging": "none"},
+        ],
+        "hydra": settings,
+    }
+    store = ConfigStore.instance()
+    store.store(name=APP, node=node)
+    for name in set(choices("data")) - set(options("data")):  # rows of the table need no file
+        store.store(group="configs/data", name=name, node={"data": name}, package="_global_")
+
+
+@contextmanager
+def _hydra(where: Where) -> Iterator[None]:
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(config_dir=str(ROOT), version_base="1.3", job_name=APP):
+            yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_in_our_words(error, where)) from error
+
+
+def _in_our_words(error: Exception, where: Where) -> str:
+    """What Hydra or OmegaConf could not do, at the place of the field where it knows one."""
+    reason = str(error).strip().split("\n")[0]
+    key = str(getattr(error, "full_key", None) or "")
+    if not key:
+        return f"command line: {reason}"
+    if unset := re.search(r"Environment variable '(.*?)' not found", reason):
+        name = unset[1]
+        reason = f"the environment variable {name} is not set. Set it, or write ${{oc.env:{name},<default>}}"
+    elif isinstance(error, InterpolationKeyError) and (
+        missing := re.search(r"key '(.*?)' not found", reason)
+    ):
+        name = missing[1]
+        hint = did_you_mean(name, GENERIC_FIELDS)
+        reason = f"${{{name}}} names no field" + (f".{hint}" if hint else "")
+    return f"{where(key) or 'config'}: {key}: {reason}"
+
+
+def compose_hydra(overrides: list[str], where: Where = lambda key: "") -> DictConfig:
+    """Hydra's composition, its own settings included."""
+    with _hydra(where):
+        return hydra.compose(APP, overrides, return_hydra_config=True)
+
+
+def compose_tree(overrides: list[str], where: Where = lambda key: "") -> dict[str, Any]:
+    """Hydra's composition, resolved, as plain values. `where`: places of keys, for messages."""
+    with _hydra(where):
+        # Hydra's own part stays beside it while values that point there (${hydra.job.name}) are resolved.
+        cfg = hydra.compose(APP, overrides, return_hydra_config=True)
+        return {str(key): _resolved(cfg, key) for key in cfg if key != "hydra"}
+
+
+def compose_unresolved(overrides: list[str]) -> dict[str, Any]:
+    """The same with ${...} as it was written."""
+    with _hydra(lambda key: ""):
+        tree = OmegaConf.to_container(hydra.compose(APP, overrides))
+    assert isinstance(tree, dict)
+    return {str(k): v for k, v in tree.items()}
+
+
+def _resolved(cfg: DictConfig, key: Any) -> Any:
+    if OmegaConf.is_missing(cfg, key):
+        return "???"
+    value = cfg[key]
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def sweep_folder(overrides: list[str], where: Where) -> str:
+    """`hydra.sweep.dir` of a sweep; what names its jobs' folders is found wrong here too, before the first job."""
+    with _hydra(where):
+        cfg = hydra.compose(APP, overrides, return_hydra_config=True)
+        with read_write(cfg), open_dict(cfg):
+            cfg.hydra.job.num, cfg.hydra.job.id = 0, "0"
+        assert cfg.hydra.sweep.subdir is not None
+        return str(cfg.hydra.sweep.dir)

@@ -1,0 +1,41 @@
+"""The size that `preset: auto` stands for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from configs.files import CONFIGS, Node, description, options, shown
+from configs.frontend import SIZE_KEYS, Request
+from configs.hardware import uses_cuda
+from naming import command_line
+
+
+def automatic_preset(request: Request, nodes: list[Node], saved: tuple[dict[str, Any], Path] | None) -> str:
+    """The preset that `auto` stands for; nothing where the command line or the file names one."""
+    if request.values.get("preset", "auto") != "auto" or not nodes:
+        return ""
+    stated = {n.stated("preset") for n in nodes} - {None, "auto"}
+    if stated and "preset" not in request.values:
+        return ""
+    if saved:
+        begun_with = str(saved[0].get("preset"))
+        return begun_with if begun_with in options("preset") else "none"
+    shipped = all(n.path.parent == CONFIGS and n.stated("type") == n.path.stem for n in nodes)
+    sized = [k for k in SIZE_KEYS if f"model_cfg.{k}" in request.keys]
+    data = request.values.get("data") or next(
+        (n.stated("data") for n in nodes if n.stated("data")), "embedded"
+    )
+    if shipped and data == "embedded" and sized:
+        request.notices.append(
+            f"preset auto: the file's own full size, as model_cfg.{sized[0]} is given. Add preset=nano (or another) to "
+            f"change that one and have a small run"
+        )
+    if not shipped or sized or data != "embedded":
+        return "none"
+    on_cuda = uses_cuda(str(request.values.get("device", "auto")))
+    preset, why = ("small", "CUDA") if on_cuda else ("nano", "no CUDA device")
+    size = description(CONFIGS / "preset" / f"{preset}.yaml").split(".")[0].split(",")[0]
+    command = command_line(f"--hydra_model_cfg={','.join(shown(n.path) for n in nodes)}", "preset=none")
+    request.notices.append(f"preset auto: {preset} ({why}, embedded corpus; {size}). Full size: {command}")
+    return preset
