@@ -16,6 +16,7 @@ REMOVED: dict[str, str] = {
 # What a run did that knew no such field, where it is not what the default does now.
 YOUNGER: dict[str, Any] = {
     "near_copies": "keep",
+    "val_files": [],
 }
 
 

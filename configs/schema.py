@@ -131,6 +131,13 @@ def kernel_mapping(value: Any) -> Any:
     return {"default": "auto", **value} if isinstance(value, dict) else value
 
 
+def one_line(value: str) -> str:
+    """A text that can be a line of its own."""
+    if not value.strip() or len(value.splitlines()) > 1:
+        raise ValueError("must be what stands on a line of its own, such as '<|endoftext|>'")
+    return value.strip()
+
+
 def divisible(width_name: str, width: int, heads_name: str, heads: int) -> list[str]:
     """Problem (at most one) if `width` is no multiple of `heads`, with the nearest legal widths."""
     if heads < 1 or width % heads == 0:
@@ -234,6 +241,8 @@ class RunConfig(BaseModel):
     data: Annotated[str, OneOf("data:SOURCES")] = "embedded"
     input_file: FilePath | None = None
     data_root: FilePath | None = None
+    val_files: FilePath | list[FilePath] | None = None
+    document_separator: Annotated[str, AfterValidator(one_line)] | None = None
     near_copies: Literal["drop", "keep"] | None = None
     synthetic: Literal["markov", "grammar"] = "markov"
     synthetic_bytes: Annotated[int, Field(ge=1000)] = 1_000_000

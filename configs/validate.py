@@ -230,6 +230,7 @@ def _trackers(run: RunConfig) -> list[str]:
 
 def _files(run: RunConfig) -> list[str]:
     """Problems with what the run is to read, found before anything starts."""
+    from data.text import val_paths
     from data.tokenizer_choice import choose
 
     problems = []
@@ -237,6 +238,8 @@ def _files(run: RunConfig) -> list[str]:
         path = Path(run.data_root or "", run.input_file)
         if not path.exists():
             problems.append(f"input_file: no such file or folder: {path} (looked from {Path.cwd()})")
+        elif run.val_files:
+            problems += _problem(lambda: val_paths(run))
     # A run that goes on does not read what it began from.
     begins = {"init_from_checkpoint": run.init_from_checkpoint} if run.resume == "none" else {}
     for name, value in {"resume": run.resume, **begins}.items():
@@ -244,22 +247,23 @@ def _files(run: RunConfig) -> list[str]:
             problems.append(f"{name}: no such run or checkpoint: {value}")
     if run.resume not in ("none", "auto") and Path(run.resume).is_file():
         problems.append(not_a_folder(run.resume))
+    return problems + _problem(lambda: choose(run))
+
+
+def _problem(look: Callable[[], object]) -> list[str]:
+    """What a look says, at most one."""
     try:
-        choose(run)
+        look()
     except ValueError as error:
-        problems.append(str(error))
-    return problems
+        return [str(error)]
+    return []
 
 
 def _tokens(run: RunConfig, model_cfg: ModelConfig) -> list[str]:
     """Problems between the tokenizer and what the architecture reads."""
     from data.tokenizer_choice import choose
 
-    try:
-        choose(run, _unit(run, model_cfg))
-    except ValueError as error:
-        return [str(error)]
-    return []
+    return _problem(lambda: choose(run, _unit(run, model_cfg)))
 
 
 def _unit(run: RunConfig, model_cfg: ModelConfig) -> Any:

@@ -71,7 +71,7 @@ SOURCES: dict[str, Source] = {
     ),
     "text": Source(
         "data.text:load",
-        ("input_file", "data_root"),
+        ("input_file", "data_root", "val_files", "document_separator"),
         "your own text",
         needs=("input_file=<file or folder>",),
     ),

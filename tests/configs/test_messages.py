@@ -73,6 +73,8 @@ CASES = [
     (["mine.yaml", "min_lr=1"], ["min_lr (1.0) must not exceed learning_rate (0.001)"]),
     (["mine.yaml", "data=text"], ["data=text needs input_file=<file or folder>"]),
     (["mine.yaml", "data=embedded", "input_file=a.txt"], ["input_file is read by data=text only", "Add data=text"]),
+    (["mine.yaml", "data=text", "input_file=mine.yaml", "val_files=mina.yaml"], ["'mina.yaml' does not exist. Did"]),
+    (["mine.yaml", "document_separator=' '"], ["document_separator: ", "a line of its own"]),
     (["mine.yaml", "data=text", "input_file=no.txt"], ["input_file: no such file or folder: no.txt"]),
     (["mine.yaml", "data=txt"], ["no data 'txt'. Did you mean 'text'? Available: embedded, synthetic, text"]),
     (["mine.yaml", "preset=huge"], ["no preset 'huge'", "Available: 150M, 200M, 250M, nano, none, small, tiny"]),

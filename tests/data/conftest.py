@@ -62,6 +62,8 @@ def config():
             "input_file": None,
             "data_root": None,
             "near_copies": None,
+            "val_files": None,
+            "document_separator": None,
             "synthetic": "markov",
             "synthetic_bytes": 20_000,
             "synthetic_symbols": 8,

@@ -99,7 +99,7 @@ def test_processes_at_once_end_with_one_sound_cache(config, book, cache) -> None
     code = (
         "import sys; from types import SimpleNamespace; from data import load_dataset\n"
         "cfg = SimpleNamespace(data='text', input_file=sys.argv[1], data_root=None, near_copies=None)\n"
-        "cfg.tokenizer, cfg.train_seq_len = 'bpe-300', 32\n"
+        "cfg.tokenizer, cfg.train_seq_len, cfg.val_files, cfg.document_separator = 'bpe-300', 32, None, None\n"
         "print(load_dataset(cfg, cache_dir=sys.argv[2]).tokenizer.digest)\n"
     )
     project = Path(data.__file__).resolve().parent.parent
@@ -125,7 +125,7 @@ def test_auto_tokenizer(config, book, cache) -> None:
 
 def test_auto_is_bpe_1024_where_the_text_supports_it(config, tmp_path, cache) -> None:
     source = Path(data.__file__).parent
-    cfg = config(input_file=str(source), tokenizer="auto")
+    cfg = config(input_file=str(source), tokenizer="auto", val_files="text.py")
     dataset = load_dataset(cfg, cache_dir=cache)
     assert dataset.tokenizer.name == "bpe-1024" and dataset.tokenizer.vocab_size == 1024
 

@@ -30,6 +30,7 @@ from configs.hardware import process_count
 from configs.messages import REDACTED, ConfigError
 from configs.schema import ModelConfig, RunConfig, redacted
 from configs.validate import validate
+from data.text import val_paths
 from trainer.errors import TrainingError
 from trainer.signals import stop_signals
 
@@ -88,7 +89,9 @@ def config_text(cfg: RunConfig, origin: str = "", *, of_this_start: bool = False
 
 def with_absolute_paths(cfg: RunConfig) -> RunConfig:
     """Relative paths mean the start directory; a run can be gone on with from any other."""
-    changes: dict[str, str] = {}
+    changes: dict[str, Any] = {}
+    if cfg.input_file and cfg.val_files:
+        changes["val_files"] = [str(path.absolute()) for path in val_paths(cfg)]
     if cfg.data_root is not None:
         changes["data_root"] = os.path.abspath(os.path.expanduser(cfg.data_root))
     elif cfg.input_file is not None:
