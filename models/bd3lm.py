@@ -18,7 +18,15 @@ from models.layers.flops import Flops
 if TYPE_CHECKING:
     from configs.schema import RunConfig
 
-__all__ = ["BD3LM", "BD3LMConfig"]
+__all__ = ["WHOLE_FROM", "BD3LM", "BD3LMConfig", "is_whole"]
+
+WHOLE_FROM = 1e-3  # a range of masking probabilities that begins here, or below, has no lower bound
+TWENTIETHS = 20  # in which ranges are searched for
+
+
+def is_whole(clip: tuple[float, float]) -> bool:
+    """Whether a range of masking probabilities counts as all of (0, 1]."""
+    return clip[0] <= WHOLE_FROM and clip[1] == 1.0
 
 
 class BD3LMConfig(DiTConfig):
@@ -41,12 +49,34 @@ class BD3LMConfig(DiTConfig):
         "num_sampling_steps": (4, {"sampler": "ancestral"}),
     }
 
+    def clip_of(self, low: int, high: int) -> tuple[float, float]:
+        """A range in twentieths as masking probabilities, within `sampling_eps_min` and `sampling_eps_max`."""
+        return max(low / TWENTIETHS, self.sampling_eps_min), min(high / TWENTIETHS, self.sampling_eps_max)
+
+    def clip_ranges(self) -> dict[tuple[int, int], tuple[float, float]]:
+        """What `clip_search` chooses from: ranges in twentieths of widths 0.5, 0.55, ..., 0.9 -> `clip_of`. The limits
+        cut less than a twentieth off at either end."""
+        found = {}
+        for width in range(TWENTIETHS // 2, TWENTIETHS * 9 // 10 + 1):
+            for low in range(TWENTIETHS - width + 1):
+                begin, end = self.clip_of(low, low + width)
+                cut = max(begin - low / TWENTIETHS, (low + width) / TWENTIETHS - end)
+                if cut < 0.999 / TWENTIETHS and self._trains((begin, end)):
+                    found[low, low + width] = begin, end
+        return found
+
+    def _trains(self, clip: tuple[float, float]) -> bool:
+        """Whether a block may have a mask at all, if its masked fraction must not exceed the range."""
+        return not self.resample_masks or clip[1] * self.block_length >= 1 - 1e-9
+
     def unread(self) -> dict[str, str]:
         found: dict[str, str] = {}
         if self.block_length == 1:  # a block of one token is masked for certain
             fields = ("sampling_eps_min", "sampling_eps_max", "clip_search", "resample_masks", "nelbo_draws")
             found |= dict.fromkeys(fields, "block_length=1")
-        elif not self.clip_search and (self.sampling_eps_min, self.sampling_eps_max) == (1e-3, 1.0):
+        elif self.clip_search and not self.clip_ranges():
+            found["clip_search"] = f"sampling_eps_max={self.sampling_eps_max}"
+        elif not self.clip_search and is_whole((self.sampling_eps_min, self.sampling_eps_max)):
             found["resample_masks"] = "sampling_eps_max=1.0"
         return found
 
@@ -62,6 +92,12 @@ class BD3LMConfig(DiTConfig):
             problems.append(
                 f"model_cfg.sampling_eps_min ({self.sampling_eps_min}) must be below "
                 f"model_cfg.sampling_eps_max ({self.sampling_eps_max})"
+            )
+        elif not self._trains((self.sampling_eps_min, self.sampling_eps_max)):
+            problems.append(
+                f"model_cfg.sampling_eps_max ({self.sampling_eps_max}) leaves no mask in a block of "
+                f"{self.block_length}, so that nothing would be trained. At least {1 / self.block_length:.3g}, or "
+                f"model_cfg.resample_masks=false"
             )
         if self.sampler == "ancestral_cache" and self.time_conditioning:
             problems.append(

@@ -20,16 +20,17 @@ from torch import Tensor
 from adapters.base import LossTerm
 from adapters.diffusion import masked
 from adapters.diffusion.adapter import DiffusionAdapter
+from adapters.diffusion.clipping import ClipSearch, clipped_count
 from adapters.diffusion.mdl import MDLProcess
 from adapters.diffusion.network import Network, RowLoss, Rows
 from adapters.diffusion.process import Draw, Process, Window
 from adapters.diffusion.schedules import AlphaSchedule
 from adapters.diffusion.scores import AbsorbingGraph, reveal_by_scores
+from models.bd3lm import is_whole
 
-__all__ = ["BD3LMAdapter", "BD3LMProcess", "ClipSearch", "block_of"]
+__all__ = ["BD3LMAdapter", "BD3LMProcess", "block_of"]
 
 SMALLEST_U = 1e-3  # where the bound over time of a time-conditioned network begins
-UNCLIPPED = (SMALLEST_U, 1.0)  # what training counts as all of (0, 1]
 
 
 def block_of(length: int, size: int) -> Tensor:
@@ -87,9 +88,7 @@ class BD3LMProcess(MDLProcess):
     @property
     def trains_on_bound(self) -> bool:
         """Under clipping the training loss is no bound, and is not called one."""
-        cfg = self.cfg
-        limits = (cfg.sampling_eps_min, cfg.sampling_eps_max)
-        return self.size == 1 or (not cfg.clip_search and limits == UNCLIPPED)
+        return self.size == 1 or (not self.cfg.clip_search and is_whole(self.clip))
 
     def training_time(self, r: Tensor) -> Tensor:
         if self.size == 1:
@@ -101,12 +100,12 @@ class BD3LMProcess(MDLProcess):
         """Masks with probability `time` (B, N) per block; with `resample_masks` and a clip, given that the masked
         fraction of each block lies within the clip, as if drawn again until it does."""
         length = x0.shape[1]
-        if not self.cfg.resample_masks or self.clip == UNCLIPPED or self.size == 1:
+        if not self.cfg.resample_masks or is_whole(self.clip) or self.size == 1:
             chosen = noised & (u[:, :length] < self.per_position(time, length))
         else:
             counts = self._block_sums(noised)
             chosen = self._choose(
-                noised, _clipped_count(counts, time, u[:, length:], self.clip), u[:, :length]
+                noised, clipped_count(counts, time, u[:, length:], self.clip), u[:, :length]
             )
         return x0.masked_fill(chosen, self.mask)
 
@@ -270,69 +269,6 @@ class _Prefix(Network):
         return self._run(xt, tau, store=False).flatten(0, 1).index_select(0, index.to(self.device))
 
 
-def _clipped_count(counts: Tensor, time: Tensor, u: Tensor, clip: tuple[float, float]) -> Tensor:
-    """(B, N) k ~ Binomial(counts, time) given clip[0] <= k/counts <= clip[1], by inverse CDF from u (B, N). Where no
-    whole number lies in the range, the nearest one above its lower end."""
-    low = (counts * clip[0] - 1e-9).ceil()
-    high = torch.maximum((counts * clip[1] + 1e-9).floor(), low)
-    most = int(counts.max()) if counts.numel() else 0
-    k = torch.arange(most + 1, dtype=torch.float64)  # (K,)
-    n, t = counts.unsqueeze(2), time.unsqueeze(2)
-    allowed = (k >= low.unsqueeze(2)) & (k <= high.unsqueeze(2)) & (k <= n)
-    log_choose = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma((n - k).clamp_min(0) + 1)
-    log_mass = log_choose + torch.xlogy(k, t) + torch.xlogy((n - k).clamp_min(0), 1 - t)
-    log_mass = log_mass.masked_fill(~allowed, -torch.inf)
-    # A time of exactly 1 leaves no mass below k = n; then n is the count.
-    best = log_mass.amax(2, keepdim=True)
-    mass = torch.where(best > -torch.inf, (log_mass - best).exp(), (k == n).double())
-    cumulative = mass.cumsum(2)
-    return (cumulative <= u.unsqueeze(2) * cumulative[..., -1:]).sum(2).double()
-
-
-class ClipSearch:
-    """Which range of masking probabilities gives the per-block loss the least variance (section 4.2 of the paper).
-
-    `add` collects losses per token by masked fraction, in bins of a twentieth; `best` tries widths 0.5, 0.55, ..., 0.9
-    from every bin on. A table is (3, 20): count, sum, sum of squares.
-    """
-
-    BINS = 20
-    ENOUGH = 64  # blocks that a range must have been seen with
-
-    def __init__(self) -> None:
-        self.table = self._empty()
-
-    def _empty(self) -> Tensor:
-        return torch.zeros(3, self.BINS, dtype=torch.float64)
-
-    def take(self) -> Tensor:
-        """What has been collected since the last call, (3, 20) fp64."""
-        table, self.table = self.table, self._empty()
-        return table
-
-    def add(self, masked: Tensor, counts: Tensor, nats: Tensor) -> None:
-        """Blocks (B, N) with `masked` of `counts` tokens masked and a cross-entropy of `nats` over these."""
-        some = masked > 0
-        fraction, nats_per_mask = masked[some] / counts[some], nats[some] / masked[some]
-        bins = ((fraction * self.BINS).ceil().long() - 1).clamp(0, self.BINS - 1)
-        new = torch.stack([torch.ones_like(nats_per_mask), nats_per_mask, nats_per_mask**2])
-        self.table.index_add_(1, bins, new.double())
-
-    @classmethod
-    def best(cls, table: Tensor) -> tuple[int, int] | None:
-        """(low, high) in twentieths, or None where too little has been seen."""
-        found: tuple[float, tuple[int, int]] | None = None
-        for width in range(cls.BINS // 2, cls.BINS * 9 // 10 + 1):
-            for low in range(cls.BINS - width + 1):
-                count, total, squares = table[:, low : low + width].sum(1).tolist()
-                if count < cls.ENOUGH:
-                    continue
-                variance = squares / count - (total / count) ** 2
-                if found is None or variance < found[0]:
-                    found = variance, (low, low + width)
-        return None if found is None else found[1]
-
-
 class BD3LMAdapter(DiffusionAdapter):
     """Holds the range that masking probabilities are drawn from, and looks for a better one after each evaluation.
 
@@ -346,7 +282,10 @@ class BD3LMAdapter(DiffusionAdapter):
 
     def __init__(self, model: Any, model_cfg: Any, tokenizer: Any) -> None:
         super().__init__(model, model_cfg, tokenizer)
-        self.search = ClipSearch() if model_cfg.clip_search and model_cfg.block_length > 1 else None
+        cfg = self.model_cfg
+        self.search: ClipSearch | None = None
+        if cfg.clip_search and cfg.block_length > 1:
+            self.search = ClipSearch(cfg.block_length, cfg.clip_ranges(), cfg.resample_masks)
         self._plan: tuple[int, list[int]] = (-1, [])  # version of the buffer, its content
         if self.search:
             # low, high; next low, high, its first step. In twentieths, so that no rounding moves a limit; -1: none.
@@ -375,12 +314,8 @@ class BD3LMAdapter(DiffusionAdapter):
 
     def clip_at(self, step: int) -> tuple[float, float]:
         """The range that training step `step` draws masking probabilities from."""
-        cfg, (low, high) = self.model_cfg, self._range_at(step)
-        if low < 0:
-            return cfg.sampling_eps_min, cfg.sampling_eps_max
-        return max(low / ClipSearch.BINS, cfg.sampling_eps_min), min(
-            high / ClipSearch.BINS, cfg.sampling_eps_max
-        )
+        cfg, found = self.model_cfg, self._range_at(step)
+        return (cfg.sampling_eps_min, cfg.sampling_eps_max) if found[0] < 0 else cfg.clip_of(*found)
 
     def process_at(self, step: int) -> Process:
         if not self.search:
@@ -392,7 +327,7 @@ class BD3LMAdapter(DiffusionAdapter):
     def after_evaluation(self, step: int) -> None:
         if not self.search:
             return
-        found = ClipSearch.best(self.add_up(self.search.take()))  # each process has scored rows of its own
+        found = self.search.best(self.add_up(self.search.take()))  # each process has scored rows of its own
         # A range that waits for its first step stays planned: steps may have been prepared with it.
         waiting = step < self.plan()[4] <= step + self.AHEAD
         if found is None or waiting:

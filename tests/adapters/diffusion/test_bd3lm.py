@@ -8,12 +8,15 @@ import pytest
 import torch
 
 from adapters.base import GenerateOptions
-from adapters.diffusion.bd3lm import ClipSearch, _clipped_count, block_of
+from adapters.diffusion.bd3lm import block_of
+from adapters.diffusion.clipping import ClipSearch
 from adapters.diffusion.likelihood import estimate_bound
 from adapters.diffusion.network import Network
 from adapters.diffusion.process import Draw
 from adapters.randomness import Noise
+from models.bd3lm import BD3LMConfig
 from tests.adapters.diffusion.processes import bd3lm, mdl, texts
+from tests.adapters.diffusion.test_clipping import expectation, searching
 from tests.adapters.diffusion.tiny import EVAL, S, V, assert_changes, batch, build, train_context
 from tests.adapters.diffusion.toy import ENTROPY, F64, LAW, LENGTH, SEQUENCES, block_oracle, masked_oracle
 
@@ -117,27 +120,33 @@ def test_times_are_counted_where_they_lie():
     assert [c > 0 for c in counts] == [False] * 3 + [True] * 5 + [False] * 2
 
 
-def test_clipped_counts_are_the_binomial_law_given_the_range():
-    n, t = torch.full((1, 4000), 4.0, dtype=torch.float64), torch.full((1, 4000), 0.3, dtype=torch.float64)
-    u = torch.rand(1, 4000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    k = _clipped_count(n, t, u, (0.25, 0.75)).flatten().long()
-    mass = torch.tensor([math.comb(4, j) * 0.3**j * 0.7 ** (4 - j) for j in (1, 2, 3)])
-    expected = mass / mass.sum() * 4000
-    counts = torch.bincount(k, minlength=5).double()
-    assert counts[0] == counts[4] == 0
-    assert float(((counts[1:4] - expected) ** 2 / expected).sum()) < 18.42  # 2 degrees of freedom
+def test_a_range_from_the_clean_end_forces_no_mask():
+    """Blocks of 4 in [1e-3, 0.5]: a block without a mask is not drawn again, as that would put the weight 1/t on one
+    that was forced in. The mean weight of a token is 0.88 then, not 3.45."""
+    clip = (1e-3, 0.5)
+    wanted = expectation(4, clip, lambda t, k: k / (4 * t))
+    assert wanted == pytest.approx(0.88, abs=0.005)
+    process = bd3lm(4, n_ctx=4000, sampling_eps_max=0.5, clip_search=False)
+    blocks = torch.rand(20, 1000, dtype=F64, generator=torch.Generator().manual_seed(0))
+    time = process.training_time((torch.arange(1000) + blocks) / 1000)
+    x0, noised = torch.zeros(20, 4001, dtype=torch.int64), torch.ones(20, 4001, dtype=torch.bool)
+    noised[:, 0] = False
+    u = torch.rand(20, process.noise_width(4001), dtype=F64, generator=torch.Generator().manual_seed(1))
+    xt = process.corrupt(x0, noised, time, u)
+    weights = process.rows(x0, xt, noised, time).weights
+    assert float(weights.sum()) / int(noised.sum()) == pytest.approx(wanted, abs=0.05)
+    assert process._block_sums(xt == process.mask).max() == 2
 
 
-def test_the_search_finds_the_quiet_range():
-    search = ClipSearch()
-    assert ClipSearch.best(search.take()) is None
-    tokens = torch.full((4000,), 16.0, dtype=torch.float64)
-    fraction = torch.rand(4000, generator=torch.Generator().manual_seed(0)).clamp_min(1e-6).double()
-    spread = torch.where((fraction > 0.25) & (fraction <= 0.75), 0.1, 2.0)
-    nats_per_mask = spread * torch.randn(4000, generator=torch.Generator().manual_seed(1)).double()
-    search.add(fraction * tokens, tokens, nats_per_mask * fraction * tokens)
-    assert ClipSearch.best(search.take()) == (5, 15)  # twentieths
-    assert not bool(search.take().any())  # used up
+def test_ranges_stay_within_the_limits():
+    limited = BD3LMConfig(block_length=4, sampling_eps_min=0.22, sampling_eps_max=0.9)
+    found = limited.clip_ranges()
+    assert found[(4, 14)] == (0.22, 0.7) and found[(8, 18)] == (0.4, 0.9)
+    assert all(0.22 <= low < high <= 0.9 for low, high in found.values())
+    narrow = BD3LMConfig(block_length=4, sampling_eps_min=0.4, sampling_eps_max=0.6)
+    assert not narrow.clip_ranges() and narrow.unread() == {"clip_search": "sampling_eps_max=0.6"}
+    assert ClipSearch(4, narrow.clip_ranges(), True).best(searching(4)[1]) is None
+    assert (1, 11) in BD3LMConfig(block_length=4).clip_ranges()
 
 
 TIMED = {"time_conditioning": True, "sampler": "ancestral"}
