@@ -7,7 +7,8 @@ import json
 import pytest
 
 from configs import compose, runs
-from configs.compose import MODEL_GROUP, check, compose_hydra, compose_tree, prepare
+from configs.compose import check, compose_tree, prepare
+from configs.hydra_app import MODEL_GROUP, compose_hydra
 from configs.messages import ConfigError
 from trainer.commands.launch import config_text, read_config
 
