@@ -42,11 +42,14 @@ def main(argv: list[str]) -> int:
     # OpenMP threads that spin while they wait lose 5 to 80 times their speed when anything else runs on the
     # machine, and gain up to a third when nothing does. Must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from trainer import clock
     from trainer.view.stream import patient_streams
 
     if argv[:1] in (["--help"], ["-h"]) and argv[1:2] and argv[1] in COMMANDS:
         argv = [argv[1], argv[0], *argv[2:]]  # `--help train`, as other programs have it
     command = argv[0] if argv and argv[0] in COMMANDS else "train"
+    if command != "worker":  # which counts from where its run was started
+        clock.start()
     try:
         with patient_streams(raises=command not in RUNS):
             return _run(command, argv)

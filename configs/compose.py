@@ -25,7 +25,7 @@ from configs.messages import REDACTED, ConfigError, is_secret
 from configs.paths import usable_paths
 from configs.registry import Model, Registry, amendments
 from configs.schema import GENERIC_FIELDS, ModelConfig, RunConfig
-from configs.size import automatic_preset
+from configs.size import automatic_preset, without_preset_budget
 from configs.unread import unread
 from configs.validate import architecture_config, refuse_own_words, validate
 
@@ -111,6 +111,7 @@ def prepare(argv: list[str]) -> Plan:
     if preset:
         request.values["preset"] = preset
         overrides.insert(0, f"configs/preset={preset}")
+    overrides += without_preset_budget(request, nodes)
     if names:
         value = ",".join(f"'{n}'" for n in names)
         overrides.insert(

@@ -22,6 +22,7 @@ from naming import did_you_mean, expand_path
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 BASE = CONFIGS / "training.yaml"
+PRESETS = CONFIGS / "preset"
 EXTENSIONS = (".yaml", ".yml")
 SELF = "_self_"
 _HEADER = re.compile(r"\A(?:#.*\n|\s*\n)*?#\s*@package\s+(?P<package>\S+)")
@@ -88,9 +89,11 @@ class Node:
             else:
                 yield self
 
-    def stated(self, key: str) -> Any:
-        """The value that the chain gives to a top-level key, `None` where it is missing or `???`."""
-        values = [n.values[key] for n in self.chain() if n.values.get(key) not in (None, "???")]
+    def stated(self, key: str, *, presets: bool = True) -> Any:
+        """The value that the chain gives to a top-level key, `None` where it is missing or `???`. `presets`: whether
+        those in the chain count."""
+        chain = [n for n in self.chain() if presets or n.path.parent != PRESETS]
+        values = [n.values[key] for n in chain if n.values.get(key) not in (None, "???")]
         return values[-1] if values else None
 
     def native(self) -> bool:

@@ -18,11 +18,11 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
-from configs.files import BASE, CONFIGS, SELF, Node, check_option, options, read, shown
+from configs.files import BASE, CONFIGS, PRESETS, SELF, Node, check_option, options, read, shown
 from configs.messages import ConfigError
+from configs.schema import STEPS
 
 AMENDMENTS = "amendment"  # group in `configs`; its options are called <option>-<preset>
-PRESETS = CONFIGS / "preset"
 
 
 @dataclasses.dataclass
@@ -99,7 +99,10 @@ class Registry:
                     defaults += self._preset(read(PRESETS / f"{preset}.yaml"), model)
                 defaults.append(SELF)
                 model.layers.append(node)
-        self._store("configs", name, {"defaults": defaults, **(extra or {}), **node.values}, node.path)
+        values = {**(extra or {}), **node.values}
+        if any(d.startswith("preset/") for d in defaults) and not values.keys().isdisjoint(STEPS):
+            values.setdefault("time_budget", None)  # a preset's budget is for its own number of steps
+        self._store("configs", name, {"defaults": defaults, **values}, node.path)
         return name
 
     def _preset(self, node: Node, model: Model) -> list[str]:

@@ -258,6 +258,7 @@ class RunConfig(BaseModel):
     gradient_accumulation_steps: Positive | None = None
     num_iterations: Positive = 1750
     num_epochs: Rate | None = None
+    time_budget: Rate | None = None
 
     # evaluation
     val_loss_every: NonNegative = 125
@@ -328,6 +329,7 @@ class RunConfig(BaseModel):
 
 
 GENERIC_FIELDS: tuple[str, ...] = tuple(RunConfig.model_fields)
+STEPS = ("num_iterations", "num_epochs")  # how long a run trains
 # The choices of a run: field -> where its table is.
 CHOICES: dict[str, OneOf] = {
     name: mark

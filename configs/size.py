@@ -1,4 +1,4 @@
-"""The size that `preset: auto` stands for."""
+"""The size that `preset: auto` stands for, and the time that a preset gives."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 from configs.files import CONFIGS, Node, description, options, shown
 from configs.frontend import SIZE_KEYS, Request
 from configs.hardware import uses_cuda
+from configs.messages import ConfigError
+from configs.schema import STEPS
 from naming import command_line
 
 
@@ -39,3 +41,19 @@ def automatic_preset(request: Request, nodes: list[Node], saved: tuple[dict[str,
     command = command_line(f"--hydra_model_cfg={','.join(shown(n.path) for n in nodes)}", "preset=none")
     request.notices.append(f"preset auto: {preset} ({why}, embedded corpus; {size}). Full size: {command}")
     return preset
+
+
+def without_preset_budget(request: Request, nodes: list[Node]) -> list[str]:
+    """What switches a preset's `time_budget` off, where the command line asks for a number of steps, or for several
+    runs, which are to be alike. One that the command line or a file states stays."""
+    asked = request.multirun or not request.keys.isdisjoint(STEPS)
+    if not nodes or not asked or "time_budget" in request.keys:
+        return []
+    budgets = {node.stated("time_budget", presets=False) for node in nodes}
+    if len(budgets) > 1:
+        raise ConfigError(
+            f"command line: the files of this sweep state different time budgets ({', '.join(map(str, budgets))}). "
+            f"Add time_budget=<minutes> or time_budget=null for all of them"
+        )
+    (budget,) = budgets
+    return [f"time_budget={'null' if budget is None else budget}"]

@@ -23,9 +23,9 @@ Words that have one meaning, here and in data/, adapters/ and kernels/:
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,8 +33,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from adapters.base import weighted_loss
 from trainer.batching import StepBatch
+from trainer.budget import decide, decided_before
 from trainer.diagnose import explain_non_finite
 from trainer.distributed import World, open_world
 from trainer.errors import StopRequested, TrainingError
@@ -42,7 +42,6 @@ from trainer.evaluate import Score, evaluate
 from trainer.meter import Meter
 from trainer.optim.optimizers import clip_gradients
 from trainer.optim.schedules import schedule_factor
-from trainer.precision import autocast
 from trainer.run.checkpoint import find_checkpoint, load_json, load_tensors, newest_checkpoint
 from trainer.run.folder import BEST
 from trainer.run.lines import refuse_taken_names, refuse_taken_names_of_score
@@ -59,20 +58,27 @@ from trainer.run.resume import (
 from trainer.sample import sample_text
 from trainer.session import Session, open_session
 from trainer.signals import StopSignal
+from trainer.step import accumulate_gradients, dropout_seed
 
 if TYPE_CHECKING:
+    from adapters.base import StepOutput
     from configs.schema import ModelConfig, RunConfig
 
 __all__ = ["train"]
 
 
-def train(cfg: RunConfig, model_cfg: ModelConfig, run_dir: Path, config_yaml: str = "") -> float:
+def train(
+    cfg: RunConfig,
+    model_cfg: ModelConfig,
+    run_dir: Path,
+    config_text: Callable[[RunConfig], str] | None = None,
+) -> float:
     """Train, score and sample; returns bits per byte (of the best model if `save_best_model`), NaN if stopped
-    before the first score. `config_yaml` is kept in the run folder, as the text that reproduces the run."""
+    before the first score. `config_text` makes the config.yaml of the run folder, the text that reproduces the run."""
     with (
         StopSignal("saving, then leaving") as stop,
         open_world(cfg) as world,
-        RunRecord(run_dir, world, config_yaml) as record,
+        RunRecord(run_dir, world, config_text) as record,
     ):
         try:
             # Of several processes only the one that the others wait for: see `interruptible`.
@@ -91,6 +97,10 @@ def _trainer(
     console = record.console
     checkpoint = world.on_main(lambda: checkpoint_to_resume(cfg, record.folder, console.warn))
     saved = load_json(checkpoint, "training_state.json") if checkpoint else {}
+    begun = world.on_main(record.folder.read_config)
+    if (decided := decided_before(cfg, saved.get("training_config"), begun)) is not cfg:
+        cfg = decided
+        console.note("time_budget: the number of steps stays as it was decided when the run began")
     source = checkpoint
     if source is None and cfg.init_from_checkpoint:
         source = find_checkpoint(cfg.init_from_checkpoint, console.warn)
@@ -103,18 +113,14 @@ def _trainer(
     session = open_session(
         cfg, model_cfg, world, micro_rows=micro_rows, tokenizer=tokenizer, interruptible=stop.at_once
     )
+    if cfg.time_budget is not None and not cfg.eval_only:
+        console.note(decide(session, lambda: stop.requested))
     trainer = Trainer(session, record, stop)
     if checkpoint:
         trainer.resume(checkpoint, saved)
     elif source:
         start_from_weights(session, source, console)
     return trainer
-
-
-def dropout_seed(seed: int, step: int, first_row: int) -> int:
-    """Dropout is a function of (seed, step, first global row of the micro-batch)."""
-    digest = hashlib.sha256(f"dropout/{seed}/{step}/{first_row}".encode()).digest()
-    return int.from_bytes(digest[:7], "big")
 
 
 class Trainer:
@@ -213,23 +219,8 @@ class Trainer:
 
     def _train_step(self, batch: StepBatch, denominators: dict[str, float]) -> None:
         s, step = self.s, batch.step
-        s.adapter.on_step_start(batch.ctx, self.total)
-        bad_loss = torch.zeros((), dtype=torch.bool, device=self.world.device)
-        for index, prepared in enumerate(batch.micro):
-            torch.manual_seed(dropout_seed(self.cfg.seed, step, batch.first_rows[index]))
-            with self.world.without_sync(s.wrapped, skip=index + 1 < len(batch.micro)):
-                with autocast(s.precision, self.world.device):
-                    output = s.wrapped(prepared.to(self.world.device))
-                loss = weighted_loss(output.terms, denominators)
-                # DistributedDataParallel averages over processes; the denominators are already global.
-                (loss * (self.world.size * s.scaler.scale)).backward()
-            refuse_taken_names(s.adapter, output)
-            self.meter.add_output(output, self.planned_flops * s.plan.micro_rows * self.cfg.train_seq_len)
-            bad_loss |= ~torch.isfinite(loss.detach())
-
-        parameters = s.parameters
-        s.scaler.unscale([p.grad for p in parameters if p.grad is not None])
-        self.last_norm = clip_gradients(parameters, self.cfg.max_grad_norm)
+        bad_loss = accumulate_gradients(s, batch, denominators, self.total, self._take_note)
+        self.last_norm = clip_gradients(s.parameters, self.cfg.max_grad_norm)
         found_inf = self.world.any_on_device((~torch.isfinite(self.last_norm) | bad_loss).float())
         if not s.scaler.enabled:
             found_inf = self.halted = torch.maximum(self.halted, found_inf)
@@ -243,6 +234,11 @@ class Trainer:
         self.progress.step = step + 1
         self._raise_if_not_finite()
         self.unread_flag = (step, found_inf)
+
+    def _take_note(self, output: StepOutput) -> None:
+        """Of one micro-batch of a step."""
+        refuse_taken_names(self.s.adapter, output)
+        self.meter.add_output(output, self.planned_flops * self.s.plan.micro_rows * self.cfg.train_seq_len)
 
     def _raise_if_not_finite(self) -> None:
         """Read the flag of the step before last: by now the device is past it."""

@@ -35,7 +35,7 @@ def amended(write):
 def test_presets_set_sizes_and_never_learning_rates(preset):
     stated = OmegaConf.to_container(OmegaConf.load(CONFIGS / "preset" / f"{preset}.yaml"))
     batch = {"train_seq_len", "batch_size", "gradient_accumulation_steps", "global_batch_size"}
-    steps = {"num_iterations", "val_loss_every", "val_bytes", "val_bytes_interim"}
+    steps = {"num_iterations", "time_budget", "val_loss_every", "val_bytes", "val_bytes_interim"}
     allowed = {"preset", "model_cfg"} | batch | (steps if preset == "nano" else set())
     assert set(stated) <= allowed and stated["preset"] == preset
     assert set(stated.get("model_cfg", {})) <= SIZES
@@ -51,10 +51,62 @@ def test_amendments_name_a_type_and_a_preset(amendment):
 
 def test_a_size_may_mean_something_more_for_one_type():
     cfg, model_cfg = quiet("model=bd3lm", "preset=nano")
-    assert (cfg.num_iterations, model_cfg.num_sampling_steps, model_cfg.clip_search) == (240, 100, False)
-    assert quiet("model=bd3lm", "preset=nano", "num_iterations=7")[0].num_iterations == 7
-    assert quiet("model=bd3lm", "preset=none")[0].num_iterations == 1750
-    assert quiet("model=gpt2", "preset=nano")[0].num_iterations == 300
+    assert (cfg.global_batch_size, model_cfg.num_sampling_steps, model_cfg.clip_search) == (8, 100, False)
+    assert quiet("model=bd3lm", "preset=nano", "global_batch_size=7")[0].global_batch_size == 7
+    assert quiet("model=bd3lm", "preset=none")[0].global_batch_size == 512
+    assert quiet("model=gpt2", "preset=nano")[0].global_batch_size == 16
+
+
+@pytest.mark.parametrize("type_", sorted(ARCHITECTURES))
+def test_nano_is_as_many_of_300_steps_as_fit_into_two_and_a_half_minutes(type_):
+    cfg, _ = quiet(f"model={type_}", "preset=nano")
+    assert (cfg.num_iterations, cfg.time_budget) == (300, 2.5)
+
+
+@pytest.mark.parametrize(
+    ("words", "budget"),
+    [
+        (["preset=nano", "num_iterations=20"], None),
+        (["preset=nano", "num_epochs=1"], None),
+        (["preset=nano", "num_iterations=20", "time_budget=7"], 7),
+        (["preset=nano", "time_budget=7"], 7),
+        (["preset=nano", "time_budget=null"], None),
+        (["preset=none"], None),
+    ],
+)
+def test_who_asks_for_a_number_of_steps_means_it(words, budget):
+    assert quiet("model=gpt2", *words)[0].time_budget == budget
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "budget"),
+    [
+        ("time_budget: 5", ["num_iterations=20"], 5),  # not a preset's
+        ("time_budget: 5", ["preset=nano", "num_iterations=20"], 5),
+        ("preset: nano", [], 2.5),
+        ("preset: nano", ["num_iterations=20"], None),
+        ("preset: nano\nnum_iterations: 20", [], None),  # the file lies over the preset
+        ("preset: nano\ntime_budget: 5\nnum_iterations: 20", ["num_iterations=30"], 5),
+        ("preset: nano\ntime_budget: null", [], None),
+    ],
+)
+def test_a_budget_of_a_file_stays_and_that_of_a_preset_goes_with_its_steps(write, text, words, budget):
+    write("sized.yaml", f"defaults: [mine, _self_]\n{text}\n")
+    assert quiet("sized.yaml", *words)[0].time_budget == budget
+
+
+def test_a_sweep_has_equal_numbers_of_steps(write):
+    def budgets(*words):
+        points = check_grid(prepare([*words, "-m"]))
+        return {point.cfg.time_budget for point in points}
+
+    assert budgets("model=gpt2,mdl", "preset=nano") == {None}
+    assert budgets("model=gpt2", "seed=1,2", "preset=nano") == {None}
+    assert budgets("model=gpt2,mdl", "preset=nano", "time_budget=7") == {7}
+    write("quick.yaml", "defaults: [mine, _self_]\ntime_budget: 5\n")
+    assert budgets("model=quick.yaml", "preset=nano,tiny") == {5}
+    with pytest.raises(ConfigError, match=r"different time budgets.*Add time_budget="):
+        budgets("model=quick.yaml,mine.yaml")
 
 
 @pytest.mark.parametrize("type_", ["d3pm", "mdl", "sedd", "bd3lm"])
@@ -113,7 +165,7 @@ def test_a_mistake_in_an_amendment_is_found_there(write, amended):
 def test_a_grid_over_models_and_sizes_amends_each_by_its_type(write, amended):
     write("other.yaml", "defaults: [mdl, _self_]\n")
     points = check_grid(prepare(["model=mine.yaml,other.yaml", "preset=nano,tiny", "-m"]))
-    assert points is not None and [p.cfg.num_iterations for p in points] == [77, 1750, 250, 1750]
+    assert points is not None and [p.cfg.num_iterations for p in points] == [77, 1750, 300, 1750]
 
 
 def test_jobs_of_a_sweep_are_amended_as_they_were_checked(write, amended, in_process, monkeypatch):
@@ -121,7 +173,7 @@ def test_jobs_of_a_sweep_are_amended_as_they_were_checked(write, amended, in_pro
     monkeypatch.setattr(train.launch, "start", lambda cfg, *args, **kwargs: started.append(cfg) or 1.0)
     write("other.yaml", "defaults: [mdl, _self_]\n")
     assert train.main(["model=mine.yaml,other.yaml", "preset=nano", "-m"]) == 0
-    assert [c.num_iterations for c in started] == [77, 250]
+    assert [c.num_iterations for c in started] == [77, 300]
 
 
 def test_a_composed_amendment_is_shown(amended, in_process, capsys):

@@ -231,7 +231,7 @@ def finished(tmp_path_factory):
     """A finished run of six steps."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     cfg, model_cfg = config("gpt2", "output_dir=run")
-    loop.train(cfg, model_cfg, folder, config_text(cfg))
+    loop.train(cfg, model_cfg, folder, config_text)
     return folder
 
 

@@ -18,8 +18,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -39,7 +40,6 @@ ROOT = Path(__file__).resolve().parents[2]
 _POST = "MYTRAINER_WORKERS"
 _KEY = "mytrainer/launch"
 _BEGUN = "begun"  # a file of each of them, once it can save and leave when asked to
-_KEPT = "kept.yaml"  # beside a worker's config: what the run folder keeps of it
 
 
 class JobFailed(RuntimeError):
@@ -137,19 +137,20 @@ def start(
     """
     require_writable(folder)
     cfg = with_absolute_paths(cfg)
-    text = config_text(cfg, origin)
     if launched():
         _tell({"config": cfg.model_dump(mode="json"), "folder": str(folder), "env": _secret_env(cfg)})
-        return run_here(cfg, model_cfg, folder, text)
+        return run_here(cfg, model_cfg, folder, partial(config_text, origin=origin))
     processes = process_count(cfg.num_gpus, cfg.device)
     if processes > 1 or isolated:
-        return run_workers(cfg, text, folder, processes)
-    return run_here(cfg, model_cfg, folder, text)
+        return run_workers(cfg, folder, processes, origin)
+    return run_here(cfg, model_cfg, folder, partial(config_text, origin=origin))
 
 
-def run_here(cfg: RunConfig, model_cfg: ModelConfig, folder: Path, text: str) -> float:
+def run_here(
+    cfg: RunConfig, model_cfg: ModelConfig, folder: Path, text: Callable[[RunConfig], str] | None
+) -> float:
     """Train in this process. A failure that has an explanation becomes one message and exit status 1; the user's
-    mistakes that only show once data and model are there, status 2. `text` becomes the run's config.yaml."""
+    mistakes that only show once data and model are there, status 2. `text` makes the run's config.yaml."""
     from trainer.loop import train
 
     if _POST in os.environ:
@@ -165,16 +166,12 @@ def run_here(cfg: RunConfig, model_cfg: ModelConfig, folder: Path, text: str) ->
         raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
 
 
-def run_workers(cfg: RunConfig, text: str, folder: Path, processes: int) -> float:
-    """Start the worker(s) of one run, pass signals on to them, wait. Raises JobFailed if they failed.
-
-    `text` becomes the run's config.yaml.
-    """
+def run_workers(cfg: RunConfig, folder: Path, processes: int, origin: str) -> float:
+    """Start the worker(s) of one run, pass signals on to them, wait. Raises JobFailed if they failed."""
     with tempfile.TemporaryDirectory(prefix="mytrainer-") as post:
         config = Path(post) / "config.yaml"
         config.write_text(config_text(cfg, of_this_start=True), encoding="utf-8")
-        config.with_name(_KEPT).write_text(text, encoding="utf-8")
-        command = [sys.executable, str(ROOT / "mytrainer.py"), "worker", str(config), str(folder)]
+        command = [sys.executable, str(ROOT / "mytrainer.py"), "worker", str(config), str(folder), origin]
         env = {**os.environ, _POST: post}
         if processes > 1:
             env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
@@ -253,14 +250,14 @@ def _forwarding(children: list[subprocess.Popen[bytes]], begun: list[Path]) -> I
 
 
 def worker_main(argv: list[str]) -> int:
-    """`worker <config.yaml> <run folder>`: one process of a run that `run_workers` started."""
-    config, folder = Path(argv[0]), Path(argv[1])
+    """`worker <config.yaml> <run folder> <origin>`: one process of a run that `run_workers` started."""
+    config, folder, origin = Path(argv[0]), Path(argv[1]), argv[2]
     post = Path(os.environ[_POST]) if _POST in os.environ else None
     status, score = 1, math.nan
     try:
         env = OmegaConf.to_container(OmegaConf.load(config)).get("env") or {}  # type: ignore[union-attr]
         apply_env(env)
-        score = run_here(*read_config(config), folder, config.with_name(_KEPT).read_text(encoding="utf-8"))
+        score = run_here(*read_config(config), folder, partial(config_text, origin=origin))
         status = 0
     except ConfigError as error:
         print(error.report(), file=sys.stderr)
@@ -353,7 +350,7 @@ def follow() -> int:
         if value != REDACTED:
             os.environ.setdefault(name, value)
     cfg, model_cfg = validate(cfg.model_dump(mode="json"))
-    run_here(cfg, model_cfg, folder, "")  # rank 0 writes the config
+    run_here(cfg, model_cfg, folder, None)  # rank 0 writes the config
     return 0
 
 

@@ -86,6 +86,7 @@ def describe(cfg: RunConfig, model_cfg: ModelConfig, vocab_size: int | None = No
         "tokens_per_step": tokens_per_step,
         "steps": None if tokens is None else cfg.num_iterations,
         "tokens": tokens,
+        "time_budget": cfg.time_budget,
         "training_flops": None if tokens is None else flops.training_per_token * tokens,
         "batch": {
             "global": plan.rows,
@@ -173,6 +174,8 @@ def _page(d: dict[str, Any]) -> str:
         )
     else:
         lines.append("run               as many steps as num_epochs needs, which depends on the text")
+    if d["time_budget"] is not None:
+        lines.append(f"time budget       {d['time_budget']:g} minutes, fewer steps where not all fit")
     m = d["memory_bytes"]
     parts = ", ".join(f"{k} {v / 2**20:,.0f}" for k, v in m.items() if k != "total" and v)
     lines.append(f"memory (estimate) {m['total'] / 2**20:,.0f} MiB a process ({parts})")

@@ -25,6 +25,7 @@ from configs.messages import ConfigError
 from configs.runs import named_folder
 from configs.schema import env_strings
 from configs.validate import validate
+from trainer import clock
 from trainer.commands import launch
 
 
@@ -116,6 +117,7 @@ def _sweep(plan: Plan) -> int:
 
 def sweep_job(cfg: DictConfig) -> float:
     """One job of a sweep, wherever a Hydra launcher runs it; the training has a process of its own."""
+    clock.start()
     values = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(values, dict)
     job = HydraConfig.get()

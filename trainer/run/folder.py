@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import yaml
 
 from trainer.errors import TrainingError
 from trainer.run.checkpoint import (
@@ -98,6 +99,14 @@ class RunFolder:
         if not lines:
             return ""
         return f"metrics.jsonl had {lines} lines beyond step {step}, of a life cut short: moved to {dropped.name}"
+
+    def read_config(self) -> dict[str, Any]:
+        """The generic fields in config.yaml; {} where there is none that can be read."""
+        try:
+            found = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     # -- samples -----------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from trainer.view.report import write_report
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from configs.schema import RunConfig
     from trainer.distributed import World
     from trainer.evaluate import Score
     from trainer.meter import Meter
@@ -34,8 +35,11 @@ __all__ = ["RunRecord"]
 class RunRecord:
     """Use as a context manager, around everything that writes to the folder."""
 
-    def __init__(self, path: Path, world: World, config_yaml: str = "") -> None:
-        self.world, self.config_yaml = world, config_yaml
+    def __init__(
+        self, path: Path, world: World, config_text: Callable[[RunConfig], str] | None = None
+    ) -> None:
+        """`config_text` makes the folder's config.yaml."""
+        self.world, self._config_text = world, config_text
         self.folder = RunFolder(path)
         self.console = Console(enabled=world.is_main)
         self._sinks: list[Sink] = []  # from `begin` on, on process 0
@@ -66,8 +70,8 @@ class RunRecord:
         facts = facts_of(s, self.folder.path, progress.step)
         if told := self.folder.drop_later(progress.step, scored=progress.evaluated_at == progress.step):
             self.console.note(told)
-        if self.config_yaml:
-            self.folder.write("config.yaml", self.config_yaml)
+        if self._config_text:
+            self.folder.write("config.yaml", self._config_text(s.cfg))
         self._manifest = facts.manifest
         self.folder.write_json("manifest.json", facts.manifest)
         # The file first: what the others show is in it.

@@ -36,10 +36,10 @@ TRAIN = """
 import json, os, sys, time
 from pathlib import Path
 
-def train(cfg, model_cfg, folder, config_yaml):
+def train(cfg, model_cfg, folder, config_text):
     from trainer.errors import TrainingError
-    if config_yaml:
-        Path(folder, "config.yaml").write_text(config_yaml)
+    if config_text:
+        Path(folder, "config.yaml").write_text(config_text(cfg))
     facts = {"pid": os.getpid(), "parent": os.getppid(), "seed": cfg.seed,
              "env": os.environ.get("SOME_TOKEN"), "plain": os.environ.get("PLAIN"),
              "d_model": model_cfg.d_model, "argv": sys.argv, "torch": "torch" in sys.modules}

@@ -29,7 +29,7 @@ def test_a_single_run_is_composed_once_and_never_by_hydra_main(trained, monkeypa
     assert command.main(["model=gpt2", "preset=tiny", "seed=3", "output_dir=out"]) == 0
     ((cfg, model_cfg, folder, text),) = trained
     assert (cfg.seed, model_cfg.d_model, str(folder), len(composed)) == (3, 192, "out", 1)
-    assert "seed: 3" in text and "output_dir=out" in sys.argv
+    assert "seed: 3" in text(cfg) and "output_dir=out" in sys.argv
 
 
 def test_what_only_a_sweep_reads_is_refused(trained):

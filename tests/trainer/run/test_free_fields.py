@@ -22,7 +22,7 @@ def masked(tmp_path_factory):
     """A run folder of masked diffusion, hardly trained: without dropout, four noise draws per score."""
     run = tmp_path_factory.mktemp("masked") / "run"
     cfg, model_cfg = config("mdl", *QUICK, "model_cfg.dropout=0.0")
-    train(cfg, model_cfg, run, config_text(cfg))
+    train(cfg, model_cfg, run, config_text)
     return run
 
 

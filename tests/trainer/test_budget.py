@@ -1,0 +1,162 @@
+"""`time_budget`: what fits is found without a trace, once, and kept."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+
+from tests.contract.pair import Pair
+from tests.contract.tiny import config, session_of
+from tests.trainer.slower_process import steps_that_fit
+from trainer import budget
+from trainer.budget import Costs
+from trainer.commands.launch import config_text
+from trainer.loop import Trainer, train
+from trainer.run.checkpoint import load_tensors
+
+COSTS = Costs(spent=10.0, step=2.0, interim=5.0, end=20.0, every=3)
+
+
+def run(path, *more, architecture="gpt2"):
+    cfg, model_cfg = config(architecture, f"output_dir={path}", *more)
+    train(cfg, model_cfg, path, config_text)
+    return yaml.safe_load((path / "config.yaml").read_text())
+
+
+def lines(path):
+    timed = {"seconds", "tokens_per_second", "eta_seconds"}
+    read = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in timed} for line in read]
+
+
+def equal(left, right):
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(equal(v, right[k]) for k, v in left.items())
+    return torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
+
+
+@pytest.fixture
+def costs(monkeypatch):
+    """Stand for what would be measured; how often it was asked for."""
+    asked = []
+
+    def measure(s, should_stop):
+        asked.append(s)
+        return COSTS
+
+    monkeypatch.setattr(budget, "measure", measure)
+    return asked
+
+
+def test_what_fits_counts_evaluations_on_the_way():
+    assert [COSTS.total(n) for n in (1, 3, 4, 6, 7)] == [32, 36, 43, 47, 54]
+    assert [COSTS.fitting(seconds, 100) for seconds in (31.9, 32, 36, 42.9, 43, 54)] == [0, 1, 3, 3, 4, 7]
+    assert COSTS.fitting(1e6, 100) == 100
+    assert replace(COSTS, every=0).total(7) == 44
+
+
+@pytest.mark.parametrize(
+    ("architecture", "more"),
+    [
+        ("gpt2", ["model_cfg.dropout=0.1", "ema_decay=0.9", "batch_size=2", "optimizer=muon"]),
+        ("gpt2", ["mixed_precision=fp16", "optimizer=sgd"]),
+        (
+            "bd3lm",
+            ["model_cfg.clip_search=true", "num_iterations=3", "sample_tokens=1"],
+        ),
+    ],
+)
+def test_timing_leaves_no_trace(tmp_path, monkeypatch, architecture, more):
+    monkeypatch.setattr(budget, "TIMED", (1, 1))
+    run(tmp_path / "plain", *more, architecture=architecture)
+    config_ = run(tmp_path / "timed", *more, "time_budget=10", architecture=architecture)
+    assert config_["time_budget"] is None
+    assert lines(tmp_path / "plain") == lines(tmp_path / "timed")
+    for name in ("model.pt", "optimizer.pt", *(["ema.pt"] if "ema_decay=0.9" in more else [])):
+        plain, timed = (load_tensors(tmp_path / where / "final_model", name) for where in ("plain", "timed"))
+        assert equal(plain, timed), name
+    assert (tmp_path / "plain/samples.txt").read_text() == (tmp_path / "timed/samples.txt").read_text()
+    manifests = [json.loads((tmp_path / where / "manifest.json").read_text()) for where in ("plain", "timed")]
+    assert manifests[0]["kernels"] == manifests[1]["kernels"]
+
+
+def test_throw_away_steps_call_no_hook(tmp_path, monkeypatch):
+    from adapters.default import DefaultModelAdapter
+
+    called = []
+    for hook in ("after_step", "constrain"):
+        monkeypatch.setattr(DefaultModelAdapter, hook, lambda self, *a, hook=hook: called.append(hook))
+    run(tmp_path / "run", "time_budget=10")
+    assert called == ["after_step", "constrain"] * 6
+
+
+def test_the_steps_that_fit_are_the_runs(tmp_path, costs, capsys):
+    kept = run(tmp_path / "run", "num_iterations=500", "warmup_ratio=0.5", f"time_budget={70 / 60}")
+    # 10 + 2 n + 5 floor((n - 1) / 3) + 20 <= 70 holds up to n = 12, of which half are warm-up
+    assert (kept["num_iterations"], kept["time_budget"]) == (12, None)
+    rates = {line["step"]: line["lr/matrix"] for line in lines(tmp_path / "run") if "loss" in line}
+    assert rates[4] < rates[6] and rates[12] < rates[6], "the schedule is that of 12 steps"
+    said = capsys.readouterr().out
+    assert "time_budget: 12 of 500 steps fit into 1.17 minutes (2 s a step, 10 s until here, 35 s for" in said
+    assert "12 steps of 4 rows" in said
+
+
+def test_epochs_are_cut_too(tmp_path, costs):
+    kept = run(tmp_path / "run", "num_epochs=3", f"time_budget={70 / 60}")
+    assert (kept["num_iterations"], kept["num_epochs"]) == (12, None)
+
+
+def test_all_fit(tmp_path, costs, capsys):
+    kept = run(tmp_path / "run", "time_budget=9")
+    assert (kept["num_iterations"], kept["time_budget"]) == (6, None)
+    assert "time_budget: all 6 steps fit into 9 minutes" in capsys.readouterr().out
+
+
+def test_a_budget_that_cannot_be_kept_says_so(tmp_path, costs, capsys):
+    kept = run(tmp_path / "run", "num_iterations=500", "time_budget=0.1")
+    assert kept["num_iterations"] == budget.FEWEST_STEPS
+    assert "0.1 minutes are not enough; 10 steps take about 1.1 (2 s a step, 10 s" in capsys.readouterr().out
+
+
+def test_it_is_decided_once(tmp_path, costs, monkeypatch):
+    """Killed before its first checkpoint, started again, gone on with: the same number of steps."""
+    words = ["num_iterations=500", f"time_budget={70 / 60}", "val_loss_every=0", "sample_tokens=0"]
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_train_step", lambda self, *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path / "run", *words)
+    assert run(tmp_path / "run", *words, "resume=auto")["num_iterations"] == 12
+    assert run(tmp_path / "run", *words, "resume=auto")["num_iterations"] == 12
+    assert len(costs) == 1
+    assert run(tmp_path / "run", "resume=auto", "num_iterations=14")["num_iterations"] == 14, "said anew"
+
+
+def test_another_run_in_that_folder_decides_for_itself(tmp_path, costs, monkeypatch):
+    words = ["num_iterations=500", f"time_budget={70 / 60}", "val_loss_every=0", "sample_tokens=0"]
+    monkeypatch.setattr(Trainer, "_train_step", lambda self, *a: 1 / 0)
+    for seed in (1, 2):
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path / "run", *words, f"seed={seed}", "resume=auto")
+    assert len(costs) == 2
+
+
+def test_a_stop_while_timing_leaves_the_budget_to_the_next_start(costs):
+    s = session_of("gpt2", "num_iterations=500", "time_budget=1")
+    assert budget.decide(s, lambda: True) == "time_budget: nothing decided yet"
+    assert (s.cfg.time_budget, s.cfg.num_iterations, s.total_steps) == (1, 500, 500)
+
+
+def test_scoring_alone_decides_nothing(tmp_path, costs):
+    run(tmp_path / "run", "time_budget=1", "eval_only=true")
+    assert not costs
+
+
+@pytest.mark.slow
+def test_of_two_processes_the_slower_one_counts():
+    with Pair() as pair:
+        # 10 n seconds on process 1, beside the end's
+        assert pair.ask(steps_that_fit, 3) == [15, 15]
