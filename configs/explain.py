@@ -65,6 +65,8 @@ def _message(
     if "string_pattern_mismatch" in kinds:
         pattern = next(i["ctx"]["pattern"] for i in items if i["type"] == "string_pattern_mismatch")
         return f"{name}: {given!r} does not match {pattern}"
+    if "string_unicode" in kinds:
+        return f"{name}: {given!r} is not UTF-8 text. Where it is and the locale is not, set PYTHONUTF8=1"
     if "string_too_short" in kinds:
         return f"{name}: must not be empty"
     choices = _choices(field.annotation)

@@ -12,9 +12,7 @@ the result at its end. By hand: `python -m data.yardsticks <token cache folder>`
 from __future__ import annotations
 
 import argparse
-import bz2
 import json
-import lzma
 import math
 import os
 import shutil
@@ -22,6 +20,8 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -38,7 +38,8 @@ from data.tokenizers import load_tokenizer
 if TYPE_CHECKING:
     from data import Dataset
 
-NAMES = ("uniform", "unigram", "3-gram", "6-gram", "xz", "bz2")
+COMPRESSORS = ("xz", "bz2")
+NAMES = ("uniform", "unigram", "3-gram", "6-gram", *COMPRESSORS)
 # The n-gram counts take about 25 bytes of memory per byte of text; more text than this is sampled by
 # document.
 NGRAM_TRAINING_BYTES = 32_000_000
@@ -73,12 +74,25 @@ def compute(train: TokenStore, heldout: TokenStore, max_bytes: int | None = None
         "unigram": _unigram_bits(train, heldout, scored) / len(text),
         "3-gram": float(-np.log2(probabilities[3]).mean()),
         "6-gram": float(-np.log2(probabilities[6]).mean()),
-        "xz": 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text),
-        "bz2": 8 * len(bz2.compress(text, 9)) / len(text),
+        **{name: 8 * len(compress(text)) / len(text) for name, compress in compressors().items()},
     }
     if len(sample) < train.n_docs:
         result["ngram_training_bytes"] = int(train.doc_bytes[sample].sum())
     return result
+
+
+def compressors() -> dict[str, Callable[[bytes], bytes]]:
+    """`xz` and `bz2`, those of them that this Python was built with."""
+    found: dict[str, Callable[[bytes], bytes]] = {}
+    with suppress(ImportError):
+        import lzma
+
+        found["xz"] = lambda text: lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
+    with suppress(ImportError):
+        import bz2
+
+        found["bz2"] = lambda text: bz2.compress(text, 9)
+    return found
 
 
 def _ngram_sample(train: TokenStore) -> np.ndarray:
@@ -245,7 +259,8 @@ def _read_result(folder: Path, max_bytes: int | None) -> dict[str, float] | None
         result = json.loads(_result_path(folder, max_bytes).read_bytes())
     except (OSError, ValueError):
         return None
-    complete = isinstance(result, dict) and all(isinstance(result.get(name), float) for name in NAMES)
+    possible = [name for name in NAMES if name not in COMPRESSORS or name in compressors()]
+    complete = isinstance(result, dict) and all(isinstance(result.get(name), float) for name in possible)
     return result if complete else None
 
 

@@ -104,6 +104,36 @@ def test_importing_these_brings_no_torch(module):
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+def takes_the_encoding_of_the_locale(call):
+    """A call that reads or writes text and names no encoding."""
+    words, function = {word.arg for word in call.keywords}, ast.unparse(call.func)
+    if "encoding" in words:
+        return False
+    if function in ("open", "os.fdopen"):
+        mode = ast.unparse(call.args[1]) if len(call.args) > 1 else ""
+        return "b" not in mode
+    return function.endswith((".read_text", ".write_text")) or bool(words & {"text", "universal_newlines"})
+
+
+def test_all_text_is_utf8_whatever_the_locale():
+    def found(code):
+        calls = (node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call))
+        return [call.lineno for call in calls if takes_the_encoding_of_the_locale(call)]
+
+    wrong = "open(p)", "open(p, 'a')", "p.read_text()", "q().write_text(t)", "run([], text=True)"
+    right = (
+        "open(p, 'rb')",
+        "open(p, 'w', encoding='utf-8')",
+        "p.read_text(encoding='utf-8')",
+        "os.open(p, 0)",
+    )
+    assert all(map(found, wrong)) and not any(map(found, right))
+    files = [*FILES, ROOT / "mytrainer.py", ROOT / "naming.py"]
+    assert not {
+        str(f.relative_to(ROOT)): lines for f in files if (lines := found(f.read_text(encoding="utf-8")))
+    }
+
+
 def test_the_trainer_names_no_architecture():
     from models import ARCHITECTURES
 

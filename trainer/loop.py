@@ -37,7 +37,7 @@ from trainer.batching import StepBatch
 from trainer.budget import decide, decided_before
 from trainer.diagnose import explain_non_finite
 from trainer.distributed import World, open_world
-from trainer.errors import StopRequested, TrainingError
+from trainer.errors import StopRequested, TrainingError, sentence
 from trainer.evaluate import Score, evaluate
 from trainer.meter import Meter
 from trainer.optim.optimizers import clip_gradients
@@ -321,10 +321,13 @@ class Trainer:
         step, folder = self.progress.step, self.record.folder
         if not self.world.is_main or not self.cfg.sample_tokens or folder.sampled_at == step:
             return
-        with torch.compiler.set_stance("force_eager"), self.s.averaged_weights():
-            text = sample_text(self.s, lambda: self.stop.requested)
-        if text is not None:
-            folder.add_sample(step, text)
+        try:
+            with torch.compiler.set_stance("force_eager"), self.s.averaged_weights():
+                text = sample_text(self.s, lambda: self.stop.requested)
+            if text is not None:
+                folder.add_sample(step, text)
+        except Exception as error:  # a text is to look at: no training ends for it, whatever its model does
+            self.console.warn(f"no sample of step {step}: {sentence(error)}")
 
     def _evaluate(self) -> bool:
         """Score the held-out text and take note of it. False when a stop was asked for meanwhile."""

@@ -33,6 +33,7 @@ CASES = [
     (["mine.yaml", "model_cfg.learning_rate=3"], ["unknown key 'model_cfg.learning_rate'", "'learning_rate'"]),
     (["mine.yaml", "model_cfg.n_layrs=3"], ["Did you mean 'model_cfg.n_layers'"]),
     (["mine.yaml", "model_dim=3"], ["'model_dim' is an architecture field here: set model_cfg.d_model"]),
+    (["mine.yaml", "output_dir=gr\udcfcn"], [r"output_dir: 'gr\udcfcn' is not UTF-8 text", "PYTHONUTF8=1"]),
     (["mine.yaml", "model_cfg.d_model=abc"], ["model_cfg.d_model: expected int, got 'abc' (str)"]),
     (["mine.yaml", "model_cfg.d_model=96.0"], ["expected int, got 96.0 (float). Write 96"]),
     (["mine.yaml", "seed='3'"], ["seed: expected int, got '3' (str). Write 3 without quotes"]),

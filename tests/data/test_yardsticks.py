@@ -57,6 +57,16 @@ def test_witten_bell_restated(train: list[bytes], heldout: list[bytes]) -> None:
         assert np.allclose(found[order], plain_witten_bell(train, heldout, order), rtol=1e-12)
 
 
+def test_a_python_without_a_compressor(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "lzma", None)
+    assert list(yardsticks.compressors()) == ["bz2"]
+    without = {name: 1.0 for name in yardsticks.NAMES if name != "xz"}
+    yardsticks._write_result(tmp_path, None, without)
+    assert yardsticks._read_result(tmp_path, None) == without
+    monkeypatch.undo()
+    assert yardsticks._read_result(tmp_path, None) is None, "this Python can say more"
+
+
 @pytest.mark.parametrize("context", [b"", b"t", b"the c", b"the cat sat on the mat", b"zzzzzzz"])
 def test_witten_bell_probabilities_sum_to_one(context: bytes) -> None:
     train = Texts([b"the cat sat on the mat", b"that cat", b"the dog"])

@@ -32,6 +32,7 @@ from trainer.commands.bench_baseline import PlainGPT2
 from trainer.distributed import World, choose_device
 from trainer.optim.optimizers import clip_gradients
 from trainer.precision import autocast
+from trainer.run.files import write_atomically
 from trainer.run.manifest import collect_environment, peak_memory_bytes
 from trainer.session import open_session
 
@@ -84,9 +85,9 @@ def main(argv: list[str]) -> int:
             overrides, ["plain loop"] * (configs[0].type == "gpt2") + ["fp32", "bf16"]
         )
         result["seconds_to_first_step"] = _start_up(overrides)
+    if args.output:  # before what is printed, whose reader may leave
+        write_atomically(Path(args.output), json.dumps(result, indent=2) + "\n")
     print(_report(result))
-    if args.output:
-        Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
     return 0
 
 
@@ -207,7 +208,9 @@ def _memory(overrides: list[str], sides: list[str]) -> dict[str, int]:
     found = {}
     for which in sides:
         command = [sys.executable, "mytrainer.py", "bench", "step", "--one", which]
-        done = subprocess.run([*command, *overrides], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, *overrides], cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace"
+        )
         if done.returncode:
             raise ValueError(f"the memory run of {which!r} failed: {done.stderr.strip().splitlines()[-1:]}")
         found[which] = json.loads(done.stdout.splitlines()[-1])["peak_memory_bytes"]
@@ -241,7 +244,9 @@ def _start_up(overrides: list[str]) -> float:
             time.sleep(0.02)
         if child.returncode or seconds is None:
             assert child.stderr is not None
-            raise ValueError(f"the start-up run failed: {child.stderr.read().decode().strip()[-300:]}")
+            raise ValueError(
+                f"the start-up run failed: {child.stderr.read().decode('utf-8', 'replace').strip()[-300:]}"
+            )
     return seconds
 
 

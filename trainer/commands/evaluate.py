@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
         lookahead=restored.adapter.data_spec().lookahead,
         max_bytes=args.val_bytes or cfg.val_bytes,
     )
-    with StopSignal() as stop:
+    with StopSignal("leaving without a score") as stop:
         score = evaluate(
             restored.adapter,
             rows,

@@ -105,7 +105,7 @@ def main(argv: list[str]) -> int:
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     started = time.perf_counter()
-    with StopSignal() as stop, autocast(restored.precision, restored.device):
+    with StopSignal("ending the text here") as stop, autocast(restored.precision, restored.device):
 
         def on_tokens(row: int, tokens: list[int]) -> None:
             printer.add(row, tokens)
@@ -128,6 +128,13 @@ def main(argv: list[str]) -> int:
         except StopRequested:
             print("\n(stopped)", file=sys.stderr)
     printer.end()
+    if (empty := args.num_samples - len(printer.begun)) and not stop.requested:
+        which = f"{empty} of {args.num_samples} samples are" if args.num_samples > 1 else "the text is"
+        print(
+            f"note: {which} empty, as the model ends the document at once. --ignore_document_end goes on behind its "
+            f"end; another --prompt or --seed may do too",
+            file=sys.stderr,
+        )
     seconds = time.perf_counter() - started
     where = f"{restored.checkpoint} ({restored.weights} weights, {restored.device})"
     print(f"{printer.count} tokens, {printer.count / seconds:.0f} per second, from {where}", file=sys.stderr)
@@ -144,12 +151,14 @@ class _Printer:
         self.decoder = StreamDecoder(tokenizer)
         self.streamed: int | None = None
         self.waiting: dict[int, list[int]] = {}
+        self.begun: set[int] = set()
         self.count = 0
 
     def add(self, row: int, tokens: list[int]) -> None:
         if not tokens:
             return
         self.count += len(tokens)
+        self.begun.add(row)
         if self.streamed is None:
             if self.view is not None:
                 self.view.wipe()

@@ -213,7 +213,7 @@ def _outcome(post: Path, status: int, received: list[int]) -> float:
     result: dict[str, Any] = {}
     report = post / "result.json"
     if report.exists():
-        result = json.loads(report.read_text())
+        result = json.loads(report.read_text(encoding="utf-8"))
     status = result.get("status", 1) if status else 0
     if received:  # no further job of a sweep is started either
         if not result:
@@ -267,7 +267,7 @@ def worker_main(argv: list[str]) -> int:
     finally:
         if post and os.environ.get("RANK", "0") == "0":
             result = {"status": status, "score": None if math.isnan(score) else score}
-            (post / "result.part").write_text(json.dumps(result))
+            (post / "result.part").write_text(json.dumps(result), encoding="utf-8")
             os.replace(post / "result.part", post / "result.json")
     return status
 

@@ -136,8 +136,8 @@ def _measured_speed(cfg: RunConfig, model_cfg: ModelConfig) -> dict[str, Any] | 
     found = []
     for summary in [*Path("outputs").glob("*/summary.json"), *Path("checkpoints").glob("*/summary.json")]:
         try:
-            done = json.loads(summary.read_text())
-            config = json.loads((summary.parent / "config.json").read_text())
+            done = json.loads(summary.read_text(encoding="utf-8"))
+            config = json.loads((summary.parent / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         if all(config.get(key) == value for key, value in wanted.items()) and done["tokens_per_second"]:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from trainer.errors import sentence
 from trainer.run.facts import Facts
 from trainer.run.sinks import Sink
 
@@ -49,7 +50,7 @@ class InBackground:
         if not self._dropped:
             self._thread.join(PATIENCE)
         if self._error is not None:
-            self._drop(_sentence(self._error))
+            self._drop(sentence(self._error))
         elif self._thread.is_alive():
             self._drop(f"it was not done {PATIENCE:g} seconds after the run")
 
@@ -57,7 +58,7 @@ class InBackground:
         if self._dropped:
             return
         if self._error is not None:
-            self._drop(_sentence(self._error))
+            self._drop(sentence(self._error))
             return
         try:
             self._calls.put_nowait((method, arguments))
@@ -79,8 +80,3 @@ class InBackground:
                 return
             if method == "close":
                 return
-
-
-def _sentence(error: BaseException) -> str:
-    first = str(error).strip().partition("\n")[0].rstrip(".")
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__

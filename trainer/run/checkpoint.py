@@ -116,7 +116,7 @@ def _sync_folder(path: Path) -> None:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None when every file matches its digest."""
     try:
-        digests = json.loads((checkpoint / DIGESTS).read_text())
+        digests = json.loads((checkpoint / DIGESTS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return f"{DIGESTS} is missing or unreadable"
     for name, expected in digests.items():
@@ -168,7 +168,7 @@ def _how_to_start_over(run_dir: Path) -> str:
 
 
 def load_json(checkpoint: Path, name: str) -> Any:
-    return json.loads((checkpoint / name).read_text())
+    return json.loads((checkpoint / name).read_text(encoding="utf-8"))
 
 
 def load_tensors(checkpoint: Path, name: str) -> Any:

@@ -46,7 +46,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(_as_bytes(content))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -57,11 +57,16 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def _as_bytes(content: str | bytes) -> bytes:
+    """Bytes of the name of a file or folder that are not UTF-8 are written as escapes."""
+    return content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
+
+
 def append(path: Path, content: str | bytes) -> None:
     """Put `content`, text as UTF-8, at the end of a file. Raises TrainingError if that cannot be done."""
     try:
         with open(path, "ab") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(_as_bytes(content))
     except OSError as error:
         raise could_not_write(path, error) from error
 

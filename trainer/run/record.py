@@ -9,7 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from data.yardsticks import start_background
+from data.yardsticks import NAMES, start_background
+from trainer.errors import sentence
 from trainer.run.facts import checkpoint_contents, facts_of, kernels_of, summary_of
 from trainer.run.folder import RunFolder
 from trainer.run.lines import evaluation_line, raw_evaluation_line, training_line
@@ -126,6 +127,13 @@ class RunRecord:
             self._manifest["kernels"] = kernels
             self.folder.write_json("manifest.json", self._manifest)
 
+    def _optional(self, what: str, make: Callable[[], object]) -> None:
+        """What only shows what is there already costs nobody a finished run, whatever goes wrong in it."""
+        try:
+            make()
+        except Exception as error:
+            self.console.warn(f"no new {what}: {sentence(error)}")
+
     def ended_with(self, step: int) -> float | None:
         """The score a run ended with at this step (of best_model/ if it keeps one), None if it has not been scored to
         the end."""
@@ -154,7 +162,10 @@ class RunRecord:
                 time.sleep(0.02)
         try:
             if self._yardsticks.done():
-                return self._yardsticks.result()
+                found = self._yardsticks.result()
+                if missing := [name for name in NAMES if name not in found]:
+                    self.console.note(f"no {' and '.join(missing)}: this Python was built without")
+                return found
             self.console.warn("the yardsticks were not waited for")
         except RuntimeError as error:
             self.console.warn(f"no yardsticks: {error}")
@@ -176,15 +187,15 @@ class RunRecord:
         flops = progress.flops + meter.flops(self.world)  # takes part on every process
         if not self.world.is_main:
             return
-        if self.folder.has_checkpoint(progress.step) and not s.cfg.eval_only:
-            self.folder.link_final(progress.step)
         yardsticks = self._read_yardsticks(should_stop)
         if s.dataset.entropy_bits_per_byte is not None:
             yardsticks["true entropy"] = s.dataset.entropy_bits_per_byte
         self._take_stock(s, progress)
         summary = summary_of(s, progress, flops, score, yardsticks, best, stopped_early)
         self.folder.write_json("summary.json", summary)
-        self._correct_manifest(s)
-        write_report(self.folder.path)
+        if self.folder.has_checkpoint(progress.step) and not s.cfg.eval_only:
+            self._optional("final_model", lambda: self.folder.link_final(progress.step))
+        self._optional("manifest.json", lambda: self._correct_manifest(s))
+        self._optional("report.html", lambda: write_report(self.folder.path))
         for sink in self._sinks:
             sink.finish(summary)

@@ -85,7 +85,7 @@ class Wandb:
         import wandb
 
         self._state = facts.path / "wandb.json"
-        kept = json.loads(self._state.read_text()) if self._state.exists() else {}
+        kept = json.loads(self._state.read_text(encoding="utf-8")) if self._state.exists() else {}
         self._id, self._sent = kept.get("id", secrets.token_hex(4)), dict(kept.get("sent", {}))
         self._before = dict(self._sent)
         self._run = wandb.init(

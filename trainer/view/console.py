@@ -154,7 +154,8 @@ class Console:
         self.close()
         self._print("")
         self._print(f"run folder  {run_dir}")
-        self._print(f"report      {Path(run_dir) / 'report.html'}")
+        if (report := Path(run_dir) / "report.html").exists():
+            self._print(f"report      {report}")
         if commands:
             self._print("next")
         for command in commands:

@@ -1,8 +1,10 @@
 """The commands around training: generate, eval, show, bench. One tiny trained run serves them all."""
 
+import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +70,44 @@ def test_stdout_has_the_text_and_nothing_else(command):
     out, err = generate(command, "--prompt", "01", "--ignore_document_end")
     assert out.startswith("01") and out.endswith("\n") and len(out) > 3
     assert "30 tokens" in err and "checkpoint-12 (EMA weights, cpu)" in err
+
+
+def test_an_empty_text_says_why(command, monkeypatch):
+    def ends(self, prompts, options, on_tokens, on_state):
+        on_tokens(0, [])
+        for row in range(1, len(prompts)):
+            on_tokens(row, [48])
+
+    monkeypatch.setattr("adapters.default.DefaultModelAdapter.generate", ends)
+    out, err = generate(command, "--prompt", "01")
+    assert (
+        out == ""
+        and "note: the text is empty, as the model ends the document at once. --ignore_document_end" in err
+    )
+    out, err = generate(command, "--prompt", "01", "--num_samples", 3)
+    assert out == "010\n010\n" and "note: 1 of 3 samples are empty" in err
+
+
+@pytest.mark.parametrize(("encoding", "written"), [("ascii", b"\\xfc"), ("cp1252", b"\xfc")])
+def test_a_text_goes_to_a_pipe_of_any_encoding(command, monkeypatch, encoding, written):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
+    assert (
+        mytrainer.main(["generate", "--model_name", "dante", "--prompt", "grün\u2591", "--device", "cpu"])
+        == 0
+    )
+    assert raw.getvalue().startswith(b"gr" + written + b"n\\u2591")
+
+
+def test_what_was_generated_before_a_signal_is_printed(command, monkeypatch):
+    def interrupted(self, prompts, options, on_tokens, on_state):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        on_tokens(0, [48])
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr("adapters.default.DefaultModelAdapter.generate", interrupted)
+    out, err = generate(command, "--prompt", "01")
+    assert out == "010\n" and "(stopped)" in err
 
 
 def test_a_seed_repeats_a_text(command):

@@ -1,14 +1,18 @@
 """What a run writes of what its adapter reports: names, metrics, operations, parameters that act."""
 
 import json
+import os
+import sys
 
 import pytest
+import torch
 
 from adapters.base import StepOutput
 from tests.contract.tiny import adapter_of, config
 from tests.trainer.run.reporting_toy import Reporting
 from trainer.commands.show import describe
 from trainer.loop import train
+from trainer.run import manifest
 from trainer.run.lines import is_own_name, refuse_taken_names
 from trainer.run.progress import Progress
 
@@ -117,3 +121,53 @@ def test_taken_names(name):
     ):
         refuse_taken_names(adapter, StepOutput({}, {name: None}))
     refuse_taken_names(adapter, StepOutput({}, {f"{Reporting.__name__}_{name.replace('/', '')}": None}))
+
+
+# -- what is optional ----------------------------------------------------------------------------------------------
+
+
+def failing(*args, **kwargs):
+    raise RuntimeError("no such luck\nbecause")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("trainer.loop.sample_text", "no sample of step 3: RuntimeError: no such luck"),
+        ("trainer.run.folder.RunFolder.add_sample", "no sample of step 3: RuntimeError: no such luck"),
+        ("trainer.run.record.write_report", "no new report.html: RuntimeError: no such luck"),
+        ("trainer.view.charts.Chart.svg", "no new report.html: RuntimeError: no such luck"),
+        ("trainer.run.folder.RunFolder.link_final", "no new final_model: RuntimeError: no such luck"),
+    ],
+)
+def test_what_is_optional_costs_no_finished_run(tmp_path, monkeypatch, capsys, name, words):
+    monkeypatch.setattr(name, failing)
+    train(*config("gpt2", *FEW, "sample_tokens=4", f"output_dir={tmp_path}"), tmp_path)
+    out = capsys.readouterr().out
+    assert f"warning: {words}\n" in out and "> this model" in out and "because" not in out
+    assert (tmp_path / "summary.json").exists() and (tmp_path / "checkpoint-3").exists()
+    assert (tmp_path / "report.html").exists() == ("report" not in words)
+    assert ("report      " in out) == ("report" not in words)
+
+
+def test_names_that_are_not_utf8_cost_no_report(tmp_path, capsys):
+    folder = tmp_path / os.fsdecode(b"gr\xfcn")
+    train(*config("gpt2", *FEW), folder, f"# {folder}\nlearning_rate: 1\n")
+    assert "gr\\udcfcn" in (folder / "report.html").read_text(encoding="utf-8")
+    assert (folder / "config.yaml").read_text(encoding="utf-8").startswith("# ")
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_system_that_says_little(monkeypatch):
+    monkeypatch.setattr(manifest.Path, "read_text", lambda *args, **kwargs: "VmPeak: 3 kB\n")
+    assert manifest.peak_memory_bytes(torch.device("cpu")) > 1 << 20, "getrusage knows"
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert manifest.peak_memory_bytes(torch.device("cpu")) == 0
+
+    def nothing(*args, **kwargs):
+        raise OSError
+
+    monkeypatch.setattr(os, "getloadavg", nothing)
+    monkeypatch.setattr(manifest.subprocess, "run", nothing)
+    found = manifest.collect_environment(torch.device("cpu"))
+    assert (found["git_commit"], found["git_dirty"], found["load_average"]) == (None, None, None)
