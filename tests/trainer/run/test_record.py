@@ -152,7 +152,7 @@ def test_what_is_optional_costs_no_finished_run(tmp_path, monkeypatch, capsys, n
 
 def test_names_that_are_not_utf8_cost_no_report(tmp_path, capsys):
     folder = tmp_path / os.fsdecode(b"gr\xfcn")
-    train(*config("gpt2", *FEW), folder, f"# {folder}\nlearning_rate: 1\n")
+    train(*config("gpt2", *FEW), folder, lambda cfg: f"# {folder}\nlearning_rate: 1\n")
     assert "gr\\udcfcn" in (folder / "report.html").read_text(encoding="utf-8")
     assert (folder / "config.yaml").read_text(encoding="utf-8").startswith("# ")
     assert "warning" not in capsys.readouterr().out
