@@ -27,6 +27,7 @@ __all__ = [
     "Dataset",
     "Source",
     "TokenizerKind",
+    "load_corpus",
     "load_dataset",
     "readers",
 ]
@@ -142,7 +143,7 @@ def load_dataset(
     from data.tokenizer_choice import make_tokenizer
 
     cache = Path(cache_dir) if cache_dir is not None else cache_root()
-    corpus, overlap = _load_corpus(cfg, cache)
+    corpus, overlap = load_corpus(cfg, cache)
     notes = list(corpus.notes)
     if tokenizer is None:
         tokenizer = make_tokenizer(cfg, unit, corpus, cache, notes)
@@ -163,7 +164,8 @@ def load_dataset(
     return dataset
 
 
-def _load_corpus(cfg: DataConfig, cache: Path) -> tuple[Corpus, Overlap | None]:
+def load_corpus(cfg: DataConfig, cache: Path) -> tuple[Corpus, Overlap | None]:
+    """The text that `cfg.data` names, as `cfg.near_copies` wants it, and what was measured for that."""
     from data.near_copies import heed
 
     if cfg.data not in SOURCES:

@@ -29,6 +29,7 @@ import numpy as np
 from data.cache import write_atomic
 from data.corpus import Corpus, Document, fingerprint, total_bytes
 from data.errors import DataError
+from data.files import shown
 
 SHORTEST = 20  # bytes that tell a unit
 LONG_LINE = 1024
@@ -69,7 +70,7 @@ class Overlap:
             "dropped": {"documents": self.dropped, "bytes": self.dropped_bytes},
             "worst": [
                 {
-                    "document": name.encode("utf-8", "replace").decode(),
+                    "document": shown(name),
                     "bytes": size,
                     "share": round(share, 4),
                     "dropped": self.choice == "drop" and share >= NEAR_COPY,
@@ -94,18 +95,10 @@ def heed(corpus: Corpus, choice: str, cache: Path) -> tuple[Corpus, Overlap]:
             f"near_copies=drop would leave nothing held out: of each of the {len(copies)} held-out documents half or "
             f"more stands in the training text. Set near_copies=keep, or hold out other text"
         )
-    of = dict(zip(corpus.heldout, shares, strict=True))
-    order = sorted(corpus.heldout, key=lambda document: -of[document] * len(document.text))
-    overlap = Overlap(
-        choice=choice,
-        share=_share_of(kept, of),
-        before=_share_of(corpus.heldout, of),
-        dropped=len(corpus.heldout) - len(kept),
-        dropped_bytes=total_bytes(corpus.heldout) - total_bytes(kept),
-        worst=tuple((d.name, len(d.text), of[d]) for d in order[:WORST] if of[d]),
-        estimate=estimate,
-    )
-    notes += _notes(overlap, sum(copies))
+    overlap = _overlap(corpus.heldout, kept, dict(zip(corpus.heldout, shares, strict=True)), choice, estimate)
+    if choice == "drop":
+        notes.append(f"held-out near copies of training text dropped: {_dropped(overlap)}")
+    notes += noted(overlap, "the held-out text", sum(copies))
     if overlap.dropped:
         corpus = replace(corpus, heldout=kept, fingerprint=fingerprint(corpus.train, kept))
     return replace(corpus, notes=tuple(notes)), overlap
@@ -115,22 +108,44 @@ def _share_of(documents: Sequence[Document], of: dict[Document, float]) -> float
     return sum(of[d] * len(d.text) for d in documents) / total_bytes(documents)
 
 
-def _notes(overlap: Overlap, copies: int) -> list[str]:
-    if overlap.choice == "drop":
-        documents = f"{overlap.dropped:,} document{'s' if overlap.dropped > 1 else ''}"
-        what = f"{documents}, {overlap.dropped_bytes:,} bytes" if overlap.dropped else "none"
-        notes = [f"held-out near copies of training text dropped: {what}"]
-    else:
-        notes = []
-    if overlap.share > NOTE_ABOVE:
-        most = ", ".join(f"{name} ({share:.0%})" for name, _, share in overlap.worst[:3])
-        mend = f". near_copies=drop leaves out {copies} of its documents" if copies > overlap.dropped else ""
-        about = "about " if overlap.estimate else ""
-        notes.append(
-            f"{about}{overlap.share:.1%} of the held-out text also stands in the training text, which favours models "
-            f"that remember; most of it in {most}{mend}"
-        )
-    return notes
+def _overlap(
+    documents: list[Document], kept: list[Document], of: dict[Document, float], choice: str, estimate: bool
+) -> Overlap:
+    """`of`: the share of each document."""
+    order = sorted(documents, key=lambda document: -of[document] * len(document.text))
+    return Overlap(
+        choice=choice,
+        share=_share_of(kept, of),
+        before=_share_of(documents, of),
+        dropped=len(documents) - len(kept),
+        dropped_bytes=total_bytes(documents) - total_bytes(kept),
+        worst=tuple((d.name, len(d.text), of[d]) for d in order[:WORST] if of[d]),
+        estimate=estimate,
+    )
+
+
+def compare(train: Sequence[Document], documents: list[Document]) -> Overlap:
+    """What other text than the held-out shares with a training text."""
+    shares, estimate = shares_in_training(train, documents)
+    return _overlap(documents, documents, dict(zip(documents, shares, strict=True)), "keep", estimate)
+
+
+def _dropped(overlap: Overlap) -> str:
+    documents = f"{overlap.dropped:,} document{'s' if overlap.dropped > 1 else ''}"
+    return f"{documents}, {overlap.dropped_bytes:,} bytes" if overlap.dropped else "none"
+
+
+def noted(overlap: Overlap, text: str, copies: int = 0) -> list[str]:
+    """What people are told of it, if anything. `copies`: the near copies that `drop` would leave out."""
+    if overlap.share <= NOTE_ABOVE:
+        return []
+    about = "about " if overlap.estimate else ""
+    most = ", ".join(f"{shown(name)} ({share:.0%})" for name, _, share in overlap.worst[:3])
+    mend = f". near_copies=drop leaves out {copies:,} of its documents" if copies > overlap.dropped else ""
+    return [
+        f"{about}{overlap.share:.1%} of {text} also stands in the training text, which favours models that remember; "
+        f"most of it in {most}{mend}"
+    ]
 
 
 def _shares(corpus: Corpus, cache: Path, notes: list[str]) -> tuple[list[float], bool]:

@@ -7,16 +7,22 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from data import SOURCES, load_dataset, readers
+from data import SOURCES, readers
 from data.rows import HeldoutRows
+from data.scored import text_to_score
 from trainer.distributed import World
 from trainer.evaluate import evaluate
+from trainer.run.checkpoint import load_json
 from trainer.run.files import write_atomically
 from trainer.run.lines import refuse_taken_names_of_score
 from trainer.run.restore import add_checkpoint_arguments, restore
 from trainer.signals import StopSignal
 from trainer.view.format import bits_per_byte, ranking_notes, score_lines
+
+if TYPE_CHECKING:
+    from configs.schema import RunConfig
 
 __all__ = ["main"]
 
@@ -30,7 +36,10 @@ def main(argv: list[str]) -> int:
     add_checkpoint_arguments(parser)
     parser.add_argument("--data", choices=list(SOURCES), help="score other data than the run's")
     parser.add_argument(
-        "--input_file", help="with --data text: a file or folder; its held-out part is scored"
+        "--input_file", help="score all of this file or folder; of the run's own text the held-out part"
+    )
+    parser.add_argument(
+        "--near_copies", choices=("drop", "keep"), help="held-out text that stands in training"
     )
     parser.add_argument("--val_seq_len", type=int, help="context in tokens (default: the run's)")
     parser.add_argument("--val_bytes", type=int, help="score at most this many bytes of whole documents")
@@ -40,24 +49,24 @@ def main(argv: list[str]) -> int:
     for name in ("val_seq_len", "val_bytes", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"{name}: must be at least 1, got {getattr(args, name)}")
+    if args.input_file and args.data is None:
+        args.data = "text"
     if args.input_file and args.data not in readers("input_file"):
         those = " or ".join(f"--data {name}" for name in readers("input_file"))
         raise ValueError(f"input_file is read by {those} only. Add {those}")
     if args.output:  # found out now, not when the work is done
         _require_writable(Path(args.output))
 
-    changes = {
-        name: getattr(args, name) for name in ("data", "input_file", "val_seq_len") if getattr(args, name)
-    }
-    restored = restore(args, changes)
-    cfg = restored.cfg
-    dataset = load_dataset(cfg, tokenizer=restored.tokenizer)
+    restored = restore(args, {"val_seq_len": args.val_seq_len} if args.val_seq_len else {})
+    cfg, checkpoint = restored.cfg, restored.checkpoint
+    trained_on = load_json(checkpoint, "training_state.json")["data"]["fingerprint"] if checkpoint else None
+    text = text_to_score(cfg, _asked(args, cfg), restored.tokenizer, trained_on)
     rows = HeldoutRows(
-        dataset.heldout,
+        text.store,
         restored.tokenizer.eot,
         cfg.val_seq_len or cfg.train_seq_len,
         lookahead=restored.adapter.data_spec().lookahead,
-        max_bytes=args.val_bytes or cfg.val_bytes,
+        max_bytes=args.val_bytes or (None if text.whole else cfg.val_bytes),
     )
     with StopSignal("leaving without a score") as stop:
         score = evaluate(
@@ -75,26 +84,39 @@ def main(argv: list[str]) -> int:
         return 0
     refuse_taken_names_of_score(restored.adapter, score)
     result = {
-        "checkpoint": str(restored.checkpoint) if restored.checkpoint else None,
+        "checkpoint": str(checkpoint) if checkpoint else None,
         "type": cfg.type,
         "weights": restored.weights,
-        "data": dataset.name,
-        "data_fingerprint": dataset.fingerprint,
-        "overlap": dataset.overlap and dataset.overlap.as_dict(),
+        "data": text.name,
+        "part": "all" if text.whole else "held out",
+        "data_fingerprint": text.fingerprint,
+        "overlap": text.overlap and text.overlap.as_dict(),
         "precision": restored.precision,
         "score": score.as_dict(),
     }
-    print(f"{cfg.type} ({restored.weights} weights) on the held-out part of {dataset.name}", file=sys.stderr)
+    if args.output:  # before anything is printed: nobody may be reading that to its end
+        write_atomically(Path(args.output), json.dumps(result, indent=2) + "\n")
+    print(f"{cfg.type} ({restored.weights} weights) on {text}", file=sys.stderr)
     shown = score.as_dict()
     lines = [("bits per byte", bits_per_byte(shown)), *score_lines(shown)]
-    for name, text in lines:
-        print(f"  {name:<18}{text}", file=sys.stderr)
-    for note in [*ranking_notes(shown, {}), *dataset.notes]:
+    for name, value in lines:
+        print(f"  {name:<18}{value}", file=sys.stderr)
+    for note in [*ranking_notes(shown, {}), *text.notes]:
         print(f"  {note}", file=sys.stderr)
     print(json.dumps(result))
-    if args.output:
-        write_atomically(Path(args.output), json.dumps(result, indent=2) + "\n")
     return 0
+
+
+def _asked(args: argparse.Namespace, run: RunConfig) -> RunConfig:
+    """The data to score; `run` itself where none is named. A path is looked for from here, not in the run's folder."""
+    changes: dict[str, Any] = {}
+    if args.data:
+        changes["data"] = args.data
+    if args.input_file:
+        changes |= {"input_file": args.input_file, "data_root": None}
+    if args.near_copies or args.data not in (None, run.data):
+        changes["near_copies"] = args.near_copies
+    return run.model_copy(update=changes) if changes else run
 
 
 def _require_writable(path: Path) -> None:

@@ -260,15 +260,20 @@ def test_eval_at_other_settings(command):
     assert by_one["score"]["bits_per_byte"] == pytest.approx(whole["score"]["bits_per_byte"], rel=1e-5)
 
 
-def test_eval_on_other_text(command, tmp_path):
+def test_eval_on_other_text_scores_all_of_it(command, tmp_path):
     text = "".join(f"line {n}: 0123 é\n" for n in range(500))
     (tmp_path / "mine.txt").write_text(text, encoding="utf-8")
-    found, _ = evaluated(
-        command, "--data", "text", "--input_file", tmp_path / "mine.txt", "--val_bytes", 1 << 20
+    found, err = evaluated(command, "--input_file", tmp_path / "mine.txt")
+    assert found["score"]["bytes"] == len(text.encode()) and (found["data"], found["part"]) == (
+        "mine.txt",
+        "all",
     )
-    held_out = found["score"]["bytes"]
-    assert 0.08 < held_out / len(text.encode()) < 0.12 and found["data"] == "mine.txt"
     assert found["score"]["bits_per_byte"] > 4, "it has seen none of the letters"
+    assert "on all of mine.txt" in err
+    limited, _ = evaluated(
+        command, "--data", "text", "--input_file", tmp_path / "mine.txt", "--val_bytes", 100
+    )
+    assert limited["score"]["bits_per_byte"] == found["score"]["bits_per_byte"]  # it is one document
 
 
 def test_eval_of_an_untrained_model(command, tmp_path):
@@ -300,7 +305,8 @@ def test_eval_knows_the_architecture_of_a_checkpoint(command):
         (["--val_seq_len", 64], "exceeds n_ctx (32)"),
         (["--data", "text"], "needs input_file"),
         (["--data", "text", "--input_file", "no.txt"], "'no.txt' does not exist"),
-        (["--input_file", "no.txt"], "Add --data text"),
+        (["--input_file", "no.txt"], "'no.txt' does not exist"),
+        (["--data", "synthetic", "--input_file", "no.txt"], "Add --data text"),
         (["--output", "no/such/folder/score.json"], "output: cannot write no/such/folder/score.json"),
     ],
 )

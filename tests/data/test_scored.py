@@ -1,0 +1,86 @@
+"""Which text a finished run is scored on."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from data import load_dataset
+from data.errors import DataError
+from data.scored import text_to_score
+from data.tokenizers import ByteTokenizer
+
+BYTES = ByteTokenizer()
+
+
+@pytest.fixture
+def run(config, tmp_path, monkeypatch):
+    """A run on train/book.txt, found by data_root."""
+    monkeypatch.setenv("MYTRAINER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/book.txt").write_text("".join(f"line {n} of the book\n" for n in range(500)))
+    cfg = config(input_file="book.txt", data_root=str(tmp_path / "train"))
+    return SimpleNamespace(cfg=cfg, fingerprint=load_dataset(cfg).fingerprint)
+
+
+def scored(run, **changes):
+    given = SimpleNamespace(**{**vars(run.cfg), **changes}) if changes else run.cfg
+    return text_to_score(run.cfg, given, BYTES, run.fingerprint)
+
+
+def all_text(found) -> bytes:
+    return b"".join(found.store.text(index) for index in range(found.store.n_docs))
+
+
+def test_nothing_asked_for_is_the_held_out_part(run) -> None:
+    found = scored(run)
+    assert all_text(found).endswith(b"line 499 of the book\n") and not found.whole
+    assert found.fingerprint == run.fingerprint and str(found) == "the held-out part of book.txt"
+
+
+def test_another_file_is_scored_whole_and_looked_for_from_here(run, tmp_path) -> None:
+    (tmp_path / "train/b.txt").write_text("of the training folder")
+    (tmp_path / "b.txt").write_text("x")  # too short for two parts
+    found = scored(run, input_file="b.txt", data_root=None)
+    assert all_text(found) == b"x" and found.whole and str(found) == "all of b.txt" and found.notes == ()
+
+
+@pytest.mark.parametrize("name", ["train/book.txt", "link.txt", "copies/book.txt"])
+def test_the_run_s_own_text_is_never_scored_whole(run, tmp_path, name: str) -> None:
+    (tmp_path / "link.txt").symlink_to("train/book.txt")
+    (tmp_path / "copies").mkdir()
+    shutil.copy(tmp_path / "train/book.txt", tmp_path / "copies/book.txt")
+    found = scored(run, input_file=name, data_root=None)
+    assert not found.whole and all_text(found) == all_text(scored(run))
+
+
+def test_text_that_stands_in_training_is_said(run, tmp_path) -> None:
+    text = Path("train/book.txt").read_text()
+    (tmp_path / "part.txt").write_text(text[: len(text) // 2] + "something else\n" * 3)
+    found = scored(run, input_file="part.txt", data_root=None)
+    assert found.whole and found.overlap.share > 0.9
+    assert any("of this text also stands in the training text" in note for note in found.notes)
+    Path("train/book.txt").unlink()
+    gone = scored(run, input_file="part.txt", data_root=None)
+    assert gone.overlap is None and any("was not looked at" in note for note in gone.notes)
+
+
+def test_data_that_changed_since_is_said(run) -> None:
+    with open("train/book.txt", "a") as file:
+        file.write("and one line more\n")
+    for changes in ({}, {"input_file": "train/book.txt", "data_root": None}):
+        assert any("does not compare with the run's own" in note for note in scored(run, **changes).notes)
+
+
+def test_another_source_gives_its_held_out_part(run) -> None:
+    found = scored(run, data="synthetic", input_file=None)
+    assert not found.whole and "markov" in found.name and not any("compare" in note for note in found.notes)
+
+
+def test_text_that_is_not_there(run) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        scored(run, input_file="no.txt", data_root=None)
