@@ -102,7 +102,8 @@ def readers(field: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A corpus as tokens. `fingerprint` is that of the text and its split, whatever the tokenizer.
+    """A corpus as tokens. `fingerprint` is that of the text and its split, whatever the tokenizer; `content` that
+    of the text without its names.
 
     `truth` and `entropy_bits_per_byte` are set for synthetic text only. `notes` are sentences for the user.
     `overlap`: what the held-out documents share with the training text, None where that is not measured.
@@ -113,6 +114,7 @@ class Dataset:
     train: TokenStore
     heldout: TokenStore
     fingerprint: str
+    content: str
     name: str
     entropy_bits_per_byte: float | None = None
     truth: TrueModel | None = None
@@ -139,6 +141,7 @@ def load_dataset(
     Raises:
         DataError: the text or tokenizer cannot be used as asked, or the text is too short for one row.
     """
+    from data.corpus import content
     from data.rows import TrainingRows
     from data.tokenizer_choice import make_tokenizer
 
@@ -153,6 +156,7 @@ def load_dataset(
         train=stores["train"],
         heldout=stores["heldout"],
         fingerprint=corpus.fingerprint,
+        content=content(corpus.train, corpus.heldout),
         name=corpus.name,
         entropy_bits_per_byte=corpus.truth.entropy_bits_per_byte if corpus.truth else None,
         truth=corpus.truth,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from data import load_corpus, load_dataset
 from data.cache import cache_root
 from data.config import DataConfig
-from data.corpus import Document, fingerprint
+from data.corpus import Document, content, fingerprint
 from data.errors import DataError
 from data.near_copies import Overlap, compare, noted
 from data.store import TokenStore, encode_documents
@@ -40,12 +41,12 @@ class Scored:
 
 
 def text_to_score(
-    run: ScoredConfig, given: ScoredConfig, tokenizer: Tokenizer, trained_on: str | None = None
+    run: ScoredConfig, given: ScoredConfig, tokenizer: Tokenizer, trained_on: Mapping[str, str] | None = None
 ) -> Scored:
     """What to score a run on that would read `run`, where `given` was asked for (the same one if nothing was).
 
     Files are scored whole, unless they are the run's own text: then only its held-out part was not seen. `trained_on`:
-    fingerprint of the run's data.
+    what the run recorded of its data, "fingerprint" and (unless it is old) "content".
 
     Raises:
         DataError: the text cannot be read or is empty.
@@ -64,10 +65,14 @@ def text_to_score(
     )
 
 
-def _held_out(cfg: ScoredConfig, tokenizer: Tokenizer, trained_on: str | None) -> Scored:
+def _held_out(cfg: ScoredConfig, tokenizer: Tokenizer, trained_on: Mapping[str, str] | None) -> Scored:
     dataset = load_dataset(cfg, tokenizer=tokenizer)
     notes = list(dataset.notes)
-    if trained_on not in (None, dataset.fingerprint):
+    if (
+        trained_on
+        and dataset.fingerprint != trained_on["fingerprint"]
+        and dataset.content != trained_on.get("content")
+    ):
         notes.append(
             "the data is not what the run was trained on (the text, its files or this Python changed): this score does "
             "not compare with the run's own, and what is held out now may have been trained on"
@@ -75,7 +80,7 @@ def _held_out(cfg: ScoredConfig, tokenizer: Tokenizer, trained_on: str | None) -
     return Scored(dataset.heldout, dataset.name, False, dataset.fingerprint, dataset.overlap, tuple(notes))
 
 
-def _is_own(run: ScoredConfig, given: ScoredConfig, trained_on: str | None) -> bool:
+def _is_own(run: ScoredConfig, given: ScoredConfig, trained_on: Mapping[str, str] | None) -> bool:
     """Whether a text is what the run was trained on: it lies where that lay, or is it to the byte."""
     try:
         if run.data == "text" and input_path(run).samefile(input_path(given)):
@@ -83,9 +88,12 @@ def _is_own(run: ScoredConfig, given: ScoredConfig, trained_on: str | None) -> b
     except DataError:
         pass  # the run's own text is gone
     try:
-        return load_corpus(given, cache_root())[0].fingerprint == trained_on
+        corpus, _ = load_corpus(given, cache_root())
     except DataError:
         return False  # not even two parts can be made of it
+    recorded = trained_on or {}
+    named = corpus.fingerprint == recorded.get("fingerprint")
+    return named or content(corpus.train, corpus.heldout) == recorded.get("content")
 
 
 def _shared_with(run: ScoredConfig, documents: list[Document]) -> tuple[Overlap | None, tuple[str, ...]]:

@@ -24,12 +24,12 @@ def run(config, tmp_path, monkeypatch):
     (tmp_path / "train").mkdir()
     (tmp_path / "train/book.txt").write_text("".join(f"line {n} of the book\n" for n in range(500)))
     cfg = config(input_file="book.txt", data_root=str(tmp_path / "train"))
-    return SimpleNamespace(cfg=cfg, fingerprint=load_dataset(cfg).fingerprint)
+    return SimpleNamespace(cfg=cfg, recorded=load_dataset(cfg))
 
 
 def scored(run, **changes):
     given = SimpleNamespace(**{**vars(run.cfg), **changes}) if changes else run.cfg
-    return text_to_score(run.cfg, given, BYTES, run.fingerprint)
+    return text_to_score(run.cfg, given, BYTES, vars(run.recorded))
 
 
 def all_text(found) -> bytes:
@@ -39,7 +39,7 @@ def all_text(found) -> bytes:
 def test_nothing_asked_for_is_the_held_out_part(run) -> None:
     found = scored(run)
     assert all_text(found).endswith(b"line 499 of the book\n") and not found.whole
-    assert found.fingerprint == run.fingerprint and str(found) == "the held-out part of book.txt"
+    assert found.fingerprint == run.recorded.fingerprint and str(found) == "the held-out part of book.txt"
 
 
 def test_another_file_is_scored_whole_and_looked_for_from_here(run, tmp_path) -> None:
@@ -49,11 +49,11 @@ def test_another_file_is_scored_whole_and_looked_for_from_here(run, tmp_path) ->
     assert all_text(found) == b"x" and found.whole and str(found) == "all of b.txt" and found.notes == ()
 
 
-@pytest.mark.parametrize("name", ["train/book.txt", "link.txt", "copies/book.txt"])
+@pytest.mark.parametrize("name", ["train/book.txt", "link.txt", "copies/renamed.txt"])
 def test_the_run_s_own_text_is_never_scored_whole(run, tmp_path, name: str) -> None:
     (tmp_path / "link.txt").symlink_to("train/book.txt")
     (tmp_path / "copies").mkdir()
-    shutil.copy(tmp_path / "train/book.txt", tmp_path / "copies/book.txt")
+    shutil.copy(tmp_path / "train/book.txt", tmp_path / "copies/renamed.txt")
     found = scored(run, input_file=name, data_root=None)
     assert not found.whole and all_text(found) == all_text(scored(run))
 

@@ -283,3 +283,5 @@ def test_fingerprint_follows_names_contents_and_split() -> None:
         corpus_module.fingerprint([one._replace(text=b"z")], [two]),
     }
     assert len(prints) == 5
+    names = [corpus_module.content([d], [two._replace(name="z")]) for d in (one, one._replace(name="c"))]
+    assert names[0] == names[1] != corpus_module.content([two], [one])

@@ -81,7 +81,9 @@ def dataset(byte_store, bpe_store, tmp_path) -> Dataset:
     stores = {"train": bpe_store, "heldout": bpe_store}
     save_stores(tmp_path / "cache", stores)
     bpe_store.tokenizer.save(tmp_path / "cache" / "tokenizer.json")
-    return Dataset(bpe_store.tokenizer, bpe_store, bpe_store, "f", "small", cache_path=tmp_path / "cache")
+    return Dataset(
+        bpe_store.tokenizer, bpe_store, bpe_store, "f", "c", "small", cache_path=tmp_path / "cache"
+    )
 
 
 @pytest.mark.parametrize("max_bytes", [None, 3000])

@@ -244,6 +244,20 @@ def test_other_architecture_data_or_optimizer_is_refused(again):
             train(cfg.model_copy(update={"resume": "auto"}), model_cfg, again)
 
 
+def test_text_that_was_renamed_goes_on_and_other_text_does_not(tmp_path, capsys):
+    text = "".join(f"line {n} of a book\n" for n in range(300))
+    (tmp_path / "a.txt").write_text(text)
+    words = ["data=text", "num_iterations=2", "val_loss_every=0", "val_bytes=64", "sample_tokens=0"]
+    run(tmp_path / "run", *words, f"input_file={tmp_path / 'a.txt'}")
+    (tmp_path / "a.txt").rename(tmp_path / "b.txt")
+    words += ["resume=auto", f"input_file={tmp_path / 'b.txt'}"]
+    run(tmp_path / "run", *words, "num_iterations=3")
+    assert "files of the text have other names than before" in capsys.readouterr().out
+    (tmp_path / "b.txt").write_text(text.replace("7", "8"))
+    with pytest.raises(ValueError, match="Restore the data"):
+        run(tmp_path / "run", *words, "num_iterations=4")
+
+
 def test_a_field_that_is_younger_than_the_checkpoint_has_its_default(tmp_path, capsys):
     run(tmp_path, "num_iterations=3")
     place = tmp_path / "checkpoint-3"

@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
 
     restored = restore(args, {"val_seq_len": args.val_seq_len} if args.val_seq_len else {})
     cfg, checkpoint = restored.cfg, restored.checkpoint
-    trained_on = load_json(checkpoint, "training_state.json")["data"]["fingerprint"] if checkpoint else None
+    trained_on = load_json(checkpoint, "training_state.json")["data"] if checkpoint else None
     text = text_to_score(cfg, _asked(args, cfg), restored.tokenizer, trained_on)
     rows = HeldoutRows(
         text.store,

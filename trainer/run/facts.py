@@ -95,6 +95,7 @@ def _manifest(s: Session) -> dict[str, Any]:
         "data": {
             "name": s.dataset.name,
             "fingerprint": s.dataset.fingerprint,
+            "content": s.dataset.content,
             "train_bytes": s.dataset.train.total_bytes,
             "heldout_bytes": s.dataset.heldout.total_bytes,
             "tokenizer": s.dataset.tokenizer.name,
@@ -184,6 +185,7 @@ def checkpoint_contents(
         "data": {
             "name": s.dataset.name,
             "fingerprint": s.dataset.fingerprint,
+            "content": s.dataset.content,
             "tokenizer_digest": s.dataset.tokenizer.digest,
         },
         "training_config": redacted(s.cfg),

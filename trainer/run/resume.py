@@ -109,7 +109,10 @@ def check_resumable(
     require_same_provenance(s.adapter, theirs, checkpoint)
     _require_same_tokenizer(s, checkpoint)
     then_text, text = saved["data"]["fingerprint"], s.dataset.fingerprint
-    if then_text != text:
+    renamed = saved["data"].get("content") == s.dataset.content
+    if then_text != text and renamed:
+        note("files of the text have other names than before; what is read, and in which order, is the same")
+    elif then_text != text:
         raise ValueError(
             f"the data is not what {checkpoint} was trained on (fingerprint {then_text[:12]} then, {text[:12]} now). "
             f"{_mended(before, saved['data'], s)}, or start a new run with init_from_checkpoint={checkpoint}"
@@ -160,7 +163,7 @@ def _mended(before: RunConfig, data: dict[str, Any], s: Session) -> str:
         return f"Set what it had: {' '.join(then)}"
     if data.get("name", s.dataset.name) != s.dataset.name:
         return f"Restore the data ({data['name']} then, {s.dataset.name} now)"
-    return "Restore the data"
+    return "Restore the data (its bytes, names and files)"
 
 
 def start_from_weights(s: Session, source: Path, console: Console) -> None:
