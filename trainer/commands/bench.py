@@ -32,7 +32,7 @@ from trainer.commands.bench_baseline import PlainGPT2
 from trainer.distributed import World, choose_device
 from trainer.optim.optimizers import clip_gradients
 from trainer.precision import autocast
-from trainer.run.files import write_atomically
+from trainer.run.files import output_file, write_atomically
 from trainer.run.manifest import collect_environment, peak_memory_bytes
 from trainer.session import open_session
 
@@ -65,6 +65,7 @@ def main(argv: list[str]) -> int:
     args, overrides = parser.parse_known_args(argv)
     if args.steps < 1:
         raise ValueError(f"steps: must be at least 1, got {args.steps}")
+    output = output_file(args.output) if args.output else None
     overrides = [f"--hydra_model_cfg={args.hydra_model_cfg}", "resume=none", *overrides]
     configs = compose(
         overrides, notify=lambda text: None if args.one else print(f"note: {text}", file=sys.stderr)
@@ -85,8 +86,8 @@ def main(argv: list[str]) -> int:
             overrides, ["plain loop"] * (configs[0].type == "gpt2") + ["fp32", "bf16"]
         )
         result["seconds_to_first_step"] = _start_up(overrides)
-    if args.output:  # before what is printed, whose reader may leave
-        write_atomically(Path(args.output), json.dumps(result, indent=2) + "\n")
+    if output:  # before anything is printed: whoever reads that may leave
+        write_atomically(output, json.dumps(result, indent=2) + "\n")
     print(_report(result))
     return 0
 

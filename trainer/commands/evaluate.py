@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from data.scored import text_to_score
 from trainer.distributed import World
 from trainer.evaluate import evaluate
 from trainer.run.checkpoint import load_json
-from trainer.run.files import write_atomically
+from trainer.run.files import output_file, write_atomically
 from trainer.run.lines import refuse_taken_names_of_score
 from trainer.run.restore import add_checkpoint_arguments, restore
 from trainer.signals import StopSignal
@@ -54,8 +53,7 @@ def main(argv: list[str]) -> int:
     if args.input_file and args.data not in readers("input_file"):
         those = " or ".join(f"--data {name}" for name in readers("input_file"))
         raise ValueError(f"input_file is read by {those} only. Add {those}")
-    if args.output:  # found out now, not when the work is done
-        _require_writable(Path(args.output))
+    output = output_file(args.output) if args.output else None
 
     restored = restore(args, {"val_seq_len": args.val_seq_len} if args.val_seq_len else {})
     cfg, checkpoint = restored.cfg, restored.checkpoint
@@ -94,8 +92,8 @@ def main(argv: list[str]) -> int:
         "precision": restored.precision,
         "score": score.as_dict(),
     }
-    if args.output:  # before anything is printed: nobody may be reading that to its end
-        write_atomically(Path(args.output), json.dumps(result, indent=2) + "\n")
+    if output:  # before anything is printed: nobody may be reading that to its end
+        write_atomically(output, json.dumps(result, indent=2) + "\n")
     print(f"{cfg.type} ({restored.weights} weights) on {text}", file=sys.stderr)
     shown = score.as_dict()
     lines = [("bits per byte", bits_per_byte(shown)), *score_lines(shown)]
@@ -117,8 +115,3 @@ def _asked(args: argparse.Namespace, run: RunConfig) -> RunConfig:
     if args.near_copies or args.data not in (None, run.data):
         changes["near_copies"] = args.near_copies
     return run.model_copy(update=changes) if changes else run
-
-
-def _require_writable(path: Path) -> None:
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"output: cannot write {path}. Give a file in an existing folder")

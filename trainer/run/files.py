@@ -23,6 +23,7 @@ __all__ = [
     "checkpoints_in",
     "could_not_write",
     "discard",
+    "output_file",
     "replace_folder",
     "settle_leftovers",
     "write_atomically",
@@ -60,6 +61,14 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def _as_bytes(content: str | bytes) -> bytes:
     """Bytes of the name of a file or folder that are not UTF-8 are written as escapes."""
     return content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
+
+
+def output_file(given: str) -> Path:
+    """The file that `--output` names. ValueError where it cannot be written: now, not when the work is done."""
+    path = Path(given).expanduser()
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"output: cannot write {path}. Give a file in an existing folder")
+    return path
 
 
 def append(path: Path, content: str | bytes) -> None:

@@ -14,6 +14,7 @@ import torch
 
 import mytrainer
 from tests.contract.tiny import config
+from trainer.commands import bench, evaluate
 from trainer.commands.generate import _Printer
 from trainer.loop import train
 
@@ -452,6 +453,30 @@ def test_bench_measures_both_comparisons(command, tmp_path):
 
 def test_bad_benchmarks_are_refused(command):
     refused(command(*bench_words(0)), "steps: must be at least 1, got 0")
+    refused(command(*bench_words(1), "--output", "no/such/x.json"), "output: cannot write no/such/x.json")
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (evaluate, ["--model_name", "dante", "--device", "cpu", "--val_bytes", "100"]),
+        (bench, [*bench_words(1)[1:], "--no_processes"]),
+    ],
+)
+def test_a_file_is_written_before_anything_is_printed(runs, monkeypatch, tmp_path, module, words):
+    """The reader of what is printed may leave, as `| head` does."""
+
+    def left(*args, **kwargs):
+        raise BrokenPipeError
+
+    monkeypatch.chdir(runs)
+    monkeypatch.setattr(module, "print", left, raising=False)
+    for slow in ("_loop_overhead", "_against_plain"):
+        monkeypatch.setattr(bench, slow, lambda *args: {"measured": 1})
+    monkeypatch.setattr(bench, "_report", str)
+    with pytest.raises(BrokenPipeError):
+        module.main([*map(str, words), "--output", str(tmp_path / "found.json")])
+    assert json.loads((tmp_path / "found.json").read_text())
 
 
 @pytest.mark.slow
