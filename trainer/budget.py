@@ -25,7 +25,7 @@ from configs.schema import STEPS, redacted
 from data.yardsticks import expected_seconds
 from trainer.clock import seconds_since_start
 from trainer.optim.optimizers import clip_gradients
-from trainer.optim.schedules import schedule_factor
+from trainer.optim.schedules import require_room_for_warmup, schedule_factor
 from trainer.precision import autocast
 from trainer.sample import sample_text
 from trainer.step import accumulate_gradients
@@ -104,6 +104,7 @@ def decide(s: Session, should_stop: Callable[[], bool]) -> str:
     cut = {"num_iterations": steps, "num_epochs": None} if steps < stated else {}
     s.cfg = s.cfg.model_copy(update={**cut, "time_budget": None})
     s.total_steps = steps
+    require_room_for_warmup(steps, s.cfg)
     return explanation(costs, minutes, steps, stated, kept=steps == fitting)
 
 

@@ -41,7 +41,7 @@ from trainer.errors import StopRequested, TrainingError, sentence
 from trainer.evaluate import Score, evaluate
 from trainer.meter import Meter
 from trainer.optim.optimizers import clip_gradients
-from trainer.optim.schedules import schedule_factor
+from trainer.optim.schedules import jump, schedule_factor
 from trainer.run.checkpoint import find_checkpoint, load_json, load_tensors, newest_checkpoint
 from trainer.run.folder import BEST
 from trainer.run.lines import refuse_taken_names, refuse_taken_names_of_score
@@ -56,7 +56,7 @@ from trainer.run.resume import (
     tokenizer_to_take,
 )
 from trainer.sample import sample_text
-from trainer.session import Session, open_session
+from trainer.session import Session, open_session, total_steps
 from trainer.signals import StopSignal
 from trainer.step import accumulate_gradients, dropout_seed
 
@@ -406,6 +406,8 @@ class Trainer:
         self.meter.load_state_dict(state["meter"], self.world)
         self.progress = Progress.from_json(saved["progress"], self.planned_flops)
         self._settle_best(checkpoint, scores_alike(before, self.cfg))
+        if told := jump(self.progress.step, (total_steps(before, s.rows), before), (self.total, self.cfg)):
+            self.console.warn(told)
         s.loader.start_at(self.progress.step, saved["position"])
         self.console.note(
             f"resumed {checkpoint.name} at step {self.progress.step}, after {self.progress.seconds:.0f} s of training"

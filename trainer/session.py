@@ -24,6 +24,7 @@ from trainer.batching import BatchPlan, StepLoader, largest_batch_that_fits, pla
 from trainer.distributed import World
 from trainer.optim.ema import EMA
 from trainer.optim.optimizers import Optimizers, build_optimizers
+from trainer.optim.schedules import require_room_for_warmup
 from trainer.precision import LossScaler, autocast, choose_precision, should_compile, tune_host
 
 if TYPE_CHECKING:
@@ -88,6 +89,20 @@ def total_steps(cfg: RunConfig, rows: TrainingRows) -> int:
     return max(1, math.floor(cfg.num_epochs * rows.rows_per_epoch / cfg.global_batch_size))
 
 
+def require_enough_text(cfg: RunConfig, rows: TrainingRows) -> None:
+    """ValueError where `num_epochs` asks for less than one step."""
+    if cfg.num_epochs is None or cfg.num_epochs * rows.rows_per_epoch >= cfg.global_batch_size:
+        return
+    passes = cfg.global_batch_size / rows.rows_per_epoch
+    asked = math.floor(cfg.num_epochs * rows.rows_per_epoch)
+    smaller = f"global_batch_size={asked}, " if asked else ""
+    raise ValueError(
+        f"num_epochs={cfg.num_epochs:g} is less than one step: the training text is {rows.rows_per_epoch:,} rows of "
+        f"{rows.seq_len:,} tokens, and a step of global_batch_size {cfg.global_batch_size} passes over it {passes:.2g} "
+        f"times. Set {smaller}a shorter train_seq_len, or num_iterations instead of num_epochs"
+    )
+
+
 def open_session(
     cfg: RunConfig,
     model_cfg: ModelConfig,
@@ -117,6 +132,10 @@ def open_session(
     rows = TrainingRows(
         dataset.train, dataset.tokenizer.eot, cfg.train_seq_len, lookahead=spec.lookahead, seed=cfg.seed
     )
+    steps = total_steps(cfg, rows)
+    if not cfg.eval_only:
+        require_enough_text(cfg, rows)
+        require_room_for_warmup(steps, cfg)
     if cfg.gradient_checkpointing:
         _recompute_blocks(adapter)
     compiled = should_compile(cfg.torch_compile, device)
@@ -152,7 +171,7 @@ def open_session(
         precision=precision,
         precision_reason=reason,
         compiled=compiled,
-        total_steps=total_steps(cfg, rows),
+        total_steps=steps,
     )
 
 

@@ -114,6 +114,24 @@ def test_epochs_replace_steps(tmp_path):
     assert lines(tmp_path)[-1]["step"] == math.floor(0.05 * (20_000 // 32) / 4)
 
 
+def test_less_text_than_a_step_takes(tmp_path):
+    """20,000 bytes are 593 rows of 32 to train on."""
+    with pytest.raises(
+        ValueError, match=r"num_epochs=0\.005 is less than one step.*global_batch_size=\d, a shorter"
+    ):
+        run(tmp_path / "a", "num_epochs=0.005")
+    with pytest.raises(
+        ValueError, match=r"a step of global_batch_size 8000 passes over it 1\d times.*num_iterations"
+    ):
+        run(tmp_path / "b", "num_epochs=1", "global_batch_size=8000")
+    assert not list(tmp_path.iterdir()), "a mistake leaves no folder behind"
+
+
+def test_a_warmup_longer_than_the_epochs(tmp_path):
+    with pytest.raises(ValueError, match=r"warmup_steps \(100\) must be less than the steps of this run"):
+        run(tmp_path / "a", "num_epochs=0.05", "warmup_steps=100", "warmup_ratio=null")
+
+
 def test_evaluation_only_changes_no_weight(tmp_path, trained, capsys):
     score = run(tmp_path / "scored", "eval_only=true", f"init_from_checkpoint={trained}")
     assert score == score_of(trained)

@@ -58,6 +58,35 @@ def warmup_updates(total: int, cfg: RunConfig) -> int:
     return cfg.warmup_steps if cfg.warmup_ratio is None else round(cfg.warmup_ratio * total)
 
 
+def require_room_for_warmup(total: int, cfg: RunConfig) -> None:
+    """ValueError where the warm-up takes the whole run, whose number of steps followed from its text or its time. Who
+    states `lr_decay_steps` trains a part of a longer schedule."""
+    warmup = warmup_updates(total, cfg)
+    if warmup >= total and cfg.warmup_ratio is None and cfg.lr_decay_steps is None:
+        raise ValueError(
+            f"warmup_steps ({warmup}) must be less than the steps of this run, of which there are {total}. Set "
+            f"warmup_ratio=0.1 instead, or warmup_steps={total - 1} or less"
+        )
+
+
+def jump(step: int, then: tuple[int, RunConfig], now: tuple[int, RunConfig]) -> str:
+    """What to say where a run that goes on at `step` does not follow the schedule it had, else nothing. `then` and
+    `now`: (number of updates, run)."""
+    if step == 0:
+        return ""
+    was, is_ = (schedule_factor(step - 1, total, cfg) for total, cfg in (then, now))
+    if abs(was - is_) <= 0.1 * max(was, is_):
+        return ""
+    told = f"the learning rate jumps from {was:.2g} to {is_:.2g} of its peak at step {step}"
+    if then[0] == now[0] or now[1].lr_decay_steps is not None:
+        return f"{told}: the schedule is not the one of the run so far"
+    return (
+        f"{told}: its schedule now spans {now[0]:,} steps and not {then[0]:,}. lr_decay_steps={then[0]} keeps the rates "
+        f"as they were, flat after step {then[0]}; to train on from before they fell, branch off from an earlier "
+        f"checkpoint (output_dir=<new> resume=<run>/checkpoint-<step>)"
+    )
+
+
 def progress(step: int, start: float, end: float) -> float:
     """0 at `start`, 1 from `end` on."""
     if step >= end:

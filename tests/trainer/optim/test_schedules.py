@@ -6,7 +6,7 @@ import pytest
 
 from configs.schema import RunConfig
 from trainer.optim import SCHEDULES
-from trainer.optim.schedules import schedule_factor
+from trainer.optim.schedules import jump, require_room_for_warmup, schedule_factor
 
 
 def factors(steps, total=100, **overrides):
@@ -74,3 +74,31 @@ def test_decay_that_ends_in_the_warm_up():
         ValueError, match=r"lr_decay_steps \(20\) must exceed the warm-up of 20 steps; nearest: 21"
     ):
         factors([0], warmup_steps=20, lr_decay_steps=20)
+
+
+def part(total, **overrides):
+    return total, RunConfig(type="none", **({"scheduler": "cooldown", "cooldown_frac": 0.4} | overrides))
+
+
+def test_a_rate_that_jumps_where_a_run_goes_on_is_announced_with_what_keeps_it():
+    told = jump(100, part(100), part(200))
+    assert told.startswith(
+        "the learning rate jumps from 0.12 to 1 of its peak at step 100: its schedule now spans 200"
+    )
+    assert "lr_decay_steps=100 keeps the rates" in told
+    assert not jump(100, part(100), part(200, lr_decay_steps=100))
+    assert not jump(50, part(100), part(200)), "flat in both"
+    assert not jump(80, part(100), part(100))
+    assert not jump(0, part(100), part(200, scheduler="linear"))
+    assert "from 1 to 0.51 of its peak" in jump(50, part(100), part(60))
+    assert "lr_decay" not in jump(80, part(100), part(100, scheduler="constant"))
+
+
+def test_a_warmup_that_takes_the_whole_run():
+    require_room_for_warmup(10, part(10, warmup_steps=9)[1])
+    with pytest.raises(
+        ValueError, match=r"warmup_steps \(10\).* there are 10\. Set warmup_ratio=0\.1.*warmup_steps=9"
+    ):
+        require_room_for_warmup(10, part(10, warmup_steps=10)[1])
+    require_room_for_warmup(10, part(10, warmup_steps=10, warmup_ratio=0.9)[1])
+    require_room_for_warmup(10, part(10, warmup_steps=10, lr_decay_steps=40)[1])
