@@ -2,7 +2,8 @@
 
 Everything in the cache can be deleted at any time: it is rebuilt from the text. Files are written beside
 their place and renamed, so several processes may build the same entry at once: each writes the same bytes,
-and a reader sees a complete file or none.
+and a reader sees a complete file or none. What a process killed meanwhile has left goes with the next write of that
+entry.
 """
 
 from __future__ import annotations
@@ -10,9 +11,14 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+import time
 from collections.abc import Callable
+from contextlib import suppress
+from glob import escape
 from pathlib import Path
 from typing import BinaryIO
+
+ABANDONED = 3600  # seconds since anything was written to a temporary file
 
 
 def cache_root() -> Path:
@@ -26,6 +32,7 @@ def cache_root() -> Path:
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Call `write(file)` on a temporary file beside `path`, then rename it into place. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -34,6 +41,14 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Temporary files of writes of `path` that never ended. There is no lock: others may be writing it right now."""
+    for temporary in path.parent.glob(f".{escape(path.name)}.{'?' * 8}"):  # as mkstemp names them
+        with suppress(OSError):  # another process was quicker
+            if time.time() - temporary.stat().st_mtime > ABANDONED:
+                temporary.unlink()
 
 
 def file_digest(path: Path) -> str:

@@ -179,8 +179,11 @@ class Background:
         return self.output.read().decode("utf-8", "replace").strip()[-500:]
 
 
-def start_background(dataset: Dataset, max_bytes: int | None = None) -> Background:
-    """Compute yardsticks beside the run; a cached result starts no process.
+def start_background(
+    dataset: Dataset, max_bytes: int | None = None, workspace: Path | None = None
+) -> Background:
+    """Compute yardsticks beside the run; a cached result starts no process. Where no cache holds the tokens, they go to
+    the folder `workspace` (default: a temporary one) until the end.
 
     The child ends with its parent, however that ends: it holds a pipe from it and leaves when the pipe
     closes. A signal from the keyboard does not reach it, so that it cannot spoil the output of a run that
@@ -191,7 +194,7 @@ def start_background(dataset: Dataset, max_bytes: int | None = None) -> Backgrou
         return Background(folder, max_bytes, None, None, temporary=False)
     temporary = folder is None
     if folder is None:
-        folder = Path(tempfile.mkdtemp(prefix="mytrainer-yardsticks-"))
+        folder = workspace or Path(tempfile.mkdtemp(prefix="mytrainer-yardsticks-"))
         dataset.tokenizer.save(folder / "tokenizer.json")
         save_stores(folder, {"train": dataset.train, "heldout": dataset.heldout})
     command = [sys.executable, "-m", "data.yardsticks", str(folder.absolute()), "--background"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -185,6 +186,15 @@ def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path) -> None:
 
 
 @pytest.mark.slow
+def test_a_write_removes_what_dead_ones_of_its_file_have_left(tmp_path) -> None:
+    path, now = tmp_path / "a[1].npy", time.time()
+    for name, age in ((".a[1].npy.dead0000", 4000), (".a[1].npy.alive000", 10), (".b.npy.dead0000", 4000)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (now - age, now - age))
+    write_atomic(path, lambda file: file.write(b"whole"))
+    assert {p.name for p in tmp_path.iterdir()} == {"a[1].npy", ".a[1].npy.alive000", ".b.npy.dead0000"}
+
+
 def test_the_package_imports_no_torch() -> None:
     code = (
         "import sys, data, data.tokenizers, data.yardsticks, data.synthetic, data.text, data.embedded\n"

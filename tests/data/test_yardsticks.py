@@ -137,10 +137,12 @@ def test_background_gives_the_same_and_starts_nothing_when_cached(dataset: Datas
         assert background.result() == result
 
 
-def test_background_without_a_cache_cleans_up(dataset: Dataset) -> None:
-    with yardsticks.start_background(replace(dataset, cache_path=None)) as background:
+@pytest.mark.parametrize("named", [False, True])
+def test_background_without_a_cache_cleans_up(dataset: Dataset, tmp_path, named: bool) -> None:
+    workspace = tmp_path / "workspace" if named else None
+    with yardsticks.start_background(replace(dataset, cache_path=None), workspace=workspace) as background:
         assert background.result(timeout=60)["uniform"] == 8.0
-        assert background.folder.exists()
+        assert background.folder.exists() and workspace in (None, background.folder)
     assert not background.folder.exists()
 
 

@@ -13,7 +13,6 @@ import math
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -176,7 +175,10 @@ def run_workers(cfg: RunConfig, folder: Path, processes: int, origin: str) -> fl
         if processes > 1:
             env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
             env |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+            store = _meeting_place()
+            env |= {"MASTER_ADDR": store.host, "MASTER_PORT": str(store.port)}
+            # Ours, as torchrun has it: no process of the run opens one of its own.
+            env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
         children: list[subprocess.Popen[bytes]] = []
         with _forwarding(children, [Path(post, f"{_BEGUN}-{rank}") for rank in range(processes)]) as received:
             # Sessions of their own: Ctrl-C in a terminal reaches the workers once, through us.
@@ -188,10 +190,12 @@ def run_workers(cfg: RunConfig, folder: Path, processes: int, origin: str) -> fl
         return _outcome(Path(post), status, received)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _meeting_place() -> Any:
+    """The store over which the processes of a run find each other, at a port that is taken from now on: one that had
+    only been looked up may be another run's by the time it is used."""
+    from torch.distributed import TCPStore
+
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def _wait(children: list[subprocess.Popen[bytes]], grace: float = 20.0) -> int:

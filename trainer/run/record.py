@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from data.yardsticks import NAMES, start_background
 from trainer.errors import sentence
 from trainer.run.facts import checkpoint_contents, facts_of, kernels_of, summary_of
+from trainer.run.files import beside
 from trainer.run.folder import RunFolder
 from trainer.run.lines import evaluation_line, raw_evaluation_line, training_line
 from trainer.run.manifest import peak_memory_bytes
@@ -81,7 +82,9 @@ class RunRecord:
         for sink in self._sinks:
             sink.begin(facts)
         try:
-            self._yardsticks = start_background(s.dataset, s.cfg.val_bytes)
+            self._yardsticks = start_background(
+                s.dataset, s.cfg.val_bytes, beside(self.folder.path / "yardsticks")
+            )
         except OSError as error:
             self.console.warn(f"no yardsticks: {error}")
 
