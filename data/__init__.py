@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -30,6 +31,7 @@ __all__ = [
     "load_corpus",
     "load_dataset",
     "readers",
+    "unheard",
 ]
 
 
@@ -123,12 +125,17 @@ class Dataset:
     cache_path: Path | None = None
 
 
+def unheard(text: str) -> None:
+    """For `tell`, where nobody listens."""
+
+
 def load_dataset(
     cfg: DataConfig,
     *,
     unit: Unit = "token",
     cache_dir: str | Path | None = None,
     tokenizer: Tokenizer | None = None,
+    tell: Callable[[str], object] = unheard,
 ) -> Dataset:
     """Read `cfg.data`, tokenise it (or map the cached tokens) and split it.
 
@@ -137,6 +144,7 @@ def load_dataset(
         unit: what the architecture reads; with "byte" the tokenizer is that of single bytes.
         cache_dir: instead of `data.cache.cache_root()`.
         tokenizer: instead of the one `cfg.tokenizer` names (a checkpoint's own, for resuming and scoring).
+        tell: called with what is being done, as it changes: all of it may take long.
 
     Raises:
         DataError: the text or tokenizer cannot be used as asked, or the text is too short for one row.
@@ -146,10 +154,13 @@ def load_dataset(
     from data.tokenizer_choice import make_tokenizer
 
     cache = Path(cache_dir) if cache_dir is not None else cache_root()
+    tell("reading the text")
     corpus, overlap = load_corpus(cfg, cache)
     notes = list(corpus.notes)
     if tokenizer is None:
+        tell(f"making the tokenizer ({cfg.tokenizer})")
         tokenizer = make_tokenizer(cfg, unit, corpus, cache, notes)
+    tell("turning the text into tokens")
     stores, folder = _stores(corpus, tokenizer, cache, notes)
     dataset = Dataset(
         tokenizer=tokenizer,

@@ -82,8 +82,11 @@ def train(
     ):
         try:
             # Of several processes only the one that the others wait for: see `interruptible`.
-            with stop.at_once() if world.size == 1 else nullcontext():
-                trainer = _trainer(cfg, model_cfg, world, record, stop)
+            leaving = stop.at_once() if world.size == 1 else nullcontext()
+            with record.console.doing("reading the text") as tell, leaving:
+                trainer = _trainer(cfg, model_cfg, world, record, stop, tell)
+            if world.agree(stop.requested):
+                raise StopRequested
             return trainer.run()
         except StopRequested:
             record.stopped(0, stop.name, saved=False)
@@ -91,9 +94,14 @@ def train(
 
 
 def _trainer(
-    cfg: RunConfig, model_cfg: ModelConfig, world: World, record: RunRecord, stop: StopSignal
+    cfg: RunConfig,
+    model_cfg: ModelConfig,
+    world: World,
+    record: RunRecord,
+    stop: StopSignal,
+    tell: Callable[[str], object],
 ) -> Trainer:
-    """A trainer before its first step, or where a checkpoint goes on."""
+    """A trainer before its first step, or where a checkpoint goes on. `tell`: what is being done."""
     console = record.console
     checkpoint = world.on_main(lambda: checkpoint_to_resume(cfg, record.folder, console.warn))
     saved = load_json(checkpoint, "training_state.json") if checkpoint else {}
@@ -111,9 +119,16 @@ def _trainer(
         if recorded["world_size"] == world.size and share % recorded["micro_rows"] == 0:
             micro_rows = recorded["micro_rows"]
     session = open_session(
-        cfg, model_cfg, world, micro_rows=micro_rows, tokenizer=tokenizer, interruptible=stop.at_once
+        cfg,
+        model_cfg,
+        world,
+        micro_rows=micro_rows,
+        tokenizer=tokenizer,
+        interruptible=stop.at_once,
+        tell=tell,
     )
     if cfg.time_budget is not None and not cfg.eval_only:
+        tell("timing a few steps")
         console.note(decide(session, lambda: stop.requested))
     trainer = Trainer(session, record, stop)
     if checkpoint:
@@ -165,7 +180,9 @@ class Trainer:
             denominators, stop, save = self._agree(batch)
             if stop:
                 return self._leave()
-            self._train_step(batch, denominators)
+            compiles = self.s.compiled and batch.step == step
+            with self.console.doing("compiling") if compiles else nullcontext():
+                self._train_step(batch, denominators)
             self.progress.seconds += time.perf_counter() - started
             if self.progress.step % self.cfg.logging_steps == 0 or self.progress.step == self.total:
                 self._log()
@@ -289,7 +306,7 @@ class Trainer:
         # gpt2 at nano on one core, rows padded to four widths, 0.65 MB eager : compiled: 15.2 : 14.8 s in fp32, 9.5 :
         # 8.2 in bf16, after 2.6 and 6 CPU seconds of compilation; and what torch 2.13 makes of bf16 on a CPU without
         # gradients scores NaN.
-        with torch.compiler.set_stance("force_eager"), swap:
+        with self.console.doing("scoring"), torch.compiler.set_stance("force_eager"), swap:
             score = evaluate(
                 s.adapter,
                 rows,
@@ -322,7 +339,8 @@ class Trainer:
         if not self.world.is_main or not self.cfg.sample_tokens or folder.sampled_at == step:
             return
         try:
-            with torch.compiler.set_stance("force_eager"), self.s.averaged_weights():
+            eager = torch.compiler.set_stance("force_eager")
+            with self.console.doing("writing a sample"), eager, self.s.averaged_weights():
                 text = sample_text(self.s, lambda: self.stop.requested)
             if text is not None:
                 folder.add_sample(step, text)
@@ -389,7 +407,8 @@ class Trainer:
 
     def _save(self, best: bool = False) -> None:
         self._raise_if_not_finite()
-        self.record.save(self.s, self.progress, self.meter, best=best)
+        with self.console.doing("saving"):
+            self.record.save(self.s, self.progress, self.meter, best=best)
         self.last_save = time.monotonic()
 
     def resume(self, checkpoint: Path, saved: dict[str, Any]) -> None:

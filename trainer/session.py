@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from adapters import adapter_class, build_adapter
 from adapters.base import ModelAdapter, weighted_loss
-from data import Dataset, load_dataset
+from data import Dataset, load_dataset, unheard
 from data.rows import HeldoutRows, TrainingRows
 from trainer.batching import BatchPlan, StepLoader, largest_batch_that_fits, plan_batch
 from trainer.distributed import World
@@ -111,11 +111,12 @@ def open_session(
     micro_rows: int | None = None,
     tokenizer: Tokenizer | None = None,
     interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
+    tell: Callable[[str], object] = unheard,
 ) -> Session:
     """`micro_rows` and `tokenizer`: what a resumed run used, where the configuration leaves them open.
 
     `interruptible`: around reading and tokenising the text on the first process, which may raise StopRequested there;
-    the others wait for it, and raise it too.
+    the others wait for it, and raise it too. `tell` is called with what is being done, as it changes.
     """
     device = world.device
     tune_host(cfg, device)
@@ -123,9 +124,10 @@ def open_session(
 
     def load() -> Dataset:
         with interruptible() if world.is_main else nullcontext():
-            return load_dataset(cfg, unit=adapter_class(cfg).unit(model_cfg), tokenizer=tokenizer)
+            return load_dataset(cfg, unit=adapter_class(cfg).unit(model_cfg), tokenizer=tokenizer, tell=tell)
 
     dataset = world.main_first(load)  # it fills the caches of the tokenizer and the token shards
+    tell("building the model")
     adapter = build_adapter(cfg, model_cfg, dataset.tokenizer, device)
     adapter.on_training_text(dataset.train)
     spec = adapter.data_spec()

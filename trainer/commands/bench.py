@@ -35,6 +35,7 @@ from trainer.precision import autocast
 from trainer.run.files import output_file, write_atomically
 from trainer.run.manifest import collect_environment, peak_memory_bytes
 from trainer.session import open_session
+from trainer.view.console import Console
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
@@ -77,19 +78,34 @@ def main(argv: list[str]) -> int:
         "environment": collect_environment(choose_device("auto")),
         "overrides": overrides,
     }
-    result["loop"] = _loop_overhead(configs, args.steps)
-    if configs[0].type == "gpt2":
-        names = [n for n in VARIANTS if not (args.no_compile and "compiled" in n)]
-        result["against_plain_loop"] = _against_plain(configs, names, args.steps)
-    if not args.no_processes:
-        result["peak_memory_bytes"] = _memory(
-            overrides, ["plain loop"] * (configs[0].type == "gpt2") + ["fp32", "bf16"]
-        )
-        result["seconds_to_first_step"] = _start_up(overrides)
+    console = Console(live=False, stream=sys.stderr)
+    with console.doing("preparing and measuring the loop") as tell:
+        _measure(result, args, configs, overrides, tell)
     if output:  # before anything is printed: whoever reads that may leave
         write_atomically(output, json.dumps(result, indent=2) + "\n")
     print(_report(result))
     return 0
+
+
+def _measure(
+    result: dict[str, Any],
+    args: argparse.Namespace,
+    configs: tuple[RunConfig, Any],
+    overrides: list[str],
+    tell: Callable[[str], object],
+) -> None:
+    """Add to `result` what the arguments ask for; `tell` what is being measured."""
+    result["loop"] = _loop_overhead(configs, args.steps)
+    if configs[0].type == "gpt2":
+        names = [n for n in VARIANTS if not (args.no_compile and "compiled" in n)]
+        tell("measuring a plain loop beside it")
+        result["against_plain_loop"] = _against_plain(configs, names, args.steps)
+    if not args.no_processes:
+        tell("measuring memory and start-up")
+        result["peak_memory_bytes"] = _memory(
+            overrides, ["plain loop"] * (configs[0].type == "gpt2") + ["fp32", "bf16"]
+        )
+        result["seconds_to_first_step"] = _start_up(overrides)
 
 
 def _open(configs: tuple[RunConfig, Any], variant: str | None = None) -> Session:

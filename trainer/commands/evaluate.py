@@ -17,6 +17,7 @@ from trainer.run.files import output_file, write_atomically
 from trainer.run.lines import refuse_taken_names_of_score
 from trainer.run.restore import add_checkpoint_arguments, restore
 from trainer.signals import StopSignal
+from trainer.view.console import Console
 from trainer.view.format import bits_per_byte, ranking_notes, score_lines
 
 if TYPE_CHECKING:
@@ -57,7 +58,9 @@ def main(argv: list[str]) -> int:
     restored = restore(args, {"val_seq_len": args.val_seq_len} if args.val_seq_len else {})
     cfg, checkpoint = restored.cfg, restored.checkpoint
     trained_on = load_json(checkpoint, "training_state.json")["data"] if checkpoint else None
-    text = text_to_score(cfg, _asked(args, cfg), restored.tokenizer, trained_on)
+    console = Console(live=False, stream=sys.stderr)
+    with console.doing("reading the text"):
+        text = text_to_score(cfg, _asked(args, cfg), restored.tokenizer, trained_on)
     rows = HeldoutRows(
         text.store,
         restored.tokenizer.eot,
@@ -65,7 +68,7 @@ def main(argv: list[str]) -> int:
         lookahead=restored.adapter.data_spec().lookahead,
         max_bytes=args.val_bytes or (None if text.whole else cfg.val_bytes),
     )
-    with StopSignal("leaving without a score") as stop:
+    with StopSignal("leaving without a score") as stop, console.doing("scoring"):
         score = evaluate(
             restored.adapter,
             rows,
