@@ -81,8 +81,8 @@ def jump(step: int, then: tuple[int, RunConfig], now: tuple[int, RunConfig]) -> 
     if then[0] == now[0] or now[1].lr_decay_steps is not None:
         return f"{told}: the schedule is not the one of the run so far"
     return (
-        f"{told}: its schedule now spans {now[0]:,} steps and not {then[0]:,}. lr_decay_steps={then[0]} keeps the rates "
-        f"as they were, flat after step {then[0]}; to train on from before they fell, branch off from an earlier "
+        f"{told}: its schedule now spans {now[0]:,} steps and not {then[0]:,}. lr_decay_steps={then[0]} keeps the "
+        f"rates as they were, flat after step {then[0]}; to train on from before they fell, branch off from an earlier "
         f"checkpoint (output_dir=<new> resume=<run>/checkpoint-<step>)"
     )
 
