@@ -1,9 +1,10 @@
 """Check every configuration of this folder: `python configs/test_configs.py [--no-model] [--filter TEXT]`.
 
-For each model file: it composes as an option of the group and as a primary config, to the same tree; it
-validates with every preset and every source of data; its type and adapter exist; its dump loads to the same
-run; the model builds without storage. Then: mistakes made on purpose are refused. Exit status 1 if anything
-is wrong. pytest collects the same checks.
+For the file of each architecture (`<type>.yaml`): it states every field and the whole recipe; it composes as an option
+of the group and as a primary config, to the same tree; it validates with every preset and every source of data. Every
+other model file, here or in a folder below, is checked as a run of it would be. Of all: type and adapter exist; the
+dump loads to the same run; the model builds without storage. Then: mistakes made on purpose are refused. Exit status 1
+if anything is wrong. pytest collects the same checks.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ import yaml  # noqa: E402
 from hydra.core.global_hydra import GlobalHydra  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 
+import models  # noqa: E402
 from configs.compose import compose, compose_tree, model_config_class, prepare  # noqa: E402
-from configs.files import BASE, CONFIGS, choices, options  # noqa: E402
+from configs.files import BASE, CONFIGS, EXTENSIONS, choices, options, read  # noqa: E402
+from configs.frontend import GROUPS  # noqa: E402
 from configs.messages import ConfigError  # noqa: E402
 from configs.schema import CHOICES, RunConfig, redacted  # noqa: E402
 from configs.validate import validate  # noqa: E402
@@ -84,7 +87,7 @@ def _needed(data: str) -> list[str]:
 def check_model_file(
     name: str, build: bool, presets: Sequence[str] | None = None, sources: Sequence[str] | None = None
 ) -> None:
-    """Everything that must hold for configs/<name>.yaml, with these presets and sources of data (default: with every
+    """Everything that must hold for configs/<type>.yaml, with these presets and sources of data (default: with every
     one). Raises if something does not."""
     path = CONFIGS / f"{name}.yaml"
     grouped = compose_tree(prepare([str(path), "preset=none"]).overrides)
@@ -105,9 +108,15 @@ def check_model_file(
     _check_recipe(path)
 
 
-def _check_run(cfg: RunConfig) -> None:
-    import models
+def check_own_file(path: Path, build: bool) -> None:
+    """A model file that states what differs, wherever it lies: what a run of it would be checked for."""
+    cfg = _compose(str(path))
+    _check_run(cfg)
+    if build:
+        _build(cfg)
 
+
+def _check_run(cfg: RunConfig) -> None:
     architecture = models.resolve(cfg.type)
     load(cfg.model_adapter or architecture.adapter)
     again = RunConfig.model_validate(yaml.safe_load(yaml.safe_dump(redacted(cfg))))
@@ -142,8 +151,6 @@ def _build(cfg: RunConfig) -> None:
     """The model on the meta device: shapes without storage."""
     import torch
 
-    import models
-
     values = {**cfg.model_cfg, "vocab_size": cfg.model_cfg.get("vocab_size") or 1024}
     with torch.device("meta"):
         model = load(models.resolve(cfg.type).model)(model_config_class(cfg).model_validate(values))
@@ -152,9 +159,8 @@ def _build(cfg: RunConfig) -> None:
 
 def check_option(group: str, name: str) -> None:
     """An option file composes over any model, and says so in its own field."""
-    first = options()[0]
     words = _needed(name) if group == "data" else []
-    assert getattr(_compose(f"model={first}", f"{group}={name}", *words), group) == name
+    assert getattr(_compose(f"model={_architectures()[0]}", f"{group}={name}", *words), group) == name
     text = (CONFIGS / group / f"{name}.yaml").read_text(encoding="utf-8")
     assert text.startswith("# @package _global_\n"), "must begin with '# @package _global_'"
 
@@ -162,20 +168,37 @@ def check_option(group: str, name: str) -> None:
 def check_mistake(words: list[str], message: str) -> None:
     """A mistake must be refused in the words that help."""
     try:
-        _compose(f"model={options()[0]}", *words)
+        _compose(f"model={_architectures()[0]}", *words)
     except ConfigError as error:
         assert message in error.report(), error.report()
         return
     raise AssertionError("accepted")
 
 
-def checks(build: bool) -> Iterator[tuple[str, Callable[[], None]]]:
+def _architectures() -> list[str]:
+    """Names of the files that are called as an architecture: the shipped ones."""
+    return [name for name in options() if name in models.ARCHITECTURES]
+
+
+def other_files(folder: Path) -> Iterator[Path]:
+    """The model files besides: yours, and those of the papers. The folders of options are no models."""
+    own = {BASE, *(folder / f"{name}.yaml" for name in models.ARCHITECTURES)}
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in EXTENSIONS and p not in own):
+        if path.relative_to(folder).parts[0] not in GROUPS:
+            yield path
+
+
+def checks(build: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     """(label, check) of everything there is."""
-    for name in options():
+    for name in _architectures():
         yield f"configs/{name}.yaml", functools.partial(check_model_file, name, build)
-    for group in ("data", "preset"):
+    for path in other_files(CONFIGS):
+        yield f"configs/{path.relative_to(CONFIGS)}", functools.partial(check_own_file, path, build)
+    for group in GROUPS:
         for name in options(group):
             yield f"configs/{group}/{name}.yaml", functools.partial(check_option, group, name)
+    for path in sorted((CONFIGS / "preset" / "for").glob("*.yaml")):
+        yield f"configs/{path.relative_to(CONFIGS)}", functools.partial(read, path)
     for words, message in MISTAKES:
         yield f"refused: {' '.join(words)}", functools.partial(check_mistake, words, message)
 
