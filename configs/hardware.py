@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import sys
+from typing import Any
 
 
 @functools.cache
@@ -32,3 +34,10 @@ def process_count(num_gpus: int | str, device: str) -> int:
         return int(num_gpus)
     whole_machine = device in ("auto", "cuda")
     return max(1, cuda_device_count()) if whole_machine else 1
+
+
+def world_size(num_gpus: Any, device: str) -> int:
+    """Processes of this run: those a launcher started, else as many as the config asks for."""
+    if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    return process_count(num_gpus if type(num_gpus) is int else "auto", device)

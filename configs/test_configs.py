@@ -61,6 +61,7 @@ RECIPE = {
     "ema_decay",
     "warmup_ratio",
 }
+LENGTH = {"lr_decay_steps"}  # how long a run is belongs to the run
 EITHER = {
     "warmup_ratio": {"warmup_steps"},
     "warmup_steps": {"warmup_ratio"},
@@ -140,7 +141,7 @@ def _check_recipe(path: Path) -> None:
     stated, base = (OmegaConf.to_container(OmegaConf.load(p)) for p in (path, BASE))
     assert isinstance(stated, dict) and isinstance(base, dict)
     reads = [CHOICES[field].table[stated[field]].reads for field in ("optimizer", "scheduler")]
-    recipe = {*RECIPE, *(name for names in reads for name in names)}
+    recipe = {*RECIPE, *(name for names in reads for name in names)} - LENGTH
     missing = {name for name in recipe if name not in stated and not EITHER.get(name, set()) & stated.keys()}
     assert not missing, f"the recipe does not state {', '.join(sorted(missing))}"
     idle = [str(k) for k in stated.keys() - recipe - EITHER.keys() if k in base and stated[k] == base[k]]

@@ -3,12 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+from configs.hardware import world_size
 from configs.schema import CHOICES, GENERIC_FIELDS, ModelConfig, RunConfig
 from naming import load
 
 # The second wins over the first where it is not null.
-_WINS = [("warmup_steps", "warmup_ratio"), ("min_lr_ratio", "min_lr")]
+_WINS = [
+    ("warmup_steps", "warmup_ratio"),
+    ("min_lr_ratio", "min_lr"),
+    ("num_iterations", "num_epochs"),
+    ("val_tokens", "val_steps"),
+]
+# Where a field has this value, these others mean nothing.
+_IDLE: list[tuple[str, Any, tuple[str, ...]]] = [
+    ("lr_scaling", "none", ("lr_base_width",)),
+    ("synthetic", "grammar", ("synthetic_symbols", "synthetic_order")),
+    ("val_loss_every", 0, ("val_bytes_interim",)),
+    ("sample_tokens", 0, ("sample_prompt",)),
+    ("early_stopping", False, ("early_stopping_patience", "early_stopping_threshold")),
+    ("save_only_best", True, ("save_steps", "save_minutes")),
+    ("save_checkpoint", False, ("save_steps", "save_minutes", "save_total_limit")),
+    (
+        "eval_only",
+        True,
+        (
+            *(
+                "num_iterations",
+                "num_epochs",
+                "time_budget",
+                "val_loss_every",
+                "val_bytes_interim",
+                "logging_steps",
+            ),
+            *("save_checkpoint", "save_steps", "save_minutes", "save_total_limit"),
+            *("save_best_model", "save_only_best"),
+            *("early_stopping", "early_stopping_patience", "early_stopping_threshold"),
+            *(
+                "learning_rate",
+                "weight_decay",
+                "max_grad_norm",
+                "warmup_steps",
+                "warmup_ratio",
+                "lr_decay_steps",
+            ),
+        ),
+    ),
+]
 
 
 def overruled(explicit: set[str]) -> Iterator[str]:
@@ -18,7 +61,7 @@ def overruled(explicit: set[str]) -> Iterator[str]:
 
 def unread(run: RunConfig, model_cfg: ModelConfig, explicit: set[str]) -> str:
     """One remark about all of them, or nothing."""
-    reasons = {**_by_value(run), **_by_choice(run), **_by_switch(run)}
+    reasons = {**_by_value(run), **_by_place(run, explicit), **_by_choice(run), **_by_switch(run)}
     told: dict[str, list[str]] = {}
     for name in GENERIC_FIELDS:
         if name in explicit and name in reasons:
@@ -50,14 +93,32 @@ def _by_switch(run: RunConfig) -> dict[str, str]:
 
 
 def _by_value(run: RunConfig) -> dict[str, str]:
-    reasons = {}
+    """Fields that another one's value leaves without effect."""
+    reasons = {
+        name: _said(run, field)
+        for field, value, names in _IDLE
+        for name in names
+        if getattr(run, field) == value
+    }
     if load("data:SOURCES")[run.data].near_copies is None:
         reasons["near_copies"] = f"data={run.data}"
-    if run.lr_scaling == "none":
-        reasons["lr_base_width"] = "lr_scaling=none"
-    reasons |= {
-        loser: f"{winner}={getattr(run, winner)}"
-        for loser, winner in _WINS
-        if getattr(run, winner) is not None
-    }
+    if world_size(run.num_gpus, run.device) == 1:
+        reasons["ddp_backend"] = "one process"
+    reasons |= {loser: _said(run, winner) for loser, winner in _WINS if getattr(run, winner) is not None}
     return reasons
+
+
+def _by_place(run: RunConfig, explicit: set[str]) -> dict[str, str]:
+    """Names of folders that another one makes unnecessary."""
+    reasons = {}
+    if run.output_dir and "output_dir" in explicit:
+        reasons["model_name"] = _said(run, "output_dir")
+    if run.input_file and Path(run.input_file).is_absolute():
+        reasons["data_root"] = _said(run, "input_file")
+    return reasons
+
+
+def _said(run: RunConfig, field: str) -> str:
+    """`field=value` as one writes it."""
+    value = getattr(run, field)
+    return f"{field}={str(value).lower() if isinstance(value, bool) else value}"

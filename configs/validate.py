@@ -20,11 +20,11 @@ from pydantic import ValidationError
 from configs.explain import explain
 from configs.files import CONFIGS, fold_names
 from configs.frontend import unknown_key
-from configs.hardware import process_count, uses_cuda
+from configs.hardware import uses_cuda, world_size
 from configs.messages import ARCHITECTURE_ALIASES, RENAMED, ConfigError, suggest_key
 from configs.removed import YOUNGER, drop_removed
 from configs.runs import not_a_folder
-from configs.schema import GENERIC_FIELDS, ModelConfig, RunConfig
+from configs.schema import CHOICES, GENERIC_FIELDS, ModelConfig, RunConfig
 from naming import load
 
 Where = Callable[[str], str]  # key -> place of its value, "" if unknown
@@ -129,13 +129,6 @@ def _derived_batch(values: Mapping[str, Any]) -> int:
     return rows * steps * world_size(values.get("num_gpus", "auto"), str(values.get("device", "auto")))
 
 
-def world_size(num_gpus: Any, device: str) -> int:
-    """Processes of this run: those a launcher started, else as many as the config asks for."""
-    if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
-    return process_count(num_gpus if type(num_gpus) is int else "auto", device)
-
-
 def _relations(run: RunConfig) -> list[str]:
     """Problems between generic fields."""
     problems = _batch(run) + _schedule(run) + _machine(run) + _trackers(run)
@@ -191,9 +184,12 @@ def _batch(run: RunConfig) -> list[str]:
 
 def _schedule(run: RunConfig) -> list[str]:
     problems = []
-    length = run.lr_decay_steps or (None if run.num_epochs else run.num_iterations)
+    decay = (
+        run.lr_decay_steps if "lr_decay_steps" in CHOICES["scheduler"].table[run.scheduler].reads else None
+    )
+    length = decay or (None if run.num_epochs else run.num_iterations)
     if run.warmup_ratio is None and length is not None and run.warmup_steps >= length:
-        name = "lr_decay_steps" if run.lr_decay_steps else "num_iterations"
+        name = "lr_decay_steps" if decay else "num_iterations"
         problems.append(f"warmup_steps ({run.warmup_steps}) must be less than {name} ({length})")
     if run.min_lr is not None and run.min_lr > run.learning_rate:
         problems.append(f"min_lr ({run.min_lr}) must not exceed learning_rate ({run.learning_rate})")

@@ -308,12 +308,49 @@ def test_a_warm_up_and_a_floor_on_the_command_line_win_over_a_file(write):
             "adam_beta1 (because of optimizer=sgd); cooldown_frac (because of scheduler=linear)",
         ),
         ("optimizer=sgd scheduler=constant learning_rate=0.1", ""),
+        ("scheduler=constant lr_decay_steps=9", "lr_decay_steps (because of scheduler=constant)"),
+        ("scheduler=linear lr_decay_steps=9", ""),
+        ("num_iterations=9 num_epochs=1", "num_iterations (because of num_epochs=1.0)"),
+        ("num_iterations=9 num_epochs=null", ""),
+        ("early_stopping_patience=9", "early_stopping_patience (because of early_stopping=false)"),
+        ("early_stopping=true early_stopping_threshold=0.1", ""),
+        (
+            "save_checkpoint=false save_steps=9 save_minutes=1 save_total_limit=1",
+            "save_minutes, save_steps, save_total_limit (because of save_checkpoint=false)",
+        ),
+        ("save_only_best=true save_minutes=9", "save_minutes (because of save_only_best=true)"),
+        ("sample_tokens=0 sample_prompt=x", "sample_prompt (because of sample_tokens=0)"),
+        ("val_loss_every=0 val_bytes_interim=9", "val_bytes_interim (because of val_loss_every=0)"),
+        ("val_tokens=9 val_steps=9", "val_tokens (because of val_steps=9)"),
+        ("synthetic_bytes=2000 synthetic=grammar", "synthetic, synthetic_bytes (because of data=embedded)"),
+        (
+            "data=synthetic synthetic=grammar synthetic_order=2",
+            "synthetic_order (because of synthetic=grammar)",
+        ),
+        ("data=synthetic synthetic_order=2", ""),
+        ("use_wandb=false wandb_project=x", "wandb_project (because of use_wandb=false)"),
+        ("ddp_backend=gloo", "ddp_backend (because of one process)"),
+        ("ddp_backend=gloo num_gpus=2 device=cpu", ""),
+        ("model_name=a output_dir=b", "model_name (because of output_dir=b)"),
+        ("eval_only=true num_epochs=2 val_bytes=9", "num_epochs (because of eval_only=true)"),
     ],
 )
 def test_fields_that_the_run_does_not_read(work, words, told):
     notes: list[str] = []
     compose(["mine.yaml", *words.split()], notes.append)
     assert [n for n in notes if "not read" in n] == ([f"not read by this run: {told}"] if told else [])
+
+
+def test_a_folder_of_text_that_a_full_path_makes_unnecessary_is_not_read(work, write):
+    notes: list[str] = []
+    compose(["mine.yaml", "data_root=here", f"input_file={write('a.txt', 'hello')}"], notes.append)
+    assert f"not read by this run: data_root (because of input_file={work}/a.txt)" in notes
+
+
+def test_a_number_of_steps_on_the_command_line_wins_over_the_passes_of_a_file(write):
+    write("passes.yaml", "defaults: [mine, _self_]\nnum_epochs: 3\nval_steps: 2\n")
+    cfg, _ = quiet("passes.yaml", "num_iterations=9", "val_tokens=9")
+    assert (cfg.num_iterations, cfg.num_epochs, cfg.val_tokens, cfg.val_steps) == (9, None, 9, None)
 
 
 @pytest.mark.parametrize(

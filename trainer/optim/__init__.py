@@ -38,7 +38,7 @@ class OptimizerEntry(Entry):
 
 _ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
 _WIDTH = ("lr_scaling", "lr_base_width")
-_FLOOR = ("min_lr_ratio", "min_lr")
+_FALL = ("min_lr_ratio", "min_lr", "lr_decay_steps")
 
 # `optimizer=<name>`
 OPTIMIZERS: dict[str, OptimizerEntry] = {
@@ -68,9 +68,9 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
 
 # `scheduler=<name>`: `(step, warmup, end, floor, cfg) -> factor`, see trainer/optim/schedules.py
 SCHEDULES: dict[str, Entry] = {
-    "cooldown": Entry("trainer.optim.schedules:cooldown", ("cooldown_frac", *_FLOOR), "flat, then linear"),
-    "cosine": Entry("trainer.optim.schedules:cosine", _FLOOR, "half a cosine"),
-    "linear": Entry("trainer.optim.schedules:linear", _FLOOR, "a straight line"),
+    "cooldown": Entry("trainer.optim.schedules:cooldown", ("cooldown_frac", *_FALL), "flat, then linear"),
+    "cosine": Entry("trainer.optim.schedules:cosine", _FALL, "half a cosine"),
+    "linear": Entry("trainer.optim.schedules:linear", _FALL, "a straight line"),
     "constant": Entry("trainer.optim.schedules:constant", (), "flat"),
-    "inverse_sqrt": Entry("trainer.optim.schedules:inverse_sqrt", _FLOOR, "1 / sqrt(step)"),
+    "inverse_sqrt": Entry("trainer.optim.schedules:inverse_sqrt", _FALL, "1 / sqrt(step)"),
 }

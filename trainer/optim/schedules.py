@@ -39,18 +39,18 @@ def schedule_factor(step: int, total: int, cfg: RunConfig) -> float:
         ValueError: an unknown scheduler; `lr_decay_steps` that end inside the warm-up.
     """
     assert step >= 0 and total >= 1, (step, total)
-    schedule = look_up(SCHEDULES, cfg.scheduler, "scheduler").load()
+    row = look_up(SCHEDULES, cfg.scheduler, "scheduler")
     warmup = warmup_updates(total, cfg)
-    if cfg.lr_decay_steps is not None and cfg.lr_decay_steps <= warmup:
+    decay = cfg.lr_decay_steps if "lr_decay_steps" in row.reads else None
+    if decay is not None and decay <= warmup:
         raise ValueError(
-            f"lr_decay_steps ({cfg.lr_decay_steps}) must exceed the warm-up of {warmup} steps; "
-            f"nearest: {warmup + 1}"
+            f"lr_decay_steps ({decay}) must exceed the warm-up of {warmup} steps; nearest: {warmup + 1}"
         )
     if step < warmup:
         return (step + 1) / warmup
-    end = total if cfg.lr_decay_steps is None else cfg.lr_decay_steps
+    end = total if decay is None else decay
     floor = cfg.min_lr_ratio if cfg.min_lr is None else cfg.min_lr / cfg.learning_rate
-    return schedule(step, warmup, end, floor, cfg)
+    return row.load()(step, warmup, end, floor, cfg)
 
 
 def warmup_updates(total: int, cfg: RunConfig) -> int:
