@@ -28,10 +28,21 @@ def parse_override(text: str) -> Override:
         ) from None
 
 
-def in_quotes(key: str, value: str) -> str:
-    """`key=value` as one types it in a shell so that the value is one text, whatever is in it."""
-    escaped = value.replace('"', '\\"')
-    return shlex.quote(f'{key}="{escaped}"')
+def word(key: str, value: object) -> str:
+    """`key=value` as a word of our command line that means this text, in quotes where Hydra's grammar needs them."""
+    text = str(value)
+    try:
+        parsed = OverridesParser.create().parse_override(f"x={quoted(key, text)}")
+        plain = not parsed.is_sweep_override() and parsed.value() == text
+    except HydraException:
+        plain = False
+    escaped = text.replace('"', '\\"')
+    return f"{key}={text}" if plain else f'{key}="{escaped}"'
+
+
+def in_quotes(key: str, value: object) -> str:
+    """The same as one types it in a shell."""
+    return shlex.quote(word(key, value))
 
 
 def override_choices(parsed: Override, available: list[str]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from configs.files import shown
 from configs.frontend import Request
+from configs.grammar import in_quotes
 from configs.messages import ConfigError, differences
 from configs.removed import REMOVED, YOUNGER
 from naming import did_you_mean
@@ -75,7 +76,7 @@ def implied_model(request: Request) -> str | None:
 def not_a_folder(resume: str) -> str:
     """The message for `resume=run/model.pt`."""
     parent = folder_of_path(Path(resume).parent)
-    hint = f" Go on with its run: resume={parent}" if (parent / "config.yaml").is_file() else ""
+    hint = f" Go on with its run: {in_quotes('resume', parent)}" if (parent / "config.yaml").is_file() else ""
     return f"resume: {resume} is a file; a run folder or a checkpoint-<step> in one is needed.{hint}"
 
 

@@ -18,15 +18,22 @@ from glob import escape
 from pathlib import Path
 from typing import BinaryIO
 
+from naming import expand_path
+
 ABANDONED = 3600  # seconds since anything was written to a temporary file
 
 
 def cache_root() -> Path:
-    """$MYTRAINER_CACHE, else $XDG_CACHE_HOME/mytrainer, else ~/.cache/mytrainer."""
+    """$MYTRAINER_CACHE, else $XDG_CACHE_HOME/mytrainer, else ~/.cache/mytrainer; without a home, a folder of this
+    user's among the temporary files."""
     if explicit := os.environ.get("MYTRAINER_CACHE"):
-        return Path(explicit).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "mytrainer"
+        return expand_path(explicit).absolute()
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "mytrainer"
+    home = os.path.expanduser("~")
+    if os.path.isabs(home):
+        return Path(home) / ".cache" / "mytrainer"
+    return Path(tempfile.gettempdir()) / f"mytrainer-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:

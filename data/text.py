@@ -31,6 +31,7 @@ from data.corpus import (
 from data.cuts import about_separator, documents_of, line_end_near, sections, separated
 from data.errors import DataError
 from data.files import TEXT_SUFFIXES, existing_path, find_text, looks_held_out, read_text, shown
+from naming import expand_path
 
 
 class TextConfig(Protocol):
@@ -79,7 +80,7 @@ def val_paths(cfg: TextConfig) -> list[Path]:
     path = input_path(cfg)
     home = path if path.is_dir() else path.parent
     names = [cfg.val_files] if isinstance(cfg.val_files, str) else cfg.val_files or []
-    inside = [home / Path(name).expanduser() for name in names]
+    inside = [home / expand_path(name) for name in names]
     return [
         near if near.exists() else existing_path("val_files", far if far.exists() else near)
         for near, far in zip(inside, (_below(cfg, name) for name in names), strict=True)
@@ -87,7 +88,7 @@ def val_paths(cfg: TextConfig) -> list[Path]:
 
 
 def _below(cfg: TextConfig, name: str) -> Path:
-    return Path(cfg.data_root or "").expanduser() / Path(name).expanduser()
+    return expand_path(cfg.data_root or "") / expand_path(name)
 
 
 # -- reading -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from data import CACHE_FORMAT, SOURCES, TOKENIZERS
 from data.config import DataConfig, Unit
 from data.errors import DataError
-from naming import did_you_mean
+from naming import did_you_mean, expand_path
 
 if TYPE_CHECKING:
     from data.corpus import Corpus
@@ -81,7 +81,7 @@ def _parse(spec: str) -> Choice:
     if name in TOKENIZERS and TOKENIZERS[name].trained and size.isdecimal():
         TOKENIZERS[name].load().vocabulary_size(int(size))  # refuses a size that it cannot have
         return Choice(spec, name, int(size))
-    if Path(spec).expanduser().is_file():
+    if expand_path(spec).is_file():
         return Choice(spec, None)
     digits = re.search(r"\d*$", spec)
     size = digits[0] if digits and digits[0] else "1024"
@@ -119,4 +119,4 @@ def _make(choice: Choice, corpus: Corpus, cache: Path, notes: list[str]) -> Toke
 def _load(choice: Choice) -> Tokenizer:
     from data.tokenizers import load_tokenizer
 
-    return load_tokenizer(Path(choice.spec).expanduser())
+    return load_tokenizer(expand_path(choice.spec))

@@ -1,11 +1,23 @@
 """What names stand for, and what is said about wrong ones."""
 
 import math
+import shlex
 from types import SimpleNamespace
 
 import pytest
 
-from naming import Entry, did_you_mean, load, look_up, not_one_of, require_fit, shapes, shorten
+from naming import (
+    Entry,
+    command_line,
+    did_you_mean,
+    expand_path,
+    load,
+    look_up,
+    not_one_of,
+    require_fit,
+    shapes,
+    shorten,
+)
 
 TABLE = {"root": Entry("math:sqrt", ("digits",), "the square root"), "sine": Entry("math:sin")}
 
@@ -72,3 +84,24 @@ def test_every_difference_between_two_states_is_named():
         "the file does not fit this model (missing 1: b; unexpected 2: d, e; wrong 1: a is (3, 2), needed is (2, 3))"
     )
     require_fit("the names", dict.fromkeys("ab"), dict.fromkeys("ba"))
+
+
+def test_a_command_is_printed_as_a_shell_takes_it():
+    words = ["resume=my run", "a b.yaml", "x='1'", "plain=1"]
+    printed = command_line(*words)
+    assert shlex.split(printed) == ["python", "mytrainer.py", *words] and printed.endswith(" plain=1")
+
+
+def test_paths_are_resolved_or_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expand_path("~/run") == tmp_path / "run" and str(expand_path("a/~b")) == "a/~b"
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where nobody has a home
+    for wrong, message in (
+        ("~/run", r"there is no home folder for '~' here. Write the path in full, or ./~/run"),
+        ("a\nb", "cannot hold a line break"),
+        ("a\0b", "cannot hold a NUL"),
+        (f"a/{'é' * 128}", "has 256 bytes, and a file or folder 255 at most"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            expand_path(wrong)
+    assert expand_path(f"a/{'é' * 127}x").parent.name == "a"

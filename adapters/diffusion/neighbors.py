@@ -9,13 +9,12 @@ stochastic, and one eigendecomposition serves all of them. The alternative balan
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from naming import not_one_of
+from naming import expand_path, not_one_of
 
 __all__ = ["Spectrum", "balance", "generator_matrix", "load_embedding", "neighbor_graph", "spectrum"]
 
@@ -32,7 +31,7 @@ class Spectrum:
 
 def load_embedding(path: str, states: int) -> Tensor:
     """(K, d) fp64 from a .npy file or a tensor saved by torch; one row per token id."""
-    file = Path(path).expanduser()
+    file = expand_path(path)
     if not file.is_file():
         raise ValueError(f"model_cfg.nn_embedding_path: no such file: {file}")
     if file.suffix == ".npy":

@@ -92,13 +92,13 @@ def with_absolute_paths(cfg: RunConfig) -> RunConfig:
     if cfg.input_file and cfg.val_files:
         changes["val_files"] = [str(path.absolute()) for path in val_paths(cfg)]
     if cfg.data_root is not None:
-        changes["data_root"] = os.path.abspath(os.path.expanduser(cfg.data_root))
+        changes["data_root"] = os.path.abspath(cfg.data_root)
     elif cfg.input_file is not None:
-        changes["input_file"] = os.path.abspath(os.path.expanduser(cfg.input_file))
+        changes["input_file"] = os.path.abspath(cfg.input_file)
     if cfg.init_from_checkpoint is not None:
-        changes["init_from_checkpoint"] = os.path.abspath(os.path.expanduser(cfg.init_from_checkpoint))
+        changes["init_from_checkpoint"] = os.path.abspath(cfg.init_from_checkpoint)
     if Path(cfg.tokenizer).suffix == ".json":
-        changes["tokenizer"] = os.path.abspath(os.path.expanduser(cfg.tokenizer))
+        changes["tokenizer"] = os.path.abspath(cfg.tokenizer)
     return cfg.model_copy(update=changes)
 
 

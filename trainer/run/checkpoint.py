@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shlex
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +18,8 @@ from typing import Any
 
 import torch
 
+from configs.grammar import word
+from naming import command_line, expand_path
 from trainer.run.files import beside, checkpoints_in, could_not_write, discard, replace_folder
 
 __all__ = [
@@ -142,7 +143,7 @@ def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Path | None
 def find_checkpoint(path: str | Path, warn: Callable[[str], None]) -> Path:
     """A checkpoint folder from what a person names: the folder itself, a run folder (its newest), or a link
     folder such as `best_model`."""
-    path = Path(path).expanduser()
+    path = expand_path(path)
     if not path.exists():
         near = sorted(p.name for p in path.parent.glob("*") if p.is_dir() and not p.name.startswith("."))[:8]
         there = f" In {path.parent}: {', '.join(near)}" if near else ""
@@ -163,8 +164,8 @@ def _how_to_start_over(run_dir: Path) -> str:
     config = run_dir / "config.yaml"
     if checkpoints_in(run_dir) or not config.is_file():
         return ""
-    words = shlex.join([str(config), f"output_dir={run_dir}", "resume=auto"])
-    return f" Its run ended before the first one; to start it over: python mytrainer.py {words}"
+    command = command_line(config, word("output_dir", run_dir), "resume=auto")
+    return f" Its run ended before the first one; to start it over: {command}"
 
 
 def load_json(checkpoint: Path, name: str) -> Any:

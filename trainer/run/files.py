@@ -15,6 +15,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+from naming import expand_path
 from trainer.errors import TrainingError
 
 __all__ = [
@@ -65,7 +66,7 @@ def _as_bytes(content: str | bytes) -> bytes:
 
 def output_file(given: str) -> Path:
     """The file that `--output` names. ValueError where it cannot be written: now, not when the work is done."""
-    path = Path(given).expanduser()
+    path = expand_path(given)
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise ValueError(f"output: cannot write {path}. Give a file in an existing folder")
     return path

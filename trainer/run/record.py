@@ -9,7 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from configs.grammar import word
 from data.yardsticks import NAMES, start_background
+from naming import command_line
 from trainer.errors import sentence
 from trainer.run.facts import checkpoint_contents, facts_of, kernels_of, summary_of
 from trainer.run.files import beside
@@ -154,7 +156,7 @@ class RunRecord:
         kept = f"saved step {step}" if saved and step else "nothing was saved"
         self.console.note(f"{signal_name or 'stop'} received: {kept}")
         if saved and step:
-            self.console.note(f"go on with: python mytrainer.py resume={self.folder.path}")
+            self.console.note(f"go on with: {command_line(word('resume', self.folder.path))}")
 
     def _read_yardsticks(self, should_stop: Callable[[], bool]) -> dict[str, float]:
         """Bits per byte by name; nothing where there are none, or nobody wants to wait for them."""

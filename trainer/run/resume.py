@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from configs.grammar import in_quotes
 from configs.schema import redacted
 from configs.validate import read_saved
 from data import SOURCES
@@ -67,7 +68,7 @@ def checkpoint_to_resume(cfg: RunConfig, folder: RunFolder, warn: Callable[[str]
     if newest is not None and found.resolve() != newest.resolve():
         raise ValueError(
             f"{folder.path} holds {newest.name}, which going on from {found} would overwrite. Choose a new output_dir "
-            f"to branch off, or resume={folder.path}"
+            f"to branch off, or {in_quotes('resume', folder.path)}"
         )
     return found
 
@@ -115,13 +116,14 @@ def check_resumable(
     elif then_text != text:
         raise ValueError(
             f"the data is not what {checkpoint} was trained on (fingerprint {then_text[:12]} then, {text[:12]} now). "
-            f"{_mended(before, saved['data'], s)}, or start a new run with init_from_checkpoint={checkpoint}"
+            f"{_mended(before, saved['data'], s)}, or start a new run with "
+            f"{in_quotes('init_from_checkpoint', checkpoint)}"
         )
     if before.optimizer != s.cfg.optimizer:
         raise ValueError(
             f"optimizer: the state in {checkpoint} was written by another optimizer, {before.optimizer}, and means "
             f"nothing to {s.cfg.optimizer}. Go on with optimizer={before.optimizer}, or begin a new run from the "
-            f"weights: optimizer={s.cfg.optimizer} init_from_checkpoint={checkpoint} output_dir=<new>"
+            f"weights: optimizer={s.cfg.optimizer} {in_quotes('init_from_checkpoint', checkpoint)} output_dir=<new>"
         )
     old = {**redacted(before), **{f"model_cfg.{k}": then.get(k) for k in other}}
     new = {**redacted(s.cfg), **{f"model_cfg.{k}": mine["model_cfg"][k] for k in other}}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from configs.grammar import word
+from naming import command_line
 from trainer.run.facts import Facts
 from trainer.run.folder import RunFolder
 from trainer.run.metrics import MetricsWriter
@@ -85,8 +87,8 @@ class ConsoleSink:
         else:
             longer = f"num_iterations={2 * max(steps, 1)}"
         commands = [
-            f"python mytrainer.py generate --checkpoint {path} --prompt 'def '",
-            f"python mytrainer.py resume={path} {longer}",
+            command_line("generate", "--checkpoint", path, "--prompt", "def "),
+            command_line(word("resume", path), longer),
         ]
         self._console.finish(path, commands if self._folder.has_checkpoint(steps) else [])
 
