@@ -29,10 +29,19 @@ def draw(probabilities: Tensor, u: Tensor) -> Tensor:
     ValueError if a row is no law, as those of a network are whose weights are not finite."""
     cumulative = probabilities.cumsum(1)
     total = cumulative[:, -1:]
-    if not bool(((total > 0) & (total < torch.inf)).all()):
-        raise ValueError("nothing can be drawn: what the network predicts is not finite")
+    _require_laws(total)
     threshold = (u.unsqueeze(1).to(cumulative) * total).minimum(total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
+
+
+def _require_laws(total: Tensor) -> None:
+    """ValueError unless every row has something to draw from. A device other than the CPU refuses it by itself: nothing
+    waits for the answer."""
+    laws, message = ((total > 0) & (total < torch.inf)).all(), "what the network predicts is not finite"
+    if not total.is_cpu:
+        torch._assert_async(laws, message)
+    elif not laws:
+        raise ValueError(f"nothing can be drawn: {message}")
 
 
 class Chain(ABC):
