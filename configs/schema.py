@@ -177,6 +177,8 @@ class ModelConfig(BaseModel):
     # field -> another value, or (another value, what other fields must be for it to mean something), where the tests
     # cannot guess one. A value that is a file is given as a function (folder, vocabulary) that makes it.
     examples: ClassVar[dict[str, Any]] = {}
+    # field -> why what it changes is too rare for them to see. A test of its own shows it.
+    rare: ClassVar[dict[str, str]] = {}
 
     @classmethod
     def free(cls) -> set[str]:

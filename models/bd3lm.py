@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from pydantic import Field
@@ -14,6 +14,7 @@ from models.layers.bidirectional import additive
 from models.layers.block_diffusion import cached_mask, one_pass_groups, one_pass_mask, one_pass_pairs
 from models.layers.cache import KVCache
 from models.layers.flops import Flops
+from models.mdl import Sampler, unread_by_sampler
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
@@ -40,7 +41,7 @@ class BD3LMConfig(DiTConfig):
     resample_masks: bool = True  # redraw masks until the masked fraction lies in the range
     use_low_discrepancy_sampler: Free[bool] = True  # times stratified over the blocks of a step
     num_sampling_steps: Free[Positive] = 1000  # per block, of the samplers that have steps
-    sampler: Free[Literal["ancestral_cache", "ancestral", "analytic", "first_hitting"]] = "first_hitting"
+    sampler: Free[Sampler] = "first_hitting"
     kv_cache: Execution[bool] = True  # sampling keeps the keys and values of finished blocks
 
     tiny = {"block_length": 8, "num_sampling_steps": 8}
@@ -48,6 +49,12 @@ class BD3LMConfig(DiTConfig):
         "resample_masks": (False, {"sampling_eps_min": 0.4, "sampling_eps_max": 0.6}),
         "num_sampling_steps": (4, {"sampler": "ancestral"}),
     }
+    rare = {"final_step": "of the positions of a block one in 100,000 is masked at t = 1e-5"}
+
+    @property
+    def share_of_logits(self) -> float:
+        """A block of one token is masked for certain; others with probabilities from the range training begins with."""
+        return 1.0 if self.block_length == 1 else (self.sampling_eps_min + self.sampling_eps_max) / 2
 
     def clip_of(self, low: int, high: int) -> tuple[float, float]:
         """A range in twentieths as masking probabilities, within `sampling_eps_min` and `sampling_eps_max`."""
@@ -70,7 +77,7 @@ class BD3LMConfig(DiTConfig):
         return not self.resample_masks or clip[1] * self.block_length >= 1 - 1e-9
 
     def unread(self) -> dict[str, str]:
-        found: dict[str, str] = {}
+        found = unread_by_sampler(self.sampler)
         if self.block_length == 1:  # a block of one token is masked for certain
             fields = ("sampling_eps_min", "sampling_eps_max", "clip_search", "resample_masks", "nelbo_draws")
             found |= dict.fromkeys(fields, "block_length=1")

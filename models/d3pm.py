@@ -115,6 +115,8 @@ class D3PMConfig(DiTConfig):
             found |= dict.fromkeys(
                 ("nearest_neighbors", "nn_embedding_path", "nn_construction"), f"transition_type={kind}"
             )
+        if self.zero_mask_logit:  # every posterior of a masked token is then in proportion to the prediction
+            found |= dict.fromkeys(("reverse_param", "l0_mode"), "zero_mask_logit=true")
         if kind not in DENSE_CHAINS:
             found["dense_state_limit"] = f"transition_type={kind}"
         return found
@@ -162,7 +164,7 @@ class D3PMConfig(DiTConfig):
                 f"model_cfg.noise_schedule=mutual_info is not defined for {chain}. Set it to cosine or linear"
             )
         if kind == "nearest_neighbor" and self.nn_embedding_path is not None:
-            if not Path(self.nn_embedding_path).is_file():
+            if not Path(self.nn_embedding_path).expanduser().is_file():
                 problems.append(f"model_cfg.nn_embedding_path: no such file: {self.nn_embedding_path}")
             if self.vocab_size is not None and self.nearest_neighbors >= self.vocab_size:
                 problems.append(

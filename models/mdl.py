@@ -5,7 +5,7 @@ The network is the shared diffusion transformer; schedules, the bound and the sa
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -15,20 +15,37 @@ from models.dit import DiT, DiTConfig
 if TYPE_CHECKING:
     from configs.schema import RunConfig
 
-__all__ = ["MDL", "MDLConfig", "Sampler"]
+__all__ = ["MDL", "MDLConfig", "Sampler", "unread_by_sampler"]
 
 Sampler = Literal["ancestral_cache", "ancestral", "analytic", "first_hitting"]
-_LinearIsLoglinear = BeforeValidator(lambda v: "loglinear" if v == "linear" else v)
+
+
+def _one_of_two(value: Any) -> Any:
+    if value == "linear":
+        raise ValueError(
+            "'linear' may mean two schedules. Name one: loglinear, where the share of masked tokens grows linearly "
+            "(the paper's), or linear_sigma, where the total noise does"
+        )
+    return value
+
+
 AlphaType = Annotated[
-    Literal["loglinear", "cosine", "cosine_sq", "geometric", "linear_sigma"], _LinearIsLoglinear
+    Literal["loglinear", "cosine", "cosine_sq", "geometric", "linear_sigma"], BeforeValidator(_one_of_two)
 ]
 SIGMA_SCHEDULES = ("geometric", "linear_sigma")
+
+
+def unread_by_sampler(sampler: str) -> dict[str, str]:
+    """Fields of masked diffusion that a sampler does not read: first hitting has no steps, and like the analytic one it
+    ends with a draw, as in the released codes."""
+    fields = {"first_hitting": ("num_sampling_steps", "final_step"), "analytic": ("final_step",)}
+    return dict.fromkeys(fields.get(sampler, ()), f"sampler={sampler}")
 
 
 class MDLConfig(DiTConfig):
     time_conditioning: bool = False  # off is what allows a sampler to reuse predictions
     sampling_eps: OpenFraction = 1e-3  # smallest t that training draws
-    alpha_type: AlphaType = "loglinear"  # survival probability alpha(t); `linear` is the same
+    alpha_type: AlphaType = "loglinear"  # survival probability alpha(t)
     alpha_min: OpenFraction = 1e-3  # alpha(1)
     alpha_max: Annotated[float, Field(gt=0, le=1)] = 1.0  # alpha(0)
     sigma_min: NonNegativeFloat = 1e-4  # noise at t = 0 and 1 of the schedules in sigma = -log alpha
@@ -44,6 +61,7 @@ class MDLConfig(DiTConfig):
     tiny = {"num_sampling_steps": 8}
     examples = {
         "time_conditioning": (True, {"sampler": "ancestral"}),
+        "final_step": ("argmax", {"alpha_max": 0.5}),  # leaves much to it
         "sigma_min": (0.01, {"alpha_type": "geometric"}),
         "sigma_max": (10.0, {"alpha_type": "geometric"}),
         "num_timesteps": (10, {"continuous_time": False}),
@@ -55,17 +73,15 @@ class MDLConfig(DiTConfig):
         """New tokens per round of semi-autoregressive generation: 512 at the paper's context of 1024."""
         return max(1, self.n_ctx // 2) if self.sar_chunk_size is None else self.sar_chunk_size
 
-    @property
-    def share_of_logits(self) -> float:
-        return super().share_of_logits if self.use_subs_parameterization else 1.0
-
     def unread(self) -> dict[str, str]:
         by_sigma = self.alpha_type in SIGMA_SCHEDULES
         ends = ("alpha_min", "alpha_max") if by_sigma else ("sigma_min", "sigma_max")
         other = "num_timesteps" if self.continuous_time else "sampling_eps"
-        return dict.fromkeys(ends, f"alpha_type={self.alpha_type}") | {
-            other: f"continuous_time={str(self.continuous_time).lower()}"
-        }
+        return (
+            dict.fromkeys(ends, f"alpha_type={self.alpha_type}")
+            | {other: f"continuous_time={str(self.continuous_time).lower()}"}
+            | unread_by_sampler(self.sampler)
+        )
 
     def problems(self, run: RunConfig) -> list[str]:
         return super().problems(run) + self._schedule_problems() + self._sampler_problems()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from configs.schema import Free, NonNegativeFloat, OpenFraction, Positive, Rate
 from models.dit import DiT, DiTConfig, Draws, fill_in
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["SEDD", "SEDDConfig"]
 
-# On the absorbing graph 1 - exp(-sigma) grows linearly in t: D3PM's mutual-information schedule.
-_MutualInfoIsLoglinear = BeforeValidator(lambda v: "loglinear" if v == "mutual_info" else v)
 # What the paper trains each graph with on text (its appendix C.1).
 PAPER = {"absorbing": {"noise_schedule": "loglinear"}, "uniform": {"noise_schedule": "geometric"}}
 
@@ -27,7 +25,7 @@ PAPER = {"absorbing": {"noise_schedule": "loglinear"}, "uniform": {"noise_schedu
 class SEDDConfig(DiTConfig):
     transition_type: Literal["absorbing", "uniform"] = "absorbing"
     # null = PAPER's for the graph
-    noise_schedule: Annotated[Literal["loglinear", "geometric"], _MutualInfoIsLoglinear] = "loglinear"
+    noise_schedule: Literal["loglinear", "geometric"] = "loglinear"
     sampling_eps: OpenFraction = 1e-3  # smallest t that training draws
     num_timesteps: Free[Positive] = (
         1000  # times per sequence in a likelihood evaluation, where nelbo_draws is null
@@ -57,6 +55,19 @@ class SEDDConfig(DiTConfig):
     def _of_the_paper(cls, given: Any) -> Any:
         return fill_in(given, PAPER)
 
+    @field_validator("noise_schedule", mode="before")
+    @classmethod
+    def _mutual_info(cls, given: Any, known: ValidationInfo) -> Any:
+        """On the absorbing graph 1 - exp(-sigma) grows linearly in t: D3PM's mutual-information schedule."""
+        if given != "mutual_info":
+            return given
+        if known.data.get("transition_type") == "uniform":
+            raise ValueError(
+                "mutual_info is loglinear on the absorbing graph, and nothing here on the uniform one. Set it to "
+                "loglinear, or to geometric, the paper's"
+            )
+        return "loglinear"
+
     @property
     def has_mask(self) -> bool:
         return self.transition_type == "absorbing"
@@ -70,6 +81,10 @@ class SEDDConfig(DiTConfig):
         loglinear = self.noise_schedule == "loglinear"
         fields = ("sigma_min", "sigma_max") if loglinear else ("noise_eps",)
         found = dict.fromkeys(fields, f"noise_schedule={self.noise_schedule}")
+        if (
+            loglinear and self.has_mask
+        ):  # e^(sigma(t) - sigma(s)) - 1 = (t - s) sigma'(t): the steps are the same
+            found["predictor"] = "noise_schedule=loglinear"
         if self.nelbo_draws is not None:
             found["num_timesteps"] = f"nelbo_draws={self.nelbo_draws}"
         return found

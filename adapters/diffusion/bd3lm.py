@@ -216,7 +216,7 @@ class BD3LMProcess(MDLProcess):
             return masked.reveal_by_confidence(self, network, part, steps, at_mask_probability)
         if cfg.sampler == "first_hitting":
             return masked.first_hitting(self, network, part, at_mask_probability)
-        times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        times = masked.grid_times(steps, "sample" if cfg.sampler == "analytic" else cfg.final_step)
         if cfg.sampler == "analytic":
             sigma, step = self.schedule.sigma(times), AbsorbingGraph(self.mask).analytic
             plan = list(zip(sigma[:-1].tolist(), [step] * steps, (-sigma.diff()).tolist(), strict=True))

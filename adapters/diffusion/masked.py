@@ -22,13 +22,22 @@ __all__ = [
     "binomial_tail",
     "choose_exactly",
     "first_hitting",
+    "grid_times",
     "reveal_by_confidence",
     "reveal_on_grid",
     "sample_clean",
 ]
 
+CLEAN_END = 1e-5
+
 # (mask probability (B,), x (B, L), index (M,) of the flattened x) -> hidden states (M, D)
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def grid_times(steps: int, final_step: str) -> Tensor:
+    """(S + 1,) times of `reveal_on_grid`, from 1 to 0; with `final_step: argmax` to 1e-5, as in the authors' code, and
+    the positions that are masked there take a further step."""
+    return torch.linspace(1, CLEAN_END if final_step == "argmax" else 0, steps + 1, dtype=torch.float64)
 
 
 def at_mask_probability(network: Network, most: float) -> Denoise:
@@ -62,11 +71,10 @@ def binomial_tail(count: Tensor, p: float, k: Tensor) -> Tensor:
 
 
 def sample_clean(
-    process: Process, network: Network, hidden: Tensor, u: Tensor, sampling: Sampling, argmax: Tensor | bool
+    process: Process, network: Network, hidden: Tensor, u: Tensor, sampling: Sampling, argmax: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Clean tokens (M,) at masked positions and their probabilities (M,) fp64, from hidden states (M, D). `argmax`
-    (M,) or for all: the likeliest token instead of a draw."""
-    likeliest = torch.as_tensor(argmax).expand(len(hidden))
+    """Clean tokens (M,) at masked positions and their probabilities (M,) fp64, from hidden states (M, D). `argmax`: the
+    likeliest tokens instead of draws."""
     device, _ = sampling_dtype(network.device)
     tokens, confidence = (
         torch.empty(len(hidden), dtype=torch.int64),
@@ -74,7 +82,7 @@ def sample_clean(
     )
     for rows, logits in network.logits(hidden):
         p = sampling(process.clean_log_probs(logits)).exp()
-        chosen = torch.where(likeliest[rows].to(device), p.argmax(1), draw(p, u[rows].to(device)))
+        chosen = p.argmax(1) if argmax else draw(p, u[rows].to(device))
         tokens[rows] = chosen.cpu()
         confidence[rows] = p.gather(1, chosen.unsqueeze(1)).squeeze(1).cpu()
     return tokens, confidence
@@ -93,7 +101,8 @@ def reveal_on_grid(
     lazy: bool,
 ) -> Iterator[Tensor]:
     """Ancestral sampling (Sahoo et al. 2024, section 3.2.2): at step i a masked position stays masked with probability
-    stay[i], else it is drawn from the prediction, for good. Whatever is masked after the last step is drawn then.
+    stay[i], else it is drawn from the prediction, for good. Whatever is masked after the last step is drawn then, or is
+    the likeliest token where `final_step` says so, as in the authors' code.
 
     `denoise(i, x, index)` runs the network. `lazy` calls it only at steps where some position is revealed, and on the
     rows where that happens: predictions do not depend on the time, so the text is the same with fewer calls, at most
@@ -105,7 +114,6 @@ def reveal_on_grid(
         masked = x == process.mask
         if not bool(masked.any()):
             return
-        last = i >= len(stay) - 1
         reveal = masked & (noise.uniform(f"coin {i}", length) >= probability)
         read = reveal if lazy else masked
         if bool(read.any()):
@@ -114,7 +122,7 @@ def reveal_on_grid(
             keep = reveal.flatten()[index].nonzero().squeeze(1)  # on the host, which need not wait then
             index, hidden = index[keep], hidden[keep.to(hidden.device)]
             u = noise.uniform(f"token {i}", length).flatten()[index]
-            argmax = last and process.cfg.final_step == "argmax"
+            argmax = i == len(stay) and process.cfg.final_step == "argmax"
             tokens, _ = sample_clean(process, network, hidden, u, window.sampling, argmax)
             x = _put(x, index, tokens)
         yield x
@@ -122,7 +130,7 @@ def reveal_on_grid(
 
 def first_hitting(process: Process, network: Network, window: Window, denoise: Denoise) -> Iterator[Tensor]:
     """One position at a time, at the very times the continuous process would reveal them (Zheng et al. 2024,
-    arXiv:2409.02908): with k masked, the mask probability falls to u U^(1/k).
+    arXiv:2409.02908): with k masked, the mask probability falls to u U^(1/k). Every token is drawn, the last one too.
 
     `denoise(u, x, index)` runs the network at mask probabilities u (B,).
     """
@@ -137,9 +145,7 @@ def first_hitting(process: Process, network: Network, window: Window, denoise: D
         revealed = choose_exactly(masked, count.clamp_max(1), noise.uniform(f"place {i}", length))
         index = revealed.flatten().nonzero().squeeze(1)
         hidden = denoise(u, x, index)
-        row = index // length
-        argmax = (count <= 1)[row] & (process.cfg.final_step == "argmax")
-        tokens, _ = sample_clean(process, network, hidden, fresh[row, 1], window.sampling, argmax)
+        tokens, _ = sample_clean(process, network, hidden, fresh[index // length, 1], window.sampling)
         x = _put(x, index, tokens)
         yield x
 
@@ -158,7 +164,7 @@ def reveal_by_confidence(
         index = masked.flatten().nonzero().squeeze(1)
         hidden = denoise(masked.sum(1) / total.clamp_min(1), x, index)
         u = noise.uniform(f"token {i}", length).flatten()[index]
-        tokens, confidence = sample_clean(process, network, hidden, u, window.sampling, False)
+        tokens, confidence = sample_clean(process, network, hidden, u, window.sampling)
         drawn = _put(x, index, tokens)
         doubt = (
             torch.full(x.shape, torch.inf, dtype=torch.float64)

@@ -162,7 +162,6 @@ class MDLProcess(Process):
 
     def resolve(self, network: Network, window: Window) -> Iterator[Tensor]:
         cfg, steps = self.cfg, window.sampling.steps or self.cfg.num_sampling_steps
-        times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
         if window.sampling.by_confidence:
             return masked.reveal_by_confidence(
                 self, network, window, steps, masked.at_mask_probability(network, self.last_u)
@@ -171,6 +170,7 @@ class MDLProcess(Process):
             return masked.first_hitting(
                 self, network, window, masked.at_mask_probability(network, self.last_u)
             )
+        times = masked.grid_times(steps, "sample" if cfg.sampler == "analytic" else cfg.final_step)
         if not cfg.use_subs_parameterization:
             return self._ancestral_with_mask(network, window, times)
         if cfg.sampler == "analytic":

@@ -94,7 +94,14 @@ _FALLS = {
 
 
 class _SigmaSchedule(Schedule):
-    """Stated by its total noise."""
+    """Stated by its total noise, which is cut where fp64 tells nothing more of alpha."""
+
+    @abstractmethod
+    def stated(self, t: Tensor) -> Tensor:
+        """sigma(t), however large."""
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.stated(t).clamp_max(LARGEST_SIGMA)
 
     def mask_probability(self, t: Tensor) -> Tensor:
         return -torch.expm1(-self.sigma(t))
@@ -110,11 +117,11 @@ class Geometric(_SigmaSchedule):
     sigma_min: float = 1e-4
     sigma_max: float = 20.0
 
-    def sigma(self, t: Tensor) -> Tensor:
+    def stated(self, t: Tensor) -> Tensor:
         return torch.exp((1 - t) * math.log(self.sigma_min) + t * math.log(self.sigma_max))
 
     def rate(self, t: Tensor) -> Tensor:
-        return self.sigma(t) * math.log(self.sigma_max / self.sigma_min)
+        return self.stated(t) * math.log(self.sigma_max / self.sigma_min)
 
 
 @dataclass(frozen=True)
@@ -124,7 +131,7 @@ class LinearSigma(_SigmaSchedule):
     sigma_min: float = 0.0
     sigma_max: float = 10.0
 
-    def sigma(self, t: Tensor) -> Tensor:
+    def stated(self, t: Tensor) -> Tensor:
         return self.sigma_min + t * (self.sigma_max - self.sigma_min)
 
     def rate(self, t: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class UniformGraph:
         """[e^(-delta Q) s]_y [e^(delta Q)](y -> x)."""
         d = torch.tensor(delta, dtype=log_s.dtype)
         s = log_s.exp()
-        undone = d.exp() * s - torch.expm1(d) / self.states * s.sum(1, keepdim=True)
+        undone = s + torch.expm1(d) * (s - s.sum(1, keepdim=True) / self.states)
         arrive = torch.full_like(s, float(-torch.expm1(-d)) / self.states)
         arrive.scatter_add_(1, now.unsqueeze(1), torch.exp(-d).expand(len(s), 1))
         return (undone * arrive).clamp_min(0)
@@ -85,9 +85,11 @@ def reveal_by_scores(
     network: Network,
     window: Window,
     plan: Sequence[tuple[float, Step, float]],
+    final_argmax: bool = False,
 ) -> Iterator[Tensor]:
     """Run the reverse chain from noise. `plan` holds per step the total noise sigma that the network is told, the step
-    function and its amount; the last one is the final denoising, which leaves no mask.
+    function and its amount; the last one is the final denoising, which leaves no mask and with `final_argmax` takes the
+    likeliest token.
 
     Known positions hold clean tokens throughout. On the absorbing graph that is the exact conditional; on the uniform
     one it conditions on the noisy token having that value, an approximation.
@@ -105,7 +107,16 @@ def reveal_by_scores(
         hidden = network.hidden(x, torch.full((len(x),), sigma), index)
         now, u = x.flatten()[index], noise.uniform(f"step {i}", length).flatten()[index]
         drawn = _draw_step(
-            process, model, network, hidden, now, u, window.sampling, (sigma, step, amount), last
+            process,
+            model,
+            network,
+            hidden,
+            now,
+            u,
+            window.sampling,
+            (sigma, step, amount),
+            last,
+            final_argmax,
         )
         x = x.flatten().index_put((index,), drawn).view_as(x)
         yield x
@@ -130,6 +141,7 @@ def _draw_step(
     sampling: Sampling,
     plan: tuple[float, Step, float],
     last: bool,
+    final_argmax: bool,
 ) -> Tensor:
     """Next states (M,) from hidden states (M, D)."""
     sigma, step, amount = plan
@@ -143,6 +155,5 @@ def _draw_step(
         p = step(log_s, present, amount)
         if last:
             p = _tokens_only(p, log_s, process.mask_id, sampling)
-        argmax = last and process.cfg.final_step == "argmax"
-        drawn[rows] = (p.argmax(1) if argmax else draw(p, u[rows].to(device))).cpu()
+        drawn[rows] = (p.argmax(1) if last and final_argmax else draw(p, u[rows].to(device))).cpu()
     return drawn

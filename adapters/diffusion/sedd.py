@@ -183,7 +183,7 @@ class SEDDProcess(Process):
             amounts = (times[:-1] - times[1:]) * self.schedule.rate(times[:-1])
         plan = [(s, step, a) for s, a in zip(sigma[:-1].tolist(), amounts.tolist(), strict=True)]
         plan.append((float(sigma[-1]), self.graph.analytic, float(sigma[-1])))
-        return reveal_by_scores(self, self, network, window, plan)
+        return reveal_by_scores(self, self, network, window, plan, cfg.final_step == "argmax")
 
 
 class SEDDAdapter(DiffusionAdapter):

@@ -323,6 +323,22 @@ def test_a_file_is_named_in_full_from_the_root_of_the_disk(work, monkeypatch):
         (["mdl", "model_cfg.num_timesteps=9"], "model_cfg.num_timesteps", "continuous_time=true"),
         (["sedd", "model_cfg.num_timesteps=9"], "model_cfg.num_timesteps", "nelbo_draws="),
         (["sedd", "model_cfg.sigma_min=0.1"], "model_cfg.sigma_min", "noise_schedule=loglinear"),
+        (["sedd", "model_cfg.predictor=euler"], "model_cfg.predictor", "noise_schedule=loglinear"),
+        (
+            ["bd3lm", "model_cfg.num_sampling_steps=9", "model_cfg.final_step=argmax"],
+            "model_cfg.num_sampling_steps, model_cfg.final_step",
+            "sampler=first_hitting",
+        ),
+        (
+            ["mdl", "model_cfg.sampler=analytic", "model_cfg.final_step=argmax"],
+            "model_cfg.final_step",
+            "sampler=analytic",
+        ),
+        (
+            ["d3pm", "model_cfg.zero_mask_logit=true", "model_cfg.l0_mode=x0"],
+            "model_cfg.l0_mode",
+            "zero_mask_logit=true",
+        ),
         (
             ["d3pm", "model_cfg.gaussian_beta_max=0.1"],
             "model_cfg.gaussian_beta_max",

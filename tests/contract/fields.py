@@ -134,6 +134,8 @@ def complaints(cfg: RunConfig, model_cfg: ModelConfig, folder: Path) -> list[str
     known, each in a sentence."""
     variations, found = Variations(cfg, model_cfg, folder), []
     for name in type(model_cfg).model_fields:
+        if name in variations.rare:
+            continue
         execution = name in type(model_cfg).execution()
         tried, difference = 0, None
         for pair in variations.of(name):
@@ -161,6 +163,7 @@ class Variations:
         self.cfg, self.folder, self.config_class = cfg, folder, type(model_cfg)
         self.base = complete_model_config(model_cfg, tokenizer_for(cfg, model_cfg))
         self.examples = of_tests(self.config_class, "examples")
+        self.rare = of_tests(self.config_class, "rare")
         self._sightings: dict[ModelConfig, Sighting] = {}
 
     def of(self, name: str) -> Iterator[tuple[Sighting, Sighting]]:

@@ -358,6 +358,17 @@ def test_published_flops() -> None:
     assert round(every.flops(1024).training_per_token / 1e6) == 854
 
 
+def test_the_head_is_counted_where_the_loss_reads_it() -> None:
+    """Masked positions, half of all on average; with an auxiliary loss or without a mask all of them."""
+    discrete: dict[str, Any] = {"use_subs_parameterization": False, "continuous_time": False}
+    assert MDLConfig(**discrete).share_of_logits == MDLConfig().share_of_logits == 0.5
+    assert (
+        D3PMConfig().share_of_logits == 1.0 and D3PMConfig(auxiliary_loss_weight=0.0).share_of_logits == 0.5
+    )
+    assert BD3LMConfig(block_length=1).share_of_logits == 1.0
+    assert BD3LMConfig(sampling_eps_min=0.3, sampling_eps_max=0.8).share_of_logits == pytest.approx(0.55)
+
+
 # -- states and configuration ------------------------------------------------------------------------------
 
 
@@ -402,6 +413,7 @@ PROBLEMS: list[tuple[type[DiTConfig], dict[str, Any], str]] = [
     (SEDDConfig, {"transition_type": "uniform", "scale_by_sigma": True}, "scale_by_sigma must be false"),
     (SEDDConfig, {"transition_type": "uniform", "lm_loss_weight": 0.1}, "lm_loss_weight=0"),
     (BD3LMConfig, {"sampling_eps_min": 0.5, "sampling_eps_max": 0.4}, "must be below"),
+    (BD3LMConfig, {"block_length": 4, "sampling_eps_max": 0.2}, "nothing would be trained. At least 0.25"),
     (BD3LMConfig, {"sampler": "ancestral_cache", "time_conditioning": True}, "ancestral_cache"),
     (BD3LMConfig, {"n_ctx": 1000}, "nearest: 992, 1008"),
 ]
@@ -428,6 +440,7 @@ def test_row_lengths_of_block_diffusion() -> None:
         (D3PMConfig, {"noise_schedule": "loglinear"}),
         (D3PMConfig, {"sampling_eps": 1e-3}),  # times are discrete
         (MDLConfig, {"alpha_type": "sqrt"}),
+        (SEDDConfig, {"transition_type": "uniform", "noise_schedule": "mutual_info"}),
         (SEDDConfig, {"noise_schedule": "cosine"}),
         (DiTConfig, {"absorbing_state_idx": -2}),
         (DiTConfig, {"is_causal": True}),
@@ -439,8 +452,12 @@ def test_refused_values(config: type[DiTConfig], fields: dict[str, Any]) -> None
         config(**fields)
 
 
+def test_a_name_of_two_schedules_is_refused_with_both() -> None:
+    with pytest.raises(ValueError, match=r"loglinear.*linear_sigma"):
+        MDLConfig(alpha_type="linear")  # type: ignore[arg-type]
+
+
 def test_other_names_of_schedules() -> None:
-    assert MDLConfig(alpha_type="linear").alpha_type == "loglinear"  # type: ignore[arg-type]
     assert SEDDConfig(noise_schedule="mutual_info").noise_schedule == "loglinear"  # type: ignore[arg-type]
     assert MDLConfig().sar_chunk == 512 and MDLConfig(sar_chunk_size=7).sar_chunk == 7
     assert SEDDConfig().scaled and not SEDDConfig(transition_type="uniform").scaled

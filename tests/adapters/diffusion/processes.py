@@ -139,7 +139,8 @@ def follows_the_law(process, oracle, count):
 def plan_of(process, module, monkeypatch):
     """The steps that a score sampler would take: (sigma, step, amount)."""
     monkeypatch.setattr(
-        f"adapters.diffusion.{module}.reveal_by_scores", lambda process, model, network, window, plan: plan
+        f"adapters.diffusion.{module}.reveal_by_scores",
+        lambda process, model, network, window, plan, *last: plan,
     )
     return process.resolve(Network(of(process)), window(1))
 

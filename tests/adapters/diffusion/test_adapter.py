@@ -241,6 +241,22 @@ def test_no_sampler_writes_the_mask_or_an_id_that_the_tokenizer_lacks(kind, fiel
         assert all(token is None or token < V for token in shown), shaping
 
 
+@pytest.mark.parametrize(
+    "kind, fields",
+    [
+        ("mdl", {"alpha_type": "geometric", "sampler": "analytic"}),
+        ("mdl", {"alpha_type": "linear_sigma", "sampler": "first_hitting", "time_conditioning": True}),
+        ("sedd", {"noise_schedule": "geometric", "predictor": "euler"}),
+        ("sedd", {"noise_schedule": "geometric", "transition_type": "uniform"}),
+    ],
+    ids=str,
+)
+def test_however_much_noise_is_asked_for_text_is_drawn(kind, fields):
+    adapter = build(kind, trained=False, sigma_max=1000.0, **fields)
+    options = GenerateOptions(max_new_tokens=10, stop_at_document_end=False)
+    assert max(adapter.generate([[1, 2]], options).tokens[0]) < V
+
+
 def test_generation_stops_at_a_document_end_and_reports_tokens():
     adapter = build("mdl")
     adapter.model.head_bias.data[TOKENIZER.eot] = 3.0

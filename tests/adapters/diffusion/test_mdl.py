@@ -370,7 +370,7 @@ FIELDS = [
     ({}, {"sar_chunk_size": 2}, "text"),
     ({"sampler": "ancestral"}, {"time_conditioning": True}, "loss"),
     ({}, {"nelbo_draws": 8}, "bound"),
-    ({"num_sampling_steps": 1}, {"final_step": "argmax"}, "text"),
+    ({"alpha_max": 0.5}, {"final_step": "argmax"}, "text"),
 ]
 
 

@@ -21,7 +21,7 @@ from tests.adapters.diffusion.processes import (
     sedd,
     window,
 )
-from tests.adapters.diffusion.tiny import batch, build, train_context
+from tests.adapters.diffusion.tiny import batch, build, fingerprint, train_context
 from tests.adapters.diffusion.toy import (
     CHI_SQUARE_LIMIT,
     F64,
@@ -137,12 +137,37 @@ def test_a_revealed_token_never_changes():
 
 
 def test_the_last_step_can_take_the_most_probable_token(monkeypatch):
-    """With one step the last step is all there is."""
-    for process in (mdl(num_sampling_steps=1, final_step="argmax"), d3pm(1, final_step="argmax")):
+    """With one step D3PM's last step is all there is; the others leave it something to do if they end early."""
+    monkeypatch.setattr("adapters.diffusion.masked.CLEAN_END", 0.9999)
+    monkeypatch.setattr("adapters.diffusion.sedd.CLEAN_END", 0.9)
+    without_subs = mdl(**WITHOUT_SUBS, num_sampling_steps=1, final_step="argmax")
+    for process in (
+        mdl(num_sampling_steps=1, final_step="argmax"),
+        without_subs,
+        d3pm(1, final_step="argmax"),
+    ):
         assert bool((sample(process, masked_oracle(), 20)[0] == MARGINALS.argmax(1)).all())
-    monkeypatch.setattr("adapters.diffusion.sedd.CLEAN_END", 0.9)  # leave the final denoising something to do
     plain, greedy = (
         sample(sedd(sampling_timesteps=1, final_step=f), score_oracle(sedd()), 2000)[0]
         for f in ("sample", "argmax")
     )
     assert float((greedy[:, 0] == 0).double().mean()) > float((plain[:, 0] == 0).double().mean()) + 0.2
+
+
+MEANINGLESS = [
+    ("sedd", {}, {"predictor": "euler"}),
+    ("d3pm", {"zero_mask_logit": True}, {"l0_mode": "x0", "reverse_param": "mixture"}),
+    ("mdl", {"sampler": "first_hitting"}, {"final_step": "argmax", "num_sampling_steps": 3}),
+    ("mdl", {"sampler": "analytic"}, {"final_step": "argmax"}),
+    ("bd3lm", {}, {"final_step": "argmax", "num_sampling_steps": 3}),
+    ("bd3lm", {"clip_search": False}, {"resample_masks": False}),
+]
+
+
+@pytest.mark.parametrize("kind, base, change", MEANINGLESS, ids=str)
+def test_what_is_said_not_to_be_read_changes_nothing(kind, base, change):
+    plain, changed = fingerprint(kind, **base), fingerprint(kind, **base, **change)
+    assert set(change) <= set(build(kind, **base).model_cfg.unread())
+    assert plain["loss"] == pytest.approx(changed["loss"], rel=1e-9)
+    assert plain["bound"] == pytest.approx(changed["bound"], rel=1e-9)
+    assert plain["text"] == changed["text"]
