@@ -159,6 +159,8 @@ class Trainer:
     # -- the run -------------------------------------------------------------------------------------------
 
     def run(self) -> float:
+        if (ended := self._ended()) is not None:
+            return ended
         self.record.begin(self.s, self.progress)
         if self.cfg.eval_only:
             score = self._final_score()
@@ -166,16 +168,11 @@ class Trainer:
                 self.record.evaluation(self.progress, score)
                 self._sample()
             return self._finish(score) if score else self._leave()
-        step = self.progress.step
-        if self._is_over() and (ended := self.record.ended_with(step)) is not None:
-            self.console.note(f"nothing to do: {self._how_to_go_on()}")
-            return ended
         if self._evaluation_due() and not self._evaluate():
             return self._leave()
         self.s.adapter.train()
-        for batch in self.s.loader.steps(
-            self.progress.step, self.progress.step if self._is_over() else self.total
-        ):
+        begin = self.progress.step
+        for batch in self.s.loader.steps(begin, begin if self._out_of_patience() else self.total):
             started = time.perf_counter()
             denominators, stop, save = self._agree(batch)
             if stop:
@@ -200,15 +197,22 @@ class Trainer:
         score = self._final_score()
         return self._finish(score) if score else self._leave()
 
-    def _is_over(self) -> bool:
-        return self.progress.step >= self.total or self._out_of_patience()
-
-    def _how_to_go_on(self) -> str:
-        step = self.progress.step
+    def _ended(self) -> float | None:
+        """The score of a run that was scored to its end and has no step left, having said how to go on."""
+        p, cfg, summary = self.progress, self.cfg, self.record.summary()
+        step, waited = summary.get("steps", -1), summary.get("evaluations_without_improvement")
+        # With save_only_best the last checkpoint lies before the end.
+        here = step == p.step or (cfg.save_only_best and step > p.step > 0)
+        if cfg.eval_only or not here or (step < self.total and not self._out_of_patience(waited)):
+            return None
         if step < self.total:
-            return f"the run stopped early, at step {step}. Set early_stopping=false or raise early_stopping_patience"
-        length = "num_iterations" if self.cfg.num_epochs is None else "num_epochs"
-        return f"step {step} >= {length} {getattr(self.cfg, length)}. Raise {length} to go on"
+            told = f"the run stopped early, at step {step}. Set early_stopping=false or raise early_stopping_patience"
+        else:
+            length = "num_iterations" if cfg.num_epochs is None else "num_epochs"
+            told = f"step {step} >= {length} {getattr(cfg, length)}. Raise {length} to go on"
+        self.console.note(f"nothing to do: {told}")
+        self.record.complete(step)
+        return summary.get("best", summary["score"])["bits_per_byte"]
 
     def _save_step_due(self) -> bool:
         cfg = self.cfg
@@ -374,8 +378,9 @@ class Trainer:
         self.latest = score
         return True
 
-    def _out_of_patience(self) -> bool:
-        waited = self.progress.evaluations_without_improvement
+    def _out_of_patience(self, waited: int | None = None) -> bool:
+        """`waited`: evaluations without improvement, if not those of now."""
+        waited = self.progress.evaluations_without_improvement if waited is None else waited
         return self.cfg.early_stopping and waited >= self.cfg.early_stopping_patience
 
     def _final_score(self) -> Score | None:

@@ -217,6 +217,7 @@ def summary_of(
         "yardsticks": yardsticks,
         "steps": progress.step,
         "stopped_early": stopped_early,
+        "evaluations_without_improvement": progress.evaluations_without_improvement,
         "tokens": progress.tokens,
         "bytes": progress.bytes,
         "seconds": round(progress.seconds, 3),

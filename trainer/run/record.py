@@ -139,18 +139,18 @@ class RunRecord:
         except Exception as error:
             self.console.warn(f"no new {what}: {sentence(error)}")
 
-    def ended_with(self, step: int) -> float | None:
-        """The score a run ended with at this step (of best_model/ if it keeps one), None if it has not been scored to
-        the end."""
+    def summary(self) -> dict[str, Any]:
+        """summary.json, on every process; {} where no life of the run came to its end."""
+        return self.world.on_main(lambda: self.folder.read_json("summary.json"))
 
-        def read() -> float | None:
-            summary = self.folder.read_json("summary.json")
-            if summary.get("steps") != step:
-                return None
-            write_report(self.folder.path)  # a life may have been cut short between the two
-            return summary.get("best", summary["score"])["bits_per_byte"]
-
-        return self.world.on_main(read)
+    def complete(self, step: int, final: bool = True) -> None:
+        """Make of the results what is made of them; a life may have been cut short before it was. `final`: also
+        final_model/."""
+        if not self.world.is_main:
+            return
+        if final and self.folder.has_checkpoint(step):
+            self._optional("final_model", lambda: self.folder.link_final(step))
+        self._optional("report.html", lambda: write_report(self.folder.path))
 
     def stopped(self, step: int, signal_name: str, saved: bool) -> None:
         kept = f"saved step {step}" if saved and step else "nothing was saved"
@@ -198,9 +198,7 @@ class RunRecord:
         self._take_stock(s, progress)
         summary = summary_of(s, progress, flops, score, yardsticks, best, stopped_early)
         self.folder.write_json("summary.json", summary)
-        if self.folder.has_checkpoint(progress.step) and not s.cfg.eval_only:
-            self._optional("final_model", lambda: self.folder.link_final(progress.step))
         self._optional("manifest.json", lambda: self._correct_manifest(s))
-        self._optional("report.html", lambda: write_report(self.folder.path))
+        self.complete(progress.step, final=not s.cfg.eval_only)
         for sink in self._sinks:
             sink.finish(summary)

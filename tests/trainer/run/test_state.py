@@ -182,6 +182,22 @@ def test_a_run_that_stopped_early_has_no_step_left(tmp_path, capsys):
     assert lines(tmp_path)[-1]["step"] == 6 and not summary(tmp_path)["stopped_early"]
 
 
+def test_a_run_of_best_checkpoints_is_not_made_again(tmp_path, capsys):
+    """Its last checkpoint lies before its end."""
+    words = [*RUIN, "save_only_best=true", "num_iterations=4"]
+    score = run(tmp_path, *words)
+    assert [c.name for c in checkpoints_in(tmp_path)] != ["checkpoint-4"]
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    assert run(tmp_path, *words, "resume=auto") == score
+    assert "nothing to do: step 4 >= num_iterations 4" in capsys.readouterr().out
+    stops = ["early_stopping=true", "early_stopping_patience=2", "resume=auto"]
+    assert run(tmp_path, *words, *stops, "num_iterations=9") == score
+    assert "nothing to do: the run stopped early, at step 4" in capsys.readouterr().out
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    run(tmp_path, *words, "num_iterations=5", "resume=auto")
+    assert lines(tmp_path)[-1]["step"] == 5
+
+
 def test_a_last_score_that_was_cut_short_costs_no_step(tmp_path):
     run(tmp_path, *STOPS)
     (tmp_path / "summary.json").unlink()
