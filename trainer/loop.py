@@ -177,7 +177,7 @@ class Trainer:
             denominators, stop, save = self._agree(batch)
             if stop:
                 return self._leave()
-            compiles = self.s.compiled and batch.step == step
+            compiles = self.s.compiled and batch.step == begin
             with self.console.doing("compiling") if compiles else nullcontext():
                 self._train_step(batch, denominators)
             self.progress.seconds += time.perf_counter() - started
