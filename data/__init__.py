@@ -154,8 +154,7 @@ def load_dataset(
     from data.tokenizer_choice import make_tokenizer
 
     cache = Path(cache_dir) if cache_dir is not None else cache_root()
-    tell("reading the text")
-    corpus, overlap = load_corpus(cfg, cache)
+    corpus, overlap = load_corpus(cfg, cache, tell)
     notes = list(corpus.notes)
     if tokenizer is None:
         tell(f"making the tokenizer ({cfg.tokenizer})")
@@ -179,14 +178,18 @@ def load_dataset(
     return dataset
 
 
-def load_corpus(cfg: DataConfig, cache: Path) -> tuple[Corpus, Overlap | None]:
+def load_corpus(
+    cfg: DataConfig, cache: Path, tell: Callable[[str], object] = unheard
+) -> tuple[Corpus, Overlap | None]:
     """The text that `cfg.data` names, as `cfg.near_copies` wants it, and what was measured for that."""
     from data.near_copies import heed
 
     if cfg.data not in SOURCES:
         raise DataError(f"data: {not_one_of(cfg.data, SOURCES)}")
+    tell("reading the text")
     corpus: Corpus = SOURCES[cfg.data].load()(cfg)
     default = SOURCES[cfg.data].near_copies
+    tell("looking for held-out text in the training text")
     return heed(corpus, cfg.near_copies or default, cache) if default else (corpus, None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 
 import numpy as np
@@ -11,9 +12,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data import bpe as bpe_module
-from data.bpe import MIN_COUNT, BpeTokenizer, count_words, train_ranks
+from data.bpe import BpeTokenizer, count_words
 from data.corpus import Document
 from data.errors import DataError
+from data.merges import MIN_COUNT, learn_merges
 from data.tokenizers import END_OF_TEXT, ByteTokenizer, StreamDecoder, load_tokenizer
 
 messy_bytes = st.one_of(st.binary(max_size=80), st.text(max_size=60).map(lambda text: text.encode()))
@@ -82,19 +84,17 @@ def test_ids_beyond_the_vocabulary_are_named(bpe: BpeTokenizer, wrong: int) -> N
         bpe.decode([1, 2, wrong, 4])
 
 
-def test_training_merges_like_a_plain_count_of_pairs(merging_text: bytes) -> None:
-    """Against a restatement that recounts everything before each merge."""
-    words = count_words([merging_text])
-    ranks = train_ranks(words, 340)
+def plain_merges(words: Counter[str], size: int) -> list[bytes]:
+    """A restatement that recounts everything before each merge."""
     spelled = {word: [bytes([value]) for value in word.encode()] for word in words}
     expected = [bytes([value]) for value in range(256)]
-    while len(expected) < 340:
+    while len(expected) < size:
         pairs: Counter[tuple[bytes, bytes]] = Counter()
         for word, parts in spelled.items():
             for pair in zip(parts, parts[1:], strict=False):
                 pairs[pair] += words[word]
-        pair = min(pairs, key=lambda pair: (-pairs[pair], pair))  # ties: the smaller bytes
-        if pairs[pair] < MIN_COUNT:
+        pair = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)  # ties: the smaller bytes
+        if pair is None or pairs[pair] < MIN_COUNT:
             break
         expected.append(merged := pair[0] + pair[1])
         for parts in spelled.values():
@@ -103,8 +103,35 @@ def test_training_merges_like_a_plain_count_of_pairs(merging_text: bytes) -> Non
                 if (parts[place], parts[place + 1]) == pair:
                     parts[place : place + 2] = [merged]
                 place += 1
-    assert ranks == expected and len(set(ranks)) == len(ranks)
-    assert 300 < len(expected) < 340  # the text ran out of pairs, as intended
+    return expected
+
+
+def test_training_merges_like_a_plain_count_of_pairs(merging_text: bytes) -> None:
+    words = count_words([merging_text])
+    ranks = learn_merges(words, 340)
+    assert ranks == plain_merges(words, 340) and len(set(ranks)) == len(ranks)
+    assert 300 < len(ranks) < 340  # the text ran out of pairs, as intended
+
+
+few_letters = st.dictionaries(st.text("abé", min_size=1, max_size=12), st.integers(1, 4), max_size=8)
+
+
+@given(words=few_letters)
+@settings(deadline=None, max_examples=60)
+def test_merges_of_words_full_of_overlaps(words: dict[str, int]) -> None:
+    assert learn_merges(Counter(words), 275) == plain_merges(Counter(words), 275)
+
+
+def test_one_long_word_is_merged_like_short_ones() -> None:
+    word = "".join(random.Random(0).choices("ACGT", k=3000))
+    assert learn_merges(Counter([word]), 290) == plain_merges(Counter([word]), 290)
+
+
+def test_of_a_document_longer_than_the_sample_its_beginning_is_read(monkeypatch) -> None:
+    monkeypatch.setattr("data.bpe.SAMPLE_BYTES_PER_TOKEN", 4)  # 1,040 bytes for 260 ids
+    begins, goes_on = b"ab ab cd cd\n" * 90, b"xy xy zz zz\n" * 10_000
+    whole = BpeTokenizer.train([Document("a", begins + goes_on)], 260)
+    assert whole.digest == BpeTokenizer.train([Document("a", begins)], 260).digest
 
 
 def test_training_is_deterministic_and_sees_the_sample_only(
