@@ -79,12 +79,14 @@ def _run(command: str, argv: list[str]) -> int:
 def _explain(error: Exception, command: str) -> tuple[int, str] | None:
     """(exit status, message) for what the user can mend, None for a fault of ours."""
     from configs.messages import ConfigError
-    from trainer.errors import TrainingError
+    from trainer.errors import TrainingError, of_the_machine
 
     if isinstance(error, ConfigError):
         return 2, error.report()
     if isinstance(error, TrainingError):
         return 1, f"error: {error}"
+    if machine := of_the_machine(error):
+        return 1, f"error: {machine}"
     if command in RUNS:  # what can go wrong in a run is explained in trainer/commands/launch.py
         return None
     if isinstance(error, OSError) and error.filename:

@@ -7,7 +7,6 @@ a stage are reported together, a later stage runs only if the earlier ones passe
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
@@ -20,7 +19,7 @@ from pydantic import ValidationError
 from configs.explain import explain
 from configs.files import CONFIGS, fold_names
 from configs.frontend import unknown_key
-from configs.hardware import uses_cuda, world_size
+from configs.hardware import launched, process_group, uses_cuda, world_size
 from configs.messages import ARCHITECTURE_ALIASES, RENAMED, ConfigError, suggest_key
 from configs.removed import YOUNGER, drop_removed
 from configs.runs import not_a_folder
@@ -199,7 +198,7 @@ def _schedule(run: RunConfig) -> list[str]:
 def _machine(run: RunConfig) -> list[str]:
     problems = []
     on_cuda = uses_cuda(run.device)
-    started = int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else None
+    started = process_group()[1] if launched() else None
     if started is not None and run.num_gpus not in ("auto", started):
         plural = "es were" if started > 1 else " was"
         problems.append(

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from configs.hardware import process_group, uses_cuda
 from trainer.errors import StopRequested, TrainingError
 
 if TYPE_CHECKING:
@@ -38,14 +39,17 @@ def choose_device(requested: str, local_rank: int = 0) -> torch.device:
     device = torch.device(requested)
     if device.type == "cuda":
         if not cuda:
+            shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+            hidden = "" if shown is None else f" (CUDA_VISIBLE_DEVICES={shown!r})"
             raise ValueError(
-                f"device: {requested!r} was asked for, but no CUDA device is visible. Use device=cpu"
+                f"device: {requested!r} was asked for, but no CUDA device is visible{hidden}. Use device=cpu"
             )
         if device.index is None:
             device = torch.device("cuda", local_rank)
         if device.index >= torch.cuda.device_count():
             raise ValueError(
-                f"device: {device} does not exist; {torch.cuda.device_count()} CUDA devices are visible"
+                f"device: {device} does not exist; CUDA devices that are visible: {torch.cuda.device_count()}. Start "
+                f"as many processes (num_gpus), or device=cuda:0 where each process sees one of its own"
             )
     if device.type == "mps" and not mps:
         raise ValueError("device: 'mps' was asked for, but this machine has no MPS device. Use device=cpu")
@@ -54,7 +58,7 @@ def choose_device(requested: str, local_rank: int = 0) -> torch.device:
 
 def join_process_group() -> None:
     """Join the group that torchrun, accelerate or our own launcher describes in the environment, if any."""
-    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    if process_group()[1] > 1 and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=30))
 
 
@@ -179,13 +183,44 @@ class World:
         return wrapped.no_sync() if skip and isinstance(wrapped, DistributedDataParallel) else nullcontext()
 
 
+def _local_rank(device: str) -> int:
+    """Which of the machine's processes of the run this one is."""
+    rank, size = process_group()
+    given = os.environ.get("LOCAL_RANK", "")
+    if size == 1:
+        return 0  # whatever a shell still has
+    if given.isdecimal():
+        return int(given)
+    if uses_cuda(device):
+        raise ValueError(
+            f"environment: LOCAL_RANK={given!r}, and process {rank} of {size} cannot know which GPU is its own. Set it "
+            f"(under SLURM: LOCAL_RANK=$SLURM_LOCALID), or start the processes by torchrun"
+        )
+    return rank
+
+
+def _everywhere(choose: Callable[[], torch.device]) -> torch.device:
+    """What this process chooses; where one of them cannot, the same ValueError on all."""
+    device, problem = torch.device("cpu"), ""
+    try:
+        device = choose()
+    except ValueError as error:
+        problem = str(error)
+    problems: list[Any] = [problem]
+    if dist.is_initialized():
+        problems = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+    for told in filter(None, problems):
+        raise ValueError(told)
+    return device
+
+
 @contextmanager
 def open_world(cfg: RunConfig) -> Iterator[World]:
     """Join, choose the device, and leave at the end. After an error the group is not waited for: the peers
     may never arrive, and the launcher ends them."""
     join_process_group()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = choose_device(cfg.device, local_rank)
+    device = _everywhere(lambda: choose_device(cfg.device, _local_rank(cfg.device)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     yield World(device, cfg.ddp_backend)

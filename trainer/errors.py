@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["StopRequested", "TrainingError", "sentence"]
+__all__ = ["StopRequested", "TrainingError", "of_the_machine", "sentence"]
 
 
 class TrainingError(RuntimeError):
@@ -11,6 +11,28 @@ class TrainingError(RuntimeError):
 
 class StopRequested(BaseException):
     """A signal asked for it: save and leave with exit status 0. No `except Exception` on its way may swallow it."""
+
+
+def of_the_machine(error: BaseException) -> str:
+    """What a person can do about a failure that lies in the machine: too little memory, no compiler; "" for any other.
+
+    Such failures are RuntimeErrors of torch, known by their module, name and text, and may be the cause of another.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        kind = type(cause)
+        memory = isinstance(cause, MemoryError) or kind.__name__ == "OutOfMemoryError"
+        if memory or "DefaultCPUAllocator" in str(cause):
+            return (
+                f"out of memory ({sentence(cause)}). Less takes a smaller batch_size (rows at a time: results do not "
+                f"depend on it), gradient_checkpointing=true, a shorter train_seq_len or a smaller preset"
+            )
+        if kind.__module__.startswith(("torch._inductor", "torch._dynamo", "triton")):
+            return (
+                f"torch_compile: the model could not be compiled ({sentence(cause)}). Set torch_compile=false"
+            )
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return ""
 
 
 def sentence(error: BaseException) -> str:

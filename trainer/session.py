@@ -50,6 +50,7 @@ class Session:
     precision: str
     precision_reason: str
     compiled: bool
+    not_compiled: str  # why, where it would be
     total_steps: int
 
     def heldout(self, max_bytes: int | None) -> HeldoutRows:
@@ -140,7 +141,7 @@ def open_session(
         require_room_for_warmup(steps, cfg)
     if cfg.gradient_checkpointing:
         _recompute_blocks(adapter)
-    compiled = should_compile(cfg.torch_compile, device)
+    compiled, not_compiled = should_compile(cfg.torch_compile, device)
     if compiled:
         for path in adapter.blocks():
             adapter.model.get_submodule(path).compile()
@@ -173,6 +174,7 @@ def open_session(
         precision=precision,
         precision_reason=reason,
         compiled=compiled,
+        not_compiled=not_compiled,
         total_steps=steps,
     )
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from configs.hardware import process_group
 from trainer.errors import StopRequested
 
 __all__ = ["StopSignal", "stop_signals"]
@@ -108,7 +109,7 @@ class StopSignal:
 
 def _say(text: str) -> None:
     """On standard error and past Python's streams, which the main thread may be writing to."""
-    if os.environ.get("RANK", "0") != "0":  # said once
+    if process_group()[0] != 0:  # said once
         return
     with suppress(OSError):
         os.write(2, (_SHOW_CURSOR + b"\n" if os.isatty(2) else b"") + f"{text}\n".encode())

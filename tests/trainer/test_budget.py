@@ -11,7 +11,7 @@ import yaml
 
 from tests.contract.pair import Pair
 from tests.contract.tiny import config, session_of
-from tests.trainer.slower_process import steps_that_fit
+from tests.trainer.one_of_two import steps_that_fit
 from trainer import budget
 from trainer.budget import Costs
 from trainer.commands.launch import config_text

@@ -1,6 +1,10 @@
+import re
+import shutil
+
+import pytest
 import torch
 
-from trainer.precision import LossScaler, choose_precision, should_compile
+from trainer.precision import CXX, LossScaler, choose_precision, should_compile
 
 CPU = torch.device("cpu")
 
@@ -11,10 +15,25 @@ def test_explicit_choice_is_kept_and_auto_gives_a_reason():
     assert chosen == ("bf16" if torch.cpu._is_avx512_bf16_supported() else "no") and "bf16" in reason.lower()
 
 
-def test_compile_is_automatic_on_cuda_only():
-    assert not should_compile("auto", CPU)
-    assert should_compile("auto", torch.device("cuda"))
-    assert should_compile(True, CPU) and not should_compile(False, torch.device("cuda"))
+def test_compile_is_automatic_on_cuda_only(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert not should_compile("auto", CPU)[0]
+    assert should_compile("auto", torch.device("cuda"))[0]
+    assert should_compile(True, CPU)[0] and not should_compile(False, torch.device("cuda"))[0]
+
+
+@pytest.mark.parametrize(("given", "looked_for"), [(None, CXX), ("mine++ -O2", "mine++")])
+def test_compilation_without_a_compiler(monkeypatch, given, looked_for):
+    if given:
+        monkeypatch.setenv("CXX", given)
+    else:
+        monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match=f"no {re.escape(looked_for)} on PATH.*torch_compile=false"):
+        should_compile(True, CPU)
+    assert should_compile("auto", torch.device("cuda")) == (False, "not compiled: no gcc or clang on PATH")
+    assert should_compile("auto", CPU) == should_compile(False, CPU) == (False, "")
 
 
 def test_scaler_halves_on_overflow_and_doubles_after_good_steps():

@@ -58,6 +58,7 @@ def test_a_request_is_heard_and_gets_its_word(name, capfd):
 
 def test_one_process_of_several_speaks(monkeypatch, capfd):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with StopSignal() as stop:
         send(signal.SIGTERM)
     assert stop.requested and capfd.readouterr().err == ""

@@ -11,11 +11,13 @@ import datetime
 import json
 import math
 import os
+import queue
 import secrets
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,12 +28,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from configs.hardware import process_count
+from configs.hardware import UNSET, process_count, process_group
 from configs.messages import REDACTED, ConfigError
 from configs.schema import ModelConfig, RunConfig, redacted
 from configs.validate import validate
 from data.text import val_paths
-from trainer.errors import TrainingError
+from trainer.errors import TrainingError, of_the_machine, sentence
 from trainer.signals import stop_signals
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,13 +158,16 @@ def run_here(
         Path(os.environ[_POST], f"{_BEGUN}-{os.environ.get('RANK', '0')}").touch()
     try:
         return train(cfg, model_cfg, folder, text)
-    except (TrainingError, ValueError, OSError) as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+    except Exception as error:
+        of_this_process = of_the_machine(error)
+        known = of_this_process or isinstance(error, TrainingError | ValueError | OSError)
+        if not known or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        # Every rank raises the same one; it is said once.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
+        # Every other one all ranks raise; it is said once.
+        if of_this_process or rank() == 0:
+            print(f"error: {of_this_process or error}", file=sys.stderr)
+        mistake = isinstance(error, ValueError) and not of_this_process
+        raise SystemExit(2 if mistake else 1) from None
 
 
 def run_workers(cfg: RunConfig, folder: Path, processes: int, origin: str) -> float:
@@ -269,7 +274,7 @@ def worker_main(argv: list[str]) -> int:
     except SystemExit as leaving:
         status = leaving.code if isinstance(leaving.code, int) else 1
     finally:
-        if post and os.environ.get("RANK", "0") == "0":
+        if post and rank() == 0:
             result = {"status": status, "score": None if math.isnan(score) else score}
             (post / "result.part").write_text(json.dumps(result), encoding="utf-8")
             os.replace(post / "result.part", post / "result.json")
@@ -281,11 +286,11 @@ def worker_main(argv: list[str]) -> int:
 
 def launched() -> bool:
     """Whether a launcher started this process as one of several."""
-    return {"RANK", "WORLD_SIZE"} <= os.environ.keys() and int(os.environ["WORLD_SIZE"]) > 1
+    return process_group()[1] > 1
 
 
 def rank() -> int:
-    return int(os.environ["RANK"]) if launched() else 0
+    return process_group()[0]
 
 
 _told = False
@@ -296,12 +301,43 @@ def _store() -> Any:
     """The launcher's key-value store. Kept open: rank 0 may be its host."""
     global _store_
     if _store_ is None:
-        from torch import distributed
+        from torch.distributed import PrefixStore
 
-        store, _, _ = next(distributed.rendezvous("env://"))
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        _store_ = distributed.PrefixStore(f"{_KEY}/{restart}", store)
+        _store_ = PrefixStore(f"{_KEY}/{restart}", _meet())
     return _store_
+
+
+def _meet(minutes: float = 10.0, patience: float = 15.0) -> Any:
+    """The store at MASTER_ADDR:MASTER_PORT, when all processes are there. Raises TrainingError where they do not come.
+
+    In a thread, as torch waits without looking at signals; after `patience` seconds it is said what is waited for.
+    """
+    from torch.distributed import rendezvous
+
+    met: queue.Queue[Any] = queue.Queue()
+
+    def wait() -> None:
+        try:
+            met.put(next(rendezvous("env://", timeout=datetime.timedelta(minutes=minutes)))[0])
+        except Exception as error:
+            met.put(error)
+
+    threading.Thread(target=wait, name="rendezvous", daemon=True).start()
+    mine, size = process_group()
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    waiting = f"process {mine} of {size} waits for the others at {place}"
+    try:
+        store = met.get(timeout=patience)
+    except queue.Empty:
+        print(f"note: {waiting}, as RANK and WORLD_SIZE say. {UNSET}", file=sys.stderr, flush=True)
+        store = met.get()
+    if isinstance(store, Exception):
+        raise TrainingError(
+            f"{waiting} in vain: {sentence(store)}. Another run may hold the port (MASTER_PORT), or not all processes "
+            f"were started. {UNSET}"
+        ) from store
+    return store
 
 
 def _tell(message: dict[str, Any]) -> None:
@@ -334,8 +370,7 @@ def leading() -> Iterator[None]:
 
 def _wait_for_readers() -> None:
     """Rank 0 may host the store: it stays until every other rank has read the message."""
-    others = int(os.environ["WORLD_SIZE"]) - 1
-    names = [f"read-{r}" for r in range(1, others + 1)]
+    names = [f"read-{r}" for r in range(1, process_group()[1])]
     try:
         _store().wait(names, datetime.timedelta(seconds=60))
     except Exception as error:

@@ -18,6 +18,7 @@ from configs.compose import Checked, Plan, check, prepare, tree_of
 from configs.dump import job_text
 from configs.files import CONFIGS, ROOT, digest
 from configs.grid import check_grid
+from configs.hardware import require_meeting_place
 from configs.help import help_text
 from configs.hydra_app import APP, compose_hydra, sweep_folder
 from configs.hydra_words import is_setting
@@ -31,6 +32,7 @@ from trainer.commands import launch
 
 def main(argv: list[str]) -> int:
     """Train what the command line says. Raises ConfigError for the user's mistakes (exit status 2)."""
+    require_meeting_place()
     if launch.launched() and launch.rank() > 0:
         return launch.follow()
     with launch.leading():

@@ -123,7 +123,7 @@ def _banner(s: Session, manifest: dict[str, Any], path: Path) -> list[str]:
         f"({plan.world_size} process{'es' if plan.world_size > 1 else ''} x {plan.accumulation} x "
         f"{plan.micro_rows} rows)",
         f"{s.world.device} · {'fp32' if s.precision == 'no' else s.precision} ({s.precision_reason}) · "
-        f"{'compiled blocks' if s.compiled else 'eager'} · {cfg.optimizer}",
+        f"{'compiled blocks' if s.compiled else 'eager'}{s.not_compiled and f' ({s.not_compiled})'} · {cfg.optimizer}",
         *(
             f"{op}: {name} ({why})"
             for op, chosen in manifest["kernels"].items()
