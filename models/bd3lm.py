@@ -73,8 +73,9 @@ class BD3LMConfig(DiTConfig):
         return found
 
     def _trains(self, clip: tuple[float, float]) -> bool:
-        """Whether a block may have a mask at all, if its masked fraction must not exceed the range."""
-        return not self.resample_masks or clip[1] * self.block_length >= 1 - 1e-9
+        """Whether a block may have a mask at all, if its masked fraction must not exceed the range. One token has."""
+        size = self.block_length
+        return not self.resample_masks or size == 1 or clip[1] * size >= 1 - 1e-9
 
     def unread(self) -> dict[str, str]:
         found = unread_by_sampler(self.sampler)

@@ -427,6 +427,10 @@ def test_problems_are_named_once(config: type[DiTConfig], fields: dict[str, Any]
     assert message in problem
 
 
+def test_blocks_of_one_token_read_no_range() -> None:
+    assert BD3LMConfig(block_length=1, sampling_eps_max=0.5).problems(RunConfig(type="bd3lm")) == []
+
+
 def test_row_lengths_of_block_diffusion() -> None:
     run = RunConfig(type="bd3lm", train_seq_len=100, val_seq_len=10)
     assert len(BD3LMConfig(block_length=4).problems(run)) == 1

@@ -226,7 +226,8 @@ SAMPLERS = [
 @pytest.mark.parametrize("kind, fields", SAMPLERS, ids=str)
 def test_no_sampler_writes_the_mask_or_an_id_that_the_tokenizer_lacks(kind, fields):
     """Of a network that is sure of them, with a vocabulary of four ids more than the tokenizer has."""
-    adapter = build(kind, **fields, vocab_size=V + 4)
+    steps = "num_sampling_steps" if kind in ("mdl", "bd3lm") else "sampling_timesteps"
+    adapter = build(kind, **fields, **{steps: 4}, vocab_size=V + 4)
     # Elsewhere beyond what fp64 knows of the rest; scores are exponentials.
     adapter.model.head_bias.data[V:] += 30.0 if kind == "sedd" else 1000.0
     for shaping in ({}, {"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.5, "min_p": 0.5}):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from adapters.diffusion.chains import AbsorbingChain, UniformChain
-from adapters.diffusion.reverse import log_posterior, log_reverse, reverse_kl
+from adapters.diffusion.process import Sampling
+from adapters.diffusion.reverse import log_posterior, log_reverse, reverse_kl, shape_prediction
 from adapters.diffusion.schedules import absorbing_mutual_info_betas, cosine_betas
 from tests.adapters.diffusion.matrices import CHAINS, STATES, cumulative, make_chain
 from tests.adapters.diffusion.toy import F64
@@ -81,3 +82,13 @@ def test_uniform_step_in_both_parameterisations():
             for kind in ("joint", "mixture")
         ]
         assert kl[0] == pytest.approx(joint, abs=1e-12) and kl[1] == pytest.approx(mixture, abs=1e-9)
+
+
+def test_what_a_caller_asks_of_tokens_leaves_the_mask_its_probability():
+    """Three tokens, one id that is none, and the mask, which is likelier than all of them."""
+    p = torch.tensor([[0.1, 0.2, 0.05, 0.05, 0.6]], dtype=torch.float64)
+    greedy = shape_prediction(p.log(), 4, Sampling(temperature=0.0, tokens=3)).exp()
+    assert torch.allclose(greedy, torch.tensor([[0.0, 0.4, 0.0, 0.0, 0.6]], dtype=torch.float64))
+    plain = shape_prediction(p.log(), 4, Sampling(tokens=3)).exp()
+    assert torch.allclose(plain[0, :3], 0.4 * p[0, :3] / 0.35) and plain[0, 3] == 0
+    assert torch.allclose(shape_prediction(p.log(), 4, Sampling()), p.log())
