@@ -109,6 +109,9 @@ def _trainer(
     if (decided := decided_before(cfg, saved.get("training_config"), begun)) is not cfg:
         cfg = decided
         console.note("time_budget: the number of steps stays as it was decided when the run began")
+    if checkpoint:  # what a run began from belongs to it, though going on does not read it
+        began_from = saved["training_config"].get("init_from_checkpoint")
+        cfg = cfg.model_copy(update={"init_from_checkpoint": began_from})
     source = checkpoint
     if source is None and cfg.init_from_checkpoint:
         source = find_checkpoint(cfg.init_from_checkpoint, console.warn)

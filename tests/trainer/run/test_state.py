@@ -10,6 +10,7 @@ import torch
 from data.tokenizers import load_tokenizer
 from tests.contract.tiny import config
 from trainer import loop
+from trainer.commands.show import describe
 from trainer.loop import train
 from trainer.precision import LossScaler
 from trainer.run.checkpoint import checkpoints_in, load_json, load_tensors
@@ -87,6 +88,11 @@ def test_weights_bring_their_tokenizer(texts, tmp_path, capsys, named):
     assert f"weights and tokenizer (bpe-280) from {texts}/run/checkpoint-1" in capsys.readouterr().out
 
 
+def test_show_knows_that_weights_bring_their_tokenizer(texts):
+    words = ["data=text", f"input_file={texts}/two", f"init_from_checkpoint={texts}/run"]
+    assert describe(*config("gpt2", *words))["vocab_size"] == 280
+
+
 @pytest.mark.parametrize("other", ["byte", "bpe-270"])
 def test_weights_are_not_read_in_another_tokenizer(texts, tmp_path, other):
     words = ["data=text", f"input_file={texts}/one", f"tokenizer={other}"]
@@ -103,8 +109,10 @@ def test_a_run_begun_from_weights_goes_on_from_its_own(trained, tmp_path):
     run(tmp_path / "whole", *begun)
     run(tmp_path / "cut", *begun, "save_steps=2")
     shutil.rmtree(tmp_path / "cut/checkpoint-4")
-    cfg, model_cfg = config("gpt2", *begun)
+    cfg, model_cfg = config("gpt2", *begun[1:])
     train(cfg.model_copy(update={"resume": "auto"}), model_cfg, tmp_path / "cut")
+    kept = load_json(tmp_path / "cut/checkpoint-4", "training_state.json")["training_config"]
+    assert kept["init_from_checkpoint"] == str(trained), "what it began from belongs to it"
     whole, cut = (load_tensors(tmp_path / name / "checkpoint-4", "model.pt") for name in ("whole", "cut"))
     assert all(torch.equal(value, cut[name]) for name, value in whole.items())
 
