@@ -31,9 +31,15 @@ __all__ = [
 ]
 
 UNFINISHED, RETIRED = "tmp", "old"
-# Ours, and those of versions that named them by process number. Nothing else in a folder is touched.
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_LEFTOVER = re.compile(rf"\.(?P<name>.+)\.(?:[0-9a-f]{{16}}|\d+)\.(?P<kind>{UNFINISHED}|{RETIRED})")
+_KINDS = rf"(?P<kind>{UNFINISHED}|{RETIRED})"
+# Ours, and those of versions that named them by process number. Nothing else in a folder is touched.
+_LEFTOVERS = (
+    re.compile(rf"\.(?P<name>.+)\.[0-9a-f]{{16}}\.{_KINDS}"),
+    re.compile(
+        rf"\.(?P<name>checkpoint-\d+|best_model|final_model|[a-z_]+\.(?:json|jsonl|yaml|html|txt|pt))\.\d+\.{_KINDS}"
+    ),
+)
 
 
 def beside(path: Path, kind: str = UNFINISHED) -> Path:
@@ -104,7 +110,7 @@ def settle_leftovers(folder: Path) -> None:
     """Finish what a killed process was doing in this folder: what it retired and had not replaced yet comes back, the
     rest goes. Only for who holds the folder's lock."""
     for path in folder.iterdir():
-        match = _LEFTOVER.fullmatch(path.name)
+        match = next(filter(None, (pattern.fullmatch(path.name) for pattern in _LEFTOVERS)), None)
         if match is None:
             continue
         original = folder / match["name"]

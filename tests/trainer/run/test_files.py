@@ -39,7 +39,7 @@ def test_the_lock_clears_what_dead_saves_left_and_nothing_else(tmp_path):
         ".checkpoint-6.0123456789abcdef.tmp",
         ".best_model.9.old",
     ]
-    theirs = [".notes.tmp", ".tmp", "a.1.tmp", ".x.1.swp", ".lock", "best_model"]
+    theirs = [".notes.tmp", ".notes.1.old", ".tmp", "a.1.tmp", ".x.1.swp", ".lock", "best_model"]
     for name in [*ours, *theirs]:
         (tmp_path / name).mkdir() if "model" in name else (tmp_path / name).touch()
     folder = RunFolder(tmp_path)
