@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from data.cache import cache_root
 from data.errors import DataError
@@ -123,6 +123,16 @@ class Dataset:
     notes: tuple[str, ...] = ()
     overlap: Overlap | None = None
     cache_path: Path | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """What tells whether a run that goes on reads the same text, as JSON."""
+        return {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "content": self.content,
+            "documents": self.train.n_docs + self.heldout.n_docs,
+            "bytes": self.train.total_bytes + self.heldout.total_bytes,
+        }
 
 
 def unheard(text: str) -> None:

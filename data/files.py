@@ -78,6 +78,10 @@ def read_text(path: Path) -> bytes:
             )
     raw = raw.removeprefix(codecs.BOM_UTF8)
     if (zero := raw.find(b"\0")) >= 0:
+        if wide := next(
+            (name for name, at in (("utf-16le", 1), ("utf-16be", 0)) if _every_second_is_zero(raw, at)), ""
+        ):
+            raise DataError(f"{str(path)!r} is {wide} text without a byte order mark. {_convert(wide, path)}")
         raise DataError(
             f"{str(path)!r} is {_packed(raw, path) or f'a binary file: NUL byte at offset {zero}.'} "
             f"data=text reads UTF-8 text."
@@ -92,6 +96,12 @@ def read_text(path: Path) -> bytes:
             f"latin-1 (or cp1252). {_convert('latin-1', path)}"
         ) from None
     return raw
+
+
+def _every_second_is_zero(raw: bytes, at: int) -> bool:
+    """Whether nearly every second byte is 0, as in UTF-16 of letters without accents."""
+    bytes_ = raw[at:2000:2]
+    return bytes_.count(0) > 0.9 * len(bytes_) and raw[1 - at : 2000 : 2].count(0) < 0.1 * len(bytes_)
 
 
 def _packed(raw: bytes, path: Path) -> str:

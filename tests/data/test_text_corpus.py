@@ -58,6 +58,11 @@ def test_byte_order_mark_is_not_text(config, tmp_path) -> None:
         ("un café noir".encode("latin-1"), r"not UTF-8: byte 0xe9 at offset 6\. It may be latin-1"),
         ("caf\n".encode("utf-16"), "utf-16 text"),
         ("caf\n".encode("utf-32"), "utf-32 text"),
+        (
+            "café au lait\n".encode("utf-16le"),
+            "utf-16le text without a byte order mark. Convert it: iconv -f utf-16le",
+        ),
+        ("café au lait\n".encode("utf-16be"), "utf-16be text without"),
         (gzip.compress(b"caf\n"), "gzip-compressed. Unpack it: gunzip -k book.txt"),
         (b"BZh91AY&SY\xff", "bzip2-compressed. Unpack it: bunzip2 -k book.txt"),
         (b"%PDF-1.7\n%\xbf", "a PDF document"),

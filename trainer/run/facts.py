@@ -182,12 +182,7 @@ def checkpoint_contents(
         "optimizer_file": "optimizer.pt",
         "progress": progress.to_json(),
         "execution": execution(s),
-        "data": {
-            "name": s.dataset.name,
-            "fingerprint": s.dataset.fingerprint,
-            "content": s.dataset.content,
-            "tokenizer_digest": s.dataset.tokenizer.digest,
-        },
+        "data": {**s.dataset.identity(), "tokenizer_digest": s.dataset.tokenizer.digest},
         "training_config": redacted(s.cfg),
     }
     texts = {

@@ -163,9 +163,13 @@ def _mended(before: RunConfig, data: dict[str, Any], s: Session) -> str:
     then = [f"{n}={getattr(before, n)}" for n in sorted(chosen) if getattr(before, n) != getattr(s.cfg, n)]
     if then:
         return f"Set what it had: {' '.join(then)}"
-    if data.get("name", s.dataset.name) != s.dataset.name:
-        return f"Restore the data ({data['name']} then, {s.dataset.name} now)"
-    return "Restore the data (its bytes, names and files)"
+    now = s.dataset.identity()
+    changed = [
+        f"{k} {data[k]} then, {now[k]} now"
+        for k in ("name", "documents", "bytes")
+        if data.get(k, now[k]) != now[k]
+    ]
+    return f"Restore the data ({'; '.join(changed) or 'its bytes, names and files'})"
 
 
 def start_from_weights(s: Session, source: Path, console: Console) -> None:
