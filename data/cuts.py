@@ -62,7 +62,8 @@ def sections(name: str, text: bytes, start: int, stop: int) -> list[Document]:
 def about_separator(files: Sequence[Document], separator: str | None) -> list[str]:
     """A note where the usual separator is there and not used. DataError where the one that is to be used is not."""
     if separator is None:
-        used = sum(len(_line(USUAL_SEPARATOR).findall(file.text)) for file in files)
+        holding = [file for file in files if USUAL_SEPARATOR.encode() in file.text]
+        used = sum(len(_line(USUAL_SEPARATOR).findall(file.text)) for file in holding)
         hint = f"document_separator='{USUAL_SEPARATOR}' makes a document of what stands between them"
         return [f"{used:,} lines are {USUAL_SEPARATOR} and are read as text: {hint}"] if used else []
     if not any(_line(separator).search(file.text) for file in files):

@@ -10,6 +10,7 @@ from configs import compose, runs
 from configs.compose import check, compose_tree, prepare
 from configs.hydra_app import MODEL_GROUP, compose_hydra
 from configs.messages import ConfigError
+from configs.validate import read_saved
 from trainer.commands.launch import config_text, read_config
 
 ASKED = ["mine.yaml", "model_name=dante", "model_cfg.n_layers=5", "preset=tiny"]
@@ -175,7 +176,13 @@ def test_checkpoints_are_ordered_by_number(tmp_path):
 def test_a_run_older_than_a_field_goes_on_as_it_was(dante):
     config = dante / "config.yaml"
     assert planned("resume=checkpoints/dante")[0].cfg.near_copies is None  # of today: what the source says
-    config.write_text(config.read_text().replace("near_copies: null\n", ""))
-    assert planned("resume=checkpoints/dante")[0].cfg.near_copies == "keep"
+    config.write_text(config.read_text().replace("near_copies: null\n", "").replace("val_files: null\n", ""))
+    cfg = planned("resume=checkpoints/dante")[0].cfg
+    assert (cfg.near_copies, cfg.val_files) == ("keep", [])
+    kept = {
+        name: value for name, value in cfg.model_dump().items() if name not in ("near_copies", "val_files")
+    }
+    scored, _ = read_saved(kept, cfg.model_cfg, "checkpoint-20", [])  # what eval and generate read
+    assert (scored.near_copies, scored.val_files) == ("keep", [])
     assert planned("--model_name", "dante")[0].cfg.near_copies == "keep"
     assert planned("resume=checkpoints/dante", "near_copies=drop")[0].cfg.near_copies == "drop"
