@@ -92,6 +92,11 @@ class Request:
         return "hydra" if any(f in own for f in self.flags) else "run"
 
     @property
+    def completes(self) -> bool:
+        """Whether a shell asks, not a person."""
+        return COMPLETION[1] in self.flags
+
+    @property
     def shows_job(self) -> bool:
         """`--cfg job`: the configuration that a run would have."""
         return "--cfg=job" in self.flags
@@ -158,6 +163,16 @@ def _settle(request: Request) -> None:
         request.problems.append(
             f"command line: --{request.mode} shows one run, and -m starts several. Leave out -m, and give one "
             "model and one value of each field"
+        )
+    idle = [f for f in request.flags if f.partition("=")[0] in ("--resolve", "--package")]
+    if idle and request.mode != "cfg":
+        request.problems.append(
+            f"command line: {idle[0].partition('=')[0]} is for --cfg, which is not given. Add --cfg job"
+        )
+    shown = sorted({f.partition("=")[0] for f in request.flags} & {"--cfg", "--info", "--run"})
+    if len(shown) > 1 or len([f for f in request.flags if f.startswith(("--cfg", "--info"))]) > 1:
+        request.problems.append(
+            f"command line: one of --cfg, --info and --run at a time, got {', '.join(shown)}"
         )
     as_run = request.mode == "run" or request.shows_job
     request.problems += unheeded(request.settings.items(), sweep=request.multirun or not as_run)
@@ -281,6 +296,10 @@ def _override(request: Request, word: str, spelled: str | None = None) -> None:
         for name, item in found:
             _override(request, f"{mark}{key}.{name}={item}")
         return
+    if key in _OPEN:
+        raise ConfigError(
+            f"command line: {key}: one mapping is meant, or {key}.<name>=<value>, got {value or 'nothing'}"
+        )
     request.claim(key, spelled)
     if mark.startswith("~"):
         _deletion(request, key)

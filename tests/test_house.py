@@ -87,6 +87,7 @@ LIGHT = (
     "configs",
     "configs.schema",
     "configs.compose",
+    "configs.completion",
     "configs.dump",
     "configs.grid",
     "models",

@@ -105,6 +105,10 @@ def test_a_secret_in_a_mapping_stays_out_of_files(work):
         (["hydra={run: {dir: x}}"], ["hydra is not read here. Name the setting"]),
         (["hydra/launcher=joblob", "-m"], ["hydra/launcher: 'joblob' is not one of basic", "mean 'joblib'?"]),
         (["device=${oc.env:NOPE}"], ["command line: device: the environment variable NOPE is not set. Set it, or"]),
+        (["--resolve"], ["--resolve is for --cfg, which is not given. Add --cfg job"]),
+        (["-p", "model_cfg"], ["--package is for --cfg, which is not given"]),
+        (["--cfg", "job", "-i"], ["one of --cfg, --info and --run at a time"]),
+        (["--cfg", "job", "--cfg", "hydra"], ["one of --cfg, --info and --run at a time"]),
         (["train"], ["the command comes first: python mytrainer.py train ..."]),
     ],
 )  # fmt: skip

@@ -14,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 
+from configs.completion import asked_of, complete
 from configs.compose import Checked, Plan, check, prepare, tree_of
 from configs.dump import job_text
 from configs.files import CONFIGS, ROOT, digest
@@ -74,6 +75,9 @@ def _show(plan: Plan) -> int:
         if len(plan.models) == 1 and not request.sweeps:
             print("This configuration; override anything in it (key=value):\n")
             print(OmegaConf.to_yaml(OmegaConf.create(tree_of(plan))))
+        return 0
+    if request.completes and asked_of(request.overrides)[0] == "query":
+        print("\n".join(complete(os.environ.get("COMP_LINE", ""))))
         return 0
     if request.shows_job:
         print(job_text(plan), end="", flush=True)
