@@ -135,6 +135,11 @@ def test_all_text_is_utf8_whatever_the_locale():
     }
 
 
+def test_no_name_is_made_of_a_process_number():
+    """In containers every process is number 1."""
+    assert not [f.name for f in FILES if "getpid" in f.read_text(encoding="utf-8")]
+
+
 def test_the_trainer_names_no_architecture():
     from models import ARCHITECTURES
 

@@ -223,7 +223,7 @@ def test_a_run_cut_short_anywhere_ends_as_if_it_were_not(tmp_path, fail):
         counted = Faults(patch, fail)
         run(tmp_path / "whole")
     expected = results(tmp_path / "whole")
-    for at in range(1, counted.done + 1, 7):
+    for at in range(1, counted.done + 1, 11):
         path = tmp_path / f"cut-{at}"
         with pytest.MonkeyPatch.context() as patch:
             Faults(patch, fail, at)
