@@ -51,3 +51,21 @@ def in_process(monkeypatch):
     with mock.patch.dict(os.environ, HYDRA_FULL_ERROR="0"):
         yield
     GlobalHydra.instance().clear()
+
+
+@pytest.fixture
+def command(in_process, capsys):
+    """A function that runs one command line in this process, as the shell would, and gives (stdout, stderr)."""
+    import mytrainer
+
+    def run(*words, status=0):
+        capsys.readouterr()
+        try:
+            ended = mytrainer.main([str(word) for word in words])
+        except SystemExit as leaving:
+            ended = leaving.code
+        out, err = capsys.readouterr()
+        assert ended == status, err
+        return out, err
+
+    return run

@@ -14,11 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 
 import data
 import models
-import mytrainer
 from configs.compose import check, compose_tree, prepare
 from configs.grid import check_grid
 from configs.messages import ConfigError
@@ -249,58 +247,39 @@ def toy(tmp_path, monkeypatch):
     """A function that writes `toy_<name>.py` into a folder of its own, which is the working directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["mytrainer.py"])
     yield lambda name, text: (tmp_path / f"toy_{name}.py").write_text(text)
-    GlobalHydra.instance().clear()
     for name in [name for name in sys.modules if name.startswith("toy_")]:
         del sys.modules[name]
 
 
-@pytest.fixture
-def run(capsys):
-    """A function that runs a command line in this process and gives what it printed."""
-
-    def command(*words):
-        capsys.readouterr()
-        try:
-            status = mytrainer.main(list(words))
-        except SystemExit as leaving:
-            status = leaving.code
-        out, err = capsys.readouterr()
-        assert status == 0, err
-        return out, err
-
-    return command
-
-
-def tried(run, *words, model="gpt2"):
+def tried(command, *words, model="gpt2"):
     """Train; go on from the middle to the same score; show. Gives (lines of metrics.jsonl, what `show` found)."""
     arguments = [word for word in overrides(model, *SHORT, *words) if not word.startswith("synthetic_bytes")]
-    _, said = run(*arguments, "output_dir=whole", "save_steps=2")
+    _, said = command(*arguments, "output_dir=whole", "save_steps=2")
     assert "not read" not in said
-    run(*arguments, "output_dir=branch", "resume=whole/checkpoint-2")
+    command(*arguments, "output_dir=branch", "resume=whole/checkpoint-2")
     whole, branch = (json.loads(Path(f"{folder}/summary.json").read_text()) for folder in ("whole", "branch"))
     assert whole["score"] == branch["score"] and math.isfinite(whole["score"]["bits_per_byte"])
-    out, _ = run("show", *arguments, "--json")
+    out, _ = command("show", *arguments, "--json")
     return [json.loads(line) for line in Path("whole/metrics.jsonl").read_text().splitlines()], json.loads(
         out
     )
 
 
-def test_a_schedule(toy, run, monkeypatch):
+def test_a_schedule(toy, command, monkeypatch):
     toy("schedule", SCHEDULE)
     monkeypatch.setitem(optim.SCHEDULES, "square", Entry("toy_schedule:square", ("min_lr_ratio", "min_lr")))
-    lines, _ = tried(run, "scheduler=square", "min_lr_ratio=0.2", "warmup_steps=1", "learning_rate=0.01")
+    lines, _ = tried(command, "scheduler=square", "min_lr_ratio=0.2", "warmup_steps=1", "learning_rate=0.01")
     rates = [line["lr/scalar"] for line in lines if "loss" in line]
     assert rates == pytest.approx([0.01, 0.01, 0.01 * (1 - 0.8 / 9), 0.01 * (1 - 0.8 * 4 / 9)])
-    _, said = run(*overrides("gpt2", *SHORT, "scheduler=square", "cooldown_frac=0.3", "output_dir=other"))
+    _, said = command(*overrides("gpt2", *SHORT, "scheduler=square", "cooldown_frac=0.3", "output_dir=other"))
     assert "not read by this run: cooldown_frac (because of scheduler=square)" in said
 
 
-def test_an_optimizer(toy, run, monkeypatch):
+def test_an_optimizer(toy, command, monkeypatch):
     toy("optimizer", OPTIMIZER)
     monkeypatch.setitem(optim.OPTIMIZERS, "sign", OptimizerEntry("toy_optimizer:sign", ("adam_beta1",)))
-    lines, found = tried(run, "optimizer=sign", "adam_beta1=0.5", "learning_rate=0.001")
+    lines, found = tried(command, "optimizer=sign", "adam_beta1=0.5", "learning_rate=0.001")
     assert {row["optimizer"] for row in found["roles"]} == {"sign"}
     assert found["memory_bytes"]["optimizer"] == found["memory_bytes"]["weights"]
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -308,7 +287,7 @@ def test_an_optimizer(toy, run, monkeypatch):
     monkeypatch.setitem(
         optim.OPTIMIZERS, "sign", OptimizerEntry("toy_optimizer:sign", ("adam_beta1",), roles=("matrix",))
     )
-    out, _ = run("show", *overrides("gpt2", "optimizer=sign"), "--json")
+    out, _ = command("show", *overrides("gpt2", "optimizer=sign"), "--json")
     assert {row["role"]: row["optimizer"] for row in json.loads(out)["roles"]} == {
         "embedding": "adamw",
         "scalar": "adamw",
@@ -316,33 +295,33 @@ def test_an_optimizer(toy, run, monkeypatch):
     }
 
 
-def test_a_source_of_text(toy, run, monkeypatch):
+def test_a_source_of_text(toy, command, monkeypatch):
     toy("source", SOURCE)
     monkeypatch.setitem(data.SOURCES, "counting", Source("toy_source:load", (), "numbers", tokenizer="byte"))
-    _, found = tried(run, "data=counting")
+    _, found = tried(command, "data=counting")
     assert found["vocab_size"] == 257
     assert json.loads(Path("whole/manifest.json").read_text())["data"]["name"] == "counting"
-    out, _ = run("eval", "--checkpoint", "whole", "--device", "cpu", "--data", "counting")
+    out, _ = command("eval", "--checkpoint", "whole", "--device", "cpu", "--data", "counting")
     assert json.loads(out)["data"] == "counting"
-    out, _ = run("--help")
+    out, _ = command("--help")
     assert "counting     numbers" in out
     jobs = check_grid(prepare([*overrides("gpt2", "data=counting,synthetic"), "-m"]))
     assert [job.cfg.data for job in jobs or ()] == ["counting", "synthetic"]
 
 
-def test_an_objective(toy, run, monkeypatch):
+def test_an_objective(toy, command, monkeypatch):
     toy("objective", OBJECTIVE)
     monkeypatch.setitem(
         models.ARCHITECTURES, "small", Architecture("models.gpt2:GPT2", "toy_objective:SmallStates")
     )
     Path("small.yaml").write_text("defaults: [gpt2, _self_]\ntype: small\nmodel_cfg: {small_weight: 2.0}\n")
-    lines, _ = tried(run, "learning_rate=0.01", model="small.yaml")
+    lines, _ = tried(command, "learning_rate=0.01", model="small.yaml")
     sizes = [line["loss_small"] for line in lines if "loss" in line]
     assert sizes[-1] < sizes[0]
     assert json.loads(Path("whole/config.json").read_text())["model_cfg"]["small_weight"] == 2.0
 
 
-def test_a_diffusion_process(toy, run, monkeypatch):
+def test_a_diffusion_process(toy, command, monkeypatch):
     toy("process", PROCESS)
     monkeypatch.setitem(
         models.ARCHITECTURES, "masked", Architecture("toy_process:Model", "toy_process:Adapter")
@@ -350,18 +329,18 @@ def test_a_diffusion_process(toy, run, monkeypatch):
     Path("masked.yaml").write_text(
         "defaults: [training, _self_]\ntype: masked\nmodel_cfg: {nelbo_draws: 4}\n"
     )
-    lines, _ = tried(run, model="masked.yaml")
+    lines, _ = tried(command, model="masked.yaml")
     assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
-    out, _ = run("generate", "--checkpoint", "whole", "--device", "cpu", "--max_new_tokens", "5")
+    out, _ = command("generate", "--checkpoint", "whole", "--device", "cpu", "--max_new_tokens", "5")
     assert len(out.strip()) > 0
 
 
-def test_a_way_to_compute_an_operation(toy, run, monkeypatch):
+def test_a_way_to_compute_an_operation(toy, command, monkeypatch):
     toy("kernel", IMPLEMENTATION)
     row = KERNELS["linear_cross_entropy"]
     more = replace(row, implementations={**row.implementations, "halves": "toy_kernel:halves"})
     monkeypatch.setitem(KERNELS, "linear_cross_entropy", more)
-    tried(run, "kernels.linear_cross_entropy=halves")
+    tried(command, "kernels.linear_cross_entropy=halves")
     assert json.loads(Path("whole/manifest.json").read_text())["kernels"] == {
         "linear_cross_entropy": {"halves": "kernels.linear_cross_entropy"}
     }
@@ -372,17 +351,17 @@ def test_a_way_to_compute_an_operation(toy, run, monkeypatch):
     prepare_and_check("gpt2", "kernels=halves")  # by the operations that have it
 
 
-def test_an_operation(toy, run, monkeypatch):
+def test_an_operation(toy, command, monkeypatch):
     toy("operation", OPERATION)
     plain = {"reference": "toy_operation:reference"}
     monkeypatch.setitem(KERNELS, "state_size", Kernel("toy_operation:state_size", implementations=plain))
     adapter = "model_adapter='toy_operation:SmallStates'"
-    run(*overrides("gpt2", *SHORT, adapter, "kernels=chunked", "output_dir=out"))
+    command(*overrides("gpt2", *SHORT, adapter, "kernels=chunked", "output_dir=out"))
     assert json.loads(Path("out/manifest.json").read_text())["kernels"] == {
         "linear_cross_entropy": {"chunked": "kernels.default"},
         "state_size": {"reference": "auto: the plain definition"},
     }
-    tried(run, adapter, "kernels.state_size=reference")
+    tried(command, adapter, "kernels.state_size=reference")
     with pytest.raises(ConfigError, match="kernels.state_size: 'chunked' is not one of auto, reference"):
         prepare_and_check("gpt2", "kernels.state_size=chunked")
 

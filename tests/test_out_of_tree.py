@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 
 import mytrainer
 
@@ -140,7 +139,7 @@ device: cpu
 
 
 @pytest.fixture
-def elsewhere(tmp_path, monkeypatch):
+def elsewhere(tmp_path, in_process, monkeypatch):
     """A working directory with a package, a model file that uses the model, and one that adds the adapter."""
     package = tmp_path / "my_pkg"
     package.mkdir()
@@ -152,33 +151,18 @@ def elsewhere(tmp_path, monkeypatch):
         'defaults: [mine, _self_]\nmodel_adapter: "my_pkg.my_adapter:EchoAdapter"\nmodel_cfg: {echo_weight: 0.5}\n'
     )
     monkeypatch.chdir(tmp_path)
-    for name, value in (("PYTHONPATH", ""), ("HYDRA_FULL_ERROR", "0")):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "argv", ["mytrainer.py"])
+    monkeypatch.setenv("PYTHONPATH", "")
     yield tmp_path
-    GlobalHydra.instance().clear()
     for name in [name for name in sys.modules if name.partition(".")[0] == "my_pkg"]:
         del sys.modules[name]
 
 
-def run(capsys, *words):
-    capsys.readouterr()
-    try:
-        status = mytrainer.main(list(words))
-    except SystemExit as leaving:
-        status = leaving.code
-    out, err = capsys.readouterr()
-    assert status == 0, err
-    return out, err
-
-
-def test_a_model_of_somebody_else(elsewhere, capsys):
+def test_a_model_of_somebody_else(elsewhere, command):
     """Trained, resumed, generated from, scored and shown."""
-    run(capsys, "--hydra_model_cfg=mine.yaml", "output_dir=out", "num_iterations=30")
+    command("--hydra_model_cfg=mine.yaml", "output_dir=out", "num_iterations=30")
     first = json.loads((elsewhere / "out/summary.json").read_text())
     assert first["type"] == "my_pkg.my_mod:Convolution"
-    run(capsys, "resume=out", "num_iterations=60")
+    command("resume=out", "num_iterations=60")
     summary = json.loads((elsewhere / "out/summary.json").read_text())
     assert summary["score"]["bits_per_byte"] < min(first["score"]["bits_per_byte"], 5.2), (
         "it has learnt something"
@@ -188,17 +172,17 @@ def test_a_model_of_somebody_else(elsewhere, capsys):
     assert manifest["parameters"]["by_role"] == parameters
 
     text = ["generate", "--checkpoint", "out", "--device", "cpu", "--prompt", "01", "--max_new_tokens", "40"]
-    (out, _), (plain, _) = run(capsys, *text), run(capsys, *text, "--no_cache")
+    (out, _), (plain, _) = command(*text), command(*text, "--no_cache")
     assert out.startswith("01") and out == plain
-    out, _ = run(capsys, "eval", "--checkpoint", "out", "--device", "cpu")
+    out, _ = command("eval", "--checkpoint", "out", "--device", "cpu")
     assert json.loads(out)["score"] == summary["score"]
-    out, _ = run(capsys, "show", "--hydra_model_cfg=mine.yaml", "--json")
+    out, _ = command("show", "--hydra_model_cfg=mine.yaml", "--json")
     assert json.loads(out)["parameters"]["total"] == sum(parameters.values())
 
 
-def test_an_adapter_of_somebody_else(elsewhere, capsys):
+def test_an_adapter_of_somebody_else(elsewhere, command):
     """Its own term is trained, its own field of `model_cfg` counts, and a checkpoint brings it back."""
-    run(capsys, "--hydra_model_cfg=echo.yaml", "output_dir=out")
+    command("--hydra_model_cfg=echo.yaml", "output_dir=out")
     lines = [json.loads(line) for line in (elsewhere / "out/metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if "loss" in line]
     echo = next(key for key in trained[0] if "echo" in key)
@@ -207,10 +191,10 @@ def test_an_adapter_of_somebody_else(elsewhere, capsys):
     assert (
         saved["model_cfg"]["echo_weight"] == 0.5 and saved["model_adapter"] == "my_pkg.my_adapter:EchoAdapter"
     )
-    out, _ = run(capsys, "eval", "--checkpoint", "out", "--device", "cpu")
+    out, _ = command("eval", "--checkpoint", "out", "--device", "cpu")
     score = json.loads((elsewhere / "out/summary.json").read_text())["score"]
     assert json.loads(out)["score"] == score
-    run(capsys, "--hydra_model_cfg=echo.yaml", "output_dir=without", "model_cfg.echo_weight=0.0")
+    command("--hydra_model_cfg=echo.yaml", "output_dir=without", "model_cfg.echo_weight=0.0")
     without = json.loads((elsewhere / "without/summary.json").read_text())["score"]
     assert without["bits_per_byte"] < score["bits_per_byte"], "saying the last token again costs the next one"
 

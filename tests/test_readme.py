@@ -183,6 +183,20 @@ def test_every_size_is_named():
         assert all(re.search(rf"\b{name}\b", text(document)) for name in options("preset")), document
 
 
+def test_the_page_on_configurations_names_every_file():
+    page = (ROOT / "configs/README.md").read_text(encoding="utf-8")
+    folder = ROOT / "configs"
+    code = [p.name for p in folder.glob("*.py")]
+    ours = [
+        p.name for p in folder.glob("*.yaml") if p.stem in (*ARCHITECTURES, "training")
+    ]  # not what people add
+    options_ = [p.stem for p in folder.glob("*/*.yaml") if p.parent.name in ("data", "preset", "papers")]
+    missing = [
+        name for name in (*code, *ours, *options_) if not re.search(rf"(?<![\w.]){re.escape(name)}\b", page)
+    ]
+    assert not missing and len(ours) == len(ARCHITECTURES) + 1
+
+
 def test_the_changelog_names_every_architecture_and_command():
     changelog = text("CHANGELOG.md")
     assert all(f"`{name}`" in changelog for name in ARCHITECTURES)

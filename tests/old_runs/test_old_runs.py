@@ -4,14 +4,11 @@ A failure here means that runs on people's disks no longer work: mend the code, 
 """
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from hydra.core.global_hydra import GlobalHydra
 
-import mytrainer
 from tests.old_runs.make import (
     EXPECTED,
     KEPT_STEP,
@@ -36,31 +33,11 @@ def expected(type_):
 
 
 @pytest.fixture
-def run(type_, tmp_path, monkeypatch):
+def run(type_, tmp_path, in_process, monkeypatch):
     """The old run folder, in the working directory and called by its type."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", "")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "argv", ["mytrainer.py"])
-    yield unpack(type_, tmp_path)
-    GlobalHydra.instance().clear()
-
-
-@pytest.fixture
-def command(run, capsys):
-    """One command in process, as the shell would run it: (stdout, stderr)."""
-
-    def start(*words):
-        capsys.readouterr()
-        try:
-            status = mytrainer.main(list(words))
-        except SystemExit as leaving:
-            status = leaving.code
-        out, err = capsys.readouterr()
-        assert status == 0, err
-        return out, err
-
-    return start
+    return unpack(type_, tmp_path)
 
 
 def recorded_here(run: Path) -> bool:
@@ -70,7 +47,7 @@ def recorded_here(run: Path) -> bool:
     return here.items() <= environment.items()
 
 
-def test_it_scores_as_it_did(type_, expected, command):
+def test_it_scores_as_it_did(type_, run, expected, command):
     out, _ = command(*eval_words(type_))
     result = json.loads(out)
     assert Path(result["checkpoint"]).name == f"checkpoint-{KEPT_STEP}" and result["weights"] == "EMA"
