@@ -49,8 +49,15 @@ def shown(name: str) -> str:
 
 def existing_path(field: str, path: Path) -> Path:
     """`path`, a file or a folder; an error names the part that is missing and what stands beside it."""
-    if path.is_file() or path.is_dir():
-        return path
+    try:
+        if path.is_file() or path.is_dir():
+            return path
+    except OSError as error:
+        raise DataError(f"{field} {str(path)!r} cannot be looked up: {error.strerror}.") from error
+    if path.is_symlink():
+        raise DataError(
+            f"{field} {str(path)!r} is a link that leads nowhere. Mend it, or name the file itself"
+        )
     if path.exists():
         raise DataError(
             f"{field} {str(path)!r} is neither a regular file nor a folder. Write its text to a file"

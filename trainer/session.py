@@ -104,6 +104,16 @@ def require_enough_text(cfg: RunConfig, rows: TrainingRows) -> None:
     )
 
 
+def require_same_text(world: World, dataset: Dataset) -> None:
+    """Refuse processes that read other text, as they may on machines with other files or another Python: each would
+    train on, and score, rows of its own text under the numbers of the others'."""
+    if world.agree(world.broadcast(dataset.fingerprint) != dataset.fingerprint):
+        raise ValueError(
+            "the processes of this run do not read the same text (its files, or with data=embedded the Python, differ "
+            "between them). Give all of them the same files, such as a shared input_file"
+        )
+
+
 def open_session(
     cfg: RunConfig,
     model_cfg: ModelConfig,
@@ -128,6 +138,7 @@ def open_session(
             return load_dataset(cfg, unit=adapter_class(cfg).unit(model_cfg), tokenizer=tokenizer, tell=tell)
 
     dataset = world.main_first(load)  # it fills the caches of the tokenizer and the token shards
+    require_same_text(world, dataset)
     tell("building the model")
     adapter = build_adapter(cfg, model_cfg, dataset.tokenizer, device)
     adapter.on_training_text(dataset.train)

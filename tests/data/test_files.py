@@ -9,7 +9,7 @@ import pytest
 
 from data import files
 from data.errors import DataError
-from data.files import find_text
+from data.files import existing_path, find_text
 
 
 def place(root: Path, *names: str) -> None:
@@ -74,3 +74,17 @@ def test_names_that_are_no_utf_8_can_be_printed(tmp_path) -> None:
         Path(os.fsdecode(os.fsencode(tmp_path) + b"/.caf\xe9%d.txt" % number)).write_text("text")
     (note,) = find_text(tmp_path)[1]
     assert note.encode("utf-8") == rb"left out (hidden): .caf\udce90.txt, .caf\udce91.txt"
+
+
+def test_paths_that_cannot_be_looked_up_or_lead_nowhere(tmp_path, monkeypatch) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(DataError, match="input_file .*a' is a link that leads nowhere"):
+        existing_path("input_file", tmp_path / "a")
+
+    def denied(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_file", denied)
+    with pytest.raises(DataError, match="val_files 'x' cannot be looked up: Permission denied"):
+        existing_path("val_files", Path("x"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from tests.trainer.one_of_two import choose_where
 from trainer.commands import launch
 from trainer.distributed import _local_rank, choose_device
 from trainer.errors import TrainingError
+from trainer.session import require_same_text
 
 
 @pytest.fixture
@@ -82,3 +85,11 @@ def test_who_is_waited_for_is_said(second_of_four, capsys):
     met.set("x", "1")
     assert "note: process 1 of 4 waits for the others at 127.0.0.1" in capsys.readouterr().err
     store.wait(["x"], datetime.timedelta(seconds=5))
+
+
+@pytest.mark.parametrize("of_main", ["a", "b"])
+def test_processes_that_read_other_text_are_refused(of_main):
+    world = SimpleNamespace(broadcast=lambda value: of_main, agree=bool)
+    dataset = SimpleNamespace(fingerprint="a")
+    with nullcontext() if of_main == "a" else pytest.raises(ValueError, match="do not read the same text"):
+        require_same_text(world, dataset)
