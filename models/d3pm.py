@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from configs.schema import Execution, Free, NonNegativeFloat, Positive
 from models.dit import DiT, DiTConfig, fill_in
+from naming import expand_path
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
@@ -164,8 +165,11 @@ class D3PMConfig(DiTConfig):
                 f"model_cfg.noise_schedule=mutual_info is not defined for {chain}. Set it to cosine or linear"
             )
         if kind == "nearest_neighbor" and self.nn_embedding_path is not None:
-            if not Path(self.nn_embedding_path).expanduser().is_file():
-                problems.append(f"model_cfg.nn_embedding_path: no such file: {self.nn_embedding_path}")
+            try:
+                if not expand_path(self.nn_embedding_path).is_file():
+                    problems.append(f"model_cfg.nn_embedding_path: no such file: {self.nn_embedding_path}")
+            except ValueError as error:
+                problems.append(f"model_cfg.nn_embedding_path: {error}")
             if self.vocab_size is not None and self.nearest_neighbors >= self.vocab_size:
                 problems.append(
                     f"model_cfg.nearest_neighbors ({self.nearest_neighbors}) must be below model_cfg.vocab_size "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -425,6 +426,14 @@ def test_problems_are_named_once(config: type[DiTConfig], fields: dict[str, Any]
     assert config().problems(run) == []
     (problem,) = config(**fields).problems(run)
     assert message in problem
+
+
+def test_an_embedding_may_lie_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "table.npy").touch()
+    for path, found in (("~/table.npy", 0), ("~/absent.npy", 1), ("~nobody-at-all/table.npy", 1)):
+        cfg = D3PMConfig(transition_type="nearest_neighbor", nn_embedding_path=path)
+        assert len(cfg.problems(RunConfig(type="d3pm"))) == found
 
 
 def test_blocks_of_one_token_read_no_range() -> None:
