@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Costs", "decide", "decided_before"]
 
-FEWEST_STEPS = 10  # fewer say nothing of a model
+# What a run takes at least, where start and end alone use up its budget: fewer steps say nothing of a model.
+FEWEST_STEPS = 10
+LEAST_SHARE = 0.1  # of the budget, for training
 WARM_UP = 2  # steps: the first ones allocate and compile
 TIMED = (3, 10)  # steps, at least and at most
 TIMED_SHARE = 0.02  # of the budget: the most that steps beyond the least may take
@@ -100,7 +102,8 @@ def decide(s: Session, should_stop: Callable[[], bool]) -> str:
     if s.world.agree(should_stop()):
         return "time_budget: nothing decided yet"
     fitting = costs.fitting(60 * minutes, stated)
-    steps = max(fitting, min(FEWEST_STEPS, stated))
+    least = max(FEWEST_STEPS, int(LEAST_SHARE * 60 * minutes / costs.step))
+    steps = max(fitting, min(least, stated))
     cut = {"num_iterations": steps, "num_epochs": None} if steps < stated else {}
     s.cfg = s.cfg.model_copy(update={**cut, "time_budget": None})
     s.total_steps = steps

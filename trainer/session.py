@@ -132,6 +132,7 @@ def open_session(
     device = world.device
     tune_host(cfg, device)
     precision, reason = choose_precision(cfg.mixed_precision, device)
+    compiled, not_compiled = should_compile(cfg.torch_compile, device)
 
     def load() -> Dataset:
         with interruptible() if world.is_main else nullcontext():
@@ -152,7 +153,6 @@ def open_session(
         require_room_for_warmup(steps, cfg)
     if cfg.gradient_checkpointing:
         _recompute_blocks(adapter)
-    compiled, not_compiled = should_compile(cfg.torch_compile, device)
     if compiled:
         for path in adapter.blocks():
             adapter.model.get_submodule(path).compile()

@@ -122,6 +122,13 @@ def test_a_budget_that_cannot_be_kept_says_so(tmp_path, costs, capsys):
     assert "0.1 minutes are not enough; 10 steps take about 1.1 (2 s a step, 10 s" in capsys.readouterr().out
 
 
+def test_a_tenth_of_the_budget_goes_to_training_whatever_the_rest_takes(costs, monkeypatch):
+    monkeypatch.setattr(budget, "measure", lambda s, should_stop: replace(COSTS, spent=400.0))
+    s = session_of("gpt2", "num_iterations=500", "time_budget=5")
+    assert "not enough; 15 steps take about 7.8" in budget.decide(s, lambda: False)  # of 2 s: 30 of 300
+    assert s.total_steps == 15
+
+
 def test_it_is_decided_once(tmp_path, costs, monkeypatch):
     """Killed before its first checkpoint, started again, gone on with: the same number of steps."""
     words = ["num_iterations=500", f"time_budget={70 / 60}", "val_loss_every=0", "sample_tokens=0"]
