@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from adapters import adapter_class, build_adapter
 from adapters.base import ModelAdapter
-from configs.messages import ARCHITECTURE_ALIASES, ConfigError
+from configs.messages import ConfigError
 from configs.removed import REMOVED
 from naming import did_you_mean, not_one_of, require_fit, shapes
 from trainer.distributed import choose_device
@@ -91,16 +91,18 @@ def with_free_fields(cfg: RunConfig, model_cfg: ModelConfig, overrides: list[str
     """`model_cfg` with `model_cfg.field=value` words applied. ConfigError for what no such field is, what is fixed with
     the architecture, and what the Config refuses."""
     from configs.explain import explain
-    from configs.grammar import parse_override
+    from configs.frontend import parse
+    from configs.validate import refuse_own_words
 
-    cls, values, problems = type(model_cfg), model_cfg.model_dump(), []
-    free = sorted(cls.free())
-    for word in overrides:
-        root, _, name = word.partition("=")[0].partition(".")
-        name = ARCHITECTURE_ALIASES.get(name, name)
-        if root != "model_cfg" or "=" not in word:
-            problems.append(f"command line: '{word}' is not model_cfg.<field>=<value>")
-        elif (gone := f"model_cfg.{name}") in REMOVED and name not in values:
+    cls, values = type(model_cfg), model_cfg.model_dump()
+    strange = [word for word in overrides if "=" not in word or not word.lstrip("+").startswith("model_cfg")]
+    problems = [f"command line: '{word}' is not model_cfg.<field>=<value>" for word in strange]
+    request = parse([word for word in overrides if word not in strange])
+    problems += request.problems
+    refuse_own_words(cfg.type, request.spelled.values(), "command line")
+    free, given = sorted(cls.free()), {key.partition(".")[2]: value for key, value in request.values.items()}
+    for name, value in given.items():
+        if (gone := f"model_cfg.{name}") in REMOVED and name not in values:
             problems.append(f"command line: '{gone}' is no longer a field: {REMOVED[gone]}")
         elif name not in values:
             problems.append(f"command line: unknown key 'model_cfg.{name}'.{did_you_mean(name, values)}")
@@ -108,7 +110,7 @@ def with_free_fields(cfg: RunConfig, model_cfg: ModelConfig, overrides: list[str
             allowed = ", ".join(free) or "none of this type"
             problems.append(f"command line: model_cfg.{name} is fixed with the architecture. Free: {allowed}")
         else:
-            values[name] = parse_override(f"++model_cfg.{name}={word.partition('=')[2]}").value()
+            values[name] = value
     if problems:
         raise ConfigError(problems)
     try:
@@ -117,6 +119,13 @@ def with_free_fields(cfg: RunConfig, model_cfg: ModelConfig, overrides: list[str
         raise ConfigError([p for _, p in explain(error, cls, values, lambda key: "", "model_cfg.")]) from None
     if problems := changed.problems(cfg):
         raise ConfigError(problems)
+    unread = [
+        f"model_cfg.{n} is not read (because of model_cfg.{why})"
+        for n, why in changed.unread().items()
+        if n in given
+    ]
+    for text in (*request.notices, *unread):
+        print(f"note: {text}", file=sys.stderr)
     return changed
 
 

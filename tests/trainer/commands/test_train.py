@@ -37,3 +37,14 @@ def test_what_only_a_sweep_reads_is_refused(trained):
         with pytest.raises(ConfigError, match=f"{word.partition('=')[0]}: a run does not read it"):
             command.main(["model=gpt2", "preset=tiny", word, "output_dir=out"])
     assert not trained
+
+
+def test_a_mode_of_hydra_starts_a_sweep_and_the_last_of_a_field_counts_in_it(
+    trained, in_process, monkeypatch, capsys
+):
+    started: list = []
+    monkeypatch.setattr(command.launch, "start", lambda cfg, *args, **kwargs: started.append(cfg) or 1.0)
+    words = ["model=gpt2", "preset=tiny", "env={FOO: 1}", "learning_rate=0.1", "learning_rate=0.2,0.3"]
+    assert command.main([*words, "hydra.mode=MULTIRUN"]) == 0
+    assert [(c.learning_rate, c.env) for c in started] == [(0.2, {"FOO": "1"}), (0.3, {"FOO": "1"})]
+    assert "note: learning_rate is given more than once; the last value counts" in capsys.readouterr().err

@@ -101,6 +101,7 @@ def test_eval_and_generate_take_free_fields(masked, command):
         (["model_cfg.sampler"], "'model_cfg.sampler' is not model_cfg.<field>=<value>"),
         (["model_cfg.sampler=ancestal"], "sampler: 'ancestal' is not one of"),
         (["model_cfg.nelbo_draws=3"], "model_cfg.nelbo_draws: "),
+        (["model_cfg.nelbo_draws=4,8"], "model_cfg.nelbo_draws has several values for one run"),
         (["model_cfg.sar_chunk_size=32"], "sar_chunk_size (32) must leave a prefix"),
     ],
 )
@@ -108,3 +109,17 @@ def test_what_eval_and_generate_refuse(words, message):
     with pytest.raises(ConfigError) as refused:
         with_free_fields(*config("mdl"), words)
     assert message in str(refused.value)
+
+
+def test_what_eval_and_generate_note(capsys):
+    cfg, model_cfg = config("mdl")
+    words = ["model_cfg.nelbo_draws=4", "model_cfg.nelbo_draws=8"]
+    assert with_free_fields(cfg, model_cfg, words).nelbo_draws == 8
+    assert "model_cfg.nelbo_draws is given more than once; the last value counts" in capsys.readouterr().err
+    blocks = config("bd3lm")
+    with pytest.raises(ConfigError, match="model_cfg.block_size is not clear for type 'bd3lm'"):
+        with_free_fields(*blocks, ["model_cfg.block_size=8"])
+    with_free_fields(*blocks, ["model_cfg.num_sampling_steps=8", "model_cfg.sampler=first_hitting"])
+    assert (
+        "model_cfg.num_sampling_steps is not read (because of model_cfg.sampler=" in capsys.readouterr().err
+    )
