@@ -370,6 +370,7 @@ class Trainer:
         better = score.bits_per_byte < p.best_bits_per_byte
         if better:
             p.best_bits_per_byte, p.best_step = score.bits_per_byte, p.step
+            p.best_standard_error = score.standard_error
         self.record.evaluation(p, score)
         if self.s.ema and p.step >= self.total:  # once, to show what averaging does
             raw = self._score(self.interim_rows, averaged=False)
@@ -406,7 +407,12 @@ class Trainer:
         if p.best_step == p.step:
             return {"step": p.step, **last.as_dict()}
         if self._same_text:
-            return {"step": p.best_step, "bits_per_byte": p.best_bits_per_byte, "kind": last.kind}
+            return {
+                "step": p.best_step,
+                "bits_per_byte": p.best_bits_per_byte,
+                "kind": last.kind,
+                "standard_error": p.best_standard_error,
+            }
         with weights_of(self.s, self.record.folder.path / BEST):
             score = self._score(self.s.heldout(self.cfg.val_bytes))
         return None if score is None else {"step": p.best_step, **score.as_dict()}

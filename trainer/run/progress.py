@@ -22,6 +22,7 @@ class Progress:
     peak_memory_bytes: int = 0  # of any of them
     evaluated_at: int = -1
     best_bits_per_byte: float = math.inf
+    best_standard_error: float = 0.0  # of that score, as an estimate
     best_step: int = -1
     evaluations_without_improvement: int = 0
     skipped_steps: int = 0  # fp16 overflows

@@ -1,5 +1,6 @@
 """What of a run's state is gone on with, or taken along into another, and what is said where it is not."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -227,6 +228,20 @@ def test_the_best_score_stands_beside_the_last(tmp_path, capsys):
     assert f"> best model, of step {step} " in table and "> this model " in table
     assert f"best model, of step {step}" in (tmp_path / "report.html").read_text()
     assert run(tmp_path, *RUIN, "save_best_model=true", "num_iterations=4", "resume=auto") == score
+
+
+def test_a_best_score_that_is_an_estimate_keeps_its_error(tmp_path, monkeypatch):
+    evaluate, worse = loop.evaluate, iter([(5.0, 0.25), (6.0, 0.5)])
+
+    def estimated(*args, **kwargs):
+        bits, error = next(worse)
+        found = evaluate(*args, **kwargs)
+        return dataclasses.replace(found, bits_per_byte=bits, standard_error=error, kind="bound")
+
+    monkeypatch.setattr(loop, "evaluate", estimated)
+    run(tmp_path, "num_iterations=2", "val_loss_every=1", "save_best_model=true")
+    expected = {"step": 1, "bits_per_byte": 5.0, "standard_error": 0.25, "kind": "bound"}
+    assert summary(tmp_path)["best"] == expected
 
 
 def test_the_best_model_is_scored_on_the_text_of_the_last_score(tmp_path):
