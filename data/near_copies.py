@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,12 @@ LONG_LINE = 1024
 NEAR_COPY = 0.5  # share in training from which a document is one
 NOTE_ABOVE = 0.05  # share of all held-out bytes in training from which people are told
 LARGEST = 1_000_000
+BLOCK = 1 << 20  # bytes of a text that are looked at together
 WORST = 5  # documents that are named
 FORMAT = 1  # of the cached file: raise it when shares would come out differently
 
 _WINDOW = 16  # bytes that decide a cut inside a long line
 _ONE_CUT_IN = 64  # such windows, on average
-_BLOCK = 1 << 20  # bytes hashed at once
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,8 @@ def shares_in_training(
     wanted, one_in = _sample(heldout, largest)
     seen: set[bytes] = set()
     for document in train:
-        seen.update(wanted.intersection(_told(_units(document.text))))
+        for units in _units(document.text):
+            seen.update(wanted.intersection(_told(units)))
     return [_share(document.text, seen, one_in) for document in heldout], one_in > 1
 
 
@@ -189,8 +190,8 @@ def _sample(documents: Iterable[Document], largest: int) -> tuple[set[bytes], in
     """What tells the units, of one in how many."""
     wanted: set[bytes] = set()
     one_in = 1
-    for document in documents:
-        wanted.update(tell for tell in _told(_units(document.text)) if _chosen(tell, one_in))
+    for units in (units for document in documents for units in _units(document.text)):
+        wanted.update(tell for tell in _told(units) if _chosen(tell, one_in))
         while len(wanted) > largest:
             one_in *= 2
             wanted = {tell for tell in wanted if _chosen(tell, one_in)}
@@ -202,16 +203,29 @@ def _chosen(tell: bytes, one_in: int) -> bool:
 
 
 def _share(text: bytes, seen: set[bytes], one_in: int) -> float:
-    units = _units(text)
-    sizes = [
-        (len(u), tell in seen) for u, tell in zip(units, _told(units), strict=True) if _chosen(tell, one_in)
-    ]
-    return sum(size for size, is_seen in sizes if is_seen) / max(sum(size for size, _ in sizes), 1)
+    found = total = 0
+    for units in _units(text):
+        for unit, tell in zip(units, _told(units), strict=True):
+            if _chosen(tell, one_in):
+                total += len(unit)
+                found += len(unit) if tell in seen else 0
+    return found / max(total, 1)
 
 
-def _units(text: bytes) -> list[bytes]:
+def _units(text: bytes) -> Iterator[list[bytes]]:
+    """Of a block of the text at a time, as lists of all lines of a long text would take many times its memory."""
+    start = 0
+    while start < len(text):
+        stop = start + BLOCK
+        if stop < len(text):
+            stop = text.rfind(b"\n", start, stop) + 1 or stop
+        yield _units_of_block(text[start:stop])
+        start = stop
+
+
+def _units_of_block(block: bytes) -> list[bytes]:
     units = []
-    for line in text.split(b"\n"):
+    for line in block.split(b"\n"):
         if len(line) > LONG_LINE:
             units.extend(_cut(line))
         elif line := line.strip():
@@ -234,19 +248,7 @@ def _told(units: list[bytes]) -> list[bytes]:
 
 def _cut(line: bytes) -> list[bytes]:
     """Parts of a long line. A cut is behind a window of bytes whose hash says so, the first of a run of them."""
-    blocks = [
-        start + _cuts(line[start : start + _BLOCK + _WINDOW - 1]) for start in range(0, len(line), _BLOCK)
-    ]
-    cuts = np.concatenate(blocks)
-    cuts = cuts[np.diff(cuts, prepend=-_WINDOW) >= _WINDOW].tolist()
-    return [
-        line[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(line)], strict=True) if start < stop
-    ]
-
-
-def _cuts(block: bytes) -> np.ndarray:
-    """Where windows end that decide a cut (n,) int64."""
-    hashes = np.frombuffer(block, dtype=np.uint8).astype(np.uint64)
+    hashes = np.frombuffer(line, dtype=np.uint8).astype(np.uint64)
     factor, width = 0x9E3779B97F4A7C15, 1
     while (
         width < _WINDOW
@@ -254,4 +256,7 @@ def _cuts(block: bytes) -> np.ndarray:
         hashes = hashes[:-width] * np.uint64(factor) + hashes[width:]
         factor, width = factor * factor % 2**64, 2 * width
     mixed = (hashes ^ (hashes >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-    return np.flatnonzero(mixed >> np.uint64(32) & np.uint64(_ONE_CUT_IN - 1) == 0) + _WINDOW
+    cuts = np.flatnonzero(mixed >> np.uint64(32) & np.uint64(_ONE_CUT_IN - 1) == 0) + _WINDOW
+    cuts = cuts[np.diff(cuts, prepend=-_WINDOW) >= _WINDOW].tolist()
+    spans = zip([0, *cuts], [*cuts, len(line)], strict=True)
+    return [line[start:stop] for start, stop in spans if start < stop]

@@ -54,11 +54,12 @@ def test_text_without_line_ends_is_measured_wherever_it_begins(alphabet: bytes) 
     assert share(bytes(random.Random(1).choices(alphabet, k=20_000)), text) < 0.02
 
 
-def test_cuts_of_a_long_line_do_not_depend_on_the_blocks_it_is_hashed_in(monkeypatch) -> None:
-    text = bytes(random.Random(0).choices(b"ACGT", k=5000))
-    whole = near_copies._cut(text)
-    monkeypatch.setattr(near_copies, "_BLOCK", 700)
-    assert near_copies._cut(text) == whole and b"".join(whole) == text and len(whole) > 40
+@pytest.mark.parametrize("line", [b"", b"\n"])
+def test_blocks_of_a_long_text_hide_no_copy(monkeypatch, line: bytes) -> None:
+    text = line.join(lines(0, 1000))
+    monkeypatch.setattr(near_copies, "BLOCK", 9001)
+    assert b"".join(unit + line for units in near_copies._units(text) for unit in units).strip() == text
+    assert share(b"ahead " + text[5000:30_000], text) > 0.9
 
 
 def test_a_sample_estimates_what_would_not_fit() -> None:
