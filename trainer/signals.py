@@ -17,7 +17,7 @@ from types import FrameType
 from configs.hardware import process_group
 from trainer.errors import StopRequested
 
-__all__ = ["StopSignal", "stop_signals"]
+__all__ = ["StopSignal", "hold_stop_signals", "stop_signals"]
 
 # SIGUSR1 and SIGUSR2: SLURM (--signal) and submitit announce the end of a job's time with them.
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
@@ -30,6 +30,12 @@ def stop_signals() -> list[int]:
     """Those of this platform; SIGHUP not where it is ignored already (nohup)."""
     there = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
     return [n for n in there if n.name != "SIGHUP" or signal.getsignal(n) != signal.SIG_IGN]
+
+
+def hold_stop_signals() -> None:
+    """Let requests wait until a `StopSignal` listens."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
 
 
 class StopSignal:
@@ -61,6 +67,8 @@ class StopSignal:
         if threading.current_thread() is threading.main_thread():
             self._listen()
             self._previous = {n: signal.signal(n, self._handle) for n in stop_signals()}
+            if hasattr(signal, "pthread_sigmask"):
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, self._previous)
         return self
 
     def __exit__(self, *_: object) -> None:

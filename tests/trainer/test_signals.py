@@ -9,7 +9,7 @@ import pytest
 
 from trainer import signals
 from trainer.errors import StopRequested
-from trainer.signals import StopSignal, stop_signals
+from trainer.signals import StopSignal, hold_stop_signals, stop_signals
 
 NAMES = ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"]
 
@@ -62,6 +62,13 @@ def test_one_process_of_several_speaks(monkeypatch, capfd):
     with StopSignal() as stop:
         send(signal.SIGTERM)
     assert stop.requested and capfd.readouterr().err == ""
+
+
+def test_a_request_waits_for_who_listens():
+    hold_stop_signals()
+    send(signal.SIGTERM)  # else the end of this process
+    with StopSignal() as stop:
+        wait_for(lambda: stop.requested)
 
 
 def test_under_nohup_a_closed_terminal_is_not_heard():

@@ -34,7 +34,7 @@ from configs.schema import ModelConfig, RunConfig, redacted
 from configs.validate import validate
 from data.text import val_paths
 from trainer.errors import TrainingError, of_the_machine, sentence
-from trainer.signals import stop_signals
+from trainer.signals import hold_stop_signals, stop_signals
 
 ROOT = Path(__file__).resolve().parents[2]
 # Where the processes of a self-launched run say who they are and how they ended.
@@ -155,6 +155,7 @@ def run_here(
     from trainer.loop import train
 
     if _POST in os.environ:
+        hold_stop_signals()  # until `train` listens: one that died of it now would be waited for by the others
         Path(os.environ[_POST], f"{_BEGUN}-{os.environ.get('RANK', '0')}").touch()
     try:
         return train(cfg, model_cfg, folder, text)
@@ -207,7 +208,9 @@ def _wait(children: list[subprocess.Popen[bytes]], grace: float = 20.0) -> int:
     """Wait for all; the first bad exit status, or 0. When one fails the others usually do so by themselves;
     one that hangs in an exchange with the dead is ended after `grace` seconds."""
     failed_at = None
-    while any(child.poll() is None for child in children):
+    while None in [
+        child.poll() for child in children
+    ]:  # of every one: a failed one is among them at any place
         if failed_at is None and any(child.returncode for child in children):
             failed_at = time.monotonic()
         if failed_at is not None and time.monotonic() - failed_at > grace:

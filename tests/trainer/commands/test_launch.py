@@ -403,6 +403,28 @@ def test_outcome_of_a_worker(tmp_path):
     assert failed.value.status == 2
 
 
+class Child:
+    """A process that has ended, or does when it is killed."""
+
+    def __init__(self, returncode):
+        self.ends_with, self.returncode = returncode, None
+
+    def poll(self):
+        self.returncode = self.ends_with
+        return self.returncode
+
+    def kill(self):
+        self.ends_with = self.ends_with or -9
+
+
+@pytest.mark.parametrize("failed", [0, 1])
+def test_who_waits_for_a_failed_process_is_ended(failed):
+    children = [Child(None), Child(None)]
+    children[failed].ends_with = 3
+    launch._wait(children, grace=0.0)
+    assert sorted(child.returncode for child in children) == [-9, 3]
+
+
 def test_run_folder_names(tmp_path):
     cfg = RunConfig(type="a.b:Model")
     assert launch.run_folder(cfg, Path("x")) == Path("x")
