@@ -9,9 +9,9 @@ import re
 from pathlib import Path
 
 from configs.files import BASE, CONFIGS, EXTENSIONS, ROOT, options, shown
-from configs.frontend import Request
 from configs.grammar import override_choices, parse_override
 from configs.messages import ConfigError
+from configs.request import Request
 from naming import expand_path, nearest, suggestion
 
 

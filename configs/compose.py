@@ -18,12 +18,13 @@ from typing import Any
 from configs import runs
 from configs.choose import model_paths
 from configs.files import BASE, CONFIGS, Locations, Node, digest, options, read, read_model, shown
-from configs.frontend import Request, parse
+from configs.frontend import parse
 from configs.grammar import override_choices, parse_override
 from configs.hydra_app import MODEL_GROUP, compose_tree, register
 from configs.messages import REDACTED, ConfigError, is_secret
 from configs.paths import usable_paths
 from configs.registry import Model, Registry, amendments
+from configs.request import Request
 from configs.schema import GENERIC_FIELDS, ModelConfig, RunConfig
 from configs.size import automatic_preset, without_preset_budget
 from configs.unread import unread

@@ -7,9 +7,7 @@ disk here except the folder listing of `configs/`. Problems are collected, not r
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import Any
 
 from configs.files import EXTENSIONS, check_option, choices, options
 from configs.grammar import entries, field_types, in_quotes, is_text, override_choices, parse_override, quoted
@@ -33,6 +31,7 @@ from configs.messages import (
 )
 from configs.paths import usable_paths
 from configs.removed import REMOVED
+from configs.request import Request
 from configs.schema import GENERIC_FIELDS
 from configs.unread import overruled
 from naming import did_you_mean, not_one_of
@@ -54,78 +53,6 @@ ARCHITECTURE_WORDS = {
 _ARCHITECTURE_PATHS = [f"model_cfg.{w}" for w in sorted(ARCHITECTURE_WORDS)]
 # Mappings whose keys are not generic fields: what may stand in them is checked later.
 _OPEN = ("model_cfg", "env", "kernels")
-
-
-@dataclasses.dataclass
-class Request:
-    """What a command line asks for."""
-
-    models: list[str] = dataclasses.field(default_factory=list)  # values of --hydra_model_cfg, as given
-    config_path: str | None = None  # Hydra's --config-path: the folder of --config-name
-    config_dir: str | None = None  # Hydra's --config-dir: one more folder in which files are looked for
-    flags: list[str] = dataclasses.field(default_factory=list)  # for Hydra
-    overrides: list[str] = dataclasses.field(default_factory=list)  # Hydra's language
-    values: dict[str, Any] = dataclasses.field(default_factory=dict)  # key -> value of every plain override
-    spelled: dict[str, str] = dataclasses.field(default_factory=dict)  # every key given -> as it was written
-    settings: dict[str, str] = dataclasses.field(default_factory=dict)  # Hydra's own: hydra.*
-    sweeps: set[str] = dataclasses.field(default_factory=set)  # keys with more than one value
-    problems: list[str] = dataclasses.field(default_factory=list)
-    notices: list[str] = dataclasses.field(default_factory=list)
-    _written: dict[str, str] = dataclasses.field(default_factory=dict)  # key -> its override
-
-    @property
-    def keys(self) -> set[str]:
-        """Every key set on the command line, in canonical spelling."""
-        return set(self.spelled)
-
-    @property
-    def multirun(self) -> bool:
-        return "--multirun" in self.flags
-
-    @property
-    def mode(self) -> str:
-        """`run`, or what is only shown: `help`, `cfg`, `info`, or `hydra` (Hydra's own business)."""
-        for flag, mode in (("--help", "help"), ("--cfg", "cfg"), ("--info", "info")):
-            if any(f.split("=")[0] == flag for f in self.flags):
-                return mode
-        own = ("--hydra-help", "--version", "--shell-completion")
-        return "hydra" if any(f in own for f in self.flags) else "run"
-
-    @property
-    def completes(self) -> bool:
-        """Whether a shell asks, not a person."""
-        return COMPLETION[1] in self.flags
-
-    @property
-    def shows_job(self) -> bool:
-        """`--cfg job`: the configuration that a run would have."""
-        return "--cfg=job" in self.flags
-
-    @property
-    def needs_no_model(self) -> bool:
-        return self.mode in ("help", "hydra", "info")
-
-    def claim(self, key: str, spelled: str) -> None:
-        """A key is given. Given again in the same spelling, the last counts; in another one it is a mistake."""
-        before = self.spelled.get(key)
-        if before is not None and before != spelled:
-            raise ConfigError(f"command line: {before} and {spelled} name the same field. Keep {key}")
-        if before is not None:
-            self.notices.append(f"{spelled} is given more than once; the last value counts")
-            if key in self._written:
-                self.overrides.remove(self._written.pop(key))
-            self.sweeps.discard(key)
-            self.values.pop(key, None)
-        self.spelled[key] = spelled
-
-    def write(self, key: str, override: str) -> None:
-        """The override of a key that was claimed."""
-        self.overrides.append(override)
-        self._written[key] = override
-
-    def written(self, key: str) -> str:
-        """The value of a key in Hydra's grammar."""
-        return self._written[key].partition("=")[2]
 
 
 def parse(argv: list[str]) -> Request:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from configs.files import shown
-from configs.frontend import Request
 from configs.grammar import in_quotes
 from configs.messages import ConfigError, differences
 from configs.removed import REMOVED, YOUNGER
+from configs.request import Request
 from naming import did_you_mean
 
 RUNS = Path("checkpoints")

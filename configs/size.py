@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from configs.files import CONFIGS, Node, description, options, shown
-from configs.frontend import SIZE_KEYS, Request
+from configs.frontend import SIZE_KEYS
 from configs.hardware import uses_cuda
 from configs.messages import ConfigError
+from configs.request import Request
 from configs.schema import STEPS
 from naming import command_line
 
