@@ -13,6 +13,7 @@ document could not be shuffled. So attention does not reach further back than it
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Container, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Protocol
@@ -232,8 +233,8 @@ def _lopsided(path: Path, files: Sequence[Document], count: int, share: float) -
 
 def _likely(files: Sequence[Document]) -> str:
     """A file or folder at the top that is called as held-out text usually is; else the file nearest to a tenth."""
-    for name in dict.fromkeys(PurePosixPath(file.name).parts[0] for file in files):
-        inside = {file.name for file in files if PurePosixPath(file.name).parts[0] == name}
-        if looks_held_out(name) and 0 < _share(inside, files) <= 0.5:
-            return name
-    return min(files, key=lambda file: abs(_share({file.name}, files) - 0.1)).name
+    total, at_top = total_bytes(files), Counter[str]()
+    for name, text in files:
+        at_top[PurePosixPath(name).parts[0]] += len(text)
+    usual = [name for name, size in at_top.items() if looks_held_out(name) and size <= total / 2]
+    return usual[0] if usual else min(files, key=lambda file: abs(len(file.text) - total / 10)).name
