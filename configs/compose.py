@@ -215,13 +215,8 @@ def _added(override: str) -> str:
 
 def _hide_secrets(request: Request, nodes: list[Node], overrides: list[str]) -> dict[str, str]:
     """Take secret environment variables out of what Hydra sees, prints and saves; returns them."""
-    secrets = {
-        k: str(v)
-        for node in nodes
-        for n in node.chain()
-        for k, v in (n.values.get("env") or {}).items()
-        if is_secret(k)
-    }
+    given = [n.values.get("env") for node in nodes for n in node.chain()]
+    secrets = {k: str(v) for env in given if isinstance(env, dict) for k, v in env.items() if is_secret(k)}
     for key in [k for k in request.keys if k.startswith("env.") and is_secret(k)]:
         if key in request.sweeps:
             raise ConfigError(f"command line: {key} is a secret and cannot be swept over")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 from configs.compose import Checked, Plan, check, tree_of
 from configs.hydra_app import MODEL_GROUP, compose_hydra
@@ -20,7 +21,13 @@ def check_grid(plan: Plan) -> list[Checked] | None:
     if not str(settings.get("_target_", "")).endswith(".BasicSweeper"):
         return None
     extra = [f"{k}={v}" for k, v in (settings.get("params") or {}).items()]
-    (points,) = BasicSweeper.split_arguments(parser.parse_overrides([*extra, *plan.overrides]), None)
+    try:
+        (points,) = BasicSweeper.split_arguments(parser.parse_overrides([*extra, *plan.overrides]), None)
+    except HydraException as error:
+        raise ConfigError(
+            f"command line: {error}: a grid takes lists (a,b), choice, range and glob. Others need a sweeper that "
+            "searches, hydra/sweeper=optuna for one"
+        ) from None
     varied = {
         o.get_key_element()
         for o in parser.parse_overrides([*extra, *plan.overrides])

@@ -69,7 +69,8 @@ def _in_our_words(error: Exception, where: Where) -> str:
     reason = str(error).strip().split("\n")[0]
     key = str(getattr(error, "full_key", None) or "")
     if not key:
-        return f"command line: {reason}"
+        why = str(error.__cause__ or "").strip().split("\n")[0]
+        return f"command line: {reason.removesuffix('.')}" + (f": {why}" if why else "")
     if unset := re.search(r"Environment variable '(.*?)' not found", reason):
         name = unset[1]
         reason = f"the environment variable {name} is not set. Set it, or write ${{oc.env:{name},<default>}}"

@@ -129,6 +129,19 @@ def test_a_model_flag_left_empty_by_a_variable_that_is_not_set(work, flag):
     )
 
 
+def test_what_hydra_could_not_do_is_one_line_with_its_reason(work):
+    with pytest.raises(
+        ConfigError, match=r"INTERVAL_SWEEP: a grid takes lists .* hydra/sweeper=optuna for one"
+    ):
+        check_grid(prepare(["mine.yaml", "learning_rate=interval(0.1,0.2)", "-m"]))
+    with pytest.raises(ConfigError) as caught:
+        check_grid(prepare(["mine.yaml", "seed=1,2", "hydra.sweeper.max_batch_size=x", "-m"]))
+    assert caught.value.problems[0].startswith(
+        "command line: Error merging override hydra.sweeper.max_batch_size=x: "
+    )
+    assert "could not be converted to Integer" in caught.value.problems[0]
+
+
 @pytest.mark.parametrize("name", ["dir", "subdir"])
 def test_folders_of_a_sweep_that_cannot_be_named(work, name):
     def folder(*words: str) -> str:

@@ -164,6 +164,7 @@ FILES = [
     ("defaults: [mine, _self_]\nkernels: fast", "x.yaml:2", "kernels.default: 'fast' is not one of"),
     ("defaults: [mine, _self_]\nkernels: 3", "x.yaml:2", "kernels: expected mapping, got 3 (int)"),
     ("- 1\n- 2", "x.yaml", "mapping"),
+    ("defaults: [mine]\nenv: 4", "x.yaml:2: env", "expected mapping, got 4"),
     (
         "defaults: [bd3lm, _self_]\nmodel_cfg:\n  block_size: 32",
         "x.yaml:3",
