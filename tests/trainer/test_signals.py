@@ -1,16 +1,23 @@
 """What asks a run to stop, sent to this very process."""
 
 import os
+import pty
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
+from tests.contract.tiny import overrides
 from trainer import signals
 from trainer.errors import StopRequested
+from trainer.run.checkpoint import checkpoints_in
 from trainer.signals import StopSignal, hold_stop_signals, stop_signals
 
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"]
 
 
@@ -19,8 +26,8 @@ def send(number, times=1):
         os.kill(os.getpid(), number)
 
 
-def wait_for(condition):
-    deadline = time.monotonic() + 10
+def wait_for(condition, seconds=10):
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -134,3 +141,53 @@ def test_on_another_thread_nothing_is_heard_and_nothing_fails():
     thread.start()
     thread.join()
     assert found == [False]
+
+
+# -- processes -----------------------------------------------------------------------------------------------------
+
+
+def command(path, *words):
+    return [sys.executable, str(ROOT / "mytrainer.py"), *overrides("gpt2", f"output_dir={path}", *words)]
+
+
+@pytest.mark.slow
+def test_a_run_whose_terminal_is_closed_saves(tmp_path):
+    run = tmp_path / "run"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, command(run, "num_iterations=100000", "val_loss_every=0"))
+    seen = b""
+    while b"100000  loss" not in seen:
+        seen += os.read(terminal, 4096)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert len(checkpoints_in(run)) == 1 and not (run / "summary.json").exists()
+
+
+@pytest.mark.slow
+def test_a_run_whose_output_nobody_reads_goes_on_to_its_end(tmp_path):
+    process = subprocess.Popen(
+        command(tmp_path / "run"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0 and "Error" not in errors, errors
+    assert (tmp_path / "run/report.html").exists()
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_in_the_middle_of_a_save(tmp_path):
+    """It ends in the save, which leaves no half of a checkpoint under its name, and says nothing of torch's."""
+    sizes = ["model_cfg.d_model=1024", "model_cfg.n_layers=4", "save_steps=1", "val_loss_every=0"]
+    process = subprocess.Popen(
+        command(tmp_path / "run", *sizes), stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
+    )
+    wait_for(lambda: list(tmp_path.glob("run/.checkpoint-*")), seconds=120)
+    process.send_signal(signal.SIGINT)
+    time.sleep(2 * signals._SAME_CTRL_C)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode in (0, 130), errors  # 0: the save was over before
+    assert "Traceback" not in errors and "enforce" not in errors
+    assert all((checkpoint / "digests.json").exists() for checkpoint in checkpoints_in(tmp_path / "run"))
