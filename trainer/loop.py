@@ -51,6 +51,7 @@ from trainer.run.restore import load_average, load_weights, weights_of
 from trainer.run.resume import (
     check_resumable,
     checkpoint_to_resume,
+    load_optimizers,
     scores_alike,
     start_from_weights,
     tokenizer_to_take,
@@ -430,7 +431,7 @@ class Trainer:
         before = check_resumable(s, checkpoint, saved, self.console.note)
         load_weights(s.adapter, load_tensors(checkpoint, "model.pt"), f"{checkpoint}/model.pt")
         state = load_tensors(checkpoint, saved["optimizer_file"])
-        s.optimizers.load_state_dict(state["optimizers"])
+        load_optimizers(s, state["optimizers"], checkpoint)
         s.scaler.load_state_dict(state["scaler"])
         if s.ema and not load_average(s.ema, checkpoint):
             self.console.note(

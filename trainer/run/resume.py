@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "check_resumable",
     "checkpoint_to_resume",
+    "load_optimizers",
     "scores_alike",
     "start_from_weights",
     "tokenizer_to_take",
@@ -138,6 +139,17 @@ def check_resumable(
         if recorded != now:
             note(f"{key} was {recorded} and is {now}: equal to rounding from here, not bit for bit")
     return before
+
+
+def load_optimizers(s: Session, state: dict[str, Any], checkpoint: Path) -> None:
+    """Go on with the optimizers' state. Where an architecture has changed, its weights may fit and this not."""
+    try:
+        s.optimizers.load_state_dict(state)
+    except ValueError as error:
+        raise ValueError(
+            f"{checkpoint}: {error}. Its parameters have other roles by now: begin a new run from the weights, "
+            f"{in_quotes('init_from_checkpoint', checkpoint)} output_dir=<new>"
+        ) from None
 
 
 def scores_alike(before: RunConfig, now: RunConfig) -> bool:

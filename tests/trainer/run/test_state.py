@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from data.tokenizers import load_tokenizer
+from models.gpt2 import GPT2
+from models.layers.roles import Rule
 from tests.contract.tiny import config
 from trainer import loop
 from trainer.commands.show import describe
@@ -295,6 +297,15 @@ def test_another_optimizer_says_how_to_go_on(trained):
     ):
         cfg, model_cfg = config("gpt2", "num_iterations=9", "optimizer=sgd")
         train(cfg.model_copy(update={"resume": "auto"}), model_cfg, trained)
+
+
+def test_an_architecture_with_other_roles_says_how_to_go_on(trained, tmp_path, monkeypatch):
+    path = cut_back(trained, tmp_path / "run", 6)
+    monkeypatch.setattr(GPT2, "param_roles", lambda self: [Rule(".*", "scalar")])
+    with pytest.raises(
+        ValueError, match="checkpoint-6: the optimizer state .* init_from_checkpoint=.*checkpoint-6"
+    ):
+        run(path, "resume=auto", "num_iterations=7")
 
 
 # -- what a life cut short had written -----------------------------------------------------------------------
