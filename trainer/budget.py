@@ -77,7 +77,7 @@ def decided_before(
         begun: those of the config.yaml in the run's folder, {} without one. Without a checkpoint the run starts over,
             if it is still the same.
     """
-    if cfg.time_budget is None or cfg.eval_only:
+    if cfg.time_budget is None:
         return cfg
     then = begun if checkpoint is None else checkpoint
     if checkpoint is None and not (begun and begun.get("time_budget") is None and _same(cfg, begun)):

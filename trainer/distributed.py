@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import gc
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -171,12 +172,15 @@ class World:
         names = [n for n, _ in [*adapter.model.named_parameters(), *adapter.model.named_buffers()]]
         external = [f"model.{n}" for n in names if adapter.is_external(n)]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(adapter, external)
-        return DistributedDataParallel(
-            adapter,
-            process_group=self._gradient_group,
-            gradient_as_bucket_view=True,
-            broadcast_buffers=False,
-        )
+        with warnings.catch_warnings():
+            # torch 2.13 wants another word for it, one that exchanges buffers at the start.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            return DistributedDataParallel(
+                adapter,
+                process_group=self._gradient_group,
+                gradient_as_bucket_view=True,
+                broadcast_buffers=False,
+            )
 
     def without_sync(self, wrapped: nn.Module, skip: bool) -> Any:
         """Context in which backward leaves gradients local (`skip`), for all micro-batches but the last."""
