@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -170,6 +171,17 @@ def test_cache_root_follows_the_environment(monkeypatch, tmp_path) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_root() == tmp_path / ".cache" / "mytrainer"
+
+
+def test_without_a_home_no_folder_is_called_tilde(monkeypatch) -> None:
+    for name in ("MYTRAINER_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # nobody knows this user
+    place = cache_root()
+    assert place.parent == Path(tempfile.gettempdir()) and "~" not in str(place)
+    monkeypatch.setenv("MYTRAINER_CACHE", "~/own")
+    with pytest.raises(ValueError, match="there is no home folder for '~' here"):
+        cache_root()
 
 
 def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path) -> None:
