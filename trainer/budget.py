@@ -40,8 +40,8 @@ __all__ = ["Costs", "decide", "decided_before"]
 # What a run takes at least, where start and end alone use up its budget: fewer steps say nothing of a model.
 FEWEST_STEPS = 10
 LEAST_SHARE = 0.1  # of the budget, for training
-WARM_UP = 2  # steps: the first ones allocate and compile
-TIMED = (3, 10)  # steps, at least and at most
+WARM_UP = 2  # steps: the first one allocates and compiles, the second may compile again; nothing does eagerly on a CPU
+TIMED = (2, 10)  # steps, at least and at most
 TIMED_SHARE = 0.02  # of the budget: the most that steps beyond the least may take
 LEAVING = 2.0  # seconds of writing the report and ending the process
 BYTES_PER_SECOND = 200e6  # of a checkpoint, written, flushed and digested
@@ -142,19 +142,20 @@ def measure(s: Session, should_stop: Callable[[], bool]) -> Costs:
 def _seconds_per_step(s: Session, should_stop: Callable[[], bool]) -> float:
     """Median of a few steps as training does them, their batches prepared in the loader's thread."""
     allowed = TIMED_SHARE * 60 * (s.cfg.time_budget or 0.0)
+    warm_up = WARM_UP if s.compiled or s.world.device.type != "cpu" else 1
     seconds: list[float] = []
     started = time.perf_counter()
     s.adapter.train()
-    for batch in s.loader.steps(0, WARM_UP + TIMED[1]):
+    for batch in s.loader.steps(0, warm_up + TIMED[1]):
         names = sorted(batch.denominators)
         everywhere = s.world.add_up([batch.denominators[n] for n in names])
         _throw_away_step(s, batch, dict(zip(names, everywhere, strict=True)))
         seconds.append(time.perf_counter() - started)
         started += seconds[-1]
-        enough = len(seconds) >= WARM_UP + TIMED[0] and sum(seconds[WARM_UP:]) > allowed
+        enough = len(seconds) >= warm_up + TIMED[0] and sum(seconds[warm_up:]) > allowed
         if s.world.agree(enough or should_stop()):
             break
-    return statistics.median(seconds[WARM_UP:] or seconds)
+    return statistics.median(seconds[warm_up:] or seconds)
 
 
 def _throw_away_step(s: Session, batch: Any, denominators: dict[str, float]) -> None:
@@ -166,7 +167,6 @@ def _throw_away_step(s: Session, batch: Any, denominators: dict[str, float]) -> 
     s.optimizers.zero_grad()
     if s.ema:
         s.ema.update(skipped)
-    skipped.item()
     _wait_for(s.world.device)
 
 
