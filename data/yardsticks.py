@@ -146,9 +146,8 @@ class Background:
             except subprocess.TimeoutExpired as error:
                 raise TimeoutError(f"yardsticks are not ready after {timeout} s") from error
             if status:
-                raise RuntimeError(
-                    f"the yardsticks' process ended with status {status}: {self._output_tail()}"
-                )
+                said = f": {tail}" if (tail := self._output_tail()) else ""
+                raise RuntimeError(f"their process ended with status {status}{said}")
         result = _read_result(self.folder, self.max_bytes)
         if result is None:
             raise RuntimeError(f"the yardsticks' process left no result in {self.folder}")

@@ -490,7 +490,7 @@ class Dead(Unready):
         return True
 
     def result(self):
-        raise RuntimeError("the yardsticks' process ended with status -9: ")
+        raise RuntimeError("their process ended with status -9")
 
 
 @pytest.mark.parametrize(
