@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from configs.grammar import in_quotes
+from configs.grammar import in_quotes, word
 from configs.schema import redacted
 from configs.validate import read_saved
 from data import SOURCES
 from data.tokenizers import Tokenizer, load_tokenizer
+from naming import command_line
 from trainer.run.checkpoint import checkpoints_in, find_checkpoint, load_json, load_tensors, newest_checkpoint
 from trainer.run.facts import architecture, execution
 from trainer.run.fitted import with_own_fits
@@ -124,7 +125,7 @@ def check_resumable(
         raise ValueError(
             f"optimizer: the state in {checkpoint} was written by another optimizer, {before.optimizer}, and means "
             f"nothing to {s.cfg.optimizer}. Go on with optimizer={before.optimizer}, or begin a new run from the "
-            f"weights: optimizer={s.cfg.optimizer} {in_quotes('init_from_checkpoint', checkpoint)} output_dir=<new>"
+            f"weights: {_begin_anew(checkpoint, f'optimizer={s.cfg.optimizer}')}"
         )
     old = {**redacted(before), **{f"model_cfg.{k}": then.get(k) for k in other}}
     new = {**redacted(s.cfg), **{f"model_cfg.{k}": mine["model_cfg"][k] for k in other}}
@@ -141,14 +142,20 @@ def check_resumable(
     return before
 
 
+def _begin_anew(checkpoint: Path, *words: str) -> str:
+    """The command for a new run like that of a checkpoint, from its weights."""
+    config, weights = checkpoint.parent / "config.yaml", word("init_from_checkpoint", checkpoint)
+    return command_line(config, *words, weights, "output_dir=NEW")
+
+
 def load_optimizers(s: Session, state: dict[str, Any], checkpoint: Path) -> None:
     """Go on with the optimizers' state. Where an architecture has changed, its weights may fit and this not."""
     try:
         s.optimizers.load_state_dict(state)
     except ValueError as error:
         raise ValueError(
-            f"{checkpoint}: {error}. Its parameters have other roles by now: begin a new run from the weights, "
-            f"{in_quotes('init_from_checkpoint', checkpoint)} output_dir=<new>"
+            f"{checkpoint}: {error}. Its parameters have other roles by now; a new run can begin from the weights: "
+            f"{_begin_anew(checkpoint)}"
         ) from None
 
 
