@@ -18,6 +18,7 @@ from configs.hydra_words import (
     RUN_DIR,
     VALUES,
     check_plugin,
+    flags_together,
     is_setting,
     missing_program,
     mode_flag,
@@ -86,29 +87,7 @@ def _settle(request: Request) -> None:
         request.problems += error.problems
     if not request.multirun:
         request.problems += [_several(request, key) for key in sorted(request.sweeps)]
-    if request.multirun and request.mode in ("cfg", "info"):
-        request.problems.append(
-            f"command line: --{request.mode} shows one run, and -m starts several. Leave out -m, and give one "
-            "model and one value of each field"
-        )
-    idle = [f for f in request.flags if f.partition("=")[0] in ("--resolve", "--package")]
-    if idle and request.mode != "cfg":
-        request.problems.append(
-            f"command line: {idle[0].partition('=')[0]} is for --cfg, which is not given. Add --cfg job"
-        )
-    shown = sorted({f.partition("=")[0] for f in request.flags} & {"--cfg", "--info", "--run"})
-    if len(shown) > 1 or len([f for f in request.flags if f.startswith(("--cfg", "--info"))]) > 1:
-        request.problems.append(
-            f"command line: one of --cfg, --info and --run at a time, got {', '.join(shown)}"
-        )
-    as_run = request.mode == "run" or request.shows_job
-    request.problems += unheeded(request.settings.items(), sweep=request.multirun or not as_run)
-    if request.multirun and request.spelled.get("output_dir") == RUN_DIR:
-        request.problems.append(
-            f"command line: {RUN_DIR} is the folder of one run. Those of a sweep lie in hydra.sweep.dir=<folder>"
-        )
-    if request.multirun and request.mode == "run":
-        request.problems += missing_program(request.settings.get("hydra/launcher", ""))
+    request.problems += flags_together(request.flags) + _settings(request)
     if request.values.get("init_from_checkpoint") and request.values.get("resume") not in (None, "none"):
         request.problems.append(
             "command line: resume and init_from_checkpoint exclude each other: the first goes on with a run, the "
@@ -118,6 +97,19 @@ def _settle(request: Request) -> None:
     if both <= request.keys and not {"global_batch_size"} & request.keys:
         request.overrides.append("global_batch_size=null")  # the two asked for decide it
     request.overrides += [f"{winner}=null" for winner in overruled(request.keys)]
+
+
+def _settings(request: Request) -> list[str]:
+    """Problems of Hydra's settings, which a sweep heeds and a run, shown or started, does not."""
+    as_run = request.mode == "run" or request.shows_job
+    problems = unheeded(request.settings.items(), sweep=request.multirun or not as_run)
+    if request.multirun and request.spelled.get("output_dir") == RUN_DIR:
+        problems.append(
+            f"command line: {RUN_DIR} is the folder of one run. Those of a sweep lie in hydra.sweep.dir=<folder>"
+        )
+    if request.multirun and request.mode == "run":
+        problems += missing_program(request.settings.get("hydra/launcher", ""))
+    return problems
 
 
 def _several(request: Request, key: str) -> str:

@@ -79,6 +79,24 @@ def mode_flag(value: str) -> list[str]:
     return ["--multirun"] if value == "MULTIRUN" else []
 
 
+def flags_together(flags: list[str]) -> list[str]:
+    """Problems between flags (as in `Request.flags`): what is shown is one thing of one run."""
+    names = [flag.partition("=")[0] for flag in flags]
+    shown = [name for name in names if name in ("--cfg", "--info")]
+    problems = []
+    if shown and "--multirun" in names:
+        problems.append(
+            f"command line: {shown[0]} shows one run, and -m starts several. Leave out -m, and give one "
+            "model and one value of each field"
+        )
+    if len(shown) > 1 or (shown and "--run" in names):
+        problems.append("command line: one of --cfg, --info and --run at a time")
+    idle = [name for name in names if name in ("--resolve", "--package")]
+    if idle and not {"--cfg", "--help"} & set(names):
+        problems.append(f"command line: {idle[0]} is for --cfg, which is not given. Add --cfg job")
+    return problems
+
+
 def check_plugin(key: str, value: str) -> None:
     """A launcher or sweeper that is not installed, before Hydra says so in its own words."""
     kind = key.removeprefix("hydra/")
