@@ -51,6 +51,7 @@ def train(cfg, model_cfg, folder, config_text):
         import signal
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *a: stopped.append(a))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())  # as `train` does once it listens
         Path(folder, f"waiting-{os.environ.get('RANK', '0')}").touch()
         deadline = time.monotonic() + 60
         while not stopped and time.monotonic() < deadline:
