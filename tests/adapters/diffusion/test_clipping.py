@@ -10,7 +10,7 @@ from models.bd3lm import BD3LMConfig
 from tests.adapters.diffusion.toy import F64
 
 
-def testclipped_counts_are_the_binomial_law_given_the_range():
+def test_clipped_counts_are_the_binomial_law_given_the_range():
     n, t = torch.full((1, 4000), 4.0, dtype=torch.float64), torch.full((1, 4000), 0.3, dtype=torch.float64)
     u = torch.rand(1, 4000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     k = clipped_count(n, t, u, (0.25, 0.75)).flatten().long()
