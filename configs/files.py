@@ -15,7 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from configs.defaults_list import parse_entry, placed
-from configs.messages import ARCHITECTURE_ALIASES, RENAMED, ConfigError
+from configs.messages import ARCHITECTURE_ALIASES, RENAMED, ConfigError, own_words
 from configs.schema import CHOICES
 from naming import did_you_mean, expand_path
 
@@ -208,7 +208,7 @@ def fold_names(values: dict[str, Any], names: dict[str, str], prefix: str = "") 
         if new in values and values[new] != value:
             raise ConfigError(
                 f"{prefix}{new} ({values[new]}) and {prefix}{old} ({value}) name the same field and differ. "
-                f"Keep {prefix}{new}"
+                f"Keep {prefix}{new}{own_words([f'{prefix}{old}'])}"
             )
         values[new] = value
         folded.append((f"{prefix}{old}", f"{prefix}{new}"))

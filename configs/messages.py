@@ -64,6 +64,18 @@ _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 REDACTED = "<redacted>"
 
 
+def own_words(spelled: Iterable[str]) -> str:
+    """What to say besides where keys are taken for another spelling that some architecture has as a word of its own."""
+    import models
+
+    return "".join(
+        f"; of type {type_}, {row.own_words[word]}"
+        for type_, row in models.ARCHITECTURES.items()
+        for word in row.own_words
+        if f"model_cfg.{word}" in spelled
+    )
+
+
 class ConfigError(ValueError):
     """The user's mistakes, all of one stage together. Each problem is `<where>: <what>. <what to do>`."""
 

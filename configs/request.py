@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from configs.hydra_words import COMPLETION
-from configs.messages import ConfigError
+from configs.messages import ConfigError, own_words
 
 
 @dataclasses.dataclass
@@ -62,7 +62,9 @@ class Request:
         """A key is given. Given again in the same spelling, the last counts; in another one it is a mistake."""
         before = self.spelled.get(key)
         if before is not None and before != spelled:
-            raise ConfigError(f"command line: {before} and {spelled} name the same field. Keep {key}")
+            raise ConfigError(
+                f"command line: {before} and {spelled} name the same field. Keep {key}{own_words([before, spelled])}"
+            )
         if before is not None:
             self.notices.append(f"{spelled} is given more than once; the last value counts")
             if key in self._written:

@@ -26,32 +26,30 @@ _IDLE: list[tuple[str, Any, tuple[str, ...]]] = [
     ("early_stopping", False, ("early_stopping_patience", "early_stopping_threshold")),
     ("save_only_best", True, ("save_steps", "save_minutes")),
     ("save_checkpoint", False, ("save_steps", "save_minutes", "save_total_limit")),
-    (
-        "eval_only",
-        True,
-        (
-            *(
-                "num_iterations",
-                "num_epochs",
-                "time_budget",
-                "val_loss_every",
-                "val_bytes_interim",
-                "logging_steps",
-            ),
-            *("save_checkpoint", "save_steps", "save_minutes", "save_total_limit"),
-            *("save_best_model", "save_only_best"),
-            *("early_stopping", "early_stopping_patience", "early_stopping_threshold"),
-            *(
-                "learning_rate",
-                "weight_decay",
-                "max_grad_norm",
-                "warmup_steps",
-                "warmup_ratio",
-                "lr_decay_steps",
-            ),
-        ),
-    ),
 ]
+# What `eval_only` leaves without effect, besides what optimizers and schedules read.
+_OF_TRAINING = {
+    *("num_iterations", "num_epochs", "time_budget", "val_loss_every", "val_bytes_interim", "logging_steps"),
+    *(
+        "save_checkpoint",
+        "save_steps",
+        "save_minutes",
+        "save_total_limit",
+        "save_best_model",
+        "save_only_best",
+    ),
+    *("early_stopping", "early_stopping_patience", "early_stopping_threshold"),
+    *(
+        "optimizer",
+        "scheduler",
+        "learning_rate",
+        "lr_scaling",
+        "lr_base_width",
+        "weight_decay",
+        "max_grad_norm",
+    ),
+    *("warmup_steps", "warmup_ratio"),
+}
 
 
 def overruled(explicit: set[str]) -> Iterator[str]:
@@ -62,6 +60,7 @@ def overruled(explicit: set[str]) -> Iterator[str]:
 def unread(run: RunConfig, model_cfg: ModelConfig, explicit: set[str]) -> str:
     """One remark about all of them, or nothing."""
     reasons = {**_by_value(run), **_by_place(run, explicit), **_by_choice(run), **_by_switch(run)}
+    reasons |= _by_eval_only(run)
     told: dict[str, list[str]] = {}
     for name in GENERIC_FIELDS:
         if name in explicit and name in reasons:
@@ -106,6 +105,15 @@ def _by_value(run: RunConfig) -> dict[str, str]:
         reasons["ddp_backend"] = "one process"
     reasons |= {loser: _said(run, winner) for loser, winner in _WINS if getattr(run, winner) is not None}
     return reasons
+
+
+def _by_eval_only(run: RunConfig) -> dict[str, str]:
+    """Fields of training, where nothing is trained."""
+    if not run.eval_only:
+        return {}
+    tables = (CHOICES[field].table for field in ("optimizer", "scheduler"))
+    read = {name for table in tables for row in table.values() for name in row.reads}
+    return dict.fromkeys(_OF_TRAINING | read, _said(run, "eval_only"))
 
 
 def _by_place(run: RunConfig, explicit: set[str]) -> dict[str, str]:

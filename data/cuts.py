@@ -67,7 +67,11 @@ def about_separator(files: Sequence[Document], separator: str | None) -> list[st
         hint = f"document_separator='{USUAL_SEPARATOR}' makes a document of what stands between them"
         return [f"{used:,} lines are {USUAL_SEPARATOR} and are read as text: {hint}"] if used else []
     if not any(_line(separator).search(file.text) for file in files):
-        raise DataError(f"document_separator: no line of the text is {separator!r}. Leave it out, or mend it")
+        inside = sum(file.text.count(separator.encode()) for file in files)
+        where = f"; it stands {inside:,} times within lines: give it lines of its own" if inside else ""
+        raise DataError(
+            f"document_separator: no line of the text is {separator!r}{where or '. Leave it out, or mend it'}"
+        )
     return []
 
 

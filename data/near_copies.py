@@ -3,11 +3,13 @@
 A score on text that was trained on is a memory test: it favours what remembers over what understands. `near_copies`
 says what happens to held-out documents of which half or more stands in training: they are dropped, or kept with a note.
 
-Text is cut into units: lines without indentation, blank ones left out; a line of over LONG_LINE bytes (one-line JSON,
-minified code, DNA) into parts that its content decides, so that an insertion moves no cut but its own. A unit shorter
-than SHORTEST is told by itself and those behind it, up to that length. A unit is seen where what tells it also stands
-in training; the share of a document is the bytes of its seen units. Code has about 5 % of such lines by nature (licence
-heads, imports, idioms).
+Text is cut into units: lines without indentation, blank ones left out; a line of over LONG_LINE bytes (a paragraph,
+JSON, minified code, DNA) into parts that its content decides, so that an insertion moves no cut but its own. A unit
+shorter than SHORTEST is told by itself and those behind it, up to that length. A unit is seen where what tells it also
+stands in training; the share of a document is the bytes of its seen units. Code has about 5 % of such lines by nature
+(licence heads, imports, idioms).
+
+What this does not see is text that was wrapped anew and tables whose every row was renumbered.
 
 Linear time: a set of what tells the held-out units, and one pass over the training text. Bounded memory: beyond
 LARGEST entries every second one, then every fourth and so on, chosen by its checksum, stands for all, and shares are
@@ -32,13 +34,13 @@ from data.errors import DataError
 from data.files import shown
 
 SHORTEST = 20  # bytes that tell a unit
-LONG_LINE = 1024
+LONG_LINE = 256
 NEAR_COPY = 0.5  # share in training from which a document is one
 NOTE_ABOVE = 0.05  # share of all held-out bytes in training from which people are told
 LARGEST = 1_000_000
 BLOCK = 1 << 20  # bytes of a text that are looked at together
 WORST = 5  # documents that are named
-FORMAT = 1  # of the cached file: raise it when shares would come out differently
+FORMAT = 2  # of the cached file: raise it when shares would come out differently
 
 _WINDOW = 16  # bytes that decide a cut inside a long line
 _ONE_CUT_IN = 64  # such windows, on average
@@ -98,7 +100,7 @@ def heed(corpus: Corpus, choice: str, cache: Path) -> tuple[Corpus, Overlap]:
     overlap = _overlap(corpus.heldout, kept, dict(zip(corpus.heldout, shares, strict=True)), choice, estimate)
     if choice == "drop":
         notes.append(f"held-out near copies of training text dropped: {_dropped(overlap)}")
-    notes += noted(overlap, "the held-out text", sum(copies))
+    notes += noted(overlap, "the held-out text", _mend(len(copies), sum(copies), overlap.dropped))
     if overlap.dropped:
         corpus = replace(corpus, heldout=kept, fingerprint=fingerprint(corpus.train, kept))
     return replace(corpus, notes=tuple(notes)), overlap
@@ -135,13 +137,21 @@ def _dropped(overlap: Overlap) -> str:
     return f"{documents}, {overlap.dropped_bytes:,} bytes" if overlap.dropped else "none"
 
 
-def noted(overlap: Overlap, text: str, copies: int = 0) -> list[str]:
-    """What people are told of it, if anything. `copies`: the near copies that `drop` would leave out."""
+def _mend(documents: int, copies: int, dropped: int) -> str:
+    """What can be done about near copies that are not dropped, if there are some."""
+    if copies == dropped:
+        return ""
+    if copies == documents:
+        return ". All of its documents are near copies: hold out other text"
+    return f". near_copies=drop leaves out {copies:,} of its documents"
+
+
+def noted(overlap: Overlap, text: str, mend: str = "") -> list[str]:
+    """What people are told of it, if anything, and how to `mend` it."""
     if overlap.share <= NOTE_ABOVE:
         return []
     about = "about " if overlap.estimate else ""
     most = ", ".join(f"{shown(name)} ({share:.0%})" for name, _, share in overlap.worst[:3])
-    mend = f". near_copies=drop leaves out {copies:,} of its documents" if copies > overlap.dropped else ""
     return [
         f"{about}{overlap.share:.1%} of {text} also stands in the training text, which favours models that remember; "
         f"most of it in {most}{mend}"

@@ -110,7 +110,7 @@ class BD3LMConfig(DiTConfig):
         if self.sampler == "ancestral_cache" and self.time_conditioning:
             problems.append(
                 "model_cfg.sampler=ancestral_cache reuses predictions between times, which "
-                "model_cfg.time_conditioning=true rules out. Set sampler=ancestral or first_hitting"
+                "model_cfg.time_conditioning=true rules out. Set model_cfg.sampler=ancestral or first_hitting"
             )
         lengths = {"model_cfg.n_ctx": self.n_ctx, "train_seq_len": run.train_seq_len}
         if run.val_seq_len is not None:

@@ -150,7 +150,7 @@ class D3PMConfig(DiTConfig):
         if self.zero_mask_logit and not self.has_mask:
             problems.append(
                 f"model_cfg.zero_mask_logit needs a mask state, and model_cfg.transition_type is "
-                f"'{self.transition_type}'. Set zero_mask_logit=false or transition_type=absorbing"
+                f"'{self.transition_type}'. Set model_cfg.zero_mask_logit=false or model_cfg.transition_type=absorbing"
             )
         if self.transition_type == "nearest_neighbor" and self.nn_embedding_path is None:
             problems.append(

@@ -112,12 +112,13 @@ class MDLConfig(DiTConfig):
         if self.sampler == "ancestral_cache" and self.time_conditioning:
             problems.append(
                 "model_cfg.sampler=ancestral_cache reuses predictions between times, which "
-                "model_cfg.time_conditioning=true rules out. Set sampler=ancestral or time_conditioning=false"
+                "model_cfg.time_conditioning=true rules out. Set model_cfg.sampler=ancestral or "
+                "model_cfg.time_conditioning=false"
             )
         if self.sampler != "ancestral" and not self.use_subs_parameterization:
             problems.append(
                 f"model_cfg.sampler={self.sampler} needs model_cfg.use_subs_parameterization=true: it never "
-                "draws the mask. Set sampler=ancestral"
+                "draws the mask. Set model_cfg.sampler=ancestral"
             )
         if self.sar_chunk_size is not None and self.sar_chunk_size >= self.n_ctx:
             problems.append(

@@ -106,7 +106,7 @@ class SEDDConfig(DiTConfig):
         if not self.has_mask and self.lm_loss_weight > 0:
             problems.append(
                 f"model_cfg.lm_loss_weight ({self.lm_loss_weight}) scores masked positions, and "
-                "transition_type=uniform has none. Set lm_loss_weight=0"
+                "transition_type=uniform has none. Set model_cfg.lm_loss_weight=0"
             )
         return problems
 

@@ -395,7 +395,7 @@ EDITS: list[Edit] = [
     (
         "trainer/optim/__init__.py",
         "SCHEDULES: dict[str, Entry] = {\n",
-        '    "square": Entry("trainer.optim.square:square", ("square_power", *_FLOOR)),\n',
+        '    "square": Entry("trainer.optim.square:square", ("square_power", *_FALL)),\n',
     ),
     ("trainer/optim/sign.py", None, OPTIMIZER.replace("cfg.adam_beta1", "cfg.sign_beta")),
     (

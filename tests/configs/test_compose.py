@@ -333,6 +333,10 @@ def test_a_warm_up_and_a_floor_on_the_command_line_win_over_a_file(write):
         ("ddp_backend=gloo num_gpus=2 device=cpu", ""),
         ("model_name=a output_dir=b", "model_name (because of output_dir=b)"),
         ("eval_only=true num_epochs=2 val_bytes=9", "num_epochs (because of eval_only=true)"),
+        (
+            "eval_only=true optimizer=sgd muon_momentum=0.5",
+            "optimizer, muon_momentum (because of eval_only=true)",
+        ),
     ],
 )
 def test_fields_that_the_run_does_not_read(work, words, told):

@@ -91,6 +91,10 @@ CASES = [
     (["mine.yaml", "save_only_best=true", "save_checkpoint=false"], ["save_only_best needs save_checkpoint"]),
     (["mine.yaml", "save_best_model=true", "save_checkpoint=false"], ["save_best_model needs save_checkpoint"]),
     (
+        ["model=bd3lm", "model_cfg.n_ctx=64", "model_cfg.block_size=32"],
+        ["Keep model_cfg.n_ctx; of type bd3lm, the block is model_cfg.block_length, the context model_cfg.n_ctx"],
+    ),
+    (
         ["model=bd3lm", "model_cfg.block_size=32"],
         ["command line: model_cfg.block_size is not clear for type 'bd3lm': the block is model_cfg.block_length, the"],
     ),

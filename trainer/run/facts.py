@@ -115,8 +115,8 @@ def _banner(s: Session, manifest: dict[str, Any], path: Path) -> list[str]:
     return [
         f"{cfg.type} · {counts['total']:,} parameters{active} "
         f"({', '.join(f'{role} {n:,}' for role, n in counts['by_role'].items())})",
-        f"data {s.dataset.name}: {s.dataset.train.total_bytes / 1e6:.1f} MB to train on, "
-        f"{s.dataset.heldout.total_bytes / 1e6:.2f} MB held out · tokenizer {s.dataset.tokenizer.name}, "
+        f"data {s.dataset.name}: {quantity(s.dataset.train.total_bytes)}B to train on, "
+        f"{quantity(s.dataset.heldout.total_bytes)}B held out · tokenizer {s.dataset.tokenizer.name}, "
         f"{s.dataset.tokenizer.vocab_size:,} tokens",
         f"{s.total_steps:,} steps of {plan.rows} rows x {cfg.train_seq_len} tokens = "
         f"{quantity(s.total_steps * plan.rows * cfg.train_seq_len)} tokens "
