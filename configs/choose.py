@@ -133,7 +133,14 @@ def _not_found(item: str, path: Path, tried: list[Path]) -> str:
         return f"command line: --hydra_model_cfg has no value of its own: '{item}' stands where a model file belongs"
     if path.suffix and path.suffix not in EXTENSIONS:
         return f"command line: cannot read '{path.suffix}'. Accepted: {' '.join(EXTENSIONS)}"
+    if item.startswith("$"):
+        return f"command line: no such file: {item}. A variable of the shell that is not set, or within '' quotes"
     names = nearest(path.stem, options())
+    if path.stem == item and item in options():
+        return (
+            f"command line: no such file: {item} in {tried[0].parent}. It is in configs/, whose place --config-path "
+            f"takes; --config-dir adds a folder to it"
+        )
     if path.suffix or "/" in item:
         names = [f"{path.parent.as_posix()}/{name}{path.suffix or EXTENSIONS[0]}" for name in names]
     near = suggestion(names)
