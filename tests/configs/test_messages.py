@@ -16,7 +16,7 @@ CASES = [
     # words, text that the message must contain
     ([], [f"no model chosen. Give --hydra_model_cfg=configs/<name>.yaml; available: {ALL}"]),
     (["configs/gpt3.yaml"], ["no such file: configs/gpt3.yaml (tried ", "Did you mean 'configs/gpt2.yaml'?"]),
-    (["$MODEL"], ["no such file: $MODEL. A variable of the shell that is not set, or within '' quotes"]),
+    (["model=$MODEL"], ["no such file: $MODEL. A variable of the shell that is not set, or within '' quotes"]),
     (["--config-path", ".", "-cn", "gpt2"], ["It is in configs/, whose place --config-path takes; --config-dir adds"]),
     (["model=vanila"], ["no such file: vanila", "Did you mean 'vanilla'?"]),
     (["model=configs/x*.yaml"], ["the pattern 'configs/x*.yaml' matches no config"]),
