@@ -42,12 +42,12 @@ from trainer.evaluate import Score, evaluate
 from trainer.meter import Meter
 from trainer.optim.optimizers import clip_gradients
 from trainer.optim.schedules import jump, schedule_factor
-from trainer.run.checkpoint import find_checkpoint, load_json, load_tensors, newest_checkpoint
+from trainer.run.checkpoint import load_json, load_tensors, newest_checkpoint
 from trainer.run.folder import BEST
 from trainer.run.lines import refuse_taken_names, refuse_taken_names_of_score
 from trainer.run.progress import Progress
 from trainer.run.record import RunRecord
-from trainer.run.restore import load_average, load_weights, weights_of
+from trainer.run.restore import load_average, weights_of
 from trainer.run.resume import (
     check_resumable,
     checkpoint_to_resume,
@@ -56,6 +56,7 @@ from trainer.run.resume import (
     start_from_weights,
     tokenizer_to_take,
 )
+from trainer.run.source import Checkpoint, Source, load_weights, open_source
 from trainer.sample import sample_text
 from trainer.session import Session, open_session, total_steps
 from trainer.signals import StopSignal
@@ -113,9 +114,9 @@ def _trainer(
     if checkpoint:  # what a run began from belongs to it, though going on does not read it
         began_from = saved["training_config"].get("init_from_checkpoint")
         cfg = cfg.model_copy(update={"init_from_checkpoint": began_from})
-    source = checkpoint
+    source: Source | None = Checkpoint(checkpoint) if checkpoint else None
     if source is None and cfg.init_from_checkpoint:
-        source = find_checkpoint(cfg.init_from_checkpoint, console.warn)
+        source = open_source(cfg.init_from_checkpoint, console.warn)
     tokenizer = tokenizer_to_take(cfg, source) if source else None
     micro_rows = None
     if checkpoint:

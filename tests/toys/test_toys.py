@@ -3,7 +3,6 @@
 Through the command line, in one process, from the toys' own folder: no edit of the project, nothing registered.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -25,7 +24,7 @@ from models.layers.flops import matmul_flops
 from models.vanilla import block_flops
 from tests.contract.test_run import assert_same_state
 from trainer.run.checkpoint import load_json, load_tensors
-from trainer.run.restore import Restored, add_checkpoint_arguments, restore
+from trainer.run.restore import Restored, restore
 
 TOYS = Path(__file__).resolve().parent
 ROOT = TOYS.parents[1]
@@ -65,9 +64,7 @@ def ran(*words) -> str:
 
 
 def opened(checkpoint: Path, *overrides: str) -> Restored:
-    parser = argparse.ArgumentParser()
-    add_checkpoint_arguments(parser)
-    return restore(parser.parse_args(["--checkpoint", str(checkpoint), "--device", "cpu", *overrides]))
+    return restore(checkpoint, device="cpu", overrides=overrides)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """What the trainer does with the parts of the contract that the six architectures of the table do not need."""
 
-import argparse
 import json
 
 import pytest
@@ -126,10 +125,7 @@ def test_a_base_is_in_no_checkpoint_average_or_optimizer(tmp_path):
 def test_a_base_that_is_put_in_while_loading_is_not_trained(tmp_path):
     score = run(tmp_path, "OnALoadedBase")
     assert "embed_tokens.weight" not in load_tensors(tmp_path, "model.pt")
-    args = argparse.Namespace(
-        checkpoint=str(tmp_path), model_name=None, hydra_model_cfg=None, raw=False, device="cpu", overrides=[]
-    )
-    weight = restore(args).adapter.model.embed_tokens.weight
+    weight = restore(tmp_path, device="cpu").adapter.model.embed_tokens.weight
     assert not weight.requires_grad and torch.equal(weight, torch.full_like(weight, 0.02))
     assert score < 9
 

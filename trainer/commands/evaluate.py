@@ -12,10 +12,9 @@ from data.rows import HeldoutRows
 from data.scored import text_to_score
 from trainer.distributed import World
 from trainer.evaluate import evaluate
-from trainer.run.checkpoint import load_json
 from trainer.run.files import output_file, write_atomically
 from trainer.run.lines import refuse_taken_names_of_score
-from trainer.run.restore import add_checkpoint_arguments, restore
+from trainer.run.restore import add_checkpoint_arguments, restore_named
 from trainer.signals import StopSignal
 from trainer.view.console import Console
 from trainer.view.format import bits_per_byte, ranking_notes, score_lines
@@ -55,9 +54,9 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"input_file is read by {those} only. Add {those}")
     output = output_file(args.output) if args.output else None
 
-    restored = restore(args, {"val_seq_len": args.val_seq_len} if args.val_seq_len else {})
+    restored = restore_named(args, {"val_seq_len": args.val_seq_len} if args.val_seq_len else {})
     cfg, checkpoint = restored.cfg, restored.checkpoint
-    trained_on = load_json(checkpoint, "training_state.json")["data"] if checkpoint else None
+    trained_on = restored.source.data if restored.source else None
     console = Console(live=False, stream=sys.stderr)
     with console.doing("reading the text"):
         text = text_to_score(cfg, _asked(args, cfg), restored.tokenizer, trained_on)

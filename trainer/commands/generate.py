@@ -11,7 +11,7 @@ from adapters.base import GenerateOptions
 from data.tokenizers import StreamDecoder, Tokenizer
 from trainer.errors import StopRequested
 from trainer.precision import autocast
-from trainer.run.restore import add_checkpoint_arguments, restore
+from trainer.run.restore import add_checkpoint_arguments, restore_named
 from trainer.signals import StopSignal
 from trainer.view.text_view import TextView, with_gaps
 
@@ -90,7 +90,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, GenerateOptions]:
 
 def main(argv: list[str]) -> int:
     args, options = _parse(argv)
-    restored = restore(args)
+    restored = restore_named(args)
     moving = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"  # a cursor can go back
     view = TextView(restored.tokenizer) if moving else None
     prompt = restored.tokenizer.encode(args.prompt).tolist()

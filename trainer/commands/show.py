@@ -19,8 +19,8 @@ from configs.help import list_configs
 from data.config import Unit
 from data.tokenizer_choice import vocabulary_size
 from trainer.batching import plan_batch
-from trainer.run.checkpoint import find_checkpoint
 from trainer.run.resume import tokenizer_to_take
+from trainer.run.source import open_source
 
 if TYPE_CHECKING:
     from configs.schema import ModelConfig, RunConfig
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
 def _vocabulary(cfg: RunConfig, unit: Unit, given: int | None) -> Any:
     """Stands in for the tokenizer, whose size follows from its name unless it is a file, or comes with weights."""
     if given is None and cfg.init_from_checkpoint:
-        source = find_checkpoint(cfg.init_from_checkpoint, lambda text: print(text, file=sys.stderr))
+        source = open_source(cfg.init_from_checkpoint, lambda text: print(text, file=sys.stderr))
         if (theirs := tokenizer_to_take(cfg, source)) is not None:
             given = theirs.vocab_size
     size = vocabulary_size(cfg, unit) if given is None else given

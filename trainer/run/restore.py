@@ -6,10 +6,11 @@ import argparse
 import copy
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,10 +20,11 @@ from adapters import adapter_class, build_adapter
 from adapters.base import ModelAdapter
 from configs.messages import ConfigError
 from configs.removed import REMOVED
-from naming import did_you_mean, not_one_of, require_fit, shapes
+from naming import did_you_mean, not_one_of
 from trainer.distributed import choose_device
 from trainer.precision import choose_precision, tune_host
-from trainer.run.checkpoint import find_checkpoint, load_json, load_tensors
+from trainer.run.checkpoint import load_tensors
+from trainer.run.source import Source, load_weights, open_source
 
 if TYPE_CHECKING:
     from configs.schema import ModelConfig, RunConfig
@@ -33,11 +35,10 @@ if TYPE_CHECKING:
 __all__ = [
     "Restored",
     "add_checkpoint_arguments",
-    "config_of",
     "load_average",
-    "load_weights",
-    "require_same_provenance",
     "restore",
+    "restore_named",
+    "say",
     "weights_of",
     "with_free_fields",
 ]
@@ -50,9 +51,18 @@ class Restored:
     tokenizer: Tokenizer
     device: torch.device
     precision: str
-    checkpoint: Path | None
+    source: Source | None
     weights: str  # "EMA", "raw" or "untrained"
     micro_rows: int  # rows of a forward pass: what the run used
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The folder that the weights are from."""
+        return self.source.path if self.source else None
+
+
+def say(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,20 +84,9 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def config_of(checkpoint: Path) -> tuple[RunConfig, Any]:
-    """(RunConfig, model_cfg) a checkpoint was trained with."""
-    from configs.validate import read_saved
-
-    generic = load_json(checkpoint, "training_state.json")["training_config"]
-    architecture = load_json(checkpoint, "config.json")["model_cfg"]
-    notes: list[str] = []
-    found = read_saved(generic, architecture, str(checkpoint), notes)
-    for text in notes:
-        print(f"note: {text}", file=sys.stderr)
-    return found
-
-
-def with_free_fields(cfg: RunConfig, model_cfg: ModelConfig, overrides: list[str]) -> ModelConfig:
+def with_free_fields(
+    cfg: RunConfig, model_cfg: ModelConfig, overrides: list[str], note: Callable[[str], None] = say
+) -> ModelConfig:
     """`model_cfg` with `model_cfg.field=value` words applied. ConfigError for what no such field is, what is fixed with
     the architecture, and what the Config refuses."""
     from configs.explain import explain
@@ -125,14 +124,8 @@ def with_free_fields(cfg: RunConfig, model_cfg: ModelConfig, overrides: list[str
         if n in given
     ]
     for text in (*request.notices, *unread):
-        print(f"note: {text}", file=sys.stderr)
+        note(text)
     return changed
-
-
-def load_weights(adapter: ModelAdapter, state: dict[str, torch.Tensor], source: str) -> None:
-    """Exact match of names and shapes, or a ValueError that lists the differences. External parts keep their own."""
-    require_fit(source, shapes(adapter.trained_state()), shapes(state))
-    adapter.model.load_state_dict(state, strict=False)
 
 
 def load_average(ema: EMA, checkpoint: Path) -> bool:
@@ -160,82 +153,98 @@ def weights_of(s: Session, checkpoint: Path) -> Iterator[None]:
             s.ema.load_state_dict(average)
 
 
-def require_same_provenance(adapter: ModelAdapter, saved: dict[str, Any], source: Path) -> None:
-    """`saved`: the config.json of a checkpoint, whose weights belong to the external parts they were trained with."""
-    theirs, mine = saved.get("provenance") or {}, adapter.provenance()
-    differing = [k for k in sorted({*theirs, *mine}) if theirs.get(k) != mine.get(k)]
-    if differing:
-        told = "; ".join(
-            f"{k} was {theirs.get(k, 'not there')}, here it is {mine.get(k, 'not there')}" for k in differing
-        )
-        raise ValueError(
-            f"{source} was trained on another base: {told}. Give the base that it was trained on"
-        )
+def restore(
+    given: str | Path,
+    *,
+    raw: bool = False,
+    device: str = "auto",
+    overrides: Sequence[str] = (),
+    changes: Mapping[str, Any] = MappingProxyType({}),
+    note: Callable[[str], None] = say,
+) -> Restored:
+    """The model that a path names, ready to score and to write.
+
+    Args:
+        given: a run folder, one of its checkpoints, or any other kind of `trainer.run.source`.
+        raw: the weights themselves even where an average of them was kept.
+        device: auto, cpu, cuda, cuda:N or mps.
+        overrides: words `model_cfg.FIELD=VALUE`, of fields that are no architecture.
+        changes: generic fields to replace.
+        note: hears what was passed over, and what has no effect.
+
+    Raises:
+        ValueError: there is no such thing, or it cannot be used; ConfigError for `overrides`.
+    """
+    where = _device(device)
+    source = open_source(given, note)
+    cfg, model_cfg = source.config(note)
+    model_cfg = with_free_fields(cfg, model_cfg, [*overrides], note)
+    cfg = cfg.model_copy(update=changes)
+    tune_host(cfg, where)
+    adapter = build_adapter(cfg, model_cfg, source.tokenizer, where)
+    source.fill(adapter)
+    average = None if raw else source.average()
+    if average is not None:
+        with torch.no_grad():
+            for name, parameter in adapter.named_model_parameters():
+                if name in average:
+                    parameter.copy_(average[name])
+        # An average of points of a set need not lie on it.
+        adapter.constrain(torch.zeros((), device=adapter.device))
+    precision, _ = choose_precision(cfg.mixed_precision, where)
+    weights = "raw" if average is None else "EMA"
+    return Restored(cfg, adapter.eval(), source.tokenizer, where, precision, source, weights, source.rows)
 
 
-def restore(args: argparse.Namespace, changes: dict[str, Any] | None = None) -> Restored:
-    """Build what the arguments of `add_checkpoint_arguments` name. `changes`: generic fields to replace."""
+def restore_named(args: argparse.Namespace, changes: dict[str, Any] | None = None) -> Restored:
+    """What the arguments of `add_checkpoint_arguments` name. `changes`: generic fields to replace."""
+    given = args.checkpoint or (f"checkpoints/{args.model_name}" if args.model_name else None)
+    if given:
+        found = restore(
+            given, raw=args.raw, device=args.device, overrides=args.overrides, changes=changes or {}
+        )
+        if args.hydra_model_cfg:
+            _compare_architectures(args.hydra_model_cfg, found)
+        return found
+    if args.hydra_model_cfg:
+        return _untrained(args, changes or {})
+    raise ValueError("nothing to load. Give --checkpoint <run folder> or --model_name <name>")
+
+
+def _untrained(args: argparse.Namespace, changes: dict[str, Any]) -> Restored:
     from configs.compose import compose
     from data import load_dataset
-    from data.tokenizers import load_tokenizer
 
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", args.device):
-        raise ValueError(f"device: {not_one_of(args.device, ('auto', 'cpu', 'cuda', 'cuda:N', 'mps'))}")
-    device = choose_device(args.device)
-    given = args.checkpoint or (f"checkpoints/{args.model_name}" if args.model_name else None)
-    checkpoint = find_checkpoint(given, lambda text: print(text, file=sys.stderr)) if given else None
-    if checkpoint:
-        cfg, model_cfg = config_of(checkpoint)
-        model_cfg = with_free_fields(cfg, model_cfg, args.overrides)
-    elif args.hydra_model_cfg:
-        cfg, model_cfg = compose([f"--hydra_model_cfg={args.hydra_model_cfg}", *args.overrides])
-    else:
-        raise ValueError("nothing to load. Give --checkpoint <run folder> or --model_name <name>")
-    cfg = cfg.model_copy(update=changes or {})
-    if checkpoint and args.hydra_model_cfg:
-        _compare_architectures(args.hydra_model_cfg, cfg, model_cfg, checkpoint)
+    device = _device(args.device)
+    cfg, model_cfg = compose([f"--hydra_model_cfg={args.hydra_model_cfg}", *args.overrides])
+    cfg = cfg.model_copy(update=changes)
     tune_host(cfg, device)
-    if checkpoint:
-        tokenizer = load_tokenizer(checkpoint / "tokenizer.json")
-    else:
-        tokenizer = load_dataset(cfg, unit=adapter_class(cfg).unit(model_cfg)).tokenizer
+    tokenizer = load_dataset(cfg, unit=adapter_class(cfg).unit(model_cfg)).tokenizer
     adapter = build_adapter(cfg, model_cfg, tokenizer, device)
-    weights = _load(adapter, checkpoint, args.raw) if checkpoint else "untrained"
     precision, _ = choose_precision(cfg.mixed_precision, device)
-    micro_rows = load_json(checkpoint, "config.json")["batch_size"] if checkpoint else 16
-    return Restored(cfg, adapter.eval(), tokenizer, device, precision, checkpoint, weights, micro_rows)
+    return Restored(cfg, adapter.eval(), tokenizer, device, precision, None, "untrained", Source.rows)
 
 
-def _load(adapter: ModelAdapter, checkpoint: Path, raw: bool) -> str:
-    """Fill the model; says which weights these are."""
-    require_same_provenance(adapter, load_json(checkpoint, "config.json"), checkpoint)
-    load_weights(adapter, load_tensors(checkpoint, "model.pt"), f"{checkpoint}/model.pt")
-    if raw or not (checkpoint / "ema.pt").exists():
-        return "raw"
-    shadow = load_tensors(checkpoint, "ema.pt")["shadow"]
-    with torch.no_grad():
-        for name, parameter in adapter.named_model_parameters():
-            if name in shadow:
-                parameter.copy_(shadow[name])
-    adapter.constrain(
-        torch.zeros((), device=adapter.device)
-    )  # an average of points of a set need not lie on it
-    return "EMA"
+def _device(given: str) -> torch.device:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", given):
+        raise ValueError(f"device: {not_one_of(given, ('auto', 'cpu', 'cuda', 'cuda:N', 'mps'))}")
+    return choose_device(given)
 
 
-def _compare_architectures(given: str, cfg: RunConfig, model_cfg: ModelConfig, checkpoint: Path) -> None:
+def _compare_architectures(given: str, found: Restored) -> None:
     """A model file beside a checkpoint is not needed: another type is an error, other sizes give way."""
     from configs.compose import compose
 
+    cfg, where = found.cfg, found.checkpoint
     other, other_model = compose([f"--hydra_model_cfg={given}", "preset=none"], notify=lambda text: None)
     if other.type != cfg.type:
         raise ValueError(
-            f"{given} is type {other.type}, but {checkpoint} is type {cfg.type}. Leave --hydra_model_cfg out: the "
+            f"{given} is type {other.type}, but {where} is type {cfg.type}. Leave --hydra_model_cfg out: the "
             f"checkpoint knows its architecture"
         )
-    mine, theirs = model_cfg.model_dump(), other_model.model_dump()
+    mine, theirs = found.adapter.model_cfg.model_dump(), other_model.model_dump()
     differing = [
         f"{k} {mine[k]} (not {theirs.get(k)})" for k in mine if k != "vocab_size" and mine[k] != theirs.get(k)
     ]
     if differing:
-        print(f"note: the architecture is that of {checkpoint}: {', '.join(differing)}", file=sys.stderr)
+        say(f"the architecture is that of {where}: {', '.join(differing)}")

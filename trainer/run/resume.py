@@ -13,12 +13,11 @@ from configs.grammar import in_quotes, word
 from configs.schema import redacted
 from configs.validate import read_saved
 from data import SOURCES
-from data.tokenizers import Tokenizer, load_tokenizer
+from data.tokenizers import Tokenizer
 from naming import command_line
-from trainer.run.checkpoint import checkpoints_in, find_checkpoint, load_json, load_tensors, newest_checkpoint
+from trainer.run.checkpoint import checkpoints_in, find_checkpoint, newest_checkpoint
 from trainer.run.facts import architecture, execution
-from trainer.run.fitted import with_own_fits
-from trainer.run.restore import load_weights, require_same_provenance
+from trainer.run.source import Checkpoint, Source, require_same_provenance
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
@@ -75,20 +74,18 @@ def checkpoint_to_resume(cfg: RunConfig, folder: RunFolder, warn: Callable[[str]
     return found
 
 
-def tokenizer_to_take(cfg: RunConfig, source: Path) -> Tokenizer | None:
-    """The tokenizer that the weights of a checkpoint were trained with, where the run leaves it open or names it as the
-    checkpoint does. None where it names another: that one is made, and refused unless it comes to the same."""
-    theirs = load_tokenizer(source / "tokenizer.json")
-    named_then = load_json(source, "training_state.json")["training_config"].get("tokenizer")
-    return theirs if cfg.tokenizer in ("auto", theirs.name, named_then) else None
+def tokenizer_to_take(cfg: RunConfig, source: Source) -> Tokenizer | None:
+    """The tokenizer that weights were trained with, where the run leaves it open or names it as they do. None where it
+    names another: that one is made, and refused unless it comes to the same."""
+    return source.tokenizer if cfg.tokenizer in ("auto", *source.tokenizer_names) else None
 
 
-def _require_same_tokenizer(s: Session, source: Path) -> None:
-    theirs, mine = load_tokenizer(source / "tokenizer.json"), s.dataset.tokenizer
+def _require_same_tokenizer(s: Session, source: Source) -> None:
+    theirs, mine = source.tokenizer, s.dataset.tokenizer
     if theirs.digest != mine.digest:
         raise ValueError(
-            f"tokenizer: '{s.cfg.tokenizer}' is another than the {theirs.name} of {source}, whose weights know the "
-            f"tokens of that one alone. Leave it at tokenizer=auto, which takes the checkpoint's"
+            f"tokenizer: '{s.cfg.tokenizer}' is another than the {theirs.name} of {source.path}, whose weights know "
+            f"the tokens of that one alone. Leave it at tokenizer=auto, which takes theirs"
         )
 
 
@@ -110,7 +107,7 @@ def check_resumable(
             f"the architecture is fixed by {checkpoint}/config.json (type {theirs['type']}): {what}"
         )
     require_same_provenance(s.adapter, theirs, checkpoint)
-    _require_same_tokenizer(s, checkpoint)
+    _require_same_tokenizer(s, Checkpoint(checkpoint))
     then_text, text = saved["data"]["fingerprint"], s.dataset.fingerprint
     renamed = saved["data"].get("content") == s.dataset.content
     if then_text != text and renamed:
@@ -191,24 +188,20 @@ def _mended(before: RunConfig, data: dict[str, Any], s: Session) -> str:
     return f"Restore the data ({'; '.join(changed) or 'its bytes, names and files'})"
 
 
-def start_from_weights(s: Session, source: Path, console: Console) -> None:
-    """Take the weights of a checkpoint, and their average where both keep one; optimizer and step start anew."""
-    saved = load_json(source, "config.json")
-    if saved["type"] != s.cfg.type and s.cfg.eval_only:
+def start_from_weights(s: Session, source: Source, console: Console) -> None:
+    """Take the weights of a source, and their average where both keep one; optimizer and step start anew."""
+    if source.type != s.cfg.type and s.cfg.eval_only:
         raise ValueError(
-            f"init_from_checkpoint: {source} holds a {saved['type']}, and this run would score it as a {s.cfg.type}. "
-            f"Set type={saved['type']}, or train from these weights (eval_only=false)"
+            f"init_from_checkpoint: {source.path} holds a {source.type}, and this run would score it as a "
+            f"{s.cfg.type}. Set type={source.type}, or train from these weights (eval_only=false)"
         )
-    if saved["type"] != s.cfg.type:
-        console.warn(f"the weights of {source} were trained as {saved['type']}; this run is {s.cfg.type}")
-    require_same_provenance(s.adapter, saved, source)
+    if source.type != s.cfg.type:
+        console.warn(f"the weights of {source.path} were trained as {source.type}; this run is {s.cfg.type}")
     _require_same_tokenizer(s, source)
-    state = with_own_fits(s, source, load_tensors(source, "model.pt"), console.note)
-    load_weights(s.adapter, state, f"{source}/model.pt")
+    source.begin(s, console.note)
     s.adapter.constrain(torch.zeros((), device=s.world.device))
     if s.ema:
-        averaged = source / "ema.pt"
-        s.ema.restart(load_tensors(source, "ema.pt")["shadow"] if averaged.is_file() else None)
+        s.ema.restart(source.average())
     console.note(
-        f"weights and tokenizer ({s.dataset.tokenizer.name}) from {source}; optimizer and step start anew"
+        f"weights and tokenizer ({s.dataset.tokenizer.name}) from {source.path}; optimizer and step start anew"
     )

@@ -8,6 +8,7 @@ from trainer.run.checkpoint import load_tensors
 from trainer.run.facts import checkpoint_contents
 from trainer.run.fitted import with_own_fits
 from trainer.run.progress import Progress
+from trainer.run.source import Checkpoint
 
 UNIFORM = ["model_cfg.transition_type=uniform", "model_cfg.noise_schedule=mutual_info"]
 
@@ -18,7 +19,7 @@ def taken(source, target, folder):
     for name, text in texts.items():
         (folder / name).write_text(text)
     notes: list[str] = []
-    state = with_own_fits(target, folder, source.adapter.trained_state(), notes.append)
+    state = with_own_fits(target, Checkpoint(folder), source.adapter.trained_state(), notes.append)
     assert set(state) == set(target.adapter.trained_state())
     weights = dict(target.adapter.named_model_parameters())
     assert all(torch.equal(state[name], source.adapter.trained_state()[name]) for name in weights)
