@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from configs.schema import DefaultModelConfig, Dropout, Free, within_context
 from kernels.precision import compute_dtype
+from models.huggingface import ROWS
 from models.layers.attention import attention, attention_bias
 from models.layers.cache import KVCache
 from models.layers.decoder import document_positions, padded_vocabulary
@@ -97,7 +98,7 @@ class Block(nn.Module):
 class GPT2(HuggingFaceDecoder):
     Config = GPT2Config
     cfg: GPT2Config
-    hf_name, hf_prefix = "GPT-2", "transformer."
+    hf, hf_prefix = ROWS["gpt2"], "transformer."
     hf_buffers = (".attn.bias", ".attn.masked_bias")  # causal masks
 
     def __init__(self, cfg: GPT2Config) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from configs.schema import DefaultModelConfig, Dropout, Free, Positive, Rate, within_context
 from kernels.precision import compute_dtype
+from models.huggingface import ROWS
 from models.layers.attention import attention, attention_bias
 from models.layers.cache import Cache, KVCache
 from models.layers.decoder import document_positions, padded_vocabulary
@@ -175,7 +176,7 @@ def block_flops(cfg: VanillaConfig, seq_len: int) -> Flops:
 class Vanilla(HuggingFaceDecoder):
     Config = VanillaConfig
     cfg: VanillaConfig
-    hf_name, hf_prefix = "Llama", "model."
+    hf, hf_prefix = ROWS["llama"], "model."  # `LlamaForCausalLM`
     hf_buffers = ("rotary_emb.inv_freq",)
 
     def __init__(self, cfg: VanillaConfig) -> None:
@@ -254,20 +255,3 @@ class Vanilla(HuggingFaceDecoder):
 
     def flops(self, seq_len: int) -> Flops:
         return block_flops(self.cfg, seq_len) * self.cfg.n_layers + matmul_flops(self.head_weight.numel())
-
-    # -- the files of Hugging Face transformers (`LlamaForCausalLM`) -----------------------------------------
-
-    def hf_views(self) -> dict[str, Tensor]:
-        """As in the base class. ValueError if this model is no Llama."""
-        c = self.cfg
-        off = {
-            "use_rope: false": not c.use_rope,
-            "use_rmsnorm: false": not c.use_rmsnorm,
-            "use_swiglu: false": not c.use_swiglu,
-            "qk_norm: true": c.qk_norm,
-            "attn_softcap": c.attn_softcap is not None,
-            "sliding_window": c.sliding_window is not None,
-        }
-        if any(off.values()):
-            raise ValueError(f"Llama has no counterpart of {', '.join(k for k, v in off.items() if v)}")
-        return super().hf_views()

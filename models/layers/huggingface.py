@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from models.huggingface import Row
 from models.layers.decoder import Decoder
 from naming import require_fit, shapes
 
@@ -18,7 +19,7 @@ HEAD = "lm_head.weight"
 class HuggingFaceDecoder(Decoder):
     """Its parameters have the names of the foreign base model. A subclass whose layout differs overrides `hf_views`."""
 
-    hf_name: str  # of the architecture, in messages
+    hf: Row  # of the table: the architecture there
     hf_prefix: str  # of every name but the head's, in files that have a head
     hf_buffers: tuple[str, ...]  # endings of what older files hold besides weights
 
@@ -44,10 +45,10 @@ class HuggingFaceDecoder(Decoder):
             head = found.setdefault(HEAD, table)
             if not torch.equal(head, table):
                 raise ValueError(
-                    f"this {self.hf_name} file has a head of its own: it needs tie_embeddings: false"
+                    f"this {self.hf.name} file has a head of its own: it needs tie_embeddings: false"
                 )
         views = self.hf_views()
-        require_fit(f"this {self.hf_name} state dict", shapes(views), shapes(found))
+        require_fit(f"this {self.hf.name} state dict", shapes(views), shapes(found))
         with torch.no_grad():
             for name, view in views.items():
                 view.copy_(found[name])
@@ -55,7 +56,9 @@ class HuggingFaceDecoder(Decoder):
                 padded[self.vocab_size :] = 0.0
 
     def hf_views(self) -> dict[str, Tensor]:
-        """Our tensors under foreign names, without padding, sharing memory with the parameters."""
+        """Our tensors under foreign names, without padding, sharing memory with the parameters. ValueError if the
+        architecture there cannot be what this configuration says."""
+        self.hf.require_form(self.cfg)
         views = {}
         for name, parameter in self.named_parameters():
             padded = parameter is self.embedding_weight or parameter is self.head_weight

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from models.huggingface import ROWS, to_config
 from tests.models.tiny import VOCABULARY, build, tokens_of
 
 transformers = pytest.importorskip("transformers")
@@ -164,3 +165,21 @@ def test_padding_is_stripped_on_the_way_out_and_zero_on_the_way_in():
 def test_what_llama_cannot_express_is_refused(fields):
     with pytest.raises(ValueError, match=f"no counterpart of {next(iter(fields))}"):
         build("vanilla", **fields).to_hf_state_dict()
+
+
+@pytest.mark.parametrize("model_type", ROWS)
+def test_the_table_knows_every_entry_of_their_config_and_its_default(model_type):
+    whole = transformers.AutoConfig.for_model(model_type).to_dict()
+    assert ROWS[model_type].read(whole, "") == ROWS[model_type].read({}, "")
+
+
+@pytest.mark.parametrize(
+    ("type_", "fields"), [("gpt2", {}), ("vanilla", {"n_kv_heads": 2, "rope_theta": 500.0})]
+)
+def test_their_model_of_our_config_has_our_shapes(type_, fields):
+    ours = build(type_, torch.float32, **fields)
+    config = transformers.AutoConfig.for_model(**to_config(type_, ours.cfg, bos_token_id=0, eos_token_id=0))
+    theirs = transformers.AutoModelForCausalLM.from_config(config)
+    theirs.load_state_dict(ours.to_hf_state_dict(), strict=True)
+    tokens = tokens_of(length=40)
+    torch.testing.assert_close(theirs.eval()(tokens).logits, logits_of(ours, tokens), rtol=0, atol=1e-5)

@@ -1,0 +1,144 @@
+"""One row of the table, and what it says of a config.json: its sizes, and whether it asks for more than we compute."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from dataclasses import field as attribute
+from typing import TYPE_CHECKING, Any
+
+from configs.messages import ConfigError
+from models.huggingface.entries import IGNORED, unnested
+
+if TYPE_CHECKING:
+    from configs.schema import ModelConfig
+
+__all__ = ["Field", "Row"]
+
+_NEEDED = {int: "a whole number from 1 on", float: "a number above 0", bool: "true or false"}
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of `model_cfg` that an entry of config.json decides.
+
+    `default`: what the entry means where it is absent; a text names another entry, whose value it then has, as it also
+    has where it is null. `written`: attribute of our Config with the value to write, where the field may be null.
+    """
+
+    name: str
+    kind: type
+    default: Any
+    written: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """An architecture in both worlds.
+
+    `classes`: its class with a language-model head in transformers, then the one without. `fields`: entry -> field;
+    where two entries are one field, they must agree. `required`: entry -> the values that are computed here, the one
+    that counts where the entry is absent first; or a function of the fields read. `ours`: field -> the value that it
+    has in every such file; a model with another has no such form. `dropouts`: entries that say what `dropout` does,
+    which stays the run's. `spellings`: other names of entries. `ignored`: entries that change nothing, besides those
+    of all rows.
+    """
+
+    type: str
+    name: str
+    classes: tuple[str, str]
+    fields: Mapping[str, Field]
+    required: Mapping[str, tuple[Any, ...] | Callable[[Mapping[str, Any]], tuple[Any, ...]]]
+    ours: Mapping[str, Any]
+    dropouts: tuple[str, ...] = ()
+    spellings: Mapping[str, str] = attribute(default_factory=dict)
+    ignored: set[str] = attribute(default_factory=set)
+
+    def read(self, config: Mapping[str, Any], source: str) -> dict[str, Any]:
+        """Fields of `model_cfg` that a config.json decides. `source` is its name in messages.
+
+        Raises:
+            ConfigError: entries with values that cannot be, and all those that ask for what is not computed here.
+        """
+        entries, problems = self._spelled(unnested(config))
+        fields: dict[str, Any] = {}
+        for entry, field in self.fields.items():
+            value = self._value(entry, entries)
+            if not _is(field.kind, value):
+                problems.append(f"{entry} is {json.dumps(value)}: {_NEEDED[field.kind]} is needed")
+            elif fields.setdefault(field.name, value) != value:
+                problems.append(
+                    f"{entry} is {json.dumps(value)}, and another entry makes model_cfg.{field.name} "
+                    f"{json.dumps(fields[field.name])}: one field does for both here"
+                )
+        if not problems:
+            problems = self._refused(entries, fields)
+        problems += self._unknown(entries)
+        if problems:
+            raise ConfigError([f"{source}: {problem}" for problem in problems])
+        return {**fields, **self.ours}
+
+    def write(self, model_cfg: ModelConfig) -> dict[str, Any]:
+        """The entries of a config.json for such a model. ValueError names the fields that have no form there."""
+        self.require_form(model_cfg)
+        fixed = {name: values[0] for name, values in self.required.items() if isinstance(values, tuple)}
+        return {
+            "architectures": [self.classes[0]],
+            **{e: getattr(model_cfg, f.written or f.name) for e, f in self.fields.items()},
+            **fixed,
+            **dict.fromkeys(self.dropouts, getattr(model_cfg, "dropout", 0.0)),
+        }
+
+    def require_form(self, model_cfg: ModelConfig) -> None:
+        """ValueError unless the architecture in transformers can be what this Config says."""
+        other = {k: getattr(model_cfg, k) for k, v in self.ours.items() if getattr(model_cfg, k) != v}
+        if other:
+            told = ", ".join(f"{k}: {json.dumps(v)}" for k, v in other.items())
+            raise ValueError(f"{self.name} has no counterpart of {told}")
+
+    def _value(self, entry: str, entries: Mapping[str, Any]) -> Any:
+        default = self.fields[entry].default
+        if isinstance(default, str):  # null, as that entry
+            value = entries.get(entry)
+            return self._value(default, entries) if value is None else value
+        return entries.get(entry, default)
+
+    def _spelled(self, entries: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """The entries under the names that the row knows, and what is said in two ways."""
+        found = {name: value for name, value in entries.items() if name not in self.spellings}
+        problems = []
+        for name, known in self.spellings.items():
+            if name in entries and found.setdefault(known, entries[name]) != entries[name]:
+                told = f"{name} is {json.dumps(entries[name])}, {known} {json.dumps(found[known])}"
+                problems.append(f"{told}: they are one entry, and differ")
+        return found, problems
+
+    def _refused(self, entries: Mapping[str, Any], fields: Mapping[str, Any]) -> list[str]:
+        """Entries with a value that is not computed here."""
+        problems = []
+        for entry, values in self.required.items():
+            allowed = values if isinstance(values, tuple) else values(fields)
+            if entry in entries and entries[entry] not in allowed:
+                legal = " or ".join(json.dumps(v) for v in allowed)
+                problems.append(
+                    f"{entry} is {json.dumps(entries[entry])}: {self.name} is computed with {legal} here"
+                )
+        named = entries.get("architectures") or []
+        if not set(named) <= set(self.classes):
+            problems.append(f"architectures is {json.dumps(named)}: weights of a {self.classes[0]} are read")
+        return problems
+
+    def _unknown(self, entries: Mapping[str, Any]) -> list[str]:
+        known = {*self.fields, *self.required, *self.dropouts, *self.ignored, *IGNORED}
+        return [
+            f"{entry} is {json.dumps(value)}: this is not computed here, and without it the weights mean another model"
+            for entry, value in entries.items()
+            if entry not in known and value is not False and value not in (None, [], {})
+        ]
+
+
+def _is(kind: type, value: Any) -> bool:
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    return isinstance(value, int if kind is int else int | float) and value > 0

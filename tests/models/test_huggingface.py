@@ -1,0 +1,197 @@
+"""The table: config.json to fields and back, and every entry that we do not compute refused by name."""
+
+import pytest
+
+from configs.messages import ConfigError
+from models import ARCHITECTURES
+from models.gpt2 import GPT2Config
+from models.huggingface import ROWS, form_of, to_config
+from models.vanilla import VanillaConfig
+from naming import load
+
+GPT2 = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 32, "vocab_size": 300}
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "max_position_embeddings": 32,
+    "vocab_size": 300,
+}
+PLAIN = {"gpt2": GPT2, "llama": LLAMA}
+
+
+def fields(model_type, **entries):
+    config = {**PLAIN[model_type], **entries}
+    return form_of(config, "config.json").read(config, "config.json")
+
+
+def refusals(model_type, **entries):
+    with pytest.raises(ConfigError) as caught:
+        fields(model_type, **entries)
+    return caught.value.problems
+
+
+# --- reading -------------------------------------------------------------------------------------------
+
+
+def test_sizes_are_read():
+    assert fields("gpt2") == {
+        **{"vocab_size": 300, "n_ctx": 32, "d_model": 64, "n_layers": 2, "n_heads": 4, "tie_embeddings": True}
+    }
+    assert fields("llama", num_key_value_heads=2, rms_norm_eps=1e-5, attention_bias=True, mlp_bias=True) == {
+        **{"vocab_size": 300, "n_ctx": 32, "d_model": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2},
+        **{"ffn_hidden": 96, "norm_eps": 1e-5, "rope_theta": 10000.0, "tie_embeddings": False, "bias": True},
+        **{"use_rope": True, "use_rmsnorm": True, "use_swiglu": True, "qk_norm": False},
+        **{"attn_softcap": None, "sliding_window": None},
+    }
+
+
+@pytest.mark.parametrize("entries", [{}, {"num_key_value_heads": None}])
+def test_key_heads_left_out_or_null_are_as_many_as_heads(entries):
+    assert fields("llama", **entries)["n_kv_heads"] == 4
+
+
+def test_the_general_names_of_gpt2s_entries_are_read_too():
+    spelled = {
+        "model_type": "gpt2",
+        "hidden_size": 64,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 8,
+    }
+    read = form_of(spelled, "").read(spelled, "")
+    assert (read["d_model"], read["n_heads"], read["n_ctx"], read["n_layers"]) == (64, 2, 8, 12)
+    assert refusals("gpt2", hidden_size=32) == [
+        "config.json: hidden_size is 32, n_embd 64: they are one entry, and differ"
+    ]
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"rope_theta": 5e5},
+        {"rope_theta": 500000, "rope_scaling": None},
+        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "default"}, "partial_rotary_factor": 1.0},
+    ],
+)
+def test_rotary_positions_are_read_as_every_version_writes_them(entries):
+    assert fields("llama", **entries)["rope_theta"] == 5e5
+
+
+@pytest.mark.parametrize(
+    ("model_type", "entries"),
+    [
+        (
+            "gpt2",
+            {"resid_pdrop": 0.1, "dtype": "bfloat16", "task_specific_params": {"text": {"max_length": 5}}},
+        ),
+        (
+            "gpt2",
+            {"activation_function": "gelu_pytorch_tanh", "n_inner": 256, "bos_token_id": 0, "n_ctx": 32},
+        ),
+        ("llama", {"head_dim": 16, "torch_dtype": "float16", "pretraining_tp": 2, "attention_dropout": 0.1}),
+        ("llama", {"quantization_config": None, "use_sliding_window": False, "pruned_heads": {}}),
+    ],
+)
+def test_what_changes_nothing_is_no_hindrance(model_type, entries):
+    assert fields(model_type, **entries) == fields(model_type)
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 500000.0}
+REFUSED = [
+    ("gpt2", {"activation_function": "relu"}, 'activation_function is "relu": GPT-2 is computed with "gelu_new" or'),
+    ("gpt2", {"n_inner": 100}, "n_inner is 100: GPT-2 is computed with null or 256 here"),
+    ("gpt2", {"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06: GPT-2 is computed with 1e-05 here"),
+    ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is false: GPT-2 is computed with true here"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is true: this is not"),
+    ("gpt2", {"add_cross_attention": True}, "add_cross_attention is true: this is not computed here"),
+    ("gpt2", {"quantization_config": {"bits": 4}}, 'quantization_config is {"bits": 4}: this is not computed here'),
+    ("gpt2", {"architectures": ["GPT2ForTokenClassification"]}, "weights of a GPT2LMHeadModel are read"),
+    ("gpt2", {"n_embd": "64"}, 'n_embd is "64": a whole number from 1 on is needed'),
+    ("gpt2", {"n_layer": 0}, "n_layer is 0: a whole number from 1 on is needed"),
+    ("gpt2", {"n_head": True}, "n_head is true: a whole number from 1 on is needed"),
+    ("llama", {"tie_word_embeddings": 1}, "tie_word_embeddings is 1: true or false is needed"),
+    ("llama", {"rms_norm_eps": None}, "rms_norm_eps is null: a number above 0 is needed"),
+    ("llama", {"rope_scaling": LLAMA3}, 'rope_scaling is {"rope_type": "llama3", "factor": 8.0'),
+    ("llama", {"rope_parameters": LLAMA3}, 'rope_parameters is {"rope_type": "llama3", "factor": 8.0'),
+    ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "rope_parameters is {"),
+    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5: this is not computed here"),
+    ("llama", {"attention_bias": True}, "mlp_bias is false, and another entry makes model_cfg.bias true"),
+    ("llama", {"sliding_window": 4096}, "sliding_window is 4096: this is not computed here"),
+    ("llama", {"hidden_act": "gelu"}, 'hidden_act is "gelu": Llama is computed with "silu" or "swish" here'),
+    ("llama", {"head_dim": 32}, "head_dim is 32: Llama is computed with null or 16 here"),
+    ("llama", {"attention_multiplier": 0}, "attention_multiplier is 0: this is not computed here"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model_type", "entries", "message"), REFUSED, ids=lambda v: None)
+def test_what_is_not_computed_is_refused_by_name(model_type, entries, message):
+    (problem,) = refusals(model_type, **entries)
+    assert problem.startswith("config.json: ") and message in problem
+
+
+def test_all_refusals_come_together():
+    told = refusals("llama", hidden_act="gelu", sliding_window=4, rope_scaling=LLAMA3)
+    assert [problem.split()[1] for problem in told] == ["hidden_act", "sliding_window", "rope_scaling"]
+    told = refusals("llama", hidden_size="64", sliding_window=4)
+    assert [problem.split()[1] for problem in told] == ["hidden_size", "sliding_window"]
+
+
+def test_an_unknown_model_type_lists_what_there_is():
+    with pytest.raises(
+        ConfigError, match=r"c.json: model_type: 'gpt3' is not one of gpt2, llama. Did you mean 'gpt2'"
+    ):
+        form_of({"model_type": "gpt3"}, "c.json")
+    with pytest.raises(ConfigError, match=r"c.json: no model_type. Architectures that are read: gpt2, llama"):
+        form_of({}, "c.json")
+
+
+# --- writing -------------------------------------------------------------------------------------------
+
+CONFIGS = {
+    "gpt2": [
+        {},
+        {"n_ctx": 7, "d_model": 60, "n_heads": 5, "n_layers": 3, "dropout": 0.2, "tie_embeddings": False},
+        {"bias": False, "pad_vocab": False, "wpe_init_std": 0.01},
+    ],
+    "vanilla": [
+        {},
+        {"n_kv_heads": 3, "ffn_hidden": 77, "rope_theta": 5e5, "norm_eps": 1e-6, "bias": True},
+        {"multiple_of": 128, "tie_embeddings": False, "dropout": 0.1},
+    ],
+}
+CASES = [(type_, cfg) for type_, given in CONFIGS.items() for cfg in given]
+
+
+@pytest.mark.parametrize(("type_", "given"), CASES)
+def test_what_is_written_reads_as_the_same_model(type_, given):
+    cls = {"gpt2": GPT2Config, "vanilla": VanillaConfig}[type_]
+    cfg = cls(vocab_size=321, **given)
+    written = to_config(type_, cfg, bos_token_id=3)
+    assert written["bos_token_id"] == 3
+    row = form_of(written, "")
+    again = cfg.model_copy(update=row.read(written, ""))
+    resolved = {"n_kv_heads": "kv_heads", "ffn_hidden": "hidden_width"}
+    for name in cls.model_fields:
+        assert getattr(again, name) == getattr(cfg, resolved.get(name, name)), name
+    assert to_config(type_, again, bos_token_id=3) == written
+
+
+def test_every_row_is_an_architecture_with_every_field_said():
+    for row in ROWS.values():
+        config = load(ARCHITECTURES[row.type].model).Config
+        known = {field.name for field in row.fields.values()} | row.ours.keys()
+        assert known <= config.model_fields.keys()
+        assert not known & config.free(), "free fields stay the run's"
+
+
+def test_what_has_no_form_there_is_refused_by_field():
+    cfg = VanillaConfig(vocab_size=9, use_rope=False, attn_softcap=5.0)
+    with pytest.raises(ValueError, match="Llama has no counterpart of use_rope: false, attn_softcap: 5.0"):
+        to_config("vanilla", cfg)
+    with pytest.raises(
+        ValueError, match="type mdl has no form in Hugging Face transformers; gpt2, vanilla have one"
+    ):
+        to_config("mdl", cfg)
