@@ -335,8 +335,8 @@ class ModelAdapter(nn.Module):
 
     def stop_tokens(self, options: GenerateOptions) -> set[int]:
         """Token ids that end a text."""
-        ends = {self.tokenizer.eot} if options.stop_at_document_end else set()
-        return ends | set(options.stop_ids)
+        ends = self.tokenizer.ends if options.stop_at_document_end else set()
+        return {*ends, *options.stop_ids}
 
     def infill(
         self, texts: list[list[int | None]], options: GenerateOptions, on_state: OnState | None = None

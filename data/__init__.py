@@ -58,10 +58,12 @@ class TokenizerKind(Entry):
     - `from_content(content)`: one from the mapping that its `save` wrote,
     - `train(documents, size)` if `trained`, else a constructor without arguments,
 
-    that meets `data.tokenizers.Tokenizer`. A trained kind is written `<kind>-<size>`, and cached.
+    that meets `data.tokenizers.Tokenizer`. A trained kind is written `<kind>-<size>`, and cached. One that is not
+    `named` comes from a file alone and needs `from_content` only.
     """
 
     trained: bool = False
+    named: bool = True
 
 
 # `data=<name>`
@@ -92,6 +94,12 @@ TOKENIZERS: dict[str, TokenizerKind] = {
     "byte": TokenizerKind("data.tokenizers:ByteTokenizer", (), "the 256 bytes"),
     "bpe": TokenizerKind(
         "data.bpe:BpeTokenizer", (), "byte-level BPE of N ids, trained on your text", trained=True
+    ),
+    "huggingface": TokenizerKind(
+        "data.huggingface.tokenizer:HuggingFaceTokenizer",
+        (),
+        "a tokenizer.json of Hugging Face, which comes with its model",
+        named=False,
     ),
 }
 CACHE_FORMAT = 1  # part of every cache key: raise it when tokens or tokenizers would come out differently

@@ -18,6 +18,7 @@ import regex
 
 from data.corpus import Document, path_hash
 from data.errors import DataError
+from data.huggingface.written import byte_level_json
 from data.merges import learn_merges
 from data.tokenizers import END_OF_TEXT, TableTokenizer, as_bytes
 
@@ -102,6 +103,9 @@ class BpeTokenizer(TableTokenizer):
         ranks = [base64.b64encode(token).decode() for token in self._tokens[:-1]]
         return {**super()._content(), "pat_str": self.pattern, "ranks": ranks}
 
+    def to_huggingface(self) -> dict[str, Any]:
+        return byte_level_json(self._tokens[:-1], END_OF_TEXT, self.pattern)
+
     def encode(self, text: str | bytes) -> np.ndarray:
         raw = as_bytes(text)
         parts: list[np.ndarray] = []
@@ -146,12 +150,12 @@ def _pieces(raw: bytes) -> Iterable[tuple[int, int]]:
     while start < len(raw):
         stop = min(start + PIECE_BYTES, len(raw))
         if stop < len(raw):
-            stop = raw.rfind(b"\n", start + PIECE_BYTES // 2, stop) + 1 or _character_start(raw, stop)
+            stop = raw.rfind(b"\n", start + PIECE_BYTES // 2, stop) + 1 or character_start(raw, stop)
         yield start, stop
         start = stop
 
 
-def _character_start(raw: bytes, position: int) -> int:
+def character_start(raw: bytes, position: int) -> int:
     """The start of the UTF-8 sequence that `position` lies in (which is at most four bytes long)."""
     for back in range(4):
         if raw[position - back] & 0xC0 != 0x80:
@@ -163,7 +167,7 @@ def _beginning(text: bytes, length: int) -> bytes:
     """At most `length` bytes, up to a line end if there is one in the second half of them."""
     if len(text) <= length:
         return text
-    return text[: text.rfind(b"\n", length // 2, length) + 1 or _character_start(text, length)]
+    return text[: text.rfind(b"\n", length // 2, length) + 1 or character_start(text, length)]
 
 
 def count_words(texts: Iterable[bytes]) -> Counter[str]:

@@ -13,7 +13,7 @@ import numpy as np
 from data.cache import file_digest, write_atomic
 from data.corpus import Document
 from data.errors import DataError
-from data.tokenizers import Tokenizer
+from data.tokenizers import Tokenizer, text_of
 
 _ARRAYS = ("tokens", "offsets", "doc_bytes")
 
@@ -47,7 +47,7 @@ class TokenStore:
 
     def text(self, index: int) -> bytes:
         """The raw text of one document."""
-        return self.tokenizer.decode(self.tokens[self.offsets[index] : self.offsets[index + 1]])
+        return text_of(self.tokenizer, self.tokens[self.offsets[index] : self.offsets[index + 1]])
 
 
 def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> TokenStore:

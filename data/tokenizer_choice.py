@@ -75,17 +75,18 @@ def make_tokenizer(cfg: DataConfig, unit: Unit, corpus: Corpus, cache: Path, not
 
 
 def _parse(spec: str) -> Choice:
+    named = {kind: row for kind, row in TOKENIZERS.items() if row.named}
     name, _, size = spec.rpartition("-")
-    if spec in TOKENIZERS and not TOKENIZERS[spec].trained:
+    if spec in named and not named[spec].trained:
         return Choice(spec, spec)
-    if name in TOKENIZERS and TOKENIZERS[name].trained and size.isdecimal():
-        TOKENIZERS[name].load().vocabulary_size(int(size))  # refuses a size that it cannot have
+    if name in named and named[name].trained and size.isdecimal():
+        named[name].load().vocabulary_size(int(size))  # refuses a size that it cannot have
         return Choice(spec, name, int(size))
     if expand_path(spec).is_file():
         return Choice(spec, None)
     digits = re.search(r"\d*$", spec)
     size = digits[0] if digits and digits[0] else "1024"
-    spellings = [f"{kind}-<N>" if row.trained else kind for kind, row in TOKENIZERS.items()]
+    spellings = [f"{kind}-<N>" if row.trained else kind for kind, row in named.items()]
     near = did_you_mean(spec.lower(), [AUTO, *(s.replace("<N>", size) for s in spellings)])
     raise DataError(
         f"tokenizer: '{spec}' is not one of {', '.join([AUTO, *spellings])}, and there is no such file.{near}"

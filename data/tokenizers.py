@@ -1,8 +1,9 @@
-"""Tokenizers: text to ids and back, byte for byte, whatever the bytes.
+"""Tokenizers: text to ids and back.
 
-`data.TOKENIZERS` is the table of kinds; single bytes are here. All are lossless for arbitrary bytes, end with
-`<|endoftext|>` as the last id, and are saved as one JSON file. Text never produces `<|endoftext|>`: a literal one
-is encoded as ordinary characters.
+`data.TOKENIZERS` is the table of kinds; single bytes are here. Our own are lossless for arbitrary bytes and have
+`<|endoftext|>` as their last id; those of others (`data/huggingface/`) have their special tokens anywhere, and some
+lose text. All are saved as one JSON file. Text never produces a special token: a literal one is encoded as ordinary
+characters.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 from data import TOKENIZERS
 from data.cache import write_atomic
 from data.errors import DataError
+from data.huggingface.written import byte_level_json
 from naming import not_one_of
 
 END_OF_TEXT = "<|endoftext|>"
@@ -27,21 +29,42 @@ FORMAT_VERSION = 1
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """`vocab_size` counts end-of-text, whose id is `eot`; `token_bytes` (V,) are lengths, 0 for that one."""
+    """`vocab_size` is the highest id + 1. `eot` is the id that stands before a document and behind it; `ends` are those
+    that end a text which is being generated, `eot` among them; `special_tokens` are all that text never produces.
+    `token_bytes` (V,) are lengths, 0 for those. `lead`: bytes that `encode` puts before a text and that are none of it.
+    `huggingface_config`: what tokenizer_config.json says of the tokenizer beside its class.
+    """
 
     name: str
     vocab_size: int
     eot: int
+    ends: frozenset[int]
+    special_tokens: dict[str, int]
+    lead: bytes
     digest: str
     token_bytes: np.ndarray
     dtype: np.dtype
+    huggingface_config: dict[str, Any]
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        """Ids (L,) of any text; never contains `eot`."""
+        """Ids (L,) of a whole text, or of its beginning; never contains a special token."""
+        ...
+
+    def encode_inside(self, text: str | bytes) -> np.ndarray:
+        """Ids (L,) of text that stands behind other text: without `lead`."""
         ...
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        """The exact bytes of ids; `eot` is empty. DataError names an id outside the vocabulary."""
+        """The bytes that ids stand for one behind the other, a `lead` among them; special tokens are empty. DataError
+        names an id outside the vocabulary."""
+        ...
+
+    def spans(self, text: str | bytes) -> np.ndarray:
+        """(L, 2) int64: where the bytes of each token of `encode(text)` begin and end in the text."""
+        ...
+
+    def to_huggingface(self) -> dict[str, Any] | None:
+        """The content of a tokenizer.json that transformers opens, with equal ids; None where there is no such form."""
         ...
 
     def save(self, path: str | Path) -> None:
@@ -57,16 +80,32 @@ class TableTokenizer:
     """What kinds share that are a table of byte strings with end-of-text behind it."""
 
     kind: str
+    lead = b""
+    huggingface_config: dict[str, Any] = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
 
     def __init__(self, name: str, tokens: list[bytes]):
         self.name = name
         self.eot = len(tokens)
+        self.ends = frozenset({self.eot})
+        self.special_tokens = {END_OF_TEXT: self.eot}
         self.vocab_size = len(tokens) + 1
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
         self._tokens = [*tokens, b""]
         self.token_bytes = np.array([len(token) for token in self._tokens], dtype=np.int64)
         canonical = json.dumps(self._content(), sort_keys=True, separators=(",", ":"))
         self.digest = hashlib.sha256(canonical.encode()).hexdigest()
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        raise NotImplementedError(f"{type(self).__name__} must define encode")
+
+    def encode_inside(self, text: str | bytes) -> np.ndarray:
+        return self.encode(text)
+
+    def spans(self, text: str | bytes) -> np.ndarray:
+        return spans_of(self, self.encode(text))
+
+    def to_huggingface(self) -> dict[str, Any] | None:
+        return None
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> bytes:
         array = np.asarray(ids, dtype=np.int64).reshape(-1)
@@ -85,7 +124,7 @@ class TableTokenizer:
         return {
             "format_version": FORMAT_VERSION,
             "type": self.kind,
-            "special_tokens": {END_OF_TEXT: self.eot},
+            "special_tokens": self.special_tokens,
         }
 
 
@@ -108,26 +147,46 @@ class ByteTokenizer(TableTokenizer):
     def encode(self, text: str | bytes) -> np.ndarray:
         return np.frombuffer(as_bytes(text), dtype=np.uint8).astype(self.dtype)
 
+    def to_huggingface(self) -> dict[str, Any]:
+        return byte_level_json(self._tokens[:-1], END_OF_TEXT)
+
 
 class StreamDecoder:
     """Decode ids as they are generated: text comes out as soon as its UTF-8 sequence is complete.
 
-    Bytes that can never become UTF-8 come out as U+FFFD. Call `flush` at the end for an incomplete sequence.
+    `begins`: the first ids are the beginning of a text, not what follows a prompt. Bytes that can never become UTF-8
+    come out as U+FFFD. Call `flush` at the end for an incomplete sequence.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, begins: bool = False):
         self._tokenizer = tokenizer
+        self._lead = tokenizer.lead if begins else b""
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text that these ids complete."""
-        return self._decoder.decode(self._tokenizer.decode(ids))
+        raw = self._tokenizer.decode(ids)
+        if raw:
+            raw, self._lead = raw.removeprefix(self._lead), b""
+        return self._decoder.decode(raw)
 
     def flush(self) -> str:
         """What is left of an unfinished sequence, as U+FFFD; the decoder starts afresh."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest
+
+
+def text_of(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray) -> bytes:
+    """The text whose ids from its beginning these are."""
+    return tokenizer.decode(ids).removeprefix(tokenizer.lead)
+
+
+def spans_of(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
+    """(L, 2) int64: where each token's bytes begin and end in `text_of` these ids. A lead belongs to no token."""
+    ends = np.cumsum(tokenizer.token_bytes[ids])
+    lead = len(tokenizer.decode(ids)) - len(text_of(tokenizer, ids))
+    return np.maximum(np.stack([ends - tokenizer.token_bytes[ids], ends], axis=1) - lead, 0)
 
 
 def check_ids(ids: np.ndarray, vocab_size: int) -> None:
@@ -158,8 +217,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def _from_content(content: Any) -> Tokenizer:
     if not isinstance(content, dict) or "format_version" not in content:
         raise DataError(
-            'not a tokenizer of this project (no "format_version"): other programs\' are not read; '
-            "a run folder holds its own as tokenizer.json."
+            'not a tokenizer of this project (no "format_version"): a run folder holds its own as tokenizer.json. '
+            "That of transformers comes with its model: init_from_checkpoint=<folder>."
         )
     if content["format_version"] != FORMAT_VERSION:
         raise DataError(
@@ -169,8 +228,8 @@ def _from_content(content: Any) -> Tokenizer:
     if kind not in TOKENIZERS:
         raise DataError(f"type: {not_one_of(kind, TOKENIZERS)}")
     tokenizer = TOKENIZERS[kind].load().from_content(content)
-    if content.get("special_tokens") != {END_OF_TEXT: tokenizer.eot}:
-        raise DataError(f"special_tokens must be {{{END_OF_TEXT!r}: {tokenizer.eot}}}, the last id.")
+    if content.get("special_tokens") != tokenizer.special_tokens:
+        raise DataError(f"special_tokens must be {tokenizer.special_tokens}, as its tokens say.")
     if content.get("digest") != tokenizer.digest:
         raise DataError("the content does not match its digest: the file is damaged or was edited.")
     return tokenizer

@@ -102,10 +102,10 @@ def _ngram_sample(train: TokenStore) -> np.ndarray:
 
 
 def _unigram_bits(train: TokenStore, heldout: TokenStore, scored: np.ndarray) -> float:
-    """Bits of the scored documents under add-one token frequencies (end-of-text is not counted)."""
-    kinds = train.tokenizer.vocab_size - 1
-    counts = np.bincount(train.tokens, minlength=kinds) + 1
-    bits = math.log2(counts.sum()) - np.log2(counts)
+    """Bits of the scored documents under add-one frequencies of the tokens that stand for text."""
+    tokenizer = train.tokenizer
+    counts = np.bincount(train.tokens, minlength=tokenizer.vocab_size) + (tokenizer.token_bytes > 0)
+    bits = math.log2(counts.sum()) - np.log2(np.maximum(counts, 1))
     spans = zip(heldout.offsets[scored], heldout.offsets[scored + 1], strict=True)
     return float(sum(bits[heldout.tokens[start:stop]].sum() for start, stop in spans))
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from adapters.base import GenerateOptions
+from data.tokenizers import text_of
 from trainer.errors import StopRequested
 
 if TYPE_CHECKING:
@@ -40,4 +41,4 @@ def sample_text(s: Session, should_stop: Callable[[], bool]) -> str | None:
         return None
     finally:
         s.adapter.train(training)
-    return tokenizer.decode(prompt + new).decode("utf-8", errors="replace")
+    return text_of(tokenizer, prompt + new).decode("utf-8", errors="replace")

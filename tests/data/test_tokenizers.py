@@ -183,7 +183,7 @@ def test_files_that_are_no_tokenizer_are_refused_by_reason(tmp_path, bpe: BpeTok
         "list of base64": _damage(content, ranks=["?"]),
         "all 256 single bytes": _damage(content, ranks=content["ranks"][1:]),
         "same bytes twice": _damage(content, ranks=[*content["ranks"], content["ranks"][-1]]),
-        "the last id": _damage(content, special_tokens={END_OF_TEXT: 0}),
+        "as its tokens say": _damage(content, special_tokens={END_OF_TEXT: 0}),
         "does not match its digest": _damage(content, pat_str=content["pat_str"] + "|x"),
         "tiktoken does not accept": _damage(content, pat_str="("),
         "pat_str must be a string": _damage(content, pat_str=None),

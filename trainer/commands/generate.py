@@ -178,7 +178,7 @@ class _Printer:
             self._write(self.decoder.push(self.waiting[row]) + self.decoder.flush() + "\n")
 
     def _begin(self, row: int) -> None:
-        self.decoder = StreamDecoder(self.tokenizer)
+        self.decoder = StreamDecoder(self.tokenizer, begins=not self.prompt)
         if self.samples > 1:
             print(f"--- sample {row + 1} of {self.samples} ---", file=sys.stderr, flush=True)
         self._write(self.prompt)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-from data.tokenizers import Tokenizer
+from data.tokenizers import Tokenizer, text_of
 
 __all__ = ["GAP", "TextView", "with_gaps"]
 
@@ -44,11 +44,13 @@ class TextView:
     def render(self, tokens: list[int | None]) -> str:
         """The text, with undecided tokens as blocks; bytes that are no character yet become a replacement mark."""
         out, run = [], []
-        for token in [*tokens, None]:
+        for place, token in enumerate([*tokens, None]):
             if token is not None:
                 run.append(token)
                 continue
-            out.append(self.tokenizer.decode(run).decode("utf-8", errors="replace"))
+            begins = len(run) == place
+            raw = text_of(self.tokenizer, run) if begins else self.tokenizer.decode(run)
+            out.append(raw.decode("utf-8", errors="replace"))
             out.append(UNDECIDED)
             run = []
         return "".join(c if c == "\n" or c.isprintable() else " " for c in "".join(out[:-1]))
@@ -86,7 +88,7 @@ def with_gaps(text: str, tokenizer: Tokenizer, gap_tokens: int) -> list[int | No
         raise ValueError(f"infill: there is no gap in the text. Write {GAP} where it is to be filled")
     out: list[int | None] = list(tokenizer.encode(pieces[0]).tolist())
     for piece in pieces[1:]:
-        out += [*[None] * gap_tokens, *tokenizer.encode(piece).tolist()]
+        out += [*[None] * gap_tokens, *tokenizer.encode_inside(piece).tolist()]
     return out
 
 

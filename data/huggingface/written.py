@@ -1,0 +1,56 @@
+"""A byte-level tokenizer of ours as tokenizer.json, the file of Hugging Face's `tokenizers`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from data.huggingface.alphabet import spelled
+
+__all__ = ["byte_level_json", "merges_of"]
+
+
+def byte_level_json(tokens: Sequence[bytes], end_of_text: str, pattern: str | None = None) -> dict[str, Any]:
+    """The content of a tokenizer.json with these byte strings as ids 0, 1, ..., and the token between documents behind
+    them.
+
+    `pattern` splits text into words, None not at all; in each the pair whose joint is the earliest token is merged,
+    until there is none.
+    """
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    alphabet = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    steps = [alphabet] if pattern is None else [split, alphabet]
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": len(tokens), "content": end_of_text, **special}],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+        "post_processor": None,
+        "decoder": alphabet,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,  # as tiktoken: a word that is a token is that token
+            "vocab": {spelled(token): index for index, token in enumerate(tokens)},
+            "merges": [[spelled(left), spelled(right)] for left, right in merges_of(tokens)],
+        },
+    }
+
+
+def merges_of(tokens: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
+    """The pairs that tiktoken merges, the first to be merged first: any two tokens that together are one, by its id."""
+    known = {token: index for index, token in enumerate(tokens)}
+    merges = []
+    for token in tokens:
+        halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        pairs = [(left, right) for left, right in halves if left in known and right in known]
+        merges += sorted(pairs, key=lambda pair: (known[pair[0]], known[pair[1]]))
+    return merges
