@@ -222,10 +222,11 @@ OnState = Callable[[int, list[int | None]], None]
 class ModelAdapter(nn.Module):
     """Wraps a backbone; this module is what data-parallel training wraps, with ONE `forward`.
 
-    Subclasses must define `prepare`, `forward`, `likelihood` and `generate`; everything else has a default
-    that asks the model. The training mode is decided by what `prepare` returns, never by another method name:
-    calling anything but the wrapper's `forward` leaves gradients un-synced under DistributedDataParallel. Every step
-    gives every trainable parameter a gradient: a part that is off gets weight 0, it is not skipped.
+    Subclasses must define `prepare`, `forward`, `likelihood` and `generate`, and `clean_states` to be looked into;
+    everything else has a default that asks the model. The training mode is decided by what `prepare` returns, never by
+    another method name: calling anything but the wrapper's `forward` leaves gradients un-synced under
+    DistributedDataParallel. Every step gives every trainable parameter a gradient: a part that is off gets weight 0,
+    it is not skipped.
 
     Parameters and buffers belong into `model`, where checkpoints, roles and averages find them.
     """
@@ -311,6 +312,17 @@ class ModelAdapter(nn.Module):
     def likelihood(self, batch: Batch, ctx: Context) -> Likelihood:
         """Score held-out rows. `batch.weights` marks text positions, `batch.end_weights` document ends."""
         raise NotImplementedError(f"{type(self).__name__} must define likelihood")
+
+    def clean_states(self, batch: Batch, ctx: Context) -> Tensor:
+        """Last hidden states (B, S, D) of the rows' first S tokens as they stand, nothing noised or hidden: what one
+        sees who looks into the model. `ctx` is that of evaluation. ValueError where a network cannot read text so."""
+        raise ValueError(
+            f"{type(self).__name__} does not say what its network makes of clean text: it defines no clean_states"
+        )
+
+    def logits(self, states: Tensor) -> Tensor:
+        """(..., D) of `clean_states` -> (..., V), without the columns of padding."""
+        return self.model.logits(states)
 
     def generate(
         self,

@@ -112,6 +112,9 @@ class DefaultModelAdapter(ModelAdapter):
             metrics=self.heldout_metrics(hidden, prepared),
         )
 
+    def clean_states(self, batch: Batch, ctx: Context) -> Tensor:
+        return self.hidden(self.prepare(batch, ctx).to(self.device)).states
+
     def kernel_calls(self, rows: int, seq_len: int) -> dict[str, tuple[int, int]]:
         return {"linear_cross_entropy": (rows * seq_len, self.model.head_weight.shape[0])}
 

@@ -184,6 +184,11 @@ class HeldoutRows:
         every = (self.batch(np.arange(row, min(row + 64, self.n_rows))) for row in range(0, self.n_rows, 64))
         return sum(batch.bytes for batch in every)
 
+    def targets_of(self, row: int) -> slice:
+        """Which targets of its document a row scores: tokens of the text, from 0, and behind them the end."""
+        first = int(self._first[row])
+        return slice(first, first + int(self._length[row]))
+
     def batch(self, rows: np.ndarray) -> Batch:
         """Rows by number, 0 to n_rows - 1. Row -1 is padding: nothing in it counts (uneven processes)."""
         rows = np.asarray(rows, dtype=np.int64)
@@ -195,8 +200,9 @@ class HeldoutRows:
         # Position 0 is the start token, 1 to `total` the text, then its end; beyond that, ends of nothing.
         positions = first[:, None] + np.arange(width + self.lookahead)  # (B, width + n)
         is_text = (positions >= 1) & (positions <= total[:, None]) & ~padding[:, None]
-        index = np.where(is_text, self.store.offsets[document][:, None] + positions - 1, 0)
-        tokens = np.where(is_text, self.store.tokens[index].astype(np.int64), self.eot)
+        index = self.store.offsets[document][:, None] + positions - 1
+        tokens = np.full(positions.shape, self.eot, dtype=np.int64)
+        tokens[is_text] = self.store.tokens[index[is_text]]
         doc_ids = np.maximum(positions - total[:, None], 0).astype(np.int32)
         targets = slice(1, width + 1)
         counts = np.arange(width) < length[:, None]

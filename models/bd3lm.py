@@ -168,16 +168,26 @@ class BD3LM(DiT):
 
     def read(self, clean: Tensor, doc_ids: Tensor | None = None, blocks: Tensor | None = None) -> KVCache:
         """clean (B, T) -> keys and values, to be given to `forward` as `clean` with the same doc_ids and blocks."""
+        cache = self.init_cache(len(clean))
+        self.clean_states(clean, doc_ids, blocks, cache)
+        cache.advance(clean.shape[1])
+        return cache
+
+    def clean_states(
+        self,
+        clean: Tensor,
+        doc_ids: Tensor | None = None,
+        blocks: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """clean (B, T) -> hidden (B, T, D). Training reads no loss there, only what noisy tokens attend to."""
         length = clean.shape[1]
         blocks = self._consecutive(clean) if blocks is None else blocks
         mask = self._one_pass_mask(blocks, doc_ids)[:, :, :length, :length]
-        cache = self.init_cache(len(clean))
         biases = [additive(mask, self.compute_dtype)] * self.cfg.n_layers
         positions = torch.arange(length, device=clean.device)
         tau = torch.zeros(len(clean), device=clean.device)
-        self.trunk(clean, self.condition(tau), positions, biases, cache)
-        cache.advance(length)
-        return cache
+        return self.trunk(clean, self.condition(tau), positions, biases, cache)
 
     def _consecutive(self, tokens: Tensor) -> Tensor:
         return torch.arange(tokens.shape[1], device=tokens.device) // self.cfg.block_length

@@ -8,12 +8,14 @@ count. Sums run in fp64 and do not depend on batch size or the number of process
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from adapters.base import Context, Likelihood, ModelAdapter
 from trainer.meter import Meter
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from data.rows import Batch, HeldoutRows
     from trainer.distributed import World
 
-__all__ = ["Score", "evaluate"]
+__all__ = ["Score", "evaluate", "evaluating"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,22 @@ class Score:
         return asdict(self)
 
 
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Run the body in evaluation mode. Every part of `module` goes back to the mode that it was in."""
+    training = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in training.items():
+            part.training = mode
+
+
+def unheard(batch: Batch, found: Likelihood) -> None:
+    """For `hear`, where nobody listens."""
+
+
 @torch.no_grad()
 def evaluate(
     adapter: ModelAdapter,
@@ -69,21 +87,20 @@ def evaluate(
     seed: int,
     precision: str = "no",
     should_stop: Callable[[], bool] = lambda: False,
+    hear: Callable[[Batch, Likelihood], None] = unheard,
 ) -> Score | None:
     """Score `rows`; None when a stop was asked for on any process before the end.
 
     Rows are dealt out to the processes in turn, all getting the same number of batches: what is missing at the
-    end is padding that counts nowhere.
+    end is padding that counts nowhere. `hear` is called with each batch of this process and what was found of it.
     """
-    training = adapter.training
-    adapter.eval()
     per_process = -(-rows.n_rows // world.size)
     mine = np.arange(per_process) * world.size + world.rank
     ctx = Context(seed=seed, step=0, phase="eval", rows_in_step=rows.n_rows)
     found: Likelihood | None = None
     metrics = Meter(world.device)
     sums = _Sums(len(rows.documents))
-    try:
+    with evaluating(adapter):
         for start in range(0, per_process, batch_rows):
             if world.agree(should_stop()):
                 return None
@@ -94,8 +111,7 @@ def evaluate(
                 found = adapter.likelihood(batch, ctx)
             metrics.add_metrics(found.metrics)
             sums.add(found, batch, rows.document_of[ids], rows.store.tokenizer.token_bytes)
-    finally:
-        adapter.train(training)
+            hear(batch, found)
     assert found is not None
     sums.add_up(world)
     total = sums.values

@@ -192,6 +192,11 @@ class DiffusionAdapter(ModelAdapter):
             estimates=bound.estimates,
         )
 
+    def clean_states(self, batch: Batch, ctx: Context) -> Tensor:
+        """As `Process.read` says."""
+        x0, _, doc_ids = self.tokens_of(batch, training=False)
+        return self.process.read(self.network(), x0[:, :-1], doc_ids[:, :-1])
+
     def gap_likelihood(self, texts: list[list[int]], unknown: list[list[bool]], seed: int = 0) -> Likelihood:
         """Bound on the nats of the `unknown` tokens of equally long texts given all others, as `infill` conditions on
         them: the known ones are never noised. Divide by the number of unknown tokens to compare."""

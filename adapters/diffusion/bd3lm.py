@@ -83,6 +83,12 @@ class BD3LMProcess(MDLProcess):
         ids = None if doc_ids is None else doc_ids.to(network.device)
         return {"clean": network.model.read(x0.to(network.device), ids, blocks), "blocks": blocks}
 
+    def read(self, network: Network, x0: Tensor, doc_ids: Tensor) -> Tensor:
+        """As the clean text of a row is read, at time 0: a token sees its own block and the blocks before it."""
+        device = network.device
+        blocks = block_of(x0.shape[1], self.size).to(device)
+        return network.model.clean_states(x0.to(device), doc_ids.to(device), blocks)
+
     # -- corruption and objective ------------------------------------------------------------------------------
 
     @property

@@ -89,6 +89,13 @@ class Process(ABC):
         """`extra` for many noisy versions of the same rows, without gradients."""
         return dict(self.extra(x0))
 
+    def read(self, network: Network, x0: Tensor, doc_ids: Tensor) -> Tensor:
+        """Hidden states (B, L, D) of text (B, L) without noise, at the smallest time that training draws."""
+        smallest = torch.zeros(len(x0), self.time_streams(x0.shape[1]), dtype=torch.float64)
+        tau = self.network_tau(self.training_time(smallest), x0.shape[1])
+        device = network.device
+        return network.model(x0.to(device), tau.to(device, torch.float32), doc_ids=doc_ids.to(device))
+
     @property
     @abstractmethod
     def sampler_steps(self) -> int:

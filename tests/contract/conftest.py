@@ -7,7 +7,8 @@ import torch
 
 from models import ARCHITECTURES
 from tests.contract.pair import Pair
-from tests.contract.tiny import TYPES, golden, golden_file
+from tests.contract.tiny import HARD, SHORT, TYPES, config, golden, golden_file, with_dropout
+from trainer.loop import train
 
 
 def pytest_generate_tests(metafunc):
@@ -32,6 +33,14 @@ def recorded(architecture):
         wanted = f"nothing was recorded of it yet: python tests/contract/record.py {architecture}"
         (pytest.fail if architecture in ARCHITECTURES else pytest.skip)(wanted)
     return golden(architecture)
+
+
+@pytest.fixture(scope="session")
+def whole_run(architecture, tmp_path_factory):
+    """Some steps in one go, every step saved."""
+    run = tmp_path_factory.mktemp(f"{Path(architecture).stem}-whole")
+    score = train(*config(architecture, *HARD, *SHORT, *with_dropout(architecture)), run)
+    return run, score
 
 
 @pytest.fixture(scope="session")

@@ -7,14 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.contract.tiny import config, session_of, trainer_of
+from tests.contract.tiny import HARD, SHORT, STEPS, config, session_of, trainer_of, with_dropout
 from trainer.loop import train
 from trainer.run.checkpoint import load_tensors
-
-STEPS = 4
-# Everything that could break exactness at once: accumulation, EMA, dropout where the architecture has it.
-HARD = ["batch_size=2", "ema_decay=0.9", "save_steps=1", "save_total_limit=null", "logging_steps=3"]
-SHORT = [f"num_iterations={STEPS}", "val_loss_every=2", "val_tokens=256"]
 
 
 def flat(value, prefix=""):
@@ -37,19 +32,6 @@ def assert_same_state(one: Path, other: Path) -> None:
 def losses(run: Path) -> list:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
-
-
-def with_dropout(architecture: str) -> list[str]:
-    _, model_cfg = config(architecture)
-    return ["model_cfg.dropout=0.1"] if "dropout" in type(model_cfg).model_fields else []
-
-
-@pytest.fixture(scope="session")
-def whole_run(architecture, tmp_path_factory):
-    """Some steps in one go, every step saved."""
-    run = tmp_path_factory.mktemp(f"{Path(architecture).stem}-whole")
-    score = train(*config(architecture, *HARD, *SHORT, *with_dropout(architecture)), run)
-    return run, score
 
 
 def test_a_run_leaves_what_it_promises(whole_run, architecture):

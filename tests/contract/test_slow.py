@@ -16,14 +16,16 @@ import torch
 
 from tests.contract.pair import train_here
 from tests.contract.record import golden_curve
-from tests.contract.test_run import HARD, assert_same_state, losses, with_dropout
+from tests.contract.test_run import assert_same_state, losses
 from tests.contract.tiny import (
+    HARD,
     adapter_of,
     batch_for,
     config,
     environment,
     loss_and_gradients,
     overrides,
+    with_dropout,
 )
 from trainer.loop import train
 from trainer.run.checkpoint import checkpoints_in, load_json, load_tensors

@@ -51,6 +51,10 @@ RUN = [
     "mixed_precision=no",
     "save_minutes=null",
 ]
+# Of the run that every architecture makes. What could break exactness at once: accumulation, EMA, dropout.
+STEPS = 4
+HARD = ["batch_size=2", "ema_decay=0.9", "save_steps=1", "save_total_limit=null", "logging_steps=3"]
+SHORT = [f"num_iterations={STEPS}", "val_loss_every=2", "val_tokens=256"]
 # Fields that choose among groups of files, and those of runs on the disk: only the front end knows what they mean.
 _COMPOSED = {"preset", "data"}
 _OF_RUNS = {"output_dir", "model_name", "resume", "init_from_checkpoint"}
@@ -107,6 +111,11 @@ def config(architecture: str, *more: str) -> tuple[RunConfig, Any]:
         checked = check(prepare([f"--hydra_model_cfg={architecture}", "preset=none", *more]), tree)
         return checked.cfg, checked.model_cfg
     return validate(tree)
+
+
+def with_dropout(architecture: str) -> list[str]:
+    _, model_cfg = config(architecture)
+    return ["model_cfg.dropout=0.1"] if "dropout" in type(model_cfg).model_fields else []
 
 
 def environment(architecture: str) -> dict[str, str]:

@@ -8,10 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from data import SOURCES, readers
-from data.rows import HeldoutRows
 from data.scored import text_to_score
-from trainer.distributed import World
-from trainer.evaluate import evaluate
 from trainer.run.files import output_file, write_atomically
 from trainer.run.lines import refuse_taken_names_of_score
 from trainer.run.restore import add_checkpoint_arguments, restore_named
@@ -60,24 +57,9 @@ def main(argv: list[str]) -> int:
     console = Console(live=False, stream=sys.stderr)
     with console.doing("reading the text"):
         text = text_to_score(cfg, _asked(args, cfg), restored.tokenizer, trained_on)
-    rows = HeldoutRows(
-        text.store,
-        restored.tokenizer.eot,
-        cfg.val_seq_len or cfg.train_seq_len,
-        lookahead=restored.adapter.data_spec().lookahead,
-        max_bytes=args.val_bytes or (None if text.whole else cfg.val_bytes),
-    )
+    rows = restored.rows(text.store, args.val_bytes or (None if text.whole else cfg.val_bytes))
     with StopSignal("leaving without a score") as stop, console.doing("scoring"):
-        score = evaluate(
-            restored.adapter,
-            rows,
-            World(restored.device),
-            # The run's own batch: the same shapes round alike, so its score comes out to the last digit.
-            batch_rows=args.batch_size or restored.micro_rows,
-            seed=cfg.seed,
-            precision=restored.precision,
-            should_stop=lambda: stop.requested,
-        )
+        score = restored.score(rows, args.batch_size, should_stop=lambda: stop.requested)
     if score is None:
         print(f"{stop.name} received: stopped before the score was complete", file=sys.stderr)
         return 0

@@ -20,14 +20,17 @@ from adapters import adapter_class, build_adapter
 from adapters.base import ModelAdapter
 from configs.messages import ConfigError
 from configs.removed import REMOVED
+from data.rows import HeldoutRows
 from naming import did_you_mean, not_one_of
-from trainer.distributed import choose_device
+from trainer.distributed import World, choose_device
+from trainer.evaluate import Score, evaluate
 from trainer.precision import choose_precision, tune_host
 from trainer.run.checkpoint import load_tensors
 from trainer.run.source import Source, load_weights, open_source
 
 if TYPE_CHECKING:
     from configs.schema import ModelConfig, RunConfig
+    from data.store import TokenStore
     from data.tokenizers import Tokenizer
     from trainer.optim.ema import EMA
     from trainer.session import Session
@@ -59,6 +62,31 @@ class Restored:
     def checkpoint(self) -> Path | None:
         """The folder that the weights are from."""
         return self.source.path if self.source else None
+
+    def rows(
+        self, store: TokenStore, max_bytes: int | None = None, seq_len: int | None = None
+    ) -> HeldoutRows:
+        """Documents as the model's score reads them: in windows of the run's context, or of `seq_len` tokens."""
+        return HeldoutRows(
+            store,
+            self.tokenizer.eot,
+            seq_len or self.cfg.val_seq_len or self.cfg.train_seq_len,
+            lookahead=self.adapter.data_spec().lookahead,
+            max_bytes=max_bytes,
+        )
+
+    def score(self, rows: HeldoutRows, batch_rows: int | None = None, **listeners: Any) -> Score | None:
+        """Score `rows`. With the run's own batch its score comes out to the last digit, as the same shapes round alike.
+        `listeners`: `should_stop` and `hear` of `evaluate`."""
+        return evaluate(
+            self.adapter,
+            rows,
+            World(self.device),
+            batch_rows=batch_rows or self.micro_rows,
+            seed=self.cfg.seed,
+            precision=self.precision,
+            **listeners,
+        )
 
 
 def say(text: str) -> None:

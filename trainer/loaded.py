@@ -1,0 +1,336 @@
+"""A trained model to look into: what it says of a text, what it makes of it inside, what it writes.
+
+`load` opens what `eval` and `generate` open, and computes as they do: the same rows, batch and number format.
+
+Shapes: L tokens of a text, T = L + 1 with the start token before them, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from adapters.base import Context, GenerateOptions, Likelihood, ModelAdapter
+from data.corpus import Document
+from data.rows import Batch, HeldoutRows
+from data.store import encode_documents
+from data.tokenizers import StreamDecoder, as_bytes
+from naming import expand_path, not_one_of
+from trainer.evaluate import Score, evaluating
+from trainer.precision import autocast
+from trainer.run.folder import BEST
+from trainer.run.restore import Restored, restore, say
+
+if TYPE_CHECKING:
+    from configs.schema import ModelConfig, RunConfig
+    from data.tokenizers import Tokenizer
+
+__all__ = ["Loaded", "TextScore", "load"]
+
+WEIGHTS = ("ema", "raw")
+LOGIT_ROWS = 256  # computed at once, so that a device never holds those of a long text
+
+
+def load(
+    path: str | Path,
+    best: bool = False,
+    weights: str = "ema",
+    device: str | torch.device = "auto",
+    *,
+    overrides: Sequence[str] = (),
+    val_seq_len: int | None = None,
+    note: Callable[[str], None] = say,
+) -> Loaded:
+    """The trained model that a path names. The text that it was trained on is not needed.
+
+    Args:
+        path: a run folder (its newest checkpoint), one of its checkpoints, or any other folder of weights that `eval`
+            takes; relative to the working directory, `~` is expanded.
+        best: the run's best_model/.
+        weights: "ema", the average over training where the run kept one; or "raw".
+        device: auto, cpu, cuda, cuda:N or mps.
+        overrides: words "model_cfg.FIELD=VALUE" of fields that are no architecture, as `eval` and `generate` take them:
+            `["model_cfg.sampler=first_hitting"]`.
+        val_seq_len: context of `score` in tokens, instead of the run's.
+        note: hears what was passed over and what has no effect; by default they go to stderr.
+
+    Raises:
+        ValueError: there is no such thing, it cannot be used, or an argument is none that there is.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights: {not_one_of(weights, WEIGHTS)}")
+    if val_seq_len is not None and val_seq_len < 1:
+        raise ValueError(f"val_seq_len: must be at least 1, got {val_seq_len}")
+    changes = {} if val_seq_len is None else {"val_seq_len": val_seq_len}
+    given = _best_of(expand_path(path)) if best else path
+    raw = weights == "raw"
+    return Loaded(
+        restore(given, raw=raw, device=str(device), overrides=overrides, changes=changes, note=note)
+    )
+
+
+def _best_of(run: Path) -> Path:
+    if run.is_dir() and not (run / BEST).is_dir():
+        raise ValueError(
+            f"{run} keeps no {BEST}/. A run keeps one with save_best_model=true; best=False takes its newest checkpoint"
+        )
+    return run / BEST if run.is_dir() else run
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """How likely a text is to a model.
+
+    `text`: its UTF-8 bytes; `ids` (L,) int64: its tokens; `spans` (L, 2) int64: token i stands for
+    `text[spans[i, 0]:spans[i, 1]]`. `nats` (L,) fp64: -log p of each token given those before it in its window; None
+    where the likelihood is a bound, which has no parts by token. `seed`: what a bound's noise is drawn from. `score`:
+    all that `eval` says of a file with this text.
+    """
+
+    text: bytes
+    ids: np.ndarray
+    spans: np.ndarray
+    nats: np.ndarray | None
+    seed: int
+    score: Score
+
+    @property
+    def kind(self) -> str:
+        """`exact`, or `bound` for an upper bound."""
+        return self.score.kind
+
+    @property
+    def estimator(self) -> str:
+        """How a bound is estimated; `exact` where it is none."""
+        return self.score.estimator
+
+    @property
+    def total(self) -> float:
+        """Nats of the whole text."""
+        return self.score.nats_per_token * self.score.tokens
+
+    @property
+    def standard_error(self) -> float:
+        """Of `total`, by the noise that a bound is estimated from; 0 where it is exact."""
+        return self.score.standard_error * math.log(2) * len(self.text)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.score.bits_per_byte
+
+    def __repr__(self) -> str:
+        sign, error = ("<= ", f" +- {self.standard_error:.2f}") if self.kind == "bound" else ("", "")
+        return (
+            f"TextScore({sign}{self.total:.2f}{error} nats, {sign}{self.bits_per_byte:.3f} bits per byte: "
+            f"{len(self.ids)} tokens, {len(self.text)} bytes)"
+        )
+
+
+class Loaded:
+    """A trained model, ready to be looked into, from `load`.
+
+    Nothing here takes gradients, draws from torch's or numpy's global generators or leaves a mode changed. Texts are
+    str or bytes; a text is one document, which begins at the start token. Models that read bytes have these as tokens.
+
+    Attributes:
+        adapter: how the architecture is scored and writes (`adapters.base.ModelAdapter`).
+        model: the network (`torch.nn.Module`), in evaluation mode; its parameters take gradients if you let them.
+        tokenizer: `encode(text)` gives ids (L,), `decode(ids)` bytes.
+        config: all generic fields of the run; `model_cfg` are those of the architecture.
+        path: the folder that the weights are from.
+        weights: "ema" or "raw", what they are; "raw" where the run kept no average.
+        device, precision: where and in which number format ("no" is fp32) it computes, as `eval` does.
+    """
+
+    adapter: ModelAdapter
+    model: nn.Module
+    tokenizer: Tokenizer
+    config: RunConfig
+    model_cfg: ModelConfig
+    path: Path
+    weights: str
+    device: torch.device
+    precision: str
+
+    def __init__(self, restored: Restored) -> None:
+        assert restored.checkpoint is not None
+        self._restored = restored
+        self.adapter, self.model, self.tokenizer = (
+            restored.adapter,
+            restored.adapter.model,
+            restored.tokenizer,
+        )
+        self.config, self.model_cfg = restored.cfg, restored.adapter.model_cfg
+        self.path, self.weights = restored.checkpoint, restored.weights.lower()
+        self.device, self.precision = restored.device, restored.precision
+
+    def __repr__(self) -> str:
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return (
+            f"Loaded({self.config.type}, {parameters:,} parameters, {self.weights} weights of {str(self.path)!r}, "
+            f"tokenizer {self.tokenizer.name}, {self.device}, precision {self.precision})"
+        )
+
+    def score(self, text: str | bytes) -> TextScore:
+        """How likely the text is as one whole document, as `eval` scores a file with it: from the start token, in
+        windows of the run's context (`val_seq_len` or `train_seq_len`), each beginning with the last token of the one
+        before.
+
+        Exact for next-token models, with nats per token. Diffusion models give an upper bound of the text's nats given
+        its length, estimated from noise that is the same at every call. ValueError if there is no text.
+        """
+        document = self._document(text)
+        if not document.text:
+            raise ValueError("text: is empty, so that there is nothing to score")
+        rows = self._restored.rows(encode_documents([document], self.tokenizer))
+        by_token = _ByToken(rows)
+        score = self._restored.score(rows, hear=by_token.hear)
+        assert score is not None
+        ids = rows.store.tokens.astype(np.int64)
+        ends = np.cumsum(self.tokenizer.token_bytes[ids])
+        return TextScore(
+            document.text,
+            ids=ids,
+            spans=np.stack([ends - self.tokenizer.token_bytes[ids], ends], axis=1),
+            nats=by_token.nats,
+            seed=self.config.seed,
+            score=score,
+        )
+
+    def ids(self, text: str | bytes) -> Tensor:
+        """(T,) int64: the tokens that the rows of `hidden` and `logits` belong to, the start token and the text's."""
+        batch = self._one_row(text)
+        return torch.from_numpy(batch.tokens[0, : batch.weights.shape[1]])
+
+    def hidden(self, text: str | bytes, layer: int | None = None) -> Tensor:
+        """Hidden states (T, D) of the text read in one piece, fp32 on the CPU: row t is that of token `ids(text)[t]`.
+
+        `layer` None: the last ones, which the output layer reads; k: what block k gives, from 0, negative ones counted
+        from the last. A block that runs several times: its last turn. ValueError for a block that there is not, or that
+        has no row for each token (a hierarchy), and for a text beyond learned positions.
+
+        Next-token models: a row knows its token and those before it. Diffusion models read the text without noise, as
+        if at the smallest time that training draws: `d3pm`, `mdl` and `sedd` see all of it, `bd3lm` a token's own block
+        and those before it. Where noise is a mask, training reads no prediction at a token that is seen: the last
+        block's states there were shaped by no loss (unless `auxiliary_loss_weight` of `d3pm` is set); what masked
+        tokens attend to are those of the blocks before it.
+        """
+        batch = self._one_row(text)
+        with self._reading():
+            states = (
+                self._clean_states(batch) if layer is None else self._after_block(layer, batch)
+            )  # (1, T, D)
+        return states[0].float().cpu()
+
+    def logits(self, text: str | bytes) -> Tensor:
+        """Logits (T, V) of the text read in one piece, fp32 on the CPU, without columns of padding.
+
+        Next-token models: row t says what follows `ids(text)[t]`. With p = log_softmax, -p[t, ids[t + 1]] is
+        `score(text).nats[t]` for texts within one window.
+
+        Diffusion models: row t says what the network, told of the smallest time, would have token t be; with a mask
+        among the states the mask has a column too. `d3pm` without a mask: p(x_0 | x_t) of a token that noise may have
+        changed. `sedd`: log-scores, without a mask of the ratios p_t(y) / p_t(x) to the token that stands there. Where
+        noise is a mask (`mdl`, `bd3lm`, absorbing chains) a token that is seen is known, and its logits are read by
+        nothing: they say what the output layer makes of its state, no more.
+        """
+        batch = self._one_row(text)
+        with self._reading():
+            states = self._clean_states(batch)[0]  # (T, D)
+            return torch.cat([self.adapter.logits(part).float().cpu() for part in states.split(LOGIT_ROWS)])
+
+    def generate(self, prompts: str | bytes | Sequence[str | bytes], **options: Any) -> list[str]:
+        """Continuations of the prompts ("" is the start of a document), without these, in their order.
+
+        `options` are those of `adapters.base.GenerateOptions`: max_new_tokens=100, temperature=None (the
+        architecture's own), top_k=0, top_p=1.0, min_p=0.0, seed=0, stop_at_document_end=True, stop_ids=(),
+        use_cache=True; diffusion models also steps=0 and by_confidence=False. The first text is the one that `generate`
+        prints for that prompt and seed; one prompt n times gives those of `--num_samples n`.
+
+        ValueError for an option that there is not or that is out of its range.
+        """
+        known = [field.name for field in fields(GenerateOptions)]
+        for name in options:
+            if name not in known:
+                raise ValueError(f"generate: {not_one_of(name, known)}")
+        texts = [prompts] if isinstance(prompts, str | bytes) else list(prompts)
+        ids = [self.tokenizer.encode(text).tolist() for text in texts]
+        with self._reading():
+            generated = self.adapter.generate(ids, GenerateOptions(**options))
+        return [self._decode(tokens) for tokens in generated.tokens]
+
+    def _decode(self, tokens: list[int]) -> str:
+        decoder = StreamDecoder(self.tokenizer)
+        return decoder.push(tokens) + decoder.flush()
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        with torch.no_grad(), evaluating(self.adapter), autocast(self.precision, self.device):
+            yield
+
+    @staticmethod
+    def _document(text: str | bytes) -> Document:
+        return Document("text", as_bytes(text))
+
+    def _one_row(self, text: str | bytes) -> Batch:
+        """The whole text in one window, its end behind it."""
+        store = encode_documents([self._document(text)], self.tokenizer)
+        return self._restored.rows(store, seq_len=len(store.tokens) + 1).batch(np.zeros(1))
+
+    def _clean_states(self, batch: Batch) -> Tensor:
+        ctx = Context(seed=self.config.seed, step=0, phase="eval", rows_in_step=1)
+        return self.adapter.clean_states(batch, ctx)
+
+    def _after_block(self, layer: int, batch: Batch) -> Tensor:
+        """(1, T, D)"""
+        blocks, length = self.adapter.blocks(), batch.weights.shape[1]
+        if layer not in range(-len(blocks), len(blocks)):
+            raise ValueError(
+                f"layer: must be 0 to {len(blocks) - 1}, or -{len(blocks)} to -1 from the last, got {layer!r}"
+            )
+        latest: list[Tensor] = []
+
+        def keep(module: nn.Module, given: Any, output: Any) -> None:
+            latest[:] = [output[0] if isinstance(output, tuple) else output]
+
+        handle = self.model.get_submodule(blocks[layer]).register_forward_hook(keep)
+        try:
+            self._clean_states(batch)
+        finally:
+            handle.remove()
+        if not latest:
+            raise ValueError(f"layer: block {blocks[layer]} did not run on this text")
+        if latest[0].shape[:2] != (1, length):
+            raise ValueError(
+                f"layer: block {blocks[layer]} gives {tuple(latest[0].shape)} for {length} tokens: it has no row for "
+                f"each of them"
+            )
+        return latest[0]
+
+
+class _ByToken:
+    """Collects what `evaluate` finds of the rows of one document. `nats` (L,), None where there are none by token."""
+
+    def __init__(self, rows: HeldoutRows) -> None:
+        self.rows = rows
+        self.nats: np.ndarray | None = None
+
+    def hear(self, batch: Batch, found: Likelihood) -> None:
+        if found.per_token is None:
+            return
+        if self.nats is None:
+            self.nats = np.empty(len(self.rows.store.tokens))
+        for row, nats in zip(batch.rows, found.per_token.numpy(), strict=True):
+            if row >= 0:
+                place = self.nats[
+                    self.rows.targets_of(row)
+                ]  # one shorter where the row ends with the document's end
+                place[:] = nats[: len(place)]
