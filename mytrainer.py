@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "trainer.commands.train:main",
     "generate": "trainer.commands.generate:main",
     "eval": "trainer.commands.evaluate:main",
+    "export": "trainer.commands.export:main",
     "show": "trainer.commands.show:main",
     "show_configs": "trainer.commands.show:main",
     "bench": "trainer.commands.bench:main",

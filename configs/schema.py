@@ -312,6 +312,7 @@ class RunConfig(BaseModel):
     save_total_limit: Positive | None = 3
     save_best_model: bool = False
     save_only_best: bool = False
+    save_precision: Literal["fp32", "fp16", "bf16"] | None = None
     early_stopping: bool = False
     early_stopping_patience: Positive = 3
     early_stopping_threshold: NonNegativeFloat = 0.0

@@ -25,7 +25,7 @@ _IDLE: list[tuple[str, Any, tuple[str, ...]]] = [
     ("sample_tokens", 0, ("sample_prompt",)),
     ("early_stopping", False, ("early_stopping_patience", "early_stopping_threshold")),
     ("save_only_best", True, ("save_steps", "save_minutes")),
-    ("save_checkpoint", False, ("save_steps", "save_minutes", "save_total_limit")),
+    ("save_checkpoint", False, ("save_steps", "save_minutes", "save_total_limit", "save_precision")),
 ]
 # What `eval_only` leaves without effect, besides what optimizers and schedules read.
 _OF_TRAINING = {
@@ -37,6 +37,7 @@ _OF_TRAINING = {
         "save_total_limit",
         "save_best_model",
         "save_only_best",
+        "save_precision",
     ),
     *("early_stopping", "early_stopping_patience", "early_stopping_threshold"),
     *(

@@ -100,14 +100,16 @@ def test_commands_are_understood(somewhere, monkeypatch, capsys, document, words
     if argv and argv[0] in mytrainer.COMMANDS and argv[0] != "train":
         if argv[0] == "bench":
             monkeypatch.setattr("trainer.commands.bench._loop_overhead", parsed)
-        for place in ("trainer.commands.generate.restore", "trainer.commands.evaluate.restore"):
-            monkeypatch.setattr(place, parsed)
+        for name in ("generate.restore_named", "evaluate.restore_named", "export.open_source"):
+            monkeypatch.setattr(f"trainer.commands.{name}", parsed)
         with contextlib.suppress(Parsed):
             assert mytrainer.main(argv) == 0, capsys.readouterr().err
         return
     for word in argv:
         if word.startswith("resume="):
             make_run(Path(word.partition("=")[2]))
+        if word.startswith("init_from_checkpoint="):
+            Path(word.partition("=")[2]).mkdir()
     if "--model_name" in argv and not any("hydra_model_cfg" in word for word in argv):
         make_run(Path("checkpoints/dante"), "dante")
     if any(word.startswith("hydra/launcher=submitit") for word in argv):

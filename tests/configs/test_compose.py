@@ -315,8 +315,8 @@ def test_a_warm_up_and_a_floor_on_the_command_line_win_over_a_file(write):
         ("early_stopping_patience=9", "early_stopping_patience (because of early_stopping=false)"),
         ("early_stopping=true early_stopping_threshold=0.1", ""),
         (
-            "save_checkpoint=false save_steps=9 save_minutes=1 save_total_limit=1",
-            "save_minutes, save_steps, save_total_limit (because of save_checkpoint=false)",
+            "save_checkpoint=false save_steps=9 save_minutes=1 save_total_limit=1 save_precision=fp16",
+            "save_minutes, save_steps, save_total_limit, save_precision (because of save_checkpoint=false)",
         ),
         ("save_only_best=true save_minutes=9", "save_minutes (because of save_only_best=true)"),
         ("sample_tokens=0 sample_prompt=x", "sample_prompt (because of sample_tokens=0)"),

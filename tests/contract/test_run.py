@@ -10,6 +10,7 @@ import torch
 from tests.contract.tiny import HARD, SHORT, STEPS, config, session_of, trainer_of, with_dropout
 from trainer.loop import train
 from trainer.run.checkpoint import load_tensors
+from trainer.run.restore import restore
 
 
 def flat(value, prefix=""):
@@ -64,6 +65,25 @@ def test_resume_is_exact(whole_run, architecture, tmp_path, at):
     assert again == score
     assert_same_state(run / f"checkpoint-{STEPS}", tmp_path / f"checkpoint-{STEPS}")
     assert losses(tmp_path) == losses(run)
+
+
+def test_what_is_exported_is_what_is_scored(whole_run, architecture, tmp_path, command):
+    """Weights, buffers, configuration and tokenizer: all that a score and a text are made of."""
+    run, _ = whole_run
+    out, err = command("export", "--checkpoint", run, "--to", "safetensors", "--output", tmp_path / "out")
+    assert "EMA weights" in out and "rounded" not in err
+    ours, theirs = (restore(folder, device="cpu") for folder in (run, tmp_path / "out"))
+    assert (theirs.cfg, theirs.adapter.model_cfg) == (ours.cfg, ours.adapter.model_cfg)
+    assert (theirs.weights, theirs.micro_rows, theirs.source.data) == ("EMA", 2, ours.source.data)
+    assert theirs.tokenizer.to_json() == ours.tokenizer.to_json()
+    assert_equal_states(ours.adapter.trained_state(), theirs.adapter.trained_state())
+    assert restore(run, raw=True, device="cpu").weights == "raw"
+
+
+def assert_equal_states(one, other):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert value.dtype == other[name].dtype and torch.equal(value, other[name]), name
 
 
 def after_three_steps(architecture, *more):

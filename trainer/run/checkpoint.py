@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 
 from configs.grammar import word
 from naming import command_line, expand_path
-from trainer.run.files import beside, checkpoints_in, could_not_write, discard, replace_folder
+from trainer.run.files import beside, checkpoints_in, discard, new_folder, replace_folder
 
 __all__ = [
     "FORMAT",
@@ -34,10 +34,13 @@ __all__ = [
     "newest_checkpoint",
     "prune",
     "save_checkpoint",
+    "write_digested",
+    "write_file",
 ]
 
 FORMAT = 1
 DIGESTS = "digests.json"
+Content = bytes | Callable[[Any], object]  # of a file: its bytes, or what writes them to one
 
 
 def save_checkpoint(run_dir: Path, step: int, tensors: dict[str, Any], texts: dict[str, str]) -> Path:
@@ -48,24 +51,18 @@ def save_checkpoint(run_dir: Path, step: int, tensors: dict[str, Any], texts: di
     final = run_dir / f"checkpoint-{step}"
     if final.exists() and damage(final) is None:
         return final  # a step's state is a function of the run: what is there is what would be written
-    temporary = beside(final)
-    try:
-        temporary.mkdir(parents=True)
-        digests = {}
-        for name, value in tensors.items():
-            digests[name] = _write(temporary / name, partial(torch.save, value))
-        for name, text in texts.items():
-            digests[name] = _write(temporary / name, partial(_write_text, text))
-        _write(temporary / DIGESTS, partial(_write_text, json.dumps(digests, indent=1)))
-        _sync_folder(temporary)
+    writers = {name: partial(torch.save, value) for name, value in tensors.items()}
+    with new_folder(final) as folder:
+        write_digested(folder, {**writers, **{name: text.encode() for name, text in texts.items()}})
         if final.exists():  # damaged: checked above
             discard(final)
-        os.rename(temporary, final)
-        _sync_folder(run_dir)
-    except (OSError, RuntimeError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise could_not_write(final, error) from error
     return final
+
+
+def write_digested(folder: Path, contents: Mapping[str, Content]) -> None:
+    """Write files and, last, the digests by which `damage` knows them."""
+    digests = {name: write_file(folder / name, content) for name, content in contents.items()}
+    write_file(folder / DIGESTS, json.dumps(digests, indent=1).encode())
 
 
 class _Digesting:
@@ -87,15 +84,12 @@ class _Digesting:
         self.file.flush()
 
 
-def _write_text(text: str, file: Any) -> None:
-    file.write(text.encode())
-
-
-def _write(path: Path, write: Callable[[Any], object]) -> str:
+def write_file(path: Path, content: Content) -> str:
+    """Write a file, flushed to the disk, and give its digest."""
     with open(path, "wb") as raw:
         file = _Digesting(raw)
         try:
-            write(file)
+            content(file) if callable(content) else file.write(content)
         except RuntimeError:
             if file.error is not None:
                 raise file.error from None
@@ -105,22 +99,15 @@ def _write(path: Path, write: Callable[[Any], object]) -> str:
     return file.hash.hexdigest()
 
 
-def _sync_folder(path: Path) -> None:
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None when every file matches its digest."""
     try:
-        digests = json.loads((checkpoint / DIGESTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        digests = dict(json.loads((checkpoint / DIGESTS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         return f"{DIGESTS} is missing or unreadable"
     for name, expected in digests.items():
+        if Path(name).name != name:
+            return f"{DIGESTS} names {name}, which is no file of the folder"
         try:
             with open(checkpoint / name, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != expected:

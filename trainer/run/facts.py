@@ -20,6 +20,8 @@ from trainer.run.progress import Progress
 from trainer.view.format import quantity
 
 if TYPE_CHECKING:
+    from adapters.base import ModelAdapter
+    from configs.schema import RunConfig
     from trainer.evaluate import Score
     from trainer.session import Session
 
@@ -146,17 +148,17 @@ def execution(s: Session) -> dict[str, Any]:
     }
 
 
-def architecture(s: Session) -> dict[str, Any]:
+def architecture(cfg: RunConfig, adapter: ModelAdapter, micro_rows: int) -> dict[str, Any]:
     """What it takes to build the model again: config.json of a checkpoint."""
     return {
         "format": FORMAT,
-        "type": s.cfg.type,
-        "model_adapter": s.cfg.model_adapter,
-        "model_cfg": s.adapter.model_cfg.model_dump(mode="json"),
-        "train_seq_len": s.cfg.train_seq_len,
-        "batch_size": s.plan.micro_rows,
-        "preset": s.cfg.preset,
-        "provenance": s.adapter.provenance(),
+        "type": cfg.type,
+        "model_adapter": cfg.model_adapter,
+        "model_cfg": adapter.model_cfg.model_dump(mode="json"),
+        "train_seq_len": cfg.train_seq_len,
+        "batch_size": micro_rows,
+        "preset": cfg.preset,
+        "provenance": adapter.provenance(),
     }
 
 
@@ -186,7 +188,7 @@ def checkpoint_contents(
         "training_config": redacted(s.cfg),
     }
     texts = {
-        "config.json": json.dumps(architecture(s), indent=2) + "\n",
+        "config.json": json.dumps(architecture(s.cfg, s.adapter, s.plan.micro_rows), indent=2) + "\n",
         "training_state.json": json.dumps(state, indent=2) + "\n",
         "tokenizer.json": s.dataset.tokenizer.to_json(),
     }

@@ -12,7 +12,8 @@ import os
 import re
 import secrets
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from naming import expand_path
@@ -24,9 +25,11 @@ __all__ = [
     "checkpoints_in",
     "could_not_write",
     "discard",
+    "new_folder",
     "output_file",
     "replace_folder",
     "settle_leftovers",
+    "sync_folder",
     "write_atomically",
 ]
 
@@ -85,6 +88,33 @@ def append(path: Path, content: str | bytes) -> None:
             file.write(_as_bytes(content))
     except OSError as error:
         raise could_not_write(path, error) from error
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to put flushed files into, called `target` once the body has ended well; else it is removed. In the
+    place of `target` there may be an empty folder. Raises TrainingError if it cannot be written."""
+    ready = beside(target)
+    try:
+        ready.mkdir(parents=True)
+        yield ready
+        sync_folder(ready)
+        os.rename(ready, target)
+        sync_folder(target.parent)
+    except (OSError, RuntimeError) as error:
+        raise could_not_write(target, error) from error
+    finally:
+        shutil.rmtree(ready, ignore_errors=True)
+
+
+def sync_folder(path: Path) -> None:
+    """Have the names in a folder on the disk, where the system can do that."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def replace_folder(target: Path, ready: Path) -> None:

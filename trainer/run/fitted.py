@@ -10,22 +10,22 @@ from adapters import adapter_class
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.run.source import Checkpoint
+    from trainer.run.source import Source
     from trainer.session import Session
 
 __all__ = ["with_own_fits"]
 
 
 def with_own_fits(
-    s: Session, source: Checkpoint, state: dict[str, Tensor], note: Callable[[str], None]
+    s: Session, source: Source, state: dict[str, Tensor], note: Callable[[str], None]
 ) -> dict[str, Tensor]:
-    """`state`, the model of checkpoint `source`, as this run may take it: without what the other run was fitted to, and
+    """`state`, the model of `source`, as this run may take it: without what the other run was fitted to, and
     with what this one is (`ModelAdapter.fitted`). What was fitted to the text comes with the weights where that is
     the same; and always where they are only scored, as it belongs to the law that they were trained with."""
     own, theirs = s.adapter.trained_state(), adapter_class(source.config(note)[0])
-    saved = source.data
+    saved = source.data or {}
     now = {"fingerprint": s.dataset.fingerprint, "tokenizer_digest": s.dataset.tokenizer.digest}
-    same_text = s.cfg.eval_only or all(saved[key] == value for key, value in now.items())
+    same_text = s.cfg.eval_only or all(saved.get(key) == value for key, value in now.items())
     state = dict(state)
     for name, kind in {**theirs.fitted, **s.adapter.fitted}.items():
         given = state.pop(name, None)

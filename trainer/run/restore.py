@@ -1,4 +1,4 @@
-"""A trained model back from disk, for `generate` and `eval`."""
+"""A trained model back from disk, for `generate`, `eval` and `export`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 __all__ = [
     "Restored",
     "add_checkpoint_arguments",
+    "add_source_arguments",
     "load_average",
+    "named",
     "restore",
     "restore_named",
     "say",
@@ -93,16 +95,27 @@ def say(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
 
 
-def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that name trained weights; `named` says which."""
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--checkpoint", help="a run folder, a checkpoint-<step> folder, best_model or final_model"
     )
     which.add_argument("--model_name", help="short for --checkpoint checkpoints/<model_name>")
+    parser.add_argument("--raw", action="store_true", help="use the raw weights even if the run kept an EMA")
+
+
+def named(args: argparse.Namespace) -> str | None:
+    """The path that those options give."""
+    return args.checkpoint or (f"checkpoints/{args.model_name}" if args.model_name else None)
+
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """The same, where it is a model to run; `restore_named` makes it."""
+    add_source_arguments(parser)
     parser.add_argument(
         "--hydra_model_cfg", "--config", help="with no checkpoint: score this untrained model"
     )
-    parser.add_argument("--raw", action="store_true", help="use the raw weights even if the run kept an EMA")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument(
         "overrides",
@@ -182,7 +195,7 @@ def weights_of(s: Session, checkpoint: Path) -> Iterator[None]:
 
 
 def restore(
-    given: str | Path,
+    given: str | Path | Source,
     *,
     raw: bool = False,
     device: str = "auto",
@@ -193,7 +206,7 @@ def restore(
     """The model that a path names, ready to score and to write.
 
     Args:
-        given: a run folder, one of its checkpoints, or any other kind of `trainer.run.source`.
+        given: a run folder, one of its checkpoints, or any other kind of `trainer.run.source`; or such a one, opened.
         raw: the weights themselves even where an average of them was kept.
         device: auto, cpu, cuda, cuda:N or mps.
         overrides: words `model_cfg.FIELD=VALUE`, of fields that are no architecture.
@@ -204,7 +217,9 @@ def restore(
         ValueError: there is no such thing, or it cannot be used; ConfigError for `overrides`.
     """
     where = _device(device)
-    source = open_source(given, note)
+    source = given if isinstance(given, Source) else open_source(given, note)
+    if raw and source.weights == "EMA":
+        raise ValueError(f"raw: {source.path} holds the average (EMA) of the weights alone")
     cfg, model_cfg = source.config(note)
     model_cfg = with_free_fields(cfg, model_cfg, [*overrides], note)
     cfg = cfg.model_copy(update=changes)
@@ -220,14 +235,13 @@ def restore(
         # An average of points of a set need not lie on it.
         adapter.constrain(torch.zeros((), device=adapter.device))
     precision, _ = choose_precision(cfg.mixed_precision, where)
-    weights = "raw" if average is None else "EMA"
+    weights = source.weights if average is None else "EMA"
     return Restored(cfg, adapter.eval(), source.tokenizer, where, precision, source, weights, source.rows)
 
 
 def restore_named(args: argparse.Namespace, changes: dict[str, Any] | None = None) -> Restored:
     """What the arguments of `add_checkpoint_arguments` name. `changes`: generic fields to replace."""
-    given = args.checkpoint or (f"checkpoints/{args.model_name}" if args.model_name else None)
-    if given:
+    if given := named(args):
         found = restore(
             given, raw=args.raw, device=args.device, overrides=args.overrides, changes=changes or {}
         )

@@ -95,7 +95,7 @@ def check_resumable(
     """Refuse what would silently be another run; announce what changes results or rounding. Returns the configuration
     that the checkpoint was trained with."""
     theirs = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    mine = architecture(s)
+    mine = architecture(s.cfg, s.adapter, s.plan.micro_rows)
     # A field that is younger than the checkpoint had no effect then, as its default has none now.
     before, _ = read_saved(saved["training_config"], theirs["model_cfg"], str(checkpoint), [])
     then = before.model_cfg

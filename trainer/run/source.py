@@ -6,16 +6,20 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import ValidationError
 
 from configs.validate import read_saved
 from data.tokenizers import Tokenizer, load_tokenizer
+from models import ARCHITECTURES
 from naming import expand_path, load, require_fit, shapes
 from trainer.run.checkpoint import find_checkpoint, load_json, load_tensors
 
@@ -24,12 +28,20 @@ if TYPE_CHECKING:
     from configs.schema import ModelConfig, RunConfig
     from trainer.session import Session
 
-__all__ = ["KINDS", "Checkpoint", "Source", "load_weights", "open_source", "require_same_provenance"]
+__all__ = [
+    "KINDS",
+    "Checkpoint",
+    "Source",
+    "Trained",
+    "load_weights",
+    "open_source",
+    "require_same_provenance",
+]
 
 Note = Callable[[str], None]
 
 # "package.module:Class", asked in this order; the last is what any other folder is taken for.
-KINDS = ("trainer.run.source:Checkpoint",)
+KINDS = ("trainer.run.exported:Exported", "trainer.run.source:Checkpoint")
 
 
 class Source(ABC):
@@ -39,6 +51,7 @@ class Source(ABC):
         None  # what tells the text apart that they were trained on, where that is known
     )
     rows = 16  # of a forward pass: where they were scored before, as then
+    weights = "raw"  # what `fill` loads, in a word
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -80,20 +93,19 @@ class Source(ABC):
         self.fill(s.adapter)
 
 
-class Checkpoint(Source):
-    """A checkpoint of a run, whose digests have been checked."""
+class Trained(Source):
+    """Weights that were trained here: beside them lie config.json, our tokenizer.json and what the run recorded."""
 
-    data: dict[str, Any]
+    file: str  # of the weights
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, recorded: dict[str, Any]) -> None:
         super().__init__(path)
         self.architecture = load_json(path, "config.json")
-        self.state = load_json(path, "training_state.json")
-        self.data, self.rows = self.state["data"], self.architecture["batch_size"]
+        self.recorded, self.data, self.rows = recorded, recorded["data"], self.architecture["batch_size"]
 
-    @classmethod
-    def open(cls, path: Path, warn: Note) -> Source | None:
-        return cls(find_checkpoint(path, warn))
+    @abstractmethod
+    def state(self) -> dict[str, torch.Tensor]:
+        """The weights by our names."""
 
     @property
     def type(self) -> str:
@@ -105,29 +117,49 @@ class Checkpoint(Source):
 
     @property
     def tokenizer_names(self) -> tuple[str, ...]:
-        then = self.state["training_config"].get("tokenizer")
+        then = self.recorded["training_config"].get("tokenizer")
         return (*super().tokenizer_names, *([then] if then else []))
 
     def config(self, note: Note) -> tuple[RunConfig, ModelConfig]:
         notes: list[str] = []
-        found = read_saved(
-            self.state["training_config"], self.architecture["model_cfg"], str(self.path), notes
-        )
+        generic, model_cfg = self.recorded["training_config"], self.architecture["model_cfg"]
+        _refuse_code_within(self.path, generic)
+        try:
+            found = read_saved(generic, model_cfg, str(self.path), notes)
+        except ValidationError as error:
+            wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+            raise ValueError(f"{self.path} says what no run can: {'; '.join(wrong)}") from None
         for text in notes:
             note(text)
         return found
 
     def fill(self, adapter: ModelAdapter) -> None:
-        self._fill(adapter, load_tensors(self.path, "model.pt"))
+        self._fill(adapter, self.state())
 
     def begin(self, s: Session, note: Note) -> None:
         from trainer.run.fitted import with_own_fits
 
-        self._fill(s.adapter, with_own_fits(s, self, load_tensors(self.path, "model.pt"), note))
+        self._fill(s.adapter, with_own_fits(s, self, self.state(), note))
 
     def _fill(self, adapter: ModelAdapter, state: dict[str, torch.Tensor]) -> None:
         require_same_provenance(adapter, self.architecture, self.path)
-        load_weights(adapter, state, f"{self.path}/model.pt")
+        load_weights(adapter, state, f"{self.path}/{self.file}")
+
+
+class Checkpoint(Trained):
+    """A checkpoint of a run, whose digests have been checked."""
+
+    file = "model.pt"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, load_json(path, "training_state.json"))
+
+    @classmethod
+    def open(cls, path: Path, warn: Note) -> Source | None:
+        return cls(find_checkpoint(path, warn))
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return load_tensors(self.path, self.file)
 
     def average(self) -> dict[str, torch.Tensor] | None:
         if not (self.path / "ema.pt").is_file():
@@ -142,6 +174,17 @@ def open_source(given: str | Path, warn: Note) -> Source:
         if (found := load(spec).open(path, warn)) is not None:
             return found
     raise AssertionError("the last kind takes every path")
+
+
+def _refuse_code_within(folder: Path, generic: dict[str, Any]) -> None:
+    """An architecture outside of the table is imported by name. That must not be code that came with the weights, as
+    where they lie in the folder that one is in."""
+    for name in ("type", "model_adapter"):
+        module = re.split(r"[.:]", str(generic.get(name) or ""))[0]
+        found = PathFinder.find_spec(module) if module not in ARCHITECTURES else None
+        places = [found.origin, *(found.submodule_search_locations or [])] if found else []
+        if any(place and Path(place).resolve().is_relative_to(folder.resolve()) for place in places):
+            raise ValueError(f"{name}: {generic[name]} lies in {folder}, and nothing there is executed")
 
 
 def load_weights(adapter: ModelAdapter, state: dict[str, torch.Tensor], source: str) -> None:

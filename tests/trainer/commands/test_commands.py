@@ -220,7 +220,7 @@ def test_the_traceback_is_there_for_who_wants_it(command, monkeypatch):
         command("generate", "--model_name", "dante", "--top_p", 2)
 
 
-@pytest.mark.parametrize("name", ["generate", "eval", "show", "bench"])
+@pytest.mark.parametrize("name", ["generate", "eval", "export", "show", "bench"])
 def test_help(command, name):
     status, out, _ = command(name, "--help")
     assert status == 0 and f"python mytrainer.py {name}" in out

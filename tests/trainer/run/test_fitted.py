@@ -58,6 +58,16 @@ def test_frequencies_come_with_the_weights_to_the_same_text_alone(tmp_path):
     assert torch.equal(taken(without, same, tmp_path)[0]["unigram"], same.adapter.model.unigram)
 
 
+def test_a_text_that_nothing_is_known_of_is_another(tmp_path):
+    source, target = session_of("d3pm", *UNIFORM), session_of("d3pm", *UNIFORM)
+    taken(source, target, tmp_path)
+    unknown = Checkpoint(tmp_path)
+    unknown.data = None
+    notes: list[str] = []
+    with_own_fits(target, unknown, source.adapter.trained_state(), notes.append)
+    assert notes == ["unigram is fitted anew, to the text of this run"]
+
+
 def test_a_schedule_follows_the_frequencies_that_weights_bring():
     adapter = session_of("d3pm", *UNIFORM).adapter
     before = adapter.process.chain.alpha_bar

@@ -1,0 +1,102 @@
+"""The `export` command: trained weights in files for elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from naming import expand_path, look_up, shorten
+from trainer.export import FORMS
+from trainer.export.form import Contents, Form
+from trainer.export.rounding import PRECISIONS, Rounding
+from trainer.run.checkpoint import Content, write_digested, write_file
+from trainer.run.files import new_folder
+from trainer.run.restore import add_source_arguments, named, restore, say
+from trainer.run.source import open_source
+from trainer.run.tensor_files import WEIGHTS, safetensors_library, tensor_bytes
+from trainer.view.console import Console
+from trainer.view.format import quantity
+
+__all__ = ["main"]
+
+
+def main(argv: list[str]) -> int:
+    """`python mytrainer.py export`: the weights that `eval` and `generate` use, in a folder of their own."""
+    parser = argparse.ArgumentParser(
+        prog="python mytrainer.py export",
+        description="Write trained weights, their architecture and tokenizer into a folder: the weights that eval and "
+        "generate use. " + ". ".join(f"{name}: {row.description}" for name, row in FORMS.items()) + ".",
+    )
+    add_source_arguments(parser)
+    parser.add_argument("--to", required=True, metavar=" | ".join(FORMS), help="the form")
+    parser.add_argument("--output", required=True, help="the folder to make; it may exist if it is empty")
+    parser.add_argument(
+        "--save_precision",
+        choices=list(PRECISIONS),
+        help="of the weights (default: the run's save_precision)",
+    )
+    args = parser.parse_args(argv)
+    given = named(args)
+    if given is None:
+        raise ValueError("nothing to export. Give --checkpoint <run folder> or --model_name <name>")
+    form: Form = look_up(FORMS, args.to, "to").load()()
+    folder = _new(args.output)
+    safetensors_library()
+
+    console = Console(live=False, stream=sys.stderr)
+    with console.doing("reading the weights"):
+        source = open_source(given, say)
+        cfg, model_cfg = source.config(say)
+        form.check(cfg, model_cfg)
+        restored = restore(source, raw=args.raw, device="cpu")
+    rounding = Rounding(args.save_precision or cfg.save_precision)
+    contents = form.contents(restored, rounding)
+    with console.doing("writing them"):
+        sizes = _write(folder, contents, form.digests)
+    for note in (*contents.notes, *filter(None, [str(rounding)])):
+        say(note)
+    names = {dtype: name for name, dtype in PRECISIONS.items()}
+    kinds = sorted({names[t.dtype] for t in contents.tensors.values() if t.dtype in names})
+    print(f"{folder}: {restored.weights} weights of {source.path} ({cfg.type}, {', '.join(kinds)})")
+    print(f"  {', '.join(f'{name} {quantity(size)}B' for name, size in sizes.items())}")
+    print("open it with")
+    for line in form.opened_by(folder):
+        print(f"  {line}")
+    return 0
+
+
+def _new(output: str) -> Path:
+    """The folder to write. ValueError where it cannot be one: now, not when the work is done."""
+    path = expand_path(output)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"output: {path} is a file. Give a folder that is not there yet")
+    if path.is_dir() and (there := sorted(p.name for p in path.iterdir())):
+        raise ValueError(
+            f"output: {path} is not empty (it holds {shorten(there)}). Give a new or an empty folder"
+        )
+    if path.is_dir() and path.samefile(Path.cwd()):
+        raise ValueError("output: the folder that you are in cannot be replaced. Give the name of one in it")
+    above = next(p for p in path.absolute().parents if p.exists())
+    if not os.access(above, os.W_OK) or not above.is_dir():
+        raise ValueError(f"output: cannot write in {above}. Give another folder")
+    return path
+
+
+def _write(folder: Path, contents: Contents, digests: bool) -> dict[str, int]:
+    """Put everything there in one go; bytes by name."""
+    files: dict[str, Content] = {WEIGHTS: tensor_bytes(contents.tensors)}
+    for name, content in contents.files.items():
+        files[name] = (content if isinstance(content, str) else json.dumps(content, indent=2) + "\n").encode()
+    with new_folder(folder.resolve()) as made:
+        write = write_digested if digests else _write_plain
+        write(made, files)
+    return {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+
+
+def _write_plain(folder: Path, files: Mapping[str, Content]) -> None:
+    for name, content in files.items():
+        write_file(folder / name, content)

@@ -1,0 +1,15 @@
+"""Trained weights in files for elsewhere: the table of their forms. Importing this brings no torch."""
+
+from __future__ import annotations
+
+from naming import Entry
+
+__all__ = ["FORMS"]
+
+# Each makes a `trainer.export.form:Form` from nothing.
+FORMS: dict[str, Entry] = {
+    "safetensors": Entry(
+        "trainer.export.own:Own",
+        description="a folder that this trainer opens, of any architecture",
+    ),
+}
