@@ -73,7 +73,7 @@ class _Role:
         return list(dict.fromkeys([*named, *numbered]))
 
     def _id(self, name: str, token: Any) -> int:
-        text = token.get("content") if isinstance(token, dict) else token
+        text = _text(token)
         if isinstance(text, int) and text in self.ids.values():
             return text
         if not isinstance(text, str) or text not in self.ids:
@@ -102,8 +102,13 @@ def _config(
         **files.get("special_tokens_map.json", {}),
         **({"chat_template": template.read_text(encoding="utf-8")} if template.exists() else {}),
     }
-    own = files.get("tokenizer_config.json", {})
-    return {**found, **{name: value for name, value in own.items() if name not in NOT_KEPT}}
+    found |= files.get("tokenizer_config.json", {})
+    return {name: _text(value) for name, value in found.items() if name not in NOT_KEPT}
+
+
+def _text(value: Any) -> Any:
+    """A token as its text alone: how it is found stands in tokenizer.json."""
+    return value["content"] if isinstance(value, dict) and "content" in value else value
 
 
 def _ids(content: dict[str, Any]) -> dict[str, int]:

@@ -1,13 +1,37 @@
-"""A byte-level tokenizer of ours as tokenizer.json, the file of Hugging Face's `tokenizers`."""
+"""Tokenizers in the form of Hugging Face: what its folders hold, and a byte-level one of ours as tokenizer.json."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data.huggingface.alphabet import spelled
 
-__all__ = ["byte_level_json", "merges_of"]
+if TYPE_CHECKING:
+    from data.tokenizers import Tokenizer
+
+__all__ = ["byte_level_json", "huggingface_files", "merges_of"]
+
+# Of all classes the one that takes tokenizer.json as it is: those of an architecture (GPT2Tokenizer, LlamaTokenizer)
+# make another one of its vocabulary in transformers 5.
+CLASS = "PreTrainedTokenizerFast"
+
+
+def huggingface_files(tokenizer: Tokenizer, model_max_length: int) -> dict[str, dict[str, Any]] | None:
+    """The JSON files of a tokenizer by name, as `AutoTokenizer` opens them; None where it has no such form.
+
+    `model_max_length`: the context of the model in tokens.
+    """
+    content = tokenizer.to_huggingface()
+    if content is None:
+        return None
+    config = {
+        "clean_up_tokenization_spaces": False,  # text comes out as the model wrote it
+        **tokenizer.huggingface_config,
+        "model_max_length": model_max_length,
+        "tokenizer_class": CLASS,
+    }
+    return {"tokenizer.json": content, "tokenizer_config.json": config}
 
 
 def byte_level_json(tokens: Sequence[bytes], end_of_text: str, pattern: str | None = None) -> dict[str, Any]:
