@@ -25,7 +25,7 @@ from data.store import encode_documents
 from data.tokenizers import StreamDecoder, as_bytes
 from naming import expand_path, not_one_of
 from trainer.evaluate import Score, evaluating
-from trainer.precision import autocast
+from trainer.precision import autocast, tune_host
 from trainer.run.folder import BEST
 from trainer.run.restore import Restored, restore, say
 
@@ -192,14 +192,13 @@ class Loaded:
             raise ValueError("text: is empty, so that there is nothing to score")
         rows = self._restored.rows(encode_documents([document], self.tokenizer))
         by_token = _ByToken(rows)
+        tune_host(self.config, self.device)
         score = self._restored.score(rows, hear=by_token.hear)
         assert score is not None
-        ids = rows.store.tokens.astype(np.int64)
-        ends = np.cumsum(self.tokenizer.token_bytes[ids])
         return TextScore(
             document.text,
-            ids=ids,
-            spans=np.stack([ends - self.tokenizer.token_bytes[ids], ends], axis=1),
+            ids=rows.store.tokens.astype(np.int64),
+            spans=self.tokenizer.spans(document.text),
             nats=by_token.nats,
             seed=self.config.seed,
             score=score,
@@ -217,11 +216,11 @@ class Loaded:
         from the last. A block that runs several times: its last turn. ValueError for a block that there is not, or that
         has no row for each token (a hierarchy), and for a text beyond learned positions.
 
-        Next-token models: a row knows its token and those before it. Diffusion models read the text without noise, as
-        if at the smallest time that training draws: `d3pm`, `mdl` and `sedd` see all of it, `bd3lm` a token's own block
-        and those before it. Where noise is a mask, training reads no prediction at a token that is seen: the last
-        block's states there were shaped by no loss (unless `auxiliary_loss_weight` of `d3pm` is set); what masked
-        tokens attend to are those of the blocks before it.
+        Next-token models: a row knows its token and those before it. Diffusion models read the text without noise, at
+        the smallest time that training draws: `d3pm`, `mdl` and `sedd` see all of it, `bd3lm` a token's own block and
+        those before it. Where noise is a mask, training asks for no prediction at a token that is seen (but for the
+        auxiliary cross-entropy of `d3pm`): no loss has shaped what the last block makes of it, and those before it only
+        what masked tokens need.
         """
         batch = self._one_row(text)
         with self._reading():
@@ -239,8 +238,9 @@ class Loaded:
         Diffusion models: row t says what the network, told of the smallest time, would have token t be; with a mask
         among the states the mask has a column too. `d3pm` without a mask: p(x_0 | x_t) of a token that noise may have
         changed. `sedd`: log-scores, without a mask of the ratios p_t(y) / p_t(x) to the token that stands there. Where
-        noise is a mask (`mdl`, `bd3lm`, absorbing chains) a token that is seen is known, and its logits are read by
-        nothing: they say what the output layer makes of its state, no more.
+        noise is a mask (`mdl`, `bd3lm`, absorbing chains) a token that is seen is known, and nothing reads its logits:
+        they are what the output layer makes of its state, no more (under the auxiliary cross-entropy of `d3pm`, a guess
+        at the token itself).
         """
         batch = self._one_row(text)
         with self._reading():
@@ -265,14 +265,15 @@ class Loaded:
         ids = [self.tokenizer.encode(text).tolist() for text in texts]
         with self._reading():
             generated = self.adapter.generate(ids, GenerateOptions(**options))
-        return [self._decode(tokens) for tokens in generated.tokens]
+        return [self._decode(*pair) for pair in zip(texts, generated.tokens, strict=True)]
 
-    def _decode(self, tokens: list[int]) -> str:
-        decoder = StreamDecoder(self.tokenizer)
+    def _decode(self, prompt: str | bytes, tokens: list[int]) -> str:
+        decoder = StreamDecoder(self.tokenizer, begins=not prompt)
         return decoder.push(tokens) + decoder.flush()
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
+        tune_host(self.config, self.device)  # the process may be somebody else's
         with torch.no_grad(), evaluating(self.adapter), autocast(self.precision, self.device):
             yield
 

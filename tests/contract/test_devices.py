@@ -74,11 +74,12 @@ def train_on(adapter, prepared, device):
         weighted_loss(adapter(prepared.to(torch.device(device))).terms, prepared.denominators).backward()
 
 
-def score_and_continue_on(adapter, batch, device):
-    """A score, and a text over the cache: what is fetched of them is 0."""
+def score_read_and_continue_on(adapter, batch, device):
+    """A score, logits of clean text, and a text over the cache: what is fetched of them is 0."""
     with OnDevice(device, reads=True), torch.no_grad():
         adapter.eval().likelihood(batch, context(phase="eval"))
         adapter.generate([[1, 2, 3]], GenerateOptions(max_new_tokens=2))
+        adapter.logits(adapter.clean_states(batch, context(phase="eval")))
 
 
 def test_no_tensor_is_left_on_the_host_and_nothing_waits_for_the_device(architecture):
@@ -86,7 +87,7 @@ def test_no_tensor_is_left_on_the_host_and_nothing_waits_for_the_device(architec
     batch = batch_for(at_home)
     adapter.on_step_start(context(), 1)
     train_on(adapter, at_home.prepare(batch, context()), "meta")
-    score_and_continue_on(adapter, batch, "meta")
+    score_read_and_continue_on(adapter, batch, "meta")
 
 
 @pytest.mark.gpu

@@ -100,14 +100,14 @@ def test_the_weights_are_those_that_were_asked_for(loaded, whole_run):
     name = max(average, key=lambda n: float((average[n] - raw[n]).abs().max()))
     averaged, plain = (dict(m.adapter.named_model_parameters())[name] for m in (loaded, own))
     assert torch.equal(plain, raw[name]) and not torch.equal(raw[name], average[name])
-    # To rounding: what must lie on a set is put back onto it.
-    torch.testing.assert_close(averaged.detach(), average[name], rtol=1e-3, atol=1e-6)
+    # Not to the bit: an average of points of a set is put back onto it.
+    assert (averaged - average[name]).norm() < 0.1 * (averaged - raw[name]).norm()
 
 
 def test_looking_changes_nothing(readable):
     part = readable.model.get_submodule(readable.adapter.blocks()[0]).train()
     generators = torch.get_rng_state(), np.random.get_state()[1]
-    readable.score(SHORT), readable.hidden(SHORT, -1), readable.generate("0", max_new_tokens=2)
+    readable.score(SHORT), readable.hidden(SHORT), readable.generate("0", max_new_tokens=2)
     assert part.training and not readable.model.training and torch.is_grad_enabled()
     assert torch.equal(generators[0], torch.get_rng_state())
     assert np.array_equal(generators[1], np.random.get_state()[1])

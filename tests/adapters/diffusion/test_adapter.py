@@ -10,7 +10,18 @@ import torch
 
 from adapters.base import GenerateOptions
 from tests.adapters.diffusion.processes import WITHOUT_SUBS
-from tests.adapters.diffusion.tiny import EVAL, KINDS, TOKENIZER, S, V, batch, build, objective, train_context
+from tests.adapters.diffusion.tiny import (
+    EVAL,
+    KINDS,
+    SMALL,
+    TOKENIZER,
+    S,
+    V,
+    batch,
+    build,
+    objective,
+    train_context,
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -91,6 +102,42 @@ def test_padding_is_neither_scored_nor_seen(kind):
         assert torch.allclose(nats[0], expected, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields", "tau"),
+    [
+        ("mdl", {"sampling_eps": 0.02, "time_conditioning": True}, -math.log(1 - 0.02 * 0.999)),
+        (
+            "mdl",
+            {"continuous_time": False, "num_timesteps": 20, "time_conditioning": True},
+            -math.log(1 - 0.999 / 20),
+        ),
+        ("sedd", {"noise_eps": 1e-3, "sampling_eps": 0.02}, -math.log(1 - 0.02 * 0.999)),
+        ("d3pm", {}, 1000 / 12),
+        ("d3pm", {"transition_type": "uniform"}, 1000 / 12),
+        ("bd3lm", {"time_conditioning": True}, 0.0),
+    ],
+)
+def test_clean_text_is_read_without_noise_at_the_smallest_time(kind, fields, tau):
+    adapter, given = build(kind, **fields), []
+    adapter.model.time.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    adapter.model.embed.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    row = batch([3])
+    states = adapter.clean_states(row, EVAL)
+    assert states.shape == (1, S, SMALL["d_model"]) and states.dtype == torch.float64
+    times, tokens = given
+    assert torch.allclose(times.double(), torch.full_like(times, tau).double(), rtol=1e-5), times
+    assert torch.equal(tokens, torch.from_numpy(row.tokens[:, :S]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_clean_documents_in_a_row_do_not_see_each_other(kind):
+    adapter = build(kind)
+    one, other = batch([3], doc_starts=[4]), batch([3], doc_starts=[4])
+    other.tokens[0, 5] = one.tokens[0, 5] % (V - 1) + 1
+    before, after = (adapter.clean_states(b, EVAL) for b in (one, other))
+    assert torch.equal(before[:, :4], after[:, :4]) and not torch.equal(before, after)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_documents_in_a_row_do_not_see_each_other(kind):
     adapter = build(kind)
@@ -112,6 +159,8 @@ def test_text_with_the_reserved_mask_token_is_refused():
     b.tokens[0, 3] = V - 1
     with pytest.raises(ValueError, match="absorbing_state_idx"):
         adapter.prepare(b, train_context())
+    with pytest.raises(ValueError, match="absorbing_state_idx"):
+        adapter.clean_states(b, EVAL)
     b.tokens[:] = 1
     assert adapter(adapter.prepare(b, train_context())).terms["nelbo"].sum > 0
 

@@ -34,6 +34,20 @@ def test_one_block_is_masked_diffusion():
     assert torch.allclose(found.variance, wanted.variance, atol=1e-9)
 
 
+def test_clean_text_is_read_as_noisy_text_without_noise_beside_it():
+    """One pass over it gives what two do; a token sees its block and those before."""
+    adapter = build("bd3lm", block_length=4)
+    process, network, row = adapter.process, adapter.network(), batch([5])
+    x0, doc_ids = torch.from_numpy(row.tokens[:, :S]), torch.from_numpy(row.doc_ids[:, :S])
+    shared = process.shared(network, x0, doc_ids)
+    beside = network.hidden(x0, torch.zeros(1, S), torch.arange(S), doc_ids=doc_ids, **shared)
+    states = adapter.clean_states(row, EVAL)[0]
+    assert torch.allclose(states, beside, atol=1e-12)
+    row.tokens[0, 6] = row.tokens[0, 6] % (V - 1) + 1  # in the second block, which begins at 5
+    changed = adapter.clean_states(row, EVAL)[0]
+    assert torch.equal(states[:5], changed[:5]) and not torch.isclose(states[5:], changed[5:]).all(1).any()
+
+
 def test_blocks_of_one_token_need_one_draw():
     adapter = build("bd3lm", block_length=1)
     found = adapter.likelihood(batch(range(6)), EVAL)
