@@ -1,4 +1,20 @@
-"""The front door: picks the command and hands over. `python mytrainer.py --help` says what there is."""
+"""Train language models of any architecture here, and look into what they have learned.
+
+    from mytrainer import load, metrics, train
+
+    run = train(["--hydra_model_cfg=configs/gpt2.yaml", "preset=nano", "num_iterations=50"])
+    model = load(run["folder"])
+    print(run["score"]["bits_per_byte"], model.score("def f(x):").nats)
+    print(model.generate("def ", max_new_tokens=50))
+    losses = metrics(run["folder"])["loss"]
+
+`train` runs what the command line would, `load` opens what has been trained, `metrics` gives the curves of a run as
+columns. They leave the process as they found it: modules of yours called `data` or `models` stay yours, and seeds,
+environment, working directory, signal handlers, warnings and number formats are as before. Wrong input raises a
+ValueError, a run that cannot go on a RuntimeError, with the text that the command line would print.
+
+On the command line this is the front door, `python mytrainer.py --help`, and picks the command.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +22,22 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent
+ADDED = str(ROOT) not in sys.path
+if ADDED:  # at its end: what a user calls `data` or `models` is found before ours
+    sys.path.append(str(ROOT))
+
+import mytrainer_guest as guest  # noqa: E402
+
+if TYPE_CHECKING:
+    from trainer.loaded import Loaded
+
+__all__ = ["load", "metrics", "train"]
+
 REQUIRED = ("torch", "hydra", "pydantic")  # by the first import of every command
 COMMANDS = {
     "train": "trainer.commands.train:main",
@@ -21,6 +50,134 @@ COMMANDS = {
     "worker": "trainer.commands.launch:worker_main",  # started by us: one process of a run
 }
 RUNS = ("train", "worker")  # they go on where nobody reads what they print
+
+
+def train(overrides: Sequence[str]) -> dict[str, Any]:
+    """Train one model, as `python mytrainer.py` with these words does, and return the summary of the run.
+
+    The same checks, run folder and lines on the console; two calls with equal words give equal results, whatever the
+    process has done before.
+
+    Args:
+        overrides: the words of the command line, such as `["--hydra_model_cfg=configs/gpt2.yaml", "preset=nano",
+            "learning_rate=3e-4"]`. Relative paths mean the working directory; model files of the project are found from
+            anywhere. `num_gpus=2` starts processes. `time_budget` counts from this call. What `env` names is set for as
+            long as the run lasts.
+
+    Returns:
+        The content of the run's summary.json: `score` (`bits_per_byte`, `kind`, ...), `yardsticks`, `steps`, `tokens`,
+        `bytes`, `seconds` ... and `folder`, the run's folder, absolute, for `load` and `metrics`. `peak_memory_bytes`
+        is that of the whole process since its start. A run that is gone on with and has nothing left to do gives the
+        summary that it has.
+
+    Raises:
+        ValueError: something is wrong with the words or the text that they name (`configs.messages.ConfigError` if that
+            showed before anything started).
+        RuntimeError: the run cannot go on (`trainer.errors.TrainingError`): a loss that is not finite, no memory left.
+        OSError: a file cannot be read or written.
+        KeyboardInterrupt: Ctrl-C. The run has been saved, and the message says how to go on; a second Ctrl-C does not
+            wait for that. Other signals save too, and then do what they do in your process. Only the main thread hears
+            them.
+    """
+    words = _words(overrides)
+    with guest.visit(), guest.hydra_of_its_own():
+        from trainer import clock
+        from trainer.signals import as_guest
+        from trainer.view.stream import patient_streams
+
+        with patient_streams(raises=False), as_guest():
+            clock.start()
+            return _train(words)
+
+
+def _train(words: list[str]) -> dict[str, Any]:
+    from configs.compose import prepare_one
+    from configs.messages import ConfigError
+    from trainer.commands import launch
+    from trainer.commands.train import call, composed
+
+    if launch.launched():
+        raise ConfigError(
+            "train() starts the processes of a run itself: num_gpus=<N>. What torchrun has started is for the command "
+            "line: torchrun ... mytrainer.py ..."
+        )
+    sys.argv = ["mytrainer.py"]  # what the manifest keeps, with the words behind it
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, sys.path)
+    )  # processes of a run find what this one does
+    plan = prepare_one(words)
+    tree = composed(plan)
+    with guest.numerics():
+        return call(plan, tree)
+
+
+def _words(overrides: Sequence[str]) -> list[str]:
+    given = [overrides] if isinstance(overrides, str) else list(overrides)
+    wrong = [word for word in given if not isinstance(word, str)]
+    if wrong or isinstance(overrides, str):
+        raise ValueError(
+            f'overrides: a list of words is meant, such as ["model=gpt2", "preset=nano"], got {(wrong or given)[0]!r}'
+        )
+    return given
+
+
+def load(
+    path: str | Path,
+    best: bool = False,
+    weights: str = "ema",
+    device: str = "auto",
+    *,
+    overrides: Sequence[str] = (),
+    val_seq_len: int | None = None,
+) -> Loaded:
+    """Open a trained model, as `eval` and `generate` do, to look into it.
+
+    The text that it was trained on is not needed.
+
+    Args:
+        path: a run folder (its newest checkpoint), one of its checkpoints, or any other folder of weights that `eval`
+            takes; relative to the working directory, `~` is expanded.
+        best: the run's best_model/.
+        weights: "ema", the average over training where the run kept one; or "raw".
+        device: auto, cpu, cuda, cuda:N or mps.
+        overrides: words "model_cfg.FIELD=VALUE" of fields that are no architecture, as `eval` and `generate` take them:
+            `["model_cfg.sampler=first_hitting"]`.
+        val_seq_len: context of `score` in tokens, instead of the run's.
+
+    Returns:
+        A `Loaded` with `model`, `tokenizer` and `config`, and
+        `score(text)`: how likely the text is, in nats per token where that is known;
+        `hidden(text)`: the last states (T, D), or those of a layer;
+        `logits(text)`: what is expected at each place, (T, V);
+        `generate(prompts, ...)`: texts that go on from prompts.
+
+    Raises:
+        ValueError: there is no such thing, it cannot be used, or an argument is none that there is.
+    """
+    with guest.visit(), guest.numerics():
+        from trainer import loaded
+
+        guest.with_visits(loaded.Loaded)
+        return loaded.load(path, best, weights, device, overrides=overrides, val_seq_len=val_seq_len)
+
+
+def metrics(run: str | Path) -> dict[str, list[Any]]:
+    """The curves of a run: its metrics.jsonl as columns of equal length, a row for each line, in their order.
+
+    A line is of training (`step`, `loss`, `tokens`, `seconds`, `lr/matrix` ...) or of a score (`step`,
+    `val_bits_per_byte` ...): where it has no such field the column holds None. Entries of mappings are columns with a
+    dot (`val_parts.diffusion`). `pandas.DataFrame(metrics(run))` makes a table of it.
+
+    Args:
+        run: a run folder, one of its checkpoints, or a metrics.jsonl. The run may be going on.
+
+    Raises:
+        ValueError: there is no such run, or the file is damaged.
+    """
+    with guest.visit():
+        from trainer.run.metrics import columns
+
+        return columns(run)
 
 
 def _import_paths() -> None:
@@ -97,3 +254,4 @@ def _explain(error: Exception, command: str) -> tuple[int, str] | None:
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
+guest.settle(ADDED)

@@ -71,9 +71,7 @@ def compose(
 
     Raises ConfigError. `notify` receives the remarks that stop nothing; default: stderr.
     """
-    plan = prepare(overrides)
-    if plan.request.mode != "run" or plan.request.multirun:
-        raise ConfigError("command line: one run is meant here. Leave out --cfg, --info, --help and -m")
+    plan = prepare_one(overrides)
     checked = check(plan, tree_of(plan))
     for text in plan.notices:
         (notify or _to_stderr)(text)
@@ -124,6 +122,14 @@ def prepare(argv: list[str]) -> Plan:
     register()
     request.notices += [note for n in nodes for node in n.chain() for note in node.notices]
     return Plan(request, overrides, names, saved, secrets, list(dict.fromkeys(request.notices)))
+
+
+def prepare_one(words: list[str]) -> Plan:
+    """The same of one run to be started; what shows something or asks for several is refused."""
+    plan = prepare(words)
+    if plan.request.mode != "run" or plan.request.multirun:
+        raise ConfigError("command line: one run is meant here. Leave out --cfg, --info, --help and -m")
+    return plan
 
 
 def _models(request: Request) -> tuple[list[Node], str]:

@@ -15,7 +15,8 @@ from configs.removed import REMOVED, YOUNGER
 from configs.request import Request
 from naming import did_you_mean
 
-RUNS = Path("checkpoints")
+RUNS = Path("checkpoints")  # of runs with a name
+OUTPUTS = Path("outputs")  # of those without
 
 
 def folder_of_path(path: str | Path) -> Path:

@@ -222,10 +222,12 @@ def _everywhere(choose: Callable[[], torch.device]) -> torch.device:
 @contextmanager
 def open_world(cfg: RunConfig) -> Iterator[World]:
     """Join, choose the device, and leave at the end. After an error the group is not waited for: the peers
-    may never arrive, and the launcher ends them."""
+    may never arrive, and the launcher ends them. A group that was there before stays."""
+    ours = not dist.is_initialized()
     join_process_group()
     device = _everywhere(lambda: choose_device(cfg.device, _local_rank(cfg.device)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     yield World(device, cfg.ddp_backend)
-    leave_process_group()
+    if ours:
+        leave_process_group()

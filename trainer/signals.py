@@ -17,7 +17,7 @@ from types import FrameType
 from configs.hardware import process_group
 from trainer.errors import StopRequested
 
-__all__ = ["StopSignal", "hold_stop_signals", "stop_signals"]
+__all__ = ["StopSignal", "as_guest", "hold_stop_signals", "pass_on", "stop_signals"]
 
 # SIGUSR1 and SIGUSR2: SLURM (--signal) and submitit announce the end of a job's time with them.
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
@@ -38,17 +38,39 @@ def hold_stop_signals() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
 
 
+_guest = False
+
+
+@contextmanager
+def as_guest() -> Iterator[None]:
+    """While open, the process is somebody else's: it is never ended, and a request that was served goes on to him."""
+    global _guest
+    before, _guest = _guest, True
+    try:
+        yield
+    finally:
+        _guest = before
+
+
+def pass_on(number: int) -> None:
+    """As a guest: do what the process does when asked so; at least raise KeyboardInterrupt. Else nothing."""
+    if _guest:
+        signal.raise_signal(number)
+        raise KeyboardInterrupt
+
+
 class StopSignal:
     """`with StopSignal("saving, then leaving") as stop:` ... `if stop.requested: ...`
 
-    A second Ctrl-C ends the process at once. That harms no file: all are replaced in one go or left as they were.
-    On another thread than the main one nothing is heard.
+    A second Ctrl-C ends the process at once (as a guest: raises KeyboardInterrupt). That harms no file: all are
+    replaced in one go or left as they were. On another thread than the main one nothing is heard.
     """
 
     def __init__(self, then: str = "leaving") -> None:
         self.requested = False
         self.name = ""
         self._then = then
+        self._number, self._since = 0, 0.0  # of the first request
         self._raises = self._left = False  # `at_once` is open; a request has been acted on by it
         self._previous: dict[int, object] = {}
 
@@ -80,9 +102,15 @@ class StopSignal:
         os.write(self._writer, b"\0")  # no signal: the thread leaves
         self._thread.join()
         os.close(self._writer)
+        if self.requested:
+            pass_on(self._number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """On the main thread, between two operations of Python."""
+        if not self.requested:
+            self._number, self._since = number, time.monotonic()
+        elif _guest and number == signal.SIGINT and time.monotonic() - self._since > _SAME_CTRL_C:
+            raise KeyboardInterrupt
         self.requested = True
         self.name = signal.Signals(number).name
         if self._raises:
@@ -110,7 +138,7 @@ class StopSignal:
                     again = "; Ctrl-C again: at once" if number == signal.SIGINT else ""
                     if not self._left:
                         _say(f"{signal.Signals(number).name} received: {self._then}{again}")
-                elif number == signal.SIGINT and now - first > _SAME_CTRL_C:
+                elif number == signal.SIGINT and now - first > _SAME_CTRL_C and not _guest:
                     _say("left at once: what was saved before is as it was")
                     os._exit(128 + number)
 

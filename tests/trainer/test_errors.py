@@ -11,7 +11,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 from tests.contract.tiny import config
 from trainer import loop
 from trainer.commands import launch
-from trainer.errors import of_the_machine
+from trainer.errors import TrainingError, of_the_machine
 
 
 def raised(function):
@@ -61,10 +61,11 @@ def test_what_was_suppressed_is_no_cause():
 
 def test_a_run_that_does_not_fit_ends_in_one_message(tmp_path, capsys):
     cfg, model_cfg = config("gpt2", "model_cfg.n_ctx=1000000000000")
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(launch.JobFailed) as failed:
         launch.run_here(cfg, model_cfg, tmp_path / "run", None)
-    said = capsys.readouterr().err
-    assert left.value.code == 1 and said.startswith("error: out of memory (RuntimeError: ")
+    assert isinstance(failed.value.error, TrainingError)
+    status, said = failed.value.say(), capsys.readouterr().err
+    assert status == 1 and said.startswith("error: out of memory (RuntimeError: ")
     assert "256000000000000 bytes" in said and said.count("\n") == 1
 
 
@@ -73,7 +74,8 @@ def test_every_process_says_what_only_it_can_know(tmp_path, capsys, monkeypatch)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for error, status, said in ((MemoryError("1 GB"), 1, "MemoryError: 1 GB"), (ValueError("seed"), 2, "")):
         monkeypatch.setattr(loop, "train", mock.Mock(side_effect=error))
-        with pytest.raises(SystemExit) as left:
+        with pytest.raises(launch.JobFailed) as failed:
             launch.run_here(*config("gpt2"), tmp_path, None)
+        assert failed.value.say() == status
         told = capsys.readouterr().err
-        assert left.value.code == status and (said in told if said else not told)
+        assert said in told if said else not told

@@ -30,11 +30,12 @@ from omegaconf import OmegaConf
 
 from configs.hardware import UNSET, process_count, process_group
 from configs.messages import REDACTED, ConfigError
+from configs.runs import OUTPUTS
 from configs.schema import ModelConfig, RunConfig, redacted
 from configs.validate import validate
 from data.text import val_paths
 from trainer.errors import TrainingError, of_the_machine, sentence
-from trainer.signals import hold_stop_signals, stop_signals
+from trainer.signals import hold_stop_signals, pass_on, stop_signals
 
 ROOT = Path(__file__).resolve().parents[2]
 # Where the processes of a self-launched run say who they are and how they ended.
@@ -44,14 +45,26 @@ _BEGUN = "begun"  # a file of each of them, once it can save and leave when aske
 
 
 class JobFailed(RuntimeError):
-    """A worker process ended badly, having said why itself."""
+    """A run ended badly. `error` is what a person should read; None where nobody could say, or a traceback has."""
 
-    def __init__(self, status: int) -> None:
+    def __init__(self, status: int, error: Exception | None = None, everywhere: bool = False) -> None:
+        """`everywhere`: only this process knows of the error; any other all of them raise."""
         super().__init__(f"the run ended with exit status {status}")
-        self.status = status
+        self.status, self.error, self.everywhere = status, error, everywhere
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.status,)
+        return type(self), (self.status, self.error, self.everywhere)
+
+    @property
+    def to_be_said(self) -> bool:
+        """Whether it is for this process to say."""
+        return self.error is not None and (self.everywhere or rank() == 0)
+
+    def say(self) -> int:
+        """Tell the person at the console; the exit status."""
+        if self.to_be_said:
+            print(f"error: {self.error}", file=sys.stderr)
+        return self.status
 
 
 # -- the run folder ----------------------------------------------------------------------------------------
@@ -63,7 +76,7 @@ def run_folder(cfg: RunConfig, named: Path | None = None) -> Path:
         return named
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     type_ = cfg.type.rpartition(":")[2]
-    return Path("outputs") / f"{type_}-{stamp}-{secrets.token_hex(2)}"
+    return OUTPUTS / f"{type_}-{stamp}-{secrets.token_hex(2)}"
 
 
 def require_writable(folder: Path) -> None:
@@ -150,8 +163,8 @@ def start(
 def run_here(
     cfg: RunConfig, model_cfg: ModelConfig, folder: Path, text: Callable[[RunConfig], str] | None
 ) -> float:
-    """Train in this process. A failure that has an explanation becomes one message and exit status 1; the user's
-    mistakes that only show once data and model are there, status 2. `text` makes the run's config.yaml."""
+    """Train in this process. A failure that a person can read is raised as JobFailed: status 2 for the user's mistakes
+    that only show once data and model are there, else 1. `text` makes the run's config.yaml."""
     from trainer.loop import train
 
     if _POST in os.environ:
@@ -164,11 +177,9 @@ def run_here(
         known = of_this_process or isinstance(error, TrainingError | ValueError | OSError)
         if not known or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        # Every other one all ranks raise; it is said once.
-        if of_this_process or rank() == 0:
-            print(f"error: {of_this_process or error}", file=sys.stderr)
         mistake = isinstance(error, ValueError) and not of_this_process
-        raise SystemExit(2 if mistake else 1) from None
+        told = TrainingError(of_this_process) if of_this_process else error
+        raise JobFailed(2 if mistake else 1, told, everywhere=bool(of_this_process)) from error
 
 
 def run_workers(cfg: RunConfig, folder: Path, processes: int, origin: str) -> float:
@@ -230,11 +241,32 @@ def _outcome(post: Path, status: int, received: list[int]) -> float:
     if received:  # no further job of a sweep is started either
         if not result:
             print(f"{signal.Signals(received[0]).name} received: nothing was saved", file=sys.stderr)
+        pass_on(received[0])
         raise SystemExit(result.get("status", 128 + received[0]))
     if status or not result:
-        raise JobFailed(status or 1)
+        errors = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(post.glob("error-*.json"))]
+        raise JobFailed(status or 1, _ERRORS[errors[0]["kind"]](errors[0]["text"]) if errors else None)
     score = result["score"]
     return math.nan if score is None else score
+
+
+# How the error of a worker process travels; what it derives from counts.
+_ERRORS: dict[str, type[Exception]] = {
+    "ConfigError": ConfigError,
+    "TrainingError": TrainingError,
+    "ValueError": ValueError,
+    "OSError": OSError,
+}
+
+
+def _send(post: Path, name: str, content: dict[str, Any]) -> None:
+    (post / f"{name}.part").write_text(json.dumps(content), encoding="utf-8")
+    os.replace(post / f"{name}.part", post / f"{name}.json")
+
+
+def _send_error(post: Path, error: Exception) -> None:
+    kind = next(name for name, type_ in _ERRORS.items() if isinstance(error, type_))
+    _send(post, f"error-{rank()}", {"kind": kind, "text": str(error)})
 
 
 @contextmanager
@@ -264,23 +296,21 @@ def _forwarding(children: list[subprocess.Popen[bytes]], begun: list[Path]) -> I
 def worker_main(argv: list[str]) -> int:
     """`worker <config.yaml> <run folder> <origin>`: one process of a run that `run_workers` started."""
     config, folder, origin = Path(argv[0]), Path(argv[1]), argv[2]
-    post = Path(os.environ[_POST]) if _POST in os.environ else None
+    post = Path(os.environ[_POST])
     status, score = 1, math.nan
     try:
         env = OmegaConf.to_container(OmegaConf.load(config)).get("env") or {}  # type: ignore[union-attr]
         apply_env(env)
         score = run_here(*read_config(config), folder, partial(config_text, origin=origin))
         status = 0
-    except ConfigError as error:
-        print(error.report(), file=sys.stderr)
-        status = 2
-    except SystemExit as leaving:
-        status = leaving.code if isinstance(leaving.code, int) else 1
+    except (JobFailed, ConfigError) as error:  # whoever started us says it
+        failed = error if isinstance(error, JobFailed) else JobFailed(2, error)
+        status = failed.status
+        if failed.error is not None and failed.to_be_said:
+            _send_error(post, failed.error)
     finally:
-        if post and rank() == 0:
-            result = {"status": status, "score": None if math.isnan(score) else score}
-            (post / "result.part").write_text(json.dumps(result), encoding="utf-8")
-            os.replace(post / "result.part", post / "result.json")
+        if rank() == 0:
+            _send(post, "result", {"status": status, "score": None if math.isnan(score) else score})
     return status
 
 
@@ -392,7 +422,10 @@ def follow() -> int:
         if value != REDACTED:
             os.environ.setdefault(name, value)
     cfg, model_cfg = validate(cfg.model_dump(mode="json"))
-    run_here(cfg, model_cfg, folder, None)  # rank 0 writes the config
+    try:
+        run_here(cfg, model_cfg, folder, None)  # rank 0 writes the config
+    except JobFailed as failed:
+        return failed.say()
     return 0
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.conf import HydraConf
@@ -24,11 +26,12 @@ from configs.help import help_text
 from configs.hydra_app import APP, compose_hydra, sweep_folder
 from configs.hydra_words import is_setting
 from configs.messages import ConfigError
-from configs.runs import named_folder
+from configs.runs import checkpoints, named_folder
 from configs.schema import env_strings
 from configs.validate import validate
 from trainer import clock
 from trainer.commands import launch
+from trainer.errors import TrainingError
 
 
 def main(argv: list[str]) -> int:
@@ -44,14 +47,43 @@ def _lead(argv: list[str]) -> int:
     plan = prepare(argv)
     if plan.request.mode != "run":
         return _show(plan)
-    launch.apply_env({}, plan.secrets)
     if plan.request.multirun:
+        launch.apply_env({}, plan.secrets)
         return _sweep(plan)
+    ready = _checked(plan, composed(plan))
+    try:
+        _start(plan, *ready)
+    except launch.JobFailed as failed:
+        return failed.say()
+    return 0
+
+
+def composed(plan: Plan) -> dict[str, Any]:
+    """The composition of one run, whose environment is set from now on: before the model file, hence torch, is
+    imported."""
+    launch.apply_env({}, plan.secrets)
     tree = tree_of(plan)
-    launch.apply_env(_env(tree["env"]))  # before the model file, hence torch, is imported
-    checked = check(plan, tree)
-    _say(plan)
-    return _run(plan, checked)
+    launch.apply_env(_env(tree["env"]))
+    return tree
+
+
+def call(plan: Plan, tree: dict[str, Any]) -> dict[str, Any]:
+    """Train one run for a caller in Python: its summary, and its `folder`. Raises what the command line prints."""
+    checked, folder = _checked(plan, tree)
+    try:
+        _start(plan, checked, folder)
+    except launch.JobFailed as failed:
+        raise failed.error or TrainingError(f"{failed}; its process has said why") from failed.__cause__
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_how_to_go_on(folder)) from None
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return {**summary, "folder": str(folder.absolute())}
+
+
+def _how_to_go_on(folder: Path) -> str:
+    if not checkpoints(folder):
+        return "stopped; nothing was saved"
+    return f"stopped; go on with: train({[f'resume={folder.absolute()}']})"
 
 
 def _env(value: object) -> dict[str, str]:
@@ -95,15 +127,18 @@ def _show(plan: Plan) -> int:
     return 0
 
 
-def _run(plan: Plan, checked: Checked) -> int:
+def _checked(plan: Plan, tree: dict[str, Any]) -> tuple[Checked, Path]:
+    """One run, ready to start, and its folder, which is there. Raises ConfigError."""
+    checked = check(plan, tree)
+    _say(plan)
     folder = launch.run_folder(checked.cfg, checked.folder)
     launch.require_writable(folder)
+    return checked, folder
+
+
+def _start(plan: Plan, checked: Checked, folder: Path) -> None:
     sys.argv = [sys.argv[0], *plan.overrides]  # the manifest keeps these words; no secret is among them
-    try:
-        launch.start(checked.cfg, checked.model_cfg, folder, origin=checked.origin)
-    except launch.JobFailed as failed:
-        return failed.status
-    return 0
+    launch.start(checked.cfg, checked.model_cfg, folder, origin=checked.origin)
 
 
 def _sweep(plan: Plan) -> int:
@@ -137,6 +172,7 @@ def sweep_job(cfg: DictConfig) -> float:
     except ConfigError as error:
         raise CompactHydraException(error.report()) from None
     except launch.JobFailed as failed:
+        failed.say()
         raise CompactHydraException(f"job {job.job.num}: {failed}") from None
 
 

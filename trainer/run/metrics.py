@@ -7,12 +7,15 @@ writing.
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from configs.runs import OUTPUTS, RUNS, folder_of_path
+from naming import expand_path, nearest, shorten
 from trainer.run.files import append, write_atomically
 
-__all__ = ["MetricsWriter", "read_metrics"]
+__all__ = ["MetricsWriter", "columns", "read_metrics"]
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -65,6 +68,44 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                 f"{path}:{number}: not a JSON object: {line[:60].decode(errors='replace').strip()}"
             )
     return records
+
+
+def columns(run: str | Path) -> dict[str, list[Any]]:
+    """metrics.jsonl by field: columns of equal length, None where a line has no such field; the entries of a mapping
+    are columns with a dot in their name. `run`: a run folder, one of its checkpoints, or the file.
+
+    Raises ValueError where there is none, and for what `read_metrics` refuses.
+    """
+    lines = [dict(_flat(line)) for line in read_metrics(_metrics_file(expand_path(run)))]
+    names = dict.fromkeys(name for line in lines for name in line)
+    return {name: [line.get(name) for line in lines] for name in names}
+
+
+def _flat(line: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in line.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _metrics_file(given: Path) -> Path:
+    for path in (given, given / "metrics.jsonl", folder_of_path(given) / "metrics.jsonl"):
+        if path.is_file():
+            return path
+    if given.is_dir():
+        raise ValueError(
+            f"{given} holds no metrics.jsonl, so it is no run folder.{_runs_near(given / 'any')}"
+        )
+    raise ValueError(f"no such run: {given}.{_runs_near(given)}")
+
+
+def _runs_near(given: Path) -> str:
+    """Runs that may have been meant, the nearest names first, behind a space; "" where there are none."""
+    folders = dict.fromkeys((given.parent, OUTPUTS, RUNS))
+    runs = {path.parent.name: path.parent for folder in folders for path in folder.glob("*/metrics.jsonl")}
+    names = dict.fromkeys([*nearest(given.name, runs), *sorted(runs, reverse=True)])
+    return f" Runs nearby: {shorten([str(runs[name]) for name in names])}" if runs else ""
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
