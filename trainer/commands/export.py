@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
     print(f"{folder}: {restored.weights} weights of {source.path} ({cfg.type}, {', '.join(kinds)})")
     print(f"  {', '.join(f'{name} {quantity(size)}B' for name, size in sizes.items())}")
     print("open it with")
-    for line in form.opened_by(folder):
+    for line in form.opened_by(folder, contents):
         print(f"  {line}")
     return 0
 

@@ -8,6 +8,10 @@ __all__ = ["FORMS"]
 
 # Each makes a `trainer.export.form:Form` from nothing.
 FORMS: dict[str, Entry] = {
+    "hf": Entry(
+        "trainer.export.huggingface:HuggingFace",
+        description="a folder that transformers opens, of architectures that it has too",
+    ),
     "safetensors": Entry(
         "trainer.export.own:Own",
         description="a folder that this trainer opens, of any architecture",

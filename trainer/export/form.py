@@ -40,5 +40,5 @@ class Form(ABC):
         """The folder's contents; every parameter goes through `rounding`. ValueError as above."""
 
     @abstractmethod
-    def opened_by(self, folder: Path) -> list[str]:
+    def opened_by(self, folder: Path, contents: Contents) -> list[str]:
         """Lines that open the folder, for people to copy."""

@@ -49,7 +49,7 @@ class Own(Form):
             },
         )
 
-    def opened_by(self, folder: Path) -> list[str]:
+    def opened_by(self, folder: Path, contents: Contents) -> list[str]:
         return [
             command_line("generate", "--checkpoint", folder),
             f"from mytrainer import load; model = load({str(folder)!r})",

@@ -1,0 +1,152 @@
+"""What `export --to hf` writes, opened by transformers: the same logits, ids, text. All models have been trained some
+steps, so that no weight is what it began as."""
+
+import json
+
+import pytest
+import torch
+
+from adapters.base import GenerateOptions
+from tests.contract.tiny import config, session_of
+from trainer.export.huggingface import HuggingFace
+from trainer.loop import train
+from trainer.run.checkpoint import save_checkpoint
+from trainer.run.facts import checkpoint_contents
+from trainer.run.progress import Progress
+from trainer.run.restore import restore
+from trainer.run.tensor_files import WEIGHTS, read_tensors
+
+transformers = pytest.importorskip("transformers")
+
+STEPS = ["num_iterations=3", "val_loss_every=0", "val_bytes=64", "sample_tokens=0", "learning_rate=0.01"]
+MODELS = {
+    "gpt2": ("gpt2", ["ema_decay=0.5", "model_cfg.vocab_size=300"]),  # padded to 384 rows
+    "gpt2-plain": ("gpt2", ["model_cfg.bias=false", "model_cfg.tie_embeddings=false", "tokenizer=bpe-270"]),
+    "llama": ("vanilla", ["model_cfg.n_kv_heads=2", "tokenizer=bpe-270"]),
+    "llama-full": ("vanilla", ["model_cfg.bias=true", "model_cfg.tie_embeddings=false"]),
+}
+TEXT = "0123 \n\n  été \u4e16\U0001f600 don't\t"
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request, tmp_path_factory):
+    """A run and the folder of its export."""
+    import mytrainer
+
+    name, words = MODELS[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    train(*config(name, *STEPS, *words), folder / "run")
+    told = ["export", "--checkpoint", folder / "run", "--to", "hf", "--output", folder / "hf"]
+    assert mytrainer.main([str(word) for word in told]) == 0
+    return folder / "run", folder / "hf"
+
+
+@pytest.fixture(scope="module")
+def opened(pair):
+    run, folder = pair
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    return restore(run, device="cpu"), theirs.eval(), transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@torch.no_grad()
+def test_logits_are_equal(opened):
+    ours, theirs, _ = opened
+    assert type(theirs).__name__ == ("GPT2LMHeadModel" if ours.cfg.type == "gpt2" else "LlamaForCausalLM")
+    model = ours.adapter.model
+    tokens = torch.randint(0, ours.tokenizer.vocab_size, (3, 32), generator=torch.Generator().manual_seed(0))
+    expected = model.logits(model(tokens))
+    assert expected.std() > 0.1
+    torch.testing.assert_close(theirs(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_text_becomes_the_same_ids_and_comes_back(opened):
+    ours, _, tokenizer = opened
+    ids = ours.tokenizer.encode(TEXT).tolist()
+    assert tokenizer(TEXT)["input_ids"] == ids
+    assert tokenizer.decode(ids) == TEXT
+    assert tokenizer.bos_token_id == tokenizer.eos_token_id == ours.tokenizer.eot
+    assert tokenizer.model_max_length == 32
+
+
+def test_it_writes_the_same_text(opened):
+    ours, theirs, _ = opened
+    prompt = ours.tokenizer.encode("01").tolist()
+    options = GenerateOptions(max_new_tokens=12, temperature=0)
+    [mine] = ours.adapter.generate([prompt], options).tokens
+    found = theirs.generate(
+        torch.tensor([[ours.tokenizer.eot, *prompt]]), max_new_tokens=12, do_sample=False, pad_token_id=0
+    )
+    written = found[0, 1 + len(prompt) :].tolist()
+    assert mine and written[: len(mine)] == mine and written[len(mine) :] in ([], [ours.tokenizer.eot])
+
+
+def test_what_is_tied_and_what_is_padding_is_not_written(opened, pair):
+    ours, theirs, _ = opened
+    tensors = read_tensors(pair[1] / WEIGHTS)
+    assert ("lm_head.weight" in tensors) != ours.adapter.model_cfg.tie_embeddings
+    assert theirs.get_input_embeddings().weight.shape[0] == ours.adapter.model_cfg.vocab_size
+    assert {p.name for p in pair[1].iterdir()} == {
+        *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", WEIGHTS)
+    }
+
+
+def test_half_of_the_bits(pair, tmp_path, command):
+    run, folder = pair
+    out, err = command(
+        *(
+            "export",
+            "--checkpoint",
+            run,
+            "--to",
+            "hf",
+            "--output",
+            tmp_path / "out",
+            "--save_precision",
+            "bf16",
+        )
+    )
+    assert "bf16)" in out and "rounded to bf16" in err
+    exact, rounded = (read_tensors(where / WEIGHTS) for where in (folder, tmp_path / "out"))
+    assert all(torch.equal(rounded[name], exact[name].bfloat16()) for name in exact)
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+
+
+# -- what has no such form ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["d3pm", "mdl", "sedd", "bd3lm"])
+def test_architectures_that_transformers_lacks(name):
+    told = f"to: type {name} has no form.*gpt2, vanilla have one. --to safetensors takes every architecture"
+    with pytest.raises(ValueError, match=told):
+        HuggingFace().check(*config(name))
+
+
+def test_fields_that_it_lacks():
+    with pytest.raises(ValueError, match="to: Llama has no counterpart of qk_norm: true. --to safetensors"):
+        HuggingFace().check(*config("vanilla", "model_cfg.qk_norm=true"))
+
+
+def checkpoint_of(folder, name, *words):
+    """A run folder without a run."""
+    save_checkpoint(folder, 1, *checkpoint_contents(session_of(name, *words), Progress(), {}))
+    return folder
+
+
+def test_it_is_said_before_anything_is_read(command, tmp_path, monkeypatch):
+    run = checkpoint_of(tmp_path / "run", "mdl")
+    monkeypatch.setattr("trainer.commands.export.restore", lambda *a, **k: pytest.fail("it was read"))
+    out, err = command("export", "--checkpoint", run, "--to", "hf", "--output", tmp_path / "out", status=2)
+    assert out == "" and "type mdl has no form" in err and not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_without_such_a_form_stays_behind(command, tmp_path, monkeypatch):
+    run = checkpoint_of(tmp_path / "run", "gpt2")
+    monkeypatch.setattr("data.tokenizers.ByteTokenizer.to_huggingface", lambda self: None)
+    out, err = command("export", "--checkpoint", run, "--to", "hf", "--output", tmp_path / "out")
+    assert "tokenizer byte has no form that transformers opens, and is left out" in err
+    assert "AutoModelForCausalLM" in out and "AutoTokenizer" not in out
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        WEIGHTS,
+    }
