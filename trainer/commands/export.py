@@ -50,23 +50,26 @@ def main(argv: list[str]) -> int:
     console = Console(live=False, stream=sys.stderr)
     with console.doing("reading the weights"):
         source = open_source(given, say)
-        cfg, model_cfg = source.config(say)
-        form.check(cfg, model_cfg)
+        form.check(*source.config(lambda text: None))  # what there is to note, `restore` says
         restored = restore(source, raw=args.raw, device="cpu")
-    rounding = Rounding(args.save_precision or cfg.save_precision)
+    rounding = Rounding(args.save_precision or restored.cfg.save_precision)
     contents = form.contents(restored, rounding)
     with console.doing("writing them"):
         sizes = _write(folder, contents, form.digests)
     for note in (*contents.notes, *filter(None, [str(rounding)])):
         say(note)
-    names = {dtype: name for name, dtype in PRECISIONS.items()}
-    kinds = sorted({names[t.dtype] for t in contents.tensors.values() if t.dtype in names})
-    print(f"{folder}: {restored.weights} weights of {source.path} ({cfg.type}, {', '.join(kinds)})")
+    print(f"{folder}: {restored.weights} weights of {source.path} ({source.type}, {_precisions(contents)})")
     print(f"  {', '.join(f'{name} {quantity(size)}B' for name, size in sizes.items())}")
     print("open it with")
     for line in form.opened_by(folder, contents):
         print(f"  {line}")
     return 0
+
+
+def _precisions(contents: Contents) -> str:
+    """Those of the weights."""
+    there = {tensor.dtype for tensor in contents.tensors.values()}
+    return ", ".join(name for name, dtype in PRECISIONS.items() if dtype in there)
 
 
 def _new(output: str) -> Path:
