@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from configs import runs
+from configs import runs, weights
 from configs.choose import model_paths
 from configs.files import BASE, CONFIGS, Locations, Node, digest, options, read, read_model, shown
 from configs.frontend import parse
@@ -102,7 +102,8 @@ def prepare(argv: list[str]) -> Plan:
     _imply_source(request, nodes)
     folder = runs.named_folder(request.values, request.keys)
     saved = runs.saved_architecture(request.values, folder)
-    preset = automatic_preset(request, nodes, saved)
+    begun_from = [] if saved else weights.folders(request, nodes)
+    preset = automatic_preset(request, nodes, saved, begun_from)
     registry = Registry(use_presets=not preset and "preset" not in request.values)
     added = [_option(n, request, registry) for n in nodes]
     names = {model.option: model for model in added}
@@ -138,7 +139,7 @@ def _models(request: Request) -> tuple[list[Node], str]:
         if not request.models and not request.needs_no_model:
             if request.problems:  # a word that could not be read may have been the model
                 return [], ""
-            implied = runs.implied_model(request)
+            implied = weights.implied_model(request) or runs.implied_model(request)
             if implied is None:
                 raise ConfigError(
                     "no model chosen. Give --hydra_model_cfg=configs/<name>.yaml; "
@@ -234,15 +235,19 @@ def _hide_secrets(request: Request, nodes: list[Node], overrides: list[str]) -> 
 
 
 def check(plan: Plan, tree: dict[str, Any], option: str | None = None) -> Checked:
-    """Check one composition: the lock of the run that goes on, then everything `validate` knows."""
+    """Check one composition: the lock of the run that goes on, or of the weights that one begins from, then everything
+    that `validate` knows."""
     option = option or next(iter(plan.models))
-    tree.update(usable_paths(tree, plan.where(option, tree)))
+    where: Callable[[str], str] = plan.where(option, tree)
+    tree.update(usable_paths(tree, where))
     folder = runs.named_folder(tree, plan.request.keys)
     saved = plan.saved or runs.saved_architecture(tree, folder)
     if saved:
         free = architecture_config(saved[0]["type"], saved[0].get("model_adapter"), lambda key: "").free()
         runs.apply_lock(tree, *saved, plan.request.keys, plan.notices, free)
-    cfg, model_cfg = validate(tree, plan.where(option, tree), plan.notices)
+    else:
+        where = weights.take_sizes(tree, plan.request.keys, plan.notices, where)
+    cfg, model_cfg = validate(tree, where, plan.notices)
     remark = unread(cfg, model_cfg, plan.request.keys)
     plan.notices += [remark] if remark else []
     runs.refuse_overwrite(tree, folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,41 @@ def saved_architecture(values: Mapping[str, Any], folder: Path | None) -> tuple[
     return None
 
 
+@dataclass(frozen=True)
+class Fixed:
+    """An architecture that is decided elsewhere: by the run that goes on, or by the weights that one begins from.
+    `source` is the file that says so, `lock` a sentence on it."""
+
+    type: str
+    model_cfg: Mapping[str, Any]
+    source: Path
+    lock: str
+
+
+def fix(tree: dict[str, Any], fixed: Fixed, explicit: set[str], notices: list[str], *others: str) -> None:
+    """Put an architecture into the tree. What the user asked for differently on the command line is an error; what a
+    model file or preset says differently is replaced, with a notice, which tells `others` too."""
+    asked = tree.get("model_cfg") or {}
+    differing = [k for k in differences(asked, fixed.model_cfg) if f"model_cfg.{k}" not in REMOVED]
+    problems = [
+        f"command line: {fixed.lock}: {k} is {fixed.model_cfg[k]}, {asked[k]} was asked"
+        for k in differing
+        if f"model_cfg.{k}" in explicit
+    ]
+    if tree.get("type") != fixed.type and "type" in explicit:
+        problems.append(f"command line: {fixed.lock}: type is {fixed.type}, {tree.get('type')} was asked")
+    if problems:
+        raise ConfigError(problems)
+    # null means what follows from other fields, or from the tokenizer: nothing else was asked for.
+    told = [f"{k} {fixed.model_cfg[k]} (not {asked[k]})" for k in differing if asked[k] is not None]
+    if tree.get("type") not in (fixed.type, None, "???"):
+        told.insert(0, f"type {fixed.type} (not {tree['type']})")
+    if told := [*told, *others]:
+        notices.append(f"the architecture is that of {fixed.source}: {', '.join(told)}")
+    tree["model_cfg"] = {**asked, **fixed.model_cfg}
+    tree["type"] = fixed.type
+
+
 def apply_lock(
     tree: dict[str, Any],
     saved: Mapping[str, Any],
@@ -127,37 +163,22 @@ def apply_lock(
     notices: list[str],
     free: set[str],
 ) -> None:
-    """Put the saved architecture into the tree. What the user asked for differently on the command line is
-    an error; what a model file or preset says differently is replaced, with a warning. `free` fields of `model_cfg` are
-    no architecture: they stay as they are in the tree."""
+    """Put the architecture of the run that goes on into the tree, see `fix`. `free` fields of `model_cfg` are no
+    architecture: they stay as they are in the tree."""
     asked = tree.get("model_cfg") or {}
-    fixed = {k: v for k, v in saved["model_cfg"].items() if k not in free or k not in asked}
-    differing = [k for k in differences(asked, fixed) if f"model_cfg.{k}" not in REMOVED]
-    name = folder_of_path(source.parent)
-    lock = f"command line: the architecture of '{name}' is fixed by {source}"
-    problems = [
-        f"{lock}: {k} is {fixed[k]}, {asked[k]} was asked" for k in differing if f"model_cfg.{k}" in explicit
-    ]
-    if tree.get("type") != saved["type"] and "type" in explicit:
-        problems.append(f"{lock}: type is {saved['type']}, {tree.get('type')} was asked")
-    if problems:
-        raise ConfigError(problems)
-    # A vocabulary size of null means the tokenizer's, which is what the checkpoint was built with.
-    told = [f"{k} {fixed[k]} (not {asked[k]})" for k in differing if asked[k] is not None]
-    if tree.get("type") not in (saved["type"], None, "???"):
-        told.insert(0, f"type {saved['type']} (not {tree['type']})")
+    fields = {k: v for k, v in saved["model_cfg"].items() if k not in free or k not in asked}
     # What a row is belongs to the run; only the command line may change it on the way.
-    for key in {"train_seq_len", "preset"} & saved.keys() - explicit:
-        if key == "train_seq_len" and tree.get(key) != saved[key]:
-            told.append(f"{key} {saved[key]} (not {tree.get(key)})")
-        tree[key] = saved[key]
-    if told:
-        notices.append(f"the architecture is that of {source}: {', '.join(told)}")
+    kept = {k: saved[k] for k in ("train_seq_len", "preset") if k in saved and k not in explicit}
+    told = [
+        f"{k} {v} (not {tree.get(k)})" for k, v in kept.items() if k == "train_seq_len" and tree.get(k) != v
+    ]
+    lock = f"the architecture of '{folder_of_path(source.parent)}' is fixed by {source}"
+    fix(tree, Fixed(saved["type"], fields, source, lock), explicit, notices, *told)
+    tree.update(kept)
     # A field that the saved model does not know is dropped if a file brought it; one from the command line
     # stays, for the typed check to refuse.
-    kept = {k: v for k, v in asked.items() if k in free or f"model_cfg.{k}" in explicit}
-    tree["model_cfg"] = {**kept, **fixed}
-    tree["type"] = saved["type"]
+    known = {k for k in asked if k in free or f"model_cfg.{k}" in explicit} | fields.keys()
+    tree["model_cfg"] = {k: v for k, v in tree["model_cfg"].items() if k in known}
     if saved.get("model_adapter") is not None:
         tree["model_adapter"] = saved["model_adapter"]
 

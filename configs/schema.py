@@ -153,12 +153,15 @@ def divisible(width_name: str, width: int, heads_name: str, heads: int) -> list[
 def within_context(run: RunConfig, n_ctx: int) -> list[str]:
     """Problems of a row longer than a learned position table; for models without one nothing is wrong."""
     problems = []
+    trained = (
+        run.init_from_checkpoint is not None or run.resume != "none"
+    )  # then the table is as long as it is
     for name in ("train_seq_len", "val_seq_len"):
         length = getattr(run, name)
         if length is not None and length > n_ctx:
             problems.append(
                 f"{name} ({length}) must not exceed model_cfg.n_ctx ({n_ctx}): positions are learned. "
-                f"Nearest: {name}={n_ctx}, or model_cfg.n_ctx={length}"
+                f"Nearest: {name}={n_ctx}" + ("" if trained else f", or model_cfg.n_ctx={length}")
             )
     return problems
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from configs.files import CONFIGS, Node, description, options, shown
 from configs.frontend import SIZE_KEYS
@@ -13,9 +13,15 @@ from configs.request import Request
 from configs.schema import STEPS
 from naming import command_line
 
+if TYPE_CHECKING:
+    from models.huggingface.folder import Folder
 
-def automatic_preset(request: Request, nodes: list[Node], saved: tuple[dict[str, Any], Path] | None) -> str:
-    """The preset that `auto` stands for; nothing where the command line or the file names one."""
+
+def automatic_preset(
+    request: Request, nodes: list[Node], saved: tuple[dict[str, Any], Path] | None, begun_from: list[Folder]
+) -> str:
+    """The preset that `auto` stands for; nothing where the command line or the file names one. `saved`: the
+    architecture of the run that goes on; `begun_from`: folders whose weights give the sizes."""
     if request.values.get("preset", "auto") != "auto" or not nodes:
         return ""
     stated = {n.stated("preset") for n in nodes} - {None, "auto"}
@@ -24,6 +30,10 @@ def automatic_preset(request: Request, nodes: list[Node], saved: tuple[dict[str,
     if saved:
         begun_with = str(saved[0].get("preset"))
         return begun_with if begun_with in options("preset") else "none"
+    if begun_from:
+        sources = ", ".join(f"{folder.path}/config.json" for folder in begun_from)
+        request.notices.append(f"preset auto: none, as {sources} gives the sizes")
+        return "none"
     shipped = all(n.path.parent == CONFIGS and n.stated("type") == n.path.stem for n in nodes)
     sized = [k for k in SIZE_KEYS if f"model_cfg.{k}" in request.keys]
     data = request.values.get("data") or next(

@@ -24,6 +24,7 @@ from configs.messages import ARCHITECTURE_ALIASES, RENAMED, ConfigError, suggest
 from configs.removed import YOUNGER, drop_removed
 from configs.runs import not_a_folder
 from configs.schema import CHOICES, GENERIC_FIELDS, ModelConfig, RunConfig
+from configs.weights import not_weights
 from naming import load
 
 Where = Callable[[str], str]  # key -> place of its value, "" if unknown
@@ -236,10 +237,10 @@ def _files(run: RunConfig) -> list[str]:
         elif run.val_files:
             problems += _problem(lambda: val_paths(run))
     # A run that goes on does not read what it began from.
-    begins = {"init_from_checkpoint": run.init_from_checkpoint} if run.resume == "none" else {}
-    for name, value in {"resume": run.resume, **begins}.items():
-        if value not in (None, "none", "auto") and not Path(value).exists():
-            problems.append(f"{name}: no such run or checkpoint: {value}")
+    if run.init_from_checkpoint and run.resume == "none":
+        problems += [f"init_from_checkpoint: {p}" for p in [not_weights(Path(run.init_from_checkpoint))] if p]
+    if run.resume not in ("none", "auto") and not Path(run.resume).exists():
+        problems.append(f"resume: no such run or checkpoint: {run.resume}")
     if run.resume not in ("none", "auto") and Path(run.resume).is_file():
         problems.append(not_a_folder(run.resume))
     return problems + _problem(lambda: choose(run))

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Scored", "text_to_score"]
 
+UNKNOWN = "what these weights were trained on is not known here; this text may have been among it"
+
 
 class ScoredConfig(DataConfig, TextConfig, Protocol):
     """A run whose text may be its user's own."""
@@ -41,9 +43,13 @@ class Scored:
 
 
 def text_to_score(
-    run: ScoredConfig, given: ScoredConfig, tokenizer: Tokenizer, trained_on: Mapping[str, str] | None = None
+    run: ScoredConfig | None,
+    given: ScoredConfig,
+    tokenizer: Tokenizer,
+    trained_on: Mapping[str, str] | None = None,
 ) -> Scored:
-    """What to score a run on that would read `run`, where `given` was asked for (the same one if nothing was).
+    """What to score a run on that would read `run`, where `given` was asked for (the same one if nothing was). `run`
+    None: weights of which nobody here knows what they were trained on.
 
     Files are scored whole, unless they are the run's own text: then only its held-out part was not seen. `trained_on`:
     what the run recorded of its data, "fingerprint" and (unless it is old) "content".
@@ -51,10 +57,11 @@ def text_to_score(
     Raises:
         DataError: the text cannot be read or is empty.
     """
-    if given.data != "text" or given is run or _is_own(run, given, trained_on):
-        return _held_out(given, tokenizer, trained_on if given.data == run.data else None)
+    if given.data != "text" or given is run or (run and _is_own(run, given, trained_on)):
+        recorded = trained_on if run and given.data == run.data else None
+        return _held_out(given, tokenizer, recorded, [] if run else [UNKNOWN])
     documents = read_whole(given)
-    overlap, notes = _shared_with(run, documents)
+    overlap, notes = _shared_with(run, documents) if run else (None, (UNKNOWN,))
     return Scored(
         store=encode_documents(documents, tokenizer),
         name=input_path(given).name,
@@ -65,9 +72,11 @@ def text_to_score(
     )
 
 
-def _held_out(cfg: ScoredConfig, tokenizer: Tokenizer, trained_on: Mapping[str, str] | None) -> Scored:
+def _held_out(
+    cfg: ScoredConfig, tokenizer: Tokenizer, trained_on: Mapping[str, str] | None, notes: list[str]
+) -> Scored:
     dataset = load_dataset(cfg, tokenizer=tokenizer)
-    notes = list(dataset.notes)
+    notes = [*dataset.notes, *notes]
     if (
         trained_on
         and dataset.fingerprint != trained_on["fingerprint"]

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from models.huggingface import Row
 from models.layers.decoder import Decoder
-from naming import require_fit, shapes
+from naming import require_fit, shapes, shorten
 
 __all__ = ["HuggingFaceDecoder"]
 
 HEAD = "lm_head.weight"
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class HuggingFaceDecoder(Decoder):
@@ -30,28 +31,32 @@ class HuggingFaceDecoder(Decoder):
         }
 
     def from_hf_state_dict(self, hf: Mapping[str, Tensor]) -> None:
-        """Load such weights, also those of a base model's file (no prefix, no head).
+        """Load such weights, also those of a base model's file (no prefix, no head). Tensors are asked for one by one.
 
-        ValueError if a key is missing or left over, if a shape differs, or if the file needs what this configuration
-        lacks, such as a head of its own. Nothing is loaded then.
+        ValueError if a key is missing or left over, if a shape differs, if numbers are no plain floats, or if the file
+        needs what this configuration lacks, such as a head of its own. Nothing is loaded then.
         """
-        found = {
-            name if name.startswith((self.hf_prefix, "lm_head.")) else self.hf_prefix + name: tensor
-            for name, tensor in hf.items()
+        found = {  # our name for it -> theirs
+            name if name.startswith((self.hf_prefix, "lm_head.")) else self.hf_prefix + name: name
+            for name in hf
             if not name.endswith(self.hf_buffers)
         }
-        table = found.get(self.hf_prefix + self._table_name())
-        if self.lm_head is None and table is not None:
-            head = found.setdefault(HEAD, table)
-            if not torch.equal(head, table):
-                raise ValueError(
-                    f"this {self.hf.name} file has a head of its own: it needs tie_embeddings: false"
-                )
         views = self.hf_views()
-        require_fit(f"this {self.hf.name} state dict", shapes(views), shapes(found))
+        if self.lm_head is None and (table := found.get(self.hf_prefix + self._table_name())) is not None:
+            head = found.setdefault(HEAD, table)
+            if not torch.equal(hf[head], hf[table]):
+                raise ValueError(
+                    f"this {self.hf.name} file has a head of its own: it needs tie_embeddings: false "
+                    f"(tie_word_embeddings in config.json)"
+                )
+        what = f"this {self.hf.name} state dict"
+        require_fit(what, shapes(views), {name: tuple(hf[theirs].shape) for name, theirs in found.items()})
+        types = {theirs: hf[theirs].dtype for theirs in found.values()}
+        if coded := [f"{name} is {dtype}" for name, dtype in types.items() if dtype not in FLOATS]:
+            raise ValueError(f"{what} holds numbers in a code of its own (quantised?): {shorten(coded)}")
         with torch.no_grad():
             for name, view in views.items():
-                view.copy_(found[name])
+                view.copy_(hf[found[name]])
             for padded in {self.embedding_weight, self.head_weight}:
                 padded[self.vocab_size :] = 0.0
 

@@ -279,7 +279,9 @@ def test_a_home_is_resolved_behind_an_equals_sign_too(work, monkeypatch):
     monkeypatch.setenv("HOME", str(work))
     cfg, _ = compose(["mine.yaml", "output_dir=~/out", "tokenizer=byte"], lambda text: None)
     assert (cfg.output_dir, cfg.tokenizer) == (f"{work}/out", "byte")
-    with pytest.raises(ConfigError, match=f"init_from_checkpoint: no such run or checkpoint: {work}/run"):
+    with pytest.raises(
+        ConfigError, match=f"init_from_checkpoint: no such checkpoint or run folder: {work}/run"
+    ):
         compose(["mine.yaml", "init_from_checkpoint=~/run"])
 
 

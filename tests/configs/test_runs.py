@@ -141,7 +141,7 @@ def test_a_run_begun_from_weights_goes_on_though_they_are_gone(dante, work):
     )
     checked, _ = planned("resume=checkpoints/dante")
     assert (checked.cfg.init_from_checkpoint, checked.cfg.resume) == ("/no/run", "checkpoints/dante")
-    with pytest.raises(ConfigError, match="init_from_checkpoint: no such run or checkpoint: /no/run"):
+    with pytest.raises(ConfigError, match="init_from_checkpoint: no such checkpoint or run folder: /no/run"):
         planned(str(dante / "config.yaml"), "output_dir=new", "model_name=null")
 
 

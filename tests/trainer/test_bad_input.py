@@ -108,7 +108,7 @@ def saved(folder):
         (["tokenizer=no.json"], "tokenizer: 'no.json'"),
         (["tokenizer=bpe-100"], "bpe-257"),
         (["resume=no/run"], "resume: no such run or checkpoint: no/run"),
-        (["init_from_checkpoint=no/run"], "init_from_checkpoint: no such run or checkpoint: no/run"),
+        (["init_from_checkpoint=no/run"], "init_from_checkpoint: no such checkpoint or run folder: no/run"),
         (["device=gpu"], "device"),
         (["model_adapter=nowhere:Adapter"], "cannot import 'nowhere:Adapter'"),
     ],

@@ -88,7 +88,7 @@ def test_fields_that_are_no_architecture_may_be_others(work, loaded):
     [
         ({"path": "runn"}, "no such checkpoint or run folder: .*runn. In .*: run"),
         ({"path": "runn", "best": True}, "no such checkpoint or run folder: .*runn"),
-        ({"path": "."}, "holds no complete checkpoint"),
+        ({"path": "."}, "holds no weights that are read"),
         ({"weights": "EMMA"}, "weights: 'EMMA' is not one of ema, raw"),
         ({"device": "gpu"}, "device: 'gpu' is not one of auto, cpu, cuda"),
         ({"val_seq_len": 0}, "val_seq_len: must be at least 1, got 0"),

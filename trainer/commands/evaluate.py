@@ -53,10 +53,12 @@ def main(argv: list[str]) -> int:
 
     restored = restore_named(args, {"val_seq_len": args.val_seq_len} if args.val_seq_len else {})
     cfg, checkpoint = restored.cfg, restored.checkpoint
-    trained_on = restored.source.data if restored.source else None
+    source = restored.source
+    trained_on = source.data if source else None
+    known = source is None or trained_on is not None
     console = Console(live=False, stream=sys.stderr)
     with console.doing("reading the text"):
-        text = text_to_score(cfg, _asked(args, cfg), restored.tokenizer, trained_on)
+        text = text_to_score(cfg if known else None, _asked(args, cfg), restored.tokenizer, trained_on)
     rows = restored.rows(text.store, args.val_bytes or (None if text.whole else cfg.val_bytes))
     with StopSignal("leaving without a score") as stop, console.doing("scoring"):
         score = restored.score(rows, args.batch_size, should_stop=lambda: stop.requested)
@@ -77,7 +79,8 @@ def main(argv: list[str]) -> int:
     }
     if output:  # before anything is printed: nobody may be reading that to its end
         write_atomically(output, json.dumps(result, indent=2) + "\n")
-    print(f"{cfg.type} ({restored.weights} weights) on {text}", file=sys.stderr)
+    whence = f" of {checkpoint}" if checkpoint and not known else ""
+    print(f"{cfg.type} ({restored.weights} weights{whence}) on {text}", file=sys.stderr)
     shown = score.as_dict()
     lines = [("bits per byte", bits_per_byte(shown)), *score_lines(shown)]
     for name, value in lines:

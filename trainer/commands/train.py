@@ -29,6 +29,7 @@ from configs.messages import ConfigError
 from configs.runs import checkpoints, named_folder
 from configs.schema import env_strings
 from configs.validate import validate
+from configs.weights import take_sizes
 from trainer import clock
 from trainer.commands import launch
 from trainer.errors import TrainingError
@@ -164,9 +165,9 @@ def sweep_job(cfg: DictConfig) -> float:
     job = HydraConfig.get()
     try:
         explicit = {o.partition("=")[0].lstrip("+") for o in job.overrides.task}
-        run_cfg, model_cfg = validate(
-            {str(k): v for k, v in values.items()}, lambda key: "command line" if key in explicit else ""
-        )
+        tree = {str(k): v for k, v in values.items()}
+        where = take_sizes(tree, explicit, [], lambda key: "command line" if key in explicit else "")
+        run_cfg, model_cfg = validate(tree, where)
         folder = named_folder(run_cfg.model_dump(), explicit) or Path(job.runtime.output_dir)
         return launch.start(run_cfg, model_cfg, folder, isolated=True, origin=_origin(job))
     except ConfigError as error:

@@ -99,7 +99,9 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that name trained weights; `named` says which."""
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
-        "--checkpoint", help="a run folder, a checkpoint-<step> folder, best_model or final_model"
+        "--checkpoint",
+        help="a run folder, a checkpoint-<step> folder, best_model or final_model; what export wrote; a folder of "
+        "Hugging Face transformers",
     )
     which.add_argument("--model_name", help="short for --checkpoint checkpoints/<model_name>")
     parser.add_argument("--raw", action="store_true", help="use the raw weights even if the run kept an EMA")

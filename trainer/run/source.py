@@ -18,6 +18,7 @@ import torch
 from pydantic import ValidationError
 
 from configs.validate import read_saved
+from configs.weights import not_weights
 from data.tokenizers import Tokenizer, load_tokenizer
 from models import ARCHITECTURES
 from naming import expand_path, load, require_fit, shapes
@@ -41,7 +42,11 @@ __all__ = [
 Note = Callable[[str], None]
 
 # "package.module:Class", asked in this order; the last is what any other folder is taken for.
-KINDS = ("trainer.run.exported:Exported", "trainer.run.source:Checkpoint")
+KINDS = (
+    "trainer.run.exported:Exported",
+    "trainer.run.huggingface:HuggingFaceFolder",
+    "trainer.run.source:Checkpoint",
+)
 
 
 class Source(ABC):
@@ -156,6 +161,8 @@ class Checkpoint(Trained):
 
     @classmethod
     def open(cls, path: Path, warn: Note) -> Source | None:
+        if problem := not_weights(path):
+            raise ValueError(problem)
         return cls(find_checkpoint(path, warn))
 
     def state(self) -> dict[str, torch.Tensor]:

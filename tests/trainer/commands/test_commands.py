@@ -190,9 +190,11 @@ def test_a_model_that_is_not_there(command, runs, monkeypatch, tmp_path):
     refused(command("generate", "--model_name", "dannte"), "checkpoints/dannte", "In checkpoints: dante")
     refused(command("generate"), "--checkpoint <run folder> or --model_name <name>")
     (tmp_path / "empty").mkdir()
-    refused(command("generate", "--checkpoint", tmp_path / "empty"), "empty holds no complete checkpoint")
+    refused(command("generate", "--checkpoint", tmp_path / "empty"), "empty holds no weights that are read")
     (tmp_path / "file").touch()
-    refused(command("generate", "--checkpoint", tmp_path / "file"), "holds no complete checkpoint")
+    refused(
+        command("generate", "--checkpoint", tmp_path / "file"), "is a file, and the folder that it lies in"
+    )
     monkeypatch.chdir(tmp_path)
     refused(command("eval", "--model_name", "dante"), "no such checkpoint or run folder: checkpoints/dante")
 

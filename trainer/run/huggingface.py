@@ -1,0 +1,67 @@
+"""Weights from a folder of Hugging Face transformers, for the architectures of `models.huggingface.ROWS`."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from configs.compose import compose
+from configs.files import CONFIGS
+from configs.grammar import word
+from configs.schema import RunConfig
+from models.huggingface.folder import Folder, read_folder
+from trainer.run.shards import Shards
+from trainer.run.source import Note, Source
+
+if TYPE_CHECKING:
+    from adapters.base import ModelAdapter
+    from configs.schema import ModelConfig
+    from data.tokenizers import Tokenizer
+
+__all__ = ["HuggingFaceFolder"]
+
+
+class HuggingFaceFolder(Source):
+    """config.json gives the sizes, tokenizer.json the tokens, safetensors the weights. What they were trained on is not
+    known."""
+
+    weights = "Hugging Face"
+
+    def __init__(self, folder: Folder) -> None:
+        super().__init__(folder.path)
+        self.folder = folder
+
+    @classmethod
+    def open(cls, path: Path, warn: Note) -> Source | None:
+        folder = read_folder(path)
+        return cls(folder) if folder else None
+
+    @property
+    def type(self) -> str:
+        return self.folder.row.type
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        from data.huggingface.folder import read_huggingface_tokenizer
+
+        return read_huggingface_tokenizer(self.path, self.folder.fields["vocab_size"])
+
+    def config(self, note: Note) -> tuple[RunConfig, ModelConfig]:
+        """What a run from it would have: the architecture's own file with these sizes, in rows that fit its context."""
+        row = min(RunConfig.model_fields["train_seq_len"].default, self.folder.fields["n_ctx"])
+        words: list[Any] = [CONFIGS / f"{self.type}.yaml", word("init_from_checkpoint", self.path)]
+        return compose([*map(str, words), f"train_seq_len={row}"], notify=lambda text: None)
+
+    def fill(self, adapter: ModelAdapter) -> None:
+        load = getattr(adapter.model, "from_hf_state_dict", None)
+        if load is None:
+            raise ValueError(
+                f"{self.path}: a {type(adapter.model).__name__} does not read the weights of transformers; the model "
+                f"of type {self.type} does"
+            )
+        tensors = Shards(self.folder.files, self.folder.index)
+        try:
+            load(tensors)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
