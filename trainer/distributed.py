@@ -77,10 +77,10 @@ class _Failure:
 
 
 class World:
-    """This process among its peers."""
+    """This process among its peers; `alone`: by itself, even where it has joined some."""
 
-    def __init__(self, device: torch.device, backend: str | None = None) -> None:
-        joined = dist.is_initialized()
+    def __init__(self, device: torch.device, backend: str | None = None, alone: bool = False) -> None:
+        joined = dist.is_initialized() and not alone
         self.rank = dist.get_rank() if joined else 0
         self.size = dist.get_world_size() if joined else 1
         self.device = device

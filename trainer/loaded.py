@@ -49,22 +49,8 @@ def load(
     val_seq_len: int | None = None,
     note: Callable[[str], None] = say,
 ) -> Loaded:
-    """The trained model that a path names. The text that it was trained on is not needed.
-
-    Args:
-        path: a run folder (its newest checkpoint), one of its checkpoints, or any other folder of weights that `eval`
-            takes; relative to the working directory, `~` is expanded.
-        best: the run's best_model/.
-        weights: "ema", the average over training where the run kept one; or "raw".
-        device: auto, cpu, cuda, cuda:N or mps.
-        overrides: words "model_cfg.FIELD=VALUE" of fields that are no architecture, as `eval` and `generate` take them:
-            `["model_cfg.sampler=first_hitting"]`.
-        val_seq_len: context of `score` in tokens, instead of the run's.
-        note: hears what was passed over and what has no effect; by default they go to stderr.
-
-    Raises:
-        ValueError: there is no such thing, it cannot be used, or an argument is none that there is.
-    """
+    """What `mytrainer.load` says. `note` hears what was passed over and what has no effect; by default it goes to
+    stderr."""
     if weights not in WEIGHTS:
         raise ValueError(f"weights: {not_one_of(weights, WEIGHTS)}")
     if val_seq_len is not None and val_seq_len < 1:
@@ -214,7 +200,8 @@ class Loaded:
 
         `layer` None: the last ones, which the output layer reads; k: what block k gives, from 0, negative ones counted
         from the last. A block that runs several times: its last turn. ValueError for a block that there is not, or that
-        has no row for each token (a hierarchy), and for a text beyond learned positions.
+        has no row for each token (a hierarchy), and for a text beyond learned positions. Other positions go on beyond
+        the context that the model was trained on, where it may not know what to make of them.
 
         Next-token models: a row knows its token and those before it. Diffusion models read the text without noise, at
         the smallest time that training draws: `d3pm`, `mdl` and `sedd` see all of it, `bd3lm` a token's own block and
@@ -328,7 +315,7 @@ class _ByToken:
         if found.per_token is None:
             return
         if self.nats is None:
-            self.nats = np.empty(len(self.rows.store.tokens))
+            self.nats = np.full(len(self.rows.store.tokens), np.nan)
         for row, nats in zip(batch.rows, found.per_token.numpy(), strict=True):
             if row >= 0:
                 place = self.nats[

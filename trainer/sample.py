@@ -10,6 +10,7 @@ import torch
 from adapters.base import GenerateOptions
 from data.tokenizers import text_of
 from trainer.errors import StopRequested
+from trainer.evaluate import evaluating
 
 if TYPE_CHECKING:
     from trainer.session import Session
@@ -24,8 +25,6 @@ def sample_text(s: Session, should_stop: Callable[[], bool]) -> str | None:
         if should_stop():
             raise StopRequested
 
-    training = s.adapter.training
-    s.adapter.eval()
     tokenizer = s.dataset.tokenizer
     prompt = tokenizer.encode(s.cfg.sample_prompt).tolist()
     options = GenerateOptions(
@@ -35,10 +34,8 @@ def sample_text(s: Session, should_stop: Callable[[], bool]) -> str | None:
         steps=s.adapter.sample_steps,
     )
     try:
-        with torch.random.fork_rng(devices=[]):
+        with evaluating(s.adapter), torch.random.fork_rng(devices=[]):
             new = s.adapter.generate([prompt], options, check).tokens[0]
     except StopRequested:
         return None
-    finally:
-        s.adapter.train(training)
     return text_of(tokenizer, prompt + new).decode("utf-8", errors="replace")

@@ -71,7 +71,10 @@ class Decoder(nn.Module):
             raise ValueError("doc_ids cannot be combined with a cache: a cached row is one document")
         length = past + tokens.shape[1]
         if learned and length > (n_ctx := self.cfg.n_ctx):
-            raise ValueError(f"input of {length} tokens exceeds n_ctx ({n_ctx}): positions are learned")
+            raise ValueError(
+                f"input of {length} tokens exceeds n_ctx ({n_ctx}): positions are learned, and there are no more. Give "
+                f"at most {n_ctx} tokens at once, the start token among them"
+            )
         return past
 
 

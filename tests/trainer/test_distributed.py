@@ -13,7 +13,7 @@ from torch.distributed import TCPStore
 from tests.contract.pair import Pair
 from tests.trainer.one_of_two import choose_where
 from trainer.commands import launch
-from trainer.distributed import _local_rank, choose_device
+from trainer.distributed import World, _local_rank, choose_device
 from trainer.errors import TrainingError
 from trainer.session import require_same_text
 
@@ -93,3 +93,9 @@ def test_processes_that_read_other_text_are_refused(of_main):
     dataset = SimpleNamespace(fingerprint="a")
     with nullcontext() if of_main == "a" else pytest.raises(ValueError, match="do not read the same text"):
         require_same_text(world, dataset)
+
+
+def test_a_score_of_ones_own_is_not_dealt_out(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    world = World(torch.device("cpu"), alone=True)
+    assert (world.rank, world.size) == (0, 1) and not world.agree(False) and world.add_up([1.5]) == [1.5]

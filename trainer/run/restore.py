@@ -83,7 +83,7 @@ class Restored:
         return evaluate(
             self.adapter,
             rows,
-            World(self.device),
+            World(self.device, alone=True),
             batch_rows=batch_rows or self.micro_rows,
             seed=self.cfg.seed,
             precision=self.precision,

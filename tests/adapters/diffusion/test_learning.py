@@ -15,7 +15,9 @@ from tests.adapters.diffusion.tiny import KINDS
 from trainer.optim.optimizers import build_optimizers, clip_gradients
 
 SYMBOLS, S = 32, 64
-TOKENIZER = types.SimpleNamespace(eot=SYMBOLS, vocab_size=SYMBOLS + 1, name="markov")
+TOKENIZER = types.SimpleNamespace(
+    eot=SYMBOLS, ends=frozenset({SYMBOLS}), vocab_size=SYMBOLS + 1, name="markov"
+)
 SIZES = {
     "vocab_size": SYMBOLS + 1,
     "n_ctx": S,

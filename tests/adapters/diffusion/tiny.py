@@ -19,7 +19,7 @@ from models.mdl import MDL
 from models.sedd import SEDD
 
 V, S = 11, 8
-TOKENIZER = types.SimpleNamespace(eot=0, vocab_size=V, name="toy")
+TOKENIZER = types.SimpleNamespace(eot=0, ends=frozenset({0}), vocab_size=V, name="toy")
 KINDS = {
     "mdl": (MDL, MDLAdapter),
     "sedd": (SEDD, SEDDAdapter),

@@ -31,7 +31,7 @@ ENTROPY = 2.602680516357771
 MASKED_NATS = (0.7208928680700827, 1.671289281826932, 3.138429022122666)
 NOTHING = -1e4  # the logarithm of "never": exp of it is 0
 
-TOKENIZER = types.SimpleNamespace(eot=0, vocab_size=K, name="toy")
+TOKENIZER = types.SimpleNamespace(eot=0, ends=frozenset({0}), vocab_size=K, name="toy")
 
 
 def rows(count: int, generator: torch.Generator | None = None) -> Batch:
