@@ -129,6 +129,7 @@ def load(
     *,
     overrides: Sequence[str] = (),
     val_seq_len: int | None = None,
+    mixed_precision: str | None = None,
 ) -> Loaded:
     """Open a trained model, as `eval` and `generate` do, to look into it.
 
@@ -143,6 +144,7 @@ def load(
         overrides: words "model_cfg.FIELD=VALUE" of fields that are no architecture, as `eval` and `generate` take them:
             `["model_cfg.sampler=first_hitting"]`.
         val_seq_len: context of `score` in tokens, instead of the run's.
+        mixed_precision: auto, no, bf16 or fp16, instead of the run's: "no" is fp32, to look at small differences.
 
     Returns:
         A `Loaded` with `model`, `tokenizer` and `config`, and
@@ -158,7 +160,15 @@ def load(
         from trainer import loaded
 
         guest.with_visits(loaded.Loaded)
-        return loaded.load(path, best, weights, device, overrides=overrides, val_seq_len=val_seq_len)
+        return loaded.load(
+            path,
+            best,
+            weights,
+            device,
+            overrides=overrides,
+            val_seq_len=val_seq_len,
+            mixed_precision=mixed_precision,
+        )
 
 
 def metrics(run: str | Path) -> dict[str, list[Any]]:

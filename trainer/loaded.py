@@ -47,15 +47,15 @@ def load(
     *,
     overrides: Sequence[str] = (),
     val_seq_len: int | None = None,
+    mixed_precision: str | None = None,
     note: Callable[[str], None] = say,
 ) -> Loaded:
     """What `mytrainer.load` says. `note` hears what was passed over and what has no effect; by default it goes to
     stderr."""
     if weights not in WEIGHTS:
         raise ValueError(f"weights: {not_one_of(weights, WEIGHTS)}")
-    if val_seq_len is not None and val_seq_len < 1:
-        raise ValueError(f"val_seq_len: must be at least 1, got {val_seq_len}")
-    changes = {} if val_seq_len is None else {"val_seq_len": val_seq_len}
+    asked = {"val_seq_len": val_seq_len, "mixed_precision": mixed_precision}
+    changes = {name: value for name, value in asked.items() if value is not None}
     given = _best_of(expand_path(path)) if best else path
     raw = weights == "raw"
     return Loaded(
@@ -132,7 +132,7 @@ class Loaded:
         tokenizer: `encode(text)` gives ids (L,), `decode(ids)` bytes.
         config: all generic fields of the run; `model_cfg` are those of the architecture.
         path: the folder that the weights are from.
-        weights: "ema" or "raw", what they are; "raw" where the run kept no average.
+        weights: "ema" or "raw", what they are; "raw" where the run kept no average, "hugging face" of transformers.
         device, precision: where and in which number format ("no" is fp32) it computes, as `eval` does.
     """
 
@@ -155,7 +155,7 @@ class Loaded:
             restored.tokenizer,
         )
         self.config, self.model_cfg = restored.cfg, restored.adapter.model_cfg
-        self.path, self.weights = restored.checkpoint, restored.weights.lower()
+        self.path, self.weights = restored.checkpoint.absolute(), restored.weights.lower()
         self.device, self.precision = restored.device, restored.precision
 
     def __repr__(self) -> str:

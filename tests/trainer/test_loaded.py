@@ -83,6 +83,14 @@ def test_fields_that_are_no_architecture_may_be_others(work, loaded):
     assert torch.equal(changed.hidden(text), loaded.hidden(text)), "nothing is dropped where one looks"
 
 
+def test_the_number_format_may_be_another(work, loaded):
+    rough = load(work / "run", device="cpu", mixed_precision="bf16")
+    assert (rough.precision, loaded.precision) == ("bf16", "no")
+    here, there = rough.logits("endlich"), loaded.logits("endlich")
+    assert here.dtype == torch.float32 and 0 < (here - there).abs().max() < 0.05 * there.abs().max()
+    assert rough.score("endlich").total == pytest.approx(loaded.score("endlich").total, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -91,7 +99,9 @@ def test_fields_that_are_no_architecture_may_be_others(work, loaded):
         ({"path": "."}, "holds no weights that are read"),
         ({"weights": "EMMA"}, "weights: 'EMMA' is not one of ema, raw"),
         ({"device": "gpu"}, "device: 'gpu' is not one of auto, cpu, cuda"),
-        ({"val_seq_len": 0}, "val_seq_len: must be at least 1, got 0"),
+        ({"val_seq_len": 0}, "val_seq_len: must satisfy 1 <= val_seq_len, got 0"),
+        ({"val_seq_len": "long"}, "val_seq_len: expected int or null, got 'long'"),
+        ({"mixed_precision": "fp8"}, "mixed_precision: 'fp8' is not one of auto, no, bf16, fp16"),
         ({"overrides": ["model_cfg.d_model=32"]}, "d_model is fixed with the architecture. Free: dropout"),
         ({"overrides": ["learning_rate=1"]}, "'learning_rate=1' is not model_cfg.<field>=<value>"),
     ],

@@ -216,7 +216,7 @@ def restore(
         note: hears what was passed over, and what has no effect.
 
     Raises:
-        ValueError: there is no such thing, or it cannot be used; ConfigError for `overrides`.
+        ValueError: there is no such thing, or it cannot be used; ConfigError for `overrides` and `changes`.
     """
     where = _device(device)
     source = given if isinstance(given, Source) else open_source(given, note)
@@ -224,7 +224,7 @@ def restore(
         raise ValueError(f"raw: {source.path} holds the average (EMA) of the weights alone")
     cfg, model_cfg = source.config(note)
     model_cfg = with_free_fields(cfg, model_cfg, [*overrides], note)
-    cfg = cfg.model_copy(update=changes)
+    cfg = _changed(cfg, changes)
     tune_host(cfg, where)
     adapter = build_adapter(cfg, model_cfg, source.tokenizer, where)
     source.fill(adapter)
@@ -239,6 +239,19 @@ def restore(
     precision, _ = choose_precision(cfg.mixed_precision, where)
     weights = source.weights if average is None else "EMA"
     return Restored(cfg, adapter.eval(), source.tokenizer, where, precision, source, weights, source.rows)
+
+
+def _changed(cfg: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """`cfg` with other values of generic fields, which are checked as those of a run are."""
+    from configs.explain import explain
+
+    if not changes:
+        return cfg
+    kind, values = type(cfg), {**cfg.model_dump(mode="json"), **changes}
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError([p for _, p in explain(error, kind, values, lambda key: "")]) from None
 
 
 def restore_named(args: argparse.Namespace, changes: dict[str, Any] | None = None) -> Restored:
