@@ -168,6 +168,7 @@ def load_dataset(
         DataError: the text or tokenizer cannot be used as asked, or the text is too short for one row.
     """
     from data.corpus import content
+    from data.lost import lost_text
     from data.rows import TrainingRows
     from data.tokenizer_choice import make_tokenizer
 
@@ -179,6 +180,7 @@ def load_dataset(
         tokenizer = make_tokenizer(cfg, unit, corpus, cache, notes)
     tell("turning the text into tokens")
     stores, folder = _stores(corpus, tokenizer, cache, notes)
+    notes += lost_text(stores)
     dataset = Dataset(
         tokenizer=tokenizer,
         train=stores["train"],

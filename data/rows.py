@@ -13,6 +13,7 @@ import numpy as np
 from data.errors import DataError
 from data.order import DocumentOrder, reading_place
 from data.store import TokenStore
+from data.tokenizers import Tokenizer
 
 EVALUATION_SEED = 0  # the order in which `val_bytes` picks held-out documents: fixed, whatever the run's seed
 
@@ -27,6 +28,13 @@ class Batch:
     end_weights: np.ndarray  # (B, S) float32, 1 = a document-end target (held-out rows only)
     rows: np.ndarray  # (B,) int64 global row ids
     bytes: int  # UTF-8 bytes of the targets that count
+
+
+def target_bytes(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """Bytes (B, S) of the targets of rows (B, S + 1); what a tokenizer puts in front of a text is none of it."""
+    sizes = tokenizer.token_bytes[tokens[:, 1:]]
+    first = tokens[:, :-1] == tokenizer.eot
+    return np.where(first, np.maximum(sizes - len(tokenizer.lead), 0), sizes)
 
 
 class TrainingRows:
@@ -67,8 +75,7 @@ class TrainingRows:
                 int(epoch), reading_place(rows[chosen] % self.rows_per_epoch, self.rows_per_epoch)
             )
         weights = np.ones((len(rows), self.seq_len), dtype=np.float32)
-        targets = tokens[:, 1 : self.seq_len + 1]
-        scored = int(self.store.tokenizer.token_bytes[targets].sum())
+        scored = int(target_bytes(tokens[:, : self.seq_len + 1], self.store.tokenizer).sum())
         return Batch(tokens, doc_ids, weights, np.zeros_like(weights), rows, scored)
 
     def changed_length(self, seq_len: int, position: int) -> tuple[float, float]:
@@ -174,6 +181,8 @@ class HeldoutRows:
         self._document = self.documents[self.document_of]
         self._first = first[:keep][by_length]  # targets of the document before this window
         self._length = length[:keep][by_length]
+        # Documents of which the tokens do not give the text back: their nats are of less than their bytes.
+        self.lossy_documents = int(np.isin(self.documents, store.lossy_documents).sum())
         self.n_rows = keep
         self.n_targets = int(self._length.sum())
         self.total_bytes = self._count_bytes()
@@ -204,14 +213,13 @@ class HeldoutRows:
         tokens = np.full(positions.shape, self.eot, dtype=np.int64)
         tokens[is_text] = self.store.tokens[index[is_text]]
         doc_ids = np.maximum(positions - total[:, None], 0).astype(np.int32)
-        targets = slice(1, width + 1)
         counts = np.arange(width) < length[:, None]
-        scored = counts & is_text[:, targets]
+        scored = counts & is_text[:, 1 : width + 1]
         return Batch(
             tokens=tokens,
             doc_ids=doc_ids,
             weights=scored.astype(np.float32),
             end_weights=(counts & ~scored).astype(np.float32),
             rows=rows,
-            bytes=int(self.store.tokenizer.token_bytes[tokens[:, targets]][scored].sum()),
+            bytes=int(target_bytes(tokens[:, : width + 1], self.store.tokenizer)[scored].sum()),
         )

@@ -11,6 +11,7 @@ from data.cache import cache_root
 from data.config import DataConfig
 from data.corpus import Document, content, fingerprint
 from data.errors import DataError
+from data.lost import lost_text
 from data.near_copies import Overlap, compare, noted
 from data.store import TokenStore, encode_documents
 from data.text import TextConfig, input_path, read_whole
@@ -62,13 +63,14 @@ def text_to_score(
         return _held_out(given, tokenizer, recorded, [] if run else [UNKNOWN])
     documents = read_whole(given)
     overlap, notes = _shared_with(run, documents) if run else (None, (UNKNOWN,))
+    store = encode_documents(documents, tokenizer)
     return Scored(
-        store=encode_documents(documents, tokenizer),
+        store=store,
         name=input_path(given).name,
         whole=True,
         fingerprint=fingerprint([], documents),
         overlap=overlap,
-        notes=notes,
+        notes=(*notes, *lost_text({"scored": store})),
     )
 
 

@@ -16,6 +16,7 @@ from data.errors import DataError
 from data.tokenizers import Tokenizer, text_of
 
 _ARRAYS = ("tokens", "offsets", "doc_bytes")
+_OF_LOSSY = ("lossy", "raw")
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,16 @@ class TokenStore:
     """Documents as ids, one behind the other, without end-of-text.
 
     tokens (L,) uint16 or uint32; offsets (n_docs + 1,) int64: document i is offsets[i] to offsets[i + 1];
-    doc_bytes (n_docs,) int64: raw UTF-8 bytes. Tokenizers are lossless, so the text itself is not kept.
+    doc_bytes (n_docs,) int64: raw UTF-8 bytes. Where the tokens give back every text, the text itself is not kept; else
+    raw (sum of doc_bytes,) uint8 is all of it, and lossy (n_docs,) bool says of which documents they do not.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
     doc_bytes: np.ndarray
     tokenizer: Tokenizer
+    lossy: np.ndarray | None = None
+    raw: np.ndarray | None = None
 
     @property
     def n_docs(self) -> int:
@@ -47,6 +51,22 @@ class TokenStore:
 
     def text(self, index: int) -> bytes:
         """The raw text of one document."""
+        if self.raw is None:
+            return self.said(index)
+        stop = self._raw_ends[index]
+        return self.raw[stop - self.doc_bytes[index] : stop].tobytes()
+
+    @functools.cached_property
+    def _raw_ends(self) -> np.ndarray:
+        return np.cumsum(self.doc_bytes)
+
+    @property
+    def lossy_documents(self) -> np.ndarray:
+        """Indices (k,) of the documents of which the tokens do not give the text back."""
+        return np.zeros(0, dtype=np.int64) if self.lossy is None else np.flatnonzero(self.lossy)
+
+    def said(self, index: int) -> bytes:
+        """What the tokens of one document say: its raw text, unless it is lossy."""
         return text_of(self.tokenizer, self.tokens[self.offsets[index] : self.offsets[index + 1]])
 
 
@@ -57,14 +77,19 @@ def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> Tok
     np.cumsum([len(array) for array in ids], out=offsets[1:])
     tokens = np.concatenate(ids) if ids else np.zeros(0, dtype=tokenizer.dtype)
     doc_bytes = np.array([len(document.text) for document in documents], dtype=np.int64)
-    return TokenStore(tokens, offsets, doc_bytes, tokenizer)
+    pairs = zip(documents, ids, strict=True)
+    lossy = np.array([text_of(tokenizer, array) != document.text for document, array in pairs], dtype=bool)
+    if not lossy.any():
+        return TokenStore(tokens, offsets, doc_bytes, tokenizer)
+    raw = np.frombuffer(b"".join([document.text for document in documents]), dtype=np.uint8)
+    return TokenStore(tokens, offsets, doc_bytes, tokenizer, lossy, raw)
 
 
 def save_stores(folder: Path, stores: dict[str, TokenStore]) -> None:
     """Write `<side>.<array>.npy` files and, last, `meta.json` with their digests. Raises OSError."""
     digests = {}
     for side, store in stores.items():
-        for name in _ARRAYS:
+        for name in _ARRAYS if store.lossy is None else (*_ARRAYS, *_OF_LOSSY):
             path = folder / f"{side}.{name}.npy"
             write_atomic(path, functools.partial(np.save, arr=getattr(store, name), allow_pickle=False))
             digests[path.name] = file_digest(path)
@@ -87,10 +112,11 @@ def load_stores(folder: Path, sides: Sequence[str], tokenizer: Tokenizer) -> dic
 
 def _load_store(folder: Path, side: str, digests: dict[str, str], tokenizer: Tokenizer) -> TokenStore:
     arrays = {}
-    for name in _ARRAYS:
+    kept = [name for name in (*_ARRAYS, *_OF_LOSSY) if name in _ARRAYS or f"{side}.{name}.npy" in digests]
+    for name in kept:
         path = folder / f"{side}.{name}.npy"
         if file_digest(path) != digests[path.name]:
             raise DataError(f"{path.name} has changed since it was written")
         # An empty array has no bytes to map; the small ones are better in memory.
-        arrays[name] = np.load(path, mmap_mode="r" if name == "tokens" else None, allow_pickle=False)
+        arrays[name] = np.load(path, mmap_mode="r" if name in ("tokens", "raw") else None, allow_pickle=False)
     return TokenStore(**arrays, tokenizer=tokenizer)

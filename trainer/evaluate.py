@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from adapters.base import Context, Likelihood, ModelAdapter
+from data.rows import target_bytes
 from trainer.meter import Meter
 from trainer.precision import autocast
 
@@ -52,6 +53,7 @@ class Score:
     context_tokens: int
     context_bytes: float
     comparable: bool
+    lossy_documents: int = 0  # of which the tokens do not give the text back
     # Nats per token of what a bound consists of, and of other estimates of it; empty when exact.
     parts: dict[str, float] = field(default_factory=dict)
     estimates: dict[str, float] = field(default_factory=dict)
@@ -110,10 +112,14 @@ def evaluate(
             with autocast(precision, world.device):
                 found = adapter.likelihood(batch, ctx)
             metrics.add_metrics(found.metrics)
-            sums.add(found, batch, rows.document_of[ids], rows.store.tokenizer.token_bytes)
+            width = batch.weights.shape[1]
+            sizes = target_bytes(batch.tokens[:, : width + 1], rows.store.tokenizer)
+            sums.add(found, batch, rows.document_of[ids], sizes)
             hear(batch, found)
     assert found is not None
     sums.add_up(world)
+    if rows.complete:  # what tokens say may be less
+        sums.document_bytes = rows.store.doc_bytes[rows.documents].astype(float)
     total = sums.values
     of_a_nat = 1 / (math.log(2) * rows.total_bytes)  # bits per byte
     per_token = total["nats"] / total["tokens"]
@@ -132,7 +138,8 @@ def evaluate(
         documents=len(rows.documents),
         context_tokens=rows.seq_len,
         context_bytes=round(rows.seq_len * rows.total_bytes / total["tokens"], 1),
-        comparable=rows.complete,
+        comparable=rows.complete and not rows.lossy_documents,
+        lossy_documents=rows.lossy_documents,
         parts={name: total[f"part {name}"] / total["tokens"] for name in found.parts},
         estimates={name: total[f"estimate {name}"] / total["tokens"] for name in found.estimates},
         metrics=metrics.read(world),
@@ -146,8 +153,8 @@ class _Sums:
         self.values: dict[str, float] = {}
         self.document_nats, self.document_bytes = np.zeros(documents), np.zeros(documents)
 
-    def add(self, found: Likelihood, batch: Batch, document: np.ndarray, token_bytes: np.ndarray) -> None:
-        """document (B,): of each row."""
+    def add(self, found: Likelihood, batch: Batch, document: np.ndarray, sizes: np.ndarray) -> None:
+        """document (B,): of each row; sizes (B, S): bytes of each target."""
         one = {
             "nats": found.nats,
             "end_nats": found.end_nats,
@@ -160,9 +167,8 @@ class _Sums:
         for name, value in one.items():
             sum_ = 0.0 if value is None else float(np.asarray(value, dtype=np.float64).sum())
             self.values[name] = self.values.get(name, 0.0) + sum_
-        scored = batch.tokens[:, 1 : batch.weights.shape[1] + 1]
         np.add.at(self.document_nats, document, found.nats.numpy())
-        np.add.at(self.document_bytes, document, (token_bytes[scored] * batch.weights).sum(1))
+        np.add.at(self.document_bytes, document, (sizes * batch.weights).sum(1))
 
     def add_up(self, world: World) -> None:
         """Over all processes."""

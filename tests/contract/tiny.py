@@ -132,7 +132,7 @@ class Letters:
 
     def __init__(self, size: int = VOCABULARY) -> None:
         self.vocab_size, self.eot, self.name, self.digest = size, size - 1, "letters", "0" * 64
-        self.token_bytes, self.ends = np.array([1] * (size - 1) + [0]), frozenset({size - 1})
+        self.token_bytes, self.ends, self.lead = np.array([1] * (size - 1) + [0]), frozenset({size - 1}), b""
 
 
 def tokenizer_for(cfg: RunConfig, model_cfg: Any, vocabulary: int = VOCABULARY) -> Any:

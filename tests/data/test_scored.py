@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tokenizers import normalizers
 
 from data import load_dataset
 from data.errors import DataError
+from data.huggingface.tokenizer import HuggingFaceTokenizer
 from data.scored import text_to_score
 from data.tokenizers import ByteTokenizer
+from tests.data.foreign import byte_level
 
 BYTES = ByteTokenizer()
 
@@ -84,3 +88,13 @@ def test_another_source_gives_its_held_out_part(run) -> None:
 def test_text_that_is_not_there(run) -> None:
     with pytest.raises(DataError, match="does not exist"):
         scored(run, input_file="no.txt", data_root=None)
+
+
+def test_what_the_tokenizer_loses_of_the_text_is_said(run, tmp_path) -> None:
+    library = byte_level()
+    library.normalizer = normalizers.Lowercase()
+    tokenizer = HuggingFaceTokenizer(json.loads(library.to_str()), 0, [0], {})
+    (tmp_path / "b.txt").write_text("A Text")
+    given = SimpleNamespace(**{**vars(run.cfg), "input_file": "b.txt", "data_root": None})
+    found = text_to_score(run.cfg, given, tokenizer, vars(run.recorded))
+    assert all_text(found) == b"A Text" and "1 of 1 scored documents (6 of 6 bytes)" in found.notes[-1]

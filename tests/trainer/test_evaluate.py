@@ -1,10 +1,12 @@
 """The score: what it must be for models whose likelihood is known, and what must not change it."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import normalizers
 from torch import nn
 
 from adapters.base import Likelihood, Metric, ModelAdapter
@@ -12,10 +14,12 @@ from adapters.default import DefaultModelAdapter
 from configs.schema import DefaultModelConfig
 from data import load_dataset
 from data.corpus import Document
+from data.huggingface.tokenizer import HuggingFaceTokenizer
 from data.rows import HeldoutRows
 from data.store import encode_documents
 from data.tokenizers import ByteTokenizer
 from tests.contract.tiny import config
+from tests.data.foreign import byte_level
 from trainer.distributed import World
 from trainer.evaluate import evaluate
 from trainer.view.format import score_lines
@@ -320,3 +324,27 @@ def test_metrics_are_added_up_over_batches_like_those_of_training(dataset):
     assert other.metrics["token"] == pytest.approx(one.metrics["token"], rel=1e-9)
     assert f"seen {one.tokens:.4g}" in dict(score_lines(one.as_dict()))["measured"]
     assert "measured" not in dict(score_lines(score(uniform(dataset.tokenizer), rows_of(dataset)).as_dict()))
+
+
+def test_a_score_of_text_that_the_tokens_lose_is_marked_and_counts_raw_bytes():
+    library = byte_level()
+    library.normalizer = normalizers.Lowercase()
+    tokenizer = HuggingFaceTokenizer(json.loads(library.to_str()), 0, [0], {})
+    texts = [
+        "THE CAT sat\n" * 9,
+        "the cat sat\n" * 9,
+        "\u0130stanbul\n" * 9,
+    ]  # a letter of two bytes becomes one of three
+    store = encode_documents([Document(str(n), text.encode()) for n, text in enumerate(texts)], tokenizer)
+    found = score(uniform(tokenizer), HeldoutRows(store, tokenizer.eot, 32))
+    assert (found.comparable, found.lossy_documents, found.bytes) == (False, 2, store.total_bytes)
+    nats = math.log(tokenizer.vocab_size) * len(store.tokens)
+    assert found.bits_per_byte == pytest.approx(nats / math.log(2) / store.total_bytes, rel=1e-12)
+    per_document = np.diff(store.offsets) * math.log2(tokenizer.vocab_size)
+    residual = per_document - found.bits_per_byte * store.doc_bytes
+    expected = math.sqrt(3 / 2 * (residual**2).sum()) / store.total_bytes
+    assert found.documents_standard_error == pytest.approx(expected, rel=1e-9)
+    fair = score(
+        uniform(tokenizer), HeldoutRows(encode_documents([Document("1", b"the cat")], tokenizer), 0, 32)
+    )
+    assert fair.comparable and not fair.lossy_documents

@@ -112,7 +112,12 @@ def ranking_notes(score: dict[str, Any], yardsticks: dict[str, float]) -> list[s
         notes.append(
             f"an upper bound ({score.get('estimator', 'unnamed estimator')}): the model may be better"
         )
-    if score.get("comparable") is False:
+    if lossy := score.get("lossy_documents"):
+        notes.append(
+            f"of {lossy:,} of {score['documents']:,} documents the tokens do not give the text back: what is lost "
+            f"costs nothing, so this score does not compare with those of other tokenizers"
+        )
+    elif score.get("comparable") is False:
         notes.append("scored on a part chosen by tokens: not comparable with other runs")
     if sampled := yardsticks.get("ngram_training_bytes"):
         notes.append(f"the n-grams were trained on {quantity(sampled)}B of the training text")

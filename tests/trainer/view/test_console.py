@@ -184,6 +184,8 @@ def test_score_table_says_what_would_mislead():
     assert len(lines) == 4
     assert "not comparable" in lines[2]
     assert "trained on 32.0MB" in lines[3]
+    lines = table(SCORE | {"comparable": False, "lossy_documents": 2, "documents": 9}, {})
+    assert len(lines) == 2 and "of 2 of 9 documents the tokens do not give the text back" in lines[1]
 
 
 # --- samples ------------------------------------------------------------------------------------------
