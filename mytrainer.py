@@ -96,19 +96,33 @@ def _train(words: list[str]) -> dict[str, Any]:
     from trainer.commands import launch
     from trainer.commands.train import call, composed
 
-    if launch.launched():
+    if launch.launched() or _is_one_of_several():
         raise ConfigError(
-            "train() starts the processes of a run itself: num_gpus=<N>. What torchrun has started is for the command "
-            "line: torchrun ... mytrainer.py ..."
+            "train() starts the processes of a run itself: num_gpus=<N>. Those that torchrun or you have started are "
+            "for the command line: torchrun ... mytrainer.py ..."
         )
     sys.argv = ["mytrainer.py"]  # what the manifest keeps, with the words behind it
     os.environ["PYTHONPATH"] = os.pathsep.join(
         filter(None, sys.path)
     )  # processes of a run find what this one does
+    before, torch_is_there = dict(os.environ), "torch" in sys.modules
     plan = prepare_one(words)
     tree = composed(plan)
+    if torch_is_there and (
+        new := sorted(name for name in os.environ if os.environ[name] != before.get(name))
+    ):
+        plan.notices.append(
+            f"env: torch has been imported already, so what it reads of {', '.join(new)} at its start comes too late"
+        )
     with guest.numerics():
         return call(plan, tree)
+
+
+def _is_one_of_several() -> bool:
+    """Whether a process group of the caller's own is open."""
+    distributed = sys.modules.get("torch.distributed")
+    opened = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    return opened and distributed.get_world_size() > 1
 
 
 def _words(overrides: Sequence[str]) -> list[str]:

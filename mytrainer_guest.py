@@ -203,8 +203,10 @@ def _hydra() -> Iterator[None]:
     from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.hydra_config import HydraConfig
+    from hydra.core.plugins import Plugins
     from hydra.core.singleton import Singleton
 
+    Plugins.instance()  # plugins store their configurations when they are imported, which is once
     theirs = dict(Singleton._instances)
     registered = {k: v for k, v in ConfigStore.instance().repo.items() if k.startswith(("hydra", "_"))}
     for kind in (ConfigStore, GlobalHydra, HydraConfig):

@@ -4,7 +4,17 @@ import shutil
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("adapters", "configs", "data", "kernels", "models", "trainer", "mytrainer.py", "naming.py")
+PARTS = (
+    "adapters",
+    "configs",
+    "data",
+    "kernels",
+    "models",
+    "trainer",
+    "mytrainer.py",
+    "mytrainer_guest.py",
+    "naming.py",
+)
 
 Edit = tuple[
     str, str | None, str
