@@ -120,7 +120,7 @@ def _train(words: list[str]) -> dict[str, Any]:
 
 def _is_one_of_several() -> bool:
     """Whether a process group of the caller's own is open."""
-    distributed = sys.modules.get("torch.distributed")
+    distributed: Any = sys.modules.get("torch.distributed")
     opened = distributed is not None and distributed.is_available() and distributed.is_initialized()
     return opened and distributed.get_world_size() > 1
 
