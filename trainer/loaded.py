@@ -77,8 +77,8 @@ class TextScore:
 
     `text`: its UTF-8 bytes; `ids` (L,) int64: its tokens; `spans` (L, 2) int64: token i stands for
     `text[spans[i, 0]:spans[i, 1]]`. `nats` (L,) fp64: -log p of each token given those before it in its window; None
-    where the likelihood is a bound, which has no parts by token. `seed`: what a bound's noise is drawn from. `score`:
-    all that `eval` says of a file with this text.
+    where the likelihood has no parts by token: a bound, and `bd3lm` in blocks of one. `seed`: what a bound's noise is
+    drawn from. `score`: all that `eval` says of a file with this text.
     """
 
     text: bytes
@@ -149,12 +149,8 @@ class Loaded:
     def __init__(self, restored: Restored) -> None:
         assert restored.checkpoint is not None
         self._restored = restored
-        self.adapter, self.model, self.tokenizer = (
-            restored.adapter,
-            restored.adapter.model,
-            restored.tokenizer,
-        )
-        self.config, self.model_cfg = restored.cfg, restored.adapter.model_cfg
+        self.adapter, self.tokenizer, self.config = restored.adapter, restored.tokenizer, restored.cfg
+        self.model, self.model_cfg = restored.adapter.model, restored.adapter.model_cfg
         self.path, self.weights = restored.checkpoint.absolute(), restored.weights.lower()
         self.device, self.precision = restored.device, restored.precision
 
@@ -173,7 +169,7 @@ class Loaded:
         Exact for next-token models, with nats per token. Diffusion models give an upper bound of the text's nats given
         its length, estimated from noise that is the same at every call. ValueError if there is no text.
         """
-        document = self._document(text)
+        document = _document(text)
         if not document.text:
             raise ValueError("text: is empty, so that there is nothing to score")
         rows = self._restored.rows(encode_documents([document], self.tokenizer))
@@ -211,10 +207,8 @@ class Loaded:
         """
         batch = self._one_row(text)
         with self._reading():
-            states = (
-                self._clean_states(batch) if layer is None else self._after_block(layer, batch)
-            )  # (1, T, D)
-        return states[0].float().cpu()
+            states = self._clean_states(batch) if layer is None else self._after_block(layer, batch)
+        return states[0].float().cpu()  # (T, D)
 
     def logits(self, text: str | bytes) -> Tensor:
         """Logits (T, V) of the text read in one piece, fp32 on the CPU, without columns of padding.
@@ -249,7 +243,7 @@ class Loaded:
             if name not in known:
                 raise ValueError(f"generate: {not_one_of(name, known)}")
         texts = [prompts] if isinstance(prompts, str | bytes) else list(prompts)
-        ids = [self.tokenizer.encode(text).tolist() for text in texts]
+        ids = [self.tokenizer.encode(_document(text).text).tolist() for text in texts]
         with self._reading():
             generated = self.adapter.generate(ids, GenerateOptions(**options))
         return [self._decode(*pair) for pair in zip(texts, generated.tokens, strict=True)]
@@ -264,13 +258,9 @@ class Loaded:
         with torch.no_grad(), evaluating(self.adapter), autocast(self.precision, self.device):
             yield
 
-    @staticmethod
-    def _document(text: str | bytes) -> Document:
-        return Document("text", as_bytes(text))
-
     def _one_row(self, text: str | bytes) -> Batch:
         """The whole text in one window, its end behind it."""
-        store = encode_documents([self._document(text)], self.tokenizer)
+        store = encode_documents([_document(text)], self.tokenizer)
         return self._restored.rows(store, seq_len=len(store.tokens) + 1).batch(np.zeros(1))
 
     def _clean_states(self, batch: Batch) -> Tensor:
@@ -304,6 +294,12 @@ class Loaded:
         return latest[0]
 
 
+def _document(text: str | bytes) -> Document:
+    if not isinstance(text, str | bytes):
+        raise ValueError(f"text: must be str or bytes, got {type(text).__name__} ({text!r:.40})")
+    return Document("text", as_bytes(text))
+
+
 class _ByToken:
     """Collects what `evaluate` finds of the rows of one document. `nats` (L,), None where there are none by token."""
 
@@ -318,7 +314,5 @@ class _ByToken:
             self.nats = np.full(len(self.rows.store.tokens), np.nan)
         for row, nats in zip(batch.rows, found.per_token.numpy(), strict=True):
             if row >= 0:
-                place = self.nats[
-                    self.rows.targets_of(row)
-                ]  # one shorter where the row ends with the document's end
+                place = self.nats[self.rows.targets_of(row)]  # which leaves the document's end out
                 place[:] = nats[: len(place)]

@@ -116,6 +116,8 @@ def test_what_cannot_be_loaded_is_said(work, monkeypatch, given, message):
     ("look", "message"),
     [
         (lambda m: m.score(""), "text: is empty"),
+        (lambda m: m.score(["a", "b"]), r"text: must be str or bytes, got list \(\['a', 'b'\]\)"),
+        (lambda m: m.generate(["a", None]), r"text: must be str or bytes, got NoneType \(None\)"),
         (lambda m: m.score("\ud800"), "lone surrogate at character 0"),
         (lambda m: m.hidden("ab", layer=2), "layer: must be 0 to 1, or -2 to -1 from the last, got 2"),
         (lambda m: m.hidden("ab", layer="h.0"), "layer: must be 0 to 1, .* got 'h.0'"),
