@@ -221,9 +221,7 @@ def main(argv: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    # OpenMP threads that spin while they wait lose 5 to 80 times their speed when anything else runs on the
-    # machine, and gain up to a third when nothing does. Must be set before torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    guest.let_threads_rest()
     from trainer import clock
     from trainer.view.stream import patient_streams
 
