@@ -79,6 +79,13 @@ def make_run(folder, model_name=None):
     (folder / "config.json").write_text(json.dumps(saved))
 
 
+def make_weights(folder):
+    """A folder of transformers with a GPT-2 of 124M parameters, as far as its config.json tells."""
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    (folder / "model.safetensors").touch()
+
+
 class Parsed(Exception):
     """The command line was understood; the work itself is tested elsewhere."""
 
@@ -97,6 +104,9 @@ def test_commands_are_understood(somewhere, monkeypatch, capsys, document, words
         monkeypatch.setenv("RANK", "0")
         monkeypatch.setenv("WORLD_SIZE", processes)
     argv = words[program + 1 :]
+    for word in argv:
+        if word.startswith("init_from_checkpoint="):
+            make_weights(Path(word.partition("=")[2]))
     if argv and argv[0] in mytrainer.COMMANDS and argv[0] != "train":
         if argv[0] == "bench":
             monkeypatch.setattr("trainer.commands.bench._loop_overhead", parsed)
@@ -108,8 +118,6 @@ def test_commands_are_understood(somewhere, monkeypatch, capsys, document, words
     for word in argv:
         if word.startswith("resume="):
             make_run(Path(word.partition("=")[2]))
-        if word.startswith("init_from_checkpoint="):
-            Path(word.partition("=")[2]).mkdir()
     if "--model_name" in argv and not any("hydra_model_cfg" in word for word in argv):
         make_run(Path("checkpoints/dante"), "dante")
     if any(word.startswith("hydra/launcher=submitit") for word in argv):
