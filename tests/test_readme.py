@@ -17,6 +17,7 @@ from configs.files import options
 from configs.grid import check_grid
 from data import SOURCES
 from models import ARCHITECTURES
+from tests.data.foreign import byte_level, saved
 from trainer.commands.launch import config_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,8 +82,9 @@ def make_run(folder, model_name=None):
 
 def make_weights(folder):
     """A folder of transformers with a GPT-2 of 124M parameters, as far as its config.json tells."""
-    folder.mkdir()
-    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    saved(
+        folder, byte_level(), tokenizer_config={"eos_token": "<|endoftext|>"}, config={"model_type": "gpt2"}
+    )
     (folder / "model.safetensors").touch()
 
 
