@@ -71,7 +71,7 @@ def _best_of(run: Path) -> Path:
     return run / BEST if run.is_dir() else run
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TextScore:
     """How likely a text is to a model.
 
