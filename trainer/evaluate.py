@@ -91,7 +91,8 @@ def evaluate(
     should_stop: Callable[[], bool] = lambda: False,
     hear: Callable[[Batch, Likelihood], None] = unheard,
 ) -> Score | None:
-    """Score `rows`; None when a stop was asked for on any process before the end.
+    """Score `rows`; None when a stop was asked for on any process before the end. ValueError where they hold no token
+    of a text.
 
     Rows are dealt out to the processes in turn, all getting the same number of batches: what is missing at the
     end is padding that counts nowhere. `hear` is called with each batch of this process and what was found of it.
@@ -121,6 +122,8 @@ def evaluate(
     if rows.complete:  # what tokens say may be less
         sums.document_bytes = rows.store.doc_bytes[rows.documents].astype(float)
     total = sums.values
+    if not total["tokens"]:
+        raise ValueError("the text has no tokens, so that there is nothing to score")
     of_a_nat = 1 / (math.log(2) * rows.total_bytes)  # bits per byte
     per_token = total["nats"] / total["tokens"]
     return Score(

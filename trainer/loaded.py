@@ -78,7 +78,8 @@ class TextScore:
     `text`: its UTF-8 bytes; `ids` (L,) int64: its tokens; `spans` (L, 2) int64: token i stands for
     `text[spans[i, 0]:spans[i, 1]]`. `nats` (L,) fp64: -log p of each token given those before it in its window; None
     where the likelihood has no parts by token: a bound, and `bd3lm` in blocks of one. `seed`: what a bound's noise is
-    drawn from. `score`: all that `eval` says of a file with this text.
+    drawn from. `score`: all that `eval` says of a file with this text, such as `comparable`, False where the tokenizer
+    does not give the text back.
     """
 
     text: bytes
@@ -167,11 +168,9 @@ class Loaded:
         before.
 
         Exact for next-token models, with nats per token. Diffusion models give an upper bound of the text's nats given
-        its length, estimated from noise that is the same at every call. ValueError if there is no text.
+        its length, estimated from noise that is the same at every call. ValueError if the text has no tokens.
         """
         document = _document(text)
-        if not document.text:
-            raise ValueError("text: is empty, so that there is nothing to score")
         rows = self._restored.rows(encode_documents([document], self.tokenizer))
         by_token = _ByToken(rows)
         tune_host(self.config, self.device)

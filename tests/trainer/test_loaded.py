@@ -115,7 +115,7 @@ def test_what_cannot_be_loaded_is_said(work, monkeypatch, given, message):
 @pytest.mark.parametrize(
     ("look", "message"),
     [
-        (lambda m: m.score(""), "text: is empty"),
+        (lambda m: m.score(""), "the text has no tokens, so that there is nothing to score"),
         (lambda m: m.score(["a", "b"]), r"text: must be str or bytes, got list \(\['a', 'b'\]\)"),
         (lambda m: m.generate(["a", None]), r"text: must be str or bytes, got NoneType \(None\)"),
         (lambda m: m.score("\ud800"), "lone surrogate at character 0"),
