@@ -77,9 +77,9 @@ class TextScore:
 
     `text`: its UTF-8 bytes; `ids` (L,) int64: its tokens; `spans` (L, 2) int64: token i stands for
     `text[spans[i, 0]:spans[i, 1]]`. `nats` (L,) fp64: -log p of each token given those before it in its window; None
-    where the likelihood has no parts by token: a bound, and `bd3lm` in blocks of one. `seed`: what a bound's noise is
-    drawn from. `score`: all that `eval` says of a file with this text, such as `comparable`, False where the tokenizer
-    does not give the text back.
+    where the likelihood is a bound, which has no parts by token. `seed`: what a bound's noise is drawn from. `score`:
+    all that `eval` says of a file with this text, such as `comparable`, False where the tokenizer does not give the
+    text back.
     """
 
     text: bytes

@@ -190,6 +190,7 @@ class DiffusionAdapter(ModelAdapter):
             variance=bound.variance,
             parts=bound.parts,
             estimates=bound.estimates,
+            per_token=bound.per_token,
         )
 
     def clean_states(self, batch: Batch, ctx: Context) -> Tensor:

@@ -158,7 +158,8 @@ class BD3LMProcess(MDLProcess):
         # The released code's weights, as in `mdl`, with u in [1e-3, 1].
         share = 1 - masked.binomial_tail(counts.flatten(), SMALLEST_U, k.flatten()).view_as(k)
         total = counts / k * nats
-        return {"diffusion": total.sum(1), "paper": (total * share / (1 - SMALLEST_U)).sum(1)}
+        found = {"diffusion": total.sum(1), "paper": (total * share / (1 - SMALLEST_U)).sum(1)}
+        return {**found, "per_token": nats} if self.exact else found
 
     def _over_time(self, draw: Draw) -> dict[str, Tensor]:
         t = SMALLEST_U + (1 - SMALLEST_U) * draw.r

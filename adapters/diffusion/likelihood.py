@@ -23,12 +23,13 @@ REPLICATES = 4
 @dataclass
 class Bound:
     """`nats`, `variance` (of `nats`) (B,) fp64; `parts`: prior, diffusion, recon, which add up to it; `estimates`:
-    `paper`, the released code's."""
+    `paper`, the released code's; `per_token` (B, S) of an exact one."""
 
     nats: Tensor
     variance: Tensor
     parts: dict[str, Tensor]
     estimates: dict[str, Tensor]
+    per_token: Tensor | None = None
 
 
 @torch.no_grad()
@@ -64,9 +65,10 @@ def estimate_bound(
             parts = process.estimate(Draw(network, x0, noised, doc_ids, r, u, u_recon, shared))
             for part, nats in parts.items():
                 sums[part] = sums.get(part, 0.0) + nats / draws
-                if part != "paper":
+                if part not in ("paper", "per_token"):
                     total += nats / strata
         replicates.append(total)
-    paper = {"paper": sums.pop("paper")}
+    paper, per_token = {"paper": sums.pop("paper")}, sums.pop("per_token", None)
     values = torch.stack(replicates)  # (R, B)
-    return Bound(values.mean(0), values.var(0, correction=min(1, repeats - 1)) / repeats, sums, paper)
+    variance = values.var(0, correction=min(1, repeats - 1)) / repeats
+    return Bound(values.mean(0), variance, sums, paper, per_token)

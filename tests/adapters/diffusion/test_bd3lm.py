@@ -52,6 +52,9 @@ def test_blocks_of_one_token_need_one_draw():
     adapter = build("bd3lm", block_length=1)
     found = adapter.likelihood(batch(range(6)), EVAL)
     assert (found.kind, found.estimator) == ("exact", "exact") and not bool(found.variance.any())
+    assert found.per_token.shape == (6, S) and torch.allclose(found.per_token.sum(1), found.nats, atol=1e-9)
+    shorter = adapter.likelihood(batch(range(6), seq_len=3), EVAL)
+    assert torch.allclose(found.per_token[0, :3], shorter.per_token[0], atol=1e-9), "of the same tokens"
     other = adapter.likelihood(batch(range(6)), replace(EVAL, seed=7))
     assert torch.allclose(found.nats, other.nats, atol=1e-9)
 
