@@ -172,7 +172,7 @@ class Process(ABC):
     @abstractmethod
     def estimate(self, draw: Draw) -> dict[str, Tensor]:
         """One unbiased draw of the bound: nats (B,) fp64 by part. `diffusion`, `recon` and `prior` add up to it;
-        `paper` is the estimate of the released code, without the ends. Where it is `exact`, `per_token` (B, L - 1) too."""
+        `paper` is the released code's, without the ends. Where the process is `exact`, `per_token` (B, L - 1) too."""
 
     # -- sampling ----------------------------------------------------------------------------------------------
 
