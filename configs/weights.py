@@ -94,7 +94,9 @@ def take_sizes(
     """Put the sizes of the weights into the tree of a run that begins from such a folder. Gives `where`, which knows
     them. ConfigError for another architecture, and for what the command line says otherwise."""
     folder = folder_at(tree.get(FIELD))
-    if folder is None:
+    if folder is None or not isinstance(
+        tree.get("model_cfg"), dict
+    ):  # the second is for the typed check to refuse
         return where
     source, type_ = folder.path / "config.json", folder.row.type
     if tree.get("type") != type_:

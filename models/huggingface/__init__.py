@@ -47,10 +47,12 @@ ROWS: dict[str, Row] = {
             "num_attention_heads": "n_head",
             "num_hidden_layers": "n_layer",
         },
-        # The heads of other tasks; the size of a causal mask; an order of operations that changes rounding alone.
+        # The heads of other tasks; the size of a causal mask; an order of operations that changes rounding alone; what
+        # versions before 3 wrote and the published medium, large and xl still say.
         ignored={
             *("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels"),
             *("summary_first_dropout", "n_ctx", "reorder_and_upcast_attn"),
+            *("n_special", "predict_special_tokens", "output_past"),
         },
     ),
     "llama": Row(
@@ -84,7 +86,8 @@ ROWS: dict[str, Row] = {
             "sliding_window": None,
         },
         dropouts=("attention_dropout",),
-        ignored={"pretraining_tp"},  # how many pieces a product is computed in
+        # How many pieces a product is computed in; what some published files repeat.
+        ignored={"pretraining_tp", "is_llama_config", "max_sequence_length"},
     ),
 }
 

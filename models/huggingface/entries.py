@@ -12,7 +12,7 @@ __all__ = ["IGNORED", "unnested"]
 IGNORED = {
     # what the file is
     *("model_type", "architectures", "_name_or_path", "name_or_path", "transformers_version", "_commit_hash"),
-    *("tokenizer_class", "unsloth_version", "unsloth_fixed"),
+    *("tokenizer_class", "unsloth_version", "unsloth_fixed", "transformers.js_config"),
     # the type of the weights, which their file says
     *("dtype", "torch_dtype", "use_bfloat16"),
     # training
@@ -22,9 +22,22 @@ IGNORED = {
     # what is given back, and how it is computed
     *("use_cache", "return_dict", "output_hidden_states", "output_attentions", "output_scores", "is_decoder"),
     *("return_dict_in_generate", "chunk_size_feed_forward", "attn_implementation", "_attn_implementation"),
-    *("_attn_implementation_autoset", "cache_implementation", "tie_last_hidden_states"),
+    *(
+        "_attn_implementation_autoset",
+        "_flash_attn_2_enabled",
+        "cache_implementation",
+        "tie_last_hidden_states",
+    ),
     # other tasks
-    *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params"),
+    *(
+        "id2label",
+        "label2id",
+        "num_labels",
+        "_num_labels",
+        "problem_type",
+        "finetuning_task",
+        "task_specific_params",
+    ),
     # generation
     *(
         "max_length",

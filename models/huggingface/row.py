@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.messages import ConfigError
 from models.huggingface.entries import IGNORED, unnested
+from naming import shorten_text
 
 if TYPE_CHECKING:
     from configs.schema import ModelConfig
@@ -66,11 +67,11 @@ class Row:
         for entry, field in self.fields.items():
             value = self._value(entry, entries)
             if not _is(field.kind, value):
-                problems.append(f"{entry} is {json.dumps(value)}: {_NEEDED[field.kind]} is needed")
+                problems.append(f"{entry} is {_said(value)}: {_NEEDED[field.kind]} is needed")
             elif fields.setdefault(field.name, value) != value:
                 problems.append(
-                    f"{entry} is {json.dumps(value)}, and another entry makes model_cfg.{field.name} "
-                    f"{json.dumps(fields[field.name])}: one field does for both here"
+                    f"{entry} is {_said(value)}, and another entry makes model_cfg.{field.name} "
+                    f"{_said(fields[field.name])}: one field does for both here"
                 )
         if not problems:
             problems = self._refused(entries, fields)
@@ -94,7 +95,7 @@ class Row:
         """ValueError unless the architecture in transformers can be what this Config says."""
         other = {k: getattr(model_cfg, k) for k, v in self.ours.items() if getattr(model_cfg, k) != v}
         if other:
-            told = ", ".join(f"{k}: {json.dumps(v)}" for k, v in other.items())
+            told = ", ".join(f"{k}: {_said(v)}" for k, v in other.items())
             raise ValueError(f"{self.name} has no counterpart of {told}")
 
     def _value(self, entry: str, entries: Mapping[str, Any]) -> Any:
@@ -110,7 +111,7 @@ class Row:
         problems = []
         for name, known in self.spellings.items():
             if name in entries and found.setdefault(known, entries[name]) != entries[name]:
-                told = f"{name} is {json.dumps(entries[name])}, {known} {json.dumps(found[known])}"
+                told = f"{name} is {_said(entries[name])}, {known} {_said(found[known])}"
                 problems.append(f"{told}: they are one entry, and differ")
         return found, problems
 
@@ -120,22 +121,27 @@ class Row:
         for entry, values in self.required.items():
             allowed = values if isinstance(values, tuple) else values(fields)
             if entry in entries and entries[entry] not in allowed:
-                legal = " or ".join(json.dumps(v) for v in allowed)
+                legal = " or ".join(_said(v) for v in allowed)
                 problems.append(
-                    f"{entry} is {json.dumps(entries[entry])}: {self.name} is computed with {legal} here"
+                    f"{entry} is {_said(entries[entry])}: {self.name} is computed with {legal} here"
                 )
         named = entries.get("architectures") or []
-        if not set(named) <= set(self.classes):
-            problems.append(f"architectures is {json.dumps(named)}: weights of a {self.classes[0]} are read")
+        if not isinstance(named, list) or any(name not in self.classes for name in named):
+            problems.append(f"architectures is {_said(named)}: weights of a {self.classes[0]} are read")
         return problems
 
     def _unknown(self, entries: Mapping[str, Any]) -> list[str]:
         known = {*self.fields, *self.required, *self.dropouts, *self.ignored, *IGNORED}
         return [
-            f"{entry} is {json.dumps(value)}: this is not computed here, and without it the weights mean another model"
+            f"{entry} is {_said(value)}: this is not computed here, and without it the weights mean another model"
             for entry, value in entries.items()
             if entry not in known and value is not False and value not in (None, [], {})
         ]
+
+
+def _said(value: Any) -> str:
+    """A value as config.json has it, its beginning where it is long."""
+    return shorten_text(json.dumps(value), 200)
 
 
 def _is(kind: type, value: Any) -> bool:

@@ -99,6 +99,37 @@ def test_what_changes_nothing_is_no_hindrance(model_type, entries):
     assert fields(model_type, **entries) == fields(model_type)
 
 
+# As they are published; what is left out here says the same as in GPT2 and LLAMA.
+PUBLISHED = {
+    "gpt2-medium": ("gpt2", {
+        "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1,
+        "bos_token_id": 50256, "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02,
+        "layer_norm_epsilon": 1e-05, "n_ctx": 1024, "n_special": 0, "predict_special_tokens": True,
+        "resid_pdrop": 0.1, "summary_activation": None, "summary_first_dropout": 0.1,
+        "summary_proj_to_labels": True, "summary_type": "cls_index", "summary_use_proj": True,
+        "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+    }),
+    "distilgpt2": ("gpt2", {"_num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}),
+    "gpt2-xl": ("gpt2", {"output_past": True}),
+    "Llama-2-7b": ("llama", {
+        "_name_or_path": "meta-llama/Llama-2-7b-hf", "architectures": ["LlamaForCausalLM"], "bos_token_id": 1,
+        "eos_token_id": 2, "hidden_act": "silu", "initializer_range": 0.02, "pretraining_tp": 1,
+        "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float16",
+        "transformers_version": "4.31.0.dev0", "use_cache": True,
+    }),
+    "SmolLM2-135M": ("llama", {
+        "attention_bias": False, "attention_dropout": 0.0, "is_llama_config": True, "rope_interleaved": False,
+        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "rope_theta": 10000,
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_files_are_read(name):
+    model_type, entries = PUBLISHED[name]
+    assert fields(model_type, **entries) == fields(model_type)
+
+
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 500000.0}
 REFUSED = [
     ("gpt2", {"activation_function": "relu"}, 'activation_function is "relu": GPT-2 is computed with "gelu_new" or'),
@@ -109,6 +140,8 @@ REFUSED = [
     ("gpt2", {"add_cross_attention": True}, "add_cross_attention is true: this is not computed here"),
     ("gpt2", {"quantization_config": {"bits": 4}}, 'quantization_config is {"bits": 4}: this is not computed here'),
     ("gpt2", {"architectures": ["GPT2ForTokenClassification"]}, "weights of a GPT2LMHeadModel are read"),
+    ("gpt2", {"architectures": "GPT2LMHeadModel"}, 'architectures is "GPT2LMHeadModel": weights of a GPT2LMHeadModel'),
+    ("gpt2", {"odd": [7] * 999}, "odd is [" + "7, " * 65 + "7...: this is not"),
     ("gpt2", {"n_embd": "64"}, 'n_embd is "64": a whole number from 1 on is needed'),
     ("gpt2", {"n_layer": 0}, "n_layer is 0: a whole number from 1 on is needed"),
     ("gpt2", {"n_head": True}, "n_head is true: a whole number from 1 on is needed"),

@@ -31,6 +31,7 @@ class HuggingFaceFolder(Source):
     def __init__(self, folder: Folder) -> None:
         super().__init__(folder.path)
         self.folder = folder
+        self.tensors = Shards(folder.files, folder.index)  # damage is found before any text is read
 
     @classmethod
     def open(cls, path: Path, warn: Note) -> Source | None:
@@ -49,7 +50,8 @@ class HuggingFaceFolder(Source):
 
     def config(self, note: Note) -> tuple[RunConfig, ModelConfig]:
         """What a run from it would have: the architecture's own file with these sizes, in rows that fit its context."""
-        row = min(RunConfig.model_fields["train_seq_len"].default, self.folder.fields["n_ctx"])
+        row = RunConfig.model_fields["train_seq_len"].default
+        row = min(row, self.folder.fields.get("n_ctx", row))
         words: list[Any] = [CONFIGS / f"{self.type}.yaml", word("init_from_checkpoint", self.path)]
         return compose([*map(str, words), f"train_seq_len={row}"], notify=lambda text: None)
 
@@ -60,8 +62,7 @@ class HuggingFaceFolder(Source):
                 f"{self.path}: a {type(adapter.model).__name__} does not read the weights of transformers; the model "
                 f"of type {self.type} does"
             )
-        tensors = Shards(self.folder.files, self.folder.index)
         try:
-            load(tensors)
+            load(self.tensors)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
