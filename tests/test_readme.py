@@ -219,3 +219,17 @@ def test_the_changelog_names_every_architecture_and_command():
 def test_nothing_is_left_to_fill_in():
     for document in DOCUMENTS:
         assert not re.search(r"@@|TODO|FIXME|TBD", text(document)), document
+
+
+@pytest.mark.slow
+def test_what_is_shown_of_python_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (program,) = [body for kind, body in re.findall(r"^```(\w+)\n(.*?)^```", text("README.md"), re.S | re.M)]
+    names: dict = {}
+    exec(program, names)
+    assert names["run"]["steps"] == 40 and len(names["score"].nats) == len(names["score"].spans)
+    printed = capsys.readouterr().out
+    assert f"{names['run']['score']['bits_per_byte']} {names['run']['folder']}" in printed
+    assert re.search(
+        r"torch.Size\(\[(\d+), 192\]\) torch.Size\(\[\1, 192\]\)\ntorch.Size\(\[\1, 1024\]\)", printed
+    )
