@@ -1,4 +1,4 @@
-"""What `tokenizer: <spec>` means: one of `data.TOKENIZERS`, the file of one, or `auto`."""
+"""What `tokenizer: <spec>` means: one of `data.TOKENIZERS`, the file of one or its folder, or `auto`."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _parse(spec: str) -> Choice:
     if name in named and named[name].trained and size.isdecimal():
         named[name].load().vocabulary_size(int(size))  # refuses a size that it cannot have
         return Choice(spec, name, int(size))
-    if expand_path(spec).is_file():
+    if _file(spec).is_file():
         return Choice(spec, None)
     digits = re.search(r"\d*$", spec)
     size = digits[0] if digits and digits[0] else "1024"
@@ -120,4 +120,10 @@ def _make(choice: Choice, corpus: Corpus, cache: Path, notes: list[str]) -> Toke
 def _load(choice: Choice) -> Tokenizer:
     from data.tokenizers import load_tokenizer
 
-    return load_tokenizer(expand_path(choice.spec))
+    return load_tokenizer(_file(choice.spec))
+
+
+def _file(spec: str) -> Path:
+    """A file, or that of a run's folder, a checkpoint's or a model's of transformers."""
+    path = expand_path(spec)
+    return path / "tokenizer.json" if path.is_dir() else path

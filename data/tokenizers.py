@@ -200,7 +200,8 @@ def check_ids(ids: np.ndarray, vocab_size: int) -> None:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a tokenizer JSON written by `save`; DataError says what is wrong with any other file."""
+    """Read a tokenizer JSON written by `save`, or that of a folder of transformers, whose other files say which token
+    starts a document; DataError says what is wrong with any other file."""
     path = Path(path)
     try:
         content = json.loads(path.read_bytes())
@@ -208,17 +209,30 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise DataError(f"tokenizer {str(path)!r} cannot be read: {error.strerror}.") from error
     except ValueError as error:
         raise DataError(f"tokenizer {str(path)!r} is not a JSON file: {error}.") from error
+    if isinstance(content, dict) and "format_version" not in content and "model" in content:
+        return _of_transformers(path)
     try:
         return _from_content(content)
     except DataError as error:
         raise DataError(f"tokenizer {str(path)!r}: {error}") from error
 
 
+def _of_transformers(path: Path) -> Tokenizer:
+    from data.huggingface.folder import read_huggingface_tokenizer
+
+    if path.name != "tokenizer.json":
+        raise DataError(
+            f"tokenizer {str(path)!r} is one of transformers: other files of its folder say which token starts a "
+            f"document, and there it is called tokenizer.json."
+        )
+    return read_huggingface_tokenizer(path.parent)
+
+
 def _from_content(content: Any) -> Tokenizer:
     if not isinstance(content, dict) or "format_version" not in content:
         raise DataError(
-            'not a tokenizer of this project (no "format_version"): a run folder holds its own as tokenizer.json. '
-            "That of transformers comes with its model: init_from_checkpoint=<folder>."
+            'no tokenizer of this project (no "format_version") or of transformers (no "model"): a run folder holds '
+            "its own as tokenizer.json."
         )
     if content["format_version"] != FORMAT_VERSION:
         raise DataError(

@@ -13,12 +13,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from data import TOKENIZERS
+from data import TOKENIZERS, load_dataset
 from data.errors import DataError
 from data.huggingface import tokenizer as tokenizer_module
 from data.huggingface.folder import read_huggingface_tokenizer
 from data.huggingface.tokenizer import HuggingFaceTokenizer, pieces
-from data.tokenizer_choice import _parse
+from data.tokenizer_choice import _parse, vocabulary_size
 from data.tokenizers import StreamDecoder, as_bytes, load_tokenizer, text_of
 from tests.data.foreign import LINES, byte_level, llama, saved, unigram, word_piece
 
@@ -265,6 +265,21 @@ def test_it_comes_from_a_file_and_has_no_name_to_ask_for(tmp_path, foreign, monk
         _parse("huggingface")
     foreign["llama"].save(tmp_path / "t.json")
     assert _parse(str(tmp_path / "t.json")).kind is None
+
+
+def test_a_folder_of_transformers_may_be_asked_for(tmp_path, config) -> None:
+    folder = saved(tmp_path / "gpt2", byte_level(), tokenizer_config={"eos_token": EOS})
+    expected = read_huggingface_tokenizer(folder)
+    (tmp_path / "book.txt").write_text("the cat sat on a mat\n" * 50)
+    for spec in (folder, folder / "tokenizer.json"):
+        cfg = config(tokenizer=str(spec), input_file=str(tmp_path / "book.txt"))
+        assert vocabulary_size(cfg) == expected.vocab_size
+        assert load_dataset(cfg, cache_dir=tmp_path / "cache").tokenizer.digest == expected.digest
+    (folder / "tokenizer.json").rename(folder / "mine.json")
+    with pytest.raises(DataError, match="mine.json' is one of transformers.*called tokenizer.json"):
+        load_tokenizer(folder / "mine.json")
+    with pytest.raises(DataError, match="no such file"):
+        _parse(str(folder))
 
 
 def test_a_lone_surrogate_is_refused_as_by_ours(foreign) -> None:

@@ -177,7 +177,7 @@ def test_files_that_are_no_tokenizer_are_refused_by_reason(tmp_path, bpe: BpeTok
     content = json.loads(path.read_text())
     cases = {
         "not a JSON file": path.read_bytes()[:-20],
-        'no "format_version"': b'{"model": {"type": "BPE"}}',
+        'no "format_version"': b'{"merges": []}',
         "format_version 2 is not known": _damage(content, format_version=2),
         "'unigram' is not one of byte, bpe": _damage(content, type="unigram"),
         "list of base64": _damage(content, ranks=["?"]),

@@ -192,7 +192,7 @@ def test_token_ids_beyond_the_vocabulary(train, work):
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ('{"version": "1.0", "model": {"type": "BPE"}}', "not a tokenizer of this project"),
+        ('{"version": "1.0", "merges": []}', "no tokenizer of this project"),
         ("not json", "not a JSON file"),
         ('{"format_version": 1, "type": "byte", "special_tokens": {"<|endoftext|>": 256}}', "digest"),
     ],
