@@ -44,8 +44,15 @@ def test_imports_point_one_way(path):
             assert top in ALLOWED[package], f"{path.name}:{line}: {package} imports {name}"
 
 
-def test_what_everybody_uses_imports_nothing_of_the_project():
-    assert not [name for name, _ in imports(ast.parse((ROOT / "naming.py").read_text())) if name in MODULES]
+@pytest.mark.parametrize("name", ["naming.py", "mytrainer_guest.py"])
+def test_what_everybody_uses_imports_nothing_of_the_project(name):
+    assert not [module for module, _ in imports(ast.parse((ROOT / name).read_text())) if module in MODULES]
+
+
+def test_the_names_that_are_ours_in_somebody_elses_process():
+    import mytrainer_guest
+
+    assert set(mytrainer_guest.NAMES) == {*PACKAGES, "naming"}
 
 
 def module_of(path):
@@ -129,7 +136,7 @@ def test_all_text_is_utf8_whatever_the_locale():
         "os.open(p, 0)",
     )
     assert all(map(found, wrong)) and not any(map(found, right))
-    files = [*FILES, ROOT / "mytrainer.py", ROOT / "naming.py"]
+    files = [*FILES, *ROOT.glob("*.py")]
     assert not {
         str(f.relative_to(ROOT)): lines for f in files if (lines := found(f.read_text(encoding="utf-8")))
     }

@@ -63,6 +63,26 @@ def test_a_request_is_heard_and_gets_its_word(name, capfd):
     assert "signals" not in [thread.name for thread in threading.enumerate()]
 
 
+def test_a_guest_passes_on_what_it_was_asked(ended, capfd):
+    """The process is not ended; what it does when asked so, it does after the run has saved."""
+    saved = []
+    with pytest.raises(KeyboardInterrupt), signals.as_guest(), StopSignal():
+        send(signal.SIGINT)
+        saved.append(True)
+    assert saved and not ended and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with StopSignal():
+        send(signal.SIGINT)  # of nobody's guest nothing is passed on
+
+
+def test_a_second_ctrl_c_leaves_a_guest_at_once_and_the_process_lives(ended, monkeypatch):
+    monkeypatch.setattr(signals, "_SAME_CTRL_C", 0.0)
+    with pytest.raises(KeyboardInterrupt), signals.as_guest(), StopSignal():
+        send(signal.SIGINT)
+        send(signal.SIGINT)
+        pytest.fail("it went on")
+    assert not ended
+
+
 def test_one_process_of_several_speaks(monkeypatch, capfd):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -401,7 +401,23 @@ def test_outcome_of_a_worker(tmp_path):
     report.write_text('{"status": 2, "score": null}')
     with pytest.raises(launch.JobFailed) as failed:
         launch._outcome(tmp_path, 1, [])
-    assert failed.value.status == 2
+    assert failed.value.status == 2 and failed.value.error is None
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (ConfigError(["a: b", "c: d"]), ConfigError),
+        (TrainingError("step 3 is not finite"), TrainingError),
+        (UnicodeError("no UTF-8"), ValueError),
+        (OSError("disk full"), OSError),
+    ],
+)
+def test_what_a_worker_could_not_do_arrives_as_its_own_error(tmp_path, error, kind):
+    launch._send_error(tmp_path, error)
+    with pytest.raises(launch.JobFailed) as failed:
+        launch._outcome(tmp_path, 1, [])
+    assert type(failed.value.error) is kind and str(failed.value.error) == str(error)
 
 
 class Child:
