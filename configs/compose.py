@@ -102,7 +102,7 @@ def prepare(argv: list[str]) -> Plan:
     _imply_source(request, nodes)
     folder = runs.named_folder(request.values, request.keys)
     saved = runs.saved_architecture(request.values, folder)
-    begun_from = [] if saved else weights.folders(request, nodes)
+    begun_from = [] if saved else weights.sizes_given(request, nodes)
     preset = automatic_preset(request, nodes, saved, begun_from)
     registry = Registry(use_presets=not preset and "preset" not in request.values)
     added = [_option(n, request, registry) for n in nodes]

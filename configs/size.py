@@ -14,14 +14,14 @@ from configs.schema import STEPS
 from naming import command_line
 
 if TYPE_CHECKING:
-    from models.huggingface.folder import Folder
+    from configs.weights import Sizes
 
 
 def automatic_preset(
-    request: Request, nodes: list[Node], saved: tuple[dict[str, Any], Path] | None, begun_from: list[Folder]
+    request: Request, nodes: list[Node], saved: tuple[dict[str, Any], Path] | None, begun_from: list[Sizes]
 ) -> str:
     """The preset that `auto` stands for; nothing where the command line or the file names one. `saved`: the
-    architecture of the run that goes on; `begun_from`: folders whose weights give the sizes."""
+    architecture of the run that goes on; `begun_from`: what weights say of their sizes."""
     if request.values.get("preset", "auto") != "auto" or not nodes:
         return ""
     stated = {n.stated("preset") for n in nodes} - {None, "auto"}
@@ -31,7 +31,7 @@ def automatic_preset(
         begun_with = str(saved[0].get("preset"))
         return begun_with if begun_with in options("preset") else "none"
     if begun_from:
-        sources = ", ".join(f"{folder.path}/config.json" for folder in begun_from)
+        sources = ", ".join(str(sizes.source) for sizes in begun_from)
         request.notices.append(f"preset auto: none, as {sources} gives the sizes")
         return "none"
     shipped = all(n.path.parent == CONFIGS and n.stated("type") == n.path.stem for n in nodes)

@@ -1,25 +1,25 @@
-"""Weights that a run begins from, as far as they decide its configuration (a folder of Hugging Face transformers says
-which architecture it holds, and its sizes), and what is said of a path that holds none."""
+"""Weights that a run begins from, as far as they decide its configuration (a folder of Hugging Face transformers, and
+one of `export`, says which architecture it holds, and its sizes), and what is said of a path that holds none."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from configs.files import CONFIGS, Node, shown
 from configs.grammar import override_choices, parse_override
 from configs.messages import ConfigError
 from configs.request import Request
 from configs.runs import Fixed, checkpoints, fix
-
-if TYPE_CHECKING:
-    from models.huggingface.folder import Folder
+from models import ARCHITECTURES
 
 FIELD = "init_from_checkpoint"
-_OURS = ("config.yaml", "training_state.json")  # by which a run or a checkpoint of one is known
+_EXPORTED = "export.json"  # by which what `export` writes is known
+_OURS = ("config.yaml", "training_state.json", _EXPORTED)  # by which a run, a checkpoint and that are known
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
 
@@ -52,18 +52,42 @@ def _of_the_hub(name: str) -> str:
     return f" If that is a name on Hugging Face: hf download {name} --local-dir DIR, then give DIR"
 
 
-def folder_at(given: Any) -> Folder | None:
-    """The folder of transformers that a value of `init_from_checkpoint` names, None for anything else. ConfigError says
-    why it cannot be used."""
-    from models.huggingface.folder import read_folder
+@dataclass(frozen=True)
+class Sizes:
+    """What the config.json of such a folder says. `fields`: those of `model_cfg` that it decides; `row`: tokens of
+    a row in training, where that was here. `name` is the architecture's in messages."""
 
-    return read_folder(Path(os.path.expanduser(given))) if isinstance(given, str) and given else None
+    path: Path
+    type: str
+    name: str
+    fields: dict[str, Any]
+    row: int | None = None
+
+    @property
+    def source(self) -> Path:
+        return self.path / "config.json"
 
 
-def folders(request: Request, nodes: list[Node]) -> list[Folder]:
-    """Those that the runs of a command line begin from."""
+def sizes_at(given: Any) -> Sizes | None:
+    """The sizes that a value of `init_from_checkpoint` brings, None for a run or checkpoint, which brings none.
+    ConfigError says why its folder cannot be used."""
+    from models.huggingface.folder import is_ours, read_folder, read_json
+
+    if not isinstance(given, str) or not given:
+        return None
+    path = Path(os.path.expanduser(given))
+    if folder := read_folder(path):
+        return Sizes(path, folder.row.type, folder.row.name, folder.fields)
+    if not (path / _EXPORTED).is_file() or not is_ours(saved := read_json(path / "config.json")):
+        return None
+    return Sizes(path, saved["type"], saved["type"], saved["model_cfg"], saved.get("train_seq_len", 1024))
+
+
+def sizes_given(request: Request, nodes: list[Node]) -> list[Sizes]:
+    """Those that the runs of a command line begin with, as far as they are of the architecture."""
+    types = {request.values.get("type") or node.stated("type") or node.path.stem for node in nodes}
     stated = [node.stated(FIELD) for node in nodes] if FIELD not in request.keys else _given(request)
-    return [folder for given in stated if (folder := folder_at(given)) is not None]
+    return [sizes for given in stated if (sizes := sizes_at(given)) is not None and sizes.type in types]
 
 
 def _given(request: Request) -> list[Any]:
@@ -78,7 +102,7 @@ def implied_model(request: Request) -> str | None:
     given = _given(request)
     if problems := [p for value in given if (p := not_weights(Path(os.path.expanduser(str(value)))))]:
         raise ConfigError([f"command line: {FIELD}: {problem}" for problem in problems])
-    types = {folder.row.type for value in given if (folder := folder_at(value)) is not None}
+    types = {s.type for value in given if (s := sizes_at(value)) is not None and s.type in ARCHITECTURES}
     if len(types) > 1:
         files = " or ".join(shown(CONFIGS / f"{type_}.yaml") for type_ in sorted(types))
         raise ConfigError(f"command line: {FIELD}: no model chosen, and the folders differ. Give {files}")
@@ -93,22 +117,38 @@ def take_sizes(
 ) -> Callable[[str], str]:
     """Put the sizes of the weights into the tree of a run that begins from such a folder. Gives `where`, which knows
     them. ConfigError for another architecture, and for what the command line says otherwise."""
-    folder = folder_at(tree.get(FIELD))
-    if folder is None or not isinstance(
+    sizes = sizes_at(tree.get(FIELD))
+    if sizes is None or not isinstance(
         tree.get("model_cfg"), dict
     ):  # the second is for the typed check to refuse
         return where
-    source, type_ = folder.path / "config.json", folder.row.type
-    if tree.get("type") != type_:
+    if sizes.row is not None:
+        fields = _of_exported(tree, sizes, sizes.row, explicit, where)
+    elif tree.get("type") == sizes.type:
+        fields = sizes.fields
+    else:
         raise ConfigError(
-            f"{FIELD}: {folder.path} holds a {folder.row.name}, type {type_}, and this run is type {tree.get('type')}. "
-            f"Give --hydra_model_cfg={shown(CONFIGS / f'{type_}.yaml')}, or leave the model file out"
+            f"{FIELD}: {sizes.path} holds a {sizes.name}, type {sizes.type}, and this run is type {tree.get('type')}. "
+            f"Give --hydra_model_cfg={shown(CONFIGS / f'{sizes.type}.yaml')}, or leave the model file out"
         )
-    fix(
-        tree,
-        Fixed(type_, folder.fields, source, f"the sizes of {folder.path} are fixed by {source}"),
-        explicit,
-        notices,
-    )
-    decided = {f"model_cfg.{name}" for name in folder.fields}
-    return lambda key: str(source) if key in decided else where(key)
+    if fields:
+        lock = f"the sizes of {sizes.path} are fixed by {sizes.source}"
+        fix(tree, Fixed(sizes.type, fields, sizes.source, lock), explicit, notices)
+    decided = {f"model_cfg.{name}" for name in fields}
+    return lambda key: str(sizes.source) if key in decided else where(key)
+
+
+def _of_exported(
+    tree: dict[str, Any], sizes: Sizes, row: int, explicit: set[str], where: Callable[[str], str]
+) -> dict[str, Any]:
+    """The fields to take of weights that were trained here. Other things can be made of those, by an objective that
+    differs or an architecture with the same backbone: the command line's word holds, and it is seen whether they
+    fit."""
+    from configs.validate import architecture_config
+
+    if tree.get("type") != sizes.type:
+        return {}
+    if "train_seq_len" not in explicit:
+        tree["train_seq_len"] = row
+    free = architecture_config(sizes.type, tree.get("model_adapter"), where).free()
+    return {k: v for k, v in sizes.fields.items() if k not in free and f"model_cfg.{k}" not in explicit}

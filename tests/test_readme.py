@@ -112,7 +112,12 @@ def test_commands_are_understood(somewhere, monkeypatch, capsys, document, words
     if argv and argv[0] in mytrainer.COMMANDS and argv[0] != "train":
         if argv[0] == "bench":
             monkeypatch.setattr("trainer.commands.bench._loop_overhead", parsed)
-        for name in ("generate.restore_named", "evaluate.restore_named", "export.open_source"):
+        for name in (
+            "generate.restore_named",
+            "evaluate.restore_named",
+            "export.open_source",
+            "show.open_source",
+        ):
             monkeypatch.setattr(f"trainer.commands.{name}", parsed)
         with contextlib.suppress(Parsed):
             assert mytrainer.main(argv) == 0, capsys.readouterr().err

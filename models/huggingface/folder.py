@@ -12,7 +12,7 @@ from configs.messages import ConfigError
 from models.huggingface import Row, form_of
 from naming import shorten
 
-__all__ = ["Folder", "read_folder"]
+__all__ = ["Folder", "is_ours", "read_folder", "read_json"]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -73,12 +73,18 @@ def read_folder(path: Path) -> Folder | None:
     if not config.is_file():
         return None
     entries = read_json(config)
-    if "model_type" not in entries and {"type", "model_cfg"} <= entries.keys():
+    if is_ours(entries):
         return None
     row = form_of(entries, str(config))
     folder = Folder(path, row, row.read(entries, str(config)))
     assert folder.files
     return folder
+
+
+def is_ours(entries: dict[str, Any]) -> bool:
+    """Whether a config.json is one that this trainer writes."""
+    named = isinstance(entries.get("type"), str) and isinstance(entries.get("model_cfg"), dict)
+    return named and "model_type" not in entries
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from adapters.base import ModelAdapter
+from models.huggingface.folder import is_ours, read_json
 from trainer.run.checkpoint import damage, load_json
 from trainer.run.source import Note, Source, Trained
 from trainer.run.tensor_files import WEIGHTS, read_tensors
@@ -29,9 +30,9 @@ class Exported(Trained):
 
     @classmethod
     def open(cls, path: Path, warn: Note) -> Source | None:
-        if not (path / RECORD).is_file():
-            return None
         missing = [name for name in FILES if not (path / name).is_file()]
+        if RECORD in missing and (missing != [RECORD] or not is_ours(read_json(path / "config.json"))):
+            return None
         if problem := f"it lacks {', '.join(missing)}" if missing else damage(path):
             raise ValueError(f"{path} is damaged: {problem}. Export it again")
         try:

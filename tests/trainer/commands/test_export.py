@@ -11,6 +11,7 @@ import types
 import pytest
 import torch
 
+from configs.compose import compose
 from tests.contract.tiny import config
 from trainer.export.own import _unshared
 from trainer.export.rounding import Rounding
@@ -123,6 +124,27 @@ def test_a_run_begins_with_them(command, run, whole, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "on/metrics.jsonl").read_text().splitlines()]
     scores = [line["val_bits_per_byte"] for line in lines if "val_bits_per_byte" in line]
     assert scores[-1] < score
+
+
+def test_its_sizes_come_with_it(whole):
+    """To a run of its architecture, whose file need not be named; the command line's word holds."""
+    notes = []
+    begun = [f"init_from_checkpoint={whole}", "data=synthetic"]
+    cfg, model_cfg = compose(begun, notes.append)
+    assert (cfg.type, cfg.train_seq_len) == ("gpt2", 32)
+    assert (model_cfg.d_model, model_cfg.n_layers, model_cfg.n_ctx, model_cfg.vocab_size) == (64, 2, 32, 257)
+    assert notes[0] == f"preset auto: none, as {whole}/config.json gives the sizes"
+    assert (
+        notes[1].startswith(f"the architecture is that of {whole}/config.json: ")
+        and "d_model 64 (not 768)" in notes[1]
+    )
+    words = ["preset=tiny", "model_cfg.n_layers=3", "model_cfg.dropout=0.1", "train_seq_len=16"]
+    cfg, model_cfg = compose([*begun, "--hydra_model_cfg=gpt2", *words], notes.append)
+    assert (cfg.train_seq_len, model_cfg.d_model, model_cfg.n_layers, model_cfg.dropout) == (16, 64, 3, 0.1)
+    other, _ = compose([*begun, "--hydra_model_cfg=vanilla"], notes.append)
+    assert other.model_cfg["d_model"] == 768, (
+        "an architecture that differs may share a backbone, and says its sizes"
+    )
 
 
 # -- precision ---------------------------------------------------------------------------------------------------------
@@ -267,7 +289,7 @@ def seal(folder):
     (folder / "digests.json").write_text(json.dumps(digests))
 
 
-@pytest.mark.parametrize("name", [name for name in (*FILES, "digests.json") if name != RECORD])
+@pytest.mark.parametrize("name", [*FILES, "digests.json"])
 def test_a_file_that_is_missing_or_another_is_named(command, copy, name):
     whole = (copy / name).read_bytes()
     (copy / name).write_bytes(whole[:-20])

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from adapters.base import GenerateOptions
-from tests.contract.tiny import config, session_of
+from configs.compose import compose
+from tests.contract.tiny import RUN, config, session_of
 from trainer.export.huggingface import HuggingFace
 from trainer.loop import train
 from trainer.run.checkpoint import save_checkpoint
@@ -88,6 +89,23 @@ def test_what_is_tied_and_what_is_padding_is_not_written(opened, pair):
     assert {p.name for p in pair[1].iterdir()} == {
         *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", WEIGHTS)
     }
+
+
+def test_a_run_that_begins_with_it_scores_the_same(pair, tmp_path):
+    """And so it is read as it was written."""
+    run, folder = pair
+    cfg = restore(run, device="cpu").cfg
+    back = [
+        f"init_from_checkpoint={folder}",
+        "eval_only=true",
+        "val_bytes=64",
+        "sample_tokens=0",
+        "preset=none",
+    ]
+    score = train(*compose([*back, *RUN, f"train_seq_len={cfg.train_seq_len}"]), tmp_path / "back")
+    assert score == pytest.approx(
+        json.loads((run / "summary.json").read_text())["score"]["bits_per_byte"], rel=1e-6
+    )
 
 
 def test_half_of_the_bits(pair, tmp_path, command):
