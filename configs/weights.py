@@ -23,12 +23,17 @@ _OURS = ("config.yaml", "training_state.json", _EXPORTED)  # by which a run, a c
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
 
+def nothing_at(path: Path) -> str:
+    """What is said of a path where nothing is, with the folders that are there."""
+    near = sorted(p.name for p in path.parent.glob("*") if p.is_dir() and not p.name.startswith("."))[:8]
+    there = f" In {path.parent}: {', '.join(near)}." if near else ""
+    return f"no such checkpoint or run folder: {path}.{there}"
+
+
 def not_weights(path: Path) -> str:
     """Why there can be no weights at a path, "" where there may be."""
     if not path.exists():
-        near = sorted(p.name for p in path.parent.glob("*") if p.is_dir() and not p.name.startswith("."))[:8]
-        there = f" In {path.parent}: {', '.join(near)}." if near else ""
-        return f"no such checkpoint or run folder: {path}.{there}{_of_the_hub(str(path))}"
+        return nothing_at(path) + _of_the_hub(str(path))
     if path.is_file():
         what = "a file of weights" if path.suffix in _WEIGHTS else "a file"
         return f"{path} is {what}, and the folder that it lies in is needed: {path.parent}"

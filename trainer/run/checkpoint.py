@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from configs.grammar import word
+from configs.weights import nothing_at
 from naming import command_line, expand_path
 from trainer.run.files import beside, checkpoints_in, discard, new_folder, replace_folder
 
@@ -132,9 +133,7 @@ def find_checkpoint(path: str | Path, warn: Callable[[str], None]) -> Path:
     folder such as `best_model`."""
     path = expand_path(path)
     if not path.exists():
-        near = sorted(p.name for p in path.parent.glob("*") if p.is_dir() and not p.name.startswith("."))[:8]
-        there = f" In {path.parent}: {', '.join(near)}" if near else ""
-        raise ValueError(f"no such checkpoint or run folder: {path}.{there}")
+        raise ValueError(nothing_at(path))
     if (path / "training_state.json").exists() and (path / DIGESTS).exists() and not checkpoints_in(path):
         problem = damage(path)
         if problem:

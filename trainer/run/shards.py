@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from naming import shorten
-from trainer.run.tensor_files import safetensors_library
+from trainer.run.tensor_files import open_tensors
 
 __all__ = ["Shards"]
-
-_POINTER = b"version https://git-lfs"  # begins a file that was cloned without its content
 
 
 class Shards(Mapping[str, Tensor]):
@@ -22,7 +19,7 @@ class Shards(Mapping[str, Tensor]):
     def __init__(self, files: list[Path], index: Mapping[str, str] | None = None) -> None:
         """`index`: tensor -> name of its file, where something says it. ValueError if a file is cut short or damaged,
         or holds others than those that the index says."""
-        self._opened = {file.name: _opened(file) for file in files}
+        self._opened = {file.name: open_tensors(file) for file in files}
         there = {name: file for file, tensors in self._opened.items() for name in tensors.keys()}  # noqa: SIM118
         if index is not None:
             _require_indexed(files[0].parent, index, there)
@@ -36,17 +33,6 @@ class Shards(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._file)
-
-
-def _opened(file: Path) -> Any:
-    library = safetensors_library()
-    try:
-        return library.safe_open(file, framework="pt")
-    except (library.SafetensorError, OSError) as error:
-        with open(file, "rb") as opened:
-            pointer = opened.read(len(_POINTER)) == _POINTER
-        why = "it is a pointer of Git LFS; git lfs pull fetches what it stands for" if pointer else error
-        raise ValueError(f"{file} is cut short or damaged: {why}") from None
 
 
 def _require_indexed(folder: Path, index: Mapping[str, str], there: Mapping[str, str]) -> None:

@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["WEIGHTS", "read_tensors", "safetensors_library", "tensor_bytes"]
+from models.huggingface.folder import WEIGHTS
 
-WEIGHTS = "model.safetensors"
+__all__ = ["WEIGHTS", "open_tensors", "read_tensors", "safetensors_library", "tensor_bytes"]
+
+_POINTER = b"version https://git-lfs"  # begins a file that was cloned without its content
 
 
 def safetensors_library() -> Any:
@@ -29,8 +31,18 @@ def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Tensors by name, on the CPU. ValueError if the file is cut short or damaged."""
+    opened = open_tensors(path)
+    return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+
+
+def open_tensors(path: Path) -> Any:
+    """The file as the library opens it: `keys()`, and `get_tensor(name)`, which stays on disk until it is copied.
+    ValueError if it is cut short or damaged."""
     library = safetensors_library()
     try:
-        return library.torch.load_file(path)
-    except library.SafetensorError as error:
-        raise ValueError(f"{path} is cut short or damaged: {error}") from None
+        return library.safe_open(path, framework="pt")
+    except (library.SafetensorError, OSError) as error:
+        with open(path, "rb") as file:
+            pointer = file.read(len(_POINTER)) == _POINTER
+        why = "it is a pointer of Git LFS; git lfs pull fetches what it stands for" if pointer else error
+        raise ValueError(f"{path} is cut short or damaged: {why}") from None

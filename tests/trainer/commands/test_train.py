@@ -48,3 +48,16 @@ def test_a_mode_of_hydra_starts_a_sweep_and_the_last_of_a_field_counts_in_it(
     assert command.main([*words, "hydra.mode=MULTIRUN"]) == 0
     assert [(c.learning_rate, c.env) for c in started] == [(0.2, {"FOO": "1"}), (0.3, {"FOO": "1"})]
     assert "note: learning_rate is given more than once; the last value counts" in capsys.readouterr().err
+
+
+def test_jobs_of_a_sweep_that_begin_from_a_folder_of_transformers_have_its_sizes(
+    trained, tmp_path, in_process, monkeypatch
+):
+    started: list = []
+    monkeypatch.setattr(command.launch, "start", lambda *args, **kwargs: started.append(args) or 1.0)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/config.json").write_text('{"model_type": "gpt2", "n_embd": 24, "vocab_size": 77}')
+    (tmp_path / "hf/model.safetensors").touch()
+    assert command.main(["init_from_checkpoint=hf", "learning_rate=1e-5,2e-5", "-m"]) == 0
+    sizes = [(cfg.type, cfg.learning_rate, m.d_model, m.vocab_size) for cfg, m, _ in started]
+    assert sizes == [("gpt2", 1e-5, 24, 77), ("gpt2", 2e-5, 24, 77)]

@@ -124,6 +124,16 @@ def test_its_words_are_scored_written_and_looked_into(gpt2):
     assert len(found.generate(["the cat"], max_new_tokens=3)) == 1
 
 
+def test_eval_says_where_the_weights_came_from(gpt2, command, tmp_path):
+    (tmp_path / "text.txt").write_text("the cat sat on a mat. " * 20)
+    words = ["eval", "--checkpoint", str(gpt2), "--input_file", str(tmp_path / "text.txt"), "--device", "cpu"]
+    out, err = command(*words)
+    found = json.loads(out)
+    assert (found["checkpoint"], found["weights"], found["overlap"]) == (str(gpt2), "Hugging Face", None)
+    assert f"gpt2 (Hugging Face weights of {gpt2}) on all of text.txt" in err
+    assert "what these weights were trained on is not known here; this text may have been among it" in err
+
+
 # -- the folder ----------------------------------------------------------------------------------------------
 
 
