@@ -23,7 +23,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
@@ -227,31 +227,63 @@ def _branches(tree: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _libraries() -> Iterator[None]:
     """Our code finds torch as in a process of its own; the user finds it, and numpy, as he left them."""
+    import torch
+
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    with _generators(), _products():
+        try:
+            torch.set_default_dtype(torch.float32)
+            torch.use_deterministic_algorithms(False)
+            yield
+        finally:
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
+            torch.set_default_dtype(dtype)
+            torch.use_deterministic_algorithms(deterministic, warn_only=warns)
+
+
+@contextmanager
+def _generators() -> Iterator[None]:
+    """Seeds of torch's generators and of numpy's global one."""
     import numpy
     import torch
 
-    drawn = numpy.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    precision = torch.get_float32_matmul_precision()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    of_numpy, of_torch = numpy.random.get_state(), torch.get_rng_state()
+    of_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    torch.manual_seed(FRESH_SEED)
     try:
-        torch.set_default_dtype(torch.float32)
-        torch.set_float32_matmul_precision("highest")
-        torch.use_deterministic_algorithms(False)
-        torch.manual_seed(FRESH_SEED)
         yield
     finally:
-        numpy.random.set_state(drawn[0])
-        torch.set_rng_state(drawn[1])
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
-        torch.set_default_dtype(dtype)
-        torch.set_float32_matmul_precision(precision)
-        torch.use_deterministic_algorithms(deterministic, warn_only=warns)
+        numpy.random.set_state(of_numpy)
+        torch.set_rng_state(of_torch)
+        if of_cuda is not None:
+            torch.cuda.set_rng_state_all(of_cuda)
+        else:  # they were to begin at the user's seed
+            torch.cuda.manual_seed_all(torch.initial_seed())
+
+
+@contextmanager
+def _products() -> Iterator[None]:
+    """How exact products of fp32 are. torch has an older and a newer word for it, and does not tell by the older one
+    what was said by the newer."""
+    import torch
+
+    backends: Any = torch.backends
+    products = [backends.cuda.matmul, backends.mkldnn.matmul]
+    newer = [product.fp32_precision for product in products]
+    older = None
+    with suppress(RuntimeError):
+        older = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        if older is not None:
+            torch.set_float32_matmul_precision(older)
+        for product, precision in zip(products, newer, strict=True):
+            product.fp32_precision = precision
 
 
 _libraries_shared = _Shared(_libraries)

@@ -4,6 +4,7 @@ In a folder of its own, as an entry of the path brings everything that lies besi
 """
 
 import importlib.util
+import runpy
 import sys
 from pathlib import Path
 
@@ -13,6 +14,9 @@ if not _path.is_file() or _spec is None or _spec.loader is None:
     raise ImportError(
         "mytrainer runs from its project's folder. Install it from there with: pip install -e ."
     )
-_module = importlib.util.module_from_spec(_spec)
-sys.modules["mytrainer"] = _module
-_spec.loader.exec_module(_module)
+if __name__ == "__main__":  # python -m mytrainer
+    runpy.run_path(str(_path), run_name="__main__")
+else:
+    _module = importlib.util.module_from_spec(_spec)
+    sys.modules["mytrainer"] = _module
+    _spec.loader.exec_module(_module)

@@ -14,6 +14,7 @@ import time
 import tomllib
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -183,7 +184,7 @@ def test_wrong_input_raises_what_the_command_line_prints(command, capsys, given,
     before = process()
     with pytest.raises(kind, match=message) as caught:
         train(once)
-    assert differences(before, process()) == {}
+    assert differences(before, process()) == {} and caught.value.__cause__ is not caught.value
     first, *_ = text = str(caught.value).split("\n")
     assert first not in capsys.readouterr().err, "whoever catches it says it"
     printed = command(*twice, status=1 if kind is TrainingError else 2)[1]
@@ -338,6 +339,29 @@ def test_descriptors_do_not_pile_up(run):
     train(words("output_dir=out"))
     load("out").score("ab")
     assert opened() == before
+
+
+def test_generators_of_a_gpu_still_begin_at_the_seed_of_the_user(run):
+    """They take it when the first of them is used, which may be later."""
+    torch.manual_seed(42)
+    load(run[0]["folder"]).score("ab")
+    seeded = []
+    with mock.patch.object(torch.cuda, "manual_seed_all", seeded.append):
+        load(run[0]["folder"]).score("ab")
+    assert seeded[-1] == 42
+
+
+@pytest.mark.parametrize("backend", ["cuda", "mkldnn"])
+def test_precisions_that_are_set_by_the_newer_names_are_left_too(run, backend):
+    """torch refuses to give them by the older name."""
+    matmul = getattr(torch.backends, backend).matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        load(run[0]["folder"]).score("ab")
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = before
 
 
 # -- metrics ---------------------------------------------------------------------------------------------------------

@@ -178,7 +178,10 @@ def run_here(
         if not known or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         mistake = isinstance(error, ValueError) and not of_this_process
-        told = TrainingError(of_this_process) if of_this_process else error
+        told = error
+        if of_this_process:
+            told = TrainingError(of_this_process)
+            told.__cause__ = error
         raise JobFailed(2 if mistake else 1, told, everywhere=bool(of_this_process)) from error
 
 

@@ -71,12 +71,15 @@ def composed(plan: Plan) -> dict[str, Any]:
 def call(plan: Plan, tree: dict[str, Any]) -> dict[str, Any]:
     """Train one run for a caller in Python: its summary, and its `folder`. Raises what the command line prints."""
     checked, folder = _checked(plan, tree)
+    problem: Exception | None = None
     try:
         _start(plan, checked, folder)
     except launch.JobFailed as failed:
-        raise failed.error or TrainingError(f"{failed}; its process has said why") from failed.__cause__
+        problem = failed.error or TrainingError(f"{failed}; its process has said why")
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_go_on(folder)) from None
+    if problem is not None:
+        raise problem  # out here it does not become its own cause
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     return {**summary, "folder": str(folder.absolute())}
 
