@@ -108,6 +108,8 @@ def _config(
 
 def _text(value: Any) -> Any:
     """A token as its text alone: how it is found stands in tokenizer.json."""
+    if isinstance(value, list):
+        return [_text(one) for one in value]
     return value["content"] if isinstance(value, dict) and "content" in value else value
 
 

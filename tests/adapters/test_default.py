@@ -427,3 +427,11 @@ def test_the_score_of_every_position(exact):
     torch.testing.assert_close(found.per_token, expected, rtol=1e-12, atol=0)
     assert found.nats[1] == pytest.approx(expected[1, :5].sum().item(), rel=1e-12)
     assert found.end_nats[1] == pytest.approx(expected[1, 5].item(), rel=1e-12)
+
+
+def test_a_text_ends_at_every_token_that_ends_one():
+    adapter = adapter_of("gpt2")
+    adapter.tokenizer.ends = frozenset({adapter.tokenizer.eot, 7})
+    options = GenerateOptions(stop_ids=(3,))
+    assert adapter.stop_tokens(options) == {adapter.tokenizer.eot, 7, 3}
+    assert adapter.stop_tokens(dataclasses.replace(options, stop_at_document_end=False)) == {3}

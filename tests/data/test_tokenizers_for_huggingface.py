@@ -118,7 +118,8 @@ def test_foreign_ones_go_out_as_they_came(tmp_path, make) -> None:
         "chat_template": "{{ messages }}",
         "auto_map": {"x": "y"},
     }
-    folder = saved(tmp_path / "in", make(), tokenizer_config={**said, "tokenizer_class": "LlamaTokenizer"})
+    said |= {"tokenizer_class": "LlamaTokenizer", "additional_special_tokens": [{"content": eos}]}
+    folder = saved(tmp_path / "in", make(), tokenizer_config=said)
     tokenizer = read_huggingface_tokenizer(folder)
     out = write(tmp_path / "out", tokenizer, transformers.LlamaConfig(vocab_size=tokenizer.vocab_size))
     assert json.loads((out / "tokenizer.json").read_text()) == json.loads(
@@ -126,6 +127,7 @@ def test_foreign_ones_go_out_as_they_came(tmp_path, make) -> None:
     )
     config = json.loads((out / "tokenizer_config.json").read_text())
     assert config["chat_template"] == "{{ messages }}" and "auto_map" not in config
+    assert config["additional_special_tokens"] == [eos]
     theirs = transformers.AutoTokenizer.from_pretrained(out)
     assert (theirs.bos_token, theirs.eos_token) == (bos, eos)
     ids = tokenizer.encode("hello world, the cat")

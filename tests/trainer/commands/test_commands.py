@@ -154,6 +154,24 @@ def test_samples_drawn_side_by_side_are_printed_one_after_another(capsys):
     assert printer.count == 4
 
 
+class Led(Words):
+    """With a mark in front of each word, which encoding also puts before a text."""
+
+    lead = b"_"
+
+    def decode(self, tokens):
+        return b"".join(b"_" + Words.decode(self, [token]) for token in tokens)
+
+
+@pytest.mark.parametrize(("prompt", "printed"), [("", "ä_ö\n"), (">", ">_ä_ö\n")])
+def test_what_stands_before_a_text_is_not_printed(capsys, prompt, printed):
+    printer = _Printer(prompt, Led(), 1, None)
+    for token in (0, 1):
+        printer.add(0, [token])
+    printer.end()
+    assert capsys.readouterr().out == printed
+
+
 def test_raw_weights_are_there_too(command):
     assert "(raw weights" in generate(command, "--raw")[1]
 

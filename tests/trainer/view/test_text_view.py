@@ -1,10 +1,13 @@
 """Gaps in a typed text, and the terminal's view of a text that is being resolved."""
 
 import io
+import json
 
 import pytest
 
-from data.tokenizers import ByteTokenizer
+from data.huggingface.tokenizer import HuggingFaceTokenizer
+from data.tokenizers import ByteTokenizer, text_of
+from tests.data.foreign import llama
 from trainer.view.text_view import UNDECIDED, TextView, with_gaps, wrap
 
 BYTES = ByteTokenizer()
@@ -51,3 +54,14 @@ def test_control_characters_and_half_characters_are_harmless():
     view = TextView(BYTES, io.StringIO())
     assert view.render([27, 0xC3, None, 0xA4]) == " \ufffd" + UNDECIDED + "\ufffd"
     assert wrap("", 4) == [""] and wrap("abcde", 2) == ["ab", "cd", "e"]
+
+
+def test_a_blank_that_the_tokenizer_puts_in_front_is_seen_nowhere():
+    tokenizer = HuggingFaceTokenizer(json.loads(llama().to_str()), 1, [2], {})
+    view = TextView(tokenizer, io.StringIO())
+    ids = tokenizer.encode("hello cat").tolist()
+    assert view.render([*ids, None]) == f"hello cat{UNDECIDED}"
+    assert view.render([None, *ids]) == f"{UNDECIDED} hello cat"
+    gaps = with_gaps("hello____cat", tokenizer, 1)
+    place = gaps.index(None)
+    assert (text_of(tokenizer, gaps[:place]), tokenizer.decode(gaps[place + 1 :])) == (b"hello", b"cat")
