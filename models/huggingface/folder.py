@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,49 +21,14 @@ OTHER_WEIGHTS = ("pytorch_model*.bin", "consolidated*.pth", "tf_model.h5", "flax
 
 @dataclass(frozen=True)
 class Folder:
-    """`fields`: what its config.json decides of `model_cfg`."""
+    """`fields`: what its config.json decides of `model_cfg`; `files`: those of the weights; `index`: tensor -> name of
+    its file, where there are several."""
 
     path: Path
     row: Row
     fields: dict[str, Any]
-
-    @cached_property
-    def index(self) -> dict[str, str] | None:
-        """Tensor -> file of the weights, where there are several files. ConfigError if that is no such list."""
-        path = self.path / INDEX
-        if (self.path / WEIGHTS).is_file() or not path.is_file():
-            return None
-        files = read_json(path).get("weight_map")
-        if not isinstance(files, dict) or not files or not all(isinstance(f, str) for f in files.values()):
-            raise ConfigError(f"{path}: weight_map must say of each tensor which file it is in")
-        if outside := sorted({f for f in files.values() if f != Path(f).name or f in ("", "..")}):
-            raise ConfigError(f"{path}: names files that are not in its folder: {shorten(outside)}")
-        return files
-
-    @property
-    def files(self) -> list[Path]:
-        """Those of the weights. ConfigError says which of them are missing, or that there are none."""
-        if self.index is None:
-            if not (self.path / WEIGHTS).is_file():
-                raise ConfigError(self._without_weights())
-            return [self.path / WEIGHTS]
-        files = [self.path / name for name in sorted(set(self.index.values()))]
-        if missing := [f.name for f in files if not f.is_file()]:
-            raise ConfigError(
-                f"{self.path}: files of the weights are missing: {shorten(missing)} (by {INDEX})"
-            )
-        return files
-
-    def _without_weights(self) -> str:
-        other = sorted(f.name for pattern in OTHER_WEIGHTS for f in self.path.glob(pattern))
-        if not other:
-            return f"{self.path}: no weights: neither {WEIGHTS} nor {INDEX} is there"
-        cls = self.row.classes[0]
-        return (
-            f"{self.path}: the weights are in {shorten(other)}, and {WEIGHTS} alone is read: nothing that is loaded is "
-            f'executed. transformers converts them: python -c "from transformers import {cls}; '
-            f"{cls}.from_pretrained('{self.path}').save_pretrained('NEW')\", and the tokenizer's files copied beside it"
-        )
+    files: list[Path]
+    index: dict[str, str] | None
 
 
 def read_folder(path: Path) -> Folder | None:
@@ -76,9 +40,42 @@ def read_folder(path: Path) -> Folder | None:
     if is_ours(entries):
         return None
     row = form_of(entries, str(config))
-    folder = Folder(path, row, row.read(entries, str(config)))
-    assert folder.files
-    return folder
+    fields, index = row.read(entries, str(config)), _index(path)
+    return Folder(path, row, fields, _files(path, row, index), index)
+
+
+def _index(path: Path) -> dict[str, str] | None:
+    """Of several files of weights. A single one beside it wins, as in transformers."""
+    index = path / INDEX
+    if (path / WEIGHTS).is_file() or not index.is_file():
+        return None
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not files or not all(isinstance(f, str) for f in files.values()):
+        raise ConfigError(f"{index}: weight_map must say of each tensor which file it is in")
+    if outside := sorted({f for f in files.values() if f != Path(f).name or f in ("", "..")}):
+        raise ConfigError(f"{index}: names files that are not in its folder: {shorten(outside)}")
+    return files
+
+
+def _files(path: Path, row: Row, index: dict[str, str] | None) -> list[Path]:
+    files = [path / name for name in (sorted(set(index.values())) if index else [WEIGHTS])]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing and index:
+        raise ConfigError(f"{path}: files of the weights are missing: {shorten(missing)} (by {INDEX})")
+    if missing:
+        raise ConfigError(f"{path}: {_without_weights(path, row)}")
+    return files
+
+
+def _without_weights(path: Path, row: Row) -> str:
+    other = sorted(f.name for pattern in OTHER_WEIGHTS for f in path.glob(pattern))
+    if not other:
+        return f"no weights: neither {WEIGHTS} nor {INDEX} is there"
+    return (
+        f"the weights are in {shorten(other)}, and {WEIGHTS} alone is read: nothing that is loaded is executed. "
+        f'transformers converts them: python -c "from transformers import {row.classes[0]}; {row.classes[0]}.'
+        f"from_pretrained('{path}').save_pretrained('NEW')\", and the tokenizer's files copied beside it"
+    )
 
 
 def is_ours(entries: dict[str, Any]) -> bool:

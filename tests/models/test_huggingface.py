@@ -1,11 +1,13 @@
 """The table: config.json to fields and back, and every entry that we do not compute refused by name."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from configs.messages import ConfigError
 from models import ARCHITECTURES
 from models.gpt2 import GPT2Config
-from models.huggingface import ROWS, form_of, to_config
+from models.huggingface import ROWS, Field, Row, form_of, to_config
 from models.vanilla import VanillaConfig
 from naming import load
 
@@ -228,3 +230,20 @@ def test_what_has_no_form_there_is_refused_by_field():
         ValueError, match="type mdl has no form in Hugging Face transformers; gpt2, vanilla have one"
     ):
         to_config("mdl", cfg)
+
+
+def test_one_more_architecture_is_one_more_row(monkeypatch):
+    row = Row(
+        type="toy",
+        name="Toy",
+        classes=("ToyForCausalLM", "ToyModel"),
+        fields={"width": Field("d_model", int, 8)},
+        required={"act": ("relu",)},
+        ours={"gated": False},
+    )
+    monkeypatch.setitem(ROWS, "toy-lm", row)
+    config = to_config("toy", SimpleNamespace(d_model=16, gated=False))
+    assert config == {"model_type": "toy-lm", "architectures": ["ToyForCausalLM"], "width": 16, "act": "relu"}
+    assert form_of(config, "").read(config, "") == {"d_model": 16, "gated": False}
+    with pytest.raises(ValueError, match="Toy has no counterpart of gated: true"):
+        to_config("toy", SimpleNamespace(d_model=16, gated=True))

@@ -6,17 +6,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.compose import compose
-from configs.files import CONFIGS
-from configs.grammar import word
-from configs.schema import RunConfig
+from configs.files import CONFIGS, read_model
+from configs.validate import validate
+from configs.weights import take_sizes
 from models.huggingface.folder import Folder, read_folder
 from trainer.run.shards import Shards
 from trainer.run.source import Note, Source
 
 if TYPE_CHECKING:
     from adapters.base import ModelAdapter
-    from configs.schema import ModelConfig
+    from configs.schema import ModelConfig, RunConfig
     from data.tokenizers import Tokenizer
 
 __all__ = ["HuggingFaceFolder"]
@@ -50,10 +49,14 @@ class HuggingFaceFolder(Source):
 
     def config(self, note: Note) -> tuple[RunConfig, ModelConfig]:
         """What a run from it would have: the architecture's own file with these sizes, in rows that fit its context."""
-        row = RunConfig.model_fields["train_seq_len"].default
-        row = min(row, self.folder.fields.get("n_ctx", row))
-        words: list[Any] = [CONFIGS / f"{self.type}.yaml", word("init_from_checkpoint", self.path)]
-        return compose([*map(str, words), f"train_seq_len={row}"], notify=lambda text: None)
+        # Without Hydra, whose state belongs to the process: this may be somebody's notebook.
+        tree: dict[str, Any] = {}
+        for node in read_model(CONFIGS / f"{self.type}.yaml").chain():
+            tree |= node.values
+        tree |= {"init_from_checkpoint": str(self.path), "preset": "none"}
+        row = tree["train_seq_len"]
+        tree["train_seq_len"] = min(row, self.folder.fields.get("n_ctx", row))
+        return validate(tree, take_sizes(tree, set(), []))
 
     def fill(self, adapter: ModelAdapter) -> None:
         load = getattr(adapter.model, "from_hf_state_dict", None)

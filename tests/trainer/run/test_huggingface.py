@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from adapters import build_adapter
 from configs import compose
+from configs.grammar import word
 from tests.huggingface_folder import TINY, VOCABULARY, edit_json, huggingface_folder, weights
 from trainer.loaded import load
 from trainer.run.huggingface import HuggingFaceFolder
@@ -39,8 +40,8 @@ def state_of(path, **fields):
 def refused(path, *words, **fields):
     with pytest.raises(ValueError) as caught:
         state_of(path, **fields)
-    for word in words:
-        assert word in str(caught.value)
+    for part in words:
+        assert part in str(caught.value)
     return str(caught.value)
 
 
@@ -86,6 +87,12 @@ def test_sizes_come_from_config_json(tmp_path, fields):
     opened(path).fill(adapter)
     theirs = weights("vanilla", **fields)
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in adapter.model.to_hf_state_dict().items())
+
+
+def test_its_configuration_is_that_of_a_run_from_it(gpt2):
+    words = [word("init_from_checkpoint", gpt2), "train_seq_len=32"]
+    cfg, model_cfg = compose(words, notify=lambda text: None)
+    assert opened(gpt2).config(lambda text: None) == (cfg, model_cfg)
 
 
 def test_rows_of_a_long_context_are_those_of_a_run(tmp_path):
