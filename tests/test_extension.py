@@ -25,11 +25,16 @@ from data import Source
 from kernels import KERNELS, Kernel
 from models import Architecture
 from naming import Entry
-from tests.contract.tiny import overrides
+from tests.contract.tiny import overrides, session_of
 from tests.house_copy import Edit, edited_copy
 from trainer import optim
+from trainer.export import FORMS
 from trainer.optim import OptimizerEntry
 from trainer.run import TRACKERS
+from trainer.run.checkpoint import load_tensors, save_checkpoint
+from trainer.run.facts import checkpoint_contents
+from trainer.run.progress import Progress
+from trainer.run.tensor_files import read_tensors
 
 SHORT = ["num_iterations=4", "val_loss_every=0", "val_bytes=500", "logging_steps=1", "sample_tokens=2"]
 
@@ -111,6 +116,26 @@ class Pairs(TableTokenizer):
             ids.append(256 + PAIRS.index(rest[:2]) if pair else rest[0])
             rest = rest[1 + pair :]
         return np.array(ids, dtype=self.dtype)
+'''
+
+FORM = '''
+from trainer.export.form import Contents, Form
+
+
+class Halves(Form):
+    """Every tensor cut in two."""
+
+    def check(self, cfg, model_cfg):
+        if cfg.type != "gpt2":
+            raise ValueError("to: halves are made of gpt2 alone")
+
+    def contents(self, restored, rounding):
+        state = restored.adapter.trained_state().items()
+        halves = {f"{name}.{i}": half for name, t in state for i, half in enumerate(rounding(name, t).chunk(2))}
+        return Contents({name: half.clone() for name, half in halves.items()}, {"names.txt": "\\n".join(halves)})
+
+    def opened_by(self, folder, contents):
+        return [f"glue {folder}"]
 '''
 
 OBJECTIVE = '''
@@ -309,6 +334,23 @@ def test_a_source_of_text(toy, command, monkeypatch):
     assert [job.cfg.data for job in jobs or ()] == ["counting", "synthetic"]
 
 
+def test_a_form_of_export(toy, command, monkeypatch):
+    toy("form", FORM)
+    monkeypatch.setitem(FORMS, "halves", Entry("toy_form:Halves", description="for scissors"))
+    run = save_checkpoint(Path("run"), 1, *checkpoint_contents(session_of("gpt2"), Progress(), {}))
+    words = ["export", "--checkpoint", run, "--to", "halves", "--save_precision", "bf16", "--output", "out"]
+    assert "glue out" in command(*words)[0]
+    halves = read_tensors(Path("out/model.safetensors"))
+    assert Path("out/names.txt").read_text().split() == [*load_tensors_halved(run)]
+    assert all(half.shape == halves[name].shape for name, half in load_tensors_halved(run).items())
+    assert "for scissors" in command("export", "--help")[0]
+
+
+def load_tensors_halved(checkpoint):
+    state = load_tensors(checkpoint, "model.pt").items()
+    return {f"{name}.{i}": half for name, tensor in state for i, half in enumerate(tensor.chunk(2))}
+
+
 def test_an_objective(toy, command, monkeypatch):
     toy("objective", OBJECTIVE)
     monkeypatch.setitem(
@@ -376,6 +418,7 @@ TABLES = {
     **{field: choice.table for field, choice in CHOICES.items()},
     "trackers": TRACKERS,
     "tokenizer": data.TOKENIZERS,
+    "to": FORMS,
 }
 
 

@@ -25,6 +25,7 @@ from models.vanilla import block_flops
 from tests.contract.test_run import assert_same_state
 from trainer.run.checkpoint import load_json, load_tensors
 from trainer.run.restore import Restored, restore
+from trainer.run.tensor_files import WEIGHTS, read_tensors
 
 TOYS = Path(__file__).resolve().parent
 ROOT = TOYS.parents[1]
@@ -302,6 +303,16 @@ def test_weights_and_their_averages_stay_on_the_sphere(trained):
     assert kept.norm(dim=1).min() > 1.9, "nothing moves in a step that is skipped"
 
 
+@on("sphere")
+def test_what_rounding_takes_off_the_sphere_is_put_back(trained, tmp_path):
+    words = ["--to", "safetensors", "--save_precision", "bf16", "--output", tmp_path / "out"]
+    ran("export", "--checkpoint", trained("sphere"), *words)
+    written = read_tensors(tmp_path / "out" / WEIGHTS)["layers.0.mlp.up_proj.weight"].float().norm(dim=1)
+    found = opened(tmp_path / "out").adapter.model.layers[0].mlp.up_proj.weight.norm(dim=1)
+    assert (written - 1).abs().max() > 1e-5
+    torch.testing.assert_close(found, torch.ones(len(found)))
+
+
 @on("frozen_base")
 def test_the_base_is_elsewhere_and_known_again(trained, tmp_path):
     folder = trained("frozen_base")
@@ -317,7 +328,10 @@ def test_the_base_is_elsewhere_and_known_again(trained, tmp_path):
     assert json.loads(score)["score"] == summary(folder)["score"]
     other = tmp_path / "other.txt"
     other.write_text("another base")
-    for words in (["eval", "--checkpoint", folder], [f"resume={folder}", "num_iterations=70"]):
+    ran("export", "--checkpoint", folder, "--to", "safetensors", "--output", tmp_path / "out")
+    assert set(read_tensors(tmp_path / "out" / WEIGHTS)) == set(held)
+    again = [["eval", "--checkpoint", where] for where in (folder, tmp_path / "out")]
+    for words in (*again, [f"resume={folder}", "num_iterations=70"]):
         status, _, err = run(*words, f"model_cfg.base={other}")
         assert status and "was trained on another base" in err and "Traceback" not in err
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from data.huggingface.written import huggingface_files
 from models.huggingface import to_config
-from models.layers.huggingface import HEAD
+from models.layers.huggingface import HEAD, HuggingFaceDecoder
 from trainer.export.form import Contents, Form
 from trainer.export.rounding import Rounding
 
@@ -18,17 +18,24 @@ if TYPE_CHECKING:
 
 __all__ = ["HuggingFace"]
 
+_ANY_WAY = "--to safetensors takes every architecture"
+
 
 class HuggingFace(Form):
     def check(self, cfg: RunConfig, model_cfg: ModelConfig) -> None:
         try:
             to_config(cfg.type, model_cfg)
         except ValueError as error:
-            raise ValueError(f"to: {error}. --to safetensors takes every architecture") from None
+            raise ValueError(f"to: {error}. {_ANY_WAY}") from None
 
     def contents(self, restored: Restored, rounding: Rounding) -> Contents:
         cfg, model_cfg, tokenizer = restored.cfg, restored.adapter.model_cfg, restored.tokenizer
-        tensors = {name: rounding(name, t) for name, t in restored.adapter.model.to_hf_state_dict().items()}
+        model = restored.adapter.model
+        if not isinstance(model, HuggingFaceDecoder):  # an adapter may bring its own
+            raise ValueError(
+                f"to: a {type(model).__name__} does not write the weights of transformers. {_ANY_WAY}"
+            )
+        tensors = {name: rounding(name, t) for name, t in model.to_hf_state_dict().items()}
         # A text ends where one would begin, too; the token that is an end alone is named first.
         ends = [*sorted(tokenizer.ends - {tokenizer.eot}), tokenizer.eot]
         ids = {"bos_token_id": tokenizer.eot, "eos_token_id": ends[0]}

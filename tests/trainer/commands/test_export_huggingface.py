@@ -8,7 +8,10 @@ import torch
 
 from adapters.base import GenerateOptions
 from configs.compose import compose
+from models.gpt2 import GPT2
 from tests.contract.tiny import RUN, config, session_of
+from tests.data.foreign import llama, saved
+from tests.huggingface_folder import edit_json
 from trainer.export.huggingface import HuggingFace
 from trainer.loop import train
 from trainer.run.checkpoint import save_checkpoint
@@ -18,6 +21,9 @@ from trainer.run.restore import restore
 from trainer.run.tensor_files import WEIGHTS, read_tensors
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.xdist_group(
+    "transformers"
+)  # whose modules take a second to import, in one worker only
 
 STEPS = ["num_iterations=3", "val_loss_every=0", "val_bytes=64", "sample_tokens=0", "learning_rate=0.01"]
 MODELS = {
@@ -129,6 +135,29 @@ def test_half_of_the_bits(pair, tmp_path, command):
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_a_tokenizer_from_elsewhere_goes_out_as_it_came(command, tmp_path):
+    """One that begins documents with another token than ends them, and puts a blank before a text."""
+    run = checkpoint_of(tmp_path / "run", "vanilla", "model_cfg.vocab_size=340")
+    command("export", "--checkpoint", run, "--to", "hf", "--output", tmp_path / "theirs")
+    saved(tmp_path / "theirs", llama(), tokenizer_config={"bos_token": "<s>", "eos_token": "</s>"})
+    for name in ("config.json", "generation_config.json"):
+        edit_json(tmp_path / "theirs" / name, bos_token_id=1, eos_token_id=2)
+    for form in ("hf", "safetensors"):
+        command("export", "--checkpoint", tmp_path / "theirs", "--to", form, "--output", tmp_path / form)
+    began, *back = (
+        restore(tmp_path / name, device="cpu").tokenizer for name in ("theirs", "hf", "safetensors")
+    )
+    for found in back:
+        assert (found.eot, found.ends, found.to_huggingface()) == (1, {1, 2}, began.to_huggingface())
+        assert found.encode(TEXT).tolist() == began.encode(TEXT).tolist()
+    ids = {"bos_token_id": 1, "eos_token_id": [2, 1]}
+    assert json.loads((tmp_path / "hf/generation_config.json").read_text()) == ids
+    assert json.loads((tmp_path / "hf/config.json").read_text())["eos_token_id"] == 2
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer(TEXT, add_special_tokens=False)["input_ids"] == began.encode(TEXT).tolist()
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+
+
 # -- what has no such form ---------------------------------------------------------------------------------------------
 
 
@@ -148,6 +177,25 @@ def checkpoint_of(folder, name, *words):
     """A run folder without a run."""
     save_checkpoint(folder, 1, *checkpoint_contents(session_of(name, *words), Progress(), {}))
     return folder
+
+
+def test_a_model_of_an_adapters_own_is_no_model_of_the_table(command, tmp_path, monkeypatch):
+    run = checkpoint_of(tmp_path / "run", "gpt2")
+    monkeypatch.setattr("adapters.base.ModelAdapter.build_model", lambda *_: GPT2Lookalike(config("gpt2")[1]))
+    out, err = command("export", "--checkpoint", run, "--to", "hf", "--output", tmp_path / "out", status=2)
+    assert out == "" and "to: a GPT2Lookalike does not write the weights of transformers" in err
+
+
+class GPT2Lookalike(torch.nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        cfg = cfg.model_copy(update={"vocab_size": 257})
+        self.__dict__["inner"] = inner = GPT2(cfg)
+        for name, child in inner.named_children():
+            self.add_module(name, child)
+
+    def init_weights(self, generator):
+        pass
 
 
 def test_it_is_said_before_anything_is_read(command, tmp_path, monkeypatch):
