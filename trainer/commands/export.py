@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from naming import expand_path, look_up, shorten
+from trainer.errors import StopRequested
 from trainer.export import FORMS
 from trainer.export.form import Contents, Form
 from trainer.export.rounding import PRECISIONS, Rounding
@@ -18,6 +19,7 @@ from trainer.run.files import new_folder
 from trainer.run.restore import add_source_arguments, named, restore, say
 from trainer.run.source import open_source
 from trainer.run.tensor_files import WEIGHTS, safetensors_library, tensor_bytes
+from trainer.signals import StopSignal
 from trainer.view.console import Console
 from trainer.view.format import quantity
 
@@ -54,8 +56,13 @@ def main(argv: list[str]) -> int:
         restored = restore(source, raw=args.raw, device="cpu")
     rounding = Rounding(args.save_precision or restored.cfg.save_precision)
     contents = form.contents(restored, rounding)
-    with console.doing("writing them"):
-        sizes = _write(folder, contents, form.digests)
+    with StopSignal("leaving without an export") as stop:
+        try:
+            with console.doing("writing them"), stop.at_once():
+                sizes = _write(folder, contents, form.digests)
+        except StopRequested:
+            print(f"{stop.name} received: stopped before {folder} was written", file=sys.stderr)
+            return 130
     for note in (*contents.notes, *filter(None, [str(rounding)])):
         say(note)
     print(f"{folder}: {restored.weights} weights of {source.path} ({source.type}, {_precisions(contents)})")

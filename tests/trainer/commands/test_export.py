@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import types
 
 import pytest
@@ -257,19 +258,32 @@ def test_words_that_mean_nothing(command, export, tmp_path):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("harm", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()])
+def disk_is_full():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def the_system_asks_to_leave():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+HARM = {
+    disk_is_full: (1, "the disk is full"),
+    the_system_asks_to_leave: (130, "SIGTERM received: stopped before"),
+}
+
+
+@pytest.mark.parametrize("harm", HARM)
 def test_nothing_half_there_is_left(export, tmp_path, monkeypatch, harm):
     written = []
 
     def sync(descriptor):
         written.append(descriptor)
         if len(written) == 3:
-            raise harm
+            harm()
 
     monkeypatch.setattr("os.fsync", sync)
-    full = isinstance(harm, OSError)
-    _, err = export(tmp_path / "out", status=1 if full else 130)
-    assert ("the disk is full" if full else "interrupted") in err
+    status, told = HARM[harm]
+    assert told in export(tmp_path / "out", status=status)[1]
     assert len(written) == 3 and not list(tmp_path.iterdir())
 
 
