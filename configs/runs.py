@@ -91,9 +91,11 @@ def _no_such_run(folder: Path, request: Request) -> str:
             f"command line: no run called '{name}' ({shown(folder.absolute())} has no config.yaml)."
             f"{did_you_mean(name, known)}{runs} To start it, add --hydra_model_cfg=configs/<name>.yaml"
         )
+    weights = (folder / "config.json").is_file()  # of a model, though of no run
+    begin = f", or begin one from the weights there: {in_quotes('init_from_checkpoint', folder)}" * weights
     return (
         f"command line: {folder} holds no run to go on with (no config.yaml). "
-        "To start one, add --hydra_model_cfg=configs/<name>.yaml"
+        f"To start one, add --hydra_model_cfg=configs/<name>.yaml{begin}"
     )
 
 

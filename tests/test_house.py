@@ -98,6 +98,7 @@ LIGHT = (
     "configs.dump",
     "configs.grid",
     "models",
+    "models.huggingface.folder",
     "data",
     "kernels",
     "trainer.optim",

@@ -142,6 +142,13 @@ def test_the_run_again_and_gone_on_with_after_the_folder_is_gone(gpt2, work):
     assert check(plan, compose_tree(plan.overrides)).model_cfg == first.model_cfg
 
 
+def test_what_is_no_run_is_begun_from(gpt2):
+    with pytest.raises(
+        ConfigError, match="holds no run to go on with .*, or begin one .*: init_from_checkpoint=gpt2-small"
+    ):
+        prepare(["resume=gpt2-small"])
+
+
 def test_a_first_start_with_resume_auto_takes_the_sizes(gpt2, work):
     (work / "own.yaml").write_text(f"defaults: [gpt2]\ntrain_seq_len: 64\ninit_from_checkpoint: {gpt2}\n")
     plan = prepare(["own.yaml", "model_name=new", "resume=auto"])
