@@ -22,7 +22,9 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,14 +75,15 @@ def train(overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         ValueError: something is wrong with the words or the text that they name (`configs.messages.ConfigError` if that
             showed before anything started).
-        RuntimeError: the run cannot go on (`trainer.errors.TrainingError`): a loss that is not finite, no memory left.
+        RuntimeError: the run cannot go on (`trainer.errors.TrainingError`): a loss that is not finite, no memory left;
+            or one is going on in this process, whose draws another would disturb.
         OSError: a file cannot be read or written.
         KeyboardInterrupt: Ctrl-C. The run has been saved, and the message says how to go on; a second Ctrl-C does not
             wait for that. Other signals save too, and then do what they do in your process. Only the main thread hears
             them.
     """
     words = _words(overrides)
-    with guest.visit(), guest.hydra_of_its_own():
+    with guest.visit(), guest.hydra_of_its_own(), _alone():
         from trainer import clock
         from trainer.signals import as_guest
         from trainer.view.stream import patient_streams
@@ -88,6 +91,23 @@ def train(overrides: Sequence[str]) -> dict[str, Any]:
         with patient_streams(raises=False), as_guest():
             clock.start()
             return _train(words)
+
+
+_training = threading.Lock()
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    from trainer.errors import TrainingError
+
+    if not _training.acquire(blocking=False):
+        raise TrainingError(
+            "a training is going on in this process already, on another thread. Start processes for several at a time"
+        )
+    try:
+        yield
+    finally:
+        _training.release()
 
 
 def _train(words: list[str]) -> dict[str, Any]:

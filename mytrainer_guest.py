@@ -5,7 +5,8 @@ Names of modules are global to a process, and `data` or `models` is what other p
 end. What else a run needs to change in a process (environment, seeds, warnings, Hydra's state ...) is put back as well.
 
 Our modules stay loaded between calls, out of sight. `import models` gives the user's own wherever he has one, now or
-later, and ours (the same as before) only where he has none. Nothing here imports anything but the standard library.
+later, and ours (the same as before) only where he has none. What is global to the process is so for its other threads
+too: one that imports `data` while a call lasts gets ours. Nothing here imports anything but the standard library.
 """
 
 from __future__ import annotations

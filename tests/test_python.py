@@ -229,6 +229,20 @@ def test_on_another_thread():
     assert found[0]["steps"] == 2
 
 
+def test_one_at_a_time(monkeypatch):
+    """Two would draw from the same generators."""
+
+    def within(*arguments):
+        with pytest.raises(TrainingError, match="a training is going on in this process already"):
+            train(["model=gpt2"])
+        raise TrainingError("seen")
+
+    monkeypatch.setattr("trainer.loop.train", within)
+    for _ in range(2):
+        with pytest.raises(TrainingError, match="^seen$"):
+            train(words("output_dir=out"))
+
+
 class Notebook:
     """A stream as a notebook has it: no descriptor, no buffer."""
 
@@ -394,6 +408,8 @@ def test_metrics_are_columns(work, monkeypatch):
 
 
 def test_metrics_of_a_run_that_has_logged_nothing_yet(work):
+    (work / "manifest.json").touch()
+    assert metrics(work) == {}
     (work / "metrics.jsonl").write_text('{"step": 1, "lo')
     assert metrics(work) == {}
 

@@ -219,18 +219,22 @@ def _meeting_place() -> Any:
 
 
 def _wait(children: list[subprocess.Popen[bytes]], grace: float = 20.0) -> int:
-    """Wait for all; the first bad exit status, or 0. When one fails the others usually do so by themselves;
-    one that hangs in an exchange with the dead is ended after `grace` seconds."""
-    failed_at = None
+    """Wait for all; the exit status of the one that failed first, or 0. When one fails the others usually do so by
+    themselves; one that hangs in an exchange with the dead is ended after `grace` seconds."""
+    status, failed_at = 0, math.inf
     while None in [
         child.poll() for child in children
     ]:  # of every one: a failed one is among them at any place
-        if failed_at is None and any(child.returncode for child in children):
+        if not status and (status := _failed(children)):
             failed_at = time.monotonic()
-        if failed_at is not None and time.monotonic() - failed_at > grace:
+        if time.monotonic() - failed_at > grace:
             for child in children:
                 child.kill()
         time.sleep(0.05)
+    return status or _failed(children)
+
+
+def _failed(children: list[subprocess.Popen[bytes]]) -> int:
     return next((child.returncode for child in children if child.returncode), 0)
 
 
@@ -240,7 +244,7 @@ def _outcome(post: Path, status: int, received: list[int]) -> float:
     report = post / "result.json"
     if report.exists():
         result = json.loads(report.read_text(encoding="utf-8"))
-    status = result.get("status", 1) if status else 0
+    ended, status = status, result.get("status", 1) if status else 0
     if received:  # no further job of a sweep is started either
         if not result:
             print(f"{signal.Signals(received[0]).name} received: nothing was saved", file=sys.stderr)
@@ -248,9 +252,21 @@ def _outcome(post: Path, status: int, received: list[int]) -> float:
         raise SystemExit(result.get("status", 128 + received[0]))
     if status or not result:
         errors = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(post.glob("error-*.json"))]
-        raise JobFailed(status or 1, _ERRORS[errors[0]["kind"]](errors[0]["text"]) if errors else None)
+        error = _ERRORS[errors[0]["kind"]](errors[0]["text"]) if errors else _killed(ended)
+        raise JobFailed(status or 1, error)
     score = result["score"]
     return math.nan if score is None else score
+
+
+def _killed(status: int) -> TrainingError | None:
+    """Of a process that a signal ended, as it can say nothing itself."""
+    if status >= 0:
+        return None
+    name = signal.Signals(-status).name
+    memory = ", as the system does where memory runs out" if name == "SIGKILL" else ""
+    return TrainingError(
+        f"a process of the run was ended by {name}{memory}. resume=<its folder> goes on with what was saved"
+    )
 
 
 # How the error of a worker process travels; what it derives from counts.

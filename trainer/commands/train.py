@@ -75,7 +75,7 @@ def call(plan: Plan, tree: dict[str, Any]) -> dict[str, Any]:
     try:
         _start(plan, checked, folder)
     except launch.JobFailed as failed:
-        problem = failed.error or TrainingError(f"{failed}; its process has said why")
+        problem = failed.error or TrainingError(f"{failed}; its traceback is on standard error")
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_go_on(folder)) from None
     if problem is not None:

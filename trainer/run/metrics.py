@@ -76,7 +76,8 @@ def columns(run: str | Path) -> dict[str, list[Any]]:
 
     Raises ValueError where there is none, and for what `read_metrics` refuses.
     """
-    lines = [dict(_flat(line)) for line in read_metrics(_metrics_file(expand_path(run)))]
+    file = _metrics_file(expand_path(run))
+    lines = [dict(_flat(line)) for line in read_metrics(file)] if file else []
     names = dict.fromkeys(name for line in lines for name in line)
     return {name: [line.get(name) for line in lines] for name in names}
 
@@ -89,10 +90,13 @@ def _flat(line: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + name, value
 
 
-def _metrics_file(given: Path) -> Path:
+def _metrics_file(given: Path) -> Path | None:
+    """None where a run has not logged a line yet."""
     for path in (given, given / "metrics.jsonl", folder_of_path(given) / "metrics.jsonl"):
         if path.is_file():
             return path
+    if (given / "manifest.json").is_file():
+        return None
     if given.is_dir():
         raise ValueError(
             f"{given} holds no metrics.jsonl, so it is no run folder.{_runs_near(given / 'any')}"

@@ -420,6 +420,13 @@ def test_what_a_worker_could_not_do_arrives_as_its_own_error(tmp_path, error, ki
     assert type(failed.value.error) is kind and str(failed.value.error) == str(error)
 
 
+def test_a_worker_that_was_killed_can_say_nothing(tmp_path):
+    with pytest.raises(launch.JobFailed) as failed:
+        launch._outcome(tmp_path, -signal.SIGKILL, [])
+    assert failed.value.status == 1
+    assert str(failed.value.error).startswith("a process of the run was ended by SIGKILL, as the system does")
+
+
 class Child:
     """A process that has ended, or does when it is killed."""
 
@@ -438,7 +445,9 @@ class Child:
 def test_who_waits_for_a_failed_process_is_ended(failed):
     children = [Child(None), Child(None)]
     children[failed].ends_with = 3
-    launch._wait(children, grace=0.0)
+    assert launch._wait(children, grace=0.0) == 3, (
+        "that of the one that failed, not of the one that was ended"
+    )
     assert sorted(child.returncode for child in children) == [-9, 3]
 
 
