@@ -33,15 +33,16 @@ class Own(Form):
         adapter, source = restored.adapter, restored.source
         tensors, shared = _unshared(adapter.trained_state())
         parameters = {name for name, _ in adapter.model.named_parameters(remove_duplicate=False)}
+        tensors = {name: rounding(name, t) if name in parameters else t for name, t in tensors.items()}
         record = {
             "weights": restored.weights,
-            "precision": rounding.precision,
+            "rounded": rounding.changed,
             "shared": shared,
             "data": source.data if source else None,
             "training_config": redacted(restored.cfg),
         }
         return Contents(
-            {name: rounding(name, t) if name in parameters else t for name, t in tensors.items()},
+            tensors,
             {
                 "config.json": architecture(restored.cfg, adapter, restored.micro_rows),
                 "tokenizer.json": restored.tokenizer.to_json(),

@@ -35,10 +35,15 @@ class Rounding:
             self.vanished += int(((rounded == 0) & (tensor != 0)).sum())
         return rounded
 
+    @property
+    def changed(self) -> bool:
+        """Whether any weight is not what it was."""
+        return self.worst[0] > 0
+
     def __str__(self) -> str:
-        """What was lost; "" where every weight is what it was."""
-        change, name = self.worst
-        if not change:
+        """What was lost; "" where nothing was."""
+        if not self.changed:
             return ""
+        change, name = self.worst
         gone = f"; {self.vanished:,} weights became 0" if self.vanished else ""
         return f"rounded to {self.precision}: no tensor changed by more than {change:.2g} of its norm ({name}){gone}"

@@ -25,7 +25,7 @@ class Exported(Trained):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, load_json(path, RECORD))
-        self.weights, self.precision = self.recorded["weights"], self.recorded["precision"]
+        self.weights, self.rounded = self.recorded["weights"], self.recorded["rounded"]
         self.shared = dict(self.recorded["shared"])
 
     @classmethod
@@ -48,5 +48,5 @@ class Exported(Trained):
 
     def fill(self, adapter: ModelAdapter) -> None:
         super().fill(adapter)
-        if self.precision is not None:  # rounded points of a set need not lie on it
+        if self.rounded:  # points of a set need not lie on it any more
             adapter.constrain(torch.zeros((), device=adapter.device))

@@ -188,7 +188,7 @@ def _refuse_code_within(folder: Path, generic: dict[str, Any]) -> None:
     where they lie in the folder that one is in."""
     for name in ("type", "model_adapter"):
         module = re.split(r"[.:]", str(generic.get(name) or ""))[0]
-        found = PathFinder.find_spec(module) if module not in ARCHITECTURES else None
+        found = PathFinder.find_spec(module) if module and module not in ARCHITECTURES else None
         places = [found.origin, *(found.submodule_search_locations or [])] if found else []
         if any(place and Path(place).resolve().is_relative_to(folder.resolve()) for place in places):
             raise ValueError(f"{name}: {generic[name]} lies in {folder}, and nothing there is executed")

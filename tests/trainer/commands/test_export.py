@@ -206,7 +206,10 @@ def test_buffers_keep_their_type_and_tied_weights_are_kept_once():
         tokenizer=types.SimpleNamespace(to_json=lambda: "{}"),
     )  # fmt: skip
     contents = Own().contents(restored, Rounding("bf16"))
-    assert contents.files[RECORD]["shared"] == {"head.weight": "table.weight"}
+    assert (
+        contents.files[RECORD]["shared"] == {"head.weight": "table.weight"}
+        and contents.files[RECORD]["rounded"]
+    )
     assert {name: t.dtype for name, t in contents.tensors.items()} == {
         "table.weight": torch.bfloat16,
         "counts": torch.int64,
