@@ -123,12 +123,10 @@ def take_sizes(
     """Put the sizes of the weights into the tree of a run that begins from such a folder. Gives `where`, which knows
     them. ConfigError for another architecture, and for what the command line says otherwise."""
     sizes = sizes_at(tree.get(FIELD))
-    if sizes is None or not isinstance(
-        tree.get("model_cfg"), dict
-    ):  # the second is for the typed check to refuse
+    if sizes is None or not isinstance(tree.get("model_cfg"), dict):  # what is none, the typed check refuses
         return where
     if sizes.row is not None:
-        fields = _of_exported(tree, sizes, sizes.row, explicit, where)
+        fields = _of_exported(tree, sizes, explicit, where)
     elif tree.get("type") == sizes.type:
         fields = sizes.fields
     else:
@@ -138,13 +136,24 @@ def take_sizes(
         )
     if fields:
         lock = f"the sizes of {sizes.path} are fixed by {sizes.source}"
-        fix(tree, Fixed(sizes.type, fields, sizes.source, lock), explicit, notices)
+        told = _take_row(tree, sizes, explicit)
+        fix(tree, Fixed(sizes.type, fields, sizes.source, lock), explicit, notices, *told)
     decided = {f"model_cfg.{name}" for name in fields}
     return lambda key: str(sizes.source) if key in decided else where(key)
 
 
+def _take_row(tree: dict[str, Any], sizes: Sizes, explicit: set[str]) -> list[str]:
+    """Have rows as long as they were in training, or no longer than the context, unless the command line says how long.
+    Gives what is told of it."""
+    asked = tree.get("train_seq_len")
+    if "train_seq_len" in explicit or not isinstance(asked, int):
+        return []
+    row = tree["train_seq_len"] = sizes.row or min(asked, sizes.fields.get("n_ctx", asked))
+    return [f"train_seq_len {row} (not {asked})"] if row != asked else []
+
+
 def _of_exported(
-    tree: dict[str, Any], sizes: Sizes, row: int, explicit: set[str], where: Callable[[str], str]
+    tree: dict[str, Any], sizes: Sizes, explicit: set[str], where: Callable[[str], str]
 ) -> dict[str, Any]:
     """The fields to take of weights that were trained here. Other things can be made of those, by an objective that
     differs or an architecture with the same backbone: the command line's word holds, and it is seen whether they
@@ -153,7 +162,5 @@ def _of_exported(
 
     if tree.get("type") != sizes.type:
         return {}
-    if "train_seq_len" not in explicit:
-        tree["train_seq_len"] = row
     free = architecture_config(sizes.type, tree.get("model_adapter"), where).free()
     return {k: v for k, v in sizes.fields.items() if k not in free and f"model_cfg.{k}" not in explicit}

@@ -53,6 +53,13 @@ def test_the_folder_alone_is_a_model(gpt2):
     ]
 
 
+def test_rows_are_no_longer_than_the_context(gpt2):
+    checked, notices = planned()
+    assert checked.cfg.train_seq_len == 64 and notices[-1].endswith(", train_seq_len 64 (not 1024)")
+    checked, notices = planned("train_seq_len=20")
+    assert checked.cfg.train_seq_len == 20 and "train_seq_len" not in notices[-1]
+
+
 def test_a_model_file_gives_way_and_keeps_what_is_no_size(gpt2, work):
     (work / "own.yaml").write_text(
         f"defaults: [gpt2, _self_]\nmodel_cfg: {{d_model: 96, dropout: 0.3, n_layers: 3}}\ntrain_seq_len: 64\n"
@@ -88,9 +95,9 @@ def test_another_architecture_is_named_with_the_right_file(gpt2, words):
 
 
 def test_a_row_longer_than_the_table_can_only_be_shorter(gpt2):
-    (told,) = problems()
+    (told,) = problems("train_seq_len=100")
     assert told.endswith(
-        "train_seq_len (1024) must not exceed model_cfg.n_ctx (64): positions are learned. Nearest: train_seq_len=64"
+        "train_seq_len (100) must not exceed model_cfg.n_ctx (64): positions are learned. Nearest: train_seq_len=64"
     )
 
 

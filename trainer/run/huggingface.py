@@ -48,14 +48,12 @@ class HuggingFaceFolder(Source):
         return read_huggingface_tokenizer(self.path, self.folder.fields["vocab_size"])
 
     def config(self, note: Note) -> tuple[RunConfig, ModelConfig]:
-        """What a run from it would have: the architecture's own file with these sizes, in rows that fit its context."""
+        """What a run from it would have: the architecture's own file with these sizes."""
         # Without Hydra, whose state belongs to the process: this may be somebody's notebook.
         tree: dict[str, Any] = {}
         for node in read_model(CONFIGS / f"{self.type}.yaml").chain():
             tree |= node.values
         tree |= {"init_from_checkpoint": str(self.path), "preset": "none"}
-        row = tree["train_seq_len"]
-        tree["train_seq_len"] = min(row, self.folder.fields.get("n_ctx", row))
         return validate(tree, take_sizes(tree, set(), []))
 
     def fill(self, adapter: ModelAdapter) -> None:

@@ -90,8 +90,7 @@ def test_sizes_come_from_config_json(tmp_path, fields):
 
 
 def test_its_configuration_is_that_of_a_run_from_it(gpt2):
-    words = [word("init_from_checkpoint", gpt2), "train_seq_len=32"]
-    cfg, model_cfg = compose(words, notify=lambda text: None)
+    cfg, model_cfg = compose([word("init_from_checkpoint", gpt2)], notify=lambda text: None)
     assert opened(gpt2).config(lambda text: None) == (cfg, model_cfg)
 
 
