@@ -119,15 +119,19 @@ def test_sizes_that_no_model_can_have_are_said_at_their_place(work):
         ("pickle", "the weights are in pytorch_model.bin, and model.safetensors alone is read"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("model", [[], ["model=gpt2"]])
-def test_what_cannot_be_begun_from_is_said_before_anything_starts(gpt2, work, given, message, model):
+def test_what_cannot_be_begun_from_is_said_before_anything_starts(gpt2, work, given, message):
     (work / "empty").mkdir()
     if given == "odd":
         folder(work / "odd", {**GPT2, "sliding_window": 4})
     if given == "pickle":
         (folder(work / "pickle", GPT2) / "model.safetensors").rename(work / "pickle" / "pytorch_model.bin")
-    (told,) = problems(f"init_from_checkpoint={given}", SHORT, *model)
+    (told,) = problems(f"init_from_checkpoint={given}")
     assert message in told
+
+
+def test_it_is_said_beside_a_model_file_too(gpt2):
+    (told,) = problems("init_from_checkpoint=gpt3", "model=gpt2", "preset=nano")
+    assert "init_from_checkpoint: no such checkpoint or run folder: gpt3." in told
 
 
 def test_the_run_again_and_gone_on_with_after_the_folder_is_gone(gpt2, work):
