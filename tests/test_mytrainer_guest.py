@@ -299,25 +299,29 @@ def test_a_hydra_application_of_the_users_goes_on(tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_before_there_is_anything_to_save_and_while_processes_work(tmp_path):
+@pytest.mark.parametrize(("asked", "status"), [("SIGINT", 0), ("SIGTERM", -15)])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_who_is_asked_to_stop_saves_and_then_does_as_he_would(tmp_path, asked, status, processes):
     done = program(
         tmp_path,
         f"""
         import os, pathlib, signal, threading, time
         from mytrainer import train
 
-        def press():
+        def ask():
             while not list(pathlib.Path("out").glob("metrics.jsonl")):
                 time.sleep(0.05)
             time.sleep(0.5)
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.{asked})
 
-        threading.Thread(target=press).start()
+        threading.Thread(target=ask).start()
+        more = ["num_gpus={processes}", "output_dir=out", "num_iterations=1000000", "logging_steps=1"]
         try:
-            train([*{TINY}, "num_gpus=2", "output_dir=out", "num_iterations=1000000", "logging_steps=1"])
+            train([*{TINY}, *more])
         except KeyboardInterrupt as stopped:
             print("STOPPED", stopped)
         """,
+        status=status,
     )
-    assert "STOPPED stopped; go on with: train(['resume=" in done.stdout
+    assert ("STOPPED stopped; go on with: train(['resume=" in done.stdout) == (asked == "SIGINT")
     assert list((tmp_path / "out").glob("checkpoint-*"))
