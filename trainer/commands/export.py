@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 from naming import expand_path, look_up, shorten
@@ -14,11 +13,11 @@ from trainer.errors import StopRequested
 from trainer.export import FORMS
 from trainer.export.form import Contents, Form
 from trainer.export.rounding import PRECISIONS, Rounding
-from trainer.run.checkpoint import Content, write_digested, write_file
+from trainer.run.checkpoint import write_digests, write_file
 from trainer.run.files import new_folder
 from trainer.run.restore import add_source_arguments, named, restore, say
 from trainer.run.source import open_source
-from trainer.run.tensor_files import WEIGHTS, safetensors_library, tensor_bytes
+from trainer.run.tensor_files import WEIGHTS, safetensors_library, write_tensors
 from trainer.signals import StopSignal
 from trainer.view.console import Console
 from trainer.view.format import quantity
@@ -34,7 +33,7 @@ def main(argv: list[str]) -> int:
         "generate use. " + ". ".join(f"{name}: {row.description}" for name, row in FORMS.items()) + ".",
     )
     add_source_arguments(parser)
-    parser.add_argument("--to", required=True, metavar=" | ".join(FORMS), help="the form")
+    parser.add_argument("--to", required=True, metavar=f"{{{','.join(FORMS)}}}", help="the form")
     parser.add_argument("--output", required=True, help="the folder to make; it may exist if it is empty")
     parser.add_argument(
         "--save_precision",
@@ -96,17 +95,13 @@ def _new(output: str) -> Path:
     return path
 
 
-def _write(folder: Path, contents: Contents, digests: bool) -> dict[str, int]:
+def _write(folder: Path, contents: Contents, with_digests: bool) -> dict[str, int]:
     """Put everything there in one go; bytes by name."""
-    files: dict[str, Content] = {WEIGHTS: tensor_bytes(contents.tensors)}
-    for name, content in contents.files.items():
-        files[name] = (content if isinstance(content, str) else json.dumps(content, indent=2) + "\n").encode()
     with new_folder(folder.resolve()) as made:
-        write = write_digested if digests else _write_plain
-        write(made, files)
+        digests = {WEIGHTS: write_tensors(made / WEIGHTS, contents.tensors)}
+        for name, content in contents.files.items():
+            text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+            digests[name] = write_file(made / name, text.encode())
+        if with_digests:
+            write_digests(made, digests)
     return {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
-
-
-def _write_plain(folder: Path, files: Mapping[str, Content]) -> None:
-    for name, content in files.items():
-        write_file(folder / name, content)

@@ -35,7 +35,7 @@ __all__ = [
     "newest_checkpoint",
     "prune",
     "save_checkpoint",
-    "write_digested",
+    "write_digests",
     "write_file",
 ]
 
@@ -54,15 +54,15 @@ def save_checkpoint(run_dir: Path, step: int, tensors: dict[str, Any], texts: di
         return final  # a step's state is a function of the run: what is there is what would be written
     writers = {name: partial(torch.save, value) for name, value in tensors.items()}
     with new_folder(final) as folder:
-        write_digested(folder, {**writers, **{name: text.encode() for name, text in texts.items()}})
+        files: dict[str, Content] = {**writers, **{name: text.encode() for name, text in texts.items()}}
+        write_digests(folder, {name: write_file(folder / name, content) for name, content in files.items()})
         if final.exists():  # damaged: checked above
             discard(final)
     return final
 
 
-def write_digested(folder: Path, contents: Mapping[str, Content]) -> None:
-    """Write files and, last, the digests by which `damage` knows them."""
-    digests = {name: write_file(folder / name, content) for name, content in contents.items()}
+def write_digests(folder: Path, digests: Mapping[str, str]) -> None:
+    """Write, last, what `damage` knows the files of a folder by."""
     write_file(folder / DIGESTS, json.dumps(digests, indent=1).encode())
 
 

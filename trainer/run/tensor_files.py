@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from models.huggingface.folder import WEIGHTS
 
-__all__ = ["WEIGHTS", "open_tensors", "read_tensors", "safetensors_library", "tensor_bytes"]
+__all__ = ["WEIGHTS", "open_tensors", "read_tensors", "safetensors_library", "write_tensors"]
 
 _POINTER = b"version https://git-lfs"  # begins a file that was cloned without its content
 
@@ -24,9 +26,22 @@ def safetensors_library() -> Any:
     return safetensors
 
 
-def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """The content of such a file. Tensors are contiguous and share no memory."""
-    return safetensors_library().torch.save(dict(tensors), metadata={"format": "pt"})
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write such a file, flushed to the disk, and give its digest. Tensors are contiguous and share no memory.
+
+    Raises OSError or RuntimeError.
+    """
+    library = safetensors_library()
+    path.touch()
+    mode = path.stat().st_mode  # the library would have it readable by its owner alone
+    try:
+        library.torch.save_file(dict(tensors), path, metadata={"format": "pt"})
+    except library.SafetensorError as error:
+        raise RuntimeError(str(error)) from None
+    path.chmod(mode)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

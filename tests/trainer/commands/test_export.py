@@ -20,7 +20,7 @@ from trainer.loop import train
 from trainer.run.checkpoint import load_tensors
 from trainer.run.exported import FILES, RECORD, Exported
 from trainer.run.source import open_source
-from trainer.run.tensor_files import WEIGHTS, read_tensors, tensor_bytes
+from trainer.run.tensor_files import WEIGHTS, read_tensors, write_tensors
 
 STEPS = [
     *("num_iterations=3", "val_loss_every=1", "ema_decay=0.5", "batch_size=2", "save_best_model=true"),
@@ -222,7 +222,7 @@ def test_views_of_one_another_are_written_whole(tmp_path):
     table = torch.arange(6.0).reshape(2, 3)
     state = {"a": table, "same": table, "turned": table.T, "part": table[1:], "none": torch.zeros(0)}
     tensors, shared = _unshared(state)
-    (tmp_path / WEIGHTS).write_bytes(tensor_bytes(tensors))
+    write_tensors(tmp_path / WEIGHTS, tensors)
     found = read_tensors(tmp_path / WEIGHTS)
     assert shared == {"same": "a"} and all(torch.equal(found[name], state[name]) for name in tensors)
 
@@ -248,6 +248,7 @@ def test_an_empty_folder_will_do(export, tmp_path):
     (tmp_path / "out").mkdir()
     export(tmp_path / "out")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {*FILES, "digests.json"}
+    assert len({p.stat().st_mode for p in (tmp_path / "out").iterdir()}) == 1, "who may read one may read all"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -317,7 +318,7 @@ def test_a_file_that_is_missing_or_another_is_named(command, copy, name):
 
 def test_weights_that_do_not_fit_are_named(command, copy):
     tensors = read_tensors(copy / WEIGHTS)
-    (copy / WEIGHTS).write_bytes(tensor_bytes({n: t for n, t in tensors.items() if n != "wpe.weight"}))
+    write_tensors(copy / WEIGHTS, {n: t.clone() for n, t in tensors.items() if n != "wpe.weight"})
     seal(copy)
     refused(
         command("eval", "--checkpoint", copy, status=2), f"{WEIGHTS} does not fit", "missing 1: wpe.weight"
