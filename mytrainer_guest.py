@@ -81,7 +81,11 @@ def _is_ours(top: str, file: str | None) -> bool:
 
 def _seen() -> dict[str, ModuleType]:
     """What stands under our names, whoever's it is."""
-    return {name: module for name, module in list(sys.modules.items()) if _top(name) in NAMES}
+    return {
+        name: module
+        for name, module in list(sys.modules.items())
+        if name.startswith(NAMES) and _top(name) in NAMES
+    }
 
 
 @contextmanager
