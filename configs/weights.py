@@ -14,7 +14,7 @@ from configs.files import CONFIGS, Node, shown
 from configs.grammar import override_choices, parse_override
 from configs.messages import ConfigError
 from configs.request import Request
-from configs.runs import Fixed, checkpoints, fix
+from configs.runs import OUTPUTS, RUNS, Fixed, checkpoints, fix
 from models import ARCHITECTURES
 
 FIELD = "init_from_checkpoint"
@@ -52,7 +52,7 @@ def not_weights(path: Path) -> str:
 
 def _of_the_hub(name: str) -> str:
     """How to have a model whose name on Hugging Face this may be."""
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) or Path(name).parent in (RUNS, OUTPUTS):
         return ""
     return f" If that is a name on Hugging Face: hf download {name} --local-dir DIR, then give DIR"
 

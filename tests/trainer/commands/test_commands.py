@@ -214,7 +214,9 @@ def test_a_model_that_is_not_there(command, runs, monkeypatch, tmp_path):
         command("generate", "--checkpoint", tmp_path / "file"), "is a file, and the folder that it lies in"
     )
     monkeypatch.chdir(tmp_path)
-    refused(command("eval", "--model_name", "dante"), "no such checkpoint or run folder: checkpoints/dante")
+    missing = command("eval", "--model_name", "dante")
+    refused(missing, "no such checkpoint or run folder: checkpoints/dante")
+    assert "Hugging Face" not in missing[2], "no model there is called so"
 
 
 def test_a_damaged_checkpoint(command, runs, tmp_path):
