@@ -237,7 +237,7 @@ def _libraries() -> Iterator[None]:
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    with _generators(), _products():
+    with _generators(), _products(), _gpu():
         try:
             torch.set_default_dtype(torch.float32)
             torch.use_deterministic_algorithms(False)
@@ -267,6 +267,19 @@ def _generators() -> Iterator[None]:
             torch.cuda.set_rng_state_all(of_cuda)
         else:  # they were to begin at the user's seed
             torch.cuda.manual_seed_all(torch.initial_seed())
+
+
+@contextmanager
+def _gpu() -> Iterator[None]:
+    """Which one is meant by `cuda`."""
+    from torch import cuda
+
+    current = cuda.current_device() if cuda.is_initialized() else 0
+    try:
+        yield
+    finally:
+        if cuda.is_initialized() and cuda.current_device() != current:
+            cuda.set_device(current)
 
 
 @contextmanager

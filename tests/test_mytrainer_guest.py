@@ -14,6 +14,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 import mytrainer_guest as guest
 
@@ -172,6 +173,16 @@ def test_every_public_method_of_a_class_is_a_visit(theirs):
     guest.with_visits(Model)
     guest.with_visits(Model)
     assert Model().look() is not mine and Model()._look() is mine and Model.look.__doc__ == "What it does."
+
+
+def test_the_gpu_that_a_run_computed_on_is_not_the_users(monkeypatch):
+    current = [1]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: current.__setitem__(0, number))
+    with guest._gpu():
+        torch.cuda.set_device(3)
+    assert current == [1]
 
 
 # -- in processes of their own -----------------------------------------------------------------------------------------
