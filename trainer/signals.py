@@ -27,8 +27,10 @@ _SHOW_CURSOR = b"\x1b[?25h"  # which the live line of a terminal hides
 
 
 def stop_signals() -> list[int]:
-    """Those of this platform; SIGHUP not where it is ignored already (nohup)."""
+    """Those of this platform; SIGHUP not where it is ignored already (nohup), and none whose handler Python
+    could not put back, as that of a program which Python is embedded in."""
     there = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
+    there = [n for n in there if signal.getsignal(n) is not None]
     return [n for n in there if n.name != "SIGHUP" or signal.getsignal(n) != signal.SIG_IGN]
 
 
@@ -97,7 +99,7 @@ class StopSignal:
         if not self._previous:
             return
         for number, handler in self._previous.items():
-            signal.signal(number, handler or signal.SIG_DFL)  # type: ignore[arg-type]
+            signal.signal(number, handler)  # type: ignore[arg-type]
         signal.set_wakeup_fd(self._woke_before)
         os.write(self._writer, b"\0")  # no signal: the thread leaves
         self._thread.join()

@@ -83,6 +83,12 @@ def test_a_second_ctrl_c_leaves_a_guest_at_once_and_the_process_lives(ended, mon
     assert not ended
 
 
+def test_a_handler_that_python_did_not_set_stays(monkeypatch):
+    get = signal.getsignal
+    monkeypatch.setattr(signal, "getsignal", lambda n: None if n == signal.SIGUSR2 else get(n))
+    assert signal.SIGUSR2 not in stop_signals() and signal.SIGUSR1 in stop_signals()
+
+
 def test_one_process_of_several_speaks(monkeypatch, capfd):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -186,28 +186,40 @@ def run_here(
 
 
 def run_workers(cfg: RunConfig, folder: Path, processes: int, origin: str) -> float:
-    """Start the worker(s) of one run, pass signals on to them, wait. Raises JobFailed if they failed."""
-    with tempfile.TemporaryDirectory(prefix="mytrainer-") as post:
-        config = Path(post) / "config.yaml"
-        config.write_text(config_text(cfg, of_this_start=True), encoding="utf-8")
-        command = [sys.executable, str(ROOT / "mytrainer.py"), "worker", str(config), str(folder), origin]
-        env = {**os.environ, _POST: post}
-        if processes > 1:
-            env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-            env |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-            store = _meeting_place()
-            env |= {"MASTER_ADDR": store.host, "MASTER_PORT": str(store.port)}
-            # Ours, as torchrun has it: no process of the run opens one of its own.
-            env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
-        children: list[subprocess.Popen[bytes]] = []
-        with _forwarding(children, [Path(post, f"{_BEGUN}-{rank}") for rank in range(processes)]) as received:
-            # Sessions of their own: Ctrl-C in a terminal reaches the workers once, through us.
-            while len(children) < processes and not received:
-                rank = str(len(children))
-                own = {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
-                children.append(subprocess.Popen(command, env={**env, **own}, start_new_session=True))
-            status = _wait(children)
-        return _outcome(Path(post), status, received)
+    """Run one training in processes of its own. Raises JobFailed if they failed, SystemExit if they were stopped."""
+    received: list[int] = []
+    try:
+        with tempfile.TemporaryDirectory(prefix="mytrainer-") as post:
+            status = _run_workers(Path(post), cfg, folder, processes, origin, received)
+            return _outcome(Path(post), status, received)
+    except SystemExit:
+        pass_on(received[0])  # here, as it may end a caller's process, and nobody would delete the folder
+        raise
+
+
+def _run_workers(
+    post: Path, cfg: RunConfig, folder: Path, processes: int, origin: str, received: list[int]
+) -> int:
+    """Start the worker(s), pass signals on to them (and take note of those in `received`), wait; their status."""
+    config = post / "config.yaml"
+    config.write_text(config_text(cfg, of_this_start=True), encoding="utf-8")
+    command = [sys.executable, str(ROOT / "mytrainer.py"), "worker", str(config), str(folder), origin]
+    env = {**os.environ, _POST: str(post)}
+    if processes > 1:
+        env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+        env |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        store = _meeting_place()
+        env |= {"MASTER_ADDR": store.host, "MASTER_PORT": str(store.port)}
+        # Ours, as torchrun has it: no process of the run opens one of its own.
+        env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    children: list[subprocess.Popen[bytes]] = []
+    with _forwarding(children, [post / f"{_BEGUN}-{rank}" for rank in range(processes)], received):
+        # Sessions of their own: Ctrl-C in a terminal reaches the workers once, through us.
+        while len(children) < processes and not received:
+            rank = str(len(children))
+            own = {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
+            children.append(subprocess.Popen(command, env={**env, **own}, start_new_session=True))
+        return _wait(children)
 
 
 def _meeting_place() -> Any:
@@ -248,7 +260,6 @@ def _outcome(post: Path, status: int, received: list[int]) -> float:
     if received:  # no further job of a sweep is started either
         if not result:
             print(f"{signal.Signals(received[0]).name} received: nothing was saved", file=sys.stderr)
-        pass_on(received[0])
         raise SystemExit(result.get("status", 128 + received[0]))
     if status or not result:
         errors = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(post.glob("error-*.json"))]
@@ -289,10 +300,11 @@ def _send_error(post: Path, error: Exception) -> None:
 
 
 @contextmanager
-def _forwarding(children: list[subprocess.Popen[bytes]], begun: list[Path]) -> Iterator[list[int]]:
+def _forwarding(
+    children: list[subprocess.Popen[bytes]], begun: list[Path], received: list[int]
+) -> Iterator[None]:
     """While open, what asks to stop goes to the worker processes; those that are not all there yet (`begun`: a file of
-    each) cannot agree on anything, and have nothing to lose. Yields the signals received."""
-    received: list[int] = []
+    each) cannot agree on anything, and have nothing to lose. `received` fills with the signals."""
 
     def forward(number: int, frame: FrameType | None) -> None:
         received.append(number)
@@ -306,7 +318,7 @@ def _forwarding(children: list[subprocess.Popen[bytes]], begun: list[Path]) -> I
     except ValueError:  # not the main thread (a sweep launcher's): nobody sends it signals
         previous = {}
     try:
-        yield received
+        yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
