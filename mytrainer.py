@@ -10,7 +10,9 @@
 
 `train` runs what the command line would, `load` opens what has been trained, `metrics` gives the curves of a run as
 columns. They leave the process as they found it: modules of yours called `data` or `models` stay yours, and seeds,
-environment, working directory, signal handlers, warnings and number formats are as before. Wrong input raises a
+environment, working directory, signal handlers, warnings and number formats are as before. While a call lasts, other
+threads find ours under these names. What is given back can be pickled where no module of yours has one of them. A
+`Loaded` computes for one thread at a time. Wrong input raises a
 ValueError, a run that cannot go on a RuntimeError, with the text that the command line would print.
 
 On the command line this is the front door, `python mytrainer.py --help`, and picks the command.

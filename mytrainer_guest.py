@@ -240,13 +240,25 @@ def _libraries() -> Iterator[None]:
     with _generators(), _products(), _gpu():
         try:
             torch.set_default_dtype(torch.float32)
-            torch.use_deterministic_algorithms(False)
+            _be_deterministic(False)
             yield
         finally:
             if torch.get_num_threads() != threads:
                 torch.set_num_threads(threads)
             torch.set_default_dtype(dtype)
-            torch.use_deterministic_algorithms(deterministic, warn_only=warns)
+            _be_deterministic(deterministic, warns)
+
+
+def _be_deterministic(wanted: bool, warn_only: bool = False) -> None:
+    """Left alone where it is so: the switch imports torch's compiler, which takes seconds."""
+    import torch
+
+    now = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    if now != (wanted, warn_only):
+        torch.use_deterministic_algorithms(wanted, warn_only=warn_only)
 
 
 @contextmanager

@@ -336,3 +336,14 @@ def test_who_is_asked_to_stop_saves_and_then_does_as_he_would(tmp_path, asked, s
     )
     assert ("STOPPED stopped; go on with: train(['resume=" in done.stdout) == (asked == "SIGINT")
     assert list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_a_switch_that_is_as_it_should_be_is_left_alone(monkeypatch):
+    """It imports torch's compiler: seconds, in which an interrupt leaves half of it behind."""
+
+    def moved(*args, **kwargs):
+        raise AssertionError("torch.use_deterministic_algorithms was called")
+
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", moved)
+    with guest.numerics():
+        assert not torch.are_deterministic_algorithms_enabled()

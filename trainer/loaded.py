@@ -8,14 +8,16 @@ Shapes: L tokens of a text, T = L + 1 with the start token before them, D width,
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from adapters.base import Context, GenerateOptions, Likelihood, ModelAdapter
@@ -54,6 +56,10 @@ def load(
     stderr."""
     if weights not in WEIGHTS:
         raise ValueError(f"weights: {not_one_of(weights, WEIGHTS)}")
+    if not isinstance(best, bool):
+        raise ValueError(f"best: must be True or False, got {best!r}")
+    if isinstance(overrides, str):
+        raise ValueError(f"overrides: a list of words is meant, got the text {overrides!r}")
     asked = {"val_seq_len": val_seq_len, "mixed_precision": mixed_precision}
     changes = {name: value for name, value in asked.items() if value is not None}
     given = _best_of(expand_path(path)) if best else path
@@ -150,6 +156,7 @@ class Loaded:
     def __init__(self, restored: Restored) -> None:
         assert restored.checkpoint is not None
         self._restored = restored
+        self._one_at_a_time = threading.Lock()
         self.adapter, self.tokenizer, self.config = restored.adapter, restored.tokenizer, restored.cfg
         self.model, self.model_cfg = restored.adapter.model, restored.adapter.model_cfg
         self.path, self.weights = restored.checkpoint.absolute(), restored.weights.lower()
@@ -165,7 +172,8 @@ class Loaded:
     def score(self, text: str | bytes) -> TextScore:
         """How likely the text is as one whole document, as `eval` scores a file with it: from the start token, in
         windows of the run's context (`val_seq_len` or `train_seq_len`), each beginning with the last token of the one
-        before.
+        before. A byte order mark, which is not part of a file's text, is part of a text here; and bytes that are not
+        UTF-8, which `eval` refuses in a file, are scored.
 
         Exact for next-token models, with nats per token. Diffusion models give an upper bound of the text's nats given
         its length, estimated from noise that is the same at every call. ValueError if the text has no tokens.
@@ -173,8 +181,8 @@ class Loaded:
         document = _document(text)
         rows = self._restored.rows(encode_documents([document], self.tokenizer))
         by_token = _ByToken(rows)
-        tune_host(self.config, self.device)
-        score = self._restored.score(rows, hear=by_token.hear)
+        with self._computing():
+            score = self._restored.score(rows, hear=by_token.hear)
         assert score is not None
         return TextScore(
             document.text,
@@ -235,16 +243,19 @@ class Loaded:
         use_cache=True; diffusion models also steps=0 and by_confidence=False. The first text is the one that `generate`
         prints for that prompt and seed; one prompt n times gives those of `--num_samples n`.
 
-        ValueError for an option that there is not or that is out of its range.
+        ValueError for an option that there is not, or that is of another type or out of its range.
         """
-        known = [field.name for field in fields(GenerateOptions)]
-        for name in options:
-            if name not in known:
-                raise ValueError(f"generate: {not_one_of(name, known)}")
+        checked = GenerateOptions(**_typed(options))
+        if strange := [i for i in checked.stop_ids if not 0 <= i < self.tokenizer.vocab_size]:
+            raise ValueError(
+                f"stop_ids: {strange[0]} is no token: ids are 0 to {self.tokenizer.vocab_size - 1}"
+            )
+        if not isinstance(prompts, str | bytes | Sequence):
+            raise ValueError(f"prompts: a text or a list of texts is meant, got {prompts!r:.40}")
         texts = [prompts] if isinstance(prompts, str | bytes) else list(prompts)
         ids = [self.tokenizer.encode(_document(text).text).tolist() for text in texts]
         with self._reading():
-            generated = self.adapter.generate(ids, GenerateOptions(**options))
+            generated = self.adapter.generate(ids, checked)
         return [self._decode(*pair) for pair in zip(texts, generated.tokens, strict=True)]
 
     def _decode(self, prompt: str | bytes, tokens: list[int]) -> str:
@@ -252,9 +263,20 @@ class Loaded:
         return decoder.push(tokens) + decoder.flush()
 
     @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """One thread at a time: modes and hooks belong to the network, which all of them share."""
+        with self._one_at_a_time:
+            tune_host(self.config, self.device)  # the process may be somebody else's
+            yield
+
+    @contextmanager
     def _reading(self) -> Iterator[None]:
-        tune_host(self.config, self.device)  # the process may be somebody else's
-        with torch.no_grad(), evaluating(self.adapter), autocast(self.precision, self.device):
+        with (
+            self._computing(),
+            torch.no_grad(),
+            evaluating(self.adapter),
+            autocast(self.precision, self.device),
+        ):
             yield
 
     def _one_row(self, text: str | bytes) -> Batch:
@@ -269,7 +291,7 @@ class Loaded:
     def _after_block(self, layer: int, batch: Batch) -> Tensor:
         """(1, T, D)"""
         blocks, length = self.adapter.blocks(), batch.weights.shape[1]
-        if layer not in range(-len(blocks), len(blocks)):
+        if type(layer) is not int or layer not in range(-len(blocks), len(blocks)):
             raise ValueError(
                 f"layer: must be 0 to {len(blocks) - 1}, or -{len(blocks)} to -1 from the last, got {layer!r}"
             )
@@ -291,6 +313,21 @@ class Loaded:
                 f"each of them"
             )
         return latest[0]
+
+
+def _typed(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of generation as `GenerateOptions` takes them."""
+    kinds, typed = get_type_hints(GenerateOptions), {}
+    for name, value in options.items():
+        if name not in kinds:
+            raise ValueError(f"generate: {not_one_of(name, kinds)}")
+        value = tuple(value) if isinstance(value, list) else value
+        try:
+            typed[name] = TypeAdapter(kinds[name]).validate_python(value, strict=True)
+        except ValidationError:
+            wanted = GenerateOptions.__annotations__[name]
+            raise ValueError(f"{name}: must be of type {wanted}, got {value!r}") from None
+    return typed
 
 
 def _document(text: str | bytes) -> Document:

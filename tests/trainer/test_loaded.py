@@ -1,6 +1,8 @@
 """What `load` takes and refuses; what it shows of a model stands in tests/contract/test_loaded.py."""
 
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -103,6 +105,8 @@ def test_the_number_format_may_be_another(work, loaded):
         ({"val_seq_len": "long"}, "val_seq_len: expected int or null, got 'long'"),
         ({"mixed_precision": "fp8"}, "mixed_precision: 'fp8' is not one of auto, no, bf16, fp16"),
         ({"overrides": ["model_cfg.d_model=32"]}, "d_model is fixed with the architecture. Free: dropout"),
+        ({"best": "no"}, "best: must be True or False, got 'no'"),
+        ({"overrides": "model_cfg.dropout=0"}, "overrides: a list of words is meant, got the text"),
         ({"overrides": ["learning_rate=1"]}, "'learning_rate=1' is not model_cfg.<field>=<value>"),
     ],
 )
@@ -126,6 +130,12 @@ def test_what_cannot_be_loaded_is_said(work, monkeypatch, given, message):
         (lambda m: m.generate("a", temprature=1), "generate: 'temprature' is not one of .*'temperature'"),
         (lambda m: m.generate("a", top_p=2), "top_p: must satisfy 0 < top_p <= 1, got 2"),
         (lambda m: m.generate("a", max_new_tokens=0), "max_new_tokens: must be at least 1, got 0"),
+        (lambda m: m.generate("a", max_new_tokens="x"), "max_new_tokens: must be of type int, got 'x'"),
+        (lambda m: m.generate("a", top_k=True), "top_k: must be of type int, got True"),
+        (lambda m: m.generate("a", stop_ids=[999]), "stop_ids: 999 is no token: ids are 0 to 269"),
+        (lambda m: m.generate(None), "prompts: a text or a list of texts is meant, got None"),
+        (lambda m: m.hidden("ab", layer=True), "layer: must be 0 to 1, .* got True"),
+        (lambda m: m.hidden("ab", layer=1.0), "layer: must be 0 to 1, .* got 1.0"),
         (lambda m: m.generate("a", steps=4), "steps and by_confidence are for models that draw many"),
     ],
 )
@@ -158,6 +168,25 @@ def test_the_start_of_a_document_can_be_looked_at(loaded):
     assert loaded.hidden("").shape == (1, 64) and loaded.logits("").shape == (1, 270)
     first = loaded.score("gut")
     assert first.nats[0] == pytest.approx(-float(loaded.logits("").log_softmax(1)[0, first.ids[0]]), abs=1e-5)
+
+
+def test_threads_get_the_states_of_their_own_text(loaded, monkeypatch):
+    """A forward hook hears every thread's pass through the network."""
+    expected = {text: loaded.hidden(text, layer=0) for text in ("endlich", "wird gut")}
+    clean_states, inside = type(loaded.adapter).clean_states, []
+
+    def slow(adapter, batch, ctx):
+        inside.append(batch)
+        assert len(inside) == 1
+        time.sleep(0.01)
+        inside.clear()
+        return clean_states(adapter, batch, ctx)
+
+    monkeypatch.setattr(type(loaded.adapter), "clean_states", slow)
+    with ThreadPoolExecutor(2) as pool:
+        texts = [*expected] * 5
+        for text, found in zip(texts, pool.map(lambda t: loaded.hidden(t, layer=0), texts), strict=True):
+            assert torch.equal(found, expected[text])
 
 
 def test_many_prompts_are_continued_at_once(loaded):
