@@ -27,6 +27,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,7 @@ from trainer.run.resume import (
     check_resumable,
     checkpoint_to_resume,
     load_optimizers,
+    require_same_tokenizer,
     scores_alike,
     start_from_weights,
     tokenizer_to_take,
@@ -129,6 +131,7 @@ def _trainer(
         world,
         micro_rows=micro_rows,
         tokenizer=tokenizer,
+        accept=partial(require_same_tokenizer, cfg, source) if source else None,
         interruptible=stop.at_once,
         tell=tell,
     )

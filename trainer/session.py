@@ -121,10 +121,12 @@ def open_session(
     *,
     micro_rows: int | None = None,
     tokenizer: Tokenizer | None = None,
+    accept: Callable[[Tokenizer], None] | None = None,
     interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
     tell: Callable[[str], object] = unheard,
 ) -> Session:
-    """`micro_rows` and `tokenizer`: what a resumed run used, where the configuration leaves them open.
+    """`micro_rows` and `tokenizer`: what a resumed run used, where the configuration leaves them open. `accept` is told
+    of the tokenizer before a model is built for it, and raises ValueError where the weights to come know another.
 
     `interruptible`: around reading and tokenising the text on the first process, which may raise StopRequested there;
     the others wait for it, and raise it too. `tell` is called with what is being done, as it changes.
@@ -140,6 +142,8 @@ def open_session(
 
     dataset = world.main_first(load)  # it fills the caches of the tokenizer and the token shards
     require_same_text(world, dataset)
+    if accept is not None:
+        accept(dataset.tokenizer)
     tell("building the model")
     adapter = build_adapter(cfg, model_cfg, dataset.tokenizer, device)
     adapter.on_training_text(dataset.train)

@@ -36,7 +36,12 @@ def read_huggingface_tokenizer(folder: str | Path, vocab_size: int | None = None
     folder = Path(folder)
     content = _read(folder / "tokenizer.json", _how_to_make_one(folder))
     files = {name: _read(folder / name) for name in (*NAMED_IN, *NUMBERED_IN) if (folder / name).exists()}
-    ids = _ids(content)
+    try:
+        ids = _ids(content)
+    except (KeyError, TypeError, IndexError, AttributeError):
+        raise DataError(
+            f"{folder / 'tokenizer.json'}: its vocabulary is not as the library tokenizers writes it."
+        ) from None
     if vocab_size is not None:
         _require_below(vocab_size, ids, folder)
     starts, ends = (_Role(role, folder, content, files, ids).found() for role in ("bos", "eos"))
@@ -117,14 +122,9 @@ def _ids(content: dict[str, Any]) -> dict[str, int]:
     """Every token of a tokenizer.json and its id."""
     model = content.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    try:
-        if isinstance(vocabulary, list):  # Unigram: [token, score]
-            vocabulary = {entry[0]: index for index, entry in enumerate(vocabulary)}
-        return {**(vocabulary or {}), **_added(content)}
-    except (KeyError, TypeError, IndexError) as error:
-        raise DataError(
-            f"tokenizer.json: its vocabulary is not as the library tokenizers writes it: {error!r}."
-        ) from error
+    if isinstance(vocabulary, list):  # Unigram: [token, score]
+        vocabulary = {entry[0]: index for index, entry in enumerate(vocabulary)}
+    return {**(vocabulary or {}), **_added(content)}
 
 
 def _added(content: dict[str, Any]) -> dict[str, int]:

@@ -55,8 +55,11 @@ def lead_of(normalizer: Part, pre_tokenizer: Part, decoder: Part) -> bytes:
 
 
 def without_lead(part: Part) -> Part:
-    """A normalizer or pre-tokenizer that puts no blank before a text."""
-    kept = [_unled(step) for step in _steps(part) if step["type"] != "Prepend"]
+    """A normalizer or pre-tokenizer that puts no blank before a text. Where it cuts into words first, the blank stands
+    before each of them, and stays: the texts that are not to have one begin behind a line."""
+    steps = [step for step in _steps(part) if step["type"] != "Prepend"]
+    words = next((n for n, step in enumerate(steps) if step["type"] in _WORDS), len(steps))
+    kept = [_unled(step) if n < words else step for n, step in enumerate(steps)]
     if part is None or not kept:
         return None
     if part["type"] != "Sequence":
@@ -64,6 +67,7 @@ def without_lead(part: Part) -> Part:
     return {**part, _NESTED[0] if _NESTED[0] in part else _NESTED[1]: kept}
 
 
+_WORDS = ("WhitespaceSplit", "Whitespace", "BertPreTokenizer")
 _NESTED = ("normalizers", "pretokenizers", "decoders")
 
 

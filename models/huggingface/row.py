@@ -69,10 +69,7 @@ class Row:
             if not _is(field.kind, value):
                 problems.append(f"{entry} is {_said(value)}: {_NEEDED[field.kind]} is needed")
             elif fields.setdefault(field.name, value) != value:
-                problems.append(
-                    f"{entry} is {_said(value)}, and another entry makes model_cfg.{field.name} "
-                    f"{_said(fields[field.name])}: one field does for both here"
-                )
+                problems.append(self._divided(field.name, entries))
         if not problems:
             problems = self._refused(entries, fields)
         problems += self._unknown(entries)
@@ -104,6 +101,11 @@ class Row:
             value = entries.get(entry)
             return self._value(default, entries) if value is None else value
         return entries.get(entry, default)
+
+    def _divided(self, field: str, entries: Mapping[str, Any]) -> str:
+        """Of entries that are one field here, and differ."""
+        told = [f"{e} is {_said(self._value(e, entries))}" for e, f in self.fields.items() if f.name == field]
+        return f"{', '.join(told)}: here model_cfg.{field} is the one as the other"
 
     def _spelled(self, entries: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """The entries under the names that the row knows, and what is said in two ways."""

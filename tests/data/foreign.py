@@ -46,11 +46,15 @@ def llama(metaspace: bool = False) -> Tokenizer:
     return found
 
 
-def unigram() -> Tokenizer:
-    """As T5's: the characters it knows, in one case and one width; special tokens are pieces like others."""
+def unigram(words: bool = False) -> Tokenizer:
+    """The characters it knows, in one case and one width; special tokens are pieces like others. `words`: as T5's, cut
+    at blanks, each word with one in front."""
     found = Tokenizer(models.Unigram())
     found.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    found.pre_tokenizer = pre_tokenizers.Metaspace()
+    blanks = pre_tokenizers.Metaspace()
+    found.pre_tokenizer = (
+        pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), blanks]) if words else blanks
+    )
     found.decoder = decoders.Metaspace()
     special = ["<pad>", "</s>", "<unk>"]
     trainer = trainers.UnigramTrainer(

@@ -153,7 +153,7 @@ REFUSED = [
     ("llama", {"rope_parameters": LLAMA3}, 'rope_parameters is {"rope_type": "llama3", "factor": 8.0'),
     ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "rope_parameters is {"),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5: this is not computed here"),
-    ("llama", {"attention_bias": True}, "mlp_bias is false, and another entry makes model_cfg.bias true"),
+    ("llama", {"attention_bias": True}, "attention_bias is true, mlp_bias is false: here model_cfg.bias is"),
     ("llama", {"sliding_window": 4096}, "sliding_window is 4096: this is not computed here"),
     ("llama", {"hidden_act": "gelu"}, 'hidden_act is "gelu": Llama is computed with "silu" or "swish" here'),
     ("llama", {"head_dim": 32}, "head_dim is 32: Llama is computed with null or 16 here"),

@@ -119,6 +119,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
         "--hydra_model_cfg", "--config", help="with no checkpoint: score this untrained model"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--mixed_precision", help="auto, no (fp32), bf16 or fp16 (default: the run's)")
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -256,15 +257,14 @@ def _changed(cfg: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
 
 def restore_named(args: argparse.Namespace, changes: dict[str, Any] | None = None) -> Restored:
     """What the arguments of `add_checkpoint_arguments` name. `changes`: generic fields to replace."""
+    changes = {**(changes or {}), **({"mixed_precision": p} if (p := args.mixed_precision) else {})}
     if given := named(args):
-        found = restore(
-            given, raw=args.raw, device=args.device, overrides=args.overrides, changes=changes or {}
-        )
+        found = restore(given, raw=args.raw, device=args.device, overrides=args.overrides, changes=changes)
         if args.hydra_model_cfg:
             _compare_architectures(args.hydra_model_cfg, found)
         return found
     if args.hydra_model_cfg:
-        return _untrained(args, changes or {})
+        return _untrained(args, changes)
     raise ValueError("nothing to load. Give --checkpoint <run folder> or --model_name <name>")
 
 
@@ -274,7 +274,7 @@ def _untrained(args: argparse.Namespace, changes: dict[str, Any]) -> Restored:
 
     device = _device(args.device)
     cfg, model_cfg = compose([f"--hydra_model_cfg={args.hydra_model_cfg}", *args.overrides])
-    cfg = cfg.model_copy(update=changes)
+    cfg = _changed(cfg, changes)
     tune_host(cfg, device)
     tokenizer = load_dataset(cfg, unit=adapter_class(cfg).unit(model_cfg)).tokenizer
     adapter = build_adapter(cfg, model_cfg, tokenizer, device)

@@ -17,7 +17,7 @@ from data.tokenizers import Tokenizer
 from naming import command_line
 from trainer.run.checkpoint import checkpoints_in, find_checkpoint, newest_checkpoint
 from trainer.run.facts import architecture, execution
-from trainer.run.source import Checkpoint, Source, require_same_provenance
+from trainer.run.source import Source, require_same_provenance
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
@@ -29,6 +29,7 @@ __all__ = [
     "check_resumable",
     "checkpoint_to_resume",
     "load_optimizers",
+    "require_same_tokenizer",
     "scores_alike",
     "start_from_weights",
     "tokenizer_to_take",
@@ -80,11 +81,12 @@ def tokenizer_to_take(cfg: RunConfig, source: Source) -> Tokenizer | None:
     return source.tokenizer if cfg.tokenizer in ("auto", *source.tokenizer_names) else None
 
 
-def _require_same_tokenizer(s: Session, source: Source) -> None:
-    theirs, mine = source.tokenizer, s.dataset.tokenizer
+def require_same_tokenizer(cfg: RunConfig, source: Source, mine: Tokenizer) -> None:
+    """ValueError where the tokenizer of a run is not the one whose tokens the weights know."""
+    theirs = source.tokenizer
     if theirs.digest != mine.digest:
         raise ValueError(
-            f"tokenizer: '{s.cfg.tokenizer}' is another than the {theirs.name} of {source.path}, whose weights know "
+            f"tokenizer: '{cfg.tokenizer}' is another than the {theirs.name} of {source.path}, whose weights know "
             f"the tokens of that one alone. Leave it at tokenizer=auto, which takes theirs"
         )
 
@@ -107,7 +109,6 @@ def check_resumable(
             f"the architecture is fixed by {checkpoint}/config.json (type {theirs['type']}): {what}"
         )
     require_same_provenance(s.adapter, theirs, checkpoint)
-    _require_same_tokenizer(s, Checkpoint(checkpoint))
     then_text, text = saved["data"]["fingerprint"], s.dataset.fingerprint
     renamed = saved["data"].get("content") == s.dataset.content
     if then_text != text and renamed:
@@ -197,7 +198,6 @@ def start_from_weights(s: Session, source: Source, console: Console) -> None:
         )
     if source.type != s.cfg.type:
         console.warn(f"the weights of {source.path} were trained as {source.type}; this run is {s.cfg.type}")
-    _require_same_tokenizer(s, source)
     source.begin(s, console.note)
     s.adapter.constrain(torch.zeros((), device=s.world.device))
     if s.ema:

@@ -279,6 +279,9 @@ def test_eval_at_other_settings(command):
     longer, _ = evaluated(command, "--val_bytes", 4000)
     assert found["score"]["bytes"] == 2000 < longer["score"]["bytes"] <= 4000
     whole, _ = evaluated(command)
+    rough, _ = evaluated(command, "--mixed_precision", "bf16")
+    assert (rough["precision"], whole["precision"]) == ("bf16", "no")
+    assert rough["score"]["bits_per_byte"] != whole["score"]["bits_per_byte"]
     by_one, _ = evaluated(command, "--batch_size", 1)
     assert by_one["score"]["bits_per_byte"] == pytest.approx(whole["score"]["bits_per_byte"], rel=1e-5)
 
@@ -330,6 +333,7 @@ def test_eval_knows_the_architecture_of_a_checkpoint(command):
         (["--data", "text", "--input_file", "no.txt"], "'no.txt' does not exist"),
         (["--input_file", "no.txt"], "'no.txt' does not exist"),
         (["--data", "synthetic", "--input_file", "no.txt"], "Add --data text"),
+        (["--mixed_precision", "fp8"], "mixed_precision: 'fp8' is not one of auto, no, bf16, fp16"),
         (["--output", "no/such/folder/score.json"], "output: cannot write no/such/folder/score.json"),
     ],
 )

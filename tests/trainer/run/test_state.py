@@ -96,7 +96,7 @@ def test_show_knows_that_weights_bring_their_tokenizer(texts):
     assert describe(*config("gpt2", *words))["vocab_size"] == 280
 
 
-@pytest.mark.parametrize("other", ["byte", "bpe-270"])
+@pytest.mark.parametrize("other", ["byte", "bpe-270", "bpe-290"])
 def test_weights_are_not_read_in_another_tokenizer(texts, tmp_path, other):
     words = ["data=text", f"input_file={texts}/one", f"tokenizer={other}"]
     said = f"tokenizer: '{other}' is another than the bpe-280 of .*checkpoint-1.* Leave it at tokenizer=auto"
