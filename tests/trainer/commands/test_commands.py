@@ -333,12 +333,16 @@ def test_eval_knows_the_architecture_of_a_checkpoint(command):
         (["--data", "text", "--input_file", "no.txt"], "'no.txt' does not exist"),
         (["--input_file", "no.txt"], "'no.txt' does not exist"),
         (["--data", "synthetic", "--input_file", "no.txt"], "Add --data text"),
-        (["--mixed_precision", "fp8"], "mixed_precision: 'fp8' is not one of auto, no, bf16, fp16"),
         (["--output", "no/such/folder/score.json"], "output: cannot write no/such/folder/score.json"),
     ],
 )
 def test_bad_evaluations_are_refused(command, words, text):
     refused(command("eval", "--model_name", "dante", "--device", "cpu", *words), text)
+
+
+def test_a_number_format_that_there_is_not_is_refused(command):
+    status, out, err = command("eval", "--model_name", "dante", "--mixed_precision", "fp8")
+    assert (status, out) == (2, "") and "mixed_precision: 'fp8' is not one of auto, no, bf16, fp16" in err
 
 
 # -- show --------------------------------------------------------------------------------------------------------------
