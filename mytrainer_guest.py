@@ -29,7 +29,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["hydra_of_its_own", "numerics", "settle", "visit", "visiting", "with_visits"]
+__all__ = ["hydra_of_its_own", "let_threads_rest", "numerics", "settle", "visit", "visiting", "with_visits"]
 
 ROOT = Path(__file__).resolve().parent
 NAMES = ("adapters", "configs", "data", "kernels", "models", "naming", "trainer")

@@ -11,7 +11,7 @@ from configs.messages import ConfigError
 from models.huggingface import Row, form_of
 from naming import shorten
 
-__all__ = ["Folder", "is_ours", "read_folder", "read_json"]
+__all__ = ["WEIGHTS", "Folder", "is_ours", "read_folder", "read_json"]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"

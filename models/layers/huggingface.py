@@ -11,7 +11,7 @@ from models.huggingface import Row
 from models.layers.decoder import Decoder
 from naming import require_fit, shapes, shorten
 
-__all__ = ["HuggingFaceDecoder"]
+__all__ = ["HEAD", "HuggingFaceDecoder"]
 
 HEAD = "lm_head.weight"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -44,7 +44,7 @@ class HuggingFaceDecoder(Decoder):
         views = self.hf_views()
         if self.lm_head is None and (table := found.get(self.hf_prefix + self._table_name())) is not None:
             head = found.setdefault(HEAD, table)
-            if not torch.equal(hf[head], hf[table]):
+            if head != table and not torch.equal(hf[head], hf[table]):
                 raise ValueError(
                     f"this {self.hf.name} file has a head of its own: it needs tie_embeddings: false "
                     f"(tie_word_embeddings in config.json)"

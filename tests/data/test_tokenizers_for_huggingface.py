@@ -79,7 +79,8 @@ def write(folder: Path, tokenizer, config) -> Path:
 
 @pytest.mark.parametrize("model", ["GPT2Config", "LlamaConfig"])
 def test_transformers_opens_them_beside_a_model(tmp_path, bpe: BpeTokenizer, model: str) -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     for mine in (ByteTokenizer(), bpe):
         ends = {"bos_token_id": mine.eot, "eos_token_id": mine.eot}
         config = getattr(transformers, model)(vocab_size=mine.vocab_size, **ends)
@@ -105,7 +106,8 @@ def test_transformers_opens_them_beside_a_model(tmp_path, bpe: BpeTokenizer, mod
 
 @pytest.mark.parametrize("make", [byte_level, llama, word_piece])
 def test_foreign_ones_go_out_as_they_came(tmp_path, make) -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     roles = {
         byte_level: ("<|endoftext|>", "<|im_start|>"),
         llama: ("<s>", "</s>"),

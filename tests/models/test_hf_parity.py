@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+import transformers
 
 from models.huggingface import ROWS, to_config
 from tests.models.tiny import VOCABULARY, build, tokens_of
 
-transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.xdist_group(
     "transformers"
 )  # whose modules take a second to import, in one worker only

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
+import tempfile
 from pathlib import Path
 
 from naming import expand_path, look_up, shorten
@@ -24,6 +24,8 @@ from trainer.view.format import quantity
 
 __all__ = ["main"]
 
+_AS_TRAINED = "null"  # of save_precision, as in a model file
+
 
 def main(argv: list[str]) -> int:
     """`python mytrainer.py export`: the weights that `eval` and `generate` use, in a folder of their own."""
@@ -37,8 +39,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output", required=True, help="the folder to make; it may exist if it is empty")
     parser.add_argument(
         "--save_precision",
-        choices=list(PRECISIONS),
-        help="of the weights (default: the run's save_precision)",
+        choices=[*PRECISIONS, _AS_TRAINED],
+        help=f"of the weights; {_AS_TRAINED}: as trained (default: the run's save_precision)",
     )
     args = parser.parse_args(argv)
     given = named(args)
@@ -53,7 +55,8 @@ def main(argv: list[str]) -> int:
         source = open_source(given, say)
         form.check(*source.config(lambda text: None))  # what there is to note, `restore` says
         restored = restore(source, raw=args.raw, device="cpu")
-    rounding = Rounding(args.save_precision or restored.cfg.save_precision)
+    precision = args.save_precision or restored.cfg.save_precision
+    rounding = Rounding(None if precision == _AS_TRAINED else precision)
     contents = form.contents(restored, rounding)
     with StopSignal("leaving without an export") as stop:
         try:
@@ -80,6 +83,8 @@ def _precisions(contents: Contents) -> str:
 
 def _new(output: str) -> Path:
     """The folder to write. ValueError where it cannot be one: now, not when the work is done."""
+    if not output:
+        raise ValueError("output: no folder is named. Give one that is not there yet")
     path = expand_path(output)
     if path.exists() and not path.is_dir():
         raise ValueError(f"output: {path} is a file. Give a folder that is not there yet")
@@ -90,9 +95,15 @@ def _new(output: str) -> Path:
     if path.is_dir() and path.samefile(Path.cwd()):
         raise ValueError("output: the folder that you are in cannot be replaced. Give the name of one in it")
     above = next(p for p in path.absolute().parents if p.exists())
-    if not os.access(above, os.W_OK) or not above.is_dir():
-        raise ValueError(f"output: cannot write in {above}. Give another folder")
-    return path
+    if not above.is_dir():
+        raise ValueError(f"output: {above} is a file, and no folder can be made in it. Give another folder")
+    try:
+        with tempfile.TemporaryDirectory(
+            dir=above
+        ):  # rights alone say little: to root, of /proc, of a full disk
+            return path
+    except OSError as error:
+        raise ValueError(f"output: cannot write in {above}: {error.strerror}. Give another folder") from None
 
 
 def _write(folder: Path, contents: Contents, with_digests: bool) -> dict[str, int]:

@@ -20,16 +20,22 @@ class Rounding:
         self.vanished = 0  # weights that became 0
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
-        """ValueError names a tensor that the precision has no numbers for."""
+        """ValueError names a tensor that the precision has no numbers for, or that holds what is none."""
         if self.dtype is None or not tensor.is_floating_point():
             return tensor
+        if tensor.isnan().any():
+            raise ValueError(
+                f"save_precision: {name} holds NaN, which cannot be rounded. null writes it as it is"
+            )
         rounded = tensor.to(self.dtype)
         if not torch.equal(rounded.isinf(), tensor.isinf()):
             raise ValueError(
                 f"save_precision: {name} holds {tensor.abs().max().item():.4g}, and {self.precision} ends at "
                 f"{torch.finfo(self.dtype).max:.5g}. bf16 has the range of fp32"
             )
-        moved, norm = (rounded.to(tensor.dtype) - tensor).norm().item(), tensor.norm().item()
+        numbers = tensor[tensor.isfinite()]  # the infinite stay as they are, and change no norm
+        moved = (rounded[tensor.isfinite()].to(tensor.dtype) - numbers).norm().item()
+        norm = numbers.norm().item()
         if moved:
             self.worst = max(self.worst, (moved / norm, name))
             self.vanished += int(((rounded == 0) & (tensor != 0)).sum())

@@ -161,6 +161,12 @@ def test_a_runs_own_precision_holds_unless_another_is_named(export, run, whole, 
     assert load_tensors(run / "final_model", "model.pt")["wte.weight"].dtype == torch.float32
 
 
+def test_null_is_as_trained_whatever_the_run_wants(export, whole, tmp_path):
+    out, err = export(tmp_path / "out", "--save_precision", "null")
+    assert "fp32)" in out and "rounded" not in err
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+
+
 def test_what_rounding_did_is_told():
     kept, rounding = Rounding(None), Rounding("fp16")
     tensor = torch.tensor([1.0, 1e-9, 3.0])
@@ -182,6 +188,16 @@ def test_numbers_that_a_precision_does_not_have_are_refused():
     ):
         Rounding("fp16")("h.0.w", weights)
     assert Rounding("bf16")("h.0.w", weights).isfinite().all()
+    broken = torch.tensor([1.0, torch.nan])
+    with pytest.raises(ValueError, match="save_precision: h.0.w holds NaN, .* null writes it as it is"):
+        Rounding("bf16")("h.0.w", broken)
+    assert Rounding(None)("h.0.w", broken) is broken
+
+
+def test_an_infinite_weight_hides_no_change():
+    rounding = Rounding("bf16")
+    rounding("w", torch.tensor([torch.inf, 1 + 2**-10, 1e-45]))
+    assert rounding.changed and rounding.worst[0] == pytest.approx(2**-10, rel=1e-2)
 
 
 def test_buffers_keep_their_type_and_tied_weights_are_kept_once():
@@ -237,11 +253,29 @@ def test_a_folder_that_holds_something_is_left_alone(export, tmp_path, monkeypat
     (tmp_path / "notes.txt").write_text("mine")
     refused(export(tmp_path, status=2), "is not empty (it holds notes.txt)", "Give a new or an empty folder")
     refused(export(tmp_path / "notes.txt", status=2), "notes.txt is a file")
-    refused(export(tmp_path / "notes.txt/in", status=2), "output: cannot write in")
+    refused(
+        export(tmp_path / "notes.txt/in", status=2), "notes.txt is a file, and no folder can be made in it"
+    )
+    refused(export("", status=2), "output: no folder is named")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     refused(export(".", status=2), "the folder that you are in cannot be replaced")
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["notes.txt"]
+
+
+def test_a_place_that_takes_no_folder_is_named_before_the_work(export, tmp_path, monkeypatch):
+    """As /proc does, whose rights say that root may."""
+    monkeypatch.setattr(
+        "trainer.commands.export.open_source", lambda *_: pytest.fail("the weights were read")
+    )
+    monkeypatch.setattr("tempfile.mkdtemp", lambda *_: no_such_place())
+    refused(
+        export(tmp_path / "out", status=2), f"output: cannot write in {tmp_path}: No such file or directory"
+    )
+
+
+def no_such_place():
+    raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
 
 
 def test_an_empty_folder_will_do(export, tmp_path):

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import transformers
 
 from adapters.base import GenerateOptions
 from configs.compose import compose
@@ -20,7 +21,6 @@ from trainer.run.progress import Progress
 from trainer.run.restore import restore
 from trainer.run.tensor_files import WEIGHTS, read_tensors
 
-transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.xdist_group(
     "transformers"
 )  # whose modules take a second to import, in one worker only

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 
 from configs import compose
 from configs.grammar import word
@@ -14,7 +15,6 @@ from trainer.commands.launch import config_text
 from trainer.loop import train
 from trainer.run.restore import restore
 
-transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.xdist_group(
     "transformers"
 )  # whose modules take a second to import, in one worker only

@@ -259,6 +259,14 @@ def test_a_head_as_config_json_says(gpt2):
     )
 
 
+def test_a_table_that_holds_nan_is_no_head_of_its_own(gpt2):
+    """Such weights are of no use, and that is for their scores to say."""
+    changed(
+        gpt2, **{"transformer.wte.weight": torch.full((VOCABULARY, 16), torch.nan), "lm_head.weight": None}
+    )
+    assert state_of(gpt2)["transformer.wte.weight"].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 def test_numbers_in_a_code(gpt2, dtype):
     refused(changed(gpt2, **{MLP: torch.ones(16, 64).to(dtype)}), f"quantised?): {MLP} is {dtype}")
