@@ -64,7 +64,9 @@ class Tokenizer(Protocol):
         ...
 
     def to_huggingface(self) -> dict[str, Any] | None:
-        """The content of a tokenizer.json that transformers opens, with equal ids; None where there is no such form."""
+        """The content of a tokenizer.json that transformers opens; None where there is no such form. Ids are equal,
+        those of text that spells a special token by `split_special_tokens` alone: the file has no place for it, and
+        `huggingface_config` of our own kinds says it."""
         ...
 
     def save(self, path: str | Path) -> None:
@@ -81,7 +83,12 @@ class TableTokenizer:
 
     kind: str
     lead = b""
-    huggingface_config: dict[str, Any] = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+    # Of text there too: what is spelled like a special token is ordinary characters.
+    huggingface_config: dict[str, Any] = {
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "split_special_tokens": True,
+    }
 
     def __init__(self, name: str, tokens: list[bytes]):
         self.name = name

@@ -35,14 +35,15 @@ class HuggingFace(Form):
             raise ValueError(
                 f"to: a {type(model).__name__} does not write the weights of transformers. {_ANY_WAY}"
             )
-        tensors = {name: rounding(name, t) for name, t in model.to_hf_state_dict().items()}
+        weights = model.to_hf_state_dict()
+        if model_cfg.tie_embeddings:  # written, rounded and counted once
+            del weights[HEAD]
+        tensors = {name: rounding(name, weight) for name, weight in weights.items()}
         # A text ends where one would begin, too; the token that is an end alone is named first.
         ends = [*sorted(tokenizer.ends - {tokenizer.eot}), tokenizer.eot]
         ids = {"bos_token_id": tokenizer.eot, "eos_token_id": ends[0]}
-        dtype = str(tensors[HEAD].dtype).removeprefix("torch.")
+        dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         config = to_config(cfg.type, model_cfg, **ids, dtype=dtype)
-        if config["tie_word_embeddings"]:
-            del tensors[HEAD]
         files = huggingface_files(tokenizer, model_cfg.n_ctx)
         return Contents(
             tensors,
@@ -66,4 +67,9 @@ def _of_tokenizer(tokenizer: Tokenizer, written: bool) -> str:
     if not written:
         return f"tokenizer {tokenizer.name} has no form that transformers opens, and is left out"
     first = next(token for token, index in tokenizer.special_tokens.items() if index == tokenizer.eot)
-    return f"here texts begin with {first}, id {tokenizer.eot}: put it first where transformers scores or goes on"
+    split = tokenizer.huggingface_config.get("split_special_tokens")
+    there = "ordinary characters there too" if split else "that token there, and ordinary characters here"
+    return (
+        f"here texts begin with {first}, id {tokenizer.eot}: put that id first where transformers scores or goes on. "
+        f"What is spelled so within a text is {there}"
+    )

@@ -75,6 +75,28 @@ def test_text_becomes_the_same_ids_and_comes_back(opened):
     assert tokenizer.model_max_length == 32
 
 
+def test_what_is_spelled_like_the_special_token_is_text_there_too(opened):
+    """And the token itself, by its id, is left out of text and ends it."""
+    ours, theirs, tokenizer = opened
+    eot, text = ours.tokenizer.eot, f"a{tokenizer.eos_token} b{tokenizer.eos_token}"
+    ids = tokenizer(text)["input_ids"]
+    assert ids == ours.tokenizer.encode(text).tolist() and eot not in ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids) == text
+    assert tokenizer.decode([eot, *ids, eot], skip_special_tokens=True) == text
+    assert tokenizer.decode([eot, *ids]) == tokenizer.bos_token + text
+    assert tokenizer.convert_tokens_to_ids(tokenizer.bos_token) == tokenizer.bos_token_id == eot
+    assert tokenizer([text, text])["input_ids"] == [ids, ids]
+    assert theirs.generation_config.eos_token_id == eot
+
+
+def test_a_saved_tokenizer_still_splits(opened, tmp_path):
+    ours, _, tokenizer = opened
+    tokenizer.save_pretrained(tmp_path)
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = f"a{tokenizer.eos_token}"
+    assert again(text)["input_ids"] == ours.tokenizer.encode(text).tolist()
+
+
 def test_it_writes_the_same_text(opened):
     ours, theirs, _ = opened
     prompt = ours.tokenizer.encode("01").tolist()
@@ -143,7 +165,10 @@ def test_a_tokenizer_from_elsewhere_goes_out_as_it_came(command, tmp_path):
     for name in ("config.json", "generation_config.json"):
         edit_json(tmp_path / "theirs" / name, bos_token_id=1, eos_token_id=2)
     for form in ("hf", "safetensors"):
-        command("export", "--checkpoint", tmp_path / "theirs", "--to", form, "--output", tmp_path / form)
+        _, err = command(
+            "export", "--checkpoint", tmp_path / "theirs", "--to", form, "--output", tmp_path / form
+        )
+        assert ("is that token there, and ordinary characters here" in err) == (form == "hf")
     began, *back = (
         restore(tmp_path / name, device="cpu").tokenizer for name in ("theirs", "hf", "safetensors")
     )
@@ -156,6 +181,9 @@ def test_a_tokenizer_from_elsewhere_goes_out_as_it_came(command, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert tokenizer(TEXT, add_special_tokens=False)["input_ids"] == began.encode(TEXT).tolist()
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+    said = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
+    assert "split_special_tokens" not in said and "</s> b" in tokenizer.decode(began.encode("a</s> b"))
+    assert 2 in tokenizer("a</s> b")["input_ids"] and 2 not in began.encode("a</s> b"), "as the note says"
 
 
 # -- what has no such form ---------------------------------------------------------------------------------------------
