@@ -48,18 +48,28 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
 
 
+def run_meant(request: Request) -> Path | None:
+    """The folder of the run that a command line names."""
+    resume = _resumed(request)
+    return folder_of_path(resume) if resume else named_folder(request.values, request.keys)
+
+
+def _resumed(request: Request) -> str:
+    """The path of `resume=<path>`, "" where none is given."""
+    resume = str(request.values.get("resume") or "none")
+    return "" if resume in ("none", "auto") else resume
+
+
 def implied_model(request: Request) -> str | None:
     """The model file of a command that names a run instead of one: the run's own config.yaml.
 
     `--model_name X` also goes on with that run if it has checkpoints; the override is added to the request, and what
     the run did where it knew no such field.
     """
-    resume = str(request.values.get("resume") or "none")
-    branch = resume not in ("none", "auto")
-    folder = folder_of_path(resume) if branch else named_folder(request.values, request.keys)
+    folder = run_meant(request)
     if folder is None:
         return None
-    if branch and Path(resume).is_file():
+    if (resume := _resumed(request)) and Path(resume).is_file():
         raise ConfigError(f"command line: {not_a_folder(resume)}")
     config = folder / "config.yaml"
     if not config.is_file():
@@ -91,8 +101,9 @@ def _no_such_run(folder: Path, request: Request) -> str:
             f"command line: no run called '{name}' ({shown(folder.absolute())} has no config.yaml)."
             f"{did_you_mean(name, known)}{runs} To start it, add --hydra_model_cfg=configs/<name>.yaml"
         )
-    weights = (folder / "config.json").is_file()  # of a model, though of no run
-    begin = f", or begin one from the weights there: {in_quotes('init_from_checkpoint', folder)}" * weights
+    begin = ""
+    if (folder / "config.json").is_file():  # of a model, though of no run
+        begin = f", or begin one from the weights there: {in_quotes('init_from_checkpoint', folder)}"
     return (
         f"command line: {folder} holds no run to go on with (no config.yaml). "
         f"To start one, add --hydra_model_cfg=configs/<name>.yaml{begin}"

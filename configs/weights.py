@@ -3,7 +3,6 @@ one of `export`, says which architecture it holds, and its sizes), and what is s
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,12 +13,14 @@ from configs.files import CONFIGS, Node, shown
 from configs.grammar import override_choices, parse_override
 from configs.messages import ConfigError
 from configs.request import Request
-from configs.runs import OUTPUTS, RUNS, Fixed, checkpoints, fix
+from configs.runs import OUTPUTS, RUNS, Fixed, checkpoints, fix, run_meant, saved_architecture
+from configs.saved import EXPORT, Architecture, is_export, lacking, read_record
 from models import ARCHITECTURES
+from naming import expand_path
 
 FIELD = "init_from_checkpoint"
-_EXPORTED = "export.json"  # by which what `export` writes is known
-_OURS = ("config.yaml", "training_state.json", _EXPORTED)  # by which a run, a checkpoint and that are known
+# By which a run, a checkpoint and what `export` writes are known.
+_OURS = ("config.yaml", "training_state.json", EXPORT)
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
 
@@ -76,16 +77,25 @@ class Sizes:
 def sizes_at(given: Any) -> Sizes | None:
     """The sizes that a value of `init_from_checkpoint` brings, None for a run or checkpoint, which brings none.
     ConfigError says why its folder cannot be used."""
-    from models.huggingface.folder import is_ours, read_folder, read_json
+    from models.huggingface.folder import read_folder
 
     if not isinstance(given, str) or not given:
         return None
-    path = Path(os.path.expanduser(given))
-    if folder := read_folder(path):
-        return Sizes(path, folder.row.type, folder.row.name, folder.fields)
-    if not (path / _EXPORTED).is_file() or not is_ours(saved := read_json(path / "config.json")):
-        return None
-    return Sizes(path, saved["type"], saved["type"], saved["model_cfg"], saved.get("train_seq_len", 1024))
+    path = _path(given)
+    if is_export(path):
+        if problem := lacking(path):
+            raise ConfigError(f"{FIELD}: {path} is damaged: {problem}. Export it again")
+        saved = read_record(path / "config.json", Architecture)
+        return Sizes(path, saved["type"], saved["type"], saved["model_cfg"], saved.get("train_seq_len", 1024))
+    folder = read_folder(path)
+    return Sizes(path, folder.row.type, folder.row.name, folder.fields) if folder else None
+
+
+def _path(given: str) -> Path:
+    try:
+        return expand_path(given)
+    except ValueError as error:
+        raise ConfigError(f"{FIELD}: {error}") from None
 
 
 def sizes_given(request: Request, nodes: list[Node]) -> list[Sizes]:
@@ -105,13 +115,30 @@ def _given(request: Request) -> list[Any]:
 def implied_model(request: Request) -> str | None:
     """The model file of a command that names such a folder and no file: the architecture's own."""
     given = _given(request)
-    if problems := [p for value in given if (p := not_weights(Path(os.path.expanduser(str(value)))))]:
+    if problems := [p for value in given if (p := not_weights(_path(str(value))))]:
         raise ConfigError([f"command line: {FIELD}: {problem}" for problem in problems])
     types = {s.type for value in given if (s := sizes_at(value)) is not None and s.type in ARCHITECTURES}
     if len(types) > 1:
         files = " or ".join(shown(CONFIGS / f"{type_}.yaml") for type_ in sorted(types))
         raise ConfigError(f"command line: {FIELD}: no model chosen, and the folders differ. Give {files}")
-    return str(CONFIGS / f"{types.pop()}.yaml") if types else None
+    if types:
+        return str(CONFIGS / f"{types.pop()}.yaml")
+    run = run_meant(request)
+    if given and not (run and (run / "config.yaml").is_file()):  # a run that is gone on with has its own
+        raise ConfigError([f"command line: {FIELD}: {_no_model(_path(str(value)))}" for value in given])
+    return None
+
+
+def _no_model(path: Path) -> str:
+    """Why no model file follows from weights that were trained here, and what to give."""
+    saved, _ = saved_architecture({"resume": str(path)}, None) or ({}, path)
+    known = str(saved.get("type")) in ARCHITECTURES
+    file = shown(CONFIGS / f"{saved['type']}.yaml") if known else "<model file>"
+    what = f"type {saved['type']}" if saved else "a run"
+    return (
+        f"{path} holds weights of {what}, and no model is chosen for them. Give the model file, with the sizes, that "
+        f"they were trained with: --hydra_model_cfg={file}"
+    )
 
 
 def take_sizes(

@@ -11,7 +11,7 @@ from configs.messages import ConfigError
 from models.huggingface import Row, form_of
 from naming import shorten
 
-__all__ = ["WEIGHTS", "Folder", "is_ours", "read_folder", "read_json"]
+__all__ = ["CONFIG", "WEIGHTS", "Folder", "is_ours", "read_folder", "read_json"]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -79,9 +79,8 @@ def _without_weights(path: Path, row: Row) -> str:
 
 
 def is_ours(entries: dict[str, Any]) -> bool:
-    """Whether a config.json is one that this trainer writes."""
-    named = isinstance(entries.get("type"), str) and isinstance(entries.get("model_cfg"), dict)
-    return named and "model_type" not in entries
+    """Whether a config.json is one that this trainer writes, be it damaged."""
+    return {"type", "model_cfg"} <= entries.keys() and "model_type" not in entries
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -114,6 +114,7 @@ def test_sizes_that_no_model_can_have_are_said_at_their_place(work):
         ("gpt3", "no such checkpoint or run folder: gpt3. In .: empty, gpt2-small. If that is a name on Hugging Face"),
         ("a/gpt2", "If that is a name on Hugging Face: hf download a/gpt2 --local-dir DIR, then give DIR"),
         ("gpt2-small/model.safetensors", "is a file of weights, and the folder that it lies in is needed: gpt2-small"),
+        ("~nobody-here/gpt2", "init_from_checkpoint: '~nobody-here/gpt2': there is no home folder for '~nobody-here'"),
         ("empty", "empty holds no weights that are read: neither a run of ours"),
         ("odd", 'odd/config.json: sliding_window is 4: this is not computed here'),
         ("pickle", "the weights are in pytorch_model.bin, and model.safetensors alone is read"),

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from configs.saved import EXPORT
 from configs.schema import redacted
 from naming import command_line
 from trainer.export.form import Contents, Form
 from trainer.export.rounding import Rounding
-from trainer.run.exported import RECORD
 from trainer.run.facts import architecture
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Own(Form):
             {
                 "config.json": architecture(restored.cfg, adapter, restored.micro_rows),
                 "tokenizer.json": restored.tokenizer.to_json(),
-                RECORD: record,
+                EXPORT: record,
             },
         )
 

@@ -7,15 +7,12 @@ from pathlib import Path
 import torch
 
 from adapters.base import ModelAdapter
-from models.huggingface.folder import is_ours, read_json
-from trainer.run.checkpoint import damage, load_json
+from configs.saved import EXPORT, Export, is_export, lacking
+from trainer.run.checkpoint import damage
 from trainer.run.source import Note, Source, Trained
 from trainer.run.tensor_files import WEIGHTS, read_tensors
 
-__all__ = ["FILES", "RECORD", "Exported"]
-
-RECORD = "export.json"  # by which such a folder is known
-FILES = ("config.json", "tokenizer.json", WEIGHTS, RECORD)
+__all__ = ["Exported"]
 
 
 class Exported(Trained):
@@ -24,23 +21,17 @@ class Exported(Trained):
     file = WEIGHTS
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, load_json(path, RECORD))
+        super().__init__(path, EXPORT, Export)
         self.weights, self.rounded = self.recorded["weights"], self.recorded["rounded"]
-        self.shared = dict(self.recorded["shared"])
+        self.shared = self.recorded["shared"]
 
     @classmethod
     def open(cls, path: Path, warn: Note) -> Source | None:
-        missing = [name for name in FILES if not (path / name).is_file()]
-        if RECORD in missing and (missing != [RECORD] or not is_ours(read_json(path / "config.json"))):
+        if not is_export(path):
             return None
-        if problem := f"it lacks {', '.join(missing)}" if missing else damage(path):
+        if problem := lacking(path) or damage(path):
             raise ValueError(f"{path} is damaged: {problem}. Export it again")
-        try:
-            return cls(path)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path}: {RECORD} or config.json is not what export writes: {error!r}"
-            ) from None
+        return cls(path)
 
     def state(self) -> dict[str, torch.Tensor]:
         tensors = read_tensors(self.path / self.file)

@@ -29,6 +29,7 @@ from trainer.run.checkpoint import load_tensors
 from trainer.run.source import Source, load_weights, open_source
 
 if TYPE_CHECKING:
+    from configs.saved import WeightsAre
     from configs.schema import ModelConfig, RunConfig
     from data.store import TokenStore
     from data.tokenizers import Tokenizer
@@ -57,7 +58,7 @@ class Restored:
     device: torch.device
     precision: str
     source: Source | None
-    weights: str  # "EMA", "raw" or "untrained"
+    weights: WeightsAre
     micro_rows: int  # rows of a forward pass: what the run used
 
     @property
@@ -221,7 +222,7 @@ def restore(
     """
     where = _device(device)
     source = given if isinstance(given, Source) else open_source(given, note)
-    if raw and source.weights == "EMA":
+    if raw and source.averaged:
         raise ValueError(f"raw: {source.path} holds the average (EMA) of the weights alone")
     cfg, model_cfg = source.config(note)
     model_cfg = with_free_fields(cfg, model_cfg, [*overrides], note)
@@ -238,7 +239,7 @@ def restore(
         # An average of points of a set need not lie on it.
         adapter.constrain(torch.zeros((), device=adapter.device))
     precision, _ = choose_precision(cfg.mixed_precision, where)
-    weights = source.weights if average is None else "EMA"
+    weights: WeightsAre = source.weights if average is None else "EMA"
     return Restored(cfg, adapter.eval(), source.tokenizer, where, precision, source, weights, source.rows)
 
 

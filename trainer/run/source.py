@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import ValidationError
 
+from configs.saved import Architecture, WeightsAre, read_record, told
+from configs.saved import Trained as Record
 from configs.validate import read_saved
 from configs.weights import not_weights
 from data.tokenizers import Tokenizer, load_tokenizer
 from models import ARCHITECTURES
-from naming import expand_path, load, require_fit, shapes
-from trainer.run.checkpoint import find_checkpoint, load_json, load_tensors
+from naming import expand_path, load, require_fit, shapes, shorten
+from trainer.run.checkpoint import find_checkpoint, load_tensors
 
 if TYPE_CHECKING:
     from adapters.base import ModelAdapter
@@ -56,7 +58,7 @@ class Source(ABC):
         None  # what tells the text apart that they were trained on, where that is known
     )
     rows = 16  # of a forward pass: where they were scored before, as then
-    weights = "raw"  # what `fill` loads, in a word
+    weights: WeightsAre = "raw"  # what `fill` loads
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -89,8 +91,13 @@ class Source(ABC):
     def fill(self, adapter: ModelAdapter) -> None:
         """Load the weights into a model of this architecture. ValueError lists what does not fit."""
 
+    @property
+    def averaged(self) -> bool:
+        """Whether `fill` loads an average, beside which no other weights were kept."""
+        return self.weights == "EMA"
+
     def average(self) -> dict[str, torch.Tensor] | None:
-        """Their average over training by parameter name, where one was kept."""
+        """Their average over training by parameter name, where one was kept beside them."""
         return None
 
     def begin(self, s: Session, note: Note) -> None:
@@ -103,10 +110,12 @@ class Trained(Source):
 
     file: str  # of the weights
 
-    def __init__(self, path: Path, recorded: dict[str, Any]) -> None:
+    def __init__(self, path: Path, record: str, kind: type[Record]) -> None:
+        """`record`: the file that says how they came about; `kind`: what it must say. ValueError if it does not."""
         super().__init__(path)
-        self.architecture = load_json(path, "config.json")
-        self.recorded, self.data, self.rows = recorded, recorded["data"], self.architecture["batch_size"]
+        self.architecture = read_record(path / "config.json", Architecture)
+        self.recorded, self.record = read_record(path / record, kind), record
+        self.data, self.rows = self.recorded["data"], self.architecture["batch_size"]
 
     @abstractmethod
     def state(self) -> dict[str, torch.Tensor]:
@@ -129,11 +138,13 @@ class Trained(Source):
         notes: list[str] = []
         generic, model_cfg = self.recorded["training_config"], self.architecture["model_cfg"]
         _refuse_code_within(self.path, generic)
+        if self.type != generic.get("type"):
+            differ = f"type is {self.type!r} in config.json, and {generic.get('type')!r} in {self.record}"
+            raise ValueError(f"{self.path}: {differ}")
         try:
             found = read_saved(generic, model_cfg, str(self.path), notes)
         except ValidationError as error:
-            wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-            raise ValueError(f"{self.path} says what no run can: {'; '.join(wrong)}") from None
+            raise ValueError(f"{self.path} says what no run can: {'; '.join(told(error))}") from None
         for text in notes:
             note(text)
         return found
@@ -157,7 +168,7 @@ class Checkpoint(Trained):
     file = "model.pt"
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, load_json(path, "training_state.json"))
+        super().__init__(path, "training_state.json", Record)
 
     @classmethod
     def open(cls, path: Path, warn: Note) -> Source | None:
@@ -195,8 +206,17 @@ def _refuse_code_within(folder: Path, generic: dict[str, Any]) -> None:
 
 
 def load_weights(adapter: ModelAdapter, state: dict[str, torch.Tensor], source: str) -> None:
-    """Exact match of names and shapes, or a ValueError that lists the differences. External parts keep their own."""
-    require_fit(source, shapes(adapter.trained_state()), shapes(state))
+    """Exact match of names and shapes, and floats where floats are, or a ValueError that lists the differences.
+    External parts keep their own."""
+    own = adapter.trained_state()
+    require_fit(source, shapes(own), shapes(state))
+    coded = [
+        f"{name} is {tensor.dtype}, needed is {own[name].dtype}"
+        for name, tensor in state.items()
+        if tensor.is_floating_point() != own[name].is_floating_point()
+    ]
+    if coded:
+        raise ValueError(f"{source} holds other numbers than this model: {shorten(coded)}")
     adapter.model.load_state_dict(state, strict=False)
 
 

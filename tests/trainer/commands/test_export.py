@@ -13,12 +13,14 @@ import pytest
 import torch
 
 from configs.compose import compose
+from configs.saved import EXPORT, EXPORTED
 from tests.contract.tiny import config
+from tests.huggingface_folder import edit_json
 from trainer.export.own import _unshared
 from trainer.export.rounding import Rounding
 from trainer.loop import train
 from trainer.run.checkpoint import load_tensors
-from trainer.run.exported import FILES, RECORD, Exported
+from trainer.run.exported import Exported
 from trainer.run.source import open_source
 from trainer.run.tensor_files import WEIGHTS, read_tensors, write_tensors
 
@@ -65,7 +67,8 @@ def export(command, run):
 
 def refused(result, *words):
     out, err = result
-    assert out == "" and len(err.strip().splitlines()) == 1, err
+    told = err.strip().removesuffix("\n1 problem; nothing was started")
+    assert out == "" and len(told.splitlines()) == 1, err
     for word in words:
         assert word in err
 
@@ -223,8 +226,8 @@ def test_buffers_keep_their_type_and_tied_weights_are_kept_once():
     )  # fmt: skip
     contents = Own().contents(restored, Rounding("bf16"))
     assert (
-        contents.files[RECORD]["shared"] == {"head.weight": "table.weight"}
-        and contents.files[RECORD]["rounded"]
+        contents.files[EXPORT]["shared"] == {"head.weight": "table.weight"}
+        and contents.files[EXPORT]["rounded"]
     )
     assert {name: t.dtype for name, t in contents.tensors.items()} == {
         "table.weight": torch.bfloat16,
@@ -281,7 +284,7 @@ def no_such_place():
 def test_an_empty_folder_will_do(export, tmp_path):
     (tmp_path / "out").mkdir()
     export(tmp_path / "out")
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {*FILES, "digests.json"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {*EXPORTED, "digests.json"}
     assert len({p.stat().st_mode for p in (tmp_path / "out").iterdir()}) == 1, "who may read one may read all"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -341,7 +344,7 @@ def seal(folder):
     (folder / "digests.json").write_text(json.dumps(digests))
 
 
-@pytest.mark.parametrize("name", [*FILES, "digests.json"])
+@pytest.mark.parametrize("name", [*EXPORTED, "digests.json"])
 def test_a_file_that_is_missing_or_another_is_named(command, copy, name):
     whole = (copy / name).read_bytes()
     (copy / name).write_bytes(whole[:-20])
@@ -363,14 +366,78 @@ def test_weights_that_do_not_fit_are_named(command, copy):
 
 
 def test_a_record_that_means_nothing(command, copy):
-    record = json.loads((copy / RECORD).read_text())
-    (copy / RECORD).write_text(json.dumps({**record, "training_config": {"type": "gpt2", "seed": "x"}}))
+    record = json.loads((copy / EXPORT).read_text())
+    (copy / EXPORT).write_text(json.dumps({**record, "training_config": {"type": "gpt2", "seed": "x"}}))
     seal(copy)
     refused(command("eval", "--checkpoint", copy, status=2), str(copy), "seed: ")
-    for nonsense in ("[]", "{", "{}"):
-        (copy / RECORD).write_text(nonsense)
+    told = {"[]": "a JSON object is needed", "{": "no JSON", "{}": "training_config: Field required"}
+    for nonsense in told:
+        (copy / EXPORT).write_text(nonsense)
         seal(copy)
-        refused(command("eval", "--checkpoint", copy, status=2), RECORD, "is not what export writes")
+        refused(command("eval", "--checkpoint", copy, status=2), str(copy / EXPORT), told[nonsense])
+
+
+ODD = {
+    "training_config: Input should be a valid dictionary, got []": (EXPORT, {"training_config": []}),
+    "weights: Input should be 'EMA', 'raw'": (EXPORT, {"weights": 5}),
+    "shared.a: Input should be a valid string, got 1": (EXPORT, {"shared": {"a": 1}}),
+    "data: Input should be a valid dictionary, got 'x'": (EXPORT, {"data": "x"}),
+    "model_cfg: Input should be a valid dictionary, got 'x'": ("config.json", {"model_cfg": "x"}),
+    "batch_size: Input should be a valid integer, got 'x'": ("config.json", {"batch_size": "x"}),
+    "batch_size: Input should be greater than 0, got 0": ("config.json", {"batch_size": 0}),
+    "train_seq_len: Input should be greater than 0, got -1": ("config.json", {"train_seq_len": -1}),
+    "type is 'vanilla' in config.json, and 'gpt2' in export.json": ("config.json", {"type": "vanilla"}),
+}
+
+
+@pytest.mark.parametrize("message", ODD)
+def test_an_odd_entry_is_named_with_its_file(command, copy, message):
+    name, entries = ODD[message]
+    edit_json(copy / name, **entries)
+    seal(copy)
+    refused(command("eval", "--checkpoint", copy, status=2), str(copy), name, message)
+
+
+def test_a_number_format_that_is_none_is_named(command, copy):
+    record = json.loads((copy / EXPORT).read_text())
+    edit_json(copy / EXPORT, training_config={**record["training_config"], "save_precision": "fp7"})
+    seal(copy)
+    refused(command("eval", "--checkpoint", copy, status=2), str(copy), "save_precision: ", "got 'fp7'")
+
+
+def test_whole_numbers_are_no_weights(command, copy):
+    tensors = read_tensors(copy / WEIGHTS)
+    tensors["wpe.weight"] = tensors["wpe.weight"].to(torch.int8)
+    write_tensors(copy / WEIGHTS, {name: t.clone() for name, t in tensors.items()})
+    seal(copy)
+    told = "holds other numbers than this model: wpe.weight is torch.int8, needed is torch.float32"
+    refused(command("eval", "--checkpoint", copy, status=2), f"{copy / WEIGHTS} {told}")
+
+
+def test_records_of_a_checkpoint_are_held_to_the_same(command, run, tmp_path):
+    copy = shutil.copytree(run / "checkpoint-3", tmp_path / "checkpoint-3")
+    edit_json(copy / "config.json", batch_size="x")
+    seal(copy)
+    refused(
+        command("eval", "--checkpoint", copy, status=2), str(copy / "config.json"), "batch_size: ", "got 'x'"
+    )
+
+
+def test_a_damaged_one_to_begin_from_is_named(command, copy):
+    """And not a folder of the run that would begin."""
+    (copy / EXPORT).unlink()
+    for more in ((), ("--hydra_model_cfg=gpt2", "preset=nano")):
+        _, err = command(f"init_from_checkpoint={copy}", "data=synthetic", *more, status=2)
+        assert f"init_from_checkpoint: {copy} is damaged: it lacks {EXPORT}. Export it again" in err
+
+
+def test_a_run_to_begin_from_wants_its_model_file(command, run, copy):
+    _, err = command(f"init_from_checkpoint={run}", "data=synthetic", f"output_dir={copy / 'new'}", status=2)
+    assert f"init_from_checkpoint: {run} holds weights of type gpt2, and no model is chosen for them" in err
+    assert "configs/gpt2.yaml" in err
+    edit_json(copy / "config.json", type="mine:Model")
+    _, err = command(f"init_from_checkpoint={copy}", "data=synthetic", status=2)
+    assert f"{copy} holds weights of type mine:Model" in err and "--hydra_model_cfg=<model file>" in err
 
 
 def test_digests_of_files_elsewhere_are_not_looked_at(command, copy):
@@ -385,9 +452,9 @@ def test_digests_of_files_elsewhere_are_not_looked_at(command, copy):
 def test_code_that_comes_with_weights_is_not_executed(command, copy, monkeypatch, field):
     """A folder that one is in is on the path of modules."""
     (copy / "stranger.py").write_text(f"open({str(copy / 'executed')!r}, 'w')\nclass Model: pass\n")
-    record = json.loads((copy / RECORD).read_text())
+    record = json.loads((copy / EXPORT).read_text())
     record["training_config"][field] = "stranger:Model"
-    (copy / RECORD).write_text(json.dumps(record))
+    (copy / EXPORT).write_text(json.dumps(record))
     seal(copy)
     monkeypatch.chdir(copy)
     refused(
@@ -397,8 +464,8 @@ def test_code_that_comes_with_weights_is_not_executed(command, copy, monkeypatch
 
 
 def test_a_tied_weight_is_found_under_both_names(copy):
-    record = json.loads((copy / RECORD).read_text())
-    (copy / RECORD).write_text(json.dumps({**record, "shared": {"lm_head.weight": "wte.weight"}}))
+    record = json.loads((copy / EXPORT).read_text())
+    (copy / EXPORT).write_text(json.dumps({**record, "shared": {"lm_head.weight": "wte.weight"}}))
     seal(copy)
     source = open_source(copy, pytest.fail)
     assert isinstance(source, Exported)

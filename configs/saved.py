@@ -1,0 +1,96 @@
+"""The small files beside weights that were trained here: how a folder of `export` is known, and what they must say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+
+from configs.messages import ConfigError
+from models.huggingface.folder import CONFIG, WEIGHTS, is_ours, read_json
+from naming import shorten_text
+
+__all__ = [
+    "EXPORT",
+    "EXPORTED",
+    "Architecture",
+    "Export",
+    "Trained",
+    "WeightsAre",
+    "is_export",
+    "lacking",
+    "read_record",
+    "told",
+]
+
+EXPORT = "export.json"
+EXPORTED = (CONFIG, "tokenizer.json", WEIGHTS, EXPORT)
+
+# What weights are, in a word: an average over training, the trained ones themselves, or from where that is not known.
+WeightsAre = Literal["EMA", "raw", "Hugging Face", "untrained"]
+
+
+class _Record(BaseModel):
+    """Entries that something here reads; others may stand beside them."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class Architecture(_Record):
+    """config.json"""
+
+    type: str
+    model_cfg: dict[str, Any]
+    model_adapter: str | None = None
+    batch_size: PositiveInt
+    train_seq_len: PositiveInt = 1024
+    provenance: dict[str, Any] | None = None
+
+
+class Trained(_Record):
+    """training_state.json, as far as weights go"""
+
+    data: dict[str, Any] | None
+    training_config: dict[str, Any]
+
+
+class Export(Trained):
+    """export.json"""
+
+    weights: WeightsAre
+    rounded: bool
+    shared: dict[str, str]
+
+
+def is_export(path: Path) -> bool:
+    """Whether `export --to safetensors` wrote a folder: by its record, or by all its other files where that is gone."""
+    others = (path / name for name in EXPORTED if name != EXPORT)
+    return (path / EXPORT).is_file() or (
+        all(file.is_file() for file in others) and is_ours(read_json(path / CONFIG))
+    )
+
+
+def lacking(path: Path) -> str:
+    """Which files such a folder lacks, "" for none."""
+    missing = [name for name in EXPORTED if not (path / name).is_file()]
+    return f"it lacks {', '.join(missing)}" if missing else ""
+
+
+def read_record(path: Path, kind: type[BaseModel]) -> dict[str, Any]:
+    """The entries of such a file. ConfigError names those that are not as they were written."""
+    entries = read_json(path)
+    try:
+        kind.model_validate(entries)
+    except ValidationError as error:
+        raise ConfigError(f"{path} is not as this trainer writes it: {'; '.join(told(error))}") from None
+    return entries
+
+
+def told(error: ValidationError) -> list[str]:
+    """Each entry, what is wrong with it, and what it says."""
+    return [
+        f"{'.'.join(map(str, e['loc']))}: {e['msg']}"
+        + ("" if e["type"] == "missing" else f", got {shorten_text(repr(e['input']))}")
+        for e in error.errors()
+    ]
