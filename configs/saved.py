@@ -1,29 +1,34 @@
-"""The small files beside weights that were trained here: how a folder of `export` is known, and what they must say."""
+"""The small files beside weights: how a folder of `export` is known, and what those that were trained here must say."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from configs.messages import ConfigError
-from models.huggingface.folder import CONFIG, WEIGHTS, is_ours, read_json
 from naming import shorten_text
 
 __all__ = [
+    "CONFIG",
     "EXPORT",
     "EXPORTED",
     "Architecture",
     "Export",
     "Trained",
+    "WEIGHTS",
     "WeightsAre",
     "is_export",
+    "is_ours",
     "lacking",
+    "read_json",
     "read_record",
     "told",
 ]
 
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 EXPORT = "export.json"
 EXPORTED = (CONFIG, "tokenizer.json", WEIGHTS, EXPORT)
 
@@ -75,6 +80,24 @@ def lacking(path: Path) -> str:
     """Which files such a folder lacks, "" for none."""
     missing = [name for name in EXPORTED if not (path / name).is_file()]
     return f"it lacks {', '.join(missing)}" if missing else ""
+
+
+def is_ours(entries: dict[str, Any]) -> bool:
+    """Whether a config.json is one that this trainer writes, be it damaged."""
+    return {"type", "model_cfg"} <= entries.keys() and "model_type" not in entries
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. ConfigError if the file holds none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: a JSON object is needed, got a {type(found).__name__}")
+    return found
 
 
 def read_record(path: Path, kind: type[BaseModel]) -> dict[str, Any]:

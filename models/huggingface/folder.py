@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from configs.messages import ConfigError
+from configs.saved import CONFIG, WEIGHTS, is_ours, read_json
 from models.huggingface import Row, form_of
 from naming import shorten
 
-__all__ = ["CONFIG", "WEIGHTS", "Folder", "is_ours", "read_folder", "read_json"]
+__all__ = ["Folder", "read_folder"]
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 # Weights in files that execute what stands in them, or that other programs read.
 OTHER_WEIGHTS = ("pytorch_model*.bin", "consolidated*.pth", "tf_model.h5", "flax_model.msgpack", "*.gguf")
@@ -76,21 +75,3 @@ def _without_weights(path: Path, row: Row) -> str:
         f'transformers converts them: python -c "from transformers import {row.classes[0]}; {row.classes[0]}.'
         f"from_pretrained('{path}').save_pretrained('NEW')\", and the tokenizer's files copied beside it"
     )
-
-
-def is_ours(entries: dict[str, Any]) -> bool:
-    """Whether a config.json is one that this trainer writes, be it damaged."""
-    return {"type", "model_cfg"} <= entries.keys() and "model_type" not in entries
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. ConfigError if the file holds none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: no JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path}: a JSON object is needed, got a {type(found).__name__}")
-    return found

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from models.huggingface.folder import WEIGHTS
+from configs.saved import WEIGHTS
 
 __all__ = ["WEIGHTS", "open_tensors", "read_tensors", "safetensors_library", "write_tensors"]
 
