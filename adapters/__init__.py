@@ -63,13 +63,16 @@ def build_adapter(
     with torch.device("meta"):
         model = cls.build_model(load(models.resolve(cfg.type).model), model_cfg)
     adapter = cls(model, model_cfg, tokenizer)
-    adapter.kernels = Kernels(cfg.kernels)
+    kernels = Kernels(cfg.kernels, deterministic=cfg.deterministic, device=torch.device(device))
+    adapter.kernels = kernels
     _refuse_state_outside_the_model(adapter)
     if torch.device(device).type != "meta":
         adapter.to_empty(device="cpu")
         adapter.init_weights(torch.Generator().manual_seed(cfg.seed))
         adapter.to(device)
-    _freeze_external(adapter)  # last, as loading a base may replace its modules
+    # Last, as loading a base may replace its modules.
+    adapter.kernels = kernels
+    _freeze_external(adapter)
     return adapter
 
 

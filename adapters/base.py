@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.shaping import Shaping
-from kernels.choose import Kernels
+from kernels.choose import Kernels, UsesKernels
 from models.layers.flops import Flops
 from models.layers.roles import Rule
 
@@ -249,8 +249,20 @@ class ModelAdapter(nn.Module):
         self.model = model
         self.model_cfg: Any = model_cfg
         self.tokenizer = tokenizer
-        # The run's, set by `build_adapter`; hand it to every operation of `kernels/`.
         self.kernels = Kernels()
+
+    @property
+    def kernels(self) -> Kernels:
+        """The run's choice of implementations, set by `build_adapter`: hand it to every operation of `kernels/`. The
+        model's layers that call some (`UsesKernels`) have it too."""
+        return self._kernels
+
+    @kernels.setter
+    def kernels(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+        for module in self.modules():
+            if isinstance(module, UsesKernels):
+                module.kernels = kernels
 
     @classmethod
     def build_model(cls, model_class: Any, model_cfg: ModelConfig) -> nn.Module:
@@ -386,10 +398,15 @@ class ModelAdapter(nn.Module):
         """Module paths inside `model`: the units of compilation and activation recompute."""
         return self.model.blocks()
 
-    def kernel_calls(self, rows: int, seq_len: int) -> dict[str, tuple[int, int]]:
-        """Operations of `kernels/` that a training micro-batch calls -> (rows, columns) of the logits, at most. What is
-        said of a run before it starts; nothing depends on it."""
-        return {}
+    def kernel_calls(self, rows: int, seq_len: int) -> dict[str, dict[str, Any]]:
+        """Operations of `kernels/` that a training micro-batch calls -> what the rule of choice may know of it
+        (`kernels.choose.Call`): `rows` and `columns` of the logits at most, `facts`. What is said of a run before it
+        starts; nothing depends on it. Here: those of the model's layers."""
+        found: dict[str, dict[str, Any]] = {}
+        for module in self.model.modules():
+            if isinstance(module, UsesKernels):
+                found |= module.kernel_calls()
+        return found
 
     def flops(self, seq_len: int) -> Flops:
         """Floating-point operations per token at this row length, by the documented formula: the plan."""

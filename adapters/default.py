@@ -8,7 +8,7 @@ Shapes: B rows, S positions, n look-ahead, D width, V vocabulary.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -115,8 +115,9 @@ class DefaultModelAdapter(ModelAdapter):
     def clean_states(self, batch: Batch, ctx: Context) -> Tensor:
         return self.hidden(self.prepare(batch, ctx).to(self.device)).states
 
-    def kernel_calls(self, rows: int, seq_len: int) -> dict[str, tuple[int, int]]:
-        return {"linear_cross_entropy": (rows * seq_len, self.model.head_weight.shape[0])}
+    def kernel_calls(self, rows: int, seq_len: int) -> dict[str, dict[str, Any]]:
+        logits = {"rows": rows * seq_len, "columns": self.model.head_weight.shape[0]}
+        return {**super().kernel_calls(rows, seq_len), "linear_cross_entropy": logits}
 
     def heldout_metrics(self, hidden: Hidden, prepared: Prepared) -> dict[str, Metric]:
         """What evaluations report beside the score."""

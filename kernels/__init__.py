@@ -10,24 +10,63 @@ from dataclasses import dataclass, field
 
 from naming import Entry, not_one_of
 
-__all__ = ["AUTO", "KERNELS", "REFERENCE", "Kernel", "problems"]
+__all__ = ["AUTO", "CHUNKED", "KERNELS", "REFERENCE", "TRITON", "Implementation", "Kernel", "problems"]
 
-AUTO, REFERENCE = "auto", "reference"
+AUTO, REFERENCE, CHUNKED, TRITON = "auto", "reference", "chunked", "triton"
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an operation; `where` is "module:function", of the signature that all of them share.
+
+    What it can do is said here and nowhere else: `devices` by type and `dtypes` by name (empty: any), the `package` it
+    needs, the least compute `capability`. `adds_in_any_order`: floats are added by atomics, so that two runs differ;
+    `deterministic` excludes it. `refuses`: "module:function", called with a `kernels.choose.Call`, returns why that
+    call is beyond it, or None.
+    """
+
+    where: str
+    devices: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    package: str | None = None
+    capability: tuple[int, int] = (0, 0)
+    adds_in_any_order: bool = False
+    refuses: str | None = None
+
+
+def by_triton(where: str, **more: object) -> Implementation:
+    """A kernel of our own: bf16, fp16 and fp32 on NVIDIA GPUs from Ampere on."""
+    return Implementation(
+        where,
+        devices=("cuda",),
+        dtypes=("bfloat16", "float16", "float32"),
+        package="triton",
+        capability=(8, 0),
+        **more,  # type: ignore[arg-type]
+    )
 
 
 @dataclass(frozen=True)
 class Kernel(Entry):
-    """One operation on rows of logits.
+    """One operation.
 
-    `factory` is the function that models and adapters call. `implementations`: name -> "module:function", all of one
-    signature; `reference` is the plain definition, with all logits at once. `chunk_bytes`: the size of the logits that
-    `chunked` holds, by type of device, in the dtype of statistics; a type that is not named is taken for "cuda".
-    `plain_if_one_chunk`: where all rows are one chunk, `auto` takes the reference.
+    `factory` is the function that models and adapters call; its module has a `SPEC` (kernels/spec.py), if the operation
+    has more than its definition. `implementations` by name; `reference` is the plain definition. What `auto` takes:
+    where `compiled_with_neighbours`, the reference inside compiled blocks, because the compiler fuses it with what
+    surrounds it; on a GPU `triton`, where it is `for_memory` or its measured speed is committed (kernels/tuned.py);
+    then `chunked`, where not all rows are one chunk or `plain_if_one_chunk` is False; else the reference. `rule`:
+    "module:function", called with a `Call`, returns (name, why) in place of all that.
+
+    `chunk_bytes`: the size of the logits that `chunked` holds, by type of device, in the dtype of statistics; a type
+    that is not named is taken for "cuda".
     """
 
-    implementations: Mapping[str, str] = field(default_factory=dict)
+    implementations: Mapping[str, Implementation] = field(default_factory=dict)
     chunk_bytes: Mapping[str, int] = field(default_factory=dict)
     plain_if_one_chunk: bool = False
+    compiled_with_neighbours: bool = False
+    for_memory: bool = False
+    rule: str | None = None
 
 
 KERNELS: dict[str, Kernel] = {
@@ -38,11 +77,12 @@ KERNELS: dict[str, Kernel] = {
         "kernels.linear_cross_entropy:linear_cross_entropy",
         description="output layer and cross-entropy",
         implementations={
-            REFERENCE: "kernels.linear_cross_entropy.reference:reference",
-            "chunked": "kernels.linear_cross_entropy.chunked:chunked",
+            REFERENCE: Implementation("kernels.linear_cross_entropy.reference:reference"),
+            CHUNKED: Implementation("kernels.linear_cross_entropy.chunked:chunked"),
         },
         chunk_bytes={"cpu": 24 * 2**20, "cuda": 256 * 2**20},
         plain_if_one_chunk=True,
+        for_memory=True,
     ),
     # Some modes hold three buffers of this size. On a CPU chunks that stay in its cache are faster: 4,096 rows,
     # V = 1,025, D = 192, one thread, masked cross-entropy: 75 ms in chunks of 1 or 2 MiB, 104 ms in one of 16.
@@ -50,20 +90,30 @@ KERNELS: dict[str, Kernel] = {
         "kernels.linear_diffusion_loss:linear_diffusion_loss",
         description="output layer and the losses of discrete diffusion",
         implementations={
-            REFERENCE: "kernels.linear_diffusion_loss.reference:reference",
-            "chunked": "kernels.linear_diffusion_loss.chunked:chunked",
+            REFERENCE: Implementation("kernels.linear_diffusion_loss.reference:reference"),
+            CHUNKED: Implementation("kernels.linear_diffusion_loss.chunked:chunked"),
         },
         chunk_bytes={"cpu": 2 * 2**20, "cuda": 256 * 2**20},
+        for_memory=True,
     ),
     # The function holds a handful of tensors of this size, some of them in fp64.
     "linear_function_loss": Kernel(
         "kernels.linear_function_loss:linear_function_loss",
         description="output layer and a loss given as a function of logits",
         implementations={
-            REFERENCE: "kernels.linear_function_loss.reference:reference",
-            "chunked": "kernels.linear_function_loss.chunked:chunked",
+            REFERENCE: Implementation("kernels.linear_function_loss.reference:reference"),
+            CHUNKED: Implementation("kernels.linear_function_loss.chunked:chunked"),
         },
         chunk_bytes={"cuda": 64 * 2**20},
+    ),
+    "rms_norm": Kernel(
+        "kernels.rms_norm:rms_norm",
+        description="root-mean-square normalisation",
+        implementations={
+            REFERENCE: Implementation("kernels.rms_norm.reference:reference"),
+            TRITON: by_triton("kernels.rms_norm.triton:rms_norm"),
+        },
+        compiled_with_neighbours=True,
     ),
 }
 

@@ -2,70 +2,209 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
+from torch import nn
 
-from kernels import AUTO, KERNELS, REFERENCE, problems
+from kernels import AUTO, CHUNKED, KERNELS, REFERENCE, TRITON, problems
+from kernels import device as devices
+from kernels.device import Gpu, gpu_of
 from kernels.precision import at_least_fp32
+from kernels.tuned import verdict
 from naming import load
 
-__all__ = ["MIN_CHUNK_ROWS", "Kernels", "rows_at_once"]
+__all__ = ["MIN_CHUNK_ROWS", "Call", "Kernels", "UsesKernels", "rows_at_once"]
 
 # Fewer rows make the matrix products inefficient, and each chunk passes over the head and its gradient: V = 50,257,
 # D = 768, bf16, CPU: 10.5 s in chunks of 128 rows, 9.8 of 256, 8.1 of 512.
 MIN_CHUNK_ROWS = 512
 
+_loaded: dict[tuple[str, str], Callable[..., Any]] = {}  # (operation, implementation) -> function
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the rule may look at. `dtype` of the matrix products, or of what is read; `rows` and `columns` of the
+    logits, or rows (0: unknown) and width; `compiling`: inside a compiled block; `facts`: what else a row of the table
+    asks for.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    rows: int = 0
+    columns: int = 0
+    compiling: bool = False
+    facts: tuple[str, ...] = ()
+
+    @property
+    def gpu(self) -> Gpu | None:
+        return gpu_of(self.device)
+
 
 class Kernels:
     """The field `kernels` of one run, and a record of what its operations used.
 
-    It belongs to the run's adapter, which hands it to every operation it calls: two runs in one process have nothing in
-    common. `wanted` maps `default` and operations to an implementation or "auto". An operation's own entry is followed
-    or refused; the default is followed by the operations that have it.
+    It belongs to the run's adapter, which hands it to every operation it calls, and to the layers that call some
+    (`UsesKernels`): two runs in one process have nothing in common. `wanted` maps `default` and operations to an
+    implementation or "auto". An operation's own entry is followed or refused; the default is followed where it can be.
+    With a `device`, entries that cannot be followed there are refused at once.
     """
 
-    def __init__(self, wanted: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        wanted: Mapping[str, str] | None = None,
+        *,
+        deterministic: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
         self.wanted = {"default": AUTO, **(wanted or {})}
         if wrong := problems(self.wanted):
             raise ValueError("; ".join(wrong))
+        self.deterministic = deterministic
         self.used: dict[str, dict[str, str]] = {}  # operation -> implementation -> why, the first time
+        # What compiled code is guarded by: with another field, blocks are compiled anew.
+        self._key = f"{sorted(self.wanted.items())} {deterministic}"
+        self._known: dict[tuple[str, Call], str] = {}
+        if device is not None and device.type != "meta":
+            for op, name in self.wanted.items():
+                if op != "default" and name != AUTO:
+                    self._require(op, name, Call(device, torch.float32))
 
-    def choose(self, op: str, *, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> str:
-        """The implementation that this call of `op` takes; it is recorded. `rows` and `columns` of the logits, `dtype`
-        of the matrix products."""
-        name, why = self.foresee(op, rows=rows, columns=columns, device=device, dtype=dtype)
+    def __deepcopy__(self, memo: Any) -> Kernels:
+        return self
+
+    def choose(self, op: str, call: Call) -> str:
+        """The implementation that this call of `op` takes; it is recorded."""
+        name, why = self.foresee(op, call)
         self.used.setdefault(op, {}).setdefault(name, why)
         return name
 
     def implementation(
-        self, op: str, *, rows: int, columns: int, device: torch.device, dtype: torch.dtype
+        self,
+        op: str,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        rows: int = 0,
+        columns: int = 0,
+        facts: tuple[str, ...] = (),
     ) -> Callable[..., Any]:
-        """The function that `choose` names."""
-        name = self.choose(op, rows=rows, columns=columns, device=device, dtype=dtype)
-        return load(KERNELS[op].implementations[name])
+        """The function that `choose` names. Compiled code takes it as it was when it was compiled; there, `rows` and
+        `columns` must not vary."""
+        name = self._name(self._key, op, torch.compiler.is_compiling(), device, dtype, rows, columns, facts)
+        return _loaded[op, name]
 
-    def foresee(
-        self, op: str, *, rows: int, columns: int, device: torch.device, dtype: torch.dtype
-    ) -> tuple[str, str]:
-        """(implementation, why) of such a call, without a record."""
+    @torch.compiler.assume_constant_result
+    def _name(
+        self,
+        key: str,
+        op: str,
+        compiling: bool,
+        device: torch.device,
+        dtype: torch.dtype,
+        rows: int,
+        columns: int,
+        facts: tuple[str, ...],
+    ) -> str:
+        call = Call(device, dtype, rows, columns, compiling, facts)
+        name = self._known.get((op, call)) if op in self.used else None
+        if name is None:
+            name = self.choose(op, call)
+            if not rows:  # numbers of rows may be drawn anew in every step
+                self._known[op, call] = name
+        _loaded[op, name] = load(KERNELS[op].implementations[name].where)
+        return name
+
+    def foresee(self, op: str, call: Call) -> tuple[str, str]:
+        """(implementation, why) of such a call, without a record. ValueError where what is asked for cannot be."""
         kernel = KERNELS[op]
-        own = self.wanted.get(op)
+        own, default = self.wanted.get(op), self.wanted["default"]
         if own not in (None, AUTO):
+            self._require(op, own, call)
             return own, f"kernels.{op}"
-        if own is None and self.wanted["default"] in kernel.implementations:
-            return self.wanted["default"], "kernels.default"
-        if "chunked" not in kernel.implementations:
-            return REFERENCE, "auto: the plain definition"
-        at_once = rows_at_once(op, columns, device, dtype)
-        if kernel.plain_if_one_chunk and rows <= at_once:
-            return REFERENCE, f"auto: logits of {rows:,} rows fit at once"
-        return "chunked", f"auto: logits of {at_once:,} rows at a time"
+        if own == AUTO or default == AUTO:
+            return self._automatic(op, call)
+        if default not in kernel.implementations:
+            lacking = f"it has no {default}"
+        elif not (lacking := self.lacking(op, default, call)):
+            return default, "kernels.default"
+        name, why = self._automatic(op, call)
+        return name, f"{why}; not {default}: {lacking}"
+
+    def lacking(self, op: str, name: str, call: Call) -> str:
+        """Why this implementation cannot run such a call; "" if it can."""
+        way = KERNELS[op].implementations[name]
+        interpreted = name == TRITON and call.device.type == "cpu" and devices.interpreting()
+        if way.package and not _installed(way.package):
+            return f"the package {way.package} is not installed"
+        if way.devices and call.device.type not in way.devices and not interpreted:
+            return f"it runs on {', '.join(way.devices)}, and this is {call.device.type}"
+        if call.gpu is not None and call.gpu.capability < way.capability:
+            return f"it needs sm_{way.capability[0]}{way.capability[1]}, and this is {call.gpu.name}"
+        if (
+            way.dtypes
+            and (dtype := str(call.dtype).removeprefix("torch.")) not in way.dtypes
+            and not interpreted
+        ):
+            return f"it computes {', '.join(way.dtypes)}, and this is {dtype}"
+        if way.adds_in_any_order and self.deterministic:
+            return "it adds floats in no fixed order, and deterministic=true"
+        return (load(way.refuses)(call) if way.refuses else None) or ""
+
+    def _require(self, op: str, name: str, call: Call) -> None:
+        if lacking := self.lacking(op, name, call):
+            others = [other for other in KERNELS[op].implementations if not self.lacking(op, other, call)]
+            raise ValueError(
+                f"kernels.{op}={name} is not possible here: {lacking}. Possible: {', '.join([AUTO, *others])}"
+            )
+
+    def _automatic(self, op: str, call: Call) -> tuple[str, str]:
+        kernel = KERNELS[op]
+        if kernel.rule is not None:
+            name, why = load(kernel.rule)(call)
+            return name, f"auto: {why}"
+        if call.compiling and kernel.compiled_with_neighbours:
+            return REFERENCE, "auto: the compiler fuses it with its neighbours"
+        why_not = ""
+        if TRITON in kernel.implementations and call.device.type == "cuda":
+            why_not = self.lacking(op, TRITON, call)
+            if not why_not:
+                fast, said = verdict(op, TRITON, call.gpu)
+                if fast or kernel.for_memory:
+                    return TRITON, f"auto: {said if fast else 'logits of all rows never exist'}"
+                why_not = said
+        because = f"; not {TRITON}: {why_not}" if why_not else ""
+        if CHUNKED not in kernel.implementations:
+            return REFERENCE, f"auto: the plain definition{because}"
+        at_once = rows_at_once(op, call.columns, call.device, call.dtype)
+        if kernel.plain_if_one_chunk and call.rows <= at_once:
+            return REFERENCE, f"auto: logits of {call.rows:,} rows fit at once{because}"
+        return CHUNKED, f"auto: logits of {at_once:,} rows at a time{because}"
 
     def unread(self, ops: Iterable[str]) -> list[str]:
         """Operations that have an entry, and are none of those that the run has."""
         return sorted(self.wanted.keys() - {"default", *ops})
+
+
+class UsesKernels(nn.Module):
+    """A layer that calls operations of kernels/ hands them `self.kernels`: the run's, once the adapter has set it."""
+
+    kernels = Kernels()
+
+    def kernel_calls(self) -> dict[str, dict[str, Any]]:
+        """Operations that a forward pass calls -> what `Kernels.foresee` may know of it: `columns`, `facts`. Said of a
+        run before it starts; nothing depends on it."""
+        return {}
+
+
+@cache
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def rows_at_once(op: str, columns: int, device: torch.device, dtype: torch.dtype) -> int:

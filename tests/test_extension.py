@@ -22,7 +22,7 @@ from configs.grid import check_grid
 from configs.messages import ConfigError
 from configs.schema import CHOICES, GENERIC_FIELDS
 from data import Source
-from kernels import KERNELS, Kernel
+from kernels import KERNELS, Implementation, Kernel
 from models import Architecture
 from naming import Entry
 from tests.contract.tiny import overrides, session_of
@@ -195,7 +195,7 @@ def state_size(states, weights, kernels):
 
 class SmallStates(DefaultModelAdapter):
     def kernel_calls(self, rows, seq_len):
-        return {**super().kernel_calls(rows, seq_len), "state_size": (rows * seq_len, self.width)}
+        return {**super().kernel_calls(rows, seq_len), "state_size": {"rows": rows * seq_len}}
 
     def step_output(self, hidden, prepared):
         output = super().step_output(hidden, prepared)
@@ -380,14 +380,15 @@ def test_a_diffusion_process(toy, command, monkeypatch):
 def test_a_way_to_compute_an_operation(toy, command, monkeypatch):
     toy("kernel", IMPLEMENTATION)
     row = KERNELS["linear_cross_entropy"]
-    more = replace(row, implementations={**row.implementations, "halves": "toy_kernel:halves"})
+    more = replace(
+        row, implementations={**row.implementations, "halves": Implementation("toy_kernel:halves")}
+    )
     monkeypatch.setitem(KERNELS, "linear_cross_entropy", more)
     tried(command, "kernels.linear_cross_entropy=halves")
-    assert json.loads(Path("whole/manifest.json").read_text())["kernels"] == {
-        "linear_cross_entropy": {"halves": "kernels.linear_cross_entropy"}
-    }
+    taken = json.loads(Path("whole/manifest.json").read_text())["kernels"]
+    assert taken["linear_cross_entropy"] == {"halves": "kernels.linear_cross_entropy"}
     with pytest.raises(
-        ConfigError, match="'halve' is not one of auto, reference, chunked, halves. Did you mean 'hal"
+        ConfigError, match="'halve' is not one of auto, reference, chunked, halves, triton. Did you mean 'hal"
     ):
         prepare_and_check("gpt2", "kernels=halve")
     prepare_and_check("gpt2", "kernels=halves")  # by the operations that have it
@@ -395,14 +396,13 @@ def test_a_way_to_compute_an_operation(toy, command, monkeypatch):
 
 def test_an_operation(toy, command, monkeypatch):
     toy("operation", OPERATION)
-    plain = {"reference": "toy_operation:reference"}
+    plain = {"reference": Implementation("toy_operation:reference")}
     monkeypatch.setitem(KERNELS, "state_size", Kernel("toy_operation:state_size", implementations=plain))
     adapter = "model_adapter='toy_operation:SmallStates'"
     command(*overrides("gpt2", *SHORT, adapter, "kernels=chunked", "output_dir=out"))
-    assert json.loads(Path("out/manifest.json").read_text())["kernels"] == {
-        "linear_cross_entropy": {"chunked": "kernels.default"},
-        "state_size": {"reference": "auto: the plain definition"},
-    }
+    taken = json.loads(Path("out/manifest.json").read_text())["kernels"]
+    assert taken["linear_cross_entropy"] == {"chunked": "kernels.default"}
+    assert taken["state_size"] == {"reference": "auto: the plain definition; not chunked: it has no chunked"}
     tried(command, adapter, "kernels.state_size=reference")
     with pytest.raises(ConfigError, match="kernels.state_size: 'chunked' is not one of auto, reference"):
         prepare_and_check("gpt2", "kernels.state_size=chunked")

@@ -20,6 +20,7 @@ from adapters import adapter_class, build_adapter
 from adapters.base import ModelAdapter, weighted_loss
 from data import Dataset, load_dataset, unheard
 from data.rows import HeldoutRows, TrainingRows
+from kernels.choose import Kernels
 from trainer.batching import BatchPlan, StepLoader, largest_batch_that_fits, plan_batch
 from trainer.distributed import World
 from trainer.optim.ema import EMA
@@ -133,6 +134,7 @@ def open_session(
     """
     device = world.device
     tune_host(cfg, device)
+    Kernels(cfg.kernels, deterministic=cfg.deterministic, device=device)  # refused before any text is read
     precision, reason = choose_precision(cfg.mixed_precision, device)
     compiled, not_compiled = should_compile(cfg.torch_compile, device)
 

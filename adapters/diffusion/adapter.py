@@ -77,8 +77,9 @@ class DiffusionAdapter(ModelAdapter):
     def network(self) -> Network:
         return Network(self.model, self.kernels)
 
-    def kernel_calls(self, rows: int, seq_len: int) -> dict[str, tuple[int, int]]:
-        return {self.process.kernel: (rows * seq_len, self.model.V)}
+    def kernel_calls(self, rows: int, seq_len: int) -> dict[str, dict[str, Any]]:
+        logits = {"rows": rows * seq_len, "columns": self.model.V}
+        return {**super().kernel_calls(rows, seq_len), self.process.kernel: logits}
 
     # -- training ------------------------------------------------------------------------------------------------
 

@@ -6,16 +6,20 @@ projections that read it share one conversion.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.choose import UsesKernels
 from kernels.precision import at_least_fp32, compute_dtype
+from kernels.rms_norm import rms_norm
 
 __all__ = ["LayerNorm", "RMSNorm"]
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(UsesKernels):
     """x / sqrt(mean(x^2) + eps) * gain (Zhang and Sennrich 2019, equation 4)."""
 
     def __init__(self, width: int, eps: float) -> None:
@@ -24,9 +28,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        stats = at_least_fp32(x.dtype)
-        y = F.rms_norm(x.to(stats), self.weight.shape, self.weight.to(stats), self.eps)
-        return y.to(compute_dtype(x))
+        return rms_norm(x, self.weight, self.eps, self.kernels)
+
+    def kernel_calls(self) -> dict[str, dict[str, Any]]:
+        return {"rms_norm": {"columns": len(self.weight)}}
 
     def init_weights(self) -> None:
         nn.init.ones_(self.weight)

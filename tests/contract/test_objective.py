@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import KERNELS
-from kernels.choose import Kernels
+from kernels import KERNELS, TRITON
+from kernels.choose import Call, Kernels
 from tests.contract.tiny import (
     SEQ_LEN,
     adapter_of,
@@ -21,6 +21,7 @@ from tests.contract.tiny import (
     move_away_from_uniform,
     split,
 )
+from tests.kernels.interpret import interpreted
 
 
 def test_forward_and_backward_are_finite_and_reach_every_parameter(architecture):
@@ -120,8 +121,10 @@ def test_every_implementation_of_the_kernels_gives_the_same(architecture, monkey
     plain, plain_gradients = loss_and_gradients(adapter, [batch_for(adapter)])
     assert {op: [*used] for op, used in adapter.kernels.used.items()} == {op: ["reference"] for op in ops}
     for op in ops:
-        for name, spec in KERNELS[op].implementations.items():
-            if hasattr(module := importlib.import_module(spec.partition(":")[0]), "rows_at_once"):
+        for name, way in KERNELS[op].implementations.items():
+            if Kernels().lacking(op, name, Call(adapter.device, torch.float64)):
+                continue
+            if hasattr(module := importlib.import_module(way.where.partition(":")[0]), "rows_at_once"):
                 monkeypatch.setattr(module, "rows_at_once", lambda *args: 5)
             adapter.kernels = Kernels({op: name})
             other, gradients = loss_and_gradients(adapter, [batch_for(adapter)])
@@ -129,3 +132,21 @@ def test_every_implementation_of_the_kernels_gives_the_same(architecture, monkey
             assert other == pytest.approx(plain, rel=1e-10)
             for path, gradient in plain_gradients.items():
                 torch.testing.assert_close(gradients[path], gradient, rtol=1e-8, atol=1e-12, msg=path)
+
+
+@pytest.mark.slow
+def test_the_triton_kernels_give_the_same(architecture):
+    """All that the architecture calls, in the interpreter, in fp32."""
+    adapter = adapter_of(architecture, "kernels=reference")
+    plain, plain_gradients = loss_and_gradients(adapter, [batch_for(adapter)])
+    ops = [op for op in adapter.kernels.used if TRITON in KERNELS[op].implementations]
+    if not ops:
+        pytest.skip("no operation with a Triton kernel")
+    with interpreted():
+        adapter.kernels = Kernels(dict.fromkeys(ops, TRITON))
+        other, gradients = loss_and_gradients(adapter, [batch_for(adapter)])
+    assert all([*adapter.kernels.used[op]] == [TRITON] for op in ops)
+    assert other == pytest.approx(plain, rel=1e-5)
+    largest = max(gradient.abs().max() for gradient in plain_gradients.values())
+    for path, gradient in plain_gradients.items():
+        torch.testing.assert_close(gradients[path], gradient, rtol=1e-3, atol=1e-5 * float(largest), msg=path)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from configs.schema import redacted
+from kernels.choose import Call
 from kernels.precision import compute_dtype
 from trainer.optim.optimizers import role_table
 from trainer.precision import autocast
@@ -72,10 +73,11 @@ def kernels_of(s: Session) -> dict[str, dict[str, str]]:
     kernels, device = s.adapter.kernels, s.world.device
     with autocast(s.precision, device):
         dtype = compute_dtype(next(s.adapter.parameters()))
-    expected = {
-        op: dict([kernels.foresee(op, rows=rows, columns=columns, device=device, dtype=dtype)])
-        for op, (rows, columns) in s.adapter.kernel_calls(s.plan.micro_rows, s.cfg.train_seq_len).items()
-    }
+    expected = {}
+    for op, known in s.adapter.kernel_calls(s.plan.micro_rows, s.cfg.train_seq_len).items():
+        # What has rows of logits is called by the adapter; everything else by layers, which compiled blocks consist of.
+        compiling = s.compiled and "rows" not in known
+        expected[op] = dict([kernels.foresee(op, Call(device, dtype, compiling=compiling, **known))])
     return {**expected, **kernels.used}
 
 
@@ -126,7 +128,8 @@ def _banner(s: Session, manifest: dict[str, Any], path: Path) -> list[str]:
         f"{plan.micro_rows} rows)",
         f"{s.world.device} · {'fp32' if s.precision == 'no' else s.precision} ({s.precision_reason}) · "
         f"{'compiled blocks' if s.compiled else 'eager'}{s.not_compiled and f' ({s.not_compiled})'} · {cfg.optimizer}",
-        *(
+        "kernels "
+        + " · ".join(
             f"{op}: {name} ({why})"
             for op, chosen in manifest["kernels"].items()
             for name, why in chosen.items()

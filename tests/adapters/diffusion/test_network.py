@@ -19,8 +19,8 @@ from tests.adapters.diffusion.toy import F64
 @pytest.mark.parametrize("kind", ["mdl", "sedd", "d3pm", "bd3lm"])
 def test_the_kernels_of_the_run_compute_the_loss(kind, implementation, monkeypatch):
     called = []
-    for name, spec in KERNELS[fused.OP].implementations.items():
-        module = import_module(spec.partition(":")[0])
+    for name, way in KERNELS[fused.OP].implementations.items():
+        module = import_module(way.where.partition(":")[0])
         monkeypatch.setattr(module, name, partial(_noted, called, name, getattr(module, name)))
     adapter = build(kind, trained=False)
     adapter.kernels = Kernels({"default": implementation})

@@ -1,0 +1,100 @@
+"""Triton kernels run by Triton's interpreter, on tensors of the CPU, beside everything else in one process.
+
+What the interpreter would hide is looked for: a masked load without `other` reads 0 there and anything on a GPU, so
+here it reads NaN; programs run one after another, so two that store to one address would not be noticed, and are an
+error.
+
+It cannot show: arithmetic in bf16 (operands must be raised to fp32 where they are loaded; stores to bf16 truncate),
+TF32 products, and what a compiler does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from kernels import device
+
+__all__ = ["interpreted", "poisoned"]
+
+
+@contextmanager
+def interpreted() -> Iterator[None]:
+    """In the body every launch of a Triton kernel is interpreted, and the rule of choice knows it."""
+    from triton.runtime import interpreter
+    from triton.runtime.interpreter import GridExecutor, InterpretedFunction, InterpreterBuilder
+    from triton.runtime.jit import JITFunction
+
+    made: dict[Any, InterpretedFunction] = {}
+
+    def function(jitted: JITFunction) -> InterpretedFunction:
+        return made.setdefault(jitted.fn, InterpretedFunction(jitted.fn))
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool = False, **options: Any) -> None:
+        owners.clear()
+        function(self).run(*args, grid=grid, warmup=False, **options)
+
+    def device_function(self: JITFunction, *args: Any, **options: Any) -> Any:
+        """Called from within a kernel: tl.sum and our own helpers. The interpreter's own would leave tl patched."""
+        scope = interpreter._patch_lang(function(self).fn)
+        try:
+            return function(self).rewrite()(*args, **options)
+        finally:
+            scope.restore()
+
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    owners: dict[int, tuple[int, ...]] = {}  # address -> the program that stored there
+
+    def masked_load(self: Any, ptrs: Any, mask: Any, other: Any, *rest: Any) -> Any:
+        found = load(self, ptrs, mask, other, *rest)
+        if other is None and np.issubdtype(found.data.dtype, np.floating):
+            found.data = np.where(mask.data, found.data, np.nan)
+        return found
+
+    def masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        program = tuple(self.grid_idx)
+        for address in np.broadcast_to(ptrs.data, mask.data.shape)[mask.data].ravel().tolist():
+            if owners.setdefault(address, program) != program:
+                raise AssertionError(f"programs {owners[address]} and {program} store to one address")
+        return store(self, ptrs, value, mask, *rest)
+
+    originals = JITFunction.run, JITFunction.__call__, device.interpreting
+    JITFunction.run, JITFunction.__call__ = run, device_function
+    InterpreterBuilder.create_masked_load = masked_load
+    InterpreterBuilder.create_masked_store = masked_store
+    device.interpreting = lambda: True
+    assert GridExecutor is not None
+    try:
+        yield
+    finally:
+        JITFunction.run, JITFunction.__call__, device.interpreting = originals
+        InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """In the body `torch.empty` and its kin hold NaN (integers: a large number), as if memory were used: what a kernel
+    does not write shows."""
+    names = ("empty", "empty_like", "empty_strided")
+    originals = {name: getattr(torch, name) for name in names}
+    new_empty = torch.Tensor.new_empty
+
+    def fill(t: torch.Tensor) -> torch.Tensor:
+        if t.device.type == "meta":
+            return t
+        with torch.no_grad():
+            return t.fill_(float("nan") if t.is_floating_point() else 2**30) if t.dtype != torch.bool else t
+
+    for name, original in originals.items():
+        setattr(torch, name, lambda *a, original=original, **k: fill(original(*a, **k)))
+    torch.Tensor.new_empty = lambda self, *a, **k: fill(new_empty(self, *a, **k))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(torch, name, original)
+        torch.Tensor.new_empty = new_empty
