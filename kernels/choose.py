@@ -130,11 +130,11 @@ class Kernels:
         if own == AUTO or default == AUTO:
             return self._automatic(op, call)
         if default not in kernel.implementations:
-            lacking = f"it has no {default}"
+            lacking = "there is none"
         elif not (lacking := self.lacking(op, default, call)):
             return default, "kernels.default"
         name, why = self._automatic(op, call)
-        return name, f"{why}; not {default}: {lacking}"
+        return name, f"{why}; kernels.default={default}: {lacking}"
 
     def lacking(self, op: str, name: str, call: Call) -> str:
         """Why this implementation cannot run such a call; "" if it can."""
@@ -143,7 +143,8 @@ class Kernels:
         if way.package and not _installed(way.package):
             return f"the package {way.package} is not installed"
         if way.devices and call.device.type not in way.devices and not interpreted:
-            return f"it runs on {', '.join(way.devices)}, and this is {call.device.type}"
+            hint = " (with TRITON_INTERPRET=1 it is interpreted, slowly)" if name == TRITON else ""
+            return f"it runs on {', '.join(way.devices)}, and this is {call.device.type}{hint}"
         if call.gpu is not None and call.gpu.capability < way.capability:
             return f"it needs sm_{way.capability[0]}{way.capability[1]}, and this is {call.gpu.name}"
         if (

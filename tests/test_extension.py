@@ -402,7 +402,9 @@ def test_an_operation(toy, command, monkeypatch):
     command(*overrides("gpt2", *SHORT, adapter, "kernels=chunked", "output_dir=out"))
     taken = json.loads(Path("out/manifest.json").read_text())["kernels"]
     assert taken["linear_cross_entropy"] == {"chunked": "kernels.default"}
-    assert taken["state_size"] == {"reference": "auto: the plain definition; not chunked: it has no chunked"}
+    assert taken["state_size"] == {
+        "reference": "auto: the plain definition; kernels.default=chunked: there is none"
+    }
     tried(command, adapter, "kernels.state_size=reference")
     with pytest.raises(ConfigError, match="kernels.state_size: 'chunked' is not one of auto, reference"):
         prepare_and_check("gpt2", "kernels.state_size=chunked")

@@ -54,7 +54,7 @@ CHOICES = [
         CPU,
         SINGLE,
         "reference",
-        "auto: the plain definition; not chunked: it has no chunked",
+        "auto: the plain definition; kernels.default=chunked: there is none",
     ),
     ({CE: "chunked"}, CE, 1, 1024, CPU, SINGLE, "chunked", f"kernels.{CE}"),
     ({CE: "chunked"}, DIFFUSION, 1, 1024, CPU, SINGLE, "chunked", "auto: logits of 512 rows at a time"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,14 +129,18 @@ def _banner(s: Session, manifest: dict[str, Any], path: Path) -> list[str]:
         f"{plan.micro_rows} rows)",
         f"{s.world.device} · {'fp32' if s.precision == 'no' else s.precision} ({s.precision_reason}) · "
         f"{'compiled blocks' if s.compiled else 'eager'}{s.not_compiled and f' ({s.not_compiled})'} · {cfg.optimizer}",
-        "kernels "
-        + " · ".join(
-            f"{op}: {name} ({why})"
-            for op, chosen in manifest["kernels"].items()
-            for name, why in chosen.items()
-        ),
+        f"kernels {_in_words(manifest['kernels'])}",
         f"run folder {path}",
     ]
+
+
+def _in_words(kernels: Mapping[str, Mapping[str, str]]) -> str:
+    """`name: operations (why)`, those of one name and reason together."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for op, chosen in kernels.items():
+        for taken in chosen.items():
+            found.setdefault(taken, []).append(op)
+    return " · ".join(f"{name}: {', '.join(ops)} ({why})" for (name, why), ops in found.items()) or "none"
 
 
 def execution(s: Session) -> dict[str, Any]:

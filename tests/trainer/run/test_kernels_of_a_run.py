@@ -41,7 +41,7 @@ def test_the_manifest_and_the_console_name_what_is_taken_and_why(tmp_path, capsy
     start(tmp_path / "auto")
     # 4 rows of 32 tokens
     assert manifest(tmp_path / "auto") == {OP: {"reference": "auto: logits of 128 rows fit at once"}}
-    assert f"{OP}: reference (auto: logits of 128 rows fit at once)" in capsys.readouterr().out
+    assert f"reference: {OP} (auto: logits of 128 rows fit at once)" in capsys.readouterr().out
     start(tmp_path / "asked", "kernels=chunked", "kernels.linear_diffusion_loss=reference")
     assert manifest(tmp_path / "asked") == {OP: {"chunked": "kernels.default"}}
     out = capsys.readouterr().out
