@@ -153,8 +153,8 @@ def test_at_home_nothing_is_put_aside():
     """The command line and these tests have the project first on their path."""
     before = dict(sys.modules)
     with guest.visit():
-        import trainer.commands.bench_baseline
-    assert sys.modules["trainer.commands.bench_baseline"] is trainer.commands.bench_baseline
+        import trainer.commands.bench.baseline
+    assert sys.modules["trainer.commands.bench.baseline"] is trainer.commands.bench.baseline
     assert all(sys.modules[name] is before[name] for name in before)
 
 

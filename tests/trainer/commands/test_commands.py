@@ -14,7 +14,8 @@ import torch
 
 import mytrainer
 from tests.contract.tiny import config
-from trainer.commands import bench, evaluate
+from trainer.commands import evaluate
+from trainer.commands.bench import step as bench_step
 from trainer.commands.generate import _Printer
 from trainer.loop import train
 
@@ -483,6 +484,7 @@ def test_bench_measures_both_comparisons(command, tmp_path):
 
 def test_bad_benchmarks_are_refused(command):
     refused(command(*bench_words(0)), "steps: must be at least 1, got 0")
+    refused(command("bench", "stp"), "Did you mean 'step'?")
     refused(command(*bench_words(1), "--output", "no/such/x.json"), "output: cannot write no/such/x.json")
 
 
@@ -490,7 +492,7 @@ def test_bad_benchmarks_are_refused(command):
     ("module", "words"),
     [
         (evaluate, ["--model_name", "dante", "--device", "cpu", "--val_bytes", "100"]),
-        (bench, [*bench_words(1)[1:], "--no_processes"]),
+        (bench_step, [*bench_words(1)[2:], "--no_processes"]),
     ],
 )
 def test_a_file_is_written_before_anything_is_printed(runs, monkeypatch, tmp_path, module, words):
@@ -502,8 +504,8 @@ def test_a_file_is_written_before_anything_is_printed(runs, monkeypatch, tmp_pat
     monkeypatch.chdir(runs)
     monkeypatch.setattr(module, "print", left, raising=False)
     for slow in ("_loop_overhead", "_against_plain"):
-        monkeypatch.setattr(bench, slow, lambda *args: {"measured": 1})
-    monkeypatch.setattr(bench, "_report", str)
+        monkeypatch.setattr(bench_step, slow, lambda *args: {"measured": 1})
+    monkeypatch.setattr(bench_step, "_report", str)
     with pytest.raises(BrokenPipeError):
         module.main([*map(str, words), "--output", str(tmp_path / "found.json")])
     assert json.loads((tmp_path / "found.json").read_text())

@@ -1,6 +1,6 @@
-"""The `bench` command: what this trainer costs, measured side by side in one process.
+"""`bench step`: what this trainer costs, measured side by side in one process.
 
-`python mytrainer.py bench step` compares, interleaved and by medians,
+It compares, interleaved and by medians,
 
 - the training loop (loader, denominators, clipping, finite check, meter) against a bare forward, backward and
   optimizer step of the same model on the same batches: the loop's overhead;
@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from configs.compose import compose
-from trainer.commands.bench_baseline import PlainGPT2
+from trainer.commands.bench.baseline import PlainGPT2
+from trainer.commands.bench.turns import interleaved, median_ratio
 from trainer.distributed import World, choose_device
 from trainer.optim.optimizers import clip_gradients
 from trainer.precision import autocast
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 VARIANTS: dict[str, dict[str, Any]] = {
     "fp32": {"mixed_precision": "no", "torch_compile": False},
     "bf16": {"mixed_precision": "bf16", "torch_compile": False},
@@ -53,10 +54,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python mytrainer.py bench",
-        description="Benchmarks. Extra arguments are Hydra overrides: preset=small train_seq_len=512 ...",
+        prog="python mytrainer.py bench step",
+        description="A training step. Extra arguments are Hydra overrides: preset=small train_seq_len=512 ...",
     )
-    parser.add_argument("what", choices=["step"])
     parser.add_argument("--hydra_model_cfg", "--config", default="configs/gpt2.yaml")
     parser.add_argument("--steps", type=int, default=20, help="measured steps of each side")
     parser.add_argument("--no_compile", action="store_true", help="leave out the compiled variant")
@@ -114,29 +114,6 @@ def _open(configs: tuple[RunConfig, Any], variant: str | None = None) -> Session
     return open_session(cfg, model_cfg, World(choose_device(cfg.device)))
 
 
-def _interleaved(
-    sides: dict[str, Callable[[int], None]], steps: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds of every call, the sides taking turns, so that a noisy neighbour hits all alike."""
-    for side in sides.values():
-        for i in range(2):  # first calls allocate and compile
-            side(i)
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for i in range(steps):
-        for name, side in sides.items():
-            started = time.perf_counter()
-            side(i + 2)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - started)
-    return seconds
-
-
-def _ratio(slow: list[float], fast: list[float]) -> float:
-    """Median over the turns of slow / fast."""
-    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
-
-
 def _bare_step(s: Session, index: int) -> None:
     """Forward, backward, clip, optimizer: what no training can leave out."""
     batch = s.loader.load(index)
@@ -168,12 +145,12 @@ def _loop_overhead(configs: tuple[RunConfig, Any], steps: int) -> dict[str, floa
                 if (index + 1) % ours.cfg.logging_steps == 0:
                     trainer._log()
 
-            seconds = _interleaved(
+            seconds = interleaved(
                 {"bare": lambda i: _bare_step(bare, i), "loop": real}, steps, ours.world.device
             )
     tokens = ours.plan.rows * ours.cfg.train_seq_len
     return {
-        "overhead_percent": 100 * (_ratio(seconds["loop"], seconds["bare"]) - 1),
+        "overhead_percent": 100 * (median_ratio(seconds["loop"], seconds["bare"]) - 1),
         "bare_tokens_per_second": tokens / statistics.median(seconds["bare"]),
         "loop_tokens_per_second": tokens / statistics.median(seconds["loop"]),
     }
@@ -205,11 +182,11 @@ def _against_plain(configs: tuple[RunConfig, Any], names: list[str], steps: int)
     first = sessions[names[0]]
     sides: dict[str, Callable[[int], None]] = {"plain loop": _plain_side(first)}
     sides |= {name: partial(_bare_step, s) for name, s in sessions.items()}
-    seconds = _interleaved(sides, steps, first.world.device)
+    seconds = interleaved(sides, steps, first.world.device)
     tokens = first.plan.rows * first.cfg.train_seq_len
     return {
         "tokens_per_second": {name: tokens / statistics.median(t) for name, t in seconds.items()},
-        "times_plain_loop": {name: _ratio(seconds["plain loop"], seconds[name]) for name in names},
+        "times_plain_loop": {name: median_ratio(seconds["plain loop"], seconds[name]) for name in names},
     }
 
 

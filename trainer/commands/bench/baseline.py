@@ -1,4 +1,4 @@
-"""A plain GPT-2 for the `bench` command to be compared with: what a single-file training script does.
+"""A plain GPT-2 for `bench step` to be compared with: what a single-file training script does.
 
 No document mask, no fused loss: causal attention over the whole row and the cross-entropy of all logits at once.
 """
