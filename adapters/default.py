@@ -89,7 +89,7 @@ class DefaultModelAdapter(ModelAdapter):
         self, states: Tensor, targets: Tensor, weights: Tensor | None, head: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Weighted sum of nats, (), and nats of every position, (B, S), unweighted and detached."""
-        total, nats = linear_cross_entropy(
+        total, nats, _ = linear_cross_entropy(
             states.flatten(0, 1),
             self.model.head_weight if head is None else head,
             targets.flatten(),

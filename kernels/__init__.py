@@ -57,8 +57,9 @@ class Kernel(Entry):
     then `chunked`, where not all rows are one chunk or `plain_if_one_chunk` is False; else the reference. `rule`:
     "module:function", called with a `Call`, returns (name, why) in place of all that.
 
-    `chunk_bytes`: the size of the logits that `chunked` holds, by type of device, in the dtype of statistics; a type
-    that is not named is taken for "cuda".
+    `chunk_bytes`: the size of the logits that exist at once, by type of device, in the dtype that an implementation
+    holds them in: that of statistics in torch (beside the product's own, where that is narrower), the product's in
+    Triton. A type that is not named is taken for "cuda".
     """
 
     implementations: Mapping[str, Implementation] = field(default_factory=dict)
@@ -80,7 +81,7 @@ KERNELS: dict[str, Kernel] = {
             REFERENCE: Implementation("kernels.linear_cross_entropy.reference:reference"),
             CHUNKED: Implementation("kernels.linear_cross_entropy.chunked:chunked"),
         },
-        chunk_bytes={"cpu": 24 * 2**20, "cuda": 256 * 2**20},
+        chunk_bytes={"cpu": 24 * 2**20, "cuda": 512 * 2**20, "mps": 256 * 2**20},
         plain_if_one_chunk=True,
         for_memory=True,
     ),
@@ -93,7 +94,7 @@ KERNELS: dict[str, Kernel] = {
             REFERENCE: Implementation("kernels.linear_diffusion_loss.reference:reference"),
             CHUNKED: Implementation("kernels.linear_diffusion_loss.chunked:chunked"),
         },
-        chunk_bytes={"cpu": 2 * 2**20, "cuda": 256 * 2**20},
+        chunk_bytes={"cpu": 2 * 2**20, "cuda": 512 * 2**20, "mps": 256 * 2**20},
         for_memory=True,
     ),
     # The function holds a handful of tensors of this size, some of them in fp64.

@@ -182,7 +182,7 @@ class Kernels:
         because = f"; not {TRITON}: {why_not}" if why_not else ""
         if CHUNKED not in kernel.implementations:
             return REFERENCE, f"auto: the plain definition{because}"
-        at_once = rows_at_once(op, call.columns, call.device, call.dtype)
+        at_once = rows_at_once(op, call.columns, call.device, at_least_fp32(call.dtype))
         if kernel.plain_if_one_chunk and call.rows <= at_once:
             return REFERENCE, f"auto: logits of {call.rows:,} rows fit at once{because}"
         return CHUNKED, f"auto: logits of {at_once:,} rows at a time{because}"
@@ -209,7 +209,7 @@ def _installed(package: str) -> bool:
 
 
 def rows_at_once(op: str, columns: int, device: torch.device, dtype: torch.dtype) -> int:
-    """Rows of a chunk."""
+    """Rows of a chunk, whose logits are held in `dtype`."""
     sizes = KERNELS[op].chunk_bytes
     budget = sizes.get(device.type, sizes["cuda"])
-    return max(MIN_CHUNK_ROWS, budget // (at_least_fp32(dtype).itemsize * columns))
+    return max(MIN_CHUNK_ROWS, budget // (dtype.itemsize * columns))

@@ -164,15 +164,15 @@ IMPLEMENTATION = '''
 from kernels.linear_cross_entropy.reference import reference
 
 
-def halves(hidden, weight, targets, weights, vocab_size):
+def halves(hidden, weight, targets, weights, **kind):
     """The even rows, then the odd ones."""
     parts = [
-        reference(hidden[k::2], weight, targets[k::2], None if weights is None else weights[k::2], vocab_size)
+        reference(hidden[k::2], weight, targets[k::2], None if weights is None else weights[k::2], **kind)
         for k in (0, 1)
     ]
     nats = hidden.new_empty(len(hidden), dtype=parts[0][1].dtype)
     nats[0::2], nats[1::2] = parts[0][1], parts[1][1]
-    return parts[0][0] + parts[1][0], nats
+    return parts[0][0] + parts[1][0], nats, None
 '''
 
 OPERATION = '''

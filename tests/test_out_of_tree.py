@@ -112,7 +112,7 @@ class EchoAdapter(DefaultModelAdapter):
         output = super().forward(prepared)
         t = prepared.tensors
         hidden = self.model(t["inputs"], doc_ids=t["doc_ids"])
-        echo, _ = linear_cross_entropy(
+        echo, _, _ = linear_cross_entropy(
             hidden.flatten(0, 1), self.model.head_weight, t["inputs"].flatten(), None,
             vocab_size=self.model_cfg.vocab_size,
         )

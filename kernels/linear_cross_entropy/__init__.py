@@ -1,11 +1,13 @@
 """Output projection and cross-entropy in one op, so that logits of all rows need not exist at once.
 
-Shapes: N rows, D width, V_p rows of the head (padded vocabulary), V real vocabulary.
+Shapes: N rows, k targets of each, D width, V_p rows of the head (padded vocabulary), V real vocabulary.
 
 `reference` is the definition, with all logits; `chunked` computes a few rows at a time.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from kernels.choose import Kernels
 from kernels.linear_cross_entropy import chunked
 from kernels.linear_cross_entropy.reference import IGNORED, reference
 from kernels.precision import compute_dtype
+from kernels.softcap import Softcap
 
 __all__ = ["IGNORED", "linear_cross_entropy", "reference"]
 
@@ -27,37 +30,57 @@ def linear_cross_entropy(
     vocab_size: int | None = None,
     chunk_rows: int | None = None,
     kernels: Kernels | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Weighted sum of negative log-likelihoods of `softmax(hidden @ weight.T)`, and the value of each row.
+    *,
+    softcap: Softcap | None = None,
+    z_loss: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Weighted sum of negative log-likelihoods of `softmax(softcap(hidden @ weight.T))`, and the value of each row.
 
-    hidden (N, D); weight (V_p, D); targets (N,) int64, `IGNORED` rows score 0; weights (N,) or None for ones.
-    Columns from `vocab_size` on (padding) take no part in the softmax. Returns `sum` (), differentiable in
-    hidden, weight and weights, and `nats` (N,), unweighted and detached; both at least fp32, fp64 for fp64.
-    The matrix products run in autocast's dtype where it is on.
+    hidden (N, D); weight (V_p, D); targets (N,), or (N, k) for k tokens predicted by the same logits, int64, of which
+    `IGNORED` ones score 0; weights like targets, or None for ones. Columns from `vocab_size` on (padding) take no part
+    in the softmax. A scale of each column is the caller's to multiply the head's rows by.
+
+    Returns `sum` (), of weight * (nats + z_loss * z), differentiable in hidden, weight and weights; `nats` like
+    targets, and `z` (N,), the square of a row's log-normaliser (0 where all its targets are ignored; None without
+    `z_loss`), both unweighted and detached. All are at least fp32, fp64 for fp64; the matrix products run in autocast's
+    dtype where it is on.
 
     `kernels` of the run choose the implementation; None = automatically. `chunk_rows` given: chunks of that many.
+    ValueError on shapes that do not fit.
     """
-    _check(hidden, weight, targets, weights, vocab_size)
-    vocab_size = vocab_size or weight.shape[0]
+    _check(hidden, weight, targets, weights, vocab_size, z_loss)
     hidden = hidden.to(compute_dtype(hidden))
+    args = hidden, weight, targets, weights
+    kind: dict[str, Any] = {
+        "vocab_size": vocab_size or weight.shape[0],
+        "softcap": softcap,
+        "z_loss": z_loss,
+    }
     if chunk_rows is not None:
-        return chunked.chunked(hidden, weight, targets, weights, vocab_size, chunk_rows)
+        return chunked.chunked(*args, **kind, chunk_rows=chunk_rows)
     run = (kernels or Kernels()).implementation(
         OP, rows=hidden.shape[0], columns=weight.shape[0], device=hidden.device, dtype=hidden.dtype
     )
-    return run(hidden, weight, targets, weights, vocab_size)
+    return run(*args, **kind)
 
 
 def _check(
-    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, vocab_size: int | None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    vocab_size: int | None,
+    z_loss: float,
 ) -> None:
-    rows = hidden.shape[0]
     shapes_fit = hidden.ndim == 2 and weight.ndim == 2 and hidden.shape[1] == weight.shape[1]
-    if not shapes_fit or targets.shape != (rows,) or (weights is not None and weights.shape != (rows,)):
+    rows_fit = targets.ndim in (1, 2) and targets.shape[0] == hidden.shape[0] and 0 not in targets.shape[1:]
+    if not shapes_fit or not rows_fit or (weights is not None and weights.shape != targets.shape):
         raise ValueError(
-            "linear_cross_entropy: expected hidden (N, D), weight (V_p, D), targets and weights (N,); got "
-            f"{tuple(hidden.shape)}, {tuple(weight.shape)}, {tuple(targets.shape)}, "
+            "linear_cross_entropy: expected hidden (N, D), weight (V_p, D), targets (N,) or (N, k), weights like "
+            f"targets; got {tuple(hidden.shape)}, {tuple(weight.shape)}, {tuple(targets.shape)}, "
             f"{None if weights is None else tuple(weights.shape)}"
         )
     if vocab_size is not None and not 0 < vocab_size <= weight.shape[0]:
         raise ValueError(f"vocab_size: must be 1 to {weight.shape[0]} (rows of the head), got {vocab_size}")
+    if not 0 <= z_loss < float("inf"):
+        raise ValueError(f"z_loss: must be 0 (off) or more, got {z_loss}")

@@ -14,9 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from kernels.choose import Kernels
+from kernels.chunks import States
 from kernels.linear_diffusion_loss import chunked
 from kernels.linear_diffusion_loss.reference import product_dtype, reference
-from kernels.linear_diffusion_loss.rows import MODES, States
+from kernels.linear_diffusion_loss.rows import MODES
 from naming import not_one_of
 
 __all__ = ["MODES", "linear_diffusion_loss", "reference"]

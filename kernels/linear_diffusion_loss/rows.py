@@ -10,37 +10,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["MODES", "Chunk", "Mode", "States"]
+from kernels import chunks
+from kernels.chunks import Rows, States
+
+__all__ = ["MODES", "Mode"]
 
 
-@dataclass(frozen=True)
-class States:
-    """The state space: V states, of which n are real tokens; `mask_id` is the remaining one, or None."""
+class Mode(chunks.Mode, Protocol):
+    """Rows have `ids` (x0, xt), and as `scalars` what `prepare` made."""
 
-    V: int
-    n: int
-    mask_id: int | None
-
-
-@dataclass
-class Chunk:
-    """A chunk's rows besides their logits, (r,) each; `scalars` is what `Mode.prepare` made."""
-
-    x0: Tensor
-    xt: Tensor
-    weights: Tensor
-    aux_weights: Tensor | None
-    scalars: tuple[Tensor, ...]
-
-
-class Mode(Protocol):
     names: tuple[str, ...]  # coefficients that must be given, (M,) each
     optional: tuple[str, ...]
     needs_mask: bool
@@ -51,9 +35,6 @@ class Mode(Protocol):
     ) -> tuple[Tensor, ...]:
         """Per-row scalars (M,), in the dtype of the coefficients: differences of survival probabilities
         deserve fp64."""
-
-    def rows(self, z: Tensor, chunk: Chunk, states: States, gradient: bool) -> tuple[Tensor, Tensor | None]:
-        """(nats, aux), (r,) each; with `gradient`, z becomes the gradient."""
 
 
 def _at(z: Tensor, ids: Tensor) -> Tensor:
@@ -82,15 +63,16 @@ class Subs:
     ) -> tuple[Tensor, ...]:
         return ()
 
-    def rows(self, z: Tensor, chunk: Chunk, states: States, gradient: bool) -> tuple[Tensor, Tensor | None]:
-        masked = _is_mask(chunk.xt, states)
+    def rows(self, z: Tensor, rows: Rows, states: States, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        x0, xt = rows.ids
+        masked = _is_mask(xt, states)
         z[:, states.mask_id] = -torch.inf
         lse = z.logsumexp(1)
-        nats = torch.where(masked, lse - _at(z, chunk.x0), 0.0)
+        nats = torch.where(masked, lse - _at(z, x0), 0.0)
         if gradient:
-            slope = torch.where(masked, chunk.weights, 0.0)
+            slope = torch.where(masked, rows.weights, 0.0)
             z.sub_(lse[:, None]).exp_().mul_(slope[:, None])
-            _add_at(z, chunk.x0, -slope)
+            _add_at(z, x0, -slope)
         return nats, None
 
 
@@ -111,21 +93,22 @@ class ScoreEntropyAbsorb:
     ) -> tuple[Tensor, ...]:
         return (given.get("shift", torch.zeros_like(x0, dtype=torch.float32)),)
 
-    def rows(self, z: Tensor, chunk: Chunk, states: States, gradient: bool) -> tuple[Tensor, Tensor | None]:
-        (shift,) = chunk.scalars
-        masked = _is_mask(chunk.xt, states)
+    def rows(self, z: Tensor, rows: Rows, states: States, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        x0, xt = rows.ids
+        (shift,) = rows.scalars
+        masked = _is_mask(xt, states)
         z[:, states.mask_id] = -torch.inf
         z.add_((shift - math.log(states.n))[:, None])
-        lse, z_x0 = z.logsumexp(1), _at(z, chunk.x0)
+        lse, z_x0 = z.logsumexp(1), _at(z, x0)
         nats = torch.where(masked, lse.exp() - z_x0 - 1, 0.0)
-        ce = None if chunk.aux_weights is None else torch.where(masked, lse - z_x0, 0.0)
+        ce = None if rows.aux_weights is None else torch.where(masked, lse - z_x0, 0.0)
         if gradient:
-            slope, pull = chunk.weights, chunk.weights
-            if chunk.aux_weights is not None:
-                slope = slope + chunk.aux_weights * (-lse).exp()
-                pull = pull + chunk.aux_weights
+            slope, pull = rows.weights, rows.weights
+            if rows.aux_weights is not None:
+                slope = slope + rows.aux_weights * (-lse).exp()
+                pull = pull + rows.aux_weights
             z.exp_().mul_(torch.where(masked, slope, 0.0)[:, None])
-            _add_at(z, chunk.x0, torch.where(masked, -pull, 0.0))
+            _add_at(z, x0, torch.where(masked, -pull, 0.0))
         return nats, ce
 
 
@@ -147,12 +130,13 @@ class ScoreEntropyUniform:
         grown = torch.expm1(given["sigma_bar"])
         return grown / (states.n + grown), grown.log() - (states.n + grown).log()
 
-    def rows(self, z: Tensor, chunk: Chunk, states: States, gradient: bool) -> tuple[Tensor, Tensor | None]:
-        rho, log_rho = chunk.scalars
-        kept = chunk.x0 == chunk.xt
-        z_x0 = _at(z, chunk.x0)
-        sum_log = z.sum(1) - _at(z, chunk.xt)  # over y != x
-        z.scatter_(1, chunk.xt[:, None], -torch.inf)
+    def rows(self, z: Tensor, rows: Rows, states: States, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        x0, xt = rows.ids
+        rho, log_rho = rows.scalars
+        kept = x0 == xt
+        z_x0 = _at(z, x0)
+        sum_log = z.sum(1) - _at(z, xt)  # over y != x
+        z.scatter_(1, xt[:, None], -torch.inf)
         scores = z.exp_()  # 0 at x
         total = scores.sum(1)
         N = states.n
@@ -163,9 +147,9 @@ class ScoreEntropyUniform:
         if gradient:
             bulk = torch.where(kept, rho, 1.0)
             scores.sub_(bulk[:, None])
-            _add_at(scores, chunk.x0, bulk - 1 / rho)
-            scores.scatter_(1, chunk.xt[:, None], 0.0)
-            scores.mul_((chunk.weights / N)[:, None])
+            _add_at(scores, x0, bulk - 1 / rho)
+            scores.scatter_(1, xt[:, None], 0.0)
+            scores.mul_((rows.weights / N)[:, None])
         return nats, None
 
 
@@ -198,22 +182,23 @@ class D3PMAbsorb:
         v = torch.where(first | ~masked, 0.0, (1 - a) / (1 - b))  # 1 - w
         return w, v, a / (1 - a), b / (1 - b)
 
-    def rows(self, z: Tensor, chunk: Chunk, states: States, gradient: bool) -> tuple[Tensor, Tensor | None]:
-        w, v, odds_a, odds_b = chunk.scalars
+    def rows(self, z: Tensor, rows: Rows, states: States, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        x0, _ = rows.ids
+        w, v, odds_a, odds_b = rows.scalars
         if self.zero_mask:
             z[:, states.mask_id] = -torch.inf
         log_p = z.sub_(z.logsumexp(1)[:, None])
-        log_x0, p_m = _at(log_p, chunk.x0), log_p[:, states.mask_id].exp()
+        log_x0, p_m = _at(log_p, x0), log_p[:, states.mask_id].exp()
         nats = torch.log1p(odds_b * p_m) - w * log_x0 - v * torch.log1p(odds_a * p_m)
         if gradient:
             # c = d / d log p, not zero at x0 and m; through the softmax: c - p sum(c)
-            c_x0 = -w * chunk.weights if chunk.aux_weights is None else -w * chunk.weights - chunk.aux_weights
+            c_x0 = -w * rows.weights if rows.aux_weights is None else -w * rows.weights - rows.aux_weights
             c_m = odds_b * p_m / (1 + odds_b * p_m) - v * odds_a * p_m / (1 + odds_a * p_m)
-            c_m = c_m * chunk.weights
+            c_m = c_m * rows.weights
             log_p.exp_().mul_(-(c_x0 + c_m)[:, None])
-            _add_at(log_p, chunk.x0, c_x0)
+            _add_at(log_p, x0, c_x0)
             log_p[:, states.mask_id] += c_m
-        return nats, None if chunk.aux_weights is None else -log_x0
+        return nats, None if rows.aux_weights is None else -log_x0
 
 
 class D3PMUniform:
@@ -246,9 +231,10 @@ class D3PMUniform:
         constant = torch.where(first, 0.0, at_x0) - Z_q.log()
         return q_x0, q_xt, q_other, log_odds, constant, b, (1 - b) / K, first.to(a.dtype)
 
-    def rows(self, z: Tensor, chunk: Chunk, states: States, gradient: bool) -> tuple[Tensor, Tensor | None]:
-        q_x0, q_xt, q_other, log_odds, constant, b, floor, first = chunk.scalars
-        x0, xt, kept, first = chunk.x0, chunk.xt, chunk.x0 == chunk.xt, first.bool()
+    def rows(self, z: Tensor, rows: Rows, states: States, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        x0, xt = rows.ids
+        q_x0, q_xt, q_other, log_odds, constant, b, floor, first = rows.scalars
+        kept, first = x0 == xt, first.bool()
         log_p = z.sub_(z.logsumexp(1)[:, None])
         log_x0, p_xt = _at(log_p, x0), _at(log_p, xt).exp()
         argument = log_p + log_odds[:, None]  # log(odds p_j)
@@ -263,14 +249,14 @@ class D3PMUniform:
             share = argument.sigmoid_()  # a p_j / (a p_j + e)
             share_x0 = torch.where(first, 1.0, _at(share, x0))
             extra_xt = torch.where(kept, 0.0, q_other - q_xt) * _at(share, xt) + b * p_xt / Z_p
-            c = share.mul_((-q_other * chunk.weights)[:, None])
-            _add_at(c, xt, extra_xt * chunk.weights)
-            _add_at(c, x0, (torch.where(first, 0.0, q_other) - q_x0) * share_x0 * chunk.weights)
-            if chunk.aux_weights is not None:
-                _add_at(c, x0, -chunk.aux_weights)
+            c = share.mul_((-q_other * rows.weights)[:, None])
+            _add_at(c, xt, extra_xt * rows.weights)
+            _add_at(c, x0, (torch.where(first, 0.0, q_other) - q_x0) * share_x0 * rows.weights)
+            if rows.aux_weights is not None:
+                _add_at(c, x0, -rows.aux_weights)
             total = c.sum(1)
             log_p.exp_().mul_(-total[:, None]).add_(c)
-        return nats, None if chunk.aux_weights is None else -log_x0
+        return nats, None if rows.aux_weights is None else -log_x0
 
 
 MODES: dict[str, Mode] = {

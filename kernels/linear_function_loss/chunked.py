@@ -27,7 +27,9 @@ def chunked(
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Arguments and results as `reference`; `chunk_rows` None = as many as the table allows."""
-    chunk_rows = chunk_rows or rows_at_once("linear_function_loss", V, hidden.device, hidden.dtype)
+    chunk_rows = chunk_rows or rows_at_once(
+        "linear_function_loss", V, hidden.device, at_least_fp32(hidden.dtype)
+    )
     return _Chunked.apply(hidden, weight, bias, weights, function, V, aux_weight, chunk_rows)
 
 

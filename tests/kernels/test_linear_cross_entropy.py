@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import kernels.linear_cross_entropy as op
-from kernels import KERNELS, choose
+from kernels import KERNELS, choose, chunks
 from kernels.linear_cross_entropy import IGNORED, linear_cross_entropy, reference
-from kernels.linear_cross_entropy import chunked as chunks
 
 ROWS, WIDTH, VOCABULARY, PADDED = 13, 6, 10, 16
 
@@ -44,7 +43,7 @@ def test_value_and_gradients_equal_the_definition(chunk_rows, weighted):
     hidden, weight, weights, targets = draw()
     inputs = (hidden, weight, weights) if weighted else (hidden, weight)
     args = hidden, weight, targets, weights if weighted else None
-    total, nats = linear_cross_entropy(*args, vocab_size=VOCABULARY, chunk_rows=chunk_rows)
+    total, nats, _ = linear_cross_entropy(*args, vocab_size=VOCABULARY, chunk_rows=chunk_rows)
     expected, expected_nats = by_hand(*args)
     torch.testing.assert_close(total, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(nats, expected_nats, rtol=0, atol=1e-12)
@@ -65,12 +64,12 @@ def test_gradcheck(chunk_rows):
 @pytest.mark.parametrize("chunk_rows", [None, 4])
 def test_padding_columns_do_not_exist(chunk_rows):
     hidden, weight, weights, targets = draw()
-    before, _ = linear_cross_entropy(hidden, weight, targets, weights, VOCABULARY, chunk_rows)
+    before, _, _ = linear_cross_entropy(hidden, weight, targets, weights, VOCABULARY, chunk_rows)
     with torch.no_grad():
         weight[VOCABULARY:] = 1e4
-    after, _ = linear_cross_entropy(hidden, weight, targets, weights, VOCABULARY, chunk_rows)
+    after, _, _ = linear_cross_entropy(hidden, weight, targets, weights, VOCABULARY, chunk_rows)
     assert after.item() == pytest.approx(before.item(), rel=1e-13)
-    every, _ = linear_cross_entropy(hidden, weight, targets, weights, None, chunk_rows)
+    every, _, _ = linear_cross_entropy(hidden, weight, targets, weights, None, chunk_rows)
     assert every.item() > before.item() + 1
 
 
@@ -79,7 +78,7 @@ def test_no_rows_and_only_ignored_rows_score_zero(chunk_rows):
     for rows in (0, 5):
         hidden, weight, weights, targets = draw(rows=rows)
         targets[:] = IGNORED
-        total, nats = linear_cross_entropy(hidden, weight, targets, weights, VOCABULARY, chunk_rows)
+        total, nats, _ = linear_cross_entropy(hidden, weight, targets, weights, VOCABULARY, chunk_rows)
         assert total.item() == 0 and nats.shape == (rows,) and not nats.any()
         total.backward()
         assert not hidden.grad.any() and not weight.grad.any()
@@ -89,7 +88,7 @@ def test_no_rows_and_only_ignored_rows_score_zero(chunk_rows):
 def test_tied_weights_get_both_gradients(chunk_rows):
     _, weight, weights, targets = draw()
     tokens = torch.arange(ROWS) % VOCABULARY
-    total, _ = linear_cross_entropy(weight[tokens], weight, targets, weights, VOCABULARY, chunk_rows)
+    total, _, _ = linear_cross_entropy(weight[tokens], weight, targets, weights, VOCABULARY, chunk_rows)
     expected, _ = by_hand(weight[tokens], weight, targets, weights)
     (found,), (wanted,) = torch.autograd.grad(total, weight), torch.autograd.grad(expected, weight)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
@@ -97,8 +96,8 @@ def test_tied_weights_get_both_gradients(chunk_rows):
 
 def test_two_uses_in_one_graph_and_a_second_backward():
     hidden, weight, weights, targets = draw()
-    first, _ = linear_cross_entropy(hidden, weight, targets, weights, VOCABULARY, 4)
-    second, _ = linear_cross_entropy(hidden.tanh(), weight, targets, None, VOCABULARY, 3)
+    first, _, _ = linear_cross_entropy(hidden, weight, targets, weights, VOCABULARY, 4)
+    second, _, _ = linear_cross_entropy(hidden.tanh(), weight, targets, None, VOCABULARY, 3)
     expected = (
         by_hand(hidden, weight, targets, weights)[0] + 2 * by_hand(hidden.tanh(), weight, targets, None)[0]
     )
@@ -115,7 +114,7 @@ def test_frozen_inputs_get_no_gradient(frozen):
     weights = weights.detach()
     hidden.requires_grad_(frozen == "weight")
     weight.requires_grad_(frozen == "hidden")
-    total, nats = linear_cross_entropy(hidden, weight, targets, weights, VOCABULARY, 4)
+    total, nats, _ = linear_cross_entropy(hidden, weight, targets, weights, VOCABULARY, 4)
     expected, expected_nats = by_hand(hidden, weight, targets, weights)
     torch.testing.assert_close(nats, expected_nats, rtol=0, atol=1e-12)
     assert total.requires_grad == (frozen != "both")
@@ -129,7 +128,7 @@ def test_frozen_inputs_get_no_gradient(frozen):
 def test_bf16_autocast_keeps_fp32_sums_and_gradients(chunk_rows):
     hidden, weight, weights, targets = draw(torch.float32, rows=600)
     with torch.autocast("cpu", torch.bfloat16):
-        total, nats = linear_cross_entropy(hidden, weight, targets, weights, VOCABULARY, chunk_rows)
+        total, nats, _ = linear_cross_entropy(hidden, weight, targets, weights, VOCABULARY, chunk_rows)
     assert total.dtype == nats.dtype == torch.float32
     total.backward()
     assert hidden.grad.dtype == weight.grad.dtype == torch.float32
@@ -137,7 +136,7 @@ def test_bf16_autocast_keeps_fp32_sums_and_gradients(chunk_rows):
         hidden.detach().bfloat16().double().requires_grad_(),
         weight.detach().bfloat16().double().requires_grad_(),
     )
-    expected, _ = reference(*rounded, targets, weights.double(), VOCABULARY)
+    expected, _, _ = reference(*rounded, targets, weights.double(), vocab_size=VOCABULARY)
     expected.backward()
     assert total.item() == pytest.approx(expected.item(), rel=2e-3)
     for got, exact in zip((hidden.grad, weight.grad), (r.grad for r in rounded), strict=True):
@@ -146,7 +145,7 @@ def test_bf16_autocast_keeps_fp32_sums_and_gradients(chunk_rows):
 
 def test_bf16_hidden_states_with_fp32_head():
     hidden, weight, weights, targets = draw(torch.float32)
-    total, _ = linear_cross_entropy(hidden.bfloat16(), weight, targets, weights, VOCABULARY, 4)
+    total, _, _ = linear_cross_entropy(hidden.bfloat16(), weight, targets, weights, VOCABULARY, 4)
     total.backward()
     assert total.dtype == weight.grad.dtype == torch.float32
 
@@ -155,15 +154,17 @@ def test_very_unlikely_targets_stay_finite():
     hidden, weight = torch.full((3, 1), 100.0), torch.tensor([[-5.0], [5.0]])
     targets = torch.tensor([0, 1, 0])
     for chunk_rows in (None, 2):
-        total, nats = linear_cross_entropy(hidden, weight, targets, None, 2, chunk_rows)
+        total, nats, _ = linear_cross_entropy(hidden, weight, targets, None, 2, chunk_rows)
         assert nats.tolist() == [1000.0, 0.0, 1000.0] and total.item() == 2000.0
 
 
 def test_the_choice_decides_the_path_and_the_budget_the_chunks(monkeypatch):
     hidden, weight, weights, targets = draw(torch.float32, rows=5)
     seen = []
-    chunked = chunks.Chunked.apply
-    monkeypatch.setattr(chunks.Chunked, "apply", lambda *args: seen.append(args[5]) or chunked(*args))
+    chunked = chunks.in_chunks
+    monkeypatch.setattr(
+        chunks, "in_chunks", lambda *args, **how: seen.append(how["chunk_rows"]) or chunked(*args, **how)
+    )
     linear_cross_entropy(hidden, weight, targets, weights, VOCABULARY)
     assert seen == []
     monkeypatch.setattr(choose, "MIN_CHUNK_ROWS", 1)
@@ -193,7 +194,7 @@ def test_logits_of_all_rows_never_exist():
     weight = torch.randn(1024, 8, requires_grad=True)
     targets = torch.randint(1000, (512,))
     with Largest() as plain:
-        reference(hidden, weight, targets, None, 1000)[0].backward()
+        reference(hidden, weight, targets, None, vocab_size=1000)[0].backward()
     with Largest() as chunked:
         linear_cross_entropy(hidden, weight, targets, None, 1000, 16)[0].backward()
     assert plain.elements >= 512 * 1000 and chunked.elements <= 16 * 1024
@@ -224,7 +225,7 @@ def test_shapes_that_do_not_fit_are_refused(change, message):
 
 def test_the_plain_path_equals_pytorch():
     hidden, weight, _, targets = draw()
-    total, _ = linear_cross_entropy(hidden, weight, targets, None, VOCABULARY)
+    total, _, _ = linear_cross_entropy(hidden, weight, targets, None, VOCABULARY)
     logits = hidden @ weight[:VOCABULARY].T
     torch.testing.assert_close(total, F.cross_entropy(logits, targets, reduction="sum"))
 
@@ -237,7 +238,7 @@ def test_evaluation_computes_no_gradients(monkeypatch):
     weight = torch.randn(8, 4, requires_grad=True)
     targets = torch.arange(6)
     with torch.no_grad():
-        _, nats = linear_cross_entropy(hidden, weight, targets, chunk_rows=2)
+        _, nats, _ = linear_cross_entropy(hidden, weight, targets, chunk_rows=2)
     assert not products and torch.isfinite(nats).all()
     linear_cross_entropy(hidden, weight, targets, chunk_rows=2)
     assert len(products) == 3
