@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels import KERNELS
 
-__all__ = ["Sample", "Size", "Spec", "drawn", "spec_of"]
+__all__ = ["Sample", "Size", "Spec", "drawn", "ids", "spec_of"]
 
 Size = Mapping[str, int | float | bool | str]  # what a sample is made of, by name: rows, width, ...
 
@@ -72,10 +72,22 @@ def spec_of(op: str) -> Spec | None:
 
 
 def drawn(
-    *shape: int, device: torch.device, dtype: torch.dtype, generator: torch.Generator, grad: bool = True
+    *shape: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    grad: bool = True,
+    scale: float = 1.0,
 ) -> Tensor:
     """Normal numbers, drawn in fp32 on the CPU, so that a seed gives the same ones everywhere; on the meta device
     none."""
     if device.type == "meta":
         return torch.empty(shape, device=device, dtype=dtype, requires_grad=grad)
-    return torch.randn(shape, generator=generator).to(device, dtype).requires_grad_(grad)
+    return (scale * torch.randn(shape, generator=generator)).to(device, dtype).requires_grad_(grad)
+
+
+def ids(count: int, *shape: int, device: torch.device, generator: torch.Generator) -> Tensor:
+    """Uniform numbers from 0 to `count` - 1, int64, as `drawn`."""
+    if device.type == "meta":
+        return torch.empty(shape, device=device, dtype=torch.int64)
+    return torch.randint(count, shape, generator=generator).to(device)

@@ -14,10 +14,11 @@ from torch import Tensor
 from kernels.choose import Kernels
 from kernels.linear_cross_entropy import chunked
 from kernels.linear_cross_entropy.reference import IGNORED, reference
+from kernels.linear_cross_entropy.sizes import SPEC
 from kernels.precision import compute_dtype
 from kernels.softcap import Softcap
 
-__all__ = ["IGNORED", "linear_cross_entropy", "reference"]
+__all__ = ["IGNORED", "SPEC", "linear_cross_entropy", "reference"]
 
 OP = "linear_cross_entropy"
 

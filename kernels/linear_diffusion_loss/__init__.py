@@ -18,9 +18,10 @@ from kernels.chunks import States
 from kernels.linear_diffusion_loss import chunked
 from kernels.linear_diffusion_loss.reference import product_dtype, reference
 from kernels.linear_diffusion_loss.rows import MODES
+from kernels.linear_diffusion_loss.sizes import SPEC
 from naming import not_one_of
 
-__all__ = ["MODES", "linear_diffusion_loss", "reference"]
+__all__ = ["MODES", "SPEC", "linear_diffusion_loss", "reference"]
 
 OP = "linear_diffusion_loss"
 
