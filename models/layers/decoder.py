@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.schema import DefaultModelConfig
+from kernels.precision import compute_dtype
 from models.layers.cache import Cache, KVCache
 
 __all__ = ["Decoder", "Hidden", "document_positions", "padded_vocabulary"]
@@ -62,7 +63,11 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V): without the padding."""
-        return F.linear(hidden, self.head_weight[: self.vocab_size].to(hidden.dtype))
+        weight = self.head_weight
+        if compute_dtype(weight) != hidden.dtype:
+            weight = weight.to(hidden.dtype)
+        # Sliced behind the product: autocast converts a whole parameter once, a slice of it in every call.
+        return F.linear(hidden, weight)[..., : self.vocab_size]
 
     def check_input(self, tokens: Tensor, doc_ids: Tensor | None, cache: Cache | None, learned: bool) -> int:
         """Refuse what a model (with `learned` positions) cannot process; returns the length of the cache."""
