@@ -37,7 +37,7 @@ class Sample:
         """The same call with other tensors of the same values: `change` of each, in another dtype, device or layout."""
         made: dict[str, Tensor | None] = {}
         for name, t in self.tensors.items():
-            made[name] = None if t is None else change(t.detach()).requires_grad_(t.requires_grad)
+            made[name] = None if t is None else change(t).detach().requires_grad_(t.requires_grad)
         return Sample(made, self.options)
 
 

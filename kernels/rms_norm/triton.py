@@ -99,7 +99,7 @@ def _backward_kernel(
 
 def _forward(x: Tensor, weight: Tensor | None, eps: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(..., D) -> y (..., D), 1 / rms (N,) fp32."""
-    flat = _rows(x)
+    flat, weight = _rows(x), _dense(weight)
     rows, width = flat.shape
     y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
@@ -113,7 +113,7 @@ def _forward(x: Tensor, weight: Tensor | None, eps: float, out_dtype: torch.dtyp
 
 def _backward(dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """-> dx like x, dweight (D,) fp32 (empty without a weight)."""
-    flat, grad = _rows(x), _rows(dy)
+    flat, grad, weight = _rows(x), _rows(dy), _dense(weight)
     rows, width = flat.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     chosen = _launch("rms_norm.backward", x, width)
@@ -145,6 +145,10 @@ def _rows(x: Tensor) -> Tensor:
     """(N, D) with neighbouring columns; a copy only where strides ask for one."""
     flat = x.reshape(-1, x.shape[-1])
     return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
+
+
+def _dense(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else weight.contiguous()
 
 
 def _launch(kernel: str, x: Tensor, width: int) -> dict[str, Any]:

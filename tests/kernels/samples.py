@@ -1,0 +1,128 @@
+"""Calls of operations as their SPECs draw them, in unlike layouts, and what the reference says about them in fp64."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kernels import KERNELS, REFERENCE, TRITON
+from kernels.spec import Sample, Spec, spec_of
+from naming import load
+
+__all__ = [
+    "CASES",
+    "FIRST",
+    "LAYOUTS",
+    "OPERATIONS",
+    "UPSTREAM",
+    "close",
+    "drawn",
+    "exactly",
+    "gradients",
+    "upstream",
+]
+
+OPERATIONS = [op for op, kernel in KERNELS.items() if TRITON in kernel.implementations]
+CASES = [(op, size) for op in OPERATIONS for size in spec_of(op).small]
+FIRST = [(op, next(iter(spec_of(op).small))) for op in OPERATIONS]
+
+
+def drawn(op: str, size: str, dtype: torch.dtype = torch.float32) -> tuple[Spec, Sample]:
+    spec = spec_of(op)
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{op} {size}".encode()))
+    return spec, spec.sample(spec.small[size], torch.device("cpu"), dtype, generator)
+
+
+def run_of(op: str, name: str = TRITON) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+    return load(KERNELS[op].implementations[name].where)
+
+
+def in_fp64(sample: Sample) -> Sample:
+    exact = sample.map(lambda t: t.double() if t.is_floating_point() else t)
+    exact.options = {
+        name: torch.float64 if isinstance(value, torch.dtype) else value
+        for name, value in sample.options.items()
+    }
+    return exact
+
+
+def exactly(op: str, sample: Sample) -> tuple[Sample, tuple[Tensor, ...]]:
+    """The same call of the reference, in fp64."""
+    exact = in_fp64(sample)
+    return exact, exact.call(run_of(op, REFERENCE))
+
+
+def rubbish(t: Tensor) -> Tensor:
+    """Like t, of what nobody may read: NaN, or a number that is no index."""
+    return torch.full_like(t, torch.nan if t.is_floating_point() else 2**30)
+
+
+def transposed(t: Tensor) -> Tensor:
+    return t.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def every_second(t: Tensor) -> Tensor:
+    return torch.stack((t, rubbish(t)), -1).flatten(-2)[..., ::2] if t.ndim else t
+
+
+def part_of_a_row(t: Tensor) -> Tensor:
+    """As one of three that a fused projection computes: rows three times as long, ours in the middle."""
+    if not t.ndim:
+        return t
+    return torch.cat((rubbish(t), t, rubbish(t)), -1)[..., t.shape[-1] : 2 * t.shape[-1]]
+
+
+def rows_far_apart(t: Tensor) -> Tensor:
+    """Rows so far from each other that the offset of the sixth does not fit into 31 bits. The memory in between is
+    never touched and costs nothing."""
+    far = 2**29
+    if t.ndim != 2 or t.shape[1] > far or t.shape[0] * far * t.element_size() > 2**35:
+        return t
+    apart = torch.empty_strided(t.shape, (far, 1), dtype=t.dtype)
+    return apart.copy_(t)
+
+
+def in_a_buffer(t: Tensor) -> Tensor:
+    """From its third element on of a larger buffer: not aligned to 16 bytes."""
+    buffer = torch.cat((rubbish(t).flatten()[:1].expand(3), t.flatten(), rubbish(t).flatten()[:1].expand(29)))
+    return buffer[3 : 3 + t.numel()].view(t.shape) if t.numel() else t
+
+
+LAYOUTS = (transposed, every_second, part_of_a_row, rows_far_apart, in_a_buffer)
+
+
+def expanded(t: Tensor) -> Tensor:
+    """One number everywhere, as the gradient of `y.sum()` is."""
+    return t.flatten()[:1].view((1,) * t.ndim).expand(t.shape) if t.numel() else t
+
+
+UPSTREAM = (expanded, *LAYOUTS)
+
+
+def upstream(outputs: tuple[Tensor, ...], layout: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
+    """A gradient for each differentiable output, of the wanted layout; the same numbers where layouts allow."""
+    found = []
+    for i, y in enumerate(t for t in outputs if t.requires_grad):
+        g = torch.Generator().manual_seed(i)
+        values = torch.randn(y.shape, generator=g, dtype=torch.float64).to(y.dtype)
+        found.append(layout(values) if layout else values)
+    return found
+
+
+def gradients(outputs: tuple[Tensor, ...], sample: Sample, dy: list[Tensor]) -> dict[str, Tensor]:
+    wanted = sample.differentiable
+    ways = [t for t in outputs if t.requires_grad]
+    found = torch.autograd.grad(ways, list(wanted.values()), dy)
+    return dict(zip(wanted, found, strict=True))
+
+
+def close(found: Tensor, exact: Tensor, tolerance: float, what: str) -> None:
+    assert found.shape == exact.shape, what
+    if not exact.numel():
+        return
+    worst = (found.double() - exact.double()).abs().max().item()
+    scale = exact.abs().max().item()
+    assert worst <= tolerance * max(scale, 1e-3), f"{what}: off by {worst:.3g} of {scale:.3g}"
