@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 
-from kernels import KERNELS, TRITON
 from kernels.aot import Binary, ahead_of_time
 from kernels.device import A100, B200, H100, Gpu
-from kernels.spec import spec_of
-from naming import load
-from tests.kernels.test_triton import OPERATIONS
+from kernels.spec import Sample, spec_of
+from tests.kernels.offsets import narrow_products
+from tests.kernels.samples import OPERATIONS, run_of
+from tests.kernels.toys import doubled_kernel, sums_kernel
 
+pytestmark = pytest.mark.slow
 DOTS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+LARGE = [(op, size) for op in OPERATIONS for size in spec_of(op).large]
 
 
-def compiled(op: str, size: str, gpu: Gpu, dtype: torch.dtype) -> list[Binary]:
-    """Forward and backward, the upstream gradient in fp32, as autocast may hand it down."""
+@cache
+def compiled(op: str, size: str, gpu: Gpu, *, wide_results: bool = False) -> list[Binary]:
+    """Forward and backward in bf16; with `wide_results` in fp32 where a call chooses, and so are upstream gradients."""
     spec, meta = spec_of(op), torch.device("meta")
     with ahead_of_time(gpu) as binaries:
-        sample = spec.sample(spec.large[size], meta, dtype, torch.Generator())
-        outputs = sample.call(load(KERNELS[op].implementations[TRITON].where))
-        dy = [torch.empty_like(y) for y in outputs if y.requires_grad]
-        torch.autograd.grad([y for y in outputs if y.requires_grad], list(sample.differentiable.values()), dy)
+        sample = spec.sample(spec.large[size], meta, torch.bfloat16, torch.Generator())
+        if wide_results:
+            options = sample.options.items()
+            sample = Sample(
+                sample.tensors,
+                {name: torch.float32 if isinstance(value, torch.dtype) else value for name, value in options},
+            )
+        outputs = [y for y in sample.call(run_of(op)) if y.requires_grad]
+        torch.autograd.grad(
+            outputs, list(sample.differentiable.values()), list(map(torch.empty_like, outputs))
+        )
     return binaries
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("gpu", [A100, H100, B200], ids=lambda gpu: gpu.name)
-@pytest.mark.parametrize(("op", "size"), [(op, size) for op in OPERATIONS for size in spec_of(op).large])
+@pytest.mark.parametrize(("op", "size"), LARGE)
 def test_no_spills_and_wide_loads(op, size, gpu):
-    binaries = compiled(op, size, gpu, torch.bfloat16)
+    binaries = compiled(op, size, gpu)
     assert binaries
     for binary in binaries:
         what = f"{op}, {size}: {binary}"
@@ -38,4 +49,30 @@ def test_no_spills_and_wide_loads(op, size, gpu):
         assert binary.shared <= gpu.shared_bytes, what
         assert binary.has("LDG", "128") or binary.has("LDGSTS", "128") or binary.has("UTMALDG"), what
         if binary.kernel in spec_of(op).dots:
-            assert binary.has(DOTS[gpu.name]) or any(DOTS[gpu.name] in i for i in binary.instructions), what
+            assert any(DOTS[gpu.name] in i for i in binary.instructions), what
+
+
+@pytest.mark.parametrize(("op", "size"), LARGE)
+def test_offsets_have_64_bits(op, size):
+    """A view of a fused projection has the whole projection between its rows: rows times stride outgrow 31 bits."""
+    for binary in compiled(op, size, H100):
+        assert not narrow_products(binary.ttir), binary.kernel
+
+
+@pytest.mark.parametrize(("op", "size"), LARGE)
+def test_gradients_in_fp32_beside_bf16(op, size):
+    """Operands of unlike number formats fail only when they are compiled."""
+    assert all(binary.spilled == 0 for binary in compiled(op, size, H100, wide_results=True))
+
+
+def test_a_product_in_32_bits_is_noticed():
+    x, out = (torch.empty(n, device="meta") for n in (6 * 4096, 6))
+    with ahead_of_time(H100) as binaries:
+        for wide in (True, False):
+            sums_kernel[(6,)](x, out, 5, 4096, WIDE=wide, BLOCK=8, FILLED=True)
+        doubled_kernel[(3,)](x, out, 10, BLOCK=4, STEP=4, MASKED=True)
+    assert [len(narrow_products(b.ttir)) for b in binaries] == [
+        0,
+        1,
+        0,
+    ]  # number of a tile times its size is no offset

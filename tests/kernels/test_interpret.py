@@ -5,39 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
-tl = triton.language
-
-from tests.kernels.interpret import interpreted, poisoned  # noqa: E402
-from tests.kernels.samples import rows_far_apart  # noqa: E402
+from tests.kernels.interpret import interpreted, poisoned
+from tests.kernels.samples import rows_far_apart
+from tests.kernels.toys import doubled_kernel, sums_kernel
 
 ROWS, WIDTH = 6, 5
-
-
-@triton.jit
-def _sums(x, out, width, stride, WIDE: tl.constexpr, BLOCK: tl.constexpr, FILLED: tl.constexpr):
-    """Sums of rows, with an offset in 32 bits, or a load of lanes that hold nothing."""
-    row = tl.program_id(0).to(tl.int64) if WIDE else tl.program_id(0)
-    column = tl.arange(0, BLOCK)
-    if FILLED:
-        values = tl.load(x + row * stride + column, mask=column < width, other=0.0)
-    else:
-        values = tl.load(x + row * stride + column, mask=column < width)
-    tl.store(out + row, tl.sum(values, 0))
-
-
-@triton.jit
-def _doubled(x, out, numel, BLOCK: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr):
-    """Blocks that overlap where STEP < BLOCK, leave gaps where it is larger, and end behind the tensor."""
-    at = tl.program_id(0) * STEP + tl.arange(0, BLOCK)
-    mask = (at < numel) | (not MASKED)
-    tl.store(out + at, 2 * tl.load(x + at, mask=at < numel, other=0.0), mask=mask)
 
 
 def sums(x, wide=True, filled=True):
     out = torch.empty(ROWS)
     with interpreted():
-        _sums[(ROWS,)](x, out, WIDTH, x.stride(0), WIDE=wide, BLOCK=8, FILLED=filled)
+        sums_kernel[(ROWS,)](x, out, WIDTH, x.stride(0), WIDE=wide, BLOCK=8, FILLED=filled)
     return out
 
 
@@ -45,7 +23,7 @@ def doubled(step=4, programs=3, masked=True):
     x = torch.arange(10.0)
     with interpreted(), poisoned():
         out = torch.empty(10)
-        _doubled[(programs,)](x, out, 10, BLOCK=4, STEP=step, MASKED=masked)
+        doubled_kernel[(programs,)](x, out, 10, BLOCK=4, STEP=step, MASKED=masked)
     return x, out
 
 
