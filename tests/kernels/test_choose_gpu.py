@@ -71,9 +71,9 @@ def _toys(monkeypatch, tmp_path):
     figures = {op: {"triton": {"speedup": s, "memory_saved": m}} for op, (s, m) in MEASURED.items()}
     (tmp_path / "sm_90.json").write_text(json.dumps({"measured": figures}), encoding="utf-8")
     monkeypatch.setattr(tuned, "FOLDER", tmp_path)
-    tuned._read.cache_clear()
+    tuned.forget()
     yield
-    tuned._read.cache_clear()
+    tuned.forget()
 
 
 FAST = "auto: 1.50 x the compiled reference, 0% less memory on sm_90"
