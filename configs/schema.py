@@ -279,6 +279,7 @@ class RunConfig(BaseModel):
     muon_momentum: OpenFraction = 0.95
     muon_scale: Literal["spectral", "rms"] = "spectral"
     muon_ns_steps: Positive = 5
+    muon_coefficients: Literal["classic", "polar_express"] = "classic"
     lr_scaling: Literal["width", "none"] = "width"
     lr_base_width: Positive | None = None
     weight_decay: NonNegativeFloat = 0.1

@@ -107,6 +107,14 @@ KERNELS: dict[str, Kernel] = {
         },
         chunk_bytes={"cuda": 64 * 2**20},
     ),
+    "newton_schulz": Kernel(
+        "kernels.newton_schulz:newton_schulz",
+        description="orthogonalised matrices, for Muon",
+        implementations={
+            REFERENCE: Implementation("kernels.newton_schulz.reference:reference"),
+            TRITON: by_triton("kernels.newton_schulz.triton:newton_schulz"),
+        },
+    ),
     "rms_norm": Kernel(
         "kernels.rms_norm:rms_norm",
         description="root-mean-square normalisation",

@@ -100,16 +100,16 @@ def ahead_of_time(gpu: Gpu) -> Iterator[list[Binary]]:
 
     def compile_only(self: Any, *args: Any, grid: Any = None, warmup: bool = True, **options: Any) -> Any:
         made = run(self, *args, grid=grid, warmup=True, **options)
-        found.append(
-            Binary(
-                self.__name__,
-                gpu,
-                made.asm["cubin"],
-                made.asm["ttir"],
-                made.metadata.shared,
-                made.metadata.num_warps,
-            )
+        binary = Binary(
+            self.__name__,
+            gpu,
+            made.asm["cubin"],
+            made.asm["ttir"],
+            made.metadata.shared,
+            made.metadata.num_warps,
         )
+        if all(binary.cubin != other.cubin for other in found):  # a loop launches one kernel many times
+            found.append(binary)
         return made
 
     # One driver a process is what Triton knows; its own is asked for again afterwards, if there is one.

@@ -162,7 +162,9 @@ def open_session(
     if compiled:
         for path in adapter.blocks():
             adapter.model.get_submodule(path).compile()
-    optimizers = build_optimizers(adapter.named_model_parameters(), adapter.param_roles(), cfg, adapter.width)
+    optimizers = build_optimizers(
+        adapter.named_model_parameters(), adapter.param_roles(), cfg, adapter.width, adapter.kernels
+    )
     ema = EMA(adapter.named_model_parameters(), cfg.ema_decay) if cfg.ema_decay else None
     scaler = LossScaler(precision == "fp16", device)
     world.attach(adapter)

@@ -115,6 +115,9 @@ def upstream(outputs: tuple[Tensor, ...], layout: Callable[[Tensor], Tensor] | N
 def gradients(outputs: tuple[Tensor, ...], sample: Sample, dy: list[Tensor]) -> dict[str, Tensor]:
     wanted = sample.differentiable
     ways = [t for t in outputs if t.requires_grad]
+    if not wanted:  # an operation without gradients, such as an optimizer's
+        assert not ways
+        return {}
     found = torch.autograd.grad(ways, list(wanted.values()), dy)
     return dict(zip(wanted, found, strict=True))
 

@@ -32,9 +32,10 @@ def compiled(op: str, size: str, gpu: Gpu, *, wide_results: bool = False) -> lis
                 {name: torch.float32 if isinstance(value, torch.dtype) else value for name, value in options},
             )
         outputs = [y for y in sample.call(run_of(op)) if y.requires_grad]
-        torch.autograd.grad(
-            outputs, list(sample.differentiable.values()), list(map(torch.empty_like, outputs))
-        )
+        if outputs:
+            torch.autograd.grad(
+                outputs, list(sample.differentiable.values()), list(map(torch.empty_like, outputs))
+            )
     return binaries
 
 

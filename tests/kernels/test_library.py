@@ -51,7 +51,7 @@ def test_operations_are_registered_as_torch_asks(op, size):
         with recorded() as calls:
             found = sample.call(run_of(op))
             gradients(found, sample, upstream(found))
-        assert len(calls) >= 2
+        assert len(calls) >= (2 if sample.differentiable else 1)
         for operation, args, kwargs in calls:
             torch.library.opcheck(operation, args, kwargs)
 
@@ -132,7 +132,7 @@ def test_recomputed_in_the_backward_pass(op, size):
 PLAIN = [
     (op, name)
     for op, kernel in KERNELS.items()
-    if spec_of(op)
+    if (spec := spec_of(op)) and drawn(op, next(iter(spec.small)))[1].differentiable
     for name in (REFERENCE, CHUNKED)
     if name in kernel.implementations
 ]

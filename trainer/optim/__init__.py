@@ -27,13 +27,15 @@ class OptimizerEntry(Entry):
 
     `roles`: those that it steps, () = every role; the rest goes to the optimizer `rest`, whose fields stand in `reads`
     too. `rate`: the field with its learning rate. `width_scaled`: its update has unit scale per entry, so that rates
-    follow `lr_scaling: width`.
+    follow `lr_scaling: width`. `kernels`: operations of kernels/ that a step calls; it hands them `self.kernels`, the
+    run's, set before the first step.
     """
 
     roles: tuple[str, ...] = ()
     rest: str = "adamw"
     rate: str = "learning_rate"
     width_scaled: bool = False
+    kernels: tuple[str, ...] = ()
 
 
 _ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
@@ -59,10 +61,15 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     ),
     "muon": OptimizerEntry(
         "trainer.optim.muon:muon",
-        ("muon_learning_rate", "muon_momentum", "muon_scale", "muon_ns_steps", *_ADAM, *_WIDTH),
+        (
+            *("muon_learning_rate", "muon_momentum", "muon_scale", "muon_ns_steps", "muon_coefficients"),
+            *_ADAM,
+            *_WIDTH,
+        ),
         "orthogonalised momentum for matrices, AdamW for the rest",
         roles=("matrix",),
         rate="muon_learning_rate",
+        kernels=("newton_schulz",),
     ),
 }
 

@@ -3,8 +3,8 @@
 Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); the `rms` scale is that of
 Liu et al., "Muon is Scalable for LLM Training" (arXiv:2502.16982, eq. 4).
 
-Matrices of one shape are orthogonalised together. `torch.optim.Muon` walks over them one by one, which on a
-GPU is a launch per matrix and product (1,080 for a 12-layer GPT against 45 here), and it takes a fused
+Matrices of one shape are orthogonalised together (kernels/newton_schulz). `torch.optim.Muon` walks over them one by
+one, which on a GPU is a launch per matrix and product (1,080 for a 12-layer GPT against 45 here), and it takes a fused
 query-key-value weight for one matrix.
 
 Shapes: B matrices of one shape, m rows, n columns.
@@ -23,14 +23,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from kernels.choose import Kernels
+from kernels.newton_schulz import newton_schulz
+from kernels.newton_schulz.coefficients import COEFFICIENTS
 from naming import not_one_of
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
-
-# Maximal slope at zero, so that five steps lift even small singular values into about [0.7, 1.2].
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-EPSILON = 1e-7
 
 # Update scale as a function of rows and columns. `spectral` keeps the change of the layer's output
 # independent of its shape; `rms` gives each update the RMS of a typical AdamW update (0.2).
@@ -38,32 +37,6 @@ SCALES: dict[str, Callable[[int, int], float]] = {
     "spectral": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
     "rms": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
 }
-
-
-def newton_schulz(matrices: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
-    """Approximate U V^T of every matrix U S V^T in a (B, m, n) stack.
-
-    The odd quintic X <- aX + (bA + cA^2)X with A = X X^T is iterated on the shorter side, after division by
-    the Frobenius norm (which bounds the largest singular value by 1).
-
-    Args:
-        matrices: (B, m, n), any floating dtype.
-        steps: number of iterations.
-        dtype: of the iteration; None keeps the input's.
-    Returns:
-        (B, m, n) in `dtype`; singular values lie near 1, not at 1.
-    """
-    a, b, c = COEFFICIENTS
-    norms = matrices.flatten(1).norm(dim=1)[:, None, None]  # (B, 1, 1)
-    x = (matrices / (norms + EPSILON)).to(dtype or matrices.dtype)
-    tall = x.shape[1] > x.shape[2]
-    if tall:
-        x = x.mT
-    for _ in range(steps):
-        gram = x @ x.mT  # (B, s, s), s = min(m, n)
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
-    return x.mT if tall else x
 
 
 @cache
@@ -155,6 +128,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     found_inf: Tensor | None = None
+    kernels = Kernels()  # a run sets its own
 
     def __init__(
         self,
@@ -165,9 +139,12 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         scale: str = "spectral",
         ns_steps: int = 5,
+        coefficients: str = "classic",
     ) -> None:
         if scale not in SCALES:
             raise ValueError(f"muon_scale: {not_one_of(scale, SCALES)}")
+        if coefficients not in COEFFICIENTS:
+            raise ValueError(f"muon_coefficients: {not_one_of(coefficients, COEFFICIENTS)}")
         if ns_steps < 1:
             raise ValueError(f"muon_ns_steps must be at least 1, got {ns_steps}")
         if not 0.0 <= momentum < 1.0:
@@ -178,6 +155,7 @@ class Muon(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "scale": scale,
             "ns_steps": ns_steps,
+            "coefficients": coefficients,
             "splits": None,
         }
         super().__init__(params, defaults)
@@ -229,7 +207,13 @@ class Muon(torch.optim.Optimizer):
 
         momentum.lerp_(gradient, share)
         nesterov = gradient.lerp_(momentum, mu)
-        update = newton_schulz(nesterov, group["ns_steps"], iteration_dtype(dtype, momentum.device.type))
+        update = newton_schulz(
+            nesterov,
+            self.kernels,
+            coefficients=group["coefficients"],
+            steps=group["ns_steps"],
+            dtype=iteration_dtype(dtype, momentum.device.type),
+        )
         update = update.to(dtype).mul_(rate)
         weights = bucket.weights
         if group["weight_decay"]:
@@ -238,4 +222,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def muon(groups: list[dict[str, Any]], cfg: RunConfig) -> Muon:
-    return Muon(groups, lr=0.0, momentum=cfg.muon_momentum, scale=cfg.muon_scale, ns_steps=cfg.muon_ns_steps)
+    return Muon(
+        groups,
+        lr=0.0,
+        momentum=cfg.muon_momentum,
+        scale=cfg.muon_scale,
+        ns_steps=cfg.muon_ns_steps,
+        coefficients=cfg.muon_coefficients,
+    )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from kernels.choose import Kernels
 from models.layers.roles import Rule
 from naming import require_fit, shapes_and_dtypes, shorten
 from trainer.optim import OPTIMIZERS
@@ -25,11 +26,17 @@ __all__ = ["Optimizers", "build_optimizers", "clip_gradients", "role_table"]
 
 
 def build_optimizers(
-    named_parameters: Iterable[tuple[str, Parameter]], rules: list[Rule], cfg: RunConfig, width: int
+    named_parameters: Iterable[tuple[str, Parameter]],
+    rules: list[Rule],
+    cfg: RunConfig,
+    width: int,
+    kernels: Kernels | None = None,
 ) -> Optimizers:
-    """Optimizers for every trainable parameter; see `assign_groups` for arguments and errors."""
+    """Optimizers for every trainable parameter; see `assign_groups` for arguments and errors. `kernels`: the run's
+    choice of implementations; None = automatic."""
     groups = assign_groups(named_parameters, rules, cfg, width)
-    return Optimizers([group for group in groups if group.treatment.optimizer != FROZEN], cfg)
+    trained = [group for group in groups if group.treatment.optimizer != FROZEN]
+    return Optimizers(trained, cfg, kernels or Kernels())
 
 
 def clip_gradients(parameters: Iterable[Parameter], max_norm: float) -> Tensor:
@@ -48,9 +55,10 @@ def clip_gradients(parameters: Iterable[Parameter], max_norm: float) -> Tensor:
 class Optimizers:
     """Steps every group with its optimizer; state is keyed by parameter name."""
 
-    def __init__(self, groups: list[ParameterGroup], cfg: RunConfig) -> None:
+    def __init__(self, groups: list[ParameterGroup], cfg: RunConfig, kernels: Kernels) -> None:
         self._groups = groups
         self._cfg = cfg
+        self._kernels = kernels
         self._names: dict[Tensor, str] = {p: name for group in groups for name, p in group.parameters.items()}
         self._kinds = {name: group.treatment.optimizer for group in groups for name in group.parameters}
         self._members: list[_Member] = []
@@ -63,8 +71,15 @@ class Optimizers:
         for group in self._groups:
             kinds.setdefault((group.treatment.optimizer, group.treatment.every), []).append(group)
         for (kind, every), groups in kinds.items():
-            build = OPTIMIZERS[kind].load()
-            self._members.append(_Member(build([_torch_group(group) for group in groups], self._cfg), every))
+            optimizer = OPTIMIZERS[kind].load()([_torch_group(group) for group in groups], self._cfg)
+            if OPTIMIZERS[kind].kernels:
+                optimizer.kernels = self._kernels
+            self._members.append(_Member(optimizer, every))
+
+    def kernel_calls(self) -> dict[str, dict[str, Any]]:
+        """Operations of `kernels/` that a step calls, as `ModelAdapter.kernel_calls` has them. Allocates nothing."""
+        kinds = dict.fromkeys(group.treatment.optimizer for group in self._groups)
+        return {op: {"compiling": False} for kind in kinds for op in OPTIMIZERS[kind].kernels}
 
     def state_bytes(self) -> int:
         """Memory of all state; on the `meta` device too, where nothing is really allocated."""

@@ -74,11 +74,14 @@ def kernels_of(s: Session) -> dict[str, dict[str, str]]:
     kernels, device = s.adapter.kernels, s.world.device
     with autocast(s.precision, device):
         dtype = compute_dtype(next(s.adapter.parameters()))
+    calls = s.adapter.kernel_calls(s.plan.micro_rows, s.cfg.train_seq_len)
+    if not s.cfg.eval_only:
+        calls |= s.optimizers.kernel_calls()
     expected = {}
-    for op, known in s.adapter.kernel_calls(s.plan.micro_rows, s.cfg.train_seq_len).items():
+    for op, known in calls.items():
         # What has rows of logits is called by the adapter; everything else by layers, which compiled blocks consist of.
-        compiling = s.compiled and "rows" not in known
-        expected[op] = dict([kernels.foresee(op, Call(device, dtype, compiling=compiling, **known))])
+        known = {"compiling": s.compiled and "rows" not in known, **known}
+        expected[op] = dict([kernels.foresee(op, Call(device, dtype, **known))])
     return {**expected, **kernels.used}
 
 

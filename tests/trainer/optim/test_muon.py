@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.nn import Parameter
 
+from kernels.choose import Kernels
+from kernels.newton_schulz import newton_schulz
 from trainer.optim import muon
-from trainer.optim.muon import Muon, newton_schulz
+from trainer.optim.muon import Muon
 
 
 def orthogonalise_one(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
@@ -84,7 +86,7 @@ def test_equals_torch_muon(monkeypatch, scale, adjust, own_iteration):
         monkeypatch.setattr(
             torch.optim._muon,
             "_zeropower_via_newtonschulz",
-            lambda grad, coefficients, steps, eps: newton_schulz(grad[None], steps)[0],
+            lambda grad, coefficients, steps, eps: newton_schulz(grad[None], Kernels(), steps=steps)[0],
         )
     ours = [Parameter(torch.randn(shape)) for shape in ((32, 48), (48, 32), (32, 32))]
     theirs = [Parameter(p.detach().clone()) for p in ours]
@@ -110,7 +112,7 @@ def test_singular_values_come_near_one_and_directions_stay(dtype):
     torch.manual_seed(2)
     matrices = torch.randn(3, 24, 40, dtype=torch.float64)
     u, _, vt = torch.linalg.svd(matrices, full_matrices=False)
-    inner = u.mT @ newton_schulz(matrices, dtype=dtype).double() @ vt.mT  # (B, 24, 24)
+    inner = u.mT @ newton_schulz(matrices, Kernels(), dtype=dtype).double() @ vt.mT  # (B, 24, 24)
     values = inner.diagonal(dim1=1, dim2=2)
     assert values.min() > 0.6
     assert values.max() < 1.3
@@ -120,6 +122,15 @@ def test_singular_values_come_near_one_and_directions_stay(dtype):
 def test_iterates_in_fp64_in_an_fp64_model():
     assert muon.iteration_dtype(torch.float64, "cpu") == torch.float64
     assert muon.iteration_dtype(torch.float32, "mps") == torch.float32
+
+
+def test_the_iteration_is_the_runs_to_choose():
+    p = Parameter(torch.randn(8, 6))
+    p.grad = torch.randn_like(p)
+    optimizer = Muon([p], lr=0.1)
+    optimizer.kernels = Kernels({"newton_schulz": "reference"})
+    optimizer.step()
+    assert optimizer.kernels.used == {"newton_schulz": {"reference": "kernels.newton_schulz"}}
 
 
 def test_fused_weight_is_not_one_matrix():
@@ -168,6 +179,7 @@ def test_flag_of_zero_changes_nothing(dtype):
     [
         ({"scale": "muonic"}, "'muonic' is not one of spectral, rms"),
         ({"ns_steps": 0}, "at least 1, got 0"),
+        ({"coefficients": "polar"}, "'polar' is not one of classic, polar_express"),
         ({"momentum": 1.0}, "momentum < 1, got 1.0"),
     ],
 )

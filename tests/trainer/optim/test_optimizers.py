@@ -236,6 +236,7 @@ def test_muon_options_and_split_reach_the_update():
     for change in (
         {"muon_scale": "rms"},
         {"muon_ns_steps": 3},
+        {"muon_coefficients": "polar_express"},
         {"muon_momentum": 0.5},
         {"muon_learning_rate": 0.03},
         {"weight_decay": 0.0},

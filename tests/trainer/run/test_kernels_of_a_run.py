@@ -48,6 +48,18 @@ def test_the_manifest_and_the_console_name_what_is_taken_and_why(tmp_path, capsy
     assert "kernels.linear_diffusion_loss is not read by this run, which uses " in out
 
 
+def test_what_the_optimizer_calls_is_named_and_followed(tmp_path, capsys):
+    start(tmp_path / "muon", "optimizer=muon", "kernels.newton_schulz=reference")
+    taken = json.loads((tmp_path / "muon" / "manifest.json").read_text())["kernels"]
+    assert taken["newton_schulz"] == {"reference": "kernels.newton_schulz"}
+    out = capsys.readouterr().out
+    assert "newton_schulz (kernels.newton_schulz)" in out and "not read" not in out
+    start(tmp_path / "adamw", "optimizer=adamw", "kernels.newton_schulz=reference")
+    assert "kernels.newton_schulz is not read by this run" in capsys.readouterr().out
+    start(tmp_path / "score", "optimizer=muon", "eval_only=true", f"init_from_checkpoint={tmp_path / 'muon'}")
+    assert "newton_schulz" not in json.loads((tmp_path / "score" / "manifest.json").read_text())["kernels"]
+
+
 def test_the_manifest_is_corrected_where_something_else_was_taken(tmp_path, monkeypatch):
     """Held-out rows are longer here, and their logits do not fit."""
     monkeypatch.setattr(choose, "MIN_CHUNK_ROWS", 100)
