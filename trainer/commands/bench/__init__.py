@@ -10,6 +10,10 @@ __all__ = ["BENCHMARKS", "main"]
 
 BENCHMARKS = {  # name -> "module:function", called with the words that follow; and what it measures
     "step": ("trainer.commands.bench.step:main", "a training step against a bare one and a plain loop"),
+    "generate": (
+        "trainer.commands.bench.generate:main",
+        "generation against a plain cached loop, and what the machine allows",
+    ),
 }
 
 
