@@ -102,13 +102,15 @@ class LossTerm:
     """`sum`: scalar, at least fp32; `denominator`: a key of `Prepared.denominators`; `weight` 0 = reported only.
 
     `likelihood`: the sum is the text's negative log-likelihood in nats, a bound on it or an unbiased estimate of
-    either, so that bits per byte can be made of it.
+    either, so that bits per byte can be made of it. `z_loss`: (), what the sum has the gradient of besides, and its
+    value is without.
     """
 
     sum: Tensor
     denominator: str
     weight: float = 1.0
     likelihood: bool = True
+    z_loss: Tensor | None = None
 
 
 @dataclass
@@ -235,6 +237,9 @@ class ModelAdapter(nn.Module):
     # Operations of a training step that wait for the device, as a boolean mask does ("nonzero"). Best is none.
     host_syncs: tuple[str, ...] = ()
     console_metrics: tuple[str, ...] = ()  # metrics shown while training, beside the loss
+    # Whether training heeds the field of this name, `self.z_loss`; where not, a run that sets it is refused.
+    takes_z_loss = False
+    z_loss = 0.0
     default_temperature = 0.8  # of generation
     sample_steps = 0  # of the samples along a run: `GenerateOptions.steps`
     generation_notes: tuple[str, ...] = ()  # what a reader of generated text should know

@@ -46,6 +46,8 @@ class DefaultModelAdapter(ModelAdapter):
     `init_cache(rows)`; without one, or with None in its place, generation reads the whole window for each token.
     """
 
+    takes_z_loss = True
+
     def prepare(self, batch: Batch, ctx: Context) -> Prepared:
         """Tensors `inputs`, `doc_ids`, `targets`, `weights`, all (B, S), and the denominator `tokens`. With a
         look-ahead of n also `targets_k`, `weights_k` and `tokens_k` for k = 2 to n: the k-th token after each input,
@@ -65,7 +67,10 @@ class DefaultModelAdapter(ModelAdapter):
         return Prepared(tensors, denominators)
 
     def forward(self, prepared: Prepared) -> StepOutput:
-        return self.step_output(self.hidden(prepared), prepared)
+        output = self.step_output(self.hidden(prepared), prepared)
+        if self.z_loss:
+            output.terms |= self._z_losses(output.terms)
+        return output
 
     def hidden(self, prepared: Prepared) -> Hidden:
         """Run the network over a batch, in training and in scoring."""
@@ -81,28 +86,60 @@ class DefaultModelAdapter(ModelAdapter):
     ) -> LossTerm:
         """The term of the k-th token after each position, predicted from states (B, S, D) by the model's head or by
         `head` (V_p, D). Only the next token's is the text's likelihood."""
-        t = prepared.tensors
-        total, _ = self.head_loss(states, t[nth("targets", k)], t[nth("weights", k)], head)
-        return LossTerm(total, nth("tokens", k), weight, likelihood=k == 1)
+        targets, weights = prepared.tensors[nth("targets", k)], prepared.tensors[nth("weights", k)]
+        total, nats, z = self.head_loss(states, targets, weights, head, self.z_loss)
+        term = LossTerm(total, nth("tokens", k), weight, likelihood=k == 1)
+        if z is not None:
+            term.z_loss = self.z_loss * (z * weights).sum()
+            term.sum = (nats * weights).sum() + (
+                total - total.detach()
+            )  # the nats' value, the gradient of both
+        return term
+
+    def _z_losses(self, terms: dict[str, LossTerm]) -> dict[str, LossTerm]:
+        """What `z_loss` adds to each term, to be reported: `z_loss` of the first, `<name>_z_loss` of others."""
+        found = {name: term for name, term in terms.items() if term.z_loss is not None}
+        if not found:
+            raise ValueError(
+                f"z_loss={self.z_loss}: no loss term of {type(self).__name__} is a `cross_entropy` of its head. Set "
+                f"z_loss=0, and takes_z_loss = False in that class"
+            )
+        first = next(iter(terms))
+        return {
+            "z_loss" if name == first else f"{name}_z_loss": LossTerm(
+                term.z_loss, term.denominator, weight=0.0, likelihood=False
+            )
+            for name, term in found.items()
+            if term.z_loss is not None
+        }
 
     def head_loss(
-        self, states: Tensor, targets: Tensor, weights: Tensor | None, head: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Weighted sum of nats, (), and nats of every position, (B, S), unweighted and detached."""
-        total, nats, _ = linear_cross_entropy(
+        self,
+        states: Tensor,
+        targets: Tensor,
+        weights: Tensor | None,
+        head: Tensor | None = None,
+        z_loss: float = 0.0,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Weighted sum of nats + z_loss * z, (), nats of every position, (B, S), and z, (B, S), the square of its
+        log-normaliser (None without `z_loss`), both unweighted and detached. Logits are capped as the model's are
+        (`logit_softcap`, where it has one)."""
+        total, nats, z = linear_cross_entropy(
             states.flatten(0, 1),
             self.model.head_weight if head is None else head,
             targets.flatten(),
             None if weights is None else weights.flatten(),
             vocab_size=self.model_cfg.vocab_size,
             kernels=self.kernels,
+            softcap=getattr(self.model, "logit_softcap", None),
+            z_loss=z_loss,
         )
-        return total, nats.view_as(targets)
+        return total, nats.view_as(targets), None if z is None else z.view_as(targets)
 
     def likelihood(self, batch: Batch, ctx: Context) -> Likelihood:
         prepared = self.prepare(batch, ctx).to(self.device)
         hidden = self.hidden(prepared)
-        _, nats = self.head_loss(hidden.states, prepared.tensors["targets"], None)  # (B, S)
+        _, nats, _ = self.head_loss(hidden.states, prepared.tensors["targets"], None)  # (B, S)
         nats = nats.cpu().double()
         text, ends = (torch.from_numpy(w).double() for w in (batch.weights, batch.end_weights))
         return Likelihood(

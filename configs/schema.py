@@ -287,6 +287,7 @@ class RunConfig(BaseModel):
     adam_beta2: OpenFraction = 0.95
     adam_epsilon: Rate = 1e-8
     max_grad_norm: NonNegativeFloat = 1.0
+    z_loss: NonNegativeFloat = 0.0
     ema_decay: OpenFraction = 0.0
 
     # learning-rate schedule

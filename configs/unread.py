@@ -48,6 +48,7 @@ _OF_TRAINING = {
         "lr_base_width",
         "weight_decay",
         "max_grad_norm",
+        "z_loss",
     ),
     *("warmup_steps", "warmup_ratio"),
 }

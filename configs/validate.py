@@ -48,7 +48,7 @@ def validate(
     fields = _drop_preset_extras(run, config_class, notices)
     fields = drop_removed(fields, config_class.model_fields, where, notices, "model_cfg.")
     model_cfg = _architecture(run.type, config_class, fields, where)
-    _raise(_tokens(run, model_cfg) + model_cfg.problems(run), where)
+    _raise(_tokens(run, model_cfg) + _objective(run) + model_cfg.problems(run), where)
     if getattr(model_cfg, "dropout", 0.0) == 1.0:
         notices.append("model_cfg.dropout is 1.0: every activation it touches becomes zero")
     return run.model_copy(update={"model_cfg": model_cfg.model_dump(mode="json")}), model_cfg
@@ -253,6 +253,16 @@ def _problem(look: Callable[[], object]) -> list[str]:
     except ValueError as error:
         return [str(error)]
     return []
+
+
+def _objective(run: RunConfig) -> list[str]:
+    """Generic fields that not every objective has a use for."""
+    if not run.z_loss or (adapter := load("adapters:adapter_class")(run)).takes_z_loss:
+        return []
+    return [
+        f"z_loss ({run.z_loss}) belongs to a cross-entropy over all tokens, and {adapter.__name__} trains type "
+        f"'{run.type}' on another objective. Nearest: z_loss=0"
+    ]
 
 
 def _tokens(run: RunConfig, model_cfg: ModelConfig) -> list[str]:

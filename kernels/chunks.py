@@ -17,11 +17,20 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels.precision import at_least_fp32, own_dtypes
 
-__all__ = ["Losses", "Mode", "RowStep", "Rows", "States", "differentiable", "in_chunks", "scaled"]
+__all__ = [
+    "Losses",
+    "Mode",
+    "RowStep",
+    "Rows",
+    "States",
+    "differentiable",
+    "in_chunks",
+    "refuse_second_order",
+    "scaled",
+]
 
 # Rows of low-precision products. Where their number is drawn anew in every step, the library compiles and keeps a
 # product for each shape it meets: a megabyte a step at first.
@@ -268,10 +277,19 @@ class _Chunked(torch.autograd.Function):
         return found.total(rows), found.nats, found.aux
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_sum: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_order()
         found = [scaled(g, grad_sum, t) for g, t in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
         return *found, *[None] * (len(ctx.needs_input_grad) - len(found))
+
+
+def refuse_second_order() -> None:
+    """RuntimeError in a backward pass that is to be differentiated: stored gradients would pass as constants."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "gradients of this loss were computed with it and have none of their own (create_graph=True); "
+            "kernels=reference has them"
+        )
 
 
 def scaled(grad: Tensor | None, grad_sum: Tensor, dtype: torch.dtype | None) -> Tensor | None:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.schema import DefaultModelConfig
-from kernels.precision import compute_dtype
+from kernels.precision import at_least_fp32, compute_dtype
+from kernels.softcap import Softcap
 from models.layers.cache import Cache, KVCache
 
 __all__ = ["Decoder", "Hidden", "document_positions", "padded_vocabulary"]
@@ -37,6 +38,7 @@ class Decoder(nn.Module):
 
     cfg: DefaultModelConfig
     lm_head: nn.Linear | None
+    logit_softcap: Softcap | None = None  # of all logits, in training, scoring and generation
 
     def __init__(self, cfg: DefaultModelConfig) -> None:
         super().__init__()
@@ -62,12 +64,15 @@ class Decoder(nn.Module):
         return KVCache(self.cfg.n_layers, rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V): without the padding."""
+        """(..., D) -> (..., V): without the padding. Capped ones in at least fp32."""
         weight = self.head_weight
         if compute_dtype(weight) != hidden.dtype:
             weight = weight.to(hidden.dtype)
         # Sliced behind the product: autocast converts a whole parameter once, a slice of it in every call.
-        return F.linear(hidden, weight)[..., : self.vocab_size]
+        logits = F.linear(hidden, weight)[..., : self.vocab_size]
+        if self.logit_softcap is None:
+            return logits
+        return self.logit_softcap(logits.to(at_least_fp32(logits.dtype)))
 
     def check_input(self, tokens: Tensor, doc_ids: Tensor | None, cache: Cache | None, learned: bool) -> int:
         """Refuse what a model (with `learned` positions) cannot process; returns the length of the cache."""

@@ -9,13 +9,23 @@ import torch
 from torch import nn
 
 from adapters import decoding
-from adapters.base import DataSpec, GenerateOptions, LossTerm, Metric
+from adapters.base import DataSpec, GenerateOptions, LossTerm, Metric, StepOutput
 from adapters.decoding import sample_next
 from adapters.default import DefaultModelAdapter
 from adapters.shaping import Shaping
 from configs.schema import DefaultModelConfig
+from kernels.choose import Kernels
+from kernels.softcap import SigmoidCap, TanhCap
 from models.layers.decoder import Hidden
-from tests.contract.tiny import Letters, adapter_of, batch_of, context, loss_and_gradients, random_batch
+from tests.contract.tiny import (
+    Letters,
+    adapter_of,
+    batch_of,
+    context,
+    loss_and_gradients,
+    move_away_from_uniform,
+    random_batch,
+)
 from tests.models.tiny import VOCABULARY, Recurrent
 
 
@@ -414,6 +424,74 @@ def test_the_loss_is_the_mean_negative_log_likelihood(exact):
     found = exact.likelihood(batch, context(phase="eval"))
     assert found.nats.sum().item() == pytest.approx(expected.item() * batch.weights.size, rel=1e-12)
     assert (found.kind, found.end_nats.tolist()) == ("exact", [0.0] * 4)
+
+
+@pytest.fixture
+def regularised(exact):
+    """The same model, z_loss = 0.1."""
+    adapter = TwoMore(exact.model, exact.model_cfg, exact.tokenizer)
+    adapter.z_loss = 0.1
+    return adapter
+
+
+def test_the_z_loss_is_trained_on_and_reported_beside_the_likelihood(regularised, two_more):
+    batch = random_batch(n=3)
+    (plain, gradient), (losses, found) = (loss_and_gradients(a, [batch]) for a in (two_more, regularised))
+    tokens = torch.from_numpy(batch.tokens)[:, : batch.weights.shape[1]]
+    model = regularised.model
+    squares = model.logits(model(tokens)).logsumexp(-1).square()  # (B, S), all of weight 1
+    mean = squares.mean().item()
+    zs = dict.fromkeys(("z_loss", "ce_2_z_loss", "ce_3_z_loss"), pytest.approx(0.1 * mean, rel=1e-9))
+    assert losses == {**{name: pytest.approx(value, rel=1e-12) for name, value in plain.items()}, **zs}
+    named = dict(model.named_parameters())
+    extra = torch.autograd.grad((1 + 0.5 + 0.5) * 0.1 * squares.mean(), list(named.values()))
+    for name, more in zip(named, extra, strict=True):
+        torch.testing.assert_close(found[name], gradient[name] + more, rtol=1e-9, atol=1e-12)
+    terms = regularised(regularised.prepare(batch, context())).terms
+    assert next(iter(terms)) == "ce" and not terms["z_loss"].likelihood and terms["z_loss"].weight == 0
+
+
+def test_no_score_has_a_z_loss(regularised, two_more):
+    batch = random_batch(n=3)
+    with torch.no_grad():
+        found, plain = (a.likelihood(batch, context(phase="eval")) for a in (regularised, two_more))
+    assert torch.equal(found.nats, plain.nats) and torch.equal(found.per_token, plain.per_token)
+
+
+def test_a_z_loss_that_no_term_heeds_is_refused(exact):
+    class Other(DefaultModelAdapter):
+        def step_output(self, hidden, prepared):
+            total, _, _ = self.head_loss(hidden.states, prepared.tensors["targets"], None)
+            return StepOutput({"own": LossTerm(total, "tokens")})
+
+    adapter = Other(exact.model, exact.model_cfg, exact.tokenizer)
+    batch = adapter.prepare(random_batch(), context())
+    assert adapter(batch).terms.keys() == {"own"}
+    adapter.z_loss = 0.1
+    with pytest.raises(ValueError, match="z_loss=0.1: no loss term of Other is a `cross_entropy`"):
+        adapter(batch)
+
+
+@pytest.mark.parametrize("cap", [TanhCap(0.3), SigmoidCap(0.5, 0.1, 0.7)])
+def test_a_capped_head_trains_scores_and_speaks_capped(cap, monkeypatch):
+    adapter = adapter_of("gpt2", dtype=torch.float64)
+    move_away_from_uniform(adapter)
+    batch = random_batch()
+    tokens = torch.from_numpy(batch.tokens)
+    with torch.no_grad():
+        bare = adapter.model.logits(adapter.model(tokens[:, :-1]))
+        monkeypatch.setattr(type(adapter.model), "logit_softcap", cap)
+        logits = adapter.model.logits(adapter.model(tokens[:, :-1]))
+        torch.testing.assert_close(logits, cap(bare))
+        torch.testing.assert_close(adapter.next_logits(tokens[:, :-1], None), logits[:, -1])
+    expected = nn.functional.cross_entropy(logits.mT, tokens[:, 1:], reduction="none")
+    assert not torch.allclose(expected, nn.functional.cross_entropy(bare.mT, tokens[:, 1:], reduction="none"))
+    for implementation in ("reference", "chunked"):
+        adapter.kernels = Kernels({"default": implementation})
+        losses, _ = loss_and_gradients(adapter, [batch])
+        assert losses == {"ce": pytest.approx(expected.mean().item(), rel=1e-12)}
+        found = adapter.likelihood(batch, context(phase="eval"))
+        torch.testing.assert_close(found.per_token, expected, rtol=1e-12, atol=0)
 
 
 def test_the_score_of_every_position(exact):

@@ -48,6 +48,7 @@ CASES = [
     (["mine.yaml", "env.FOO=[1]"], ["command line: env.FOO: expected str, got [1] (list)"]),
     (["mine.yaml", "env.FOO={a:1}"], ["command line: env.FOO: expected str, got {'a': 1} (dict)"]),
     (["mine.yaml", "seed=null"], ["seed: expected int, got null"]),
+    (["mine.yaml", "z_loss=-1"], ["z_loss: must satisfy 0 <= z_loss"]),
     (["mine.yaml", "learning_rate=nan"], ["learning_rate: must satisfy 0 < learning_rate"]),
     (["mine.yaml", "model_cfg.dropout=1.5"], ["model_cfg.dropout: must satisfy 0 <= dropout <= 1, got 1.5"]),
     (["mine.yaml", "val_bytes=0"], ["val_bytes: must satisfy 1 <= val_bytes, got 0"]),
@@ -395,6 +396,11 @@ def test_fields_of_an_architecture_that_another_one_makes_meaningless_are_named(
         (
             ["mdl", "model_cfg.continuous_time=false", "model_cfg.use_subs_parameterization=false"],
             "sampler=ancestral_cache needs model_cfg.use_subs_parameterization=true",
+        ),
+        (
+            ["sedd", "z_loss=1e-4"],
+            r"command line: z_loss \(0.0001\) belongs to a cross-entropy over all tokens, and SEDDAdapter trains type "
+            "'sedd' on another objective. Nearest: z_loss=0",
         ),
     ],
 )

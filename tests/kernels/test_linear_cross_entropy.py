@@ -1,5 +1,6 @@
 """The head loss: chunked against the definition, in value and in every gradient."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 import kernels.linear_cross_entropy as op
 from kernels import KERNELS, choose, chunks
 from kernels.linear_cross_entropy import IGNORED, linear_cross_entropy, reference
+from kernels.softcap import SigmoidCap, TanhCap
 
 ROWS, WIDTH, VOCABULARY, PADDED = 13, 6, 10, 16
 
@@ -52,6 +54,139 @@ def test_value_and_gradients_equal_the_definition(chunk_rows, weighted):
     for a, b in zip(found, torch.autograd.grad(expected * 0.3, inputs), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
     assert not found[1][VOCABULARY:].any()
+
+
+OPTIONS = {
+    "tanh cap": {"softcap": TanhCap(1.3)},
+    "sigmoid cap": {"softcap": SigmoidCap(3.0, 0.7, 1.2)},
+    "z-loss": {"z_loss": 0.3},
+    "all": {"softcap": TanhCap(2.0), "z_loss": 0.1},
+}
+
+
+def optioned(hidden, weight, targets, weights, softcap=None, z_loss=0.0):
+    """Row by row and target by target: (sum, nats like targets, squared log-normalisers)."""
+    total, nats, squares = 0.0, torch.zeros(targets.shape, dtype=hidden.dtype), []
+    for i, row in enumerate(targets.view(len(hidden), -1).tolist()):
+        z = [(hidden[i] * weight[v]).sum() for v in range(VOCABULARY)]
+        if isinstance(softcap, TanhCap):
+            z = [softcap.c * torch.tanh(x / softcap.c) for x in z]
+        elif softcap is not None:
+            z = [softcap.a / (1 + (-(x + softcap.b) / softcap.c).exp()) for x in z]
+        log_Z = torch.stack([x.exp() for x in z]).sum().log()
+        counted = [(j, target) for j, target in enumerate(row) if target != IGNORED]
+        squares.append(float(log_Z.detach() ** 2) if counted else 0.0)
+        for j, target in counted:
+            w = weights.view(len(hidden), -1)[i, j]
+            nats.view(len(hidden), -1)[i, j] = float((log_Z - z[target]).detach())
+            total = total + w * (log_Z - z[target] + z_loss * log_Z**2)
+    return total, nats, torch.tensor(squares, dtype=hidden.dtype)
+
+
+@pytest.mark.parametrize("targets_of_row", [1, 3])
+@pytest.mark.parametrize("chunk_rows", [None, 1, 7, ROWS])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options_equal_their_definition(options, chunk_rows, targets_of_row):
+    """Also where targets of a row coincide, and where some or all of them are ignored."""
+    hidden, weight, weights, targets = draw()
+    if targets_of_row > 1:
+        targets = torch.stack([targets, targets.roll(1), targets.roll(1)], 1)
+        targets[5] = IGNORED
+        weights = torch.stack([weights, 1 - weights, 2 * weights], 1).detach().requires_grad_()
+    call = hidden, weight, targets, weights, VOCABULARY, chunk_rows
+    total, nats, z = linear_cross_entropy(*call, **options)
+    expected, expected_nats, expected_z = optioned(hidden, weight, targets, weights, **options)
+    torch.testing.assert_close(total, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(nats, expected_nats, rtol=0, atol=1e-12)
+    assert (z is None) == ("z_loss" not in options)
+    if z is not None:
+        torch.testing.assert_close(z, expected_z, rtol=1e-12, atol=0)
+        assert not z.requires_grad
+    inputs = hidden, weight, weights
+    for a, b in zip(*(torch.autograd.grad(0.3 * t, inputs) for t in (total, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 5])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_gradcheck_of_options(options, chunk_rows):
+    hidden, weight, weights, targets = draw(rows=4)
+    targets, weights = torch.stack([targets, targets + 1], 1) % VOCABULARY, torch.stack([weights, weights], 1)
+    weights = weights.detach().requires_grad_()
+    call = lambda h, w, r: linear_cross_entropy(h, w, targets, r, VOCABULARY, chunk_rows, **options)[0]  # noqa: E731
+    assert torch.autograd.gradcheck(call, (hidden, weight, weights))
+
+
+def test_a_row_with_several_targets_is_as_many_rows_of_one():
+    hidden, weight, _, targets = draw()
+    several = torch.stack([targets, targets.roll(2)], 1)
+    total, nats, _ = linear_cross_entropy(hidden, weight, several, None, VOCABULARY, 4)
+    parts = [linear_cross_entropy(hidden, weight, t, None, VOCABULARY) for t in several.unbind(1)]
+    torch.testing.assert_close(total, parts[0][0] + parts[1][0])
+    torch.testing.assert_close(nats, torch.stack([parts[0][1], parts[1][1]], 1))
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 4])
+@pytest.mark.parametrize("z_loss", [0.0, 0.5])
+def test_any_size_of_logits_stays_finite(chunk_rows, z_loss):
+    """|z| up to 1e4 in fp32, capped and not."""
+    hidden = torch.tensor([[1e4], [-1e4], [3.0]], requires_grad=True)
+    weight = torch.tensor([[-1.0], [1.0], [0.5]], requires_grad=True)
+    for softcap in (None, TanhCap(15.0), SigmoidCap(23.0, 5.0, 7.5)):
+        args = hidden, weight, torch.tensor([0, 1, 2]), None, 3, chunk_rows
+        total, nats, _ = linear_cross_entropy(*args, softcap=softcap, z_loss=z_loss)
+        gradients = torch.autograd.grad(total, (hidden, weight))
+        assert all(torch.isfinite(t).all() for t in (total, nats, *gradients))
+
+
+# -- what is differentiated in the forward pass ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 3])
+def test_rows_have_no_gradient_of_their_own_and_the_sum_none_of_second_order(chunk_rows):
+    hidden, weight, weights, targets = draw()
+    total, nats, z = linear_cross_entropy(
+        hidden, weight, targets, weights, VOCABULARY, chunk_rows, z_loss=0.1
+    )
+    for rows in (nats, z):
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            torch.autograd.grad(rows.sum(), hidden, retain_graph=True)
+    with (
+        nullcontext()
+        if chunk_rows is None
+        else pytest.raises(RuntimeError, match="kernels=reference has them")
+    ):
+        torch.autograd.grad(total, hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 3])
+def test_an_expanded_gradient_of_the_sum(chunk_rows):
+    """7 uses of the one sum, each of another size: what arrives is their total."""
+    hidden, weight, weights, targets = draw()
+    total, _, _ = linear_cross_entropy(hidden, weight, targets, weights, VOCABULARY, chunk_rows)
+    expected = optioned(hidden, weight, targets, weights)[0]
+    sizes, inputs = torch.arange(7.0, dtype=torch.float64), (hidden, weight, weights)
+    found, wanted = (torch.autograd.grad(t.expand(7), inputs, sizes) for t in (total, expected))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("which", range(8))
+def test_every_combination_of_what_needs_a_gradient(which):
+    """In evaluation too."""
+    hidden, weight, weights, targets = draw()
+    wanted = [bool(which & bit) for bit in (1, 2, 4)]
+    inputs = [t.requires_grad_(need) for t, need in zip((hidden, weight, weights), wanted, strict=True)]
+    args = hidden, weight, targets, weights, VOCABULARY
+    total, _, _ = linear_cross_entropy(*args, 4, softcap=TanhCap(2.0), z_loss=0.1)
+    plain, _, _ = linear_cross_entropy(*args, softcap=TanhCap(2.0), z_loss=0.1)
+    assert total.requires_grad == any(wanted)
+    torch.testing.assert_close(total, plain)
+    if alive := [t for t in inputs if t.requires_grad]:
+        for a, b in zip(*(torch.autograd.grad(t, alive) for t in (total, plain)), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    with torch.no_grad():
+        assert torch.equal(linear_cross_entropy(*args, 4, softcap=TanhCap(2.0), z_loss=0.1)[0], total)
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 5])
@@ -208,6 +343,9 @@ def test_logits_of_all_rows_never_exist():
         ({"weights": torch.zeros(ROWS, 1)}, "expected hidden"),
         ({"vocab_size": PADDED + 1}, "1 to 16"),
         ({"vocab_size": 0}, "1 to 16"),
+        ({"targets": torch.zeros(ROWS, 0, dtype=torch.int64)}, "expected hidden"),
+        ({"targets": torch.zeros(ROWS, 2, dtype=torch.int64)}, "weights like targets"),
+        ({"z_loss": -0.1}, r"z_loss: must be 0 \(off\) or more, got -0.1"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(change, message):
