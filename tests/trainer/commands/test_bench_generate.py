@@ -18,8 +18,9 @@ TIMES = ["--device", "cpu", "--turns", 1, "--max_new_tokens", 3, "--prompt", 5, 
 def figures(command, tmp_path, monkeypatch):
     """A function from words to (the JSON, what was printed, the notes)."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench, "copy_rate", lambda device: 1e9)
-    monkeypatch.setattr(bench, "product_rate", lambda device, dtype: 1e12)
+    monkeypatch.setattr(
+        bench, "ceilings", lambda device, dtype: {"bytes_per_second": 1e9, "flops_per_second": 1e12}
+    )
 
     def run(*words):
         out, err = command("bench", "generate", *words, "--output", "found.json")
@@ -81,15 +82,15 @@ def test_the_bound_is_what_must_be_read_or_multiplied():
     keys_and_values = 2 * cfg.n_layers * cfg.d_model * cfg.kv_heads // cfg.n_heads * 4
     assert bench._cache_bytes(found) == (0, keys_and_values)
     weights = found.adapter.flops(1).forward_per_token / 2
-    reading, products = {"bytes_per_second": 1e9, "products_per_second": 1e99}, {"bytes_per_second": 1e99}
     # Prompt and start, 8 tokens, then one pass at a length of 8 + 1.
     read = 2 * 4 * weights + 3 * keys_and_values * (8 + 9)
-    assert bench._bound(found, 7, 3, 2, reading) == pytest.approx(3 * 2 * 1e9 / read)
+    slow_memory = {"bytes_per_second": 1e9, "flops_per_second": 1e99}
+    assert bench._bound(found, 7, 3, 2, slow_memory) == pytest.approx(3 * 2 * 1e9 / read)
     operations = 3 * (
         8 * found.adapter.flops(8).forward_per_token + found.adapter.flops(17).forward_per_token
     )
-    found_by_products = bench._bound(found, 7, 3, 2, products | {"products_per_second": 1e9})
-    assert found_by_products == pytest.approx(3 * 2 * 1e9 / operations)
+    slow_products = {"bytes_per_second": 1e99, "flops_per_second": 1e9}
+    assert bench._bound(found, 7, 3, 2, slow_products) == pytest.approx(3 * 2 * 1e9 / operations)
 
 
 def test_both_sides_continue_the_same_prompts_equally_far():

@@ -469,7 +469,7 @@ def bench_words(steps):
 
 
 def test_bench_measures_both_comparisons(command, tmp_path):
-    words = ["--no_compile", "--no_processes", "--output", tmp_path / "bench.json"]
+    words = ["--no_compile", "--no_processes", "--profile", 3, "--output", tmp_path / "bench.json"]
     status, out, err = command(*bench_words(2), *words)
     assert status == 0, err
     found = json.loads((tmp_path / "bench.json").read_text())
@@ -480,10 +480,17 @@ def test_bench_measures_both_comparisons(command, tmp_path):
         "bf16",
     }
     assert "loop overhead" in out and "x plain loop" in out
+    profile = found["profile"]
+    seconds = [entry["seconds"] for entry in profile["cpu"]]
+    assert seconds == sorted(seconds, reverse=True) and 0 < sum(seconds) <= profile["seconds_per_step"]
+    products = next(entry for entry in profile["cpu"] if entry["name"] == "aten::addmm")
+    assert products["calls"] == 4  # the linear layers of the block, once a step
+    assert f"{profile['cpu'][0]['name']} " in out and f"{len(seconds) - 3} others" in out
 
 
 def test_bad_benchmarks_are_refused(command):
     refused(command(*bench_words(0)), "steps: must be at least 1, got 0")
+    refused(command(*bench_words(1), "--profile", 0), "profile: must be at least 1, got 0")
     refused(command("bench", "stp"), "Did you mean 'step'?")
     refused(command(*bench_words(1), "--output", "no/such/x.json"), "output: cannot write no/such/x.json")
 

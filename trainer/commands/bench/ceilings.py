@@ -2,46 +2,32 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
 
-__all__ = ["copy_rate", "product_rate"]
+from trainer.commands.bench.turns import interleaved
 
-TRIES = 5
+__all__ = ["ceilings"]
+
+TRIES = 10
 # Large enough that caches do not matter and launches do not show; small enough for a few tenths of a second.
-COPIED_BYTES = {"cpu": 2**26, "cuda": 2**30}
+COPIED_BYTES = {"cpu": 2**26, "cuda": 2**29}
 PRODUCT_WIDTH = {"cpu": 1024, "cuda": 8192}
 
 
-def copy_rate(device: torch.device) -> float:
-    """Bytes per second that a copy of one large tensor reads and writes, together."""
-    count = COPIED_BYTES.get(device.type, 2**28)
-    source = torch.ones(count, dtype=torch.uint8, device=device)
+def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """`bytes_per_second` of a copy, read and written together; `flops_per_second` of a product of square matrices."""
+    size, width = COPIED_BYTES.get(device.type, 2**26), PRODUCT_WIDTH.get(device.type, 1024)
+    source = torch.ones(size // dtype.itemsize, dtype=dtype, device=device)
     target = torch.empty_like(source)
-    return 2 * count / _least_seconds(lambda: target.copy_(source), device)
-
-
-def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a product of large square matrices; a multiply-add is two."""
-    width = PRODUCT_WIDTH.get(device.type, 2048)
-    a, b = (torch.ones(width, width, dtype=dtype, device=device) for _ in range(2))
-    return 2.0 * width**3 / _least_seconds(lambda: a @ b, device)
-
-
-def _least_seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Of one call: the least of a few, as what disturbs only adds."""
-    seconds = []
-    for _ in range(TRIES + 1):  # the first allocates
-        _wait(device)
-        started = time.perf_counter()
-        run()
-        _wait(device)
-        seconds.append(time.perf_counter() - started)
-    return min(seconds[1:])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    square = torch.randn(width, width, device=device).to(dtype)
+    sides: dict[str, Callable[[int], object]] = {
+        "copy": lambda turn: target.copy_(source),
+        "product": lambda turn: square @ square,
+    }
+    seconds = interleaved(sides, TRIES, device)
+    return {  # by the least of the times, as what disturbs only adds
+        "bytes_per_second": 2 * size / min(seconds["copy"]),
+        "flops_per_second": 2 * width**3 / min(seconds["product"]),
+    }

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from adapters.base import GenerateOptions
 from adapters.default import DefaultModelAdapter
-from trainer.commands.bench.ceilings import copy_rate, product_rate
+from trainer.commands.bench.ceilings import ceilings
 from trainer.commands.bench.turns import interleaved, median_ratio
 from trainer.precision import autocast
 from trainer.run.files import output_file, write_atomically
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
         found = _model(args)
         limit = getattr(found.adapter.model, "max_context", None)
         rows: list[Row] = []
-        ceilings = _ceilings(found)
+        best = ceilings(found.device, _dtype(found)) if _cached(found) else {}
         for prompt in args.prompt:
             if limit is not None and (needed := 1 + prompt + args.max_new_tokens) > limit:
                 say(
@@ -69,11 +69,11 @@ def main(argv: list[str]) -> int:
                 )
                 continue
             tell(f"measuring prompts of {prompt} tokens")
-            rows += _measure(found, prompt, args, ceilings)
+            rows += _measure(found, prompt, args, best)
     result = {
         "environment": collect_environment(found.device),
         "model": _about(found, args),
-        "ceilings": ceilings,
+        "ceilings": best,
         "rows": [asdict(row) for row in rows],
     }
     if output:  # before anything is printed: whoever reads that may leave
@@ -139,9 +139,7 @@ def _decoder(found: Restored) -> DefaultModelAdapter:
     return found.adapter
 
 
-def _measure(
-    found: Restored, prompt: int, args: argparse.Namespace, ceilings: dict[str, float]
-) -> Iterator[Row]:
+def _measure(found: Restored, prompt: int, args: argparse.Namespace, best: dict[str, float]) -> Iterator[Row]:
     """All numbers of rows, and both sides of each, take turns."""
     new = args.max_new_tokens
     prompts = {batch: _prompts(found, batch, prompt) for batch in args.batch}
@@ -154,7 +152,7 @@ def _measure(
     for batch in args.batch:
         mine, plain = seconds[f"generate {batch}"], seconds.get(f"plain {batch}")
         speed = batch * new / statistics.median(mine)
-        bound = _bound(found, prompt, batch, new, ceilings) if plain else None
+        bound = _bound(found, prompt, batch, new, best) if plain else None
         first = statistics.median(ours[batch].first[-args.turns :])
         yield Row(
             prompt=prompt,
@@ -220,20 +218,11 @@ def _plain(found: Restored, prompts: list[list[int]], new: int) -> Callable[[int
     return loop
 
 
-def _ceilings(found: Restored) -> dict[str, float]:
-    if not _cached(found):
-        return {}
-    return {
-        "bytes_per_second": copy_rate(found.device),
-        "products_per_second": product_rate(found.device, _dtype(found)),
-    }
-
-
 def _dtype(found: Restored) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(found.precision, torch.float32)
 
 
-def _bound(found: Restored, prompt: int, batch: int, new: int, ceilings: dict[str, float]) -> float:
+def _bound(found: Restored, prompt: int, batch: int, new: int, best: dict[str, float]) -> float:
     """New tokens per second that the machine allows: of all passes, each as long as what it must read or multiply."""
     weights = found.adapter.flops(1).forward_per_token / 2 * _dtype(found).itemsize
     kept, per_token = _cache_bytes(found)
@@ -244,7 +233,7 @@ def _bound(found: Restored, prompt: int, batch: int, new: int, ceilings: dict[st
         # In a row of n tokens one looks back on n / 2 on average.
         seen = 2 * length - tokens
         operations = batch * tokens * found.adapter.flops(seen).forward_per_token
-        return max(read / ceilings["bytes_per_second"], operations / ceilings["products_per_second"])
+        return max(read / best["bytes_per_second"], operations / best["flops_per_second"])
 
     reading, going_on = seconds(1 + prompt, 1 + prompt), seconds(1, 1 + prompt + new // 2)
     return batch * new / (reading + (new - 1) * going_on)
@@ -280,7 +269,7 @@ def _report(result: dict[str, Any], rows: list[Row]) -> str:
     ]
     if c := result["ceilings"]:
         lines.append(
-            f"ceilings: copy {c['bytes_per_second'] / 1e9:,.1f} GB/s, products {c['products_per_second'] / 1e12:,.2f} "
+            f"ceilings: copy {c['bytes_per_second'] / 1e9:,.1f} GB/s, products {c['flops_per_second'] / 1e12:,.2f} "
             f"TFLOP/s"
         )
     else:

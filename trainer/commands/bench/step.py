@@ -7,6 +7,8 @@ It compares, interleaved and by medians,
 - `gpt2` against a plain GPT-2 loop (fp32, eager, all logits at once, a loop of the kind everybody has written), for
   fp32, bf16 and compiled blocks: tokens per second;
 
+with --profile, where the time of a step of this configuration goes, by the name of what runs;
+
 and, each in a process of its own, peak memory, and the time from starting the command to the first step.
 """
 
@@ -28,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from configs.compose import compose
+from trainer.commands.bench import profile
 from trainer.commands.bench.baseline import PlainGPT2
 from trainer.commands.bench.turns import interleaved, median_ratio
 from trainer.distributed import World, choose_device
@@ -61,11 +64,21 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=20, help="measured steps of each side")
     parser.add_argument("--no_compile", action="store_true", help="leave out the compiled variant")
     parser.add_argument("--no_processes", action="store_true", help="leave out memory and start-up time")
+    parser.add_argument(
+        "--profile",
+        type=int,
+        nargs="?",
+        const=20,
+        metavar="N",
+        help="also the time of a step by the name of the kernel: the N dearest (20)",
+    )
     parser.add_argument("--output", help="write the figures to this JSON file")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # child: run one variant and report its peak memory
     args, overrides = parser.parse_known_args(argv)
     if args.steps < 1:
         raise ValueError(f"steps: must be at least 1, got {args.steps}")
+    if args.profile is not None and args.profile < 1:
+        raise ValueError(f"profile: must be at least 1, got {args.profile}")
     output = output_file(args.output) if args.output else None
     overrides = [f"--hydra_model_cfg={args.hydra_model_cfg}", "resume=none", *overrides]
     configs = compose(
@@ -83,7 +96,11 @@ def main(argv: list[str]) -> int:
         _measure(result, args, configs, overrides, tell)
     if output:  # before anything is printed: whoever reads that may leave
         write_atomically(output, json.dumps(result, indent=2) + "\n")
-    print(_report(result))
+    print(
+        "\n".join(
+            [_report(result), *(profile.report(result["profile"], args.profile) if args.profile else [])]
+        )
+    )
     return 0
 
 
@@ -100,6 +117,10 @@ def _measure(
         names = [n for n in VARIANTS if not (args.no_compile and "compiled" in n)]
         tell("measuring a plain loop beside it")
         result["against_plain_loop"] = _against_plain(configs, names, args.steps)
+    if args.profile:
+        tell("profiling a step")
+        session = _open(configs)
+        result["profile"] = profile.by_name(partial(_bare_step, session), session.world.device)
     if not args.no_processes:
         tell("measuring memory and start-up")
         result["peak_memory_bytes"] = _memory(
