@@ -80,6 +80,7 @@ KERNELS: dict[str, Kernel] = {
         implementations={
             REFERENCE: Implementation("kernels.linear_cross_entropy.reference:reference"),
             CHUNKED: Implementation("kernels.linear_cross_entropy.chunked:chunked"),
+            TRITON: by_triton("kernels.linear_cross_entropy.triton:linear_cross_entropy"),
         },
         chunk_bytes={"cpu": 24 * 2**20, "cuda": 512 * 2**20, "mps": 256 * 2**20},
         plain_if_one_chunk=True,
@@ -93,6 +94,7 @@ KERNELS: dict[str, Kernel] = {
         implementations={
             REFERENCE: Implementation("kernels.linear_diffusion_loss.reference:reference"),
             CHUNKED: Implementation("kernels.linear_diffusion_loss.chunked:chunked"),
+            TRITON: by_triton("kernels.linear_diffusion_loss.triton:linear_diffusion_loss"),
         },
         chunk_bytes={"cpu": 2 * 2**20, "cuda": 512 * 2**20, "mps": 256 * 2**20},
         for_memory=True,

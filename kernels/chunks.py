@@ -78,7 +78,7 @@ class Mode(Protocol):
         z is overwritten; with `gradient` by that of `sum(weights * nats) + sum(aux_weights * aux)`."""
 
 
-# (z (r, V), their rows, gradient) -> as `Mode.rows`. z is a view of a buffer with V_p columns, neighbours in memory.
+# (z (r, V), their rows, gradient) -> as `Mode.rows`. In place: z (r, V_p), of which columns from V on are to become 0.
 RowStep = Callable[[Tensor, Rows, bool], "tuple[Tensor, Tensor | None]"]
 
 
@@ -127,11 +127,12 @@ def in_chunks(
         count = chunk.stop - chunk.start
         part = head.rounded(hidden[chunk])
         z = head.logits(part, buffer)  # (r, V_p), rows behind `count` are padding
-        nats[chunk], beside = step(z[:count, :V], rows[chunk], any(needed))
+        seen = z[:count] if in_place else z[:count, :V]
+        nats[chunk], beside = step(seen, rows[chunk], any(needed))
         if beside is not None:
             aux[chunk] = beside
         if any(needed):
-            if z.shape[1] > V:
+            if z.shape[1] > V and not in_place:
                 z[:, V:] = 0
             if z.shape[0] > count:
                 z[count:] = 0
@@ -140,14 +141,14 @@ def in_chunks(
 
 
 class _Head:
-    """The output layer, converted once for all chunks: `weight` (V_p, D) in the dtype of products, padded if
-    that takes a copy anyway; `bias` (V_p,) in that of logits, or None."""
+    """The output layer, converted once for all chunks: `weight` (V_p, D) in the dtype of products, padded where that is
+    a narrow one; `bias` (V_p,) in that of logits, or None."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, logits: torch.dtype) -> None:
         rows = weight.shape[0]
         self.weight, self.dtype = weight.detach(), logits
         self.narrow = at_least_fp32(dtype) != dtype
-        if weight.dtype != dtype:
+        if weight.dtype != dtype or (self.narrow and rows % COLUMN_MULTIPLE):
             rows = -(-rows // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
             self.weight = weight.new_zeros(rows, weight.shape[1], dtype=dtype)
             self.weight[: weight.shape[0]] = weight.detach()

@@ -26,6 +26,11 @@ class TanhCap:
         """d cap / d z, from the capped values."""
         return 1 - (capped / self.c).square()
 
+    @property
+    def as_sigmoid(self) -> list[float]:
+        """a, b, c, d of the same function as a sigmoid((z + b) / c) + d."""
+        return [2 * self.c, 0.0, self.c / 2, -self.c]
+
 
 @dataclass(frozen=True)
 class SigmoidCap:
@@ -44,6 +49,11 @@ class SigmoidCap:
     def slope(self, capped: Tensor) -> Tensor:
         """d cap / d z, from the capped values."""
         return capped * (1 - capped / self.a) / self.c
+
+    @property
+    def as_sigmoid(self) -> list[float]:
+        """a, b, c, d of the same function as a sigmoid((z + b) / c) + d."""
+        return [self.a, self.b, self.c, 0.0]
 
 
 Softcap = TanhCap | SigmoidCap

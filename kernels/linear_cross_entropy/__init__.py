@@ -2,7 +2,8 @@
 
 Shapes: N rows, k targets of each, D width, V_p rows of the head (padded vocabulary), V real vocabulary.
 
-`reference` is the definition, with all logits; `chunked` computes a few rows at a time.
+`reference` is the definition, with all logits; `chunked` computes a few rows at a time, and so does `triton`,
+where one kernel does what follows the product.
 """
 
 from __future__ import annotations

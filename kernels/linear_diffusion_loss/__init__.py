@@ -1,6 +1,7 @@
 """Output projection and diffusion loss in one op: logits of all rows never exist at once.
 
-`reference` is the definition, with all logits; `chunked` computes a few rows at a time.
+`reference` is the definition, with all logits; `chunked` computes a few rows at a time, and so does `triton`,
+where one kernel does what follows the product.
 
 Shapes: M rows (positions of all sequences, or the masked ones among them), D width, V states, V_p rows of the
 head (V, or more with padding), n real tokens.

@@ -27,7 +27,8 @@ def _plain_only(monkeypatch):
 
 
 # `kernels`, operation, rows, columns, device, dtype; implementation, why. 24 MiB of fp32 logits with 1,024 columns are
-# 6,144 rows on a CPU; 512 MiB with 32,768 columns are 4,096 rows on a GPU.
+# 6,144 rows on a CPU; 512 MiB of fp64 with 32,768 columns are 2,048 rows on a GPU.
+NO_FP64 = "not triton: it computes bfloat16, float16, float32, and this is float64"
 CHOICES = [
     ({}, CE, 6144, 1024, CPU, SINGLE, "reference", "auto: logits of 6,144 rows fit at once"),
     ({}, CE, 6145, 1024, CPU, SINGLE, "chunked", "auto: logits of 6,144 rows at a time"),
@@ -35,12 +36,14 @@ CHOICES = [
     ({}, CE, 6144, 1024, CPU, DOUBLE, "chunked", "auto: logits of 3,072 rows at a time"),
     ({}, CE, 512, 50_304, CPU, SINGLE, "reference", "auto: logits of 512 rows fit at once"),  # however wide
     ({}, CE, 513, 50_304, CPU, SINGLE, "chunked", "auto: logits of 512 rows at a time"),
-    ({}, CE, 4096, 32_768, CUDA, HALF, "reference", "auto: logits of 4,096 rows fit at once"),
-    ({}, CE, 4097, 32_768, CUDA, HALF, "chunked", "auto: logits of 4,096 rows at a time"),
+    ({}, CE, 1, 32_768, CUDA, HALF, "triton", "auto: logits of all rows never exist"),
+    ({}, CE, 2048, 32_768, CUDA, DOUBLE, "reference", f"auto: logits of 2,048 rows fit at once; {NO_FP64}"),
+    ({}, CE, 2049, 32_768, CUDA, DOUBLE, "chunked", f"auto: logits of 2,048 rows at a time; {NO_FP64}"),
     ({}, CE, 2049, 32_768, MPS, SINGLE, "chunked", "auto: logits of 2,048 rows at a time"),
     ({}, DIFFUSION, 1, 1024, CPU, SINGLE, "chunked", "auto: logits of 512 rows at a time"),
     ({}, DIFFUSION, 9999, 128, CPU, SINGLE, "chunked", "auto: logits of 4,096 rows at a time"),
-    ({}, DIFFUSION, 1, 32_768, CUDA, HALF, "chunked", "auto: logits of 4,096 rows at a time"),
+    ({}, DIFFUSION, 1, 32_768, CUDA, HALF, "triton", "auto: logits of all rows never exist"),
+    ({}, DIFFUSION, 1, 32_768, CUDA, DOUBLE, "chunked", f"auto: logits of 2,048 rows at a time; {NO_FP64}"),
     ({}, "toy", 1, 1, CPU, SINGLE, "reference", "auto: the plain definition"),
     ({"default": "auto"}, CE, 1, 1024, CPU, SINGLE, "reference", "auto: logits of 1 rows fit at once"),
     ({"default": "reference"}, CE, 10**9, 1024, CPU, SINGLE, "reference", "kernels.default"),
@@ -96,7 +99,7 @@ def test_everything_that_was_used_is_recorded_with_its_first_reason():
     [
         (
             {CE: "chunkd"},
-            f"kernels.{CE}: 'chunkd' is not one of auto, reference, chunked. Did you mean 'chunked'?",
+            f"kernels.{CE}: 'chunkd' is not one of auto, reference, chunked, triton. Did you mean 'chunked'?",
         ),
         ({"default": "fast"}, "kernels.default: 'fast' is not one of auto, reference, chunked"),
         ({"linear_crossentropy": "auto"}, f"Did you mean '{CE}'?"),
