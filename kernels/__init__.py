@@ -117,9 +117,18 @@ KERNELS: dict[str, Kernel] = {
             TRITON: by_triton("kernels.newton_schulz.triton:newton_schulz"),
         },
     ),
+    "layer_norm": Kernel(
+        "kernels.layer_norm:layer_norm",
+        description="normalisation to mean 0 and variance 1, of a residual sum if wanted",
+        implementations={
+            REFERENCE: Implementation("kernels.layer_norm.reference:reference"),
+            TRITON: by_triton("kernels.layer_norm.triton:layer_norm"),
+        },
+        compiled_with_neighbours=True,
+    ),
     "rms_norm": Kernel(
         "kernels.rms_norm:rms_norm",
-        description="root-mean-square normalisation",
+        description="root-mean-square normalisation, of a residual sum if wanted",
         implementations={
             REFERENCE: Implementation("kernels.rms_norm.reference:reference"),
             TRITON: by_triton("kernels.rms_norm.triton:rms_norm"),

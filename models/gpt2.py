@@ -91,8 +91,8 @@ class Block(nn.Module):
         self.mlp = MLP(cfg)
 
     def forward(self, x: Tensor, bias: Tensor | None, cache: KVCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), bias, cache)
-        return x + self.mlp(self.ln_2(x))
+        x, y = self.ln_2(x, self.attn(self.ln_1(x), bias, cache))
+        return x + self.mlp(y)
 
 
 class GPT2(HuggingFaceDecoder):

@@ -161,8 +161,9 @@ class Block(nn.Module):
         rotation: Rotation | None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), bias, rotation, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        branch = self.self_attn(self.input_layernorm(x), bias, rotation, cache)
+        x, y = self.post_attention_layernorm(x, branch)
+        return x + self.mlp(y)
 
 
 def block_flops(cfg: VanillaConfig, seq_len: int) -> Flops:

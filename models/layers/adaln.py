@@ -9,12 +9,15 @@ Shapes: B rows, L positions, D width, c conditioning width.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.precision import at_least_fp32, compute_dtype, own_dtypes
+from kernels.choose import UsesKernels
+from kernels.layer_norm import layer_norm
+from kernels.precision import at_least_fp32, own_dtypes
 
 __all__ = ["AdaLN", "AdaptiveNorm", "TimeEmbedding", "gated_residual", "time_features"]
 
@@ -64,7 +67,7 @@ class AdaLN(nn.Module):
         nn.init.zeros_(self.bias)
 
 
-class AdaptiveNorm(nn.Module):
+class AdaptiveNorm(UsesKernels):
     """LayerNorm(x) (1 + scale) + shift; the norm has a gain and no bias. Returned in the dtype of the product
     that reads it."""
 
@@ -75,10 +78,12 @@ class AdaptiveNorm(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         stats = at_least_fp32(x.dtype)
-        normed = F.layer_norm(x.to(stats), self.weight.shape, eps=self.eps)
         # Gain and scale are per row: multiplied together first, they cost one pass over x instead of two.
         gain = self.weight.to(stats) * (1 + scale.to(stats))
-        return torch.addcmul(shift.to(stats), normed, gain).to(compute_dtype(x))
+        return layer_norm(x, gain, shift.to(stats), self.eps, self.kernels)
+
+    def kernel_calls(self) -> dict[str, dict[str, Any]]:
+        return {"layer_norm": {"columns": len(self.weight)}}
 
     def init_weights(self) -> None:
         nn.init.ones_(self.weight)

@@ -1,5 +1,8 @@
 """Normalisation over the last axis: statistics in at least fp32, result in the dtype of the next product.
 
+    y = norm(x)
+    x, y = norm(x, branch)  # of x + branch, the residual stream: one pass where a kernel adds and normalises
+
 Under autocast the residual stream is fp32. Handing the result over in autocast's dtype lets the several
 projections that read it share one conversion.
 """
@@ -9,12 +12,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.choose import UsesKernels
-from kernels.precision import at_least_fp32, compute_dtype
-from kernels.rms_norm import rms_norm
+from kernels.layer_norm import add_layer_norm, layer_norm
+from kernels.rms_norm import add_rms_norm, rms_norm
 
 __all__ = ["LayerNorm", "RMSNorm"]
 
@@ -27,8 +29,10 @@ class RMSNorm(UsesKernels):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, self.kernels)
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        if branch is None:
+            return rms_norm(x, self.weight, self.eps, self.kernels)
+        return add_rms_norm(x, branch, self.weight, self.eps, self.kernels)
 
     def kernel_calls(self) -> dict[str, dict[str, Any]]:
         return {"rms_norm": {"columns": len(self.weight)}}
@@ -37,7 +41,7 @@ class RMSNorm(UsesKernels):
         nn.init.ones_(self.weight)
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(UsesKernels):
     """(x - mean) / sqrt(var + eps) * gain + bias, biased variance (Ba et al. 2016, equation 4)."""
 
     def __init__(self, width: int, eps: float, bias: bool) -> None:
@@ -46,11 +50,13 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
         self.bias = nn.Parameter(torch.empty(width)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        stats = at_least_fp32(x.dtype)
-        bias = None if self.bias is None else self.bias.to(stats)
-        y = F.layer_norm(x.to(stats), self.weight.shape, self.weight.to(stats), bias, self.eps)
-        return y.to(compute_dtype(x))
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        if branch is None:
+            return layer_norm(x, self.weight, self.bias, self.eps, self.kernels)
+        return add_layer_norm(x, branch, self.weight, self.bias, self.eps, self.kernels)
+
+    def kernel_calls(self) -> dict[str, dict[str, Any]]:
+        return {"layer_norm": {"columns": len(self.weight)}}
 
     def init_weights(self) -> None:
         nn.init.ones_(self.weight)

@@ -1,0 +1,89 @@
+"""Norms of rows: what the generic tests of kernels do not ask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels.choose import Kernels
+from kernels.layer_norm import add_layer_norm, layer_norm
+from kernels.rms_norm import add_rms_norm, rms_norm
+from models.layers.adaln import AdaptiveNorm
+from models.layers.norms import LayerNorm, RMSNorm
+from tests.kernels.interpret import interpreted
+
+TRITON = Kernels({"default": "triton"})
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).requires_grad_()
+
+
+def test_references_are_torchs_own():
+    x, branch, weight, bias = drawn(3, 5, 8), drawn(3, 5, 8) * 2, drawn(8), drawn(8) + 1
+    total, y = add_rms_norm(x, branch, weight, 1e-5, Kernels())
+    assert torch.equal(total, x + branch) and torch.equal(y, F.rms_norm(x + branch, (8,), weight, 1e-5))
+    assert torch.equal(rms_norm(x, None, 1e-5, Kernels()), F.rms_norm(x, (8,), None, 1e-5))
+    total, y = add_layer_norm(x, branch, weight, bias, 1e-5, Kernels())
+    assert torch.equal(total, x + branch) and torch.equal(y, F.layer_norm(total, (8,), weight, bias, 1e-5))
+    assert torch.equal(
+        layer_norm(x, weight, None, 1e-5, Kernels()), F.layer_norm(x, (8,), weight, None, 1e-5)
+    )
+
+
+@pytest.mark.parametrize("make", [lambda: RMSNorm(8, 1e-5), lambda: LayerNorm(8, 1e-5, True)])
+def test_a_layer_adds_a_branch_in_the_streams_dtype(make):
+    norm = make()
+    norm.init_weights()
+    x, branch = drawn(2, 3, 8), drawn(2, 3, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        total, y = norm(x, branch)
+        assert total.dtype == torch.float32 and torch.equal(total, x + branch)
+        assert y.dtype == torch.bfloat16 and torch.equal(y, norm(total))
+
+
+@pytest.mark.parametrize("operation", [add_rms_norm, add_layer_norm])
+def test_one_tensor_as_stream_and_branch(operation):
+    """Gradients of both arguments reach it."""
+    x, weight = drawn(3, 8), drawn(8)
+    rest = (weight,) if operation is add_rms_norm else (weight, None)
+
+    def gradients(kernels):
+        total, y = operation(x, x, *rest, 1e-5, kernels)
+        return torch.autograd.grad((total.sin() + y.cos()).sum(), (x, weight))
+
+    with interpreted():
+        found = gradients(TRITON)
+    torch.testing.assert_close(found, gradients(Kernels()))
+
+
+@pytest.mark.parametrize("used", ["total", "normed"])
+def test_an_output_that_nobody_reads(used):
+    x, branch, weight = drawn(3, 8), drawn(3, 8) * 2, drawn(8)
+
+    def gradients(kernels):
+        outputs = dict(zip(("total", "normed"), add_rms_norm(x, branch, weight, 1e-5, kernels), strict=True))
+        return torch.autograd.grad(outputs[used].sin().sum(), (x, branch), retain_graph=True)
+
+    with interpreted():
+        found = gradients(TRITON)
+    torch.testing.assert_close(found, gradients(Kernels()))
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (1, 1), (3, 5), (1, 5)], ids=str)
+def test_modulation_of_every_shape(shape):
+    """Of rows of a batch, of all, of positions: what the diffusion models condition on."""
+    norm = AdaptiveNorm(8, 1e-5)
+    norm.init_weights()
+    x, shift, scale = drawn(3, 5, 8), drawn(*shape, 16)[..., :8], drawn(*shape, 8)
+
+    def results():
+        y = norm(x, shift, scale)
+        return y, *torch.autograd.grad(y.sin().sum(), (x, shift, scale, norm.weight))
+
+    expected = results()
+    norm.kernels = TRITON
+    with interpreted():
+        found = results()
+    torch.testing.assert_close(found, expected)
