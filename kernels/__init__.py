@@ -122,7 +122,7 @@ KERNELS: dict[str, Kernel] = {
         description="normalisation to mean 0 and variance 1, of a residual sum if wanted",
         implementations={
             REFERENCE: Implementation("kernels.layer_norm.reference:reference"),
-            TRITON: by_triton("kernels.layer_norm.triton:layer_norm"),
+            TRITON: by_triton("kernels.layer_norm.triton:layer_norm", refuses="kernels.rms_norm:too_wide"),
         },
         compiled_with_neighbours=True,
     ),
@@ -131,7 +131,7 @@ KERNELS: dict[str, Kernel] = {
         description="root-mean-square normalisation, of a residual sum if wanted",
         implementations={
             REFERENCE: Implementation("kernels.rms_norm.reference:reference"),
-            TRITON: by_triton("kernels.rms_norm.triton:rms_norm"),
+            TRITON: by_triton("kernels.rms_norm.triton:rms_norm", refuses="kernels.rms_norm:too_wide"),
         },
         compiled_with_neighbours=True,
     ),

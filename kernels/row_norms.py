@@ -130,6 +130,7 @@ def _backward_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_DTOTAL: tl.constexpr,
     HAS_DBRANCH: tl.constexpr,
+    RELOAD: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     STAGES: tl.constexpr,
@@ -140,7 +141,7 @@ def _backward_kernel(
     column = tl.arange(0, WIDTH)
     in_width = column < width
     if HAS_WEIGHT:
-        gain = tl.load(weight + group * weight_stride + column, mask=in_width, other=0.0).to(tl.float32)
+        gain = tl.load(weight + group * weight_stride + column, mask=in_width, other=0.0)
         weight_sum = tl.zeros([WIDTH], tl.float32)
     if HAS_BIAS:
         bias_sum = tl.zeros([WIDTH], tl.float32)
@@ -160,7 +161,9 @@ def _backward_kernel(
             bias_sum += tl.sum(grad, 0)
         if HAS_WEIGHT:
             weight_sum += tl.sum(grad * values, 0)
-            grad *= gain[None, :]
+            if RELOAD:
+                gain = tl.load(weight + group * weight_stride + column, mask=in_width, other=0.0)
+            grad *= gain.to(tl.float32)[None, :]
         # Outside of the row grad is 0, so that its products are.
         along = tl.sum(grad * values, 1) / divisor
         if CENTRED:
@@ -278,6 +281,7 @@ def _backward(
         HAS_BIAS=has_bias,
         HAS_DTOTAL=dtotal is not None,
         HAS_DBRANCH=branch_dtype != x_dtype,
+        RELOAD=chosen["WIDTH"] > 4096,  # the weight, for each tile, for want of registers
         STAGES=chosen.pop("num_stages"),
         **chosen,
     )
@@ -312,8 +316,9 @@ def _launch(kernel: str, x: Tensor, width: int, tile_bytes: int, per_thread: int
     """`per_thread`: elements of a tile, at most, for the sake of registers."""
     block = triton.next_power_of_2(width)
     rows = max(1, min(16, tile_bytes // (block * x.element_size())))
-    warps = min(16, max(4, rows * block // (32 * per_thread)))
-    default = {"ROWS": rows, "WIDTH": block, "num_warps": warps, "num_stages": 3}
+    warps = min(8, max(4, rows * block // (32 * per_thread)))  # more have too few registers each
+    stages = 3 if block * x.element_size() <= 2 * TILE_BYTES else 2  # or shared memory does not hold them
+    default = {"ROWS": rows, "WIDTH": block, "num_warps": warps, "num_stages": stages}
     return launch(kernel, x.device, {"width": width, "dtype": str(x.dtype)}, default)
 
 

@@ -92,7 +92,12 @@ SPEC = Spec(
         },
         "64 x 1,024 x 768, modulated": {"rows": 65_536, "width": 768, "groups": 64, "fp32_stream": True},
         "16,384 x 2,048": {"rows": 16_384, "width": 2_048},
-        "8,192 x 8,192, sum": {"rows": 8_192, "width": 8_192, "branch": True},
+        "8,192 x 8,192, sum, fp32 stream": {
+            "rows": 8_192,
+            "width": 8_192,
+            "branch": True,
+            "fp32_stream": True,
+        },
     },
     timed_on_cpu={"4,096 x 192": {"rows": 4_096, "width": 192, "branch": True}},
     flops=_flops,
