@@ -25,6 +25,12 @@ def pytest_addoption(parser):
         help="run the contract tests (tests/contract) on this architecture: a type of the table, or a YAML file "
         "whose package may lie beside it. May be given more than once; default: every type of the table",
     )
+    parser.addoption(
+        "--device",
+        default="cpu",
+        metavar="cpu|cuda|cuda:<n>|mps",
+        help="run the contract tests (tests/contract) there, but for those that a CPU alone can pass; default: cpu",
+    )
 
 
 def pytest_configure(config):
@@ -35,6 +41,22 @@ def pytest_configure(config):
         config.option.architecture = [located(name, folder) for name in config.option.architecture]
     except ValueError as error:
         raise pytest.UsageError(f"--architecture: {error}") from None
+    if config.option.device != "cpu":
+        from tests.contract import tiny
+        from trainer.distributed import choose_device
+
+        try:
+            tiny.run_on(choose_device(config.option.device))
+        except (ValueError, RuntimeError) as error:  # RuntimeError: no device at all
+            raise pytest.UsageError(f"--device: {str(error).splitlines()[0]}") from None
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device, and none is visible")
 
 
 @pytest.fixture

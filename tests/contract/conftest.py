@@ -6,9 +6,16 @@ import pytest
 import torch
 
 from models import ARCHITECTURES
+from tests.contract import tiny
 from tests.contract.pair import Pair
 from tests.contract.tiny import HARD, SHORT, TYPES, config, golden, golden_file, with_dropout
 from trainer.loop import train
+
+
+def pytest_runtest_setup(item):
+    only = item.get_closest_marker("on_cpu")
+    if only and tiny.device().type != "cpu":
+        pytest.skip(f"on a CPU only: {only.args[0]}")
 
 
 def pytest_generate_tests(metafunc):

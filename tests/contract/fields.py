@@ -21,6 +21,7 @@ from tests.contract.tiny import (
     SEQ_LEN,
     batch_for,
     context,
+    device,
     move_away_from_uniform,
     of_tests,
     tokenizer_for,
@@ -42,8 +43,8 @@ class Sighting:
     def tokenizer(self) -> Any:
         return tokenizer_for(self.cfg, self.model_cfg)
 
-    def _build(self, device: str) -> ModelAdapter:
-        return build_adapter(self.cfg, self.model_cfg, self.tokenizer, device)
+    def _build(self, where: str | torch.device) -> ModelAdapter:
+        return build_adapter(self.cfg, self.model_cfg, self.tokenizer, where)
 
     @cached_property
     def on_meta(self) -> ModelAdapter:
@@ -53,7 +54,7 @@ class Sighting:
     def adapter(self) -> ModelAdapter:
         """In fp64, so that rounding is told from a difference, and away from the uniform predictions of its start, but
         not so far that one token is certain: samplers must show."""
-        adapter = self._build("cpu").to(torch.float64)
+        adapter = self._build(device()).to(torch.float64)
         move_away_from_uniform(adapter, std=0.1)
         return adapter
 
@@ -77,7 +78,7 @@ class Sighting:
     @cached_property
     def next_loss(self) -> float:
         """After a step and its hooks, which may have moved a buffer."""
-        adapter, nothing_skipped = self.adapter, torch.zeros(())
+        adapter, nothing_skipped = self.adapter, torch.zeros((), device=device())
         optimizers = build_optimizers(
             adapter.named_model_parameters(), adapter.param_roles(), self.cfg, adapter.width
         )
@@ -93,7 +94,7 @@ class Sighting:
         adapter.on_step_start(ctx, 2)
         prepared = adapter.prepare(batch_for(adapter), ctx)
         torch.manual_seed(step)  # dropout
-        output = adapter(prepared)
+        output = adapter(prepared.to(adapter.device))
         return weighted_loss(output.terms, prepared.denominators), output
 
     @cached_property

@@ -35,10 +35,10 @@ def golden_curve(architecture: str) -> list[float]:
         adapter.on_step_start(ctx, STEPS)
         prepared = adapter.prepare(batch_for(adapter, seed=step % 3), ctx)
         torch.manual_seed(step)  # dropout
-        loss = weighted_loss(adapter(prepared).terms, prepared.denominators)
+        loss = weighted_loss(adapter(prepared.to(adapter.device)).terms, prepared.denominators)
         loss.backward()
         clip_gradients(list(adapter.parameters()), cfg.max_grad_norm)
-        skipped = torch.zeros(())
+        skipped = torch.zeros((), device=adapter.device)
         optimizers.step(schedule_factor(step, STEPS, cfg), skipped)
         adapter.after_step(step, skipped)
         adapter.constrain(skipped)

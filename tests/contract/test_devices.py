@@ -8,7 +8,8 @@ from torch.utils._pytree import tree_leaves
 
 from adapters import build_adapter
 from adapters.base import GenerateOptions, weighted_loss
-from tests.contract.tiny import adapter_of, batch_for, config, context, tokenizer_for
+from tests.contract import tiny
+from tests.contract.tiny import adapter_of, batch_for, config, context, overrides, tokenizer_for
 
 WAITING = {
     *("_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount"),
@@ -106,9 +107,16 @@ def test_a_step_of_a_cuda_device_without_data(architecture):
 def test_no_host_synchronisation_in_forward_and_backward(architecture):
     """With data, so that what is done with it runs too."""
     adapter = adapter_of(architecture)
-    prepared = adapter.prepare(batch_for(adapter), context())
-    with OnDevice("cpu", adapter.host_syncs):
+    prepared = adapter.prepare(batch_for(adapter), context()).to(tiny.device())
+    with OnDevice(tiny.device().type, adapter.host_syncs):
         weighted_loss(adapter(prepared).terms, prepared.denominators).backward()
+
+
+def test_the_device_that_was_asked_for_is_that_of_runs_and_models(monkeypatch):
+    config("gpt2")  # kept, as there is no run on the meta device
+    monkeypatch.setattr(tiny, "_devices", [torch.device("meta")])
+    assert adapter_of("gpt2").device.type == "meta"
+    assert {"device=meta", "torch_compile=false"} <= set(overrides("gpt2"))
 
 
 def test_what_waits_or_was_left_behind_is_noticed():

@@ -13,6 +13,7 @@ from tests.contract.tiny import (
     batch_for,
     config,
     context,
+    device,
     is_exact,
     move_away_from_uniform,
     session_of,
@@ -62,7 +63,7 @@ def counted_flops(architecture, rows, length):
     adapter = adapter_of(architecture, f"train_seq_len={length}", *longest_row(architecture), vocabulary=128)
     ctx = context(rows)
     adapter.on_step_start(ctx, 1)
-    prepared = adapter.prepare(batch_for(adapter, rows, length), ctx)
+    prepared = adapter.prepare(batch_for(adapter, rows, length), ctx).to(device())
     # Only plain products are counted: the counter does not know the fused attention of the CPU.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         output = adapter(prepared)
@@ -127,9 +128,10 @@ def change_of_hidden_states(architecture, width, *more):
         if not bool(parameter.any()):  # gates and outputs that start at zero let nothing through at first
             std = parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.1
             nn.init.normal_(parameter, std=std, generator=generator)
+    adapter.to(device())
     optimizers = build_optimizers(adapter.named_model_parameters(), adapter.param_roles(), cfg, adapter.width)
     adapter.on_step_start(context(), 1)
-    prepared = adapter.prepare(batch_for(adapter, rows=2), context(2))
+    prepared = adapter.prepare(batch_for(adapter, rows=2), context(2)).to(device())
     latest: list[torch.Tensor] = []
     last = adapter.model.get_submodule(adapter.blocks()[-1])
     last.register_forward_hook(lambda m, i, o: latest.append((o[0] if isinstance(o, tuple) else o).detach()))

@@ -54,6 +54,7 @@ def test_a_run_leaves_what_it_promises(whole_run, architecture):
 
 
 # Before any evaluation, and after one, which may have changed what comes next.
+@pytest.mark.on_cpu("bit for bit is promised there alone")
 @pytest.mark.parametrize("at", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_resume_is_exact(whole_run, architecture, tmp_path, at):
     """N + M steps at once equal N steps, a restart into fresh objects, and M steps: weights, optimizer, EMA, log."""

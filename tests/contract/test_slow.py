@@ -52,6 +52,7 @@ def test_compiled_blocks_equal_eager_ones(architecture):
 
 
 @pytest.mark.slow
+@pytest.mark.on_cpu("bit for bit is promised there alone")
 def test_kill_at_a_random_moment_and_resume(architecture, tmp_path):
     """kill -9 while training, more than once; the end is bit for bit that of a run left alone."""
     steps = ["num_iterations=60", "val_loss_every=0", "save_steps=5", "sample_tokens=0"]
@@ -88,6 +89,7 @@ def test_kill_at_a_random_moment_and_resume(architecture, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.on_cpu("its two processes would share one GPU")
 def test_two_processes_equal_one(architecture, tmp_path, pair):
     """The same global batch on one process and on two: the same losses to rounding; and one resumed on two. Weights and
     buffers of the two are the same to the bit."""

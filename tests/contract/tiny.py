@@ -28,7 +28,7 @@ from data.rows import Batch
 from data.tokenizers import ByteTokenizer
 from models import ARCHITECTURES
 from trainer.batching import StepBatch
-from trainer.distributed import World
+from trainer.distributed import World, choose_device
 from trainer.loop import Trainer
 from trainer.session import Session, open_session
 
@@ -47,7 +47,7 @@ RUN = [
     "val_bytes=500",
     "logging_steps=2",
     "sample_tokens=4",
-    "device=cpu",
+    "device=cpu",  # unless --device says otherwise
     "mixed_precision=no",
     "save_minutes=null",
 ]
@@ -58,6 +58,24 @@ SHORT = [f"num_iterations={STEPS}", "val_loss_every=2", "val_tokens=256"]
 # Fields that choose among groups of files, and those of runs on the disk: only the front end knows what they mean.
 _COMPOSED = {"preset", "data"}
 _OF_RUNS = {"output_dir", "model_name", "resume", "init_from_checkpoint"}
+
+
+_devices = [torch.device("cpu")]  # the last one counts
+
+
+def run_on(device: torch.device) -> None:
+    """Before any configuration is made."""
+    _devices.append(device)
+
+
+def device() -> torch.device:
+    """Where the contract tests run."""
+    return _devices[-1]
+
+
+def _here() -> list[str]:
+    """Eager, as on a CPU: a GPU compiles unless told otherwise, which takes longer than most tests."""
+    return [] if device().type == "cpu" else [f"device={device()}", "torch_compile=false"]
 
 
 # -- configurations ------------------------------------------------------------------------------------------
@@ -75,7 +93,7 @@ def _tree(architecture: str) -> dict[str, Any]:
     folder = str(Path(architecture).parent)
     if architecture not in ARCHITECTURES and folder not in sys.path:
         sys.path.insert(0, folder)
-    return compose_tree(prepare([f"--hydra_model_cfg={architecture}", *RUN]).overrides)
+    return compose_tree(prepare([f"--hydra_model_cfg={architecture}", *RUN, *_here()]).overrides)
 
 
 def _tiny(architecture: str) -> dict[str, Any]:
@@ -87,7 +105,7 @@ def _tiny(architecture: str) -> dict[str, Any]:
 def overrides(architecture: str, *more: str) -> list[str]:
     """Command-line arguments; a later value replaces an earlier one of the same key."""
     sizes = [f"model_cfg.{name}={json.dumps(value)}" for name, value in _tiny(architecture).items()]
-    merged = {item.partition("=")[0]: item for item in [*sizes, *RUN, *more]}
+    merged = {item.partition("=")[0]: item for item in [*sizes, *RUN, *_here(), *more]}
     return [f"--hydra_model_cfg={architecture}", *merged.values()]
 
 
@@ -144,7 +162,7 @@ def adapter_of(
     architecture: str, *more: str, vocabulary: int = VOCABULARY, dtype: torch.dtype = torch.float32
 ) -> ModelAdapter:
     cfg, model_cfg = config(architecture, *more)
-    return build_adapter(cfg, model_cfg, tokenizer_for(cfg, model_cfg, vocabulary)).to(dtype)
+    return build_adapter(cfg, model_cfg, tokenizer_for(cfg, model_cfg, vocabulary), device()).to(dtype)
 
 
 @torch.no_grad()
@@ -153,8 +171,9 @@ def move_away_from_uniform(adapter: ModelAdapter, std: float = 0.3) -> None:
     generator = torch.Generator().manual_seed(0)
     for parameter in adapter.parameters():
         if parameter.requires_grad:
-            parameter += std * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-    adapter.constrain(torch.zeros(()))
+            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter += std * noise.to(parameter.device)
+    adapter.constrain(torch.zeros((), device=adapter.device))
 
 
 def is_exact(adapter: ModelAdapter) -> bool:
@@ -219,7 +238,7 @@ def loss_and_gradients(adapter: ModelAdapter, parts: list[Batch], rows: int = 4)
             denominators[name] = denominators.get(name, 0.0) + value
     losses: dict[str, float] = {}
     for p in prepared:
-        output = adapter(p)
+        output = adapter(p.to(adapter.device))
         for name, term in output.terms.items():
             part = term.sum.item() / (denominators[term.denominator] or 1.0)
             losses[name] = losses.get(name, 0.0) + part
@@ -228,7 +247,8 @@ def loss_and_gradients(adapter: ModelAdapter, parts: list[Batch], rows: int = 4)
 
 
 def session_of(architecture: str, *more: str) -> Session:
-    return open_session(*config(architecture, *more), World(torch.device("cpu")))
+    cfg, model_cfg = config(architecture, *more)
+    return open_session(cfg, model_cfg, World(choose_device(cfg.device)))
 
 
 def trainer_of(session: Session) -> Trainer:
