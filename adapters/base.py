@@ -410,7 +410,7 @@ class ModelAdapter(nn.Module):
         found: dict[str, dict[str, Any]] = {}
         for module in self.model.modules():
             if isinstance(module, UsesKernels):
-                found |= module.kernel_calls()
+                found |= module.kernel_calls(seq_len)
         return found
 
     def flops(self, seq_len: int) -> Flops:

@@ -27,6 +27,7 @@ from adapters.base import (
     StepOutput,
 )
 from adapters.decoding import LanguageModel, decode
+from adapters.documents import documents, documents_among
 from configs.schema import DefaultModelConfig
 from kernels.linear_cross_entropy import linear_cross_entropy
 from models.layers.cache import Cache
@@ -42,21 +43,22 @@ class DefaultModelAdapter(ModelAdapter):
     """Cross-entropy of the next token; exact likelihood by the chain rule; sampling over the model's cache.
 
     The model is called as `model(tokens, doc_ids=...)` and `model(tokens, cache=...)`, and returns hidden states
-    (B, T, D) or a `Hidden`. It has `head_weight` (V_p, D), `logits(hidden)`, `max_context` (None = no window), and
-    `init_cache(rows)`; without one, or with None in its place, generation reads the whole window for each token.
+    (B, T, D) or a `Hidden`. If its `forward` has `cu_seqlens`, it is given these beside doc_ids (`data/offsets.py`). It
+    has `head_weight` (V_p, D), `logits(hidden)`, `max_context` (None = no window), and `init_cache(rows)`; without one,
+    or with None in its place, generation reads the whole window for each token.
     """
 
     takes_z_loss = True
 
     def prepare(self, batch: Batch, ctx: Context) -> Prepared:
-        """Tensors `inputs`, `doc_ids`, `targets`, `weights`, all (B, S), and the denominator `tokens`. With a
-        look-ahead of n also `targets_k`, `weights_k` and `tokens_k` for k = 2 to n: the k-th token after each input,
-        which counts where it belongs to the input's document or ends it."""
+        """Tensors `inputs`, `doc_ids`, `targets`, `weights`, all (B, S), `cu_seqlens` for models that read them, and
+        the denominator `tokens`. With a look-ahead of n also `targets_k`, `weights_k` and `tokens_k` for k = 2 to n:
+        the k-th token after each input, which counts where it belongs to the input's document or ends it."""
         length = batch.weights.shape[1]
         tokens = torch.from_numpy(batch.tokens)  # (B, S + n)
         doc_ids = torch.from_numpy(batch.doc_ids)  # (B, S + n)
         given = torch.from_numpy(batch.weights)  # (B, S)
-        tensors = {"inputs": tokens[:, :length], "doc_ids": doc_ids[:, :length]}
+        tensors = {"inputs": tokens[:, :length], **documents(self.model, doc_ids[:, :length])}
         denominators = {}
         for k in range(1, self.data_spec().lookahead + 1):
             stays = doc_ids[:, k - 1 : k - 1 + length] == doc_ids[:, :length]
@@ -75,7 +77,7 @@ class DefaultModelAdapter(ModelAdapter):
     def hidden(self, prepared: Prepared) -> Hidden:
         """Run the network over a batch, in training and in scoring."""
         t = prepared.tensors
-        return _as_hidden(self.model(t["inputs"], doc_ids=t["doc_ids"]))
+        return _as_hidden(self.model(t["inputs"], **documents_among(t)))
 
     def step_output(self, hidden: Hidden, prepared: Prepared) -> StepOutput:
         """The loss terms of a batch, and what is to be reported. Override to add to it."""

@@ -55,7 +55,8 @@ class Kernel(Entry):
     where `compiled_with_neighbours`, the reference inside compiled blocks, because the compiler fuses it with what
     surrounds it; on a GPU `triton`, where it is `for_memory` or its measured speed is committed (kernels/tuned.py);
     then `chunked`, where not all rows are one chunk or `plain_if_one_chunk` is False; else the reference. `rule`:
-    "module:function", called with a `Call`, returns (name, why) in place of all that.
+    "module:function", called with a `Call` and a function that says of an implementation why it cannot run it ("" if it
+    can), returns (name, why) in place of all that.
 
     `chunk_bytes`: the size of the logits that exist at once, by type of device, in the dtype that an implementation
     holds them in: that of statistics in torch (beside the product's own, where that is narrower), the product's in
@@ -134,6 +135,40 @@ KERNELS: dict[str, Kernel] = {
             TRITON: by_triton("kernels.rms_norm.triton:rms_norm", refuses="kernels.rms_norm:too_wide"),
         },
         compiled_with_neighbours=True,
+    ),
+    # Deterministic where `torch.use_deterministic_algorithms` asks for it, all of them; sdpa then leaves cuDNN out.
+    "attention": Kernel(
+        "kernels.attention:attention",
+        description="attention within documents, windows and blocks",
+        implementations={
+            REFERENCE: Implementation("kernels.attention.reference:BACKEND"),
+            CHUNKED: Implementation("kernels.attention.chunked:BACKEND"),
+            "sdpa": Implementation(
+                "kernels.attention.sdpa:BACKEND", refuses="kernels.attention.rule:refused_by_sdpa"
+            ),
+            "varlen": Implementation(
+                "kernels.attention.varlen:BACKEND",
+                devices=("cuda",),
+                dtypes=("bfloat16", "float16"),
+                capability=(8, 0),
+                refuses="kernels.attention.rule:refused_by_varlen",
+            ),
+            "flex": Implementation(
+                "kernels.attention.flex:BACKEND",
+                devices=("cuda",),
+                dtypes=("bfloat16", "float16", "float32"),
+                capability=(8, 0),
+                refuses="kernels.attention.rule:refused_by_flex",
+            ),
+            "flash_attn": Implementation(
+                "kernels.attention.flash_attn:BACKEND",
+                devices=("cuda",),
+                dtypes=("bfloat16", "float16"),
+                capability=(8, 0),
+                refuses="kernels.attention.flash_attn:refuses",
+            ),
+        },
+        rule="kernels.attention.rule:choose",
     ),
 }
 

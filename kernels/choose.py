@@ -29,13 +29,13 @@ _loaded: dict[tuple[str, str], Callable[..., Any]] = {}  # (operation, implement
 
 @dataclass(frozen=True)
 class Call:
-    """What the rule may look at. `dtype` of the matrix products, or of what is read; `rows` and `columns` of the
-    logits, or rows (0: unknown) and width; `compiling`: inside a compiled block; `facts`: what else a row of the table
-    asks for.
+    """What the rule may look at. `dtype` of the matrix products, or of what is read (None: unknown); `rows` and
+    `columns` of the logits, or rows (0: unknown) and width; `compiling`: inside a compiled block; `facts`: what else a
+    row of the table asks for.
     """
 
     device: torch.device
-    dtype: torch.dtype
+    dtype: torch.dtype | None
     rows: int = 0
     columns: int = 0
     compiling: bool = False
@@ -73,7 +73,7 @@ class Kernels:
         if device is not None and device.type != "meta":
             for op, name in self.wanted.items():
                 if op != "default" and name != AUTO:
-                    self._require(op, name, Call(device, torch.float32))
+                    self._require(op, name, Call(device, None))
 
     def __deepcopy__(self, memo: Any) -> Kernels:
         return self
@@ -149,6 +149,7 @@ class Kernels:
             return f"it needs sm_{way.capability[0]}{way.capability[1]}, and this is {call.gpu.name}"
         if (
             way.dtypes
+            and call.dtype is not None
             and (dtype := str(call.dtype).removeprefix("torch.")) not in way.dtypes
             and not interpreted
         ):
@@ -167,7 +168,7 @@ class Kernels:
     def _automatic(self, op: str, call: Call) -> tuple[str, str]:
         kernel = KERNELS[op]
         if kernel.rule is not None:
-            name, why = load(kernel.rule)(call)
+            name, why = load(kernel.rule)(call, lambda name: self.lacking(op, name, call))
             return name, f"auto: {why}"
         if call.compiling and kernel.compiled_with_neighbours:
             return REFERENCE, "auto: the compiler fuses it with its neighbours"
@@ -182,6 +183,7 @@ class Kernels:
         because = f"; not {TRITON}: {why_not}" if why_not else ""
         if CHUNKED not in kernel.implementations:
             return REFERENCE, f"auto: the plain definition{because}"
+        assert call.dtype is not None, "auto chooses for calls, and these have one"
         at_once = rows_at_once(op, call.columns, call.device, at_least_fp32(call.dtype))
         if kernel.plain_if_one_chunk and call.rows <= at_once:
             return REFERENCE, f"auto: logits of {call.rows:,} rows fit at once{because}"
@@ -197,9 +199,9 @@ class UsesKernels(nn.Module):
 
     kernels = Kernels()
 
-    def kernel_calls(self) -> dict[str, dict[str, Any]]:
-        """Operations that a forward pass calls -> what `Kernels.foresee` may know of it: `columns`, `facts`. Said of a
-        run before it starts; nothing depends on it."""
+    def kernel_calls(self, seq_len: int) -> dict[str, dict[str, Any]]:
+        """Operations that a forward pass over rows of `seq_len` tokens calls -> what `Kernels.foresee` may know of it:
+        `columns`, `facts`. Said of a run before it starts; nothing depends on it."""
         return {}
 
 

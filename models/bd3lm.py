@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from configs.schema import Execution, Free, OpenFraction, Positive
+from kernels.attention import OnePass, Plan, Visible, attention_call
+from kernels.attention.block_diffusion import cached_mask, one_pass_pairs
 from models.dit import DiT, DiTConfig
-from models.layers.bidirectional import additive
-from models.layers.block_diffusion import cached_mask, one_pass_groups, one_pass_mask, one_pass_pairs
 from models.layers.cache import KVCache
 from models.layers.flops import Flops
 from models.mdl import Sampler, unread_by_sampler
@@ -183,53 +183,68 @@ class BD3LM(DiT):
         """clean (B, T) -> hidden (B, T, D). Training reads no loss there, only what noisy tokens attend to."""
         length = clean.shape[1]
         blocks = self._consecutive(clean) if blocks is None else blocks
-        mask = self._one_pass_mask(blocks, doc_ids)[:, :, :length, :length]
-        biases = [additive(mask, self.compute_dtype)] * self.cfg.n_layers
+        visible = Visible(
+            *(len(clean), length, length, clean.device),
+            causal=False,
+            doc_ids=doc_ids,
+            mask=(blocks[:, None] >= blocks)[None, None],
+        )
+        plans = [self.plan(visible)] * self.cfg.n_layers
         positions = torch.arange(length, device=clean.device)
         tau = torch.zeros(len(clean), device=clean.device)
-        return self.trunk(clean, self.condition(tau), positions, biases, cache)
+        return self.trunk(clean, self.condition(tau), positions, plans, cache)
 
     def _consecutive(self, tokens: Tensor) -> Tensor:
         return torch.arange(tokens.shape[1], device=tokens.device) // self.cfg.block_length
 
-    def _one_pass_mask(self, blocks: Tensor, doc_ids: Tensor | None) -> Tensor:
-        """(B or 1, 1, 2T, 2T)."""
-        mask = one_pass_mask(blocks)[None, None]
-        if doc_ids is None:
-            return mask
-        ids = doc_ids.repeat(1, 2)  # (B, 2T)
-        return mask & (ids[:, None, :, None] == ids[:, None, None, :])
+    def _one_pass(self, blocks: Tensor, doc_ids: Tensor | None, rows: int, noisy_only: bool = False) -> Plan:
+        """Of clean tokens followed by noisy ones."""
+        longest = self.cfg.block_length + 1  # a given token may precede the first block
+        pattern, both = OnePass(blocks, longest, noisy_only), 2 * len(blocks)
+        queries = len(blocks) if noisy_only else both
+        return self.plan(
+            Visible(rows, queries, both, blocks.device, causal=False, doc_ids=doc_ids, pattern=pattern)
+        )
 
     def _beside(
         self, noisy: Tensor, clean: Tensor | KVCache, tau: Tensor, doc_ids: Tensor | None, blocks: Tensor
     ) -> Tensor:
-        length, dtype = noisy.shape[1], self.compute_dtype
-        longest = self.cfg.block_length + 1  # a given token may precede the first block
-        mask = self._one_pass_mask(blocks, doc_ids)
+        rows, length = noisy.shape
         positions = torch.arange(length, device=noisy.device)
+        noisy_only = self._one_pass(blocks, doc_ids, rows, noisy_only=True)
         if isinstance(clean, KVCache):
-            biases = [
-                one_pass_groups(mask[:, :, length:], longest, dtype, noisy_only=True)
-            ] * self.cfg.n_layers
-            return self.trunk(noisy, self.condition(tau), positions, biases, clean)
+            return self.trunk(noisy, self.condition(tau), positions, [noisy_only] * self.cfg.n_layers, clean)
         if self.cfg.time_conditioning:
             tau = tau if tau.ndim == 2 else tau[:, None].expand(noisy.shape)
             tau = torch.cat((torch.zeros_like(tau), tau), dim=1)  # (B, 2T): clean tokens carry no noise
-        biases = [one_pass_groups(mask, longest, dtype)] * (self.cfg.n_layers - 1)
         # What the last layer makes of the clean tokens nobody reads.
-        biases.append(one_pass_groups(mask, longest, dtype, noisy_only=True))
+        plans = [self._one_pass(blocks, doc_ids, rows)] * (self.cfg.n_layers - 1) + [noisy_only]
         both = torch.cat((clean, noisy), dim=1)
-        return self.trunk(both, self.condition(tau), positions.repeat(2), biases)
+        return self.trunk(both, self.condition(tau), positions.repeat(2), plans)
 
     def _continue(self, tokens: Tensor, tau: Tensor, blocks: Tensor, cache: KVCache, store: bool) -> Tensor:
-        past, length = cache.length, tokens.shape[1]
+        past, (rows, length) = cache.length, tokens.shape
         positions = torch.arange(past, past + length, device=tokens.device)
-        bias = additive(cached_mask(blocks, past), self.compute_dtype)
-        biases = [bias] * self.cfg.n_layers
-        hidden = self.trunk(tokens, self.condition(tau), positions, biases, cache)
+        mask = cached_mask(blocks, past)[None, None]
+        plan = self.plan(Visible(rows, length, past + length, tokens.device, causal=False, mask=mask))
+        hidden = self.trunk(tokens, self.condition(tau), positions, [plan] * self.cfg.n_layers, cache)
         if store:
             cache.advance(length)
         return hidden
+
+    def kernel_calls(self, seq_len: int) -> dict[str, dict[str, Any]]:
+        blocks = torch.empty(seq_len + 1, device="meta")
+        ids, both = blocks[None], 2 * len(blocks)
+        visible = Visible(
+            1,
+            both,
+            both,
+            ids.device,
+            causal=False,
+            doc_ids=ids,
+            pattern=OnePass(blocks, self.cfg.block_length),
+        )
+        return {"attention": attention_call(visible.facts, **self._heads)}
 
     def init_cache(self, rows: int) -> KVCache:
         return KVCache(self.cfg.n_layers, rows)

@@ -19,9 +19,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from configs.schema import DefaultModelConfig, Dropout, Free, Positive, Rate
+from kernels.attention import Plan, Visible, attention, attention_call, plan_attention, training_facts
+from kernels.choose import UsesKernels
 from kernels.precision import compute_dtype
 from models.layers.adaln import AdaLN, AdaptiveNorm, TimeEmbedding, gated_residual
-from models.layers.bidirectional import Sparse, additive, bidirectional_attention
 from models.layers.cache import KVCache
 from models.layers.flops import Flops
 from models.layers.init import INIT_STD, normal_
@@ -103,15 +104,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(cfg.d_model, 3 * cfg.d_model, bias=False)
         self.out = nn.Linear(cfg.d_model, cfg.d_model, bias=False)
 
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], bias: Tensor | Sparse | None, cache: KVCache | None
-    ) -> Tensor:
-        """(B, L, D) -> (B, L, D), or fewer positions where `bias` has no queries for the first ones."""
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], plan: Plan, cache: KVCache | None) -> Tensor:
+        """(B, L, D) -> (B, L, D), or fewer positions where `plan` has no queries for the first ones."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(2)  # (B, L, H, h)
         q, k, v = (t.transpose(1, 2) for t in (apply_rotary(q, *rotary), apply_rotary(k, *rotary), v))
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        y = bidirectional_attention(q, k, v, bias)
+        y = attention(q, k, v, plan)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -142,11 +141,11 @@ class Block(nn.Module):
         x: Tensor,
         c: Tensor,
         rotary: tuple[Tensor, Tensor],
-        bias: Tensor | Sparse | None,
+        plan: Plan,
         cache: KVCache | None = None,
     ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c)
-        branch = self.attn(self.norm1(x, shift1, scale1), rotary, bias, cache)
+        branch = self.attn(self.norm1(x, shift1, scale1), rotary, plan, cache)
         # Where the first positions were only looked at, nothing of them is needed any more.
         x, gate1, shift2, scale2, gate2 = (
             t[:, -branch.shape[1] :] for t in (x, gate1, shift2, scale2, gate2)
@@ -168,7 +167,7 @@ class Output(nn.Module):
         self.bias = nn.Parameter(torch.empty(states))
 
 
-class DiT(nn.Module):
+class DiT(UsesKernels):
     """Noisy tokens and their time in, hidden states of the output layer out.
 
     Attributes: `n` real tokens, `V` states, `mask_id` (None for a chain without a mask). Parameters have
@@ -191,17 +190,39 @@ class DiT(nn.Module):
         self.output = Output(self.V, cfg.d_model, cfg.tie_word_embeddings)
 
     def forward(
-        self, tokens: Tensor, tau: Tensor, doc_ids: Tensor | None = None, attention: Tensor | None = None
+        self,
+        tokens: Tensor,
+        tau: Tensor,
+        doc_ids: Tensor | None = None,
+        attention: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """tokens (B, L) int64 -> hidden (B, L, D), the input of the output layer.
 
         tau (B,) or (B, L): time or noise level of each row or position. doc_ids (B, L): attention stays
-        within equal ids (rotary positions are relative and need no restart). attention: a further
-        restriction, bool, broadcastable to (B, 1, L, L), True where a query (row) may look.
+        within equal ids (rotary positions are relative and need no restart). cu_seqlens (N + 1,): the same as
+        offsets (data/offsets.py), which faster attention asks for. attention: a further restriction, bool,
+        broadcastable to (B, 1, L, L), True where a query (row) may look.
         """
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        bias = additive(_combine(attention, _same_document(doc_ids)), self.compute_dtype)
-        return self.trunk(tokens, self.condition(tau), positions, [bias] * self.cfg.n_layers)
+        rows, length = tokens.shape
+        if attention is not None:
+            attention = attention.expand(torch.broadcast_shapes(attention.shape, (1, 1, length, length)))
+        offsets = None if doc_ids is None else cu_seqlens
+        visible = Visible(rows, length, length, tokens.device, False, None, doc_ids, offsets, mask=attention)
+        positions = torch.arange(length, device=tokens.device)
+        return self.trunk(tokens, self.condition(tau), positions, [self.plan(visible)] * self.cfg.n_layers)
+
+    def plan(self, visible: Visible) -> Plan:
+        """How layers attend to what is visible."""
+        return plan_attention(visible, dtype=self.compute_dtype, kernels=self.kernels, **self._heads)
+
+    @property
+    def _heads(self) -> dict[str, Any]:
+        return {"heads": (self.cfg.n_heads, self.cfg.n_heads), "width": self.cfg.d_model // self.cfg.n_heads}
+
+    def kernel_calls(self, seq_len: int) -> dict[str, dict[str, Any]]:
+        # A row has one position more than it has tokens to predict.
+        return {"attention": attention_call(training_facts(seq_len + 1, causal=False), **self._heads)}
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -213,15 +234,15 @@ class DiT(nn.Module):
         tokens: Tensor,
         c: Tensor,
         positions: Tensor,
-        biases: Sequence[Tensor | Sparse | None],
+        plans: Sequence[Plan],
         cache: KVCache | None = None,
     ) -> Tensor:
-        """tokens (B, L), c (B or 1, L or 1, c), positions (L,), a bias for each layer -> hidden (B, L, D)."""
+        """tokens (B, L), c (B or 1, L or 1, c), positions (L,), a plan for each layer -> hidden (B, L, D)."""
         x = self.embed(tokens)  # (B, L, D)
         head_width = self.cfg.d_model // self.cfg.n_heads
         rotary = rotary_tables(positions, head_width, ROTARY_THETA, x.dtype)
-        for block, bias in zip(self.layers, biases, strict=True):
-            x = block(x, c, rotary, bias, cache)
+        for block, plan in zip(self.layers, plans, strict=True):
+            x = block(x, c, rotary, plan, cache)
         return self.final_norm(x, *self.final_adaln(c[:, -x.shape[1] :]))
 
     def condition(self, tau: Tensor) -> Tensor:
@@ -322,17 +343,6 @@ def _states(cfg: DiTConfig) -> tuple[int, int, int | None]:
             f"({cfg.vocab_size}). Set it to -1 to append a mask id"
         )
     return cfg.vocab_size - 1, cfg.vocab_size, cfg.absorbing_state_idx
-
-
-def _same_document(doc_ids: Tensor | None) -> Tensor | None:
-    """(B, L) -> (B, 1, L, L) bool."""
-    return None if doc_ids is None else (doc_ids[:, None, :, None] == doc_ids[:, None, None, :])
-
-
-def _combine(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return a if b is None else b
-    return a & b
 
 
 @torch.no_grad()

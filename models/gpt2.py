@@ -9,7 +9,7 @@ Shapes: B rows, T tokens, D width, H heads, h = D/H head width, V vocabulary, V_
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from configs.schema import DefaultModelConfig, Dropout, Free, within_context
+from kernels.attention import Plan, Visible, attention, attention_call, plan_attention, training_facts
 from kernels.precision import compute_dtype
 from models.huggingface import ROWS
-from models.layers.attention import attention, attention_bias
 from models.layers.cache import KVCache
 from models.layers.decoder import document_positions, padded_vocabulary
 from models.layers.flops import Flops, decoder_flops, mean_keys
@@ -61,12 +61,12 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(cfg.d_model, 3 * cfg.d_model, bias=cfg.bias)
         self.c_proj = nn.Linear(cfg.d_model, cfg.d_model, bias=cfg.bias)
 
-    def forward(self, x: Tensor, bias: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, plan: Plan, cache: KVCache | None) -> Tensor:
         qkv = self.c_attn(x).unflatten(-1, (3, self.n_heads, -1))  # (B, T, 3, H, h)
         q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))  # (B, H, T, h)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        y = attention(q, k, v, bias, dropout=self.dropout if self.training else 0.0)
+        y = attention(q, k, v, plan)
         return F.dropout(self.c_proj(y.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
 
@@ -90,8 +90,8 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(cfg.d_model, NORM_EPS, cfg.bias)
         self.mlp = MLP(cfg)
 
-    def forward(self, x: Tensor, bias: Tensor | None, cache: KVCache | None = None) -> Tensor:
-        x, y = self.ln_2(x, self.attn(self.ln_1(x), bias, cache))
+    def forward(self, x: Tensor, plan: Plan, cache: KVCache | None = None) -> Tensor:
+        x, y = self.ln_2(x, self.attn(self.ln_1(x), plan, cache))
         return x + self.mlp(y)
 
 
@@ -110,11 +110,18 @@ class GPT2(HuggingFaceDecoder):
         self.ln_f = LayerNorm(cfg.d_model, NORM_EPS, cfg.bias)
         self.lm_head = None if cfg.tie_embeddings else nn.Linear(cfg.d_model, rows, bias=False)
 
-    def forward(self, tokens: Tensor, doc_ids: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        doc_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
         """tokens (B, T) int64 -> hidden (B, T, D) after the final norm.
 
         doc_ids (B, T): attention stays within equal ids, positions restart at each change. None: one document
-        per row. With a cache the tokens continue what it holds. ValueError beyond n_ctx tokens.
+        per row. cu_seqlens (N + 1,): the same as offsets (data/offsets.py), which faster attention asks for. With a
+        cache the tokens continue what it holds. ValueError beyond n_ctx tokens.
         """
         past = self.check_input(tokens, doc_ids, cache, learned=True)
         length = tokens.shape[1]
@@ -124,14 +131,24 @@ class GPT2(HuggingFaceDecoder):
             positions = document_positions(doc_ids)  # (B, T)
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, D)
         x = F.dropout(x, self.cfg.dropout, self.training)
-        bias = attention_bias(
-            length, past + length, doc_ids=doc_ids, device=tokens.device, dtype=compute_dtype(x)
+        visible = Visible.causally(tokens, past, doc_ids=doc_ids, cu_seqlens=cu_seqlens)
+        dropout = self.cfg.dropout if self.training else 0.0
+        plan = plan_attention(
+            visible, dtype=compute_dtype(x), dropout=dropout, kernels=self.kernels, **self._heads
         )
         for block in self.h:
-            x = block(x, bias, cache)
+            x = block(x, plan, cache)
         if cache is not None:
             cache.advance(length)
         return self.ln_f(x)
+
+    @property
+    def _heads(self) -> dict[str, Any]:
+        return {"heads": (self.cfg.n_heads, self.cfg.n_heads), "width": self.cfg.d_model // self.cfg.n_heads}
+
+    def kernel_calls(self, seq_len: int) -> dict[str, dict[str, Any]]:
+        facts = training_facts(seq_len)
+        return {"attention": attention_call(facts, dropout=self.cfg.dropout, **self._heads)}
 
     @property
     def embedding_weight(self) -> Tensor:

@@ -11,16 +11,16 @@ the feed-forward layer, V vocabulary, V_p padded vocabulary.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.schema import DefaultModelConfig, Dropout, Free, Positive, Rate, within_context
+from kernels.attention import Plan, Visible, attention, attention_call, plan_attention, training_facts
 from kernels.precision import compute_dtype
 from models.huggingface import ROWS
-from models.layers.attention import attention, attention_bias
 from models.layers.cache import Cache, KVCache
 from models.layers.decoder import document_positions, padded_vocabulary
 from models.layers.flops import Flops, decoder_flops, matmul_flops, mean_keys
@@ -100,7 +100,7 @@ class VanillaConfig(DefaultModelConfig):
 class Attention(nn.Module):
     def __init__(self, cfg: VanillaConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.dropout, self.softcap = layer, cfg.dropout, cfg.attn_softcap
+        self.layer, self.dropout = layer, cfg.dropout
         self.head_width = cfg.head_width
         kv_width = cfg.kv_heads * cfg.head_width
         self.q_proj = nn.Linear(cfg.d_model, cfg.d_model, bias=cfg.bias)
@@ -110,9 +110,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(cfg.head_width, cfg.norm_eps) if cfg.qk_norm else None
         self.k_norm = RMSNorm(cfg.head_width, cfg.norm_eps) if cfg.qk_norm else None
 
-    def forward(
-        self, x: Tensor, bias: Tensor | None, rotation: Rotation | None, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, plan: Plan, rotation: Rotation | None, cache: KVCache | None) -> Tensor:
         per_head = (-1, self.head_width)
         q = self.q_proj(x).unflatten(-1, per_head)  # (B, T, H, h)
         k = self.k_proj(x).unflatten(-1, per_head)  # (B, T, G, h)
@@ -124,8 +122,7 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, h)
         if cache is not None:  # keys are stored rotated, each kv head once
             k, v = cache.append(self.layer, k, v)
-        dropout = self.dropout if self.training else 0.0
-        y = attention(q, k, v, bias, softcap=self.softcap, dropout=dropout)
+        y = attention(q, k, v, plan)
         return F.dropout(self.o_proj(y.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
 
@@ -157,11 +154,11 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        bias: Tensor | None,
+        plan: Plan,
         rotation: Rotation | None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        branch = self.self_attn(self.input_layernorm(x), bias, rotation, cache)
+        branch = self.self_attn(self.input_layernorm(x), plan, rotation, cache)
         x, y = self.post_attention_layernorm(x, branch)
         return x + self.mlp(y)
 
@@ -189,13 +186,20 @@ class Vanilla(HuggingFaceDecoder):
         self.norm = cfg.norm(cfg.d_model)
         self.lm_head = None if cfg.tie_embeddings else nn.Linear(cfg.d_model, rows, bias=False)
 
-    def forward(self, tokens: Tensor, doc_ids: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        doc_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
         """tokens (B, T) int64 -> hidden (B, T, D) after the final norm.
 
         doc_ids (B, T): attention stays within equal ids (rotary positions are relative and need no restart;
-        learned ones restart). None: one document per row. With a cache the tokens continue what it holds.
+        learned ones restart). None: one document per row. cu_seqlens (N + 1,): the same as offsets (data/offsets.py),
+        which faster attention asks for. With a cache the tokens continue what it holds.
         """
-        x, shared = self.embed(tokens, doc_ids, cache)
+        x, shared = self.embed(tokens, doc_ids, cache, cu_seqlens)
         for block in self.layers:
             x = block(x, *shared, cache)
         if cache is not None:
@@ -203,9 +207,13 @@ class Vanilla(HuggingFaceDecoder):
         return self.norm(x)
 
     def embed(
-        self, tokens: Tensor, doc_ids: Tensor | None, cache: Cache | None
-    ) -> tuple[Tensor, tuple[Tensor | None, Rotation | None]]:
-        """What enters the blocks: x (B, T, D), and what all of them share, the bias of attention and the rotation."""
+        self,
+        tokens: Tensor,
+        doc_ids: Tensor | None,
+        cache: Cache | None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Plan, Rotation | None]]:
+        """What enters the blocks: x (B, T, D), and what all of them share, the plan of attention and the rotation."""
         past = self.check_input(tokens, doc_ids, cache, learned=self.positions is not None)
         length = tokens.shape[1]
         index = torch.arange(past, past + length, device=tokens.device)  # (T,)
@@ -216,15 +224,24 @@ class Vanilla(HuggingFaceDecoder):
         else:
             x = x + self.positions(index if doc_ids is None else document_positions(doc_ids))
         x = F.dropout(x, self.cfg.dropout, self.training)
-        bias = attention_bias(
-            length,
-            past + length,
-            doc_ids=doc_ids,
-            window=self.cfg.sliding_window,
-            device=tokens.device,
-            dtype=compute_dtype(x),
+        visible = Visible.causally(
+            tokens, past, window=self.cfg.sliding_window, doc_ids=doc_ids, cu_seqlens=cu_seqlens
         )
-        return x, (bias, rotation)
+        return x, (self.plan(visible, compute_dtype(x)), rotation)
+
+    def plan(self, visible: Visible, dtype: torch.dtype) -> Plan:
+        """How layers attend to what is visible."""
+        dropout = self.cfg.dropout if self.training else 0.0
+        return plan_attention(visible, dtype=dtype, dropout=dropout, kernels=self.kernels, **self._heads)
+
+    @property
+    def _heads(self) -> dict[str, Any]:
+        c = self.cfg
+        return {"heads": (c.n_heads, c.kv_heads), "width": c.head_width, "softcap": c.attn_softcap}
+
+    def kernel_calls(self, seq_len: int) -> dict[str, dict[str, Any]]:
+        facts = training_facts(seq_len, window=self.cfg.sliding_window)
+        return {"attention": attention_call(facts, dropout=self.cfg.dropout, **self._heads)}
 
     @property
     def embedding_weight(self) -> Tensor:

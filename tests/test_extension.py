@@ -388,7 +388,8 @@ def test_a_way_to_compute_an_operation(toy, command, monkeypatch):
     taken = json.loads(Path("whole/manifest.json").read_text())["kernels"]
     assert taken["linear_cross_entropy"] == {"halves": "kernels.linear_cross_entropy"}
     with pytest.raises(
-        ConfigError, match="'halve' is not one of auto, reference, chunked, halves, triton. Did you mean 'hal"
+        ConfigError,
+        match="'halve' is not one of auto, reference, chunked, .*halves, .*Did you mean 'hal",
     ):
         prepare_and_check("gpt2", "kernels=halve")
     prepare_and_check("gpt2", "kernels=halves")  # by the operations that have it

@@ -34,6 +34,7 @@ from adapters.diffusion.likelihood import estimate_bound
 from adapters.diffusion.network import Network, Rows
 from adapters.diffusion.process import Process, Sampling
 from adapters.diffusion.sampling import continue_text, fill, same_length
+from adapters.documents import documents, documents_among
 from adapters.randomness import Noise
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ class DiffusionAdapter(ModelAdapter):
             tensors={
                 "xt": xt,
                 "tau": process.network_tau(time, x0.shape[1]),
-                "doc_ids": doc_ids,
+                **documents(self.model, doc_ids),
                 "decile": decile.flatten()[rows.index],
                 "changed": (xt != x0).sum().float(),
                 **rows.tensors(),
@@ -141,7 +142,7 @@ class DiffusionAdapter(ModelAdapter):
         t = prepared.tensors
         network, process, rows = self.network(), self.process, Rows.from_tensors(t)
         extra = {k.removeprefix("extra."): v for k, v in t.items() if k.startswith("extra.")}
-        hidden = network.hidden(t["xt"], t["tau"], rows.index, doc_ids=t["doc_ids"], **extra)
+        hidden = network.hidden(t["xt"], t["tau"], rows.index, **documents_among(t), **extra)
         loss = process.row_loss(network, hidden, rows)
         nats = process.bound_nats(loss, rows)
         by_decile = nats.new_zeros(DECILES).index_add_(0, t["decile"], nats)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from adapters.base import LossTerm
 from adapters.diffusion.network import Network, RowLoss, Rows
+from adapters.documents import documents
 from adapters.randomness import Noise
 from adapters.shaping import Shaping
 
@@ -94,7 +95,8 @@ class Process(ABC):
         smallest = torch.zeros(len(x0), self.time_streams(x0.shape[1]), dtype=torch.float64)
         tau = self.network_tau(self.training_time(smallest), x0.shape[1])
         device = network.device
-        return network.model(x0.to(device), tau.to(device, torch.float32), doc_ids=doc_ids.to(device))
+        told = {name: t.to(device) for name, t in documents(network.model, doc_ids).items()}
+        return network.model(x0.to(device), tau.to(device, torch.float32), **told)
 
     @property
     @abstractmethod
@@ -211,7 +213,9 @@ class Draw:
         return self.noised.sum(1).double()
 
     def hidden(self, xt: Tensor, tau: Tensor, rows: Rows) -> Tensor:
-        return self.network.hidden(xt, tau, rows.index, doc_ids=self.doc_ids, **self.shared)
+        return self.network.hidden(
+            xt, tau, rows.index, **documents(self.network.model, self.doc_ids), **self.shared
+        )
 
     def by_row(self, rows: Rows, values: Tensor) -> Tensor:
         return rows.sum_by_row(values, *self.x0.shape)

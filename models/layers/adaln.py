@@ -82,7 +82,7 @@ class AdaptiveNorm(UsesKernels):
         gain = self.weight.to(stats) * (1 + scale.to(stats))
         return layer_norm(x, gain, shift.to(stats), self.eps, self.kernels)
 
-    def kernel_calls(self) -> dict[str, dict[str, Any]]:
+    def kernel_calls(self, seq_len: int) -> dict[str, dict[str, Any]]:
         return {"layer_norm": {"columns": len(self.weight)}}
 
     def init_weights(self) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.schema import DefaultModelConfig
+from kernels.choose import UsesKernels
 from kernels.precision import at_least_fp32, compute_dtype
 from kernels.softcap import Softcap
 from models.layers.cache import Cache, KVCache
@@ -30,7 +31,7 @@ class Hidden:
     extra: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Decoder(nn.Module):
+class Decoder(UsesKernels):
     """Head and cache of a decoder with a padded, possibly tied vocabulary.
 
     A subclass sets `lm_head` (None when tied), and defines `embedding_weight` and `forward`.

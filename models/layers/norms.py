@@ -34,7 +34,7 @@ class RMSNorm(UsesKernels):
             return rms_norm(x, self.weight, self.eps, self.kernels)
         return add_rms_norm(x, branch, self.weight, self.eps, self.kernels)
 
-    def kernel_calls(self) -> dict[str, dict[str, Any]]:
+    def kernel_calls(self, seq_len: int) -> dict[str, dict[str, Any]]:
         return {"rms_norm": {"columns": len(self.weight)}}
 
     def init_weights(self) -> None:
@@ -55,7 +55,7 @@ class LayerNorm(UsesKernels):
             return layer_norm(x, self.weight, self.bias, self.eps, self.kernels)
         return add_layer_norm(x, branch, self.weight, self.bias, self.eps, self.kernels)
 
-    def kernel_calls(self) -> dict[str, dict[str, Any]]:
+    def kernel_calls(self, seq_len: int) -> dict[str, dict[str, Any]]:
         return {"layer_norm": {"columns": len(self.weight)}}
 
     def init_weights(self) -> None:

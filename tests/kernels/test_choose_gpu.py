@@ -60,7 +60,7 @@ def too_wide(call: Call) -> str | None:
     return f"rows of {call.columns:,} numbers do not fit" if call.columns > 1024 else None
 
 
-def by_facts(call: Call) -> tuple[str, str]:
+def by_facts(call: Call, lacking) -> tuple[str, str]:
     return ("triton", "documents") if "documents" in call.facts else ("reference", "no documents")
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from kernels.attention import block_diffusion
+from kernels.attention.block_diffusion import cached_mask, one_pass_groups, one_pass_mask, one_pass_pairs
 from models.bd3lm import BD3LM, BD3LMConfig
-from models.layers import block_diffusion
-from models.layers.block_diffusion import cached_mask, one_pass_groups, one_pass_mask, one_pass_pairs
 from models.mdl import MDL, MDLConfig
 
 L, BLOCK, MASK = 8, 2, 11

@@ -13,11 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs.schema import RunConfig
+from kernels.attention import Visible, attention, plan_attention
+from kernels.choose import Kernels
 from kernels.linear_diffusion_loss import linear_diffusion_loss
 from models.bd3lm import BD3LM, BD3LMConfig
 from models.d3pm import D3PM, D3PMConfig
 from models.dit import DiT, DiTConfig
-from models.layers.bidirectional import additive, bidirectional_attention
 from models.layers.roles import parameters_by_role, rule_for
 from models.mdl import MDL, MDLConfig
 from models.sedd import SEDD, SEDDConfig
@@ -216,7 +217,9 @@ def test_attention_paths_agree(dtype: torch.dtype) -> None:
     q, k, v = (torch.randn(2, 3, 7, 8, generator=generator).to(dtype) for _ in range(3))
     allowed = torch.rand(2, 1, 7, 7, generator=generator) < 0.6
     allowed |= torch.eye(7, dtype=torch.bool)
-    found = bidirectional_attention(q, k, v, additive(allowed, dtype))
+    visible = Visible(2, 7, 7, q.device, causal=False, mask=allowed)
+    plan = plan_attention(visible, dtype=dtype, heads=(3, 3), width=8, kernels=Kernels())
+    found = attention(q, k, v, plan)
     scores = (q.double() @ k.double().transpose(-1, -2) / math.sqrt(8)).masked_fill(~allowed, -torch.inf)
     assert (found.double() - scores.softmax(-1) @ v.double()).abs().max() < (
         1e-6 if dtype.itemsize == 4 else 3e-2

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.schema import DefaultModelConfig, Positive, divisible
+from kernels.attention import Visible, attention_call, plan_attention, training_facts
+from kernels.choose import UsesKernels
 from kernels.precision import compute_dtype
-from models.layers.attention import attention_bias
 from models.layers.decoder import Decoder, padded_vocabulary
 from models.layers.flops import Flops, matmul_flops
 from models.layers.init import INIT_STD, normal_
@@ -40,23 +41,28 @@ class Config(DefaultModelConfig):
         return VanillaConfig(d_model=width, n_heads=self.n_heads, n_layers=self.local_layers)
 
 
-class Stack(nn.Module):
+class Stack(UsesKernels):
     """Blocks of the control."""
 
     def __init__(self, cfg: VanillaConfig) -> None:
         super().__init__()
         self.cfg = cfg
+        self.heads = {"heads": (cfg.n_heads, cfg.n_heads), "width": cfg.head_width}
         self.layers = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layers))
 
     def forward(self, x: Tensor, doc_ids: Tensor) -> Tensor:
         """x (B, T, D), doc_ids (B, T)."""
         length = x.shape[1]
-        bias = attention_bias(length, length, doc_ids=doc_ids, device=x.device, dtype=compute_dtype(x))
+        visible = Visible.causally(doc_ids, doc_ids=doc_ids)
+        plan = plan_attention(visible, dtype=compute_dtype(x), kernels=self.kernels, **self.heads)
         index = torch.arange(length, device=x.device)
         rotation = rotary_tables(index, self.cfg.head_width, self.cfg.rope_theta, x.dtype)
         for block in self.layers:
-            x = block(x, bias, rotation)
+            x = block(x, plan, rotation)
         return x
+
+    def kernel_calls(self, seq_len: int):
+        return {"attention": attention_call(training_facts(seq_len, offsets=False), **self.heads)}
 
 
 class ByteHierarchy(Decoder):

@@ -6,6 +6,8 @@ there every token decides for itself, by a score that a loss of its own has taug
 Shapes: B rows, T new tokens, S all tokens, K = T // 2 chosen ones, D width, R routed blocks (every second one).
 """
 
+from dataclasses import replace
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -16,8 +18,7 @@ from torch import Tensor, nn
 from adapters.base import Context, LossTerm, Metric, Prepared, StepOutput
 from adapters.default import DefaultModelAdapter
 from configs.schema import Free, NonNegativeFloat
-from kernels.precision import compute_dtype
-from models.layers.bidirectional import additive
+from kernels.attention import Visible
 from models.layers.cache import KVCache, StateCache
 from models.layers.decoder import Hidden
 from models.layers.flops import Flops, matmul_flops
@@ -35,21 +36,22 @@ class RoutedBlock(Block):
         super().__init__(cfg, layer)
         self.router = nn.Linear(cfg.d_model, 1, bias=False)
 
-    def forward(self, x, bias, rotation, cache=None, before: Tensor | None = None):
-        """x (B, T, D), the scores and who passed (B, T). `before`: who has passed, (B, S - T); None: choose half."""
+    def forward(self, x, plan_of, visible, rotation, cache=None, before: Tensor | None = None):
+        """x (B, T, D), the scores and who passed (B, T). `plan_of` what is `visible`, for attention. `before`: who has
+        passed, (B, S - T); None: choose half."""
         score = self.router(x).squeeze(-1)
         if before is None:
             chosen = score.topk(max(1, x.shape[1] // 2), dim=1).indices.sort(dim=1).values  # (B, K)
             passed = torch.zeros_like(score).scatter(1, chosen, 1.0)
             rows = torch.arange(len(x), device=x.device)[:, None]  # (B, 1)
-            bias = bias[rows[..., None], 0, chosen[:, :, None], chosen[:, None, :]][:, None]  # (B, 1, K, K)
+            among = Visible.causally(chosen, doc_ids=visible.doc_ids[rows, chosen])  # (B, K)
             part, rotation = x[rows, chosen], rotation and [table[chosen] for table in rotation]  # (B, K, D)
             gate = score.gather(1, chosen).sigmoid()[..., None]  # (B, K, 1)
-            added = gate * (super().forward(part, bias, rotation) - part)
+            added = gate * (super().forward(part, plan_of(among), rotation) - part)
             return x.scatter_add(1, chosen[..., None].expand_as(added), added), score, passed
         passed = (score > 0).to(score.dtype)
-        mask = additive(may_see(torch.cat((before, passed), dim=1), x.shape[1]), compute_dtype(x))
-        y = super().forward(x, mask if bias is None else mask + bias, rotation, cache)
+        seen = may_see(torch.cat((before, passed), dim=1), x.shape[1])
+        y = super().forward(x, plan_of(replace(visible, mask=seen)), rotation, cache)
         return x + (passed * score.sigmoid())[..., None] * (y - x), score, passed
 
 
@@ -69,15 +71,16 @@ class MixtureOfDepths(Vanilla):
             self.layers[i] = RoutedBlock(cfg, i)
 
     def forward(self, tokens, doc_ids=None, cache=None, choose: bool = False) -> Hidden:
-        x, shared = self.embed(tokens, doc_ids, cache)
+        x, (plan, rotation) = self.embed(tokens, doc_ids, cache)
+        plan_of = partial(self.plan, dtype=plan.options.dtype)
         keys = None if cache is None else cache["keys"]
         scores, passed = [], []
         for i, block in enumerate(self.layers):
             if i % 2 == 0:
-                x = block(x, *shared, keys)
+                x = block(x, plan, rotation, keys)
                 continue
             before = None if choose else x.new_empty(len(x), 0) if cache is None else cache[f"passed_{i}"]
-            x, *routed = block(x, *shared, keys, before)
+            x, *routed = block(x, plan_of, plan.visible, rotation, keys, before)
             scores.append(routed[0])
             passed.append(routed[1])
             if cache is not None:

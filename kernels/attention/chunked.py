@@ -1,0 +1,94 @@
+"""Attention in plain operations, one block of queries after another, each against the keys that it may see.
+
+On a CPU in bf16 the library's fused attention loses to plain matrix products. Forward and backward with a document
+mask, D = 192, 6 heads, one thread, fused : blocked : plain without blocks: 16 x 256 tokens 60 : 26 : 30 ms, 8 x 512
+tokens 96 : 43 : 86 ms. In fp32 it is a draw (45 : 47 : 54 and 91 : 74 : 186), and longer rows would store too many
+probabilities. Without causality, fused : plain: 60 : 29 and 96 : 81 ms in bf16, 46 : 54 and 92 : 184 ms in fp32.
+
+Shapes: B rows, T queries, S keys, H query heads, G key/value heads, h head width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.attention.block_diffusion import Sparse, one_pass_groups, ranges_of
+from kernels.attention.plan import Backend, Options
+from kernels.attention.visible import MAX_PLAIN_KEYS, Visible
+
+__all__ = ["BACKEND", "QUERY_BLOCK", "plain_is_faster"]
+
+QUERY_BLOCK = 128
+
+
+class Built(NamedTuple):
+    bias: Tensor | Sparse | None  # (B or 1, 1, T, S)
+    causal: bool  # whether later keys need not be looked at
+
+
+def plain_is_faster(device: torch.device, dtype: torch.dtype | None) -> bool:
+    """Than the library's fused attention, up to `MAX_PLAIN_KEYS` keys."""
+    return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
+
+
+def build(visible: Visible, options: Options) -> Built:
+    bias: Tensor | Sparse | None
+    if visible.pattern is None:
+        bias = visible.bias(options.dtype)
+    else:
+        mask = visible.pattern.mask(visible.doc_ids)
+        bias = one_pass_groups(mask, visible.pattern.longest, options.dtype, visible.pattern.noisy_only)
+    return Built(bias, visible.causal)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, built: Built, options: Options) -> Tensor:
+    if isinstance(built.bias, Sparse):
+        groups = [
+            _group(q[:, :, start:end], ranges_of(k, keys, 2), ranges_of(v, keys, 2), bias, options)
+            for (start, end), keys, bias in zip(*built.bias, strict=True)
+        ]
+        return torch.cat(groups, dim=2)
+    q = q * options.scale_of(q)
+    if not built.causal:
+        return _plain(q, k, v, built.bias, options)
+    queries, keys = q.shape[2], k.shape[2]
+    outputs = []
+    for start in range(0, queries, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, queries)
+        seen = keys - queries + end
+        bias = None if built.bias is None else built.bias[:, :, start:end, :seen]
+        outputs.append(_plain(q[:, :, start:end], k[:, :, :seen], v[:, :, :seen], bias, options))
+    return torch.cat(outputs, dim=2)
+
+
+def _group(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, options: Options) -> Tensor:
+    """Queries that look at the same keys: whichever way is faster for so many."""
+    library = options.softcap is None and options.dropout == 0
+    if library and not (plain_is_faster(q.device, q.dtype) and k.shape[2] <= MAX_PLAIN_KEYS):
+        if q.shape[1] != k.shape[1]:
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=options.scale)
+    return _plain(q * options.scale_of(q), k, v, bias, options)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: Options) -> Tensor:
+    """q is already scaled."""
+    batch, heads, queries, width = q.shape
+    groups, keys = k.shape[1:3]
+    # The query heads of a group stand below each other: one product per key/value head, nothing repeated.
+    q = q.reshape(batch, groups, -1, width)  # (B, G, H/G * T, h)
+    scores = (q @ k.transpose(-1, -2)).view(batch, heads, queries, keys)
+    if (softcap := options.softcap) is not None:
+        scores = softcap * torch.tanh(scores.to(torch.promote_types(scores.dtype, torch.float32)) / softcap)
+    if bias is not None:
+        scores = scores.add_(bias)
+    # torch.softmax computes in fp32 also where it reads and writes bf16.
+    probabilities = F.dropout(torch.softmax(scores, dim=-1), options.dropout).to(v.dtype)
+    return (probabilities.view(batch, groups, -1, keys) @ v).view(batch, heads, queries, v.shape[-1])
+
+
+BACKEND = Backend(build, attend)

@@ -1,0 +1,119 @@
+"""Attention by torch's FlexAttention: masks as a function of two positions, whole tiles skipped where nothing is seen.
+
+Lengths are padded to the 128 of a tile: a mask of another length than its tensors is silently wrong, and ragged ones
+gave NaN. On a CPU it has no backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from kernels.attention.plan import Backend, Options
+from kernels.attention.visible import Visible
+
+__all__ = ["BACKEND", "MIN_WIDTH", "TILE", "mask_function"]
+
+TILE = 128
+MIN_WIDTH = 16  # of a head
+
+
+class Built(NamedTuple):
+    mask: BlockMask
+    softcap: Callable[..., Tensor] | None
+    queries: int
+    keys: int
+
+
+def build(visible: Visible, options: Options) -> Built:
+    by_row = visible.doc_ids is not None or (visible.mask is not None and visible.mask.shape[0] > 1)
+    make = _compiled(create_block_mask) if visible.device.type == "cuda" else create_block_mask
+    mask = make(
+        mask_function(visible),
+        B=visible.rows if by_row else None,
+        H=None,
+        Q_LEN=_padded(visible.queries),
+        KV_LEN=_padded(visible.keys),
+        device=visible.device,
+        BLOCK_SIZE=TILE,
+    )
+    return Built(mask, _softcap(options.softcap), visible.queries, visible.keys)
+
+
+def mask_function(visible: Visible) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """`visible.allowed()` as FlexAttention asks it: (row, head, query, key) -> bool. Queries of the padding see what
+    the last one sees, as a row that sees nothing would be NaN; its keys nobody sees."""
+    first = visible.keys - visible.queries  # key of the first query
+    causal, window, doc_ids, pattern, mask = (
+        visible.causal,
+        visible.window,
+        visible.doc_ids,
+        visible.pattern,
+        visible.mask,
+    )
+    queries, keys = visible.queries, visible.keys
+
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        found = key < keys
+        query, key = query.clamp(max=queries - 1), key.clamp(max=keys - 1)
+        if causal:
+            found = found & (key <= query + first)
+        if window is not None:
+            found = found & (query + first - key < window)
+        if pattern is not None:
+            found = found & pattern.sees(query, key)
+        if doc_ids is not None:
+            length = doc_ids.shape[1]
+            found = found & (doc_ids[row, query % length] == doc_ids[row, key % length])
+        if mask is not None:
+            found = found & mask[row if mask.shape[0] > 1 else 0, 0, query, key]
+        return found
+
+    return sees
+
+
+def _softcap(limit: float | None) -> Callable[..., Tensor] | None:
+    if limit is None:
+        return None
+    return lambda score, row, head, query, key: limit * torch.tanh(score / limit)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, built: Built, options: Options) -> Tensor:
+    queries, keys = q.shape[2], k.shape[2]
+    if (queries, keys) != (built.queries, built.keys):
+        raise ValueError(
+            f"attention: the mask was made for {built.queries} queries and {built.keys} keys, and these are {queries} "
+            f"and {keys}"
+        )
+    q, k, v = (F.pad(t, (0, 0, 0, -t.shape[2] % TILE)) for t in (q, k, v))
+    inside = torch.compiler.is_compiling() or q.device.type != "cuda"
+    run: Any = flex_attention if inside else _compiled(flex_attention)
+    found = run(
+        q,
+        k,
+        v,
+        score_mod=built.softcap,
+        block_mask=built.mask,
+        scale=options.scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return found[:, :, :queries]
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Outside of a compiled block it would write all scores down."""
+    return torch.compile(function, dynamic=False)
+
+
+def _padded(length: int) -> int:
+    return -(-length // TILE) * TILE
+
+
+BACKEND = Backend(build, attend)

@@ -1,0 +1,132 @@
+"""Which keys each query of an attention may look at: said once per forward pass, by the model.
+
+Shapes: B rows, T queries, S keys (the last T of them the queries' own, unless a pattern says otherwise), N documents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.attention.block_diffusion import OnePass
+from kernels.attention.masks import additive, same
+
+__all__ = ["LONG", "MAX_PLAIN_KEYS", "Visible"]
+
+MAX_PLAIN_KEYS = 512  # that plain products on a CPU are good for (kernels/attention/chunked.py)
+LONG = "long"  # the fact that there are more
+
+
+@dataclass(frozen=True, eq=False)
+class Visible:
+    """A query may look at a key if everything that is given here allows it.
+
+    `causal`: at itself and what lies before it; `window`: at no more than so many tokens, itself included (needs
+    `causal`). `doc_ids` (B, S), S = T: at its own document. `cu_seqlens` (N + 1,) int32 beside them: where the
+    documents of all rows begin, rows laid end to end, 0 first and B T last, possibly repeated (data/offsets.py makes
+    them); they must say the same, and let some implementations do without a mask. `pattern`: of block diffusion, in
+    place of `causal`; its `doc_ids` are (B, S / 2). `mask` (B or 1, 1, T, S) bool: True where it may look. Every query
+    must see a key.
+    """
+
+    rows: int
+    queries: int
+    keys: int
+    device: torch.device
+    causal: bool = True
+    window: int | None = None
+    doc_ids: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    pattern: OnePass | None = None
+    mask: Tensor | None = None
+    kept: dict[Any, Any] = field(
+        default_factory=dict, init=False, repr=False
+    )  # what implementations made of it
+
+    def __post_init__(self) -> None:
+        if self.window is not None and not (self.causal and self.window > 0):
+            raise ValueError(
+                f"window: must be at least 1 and causal, got {self.window}, causal={self.causal}"
+            )
+        if self.window is not None and self.window >= self.keys:
+            object.__setattr__(self, "window", None)
+        if self.pattern is not None and (self.causal or self.mask is not None):
+            raise ValueError("pattern: takes the place of causal and mask; give causal=False and no mask")
+        if self.causal and self.queries > self.keys:
+            raise ValueError(
+                f"queries: {self.queries} are more than the {self.keys} keys, and see no later ones"
+            )
+        if self.doc_ids is not None and self.pattern is None and self.queries != self.keys:
+            raise ValueError(
+                f"doc_ids: a cached row is one document, and {self.queries} queries look at {self.keys} keys"
+            )
+
+    @classmethod
+    def causally(
+        cls,
+        tokens: Tensor,
+        past: int = 0,
+        *,
+        window: int | None = None,
+        doc_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Visible:
+        """Of tokens (B, T) behind `past` cached ones."""
+        rows, length = tokens.shape
+        offsets = None if doc_ids is None else cu_seqlens
+        return cls(rows, length, past + length, tokens.device, True, window, doc_ids, offsets)
+
+    @property
+    def facts(self) -> tuple[str, ...]:
+        """What the choice of an implementation may depend on."""
+        found = {
+            "causal": self.causal,
+            "documents": self.doc_ids is not None,
+            "offsets": self.cu_seqlens is not None,
+            "window": self.window is not None,
+            "block diffusion": self.pattern is not None,
+            "mask": self.mask is not None,
+            "cache": self.queries != self.keys and self.pattern is None,
+            "one query": self.queries == 1,
+            LONG: self.keys > MAX_PLAIN_KEYS,
+        }
+        return tuple(name for name, holds in found.items() if holds)
+
+    @property
+    def plain(self) -> bool:
+        """Whether a triangle, or everything, says it all: no tensor is needed."""
+        bare = self.doc_ids is None and self.window is None and self.mask is None and self.pattern is None
+        return bare and (not self.causal or self.queries in (self.keys, 1))
+
+    def allowed(self) -> Tensor | None:
+        """(B or 1, 1, T, S) bool, True where a query may look; None where it may look everywhere."""
+        parts = [self._causal(), self._documents(), self.mask]
+        if self.pattern is not None:
+            parts = [self.pattern.mask(self.doc_ids)]
+        given = [part for part in parts if part is not None]
+        if not given:
+            return None
+        found = given[0]
+        for part in given[1:]:
+            found = found & part
+        return found
+
+    def _causal(self) -> Tensor | None:
+        if not self.causal or (self.queries == 1 and self.window is None):
+            return None
+        query = torch.arange(self.keys - self.queries, self.keys, device=self.device)[:, None]  # (T, 1)
+        key = torch.arange(self.keys, device=self.device)  # (S,)
+        allowed = key <= query
+        if self.window is not None:
+            allowed = allowed & (query - key < self.window)
+        return allowed[None, None]
+
+    def _documents(self) -> Tensor | None:
+        return None if self.doc_ids is None else same(self.doc_ids, self.doc_ids)
+
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """What to add to scores, in their dtype: 0 where `allowed`, -inf elsewhere; None where nothing is forbidden."""
+        return additive(self.allowed(), dtype)
