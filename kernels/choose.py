@@ -23,6 +23,7 @@ __all__ = ["MIN_CHUNK_ROWS", "Call", "Kernels", "UsesKernels", "rows_at_once"]
 # Fewer rows make the matrix products inefficient, and each chunk passes over the head and its gradient: V = 50,257,
 # D = 768, bf16, CPU: 10.5 s in chunks of 128 rows, 9.8 of 256, 8.1 of 512.
 MIN_CHUNK_ROWS = 512
+TILE_ROWS = 128  # of matrix products on a GPU
 
 _loaded: dict[tuple[str, str], Callable[..., Any]] = {}  # (operation, implementation) -> function
 
@@ -211,7 +212,8 @@ def _installed(package: str) -> bool:
 
 
 def rows_at_once(op: str, columns: int, device: torch.device, dtype: torch.dtype) -> int:
-    """Rows of a chunk, whose logits are held in `dtype`."""
+    """Rows of a chunk, whose logits are held in `dtype`: whole tiles of the products, where there are so many."""
     sizes = KERNELS[op].chunk_bytes
     budget = sizes.get(device.type, sizes["cuda"])
-    return max(MIN_CHUNK_ROWS, budget // (dtype.itemsize * columns))
+    rows = budget // (dtype.itemsize * columns)
+    return max(MIN_CHUNK_ROWS, rows - rows % TILE_ROWS if rows > TILE_ROWS else rows)

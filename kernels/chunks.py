@@ -164,7 +164,8 @@ class _Head:
 
     def rounded(self, hidden: Tensor) -> Tensor:
         """With rows of zeros up to a number that products like."""
-        return F.pad(hidden, (0, 0, 0, -hidden.shape[0] % ROW_MULTIPLE)) if self.narrow else hidden
+        missing = -hidden.shape[0] % ROW_MULTIPLE if self.narrow else 0
+        return F.pad(hidden, (0, 0, 0, missing)) if missing else hidden
 
     def logits(self, hidden: Tensor, buffer: Tensor) -> Tensor:
         """(r, D) -> (r, V_p) in the dtype of logits, the caller's to overwrite."""

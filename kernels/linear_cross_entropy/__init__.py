@@ -33,12 +33,14 @@ def linear_cross_entropy(
     chunk_rows: int | None = None,
     kernels: Kernels | None = None,
     *,
+    rows: Tensor | None = None,
     softcap: Softcap | None = None,
     z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Weighted sum of negative log-likelihoods of `softmax(softcap(hidden @ weight.T))`, and the value of each row.
 
-    hidden (N, D); weight (V_p, D); targets (N,), or (N, k) for k tokens predicted by the same logits, int64, of which
+    hidden (N, D), or more rows than N, of which `rows` (N,) int64 are chosen first, so that the others cost nothing;
+    weight (V_p, D); targets (N,), or (N, k) for k tokens predicted by the same logits, int64, of which
     `IGNORED` ones score 0; weights like targets, or None for ones. Columns from `vocab_size` on (padding) take no part
     in the softmax. A scale of each column is the caller's to multiply the head's rows by.
 
@@ -50,6 +52,8 @@ def linear_cross_entropy(
     `kernels` of the run choose the implementation; None = automatically. `chunk_rows` given: chunks of that many.
     ValueError on shapes that do not fit.
     """
+    if rows is not None:
+        hidden = hidden.index_select(0, rows)
     _check(hidden, weight, targets, weights, vocab_size, z_loss)
     hidden = hidden.to(compute_dtype(hidden))
     args = hidden, weight, targets, weights

@@ -123,7 +123,7 @@ def test_entries_of_operations_that_a_run_does_not_have():
 def test_the_size_of_chunks_follows_the_table(monkeypatch):
     assert rows_at_once(CE, 1024, CPU, SINGLE) == 6144
     monkeypatch.setitem(KERNELS, CE, replace(KERNELS[CE], chunk_bytes={"cuda": 4 * 1024 * 700}))
-    assert rows_at_once(CE, 1024, CPU, SINGLE) == 700
+    assert rows_at_once(CE, 1024, CPU, SINGLE) == 640
     assert rows_at_once(CE, 2048, CPU, SINGLE) == MIN_CHUNK_ROWS
 
 

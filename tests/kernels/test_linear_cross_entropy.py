@@ -6,11 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels.linear_cross_entropy as op
 from kernels import KERNELS, choose, chunks
 from kernels.linear_cross_entropy import IGNORED, linear_cross_entropy, reference
 from kernels.softcap import SigmoidCap, TanhCap
+from kernels.spec import Sample
+from naming import load
 
 ROWS, WIDTH, VOCABULARY, PADDED = 13, 6, 10, 16
 
@@ -124,6 +127,25 @@ def test_a_row_with_several_targets_is_as_many_rows_of_one():
     parts = [linear_cross_entropy(hidden, weight, t, None, VOCABULARY) for t in several.unbind(1)]
     torch.testing.assert_close(total, parts[0][0] + parts[1][0])
     torch.testing.assert_close(nats, torch.stack([parts[0][1], parts[1][1]], 1))
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 2])
+def test_chosen_rows_are_all_that_is_looked_at(chunk_rows):
+    """As a list of masked positions is: in any order, one of them twice, and none at all."""
+    hidden, weight, weights, targets = draw()
+    rows = torch.tensor([11, 2, 3, 3, 7])
+    of_rows = targets[rows], weights.detach()[rows].requires_grad_()
+    with torch.no_grad():
+        hidden[0] = torch.nan
+    total, nats, _ = linear_cross_entropy(hidden, weight, *of_rows, VOCABULARY, chunk_rows, rows=rows)
+    expected, expected_nats = by_hand(hidden[rows], weight, *of_rows)
+    torch.testing.assert_close(nats, expected_nats)
+    inputs = hidden, weight, of_rows[1]
+    for a, b in zip(*(torch.autograd.grad(t, inputs) for t in (total, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    none = torch.zeros(0, dtype=torch.int64)
+    total, nats, _ = linear_cross_entropy(hidden, weight, targets[none], None, VOCABULARY, rows=none)
+    assert total.item() == 0 and nats.shape == (0,)
 
 
 @pytest.mark.parametrize("chunk_rows", [None, 4])
@@ -312,19 +334,35 @@ def test_the_choice_decides_the_path_and_the_budget_the_chunks(monkeypatch):
     assert seen == [3] and plain.used == {op.OP: {"reference": "kernels.default"}}
 
 
+class Largest(TorchDispatchMode):
+    """Size of the largest tensor that anything made."""
+
+    elements = bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.elements = max(self.elements, result.numel())
+            self.bytes = max(self.bytes, result.numel() * result.element_size())
+        return result
+
+
+@pytest.mark.parametrize(
+    ("size", "rows"), [("65,536 x 768 x 50,304", 65_536), ("16,384 x 2,048 x 50,304", 16_384)]
+)
+def test_on_a_gpu_logits_keep_to_their_budget_and_nothing_waits_for_it(size, rows):
+    """Without memory, where what asks for a value fails: forward and backward at the size of a model."""
+    sample = op.SPEC.sample(op.SPEC.large[size], torch.device("meta"), torch.bfloat16, torch.Generator())
+    with Largest() as most:
+        (total, nats) = sample.call(load(KERNELS[op.OP].implementations["chunked"].where))
+        total.backward()
+    assert nats.shape == (rows,)
+    # Of fp32 logits, in whole tiles of rows.
+    assert 450 * 2**20 < most.bytes <= 512 * 2**20
+
+
 def test_logits_of_all_rows_never_exist():
     """The largest tensor of the chunked path is far below N x V_p."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        elements = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor):
-                self.elements = max(self.elements, result.numel())
-            return result
-
     hidden = torch.randn(512, 8, requires_grad=True)
     weight = torch.randn(1024, 8, requires_grad=True)
     targets = torch.randint(1000, (512,))
@@ -380,3 +418,27 @@ def test_evaluation_computes_no_gradients(monkeypatch):
     assert not products and torch.isfinite(nats).all()
     linear_cross_entropy(hidden, weight, targets, chunk_rows=2)
     assert len(products) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["5 x 12 x 33", "plain"])
+def test_compiled_equals_eager(size):
+    """Without a graph break, with an operation in place behind it."""
+    sample = op.SPEC.sample(
+        op.SPEC.small[size], torch.device("cpu"), torch.float32, torch.Generator().manual_seed(0)
+    )
+    run = load(KERNELS[op.OP].implementations["chunked"].where)
+
+    def loss(hidden, weight):
+        return (
+            Sample({**sample.tensors, "hidden": hidden, "weight": weight}, sample.options)
+            .call(run)[0]
+            .mul_(2)
+        )
+
+    torch._dynamo.reset()
+    inputs = sample.tensors["hidden"], sample.tensors["weight"]
+    found, wanted = torch.compile(loss, backend="aot_eager", fullgraph=True)(*inputs), loss(*inputs)
+    torch.testing.assert_close(found, wanted)
+    for a, b in zip(*(torch.autograd.grad(t, inputs) for t in (found, wanted)), strict=True):
+        torch.testing.assert_close(a, b)
