@@ -47,10 +47,13 @@ def _symmetric_kernel(
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    tile_m, tile_n = tl.program_id(0), tl.program_id(1)
+    # One axis for all, tiles of a matrix together: the others of a grid end at 65,535.
+    across = tl.cdiv(rows, BLOCK)
+    tile = tl.program_id(0) % (across * across)
+    tile_m, tile_n = tile // across, tile % across
     if tile_n < tile_m:  # the mirror image of one above the diagonal
         return
-    matrix = tl.program_id(2).to(tl.int64)
+    matrix = (tl.program_id(0) // (across * across)).to(tl.int64)
     x += matrix * x_batch
     out += matrix * rows * rows
     m = tile_m.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -70,8 +73,8 @@ def _symmetric_kernel(
     total *= alpha
     inside = (m < rows)[:, None] & (n < rows)[None, :]
     if ADD_X:  # square then, and symmetric
-        tile = x + m[:, None] * x_row + n[None, :] * x_column
-        total += beta * tl.load(tile, mask=inside, other=0.0).to(tl.float32)
+        same = x + m[:, None] * x_row + n[None, :] * x_column
+        total += beta * tl.load(same, mask=inside, other=0.0).to(tl.float32)
     total = total.to(out.dtype.element_ty)
     tl.store(out + m[:, None] * rows + n[None, :], total, mask=inside)
     if tile_m != tile_n:
@@ -84,8 +87,8 @@ def _symmetric(x: Tensor, alpha: float = 1.0, beta: float | None = None) -> Tens
     batch, rows, columns = x.shape
     out = torch.empty(batch, rows, rows, dtype=x.dtype, device=x.device)
     chosen = _launch(x)
-    tiles = triton.cdiv(rows, chosen["BLOCK"])
-    _symmetric_kernel[(tiles, tiles, batch)](
+    across = triton.cdiv(rows, chosen["BLOCK"])
+    _symmetric_kernel[(batch * across * across,)](
         x, out, rows, columns, *x.stride(), alpha, beta or 0.0, ADD_X=beta is not None, **chosen
     )
     return out
@@ -117,7 +120,9 @@ def _launch(x: Tensor) -> dict[str, Any]:
     if x.element_size() > 2:
         default |= {"BLOCK": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
     key: dict[str, int | str] = {"rows": rows, "columns": columns, "dtype": str(x.dtype)}
-    return launch("newton_schulz.symmetric", x.device, key, default)
+    return launch(
+        "newton_schulz.symmetric", x.device, key, default, {"BLOCK": (64, 128), "BLOCK_K": (32, 64, 128)}
+    )
 
 
 def _without_values(matrices: Tensor, coefficients: str, steps: int, dtype: torch.dtype) -> Tensor:

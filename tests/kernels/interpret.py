@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from kernels import device
+from tests.kernels.memory import allocations
 
 __all__ = ["interpreted", "poisoned"]
 
@@ -121,22 +122,9 @@ def _span(arg: Any) -> tuple[int, int] | None:
 def poisoned() -> Iterator[None]:
     """In the body `torch.empty` and its kin hold NaN (integers: a large number), as if memory were used: what a kernel
     does not write shows."""
-    names = ("empty", "empty_like", "empty_strided")
-    originals = {name: getattr(torch, name) for name in names}
-    new_empty = torch.Tensor.new_empty
 
     def fill(t: torch.Tensor) -> torch.Tensor:
-        if t.device.type == "meta":
-            return t
-        with torch.no_grad():
-            return t.fill_(float("nan") if t.is_floating_point() else 2**30) if t.dtype != torch.bool else t
+        return t.fill_(float("nan") if t.is_floating_point() else 2**30) if t.dtype != torch.bool else t
 
-    for name, original in originals.items():
-        setattr(torch, name, lambda *a, original=original, **k: fill(original(*a, **k)))
-    torch.Tensor.new_empty = lambda self, *a, **k: fill(new_empty(self, *a, **k))
-    try:
+    with allocations(fill):
         yield
-    finally:
-        for name, original in originals.items():
-            setattr(torch, name, original)
-        torch.Tensor.new_empty = new_empty

@@ -1,0 +1,172 @@
+"""Every implementation of every operation on a GPU, by what its SPEC says, against the plain one in fp64.
+
+The bodies run on a CPU too, at the first size of each, in the slow tier: so that their own mistakes are found without
+a GPU. There Triton is interpreted.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
+from typing import Any
+
+import pytest
+import torch
+
+from kernels import CHUNKED, KERNELS, REFERENCE, TRITON
+from kernels.against import deviations
+from kernels.attention import Visible, attention, plan_attention
+from kernels.choose import Call, Kernels
+from kernels.device import gpu_of
+from kernels.spec import Sample, Size, spec_of
+from kernels.tuned import forced, read
+from naming import load
+from tests.kernels.interpret import interpreted
+from tests.kernels.memory import guarded
+
+HALF, SINGLE = torch.bfloat16, torch.float32
+gpu = pytest.mark.gpu
+EVERY = [(op, name) for op, kernel in KERNELS.items() if spec_of(op) for name in kernel.implementations]
+OURS = [op for op, name in EVERY if name == TRITON]
+FIRST = [pytest.param("cpu", *way, None, SINGLE, marks=pytest.mark.slow) for way in EVERY]
+SMALL = [
+    pytest.param("cuda", op, name, size, dtype, marks=gpu)
+    for op, name in EVERY
+    for size in spec_of(op).small
+    for dtype in (SINGLE, torch.float16, HALF)
+]
+
+
+def refusal(op: str, name: str, sample: Sample, device: torch.device, dtype: torch.dtype) -> str:
+    """Why the implementation cannot run this call; "" if it can."""
+    visible, q = sample.options.get("visible"), sample.tensors.get("q")
+    known: dict[str, Any] = {} if visible is None else {"facts": visible.facts, "columns": q.shape[-1]}
+    return Kernels().lacking(op, name, Call(device, dtype, **known))
+
+
+def check(op: str, name: str, size: Size, where: str, dtype: torch.dtype) -> None:
+    spec, device = spec_of(op), torch.device(where)
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{op} {size}".encode()))
+    sample = spec.sample(size, device, dtype, generator)
+    ways = KERNELS[op].implementations
+    if missing := refusal(op, name, sample, device, dtype):
+        pytest.skip(missing)
+    # Chunks are exact, and whole logits of large sizes in fp64 fit into no GPU.
+    plain = CHUNKED if CHUNKED in ways and name != CHUNKED else REFERENCE
+    found = deviations(load(ways[name].where), load(ways[plain].where), sample)
+    allowed = spec.tolerance[str(dtype).removeprefix("torch.")]
+    wrong = {what: off for what, off in found.items() if not off <= allowed}
+    assert found and not wrong, f"allowed {allowed}"
+
+
+@pytest.mark.parametrize(("where", "op", "name", "size", "dtype"), [*FIRST, *SMALL])
+def test_small_sizes(where, op, name, size, dtype):
+    sizes = spec_of(op).small
+    with guarded(), interpreted() if where == "cpu" else nullcontext():
+        check(op, name, sizes[size or next(iter(sizes))], where, dtype)
+
+
+@gpu
+@pytest.mark.parametrize(
+    ("op", "name", "size"), [(*way, size) for way in EVERY for size in spec_of(way[0]).large]
+)
+def test_sizes_of_models(op, name, size):
+    if name == REFERENCE and CHUNKED in KERNELS[op].implementations:
+        pytest.skip("all logits at once are what the other implementations are there to avoid")
+    check(op, name, spec_of(op).large[size], "cuda", HALF)
+
+
+def choices(where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(kernel, launch choice) of all that was committed for this GPU; on a CPU two that stand in for them."""
+    if where == "cpu":
+        yield "rms_norm.forward", {"ROWS": 2}
+        yield "newton_schulz.symmetric", {"BLOCK": 16, "BLOCK_K": 16}
+        return
+    table = read(gpu_of(torch.device(where)).name).get("launch", {})
+    yield from ((kernel, entry["choice"]) for kernel, entries in table.items() for entry in entries)
+
+
+@pytest.mark.parametrize(
+    "where", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=gpu)]
+)
+def test_every_launch_choice_of_the_table_is_right(where):
+    for kernel, choice in choices(where):
+        op = kernel.partition(".")[0]
+        for size in [*spec_of(op).small][: 1 if where == "cpu" else None]:
+            with ExitStack() as stack:
+                stack.enter_context(guarded())
+                stack.enter_context(forced(kernel, choice))
+                if where == "cpu":
+                    stack.enter_context(interpreted())
+                check(op, TRITON, spec_of(op).small[size], where, SINGLE if where == "cpu" else HALF)
+
+
+@gpu
+@pytest.mark.parametrize("op", OURS)
+def test_no_offset_overflows(op):
+    """As under TRITON_DEBUG=1: kernels are compiled with assertions that fail where integers overflow."""
+    from triton import knobs
+
+    with knobs.runtime.scope():
+        knobs.runtime.debug = True
+        for size in spec_of(op).small.values():
+            check(op, TRITON, size, "cuda", HALF)
+        torch.cuda.synchronize()  # where an assertion would be told
+
+
+@gpu
+def test_a_stack_beyond_32_bits_is_multiplied():
+    """2.1 thousand million numbers, in more matrices than the second axis of a grid has; the last one is compared."""
+    from kernels.newton_schulz.triton import newton_schulz
+
+    last = torch.randn(64, 512, device="cuda", dtype=HALF)
+    stack = torch.zeros(2**16 + 1, 64, 512, device="cuda", dtype=HALF)
+    stack[-1] = last
+    options = {"coefficients": "classic", "steps": 2, "dtype": HALF}
+    found = newton_schulz(stack, **options)[-1]
+    assert torch.equal(found, newton_schulz(last[None], **options)[0])
+
+
+@pytest.mark.parametrize(
+    ("where", "dtype"),
+    [
+        pytest.param("cpu", SINGLE, marks=pytest.mark.slow),
+        pytest.param("cuda", HALF, marks=gpu),
+        pytest.param("cuda", SINGLE, marks=gpu),
+    ],
+)
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("name", KERNELS["attention"].implementations)
+def test_attention_where_every_logit_is_far_below_zero(where, dtype, documents, name):
+    """T = 704, all scores near -120: cuDNN with a mask made NaN of the queries' gradients (pytorch#196678)."""
+    rows, heads, length, width = 2, 4, 704, 64
+    device = torch.device(where)
+    ids = offsets = None
+    if documents:
+        ids = (torch.arange(length, device=device) >= 300).long().expand(rows, length)
+        offsets = torch.tensor([0, 300, 704, 1004, 1408], dtype=torch.int32, device=device)
+    visible = Visible(rows, length, length, device, True, None, ids, offsets)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(rows, heads, length, width, generator=generator) / 16 for _ in range(3))
+    q, k = q + 960**0.5 / 8, k - 960**0.5 / 8  # products of -15 in each of 64 places, / sqrt(64): -120
+    q, k, v = (t.to(device, dtype).requires_grad_() for t in (q, k, v))
+    sample = Sample({"q": q, "k": k, "v": v}, {"visible": visible})
+    if missing := refusal("attention", name, sample, device, dtype):
+        pytest.skip(missing)
+    shape = {"heads": (heads, heads), "width": width}
+    y = attention(
+        q, k, v, plan_attention(visible, dtype=dtype, kernels=Kernels({"attention": name}), **shape)
+    )
+    exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    plain = plan_attention(visible, dtype=torch.float64, kernels=Kernels({"attention": REFERENCE}), **shape)
+    wanted = attention(*exact, plain)
+    dy = torch.randn(y.shape, generator=generator)
+    grads = torch.autograd.grad(y, (q, k, v), dy.to(device, dtype))
+    wanted_grads = torch.autograd.grad(wanted, exact, dy.to(device, torch.float64))
+    scores = (exact[0][0, 0, 0] @ exact[1][0, 0, 0]).detach() / width**0.5
+    assert -130 < scores.item() < -110
+    for found, right in zip((y, *grads), (wanted, *wanted_grads), strict=True):
+        assert torch.isfinite(found).all()
+        # Sums of 15 x 64 terms that cancel: coarse, but NaN and noise are not mistaken for it.
+        assert (found.double() - right).norm() <= (0.1 if dtype == HALF else 1e-3) * right.norm()
