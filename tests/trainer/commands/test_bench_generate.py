@@ -31,7 +31,7 @@ def figures(command, tmp_path, monkeypatch):
 
 def test_a_decoder_is_measured_against_a_plain_loop_and_its_bound(figures):
     words = [*SIZES, "train_seq_len=32", *SMALL]
-    found, out, _ = figures(*words, *TIMES, 1, 2, "--prompt", 5, 40)
+    found, out, _ = figures(*TIMES, "1,2", "--prompt", "5,40", *words)
     one, two, long, _ = found["rows"]
     assert (one["prompt"], one["batch"], two["batch"], long["prompt"]) == (5, 1, 2, 40)  # n_ctx was raised
     assert one["network_calls"] == 3 and one["times_batch_1"] == 1.0
@@ -51,7 +51,7 @@ def test_a_model_without_such_a_cache_is_measured_alone(figures):
 
 def test_what_does_not_fit_the_context_of_a_checkpoint_is_left_out(figures, monkeypatch):
     monkeypatch.setattr(bench, "restore_named", lambda args: restored("gpt2"))
-    found, _, err = figures("--checkpoint", "some", *TIMES, 1, "--prompt", 5, 90)
+    found, _, err = figures("--checkpoint", "some", *TIMES, 1, "--prompt", "5,90")
     assert [row["prompt"] for row in found["rows"]] == [5]
     assert "prompt 90 is left out: 94 tokens with the start are more than n_ctx" in err
 
@@ -59,6 +59,7 @@ def test_what_does_not_fit_the_context_of_a_checkpoint_is_left_out(figures, monk
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--batch", "1,x"], "argument --batch: numbers are meant, such as 1,8,64, got '1,x'"),
         (["--batch", "0"], "batch: must be at least 1, got 0"),
         (["--prompt", "-1"], "prompt: must be at least 1, got -1"),
         (["--max_new_tokens", "1"], "max_new_tokens: must be at least 2, got 1"),

@@ -89,8 +89,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "as initialised, its n_ctx is raised to what the longest text needs, and further words are Hydra overrides.",
     )
     add_checkpoint_arguments(parser)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64], help="rows at once")
-    parser.add_argument("--prompt", type=int, nargs="+", default=[32, 512], help="tokens of each prompt")
+    parser.add_argument("--batch", type=_numbers, default=[1, 8, 64], help="rows at once: 1,8,64")
+    parser.add_argument("--prompt", type=_numbers, default=[32, 512], help="tokens of each prompt: 32,512")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="new tokens of each row")
     parser.add_argument("--turns", type=int, default=3, help="measured turns of each side")
     parser.add_argument("--output", help="write the figures to this JSON file")
@@ -101,6 +101,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         if (smallest := min(given) if isinstance(given, list) else given) < least:
             raise ValueError(f"{name}: must be at least {least}, got {smallest}")
     return args
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"numbers are meant, such as 1,8,64, got {text!r}") from None
 
 
 def _model(args: argparse.Namespace) -> Restored:

@@ -1,0 +1,273 @@
+"""The steps of gpu_first.sh, and what runs them: `python -m benchmarks.gpu_first list`
+
+A step is a few commands; what one of them writes as JSON, or as the XML of pytest, becomes its figures. After each
+command the step's file is written anew, so that whoever is stopped half way has the first half.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from kernels import KERNELS
+from kernels.spec import spec_of
+from models import ARCHITECTURES
+from trainer.distributed import choose_device
+from trainer.run.files import write_atomically
+from trainer.run.manifest import collect_environment
+
+__all__ = ["Part", "Step", "main", "steps"]
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 570  # of a step: its command is stopped by others after ten minutes
+TAIL = 3000  # characters of a failing command's output that its file keeps
+FULL = [
+    *("preset=none", "model_cfg.vocab_size=50304", "model_cfg.n_ctx=1024", "train_seq_len=1024"),
+    *("global_batch_size=16", "batch_size=16", "data=synthetic"),
+]
+TINY = [
+    *(
+        "preset=none",
+        "model_cfg.d_model=32",
+        "model_cfg.n_layers=1",
+        "model_cfg.n_heads=2",
+        "model_cfg.n_ctx=32",
+    ),
+    *("train_seq_len=32", "global_batch_size=2", "batch_size=2", "data=synthetic", "synthetic_bytes=20000"),
+]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command; `figures`: the file that it writes its figures to."""
+
+    name: str
+    command: list[str]
+    figures: Path | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    what: str
+    parts: list[Part]
+
+
+def steps(device: str, tiny: bool, work: Path) -> dict[str, Step]:
+    """All of them. `work`: an empty folder for what commands leave behind."""
+    sizes = [*(TINY if tiny else FULL), f"device={device}"]
+    bf16 = [*sizes, "mixed_precision=bf16"]
+    turns = ["--steps", "2", "--no_compile"] if tiny else ["--steps", "10"]
+    compiled = ["torch_compile=false"] if tiny else []
+
+    def python(*words: str | Path) -> list[str]:
+        return [sys.executable, *map(str, words)]
+
+    def pytest(name: str, *words: str) -> Part:
+        xml = work / f"{name}.xml"
+        return Part(name, python("-m", "pytest", "-q", f"--junitxml={xml}", *words), xml)
+
+    def ours(name: str, *words: str) -> Part:
+        """A command of mytrainer.py that writes JSON."""
+        file = work / f"{name}.json"
+        return Part(name, python("mytrainer.py", *words, "--output", file), file)
+
+    def train(name: str, *words: str, folder: str | None = None) -> Part:
+        run = work / (folder or name)
+        where = [] if any(word.startswith("resume=") for word in words) else [f"output_dir={run}"]
+        return Part(name, python("mytrainer.py", *words, *where), run / "summary.json")
+
+    def driver(name: str, *words: str) -> Part:
+        file = work / f"{name}.json"
+        return Part(name, python("-m", f"benchmarks.{name.partition('-')[0]}", file, *words), file)
+
+    def bench_step(type_: str) -> Part:
+        file = f"--hydra_model_cfg=configs/{type_}.yaml"
+        return ours(f"step-{type_}", "bench", "step", file, "--profile", "40", *turns, *bf16)
+
+    def kernels(ops: list[str], *words: str) -> list[Part]:
+        """One by one, so that the last ones alone are lost where time ends."""
+        few = ["--turns", "2", "--no_compile", "--dtype", "fp32"] if tiny else []
+        command = ["bench", "kernels", "--device", device, *few, *words]
+        return [ours(f"{op}{''.join(words)}", *command, "--ops", op) for op in ops]
+
+    def against_gpt2(types: Iterable[str]) -> list[Part]:
+        return [driver(f"architectures-{type_}", type_, *bf16, *compiled) for type_ in sorted(types)]
+
+    model = "--hydra_model_cfg=configs/gpt2.yaml"
+    short = [
+        model,
+        *sizes,
+        "sample_tokens=0",
+        "val_bytes=2000",
+        "num_iterations=4",
+        "save_steps=2",
+        *compiled,
+    ]
+    only = ["--architecture", "gpt2", "-n", "0", "-k", "test_model"] if tiny else ["-n", "8"]
+    as_a_user = [*short] if tiny else [model, "time_budget=8", f"device={device}"]
+    texts = ["--turns", "1", "--max_new_tokens", "2", "--batch", "1,2", "--prompt", "4"] if tiny else []
+    decoders = [word for word in sizes if not word.startswith(("device=", "batch_size="))]
+    next_token = {name for name, row in ARCHITECTURES.items() if row.adapter.startswith("adapters.default:")}
+    on_gpu = device != "cpu"
+    measured = [op for op in KERNELS if spec_of(op) is not None]
+    of_losses = [op for op in measured if op.startswith("linear_")][: 1 if tiny else None]
+    others = [op for op in measured if not op.startswith("linear_")][: 1 if tiny else None]
+    small = ["--tiny"] if tiny else []
+    return {
+        "1a": Step(
+            "tests that need a GPU, the fp16 scaler, a checkpoint that changes the device, the largest batch",
+            [
+                pytest("gpu-tests", "-m", "gpu", "-n", "0", *(["tests/contract"] if tiny else [])),
+                train("fp16", *short, f"mixed_precision={'no' if tiny else 'fp16'}"),
+                train("run", *short, "mixed_precision=no", folder="moving"),
+                train(
+                    "elsewhere",
+                    f"resume={work / 'moving'}",
+                    "device=cpu",
+                    "num_iterations=6",
+                    folder="moving",
+                ),
+                train("batch", *short, "batch_size=auto"),
+            ],
+        ),
+        "1b": Step(
+            "the contract of every architecture on the device",
+            [pytest("contract", "tests/contract", "--device", device, *only)],
+        ),
+        "2": Step("a run as a user starts it", [train("first-run", *as_a_user)]),
+        "3": Step("waits for the GPU in a step", [driver("host_syncs", *sizes, *compiled)]),
+        "4a": Step("a step of gpt2 at 124M, bf16", [bench_step("gpt2")]),
+        "4b": Step("a step of vanilla at 124M, bf16", [bench_step("vanilla")]),
+        "4c": Step("what documents cost attention", [driver("documents", *bf16, *compiled)]),
+        "5a": Step("output layers with their losses against their peers", kernels(of_losses)),
+        "5b": Step("the other operations against their peers", kernels(others)),
+        "5c": Step("launch choices for this GPU", kernels([*of_losses, *others], "--tune") if on_gpu else []),
+        "6a": Step("next-token architectures against gpt2", against_gpt2(next_token)),
+        "6b": Step("the other architectures against gpt2", against_gpt2(ARCHITECTURES.keys() - next_token)),
+        "7": Step("open points", [driver("open_points", "--device", device, *small)]),
+        "8": Step(
+            "generation of gpt2 at 124M",
+            [ours("generate", "bench", "generate", model, "--device", device, *texts, *decoders)],
+        ),
+    }
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks/gpu_first.sh")
+    parser.add_argument("step", nargs="+", help="names or beginnings of names, `all`, or `list`")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
+    parser.add_argument("--tiny", action="store_true", help="sizes that measure nothing, to try the script")
+    parser.add_argument("--out", type=Path, help="default: $OUT, else benchmarks/results/<device>-<date>")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as scratch:
+        known = steps(args.device, args.tiny, Path(scratch))
+        if args.step == ["list"]:
+            print("\n".join(f"{name:<4}{step.what}" for name, step in known.items()))
+            return 0
+        chosen = _chosen(args.step, known)
+        environment = collect_environment(choose_device(args.device))
+        out = args.out or Path(os.environ.get("OUT") or _folder(environment["device"]))
+        out.mkdir(parents=True, exist_ok=True)
+        failures = [failure for name in chosen for failure in _run(name, known[name], out, environment)]
+    print(f"figures in {out}")
+    print("\n".join(["failed:", *failures]) if failures else "nothing failed")
+    return 1 if failures else 0
+
+
+def _chosen(given: Iterable[str], known: dict[str, Step]) -> list[str]:
+    chosen = []
+    for word in given:
+        found = [name for name in known if word == "all" or name.startswith(word)]
+        if not found:
+            raise SystemExit(f"step {word!r}: not one of all, {', '.join(known)}")
+        chosen += found
+    return chosen
+
+
+def _folder(device: str) -> Path:
+    return ROOT / "benchmarks" / "results" / f"{device.replace(' ', '-')}-{date.today().isoformat()}"
+
+
+def _run(name: str, step: Step, out: Path, environment: dict[str, Any]) -> list[str]:
+    """The commands of a step, one after the other; returns what failed."""
+    print(f"== {name}: {step.what}", flush=True)
+    ends, failures = time.monotonic() + SECONDS, []
+    found: dict[str, Any] = {"step": name, "what": step.what, "environment": environment, "parts": []}
+    with (out / f"{name}.log").open("w", encoding="utf-8") as log:
+        for part in step.parts:
+            result = _part(part, log, ends - time.monotonic())
+            found["parts"].append(result)
+            write_atomically(out / f"{name}.json", json.dumps(found, indent=2) + "\n")
+            print(f"   {part.name:<24}{result['status']:<16}{result['seconds']:>6.0f} s", flush=True)
+            if result["status"] != "done":
+                failures.append(f"   {name} {part.name}: {result['status']}, see {out / f'{name}.log'}")
+    return failures
+
+
+def _part(part: Part, log: Any, seconds: float) -> dict[str, Any]:
+    if seconds <= 1:
+        return {
+            "name": part.name,
+            "command": shlex.join(part.command),
+            "status": "no time left",
+            "seconds": 0,
+        }
+    log.write(f"$ {shlex.join(part.command)}\n")
+    log.flush()
+    before, started = log.tell(), time.monotonic()
+    try:
+        code = subprocess.run(
+            part.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=seconds
+        ).returncode
+        status = "done" if code == 0 else f"exit {code}"
+    except subprocess.TimeoutExpired:
+        status = "out of time"
+    result: dict[str, Any] = {
+        "name": part.name,
+        "command": shlex.join(part.command),
+        "status": status,
+        "seconds": time.monotonic() - started,
+        "figures": _figures(part.figures),
+    }
+    if status != "done":
+        printed = Path(log.name).read_bytes()[before:].decode("utf-8", "replace")
+        result["output"] = printed[-TAIL:]
+    elif part.figures and result["figures"] is None:
+        result["status"] = "no figures"
+    return result
+
+
+def _figures(file: Path | None) -> Any:
+    if file is None or not file.exists():
+        return None
+    if file.suffix == ".json":
+        return json.loads(file.read_text(encoding="utf-8"))
+    suites = list(ElementTree.parse(file).getroot().iter("testsuite"))
+    cases = [case for suite in suites for case in suite.iter("testcase")]
+    failed = [
+        case.get("name")
+        for case in cases
+        if any(case.find(kind) is not None for kind in ("failure", "error"))
+    ]
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    return {"tests": len(cases), "skipped": skipped, "failed": failed, "seconds": _seconds(suites)}
+
+
+def _seconds(suites: list[ElementTree.Element]) -> float:
+    return sum(float(suite.get("time", 0)) for suite in suites)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# What nobody has run settles first when a GPU is at hand: one script, every figure as JSON.
+#
+#   benchmarks/gpu_first.sh STEP... [--device cuda] [--tiny] [--out FOLDER]
+#
+# STEP is a name of `benchmarks/gpu_first.sh list`, the beginning of some (4 is 4a and 4b), or `all`. A step takes at most
+# ten minutes; what of it fails is noted, the rest goes on, and all failures are listed at the end. Figures go to
+# <step>.json and what was printed to <step>.log in $OUT, or in benchmarks/results/<device>-<date>/ without one. Commit
+# the JSON files and what step 5c writes to kernels/tuned/, failures too.
+#
+# It needs no network: torch, Triton and pytest must be there, what else is missing is installed from WHEELS (a folder,
+# default: wheels/). Make it where there is a network, with the Python version of the machine with the GPU:
+#
+#   pip wheel -w wheels hydra-core==1.3.* omegaconf==2.3.* "pydantic<3" tiktoken filelock rich hypothesis \
+#       pytest-xdist pytest-timeout tokenizers safetensors liger-kernel fla-core --no-deps
+#   pip wheel -w wheels antlr4-python3-runtime==4.9.3 pydantic-core==<the one pydantic names> typing-inspection \
+#       annotated-types execnet sortedcontainers regex PyYAML einops --no-deps
+#
+# `--device cpu --tiny` runs all of it in a few minutes at sizes that measure nothing.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+wheels="${WHEELS:-wheels}"
+if [ -d "$wheels" ]; then
+    # One by one, those that are not there yet: never another torch.
+    for wheel in "$wheels"/*.whl; do
+        name=$(basename "$wheel" | cut -d- -f1)
+        python -m pip show -q "$name" 2>/dev/null || python -m pip install -q --no-index --no-deps "$wheel"
+    done
+fi
+exec python -m benchmarks.gpu_first "$@"

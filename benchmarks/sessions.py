@@ -1,0 +1,37 @@
+"""What the drivers of this folder share: sessions of a size, and the step that no training can leave out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from configs.compose import compose
+from trainer.distributed import World, choose_device
+from trainer.optim.optimizers import clip_gradients
+from trainer.run.files import write_atomically
+from trainer.session import Session, open_session
+from trainer.step import accumulate_gradients
+
+__all__ = ["opened", "step", "write"]
+
+
+def opened(type_: str, words: list[str]) -> Session:
+    """A session of the architecture's own file under the words of a command line."""
+    file = f"--hydra_model_cfg=configs/{type_}.yaml"
+    cfg, model_cfg = compose([file, "resume=none", *words], notify=lambda text: None)
+    return open_session(cfg, model_cfg, World(choose_device(cfg.device)))
+
+
+def step(s: Session, index: int) -> None:
+    """Forward, backward, clip, optimizer."""
+    batch = s.loader.load(index)
+    accumulate_gradients(s, batch, batch.denominators, s.total_steps)
+    clip_gradients(s.parameters, s.cfg.max_grad_norm)
+    s.optimizers.step(1.0)
+    s.optimizers.zero_grad()
+
+
+def write(output: str, figures: dict[str, Any]) -> None:
+    """After each part anew: whoever is stopped half way has the first half."""
+    write_atomically(Path(output), json.dumps(figures, indent=2) + "\n")
