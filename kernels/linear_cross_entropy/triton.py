@@ -25,11 +25,8 @@ from kernels.softcap import Softcap
 
 __all__ = ["by_rows", "linear_cross_entropy"]
 
-ROW_MULTIPLE = 128  # rows of a chunk, where there are so many: whole tiles of the products
-
-Found = tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
-]  # sum, nats, aux, gradients of hidden, weight, bias
+# Sum, nats, aux, gradients of hidden, weight and bias.
+Found = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def linear_cross_entropy(
@@ -84,7 +81,7 @@ def by_rows(name: str, losses: Mapping[str, Loss]) -> Callable[..., tuple[Tensor
                 rows,
                 lambda z, part, gradient: overwrite(losses[loss], z, part, space, gradient, bounds),
                 V=V,
-                chunk_rows=_rows_at_once(name, weight.shape[0], hidden),
+                chunk_rows=rows_at_once(name, weight.shape[0], hidden.device, hidden.dtype),
                 needed=(needed[0], needed[1], needed[2]),
                 in_place=True,
             )
@@ -121,11 +118,6 @@ def by_rows(name: str, losses: Mapping[str, Loss]) -> Callable[..., tuple[Tensor
         return total, nats, aux
 
     return call
-
-
-def _rows_at_once(op: str, columns: int, hidden: Tensor) -> int:
-    rows = rows_at_once(op, columns, hidden.device, hidden.dtype)
-    return max(1, rows // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def _without_values(
