@@ -35,7 +35,7 @@ __all__ = [
 # Rows of low-precision products. Where their number is drawn anew in every step, the library compiles and keeps a
 # product for each shape it meets: a megabyte a step at first.
 ROW_MULTIPLE = 64
-COLUMN_MULTIPLE = 64  # of low-precision copies of the head: odd numbers of columns make products slow
+COLUMN_MULTIPLE = 64  # of copies of the head: odd numbers of columns make products, and loads of their rows, slow
 
 
 @dataclass(frozen=True)
@@ -141,14 +141,15 @@ def in_chunks(
 
 
 class _Head:
-    """The output layer, converted once for all chunks: `weight` (V_p, D) in the dtype of products, padded where that is
-    a narrow one; `bias` (V_p,) in that of logits, or None."""
+    """The output layer, converted once for all chunks: `weight` (V_p, D) in the dtype of products, padded where they
+    are much faster for it; `bias` (V_p,) in that of logits, or None."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, logits: torch.dtype) -> None:
         rows = weight.shape[0]
         self.weight, self.dtype = weight.detach(), logits
         self.narrow = at_least_fp32(dtype) != dtype
-        if weight.dtype != dtype or (self.narrow and rows % COLUMN_MULTIPLE):
+        ragged = rows % COLUMN_MULTIPLE and (self.narrow or weight.device.type != "cpu")
+        if weight.dtype != dtype or ragged:
             rows = -(-rows // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
             self.weight = weight.new_zeros(rows, weight.shape[1], dtype=dtype)
             self.weight[: weight.shape[0]] = weight.detach()
