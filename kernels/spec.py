@@ -52,7 +52,8 @@ class Spec:
     the least that must be computed and moved. `tolerance`: by name of dtype, the largest deviation from the reference
     in fp64, relative to the largest value of each output and gradient. `peers`: by name, "module:function" of the same
     signature that raises ImportError where the library is not installed. `dots`: kernels whose binaries must multiply
-    on tensor cores.
+    on tensor cores. `gradients_in_forward`: implementations and peers whose forward pass computes gradients already, so
+    that its time compares with no other's.
     """
 
     sample: Callable[[Size, torch.device, torch.dtype, torch.Generator], Sample]
@@ -64,6 +65,7 @@ class Spec:
     tolerance: Mapping[str, float]
     peers: Mapping[str, str] = field(default_factory=dict)
     dots: tuple[str, ...] = ()
+    gradients_in_forward: tuple[str, ...] = ()
 
 
 def spec_of(op: str) -> Spec | None:

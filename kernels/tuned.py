@@ -2,8 +2,8 @@
 
 `{"device", "commit", "versions", "measured": {op: {implementation: {"speedup", "memory_saved", "shapes"}}},
 "launch": {kernel: [{"key": {name: value}, "choice": {name: value}}]}}`. `speedup`: seconds of the compiled reference
-over those of the implementation, forward and backward, the least over the measured shapes; `memory_saved`: share of the
-reference's peak memory, the least too.
+over those of the implementation, forward and backward, the least over the measured shapes; `memory_saved`: share of its
+peak memory, the least too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from kernels.device import Gpu, gpu_of
 
-__all__ = ["FOLDER", "Asked", "asked", "forced", "forget", "launch", "path_of", "read", "verdict"]
+__all__ = ["FOLDER", "Asked", "asked", "forced", "forget", "launch", "path_of", "read", "verdict", "worth"]
 
 WARPS, STAGES = (2, 4, 8, 16), (1, 2, 3, 4, 5)  # what any kernel can be launched with
 FOLDER = Path(__file__).with_name("tuned")
@@ -34,9 +34,13 @@ def verdict(op: str, implementation: str, gpu: Gpu | None) -> tuple[bool, str]:
     found = read(gpu.name).get("measured", {}).get(op, {}).get(implementation)
     if found is None:
         return False, f"not measured on {gpu.name}"
-    speedup, saved = found["speedup"], found["memory_saved"]
-    said = f"{speedup:.2f} x the compiled reference, {saved:.0%} less memory on {gpu.name}"
-    return speedup >= MIN_SPEEDUP or saved >= MIN_MEMORY_SAVED, said
+    said = f"{found['speedup']:.2f} x the compiled reference, {found['memory_saved']:.0%} less memory on {gpu.name}"
+    return worth(found), said
+
+
+def worth(found: Mapping[str, float]) -> bool:
+    """Whether an implementation of this `speedup` and `memory_saved` is worth its code."""
+    return found["speedup"] >= MIN_SPEEDUP or found["memory_saved"] >= MIN_MEMORY_SAVED
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,8 @@ def test_commands_are_understood(somewhere, monkeypatch, capsys, document, words
     if argv and argv[0] in mytrainer.COMMANDS and argv[0] != "train":
         if argv[0] == "bench":
             monkeypatch.setattr("trainer.commands.bench.step._loop_overhead", parsed)
+            for work in ("kernels._measure", "ahead.compiled_table", "tune.tune"):
+                monkeypatch.setattr(f"trainer.commands.bench.{work}", parsed)
             monkeypatch.setattr("trainer.commands.bench.generate.restore_named", parsed)
         for name in (
             "generate.restore_named",

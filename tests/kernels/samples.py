@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels import KERNELS, REFERENCE, TRITON
+from kernels.against import deviation, gradients, in_fp64, upstream
 from kernels.spec import Sample, Spec, spec_of
 from naming import load
 
@@ -38,15 +39,6 @@ def drawn(op: str, size: str, dtype: torch.dtype = torch.float32) -> tuple[Spec,
 
 def run_of(op: str, name: str = TRITON) -> Callable[..., Tensor | tuple[Tensor, ...]]:
     return load(KERNELS[op].implementations[name].where)
-
-
-def in_fp64(sample: Sample) -> Sample:
-    exact = sample.map(lambda t: t.double() if t.is_floating_point() else t)
-    exact.options = {
-        name: torch.float64 if isinstance(value, torch.dtype) else value
-        for name, value in sample.options.items()
-    }
-    return exact
 
 
 def exactly(op: str, sample: Sample) -> tuple[Sample, tuple[Tensor, ...]]:
@@ -102,30 +94,6 @@ def expanded(t: Tensor) -> Tensor:
 UPSTREAM = (expanded, *LAYOUTS)
 
 
-def upstream(outputs: tuple[Tensor, ...], layout: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
-    """A gradient for each differentiable output, of the wanted layout; the same numbers where layouts allow."""
-    found = []
-    for i, y in enumerate(t for t in outputs if t.requires_grad):
-        g = torch.Generator().manual_seed(i)
-        values = torch.randn(y.shape, generator=g, dtype=torch.float64).to(y.dtype)
-        found.append(layout(values) if layout else values)
-    return found
-
-
-def gradients(outputs: tuple[Tensor, ...], sample: Sample, dy: list[Tensor]) -> dict[str, Tensor]:
-    wanted = sample.differentiable
-    ways = [t for t in outputs if t.requires_grad]
-    if not wanted:  # an operation without gradients, such as an optimizer's
-        assert not ways
-        return {}
-    found = torch.autograd.grad(ways, list(wanted.values()), dy)
-    return dict(zip(wanted, found, strict=True))
-
-
 def close(found: Tensor, exact: Tensor, tolerance: float, what: str) -> None:
-    assert found.shape == exact.shape, what
-    if not exact.numel():
-        return
-    worst = (found.double() - exact.double()).abs().max().item()
-    scale = exact.abs().max().item()
-    assert worst <= tolerance * max(scale, 1e-3), f"{what}: off by {worst:.3g} of {scale:.3g}"
+    worst = deviation(found, exact)
+    assert worst <= tolerance, f"{what}: off by {worst:.3g} of the largest value"

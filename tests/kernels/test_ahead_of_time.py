@@ -7,42 +7,26 @@ from functools import cache
 import pytest
 import torch
 
-from kernels.aot import Binary, ahead_of_time
-from kernels.device import A100, B200, H100, Gpu
-from kernels.spec import Sample, spec_of
+from kernels.aot import ahead_of_time
+from kernels.device import H100
+from kernels.spec import spec_of
 from tests.kernels.offsets import narrow_products
-from tests.kernels.samples import OPERATIONS, run_of
+from tests.kernels.samples import OPERATIONS
 from tests.kernels.toys import doubled_kernel, sums_kernel
+from trainer.commands.bench.ahead import GPUS, compiled
 
 pytestmark = pytest.mark.slow
 DOTS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 LARGE = [(op, size) for op in OPERATIONS for size in spec_of(op).large]
 
 
-@cache
-def compiled(op: str, size: str, gpu: Gpu, *, wide_results: bool = False) -> list[Binary]:
-    """Forward and backward in bf16; with `wide_results` in fp32 where a call chooses, and so are upstream gradients."""
-    spec, meta = spec_of(op), torch.device("meta")
-    with ahead_of_time(gpu) as binaries:
-        sample = spec.sample(spec.large[size], meta, torch.bfloat16, torch.Generator())
-        if wide_results:
-            options = sample.options.items()
-            sample = Sample(
-                sample.tensors,
-                {name: torch.float32 if isinstance(value, torch.dtype) else value for name, value in options},
-            )
-        outputs = [y for y in sample.call(run_of(op)) if y.requires_grad]
-        if outputs:
-            torch.autograd.grad(
-                outputs, list(sample.differentiable.values()), list(map(torch.empty_like, outputs))
-            )
-    return binaries
+built = cache(compiled)
 
 
-@pytest.mark.parametrize("gpu", [A100, H100, B200], ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
 @pytest.mark.parametrize(("op", "size"), LARGE)
 def test_no_spills_and_wide_loads(op, size, gpu):
-    binaries = compiled(op, size, gpu)
+    binaries = built(op, size, gpu)
     assert binaries
     for binary in binaries:
         what = f"{op}, {size}: {binary}"
@@ -56,14 +40,14 @@ def test_no_spills_and_wide_loads(op, size, gpu):
 @pytest.mark.parametrize(("op", "size"), LARGE)
 def test_offsets_have_64_bits(op, size):
     """A view of a fused projection has the whole projection between its rows: rows times stride outgrow 31 bits."""
-    for binary in compiled(op, size, H100):
+    for binary in built(op, size, H100):
         assert not narrow_products(binary.ttir), binary.kernel
 
 
 @pytest.mark.parametrize(("op", "size"), LARGE)
 def test_gradients_in_fp32_beside_bf16(op, size):
     """Operands of unlike number formats fail only when they are compiled."""
-    assert all(binary.spilled == 0 for binary in compiled(op, size, H100, wide_results=True))
+    assert all(binary.spilled == 0 for binary in built(op, size, H100, wide_results=True))
 
 
 def test_a_product_in_32_bits_is_noticed():

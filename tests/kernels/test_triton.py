@@ -20,7 +20,7 @@ from tests.kernels.samples import (
 )
 
 
-def check(op, size, dtype=torch.float32, layout=None, change=lambda t: t, slack=1.0) -> None:
+def check(op, size, dtype=torch.float32, layout=lambda t: t, change=lambda t: t, slack=1.0) -> None:
     """`layout` of upstream gradients; `change` of every input; `slack` times the SPEC's tolerance."""
     spec, sample = drawn(op, size, dtype)
     sample = sample.map(change)

@@ -14,6 +14,10 @@ BENCHMARKS = {  # name -> "module:function", called with the words that follow; 
         "trainer.commands.bench.generate:main",
         "generation against a plain cached loop, and what the machine allows",
     ),
+    "kernels": (
+        "trainer.commands.bench.kernels:main",
+        "operations: ours, the definition, compiled, other libraries'",
+    ),
 }
 
 

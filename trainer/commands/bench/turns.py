@@ -12,16 +12,22 @@ __all__ = ["interleaved", "median_ratio"]
 
 
 def interleaved(
-    sides: Mapping[str, Callable[[int], object]], turns: int, device: torch.device, warm_up: int = 2
+    sides: Mapping[str, Callable[[int], object]],
+    turns: int,
+    device: torch.device,
+    warm_up: int = 2,
+    before: Callable[[int], object] = lambda turn: None,
 ) -> dict[str, list[float]]:
     """Seconds of every call by side, after `warm_up` calls that allocate and compile. A side is called with the number
-    of its turn, counted from 0 with the first warming one."""
+    of its turn, counted from 0 with the first warming one; `before` each call this is called, untimed."""
     for side in sides.values():
         for i in range(warm_up):
+            before(i)
             side(i)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(turns):
         for name, side in sides.items():
+            before(i + warm_up)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             started = time.perf_counter()
