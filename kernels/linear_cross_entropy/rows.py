@@ -27,17 +27,18 @@ class CrossEntropy:
         if self.softcap is not None:
             z.copy_(self.softcap(z))
             slope = self.softcap.slope(z) if gradient else None
-        lse = z.logsumexp(1)  # (r,)
+        log_p = z.log_softmax(1)
         counted = targets != IGNORED  # (r, k)
         index = targets.where(counted, 0)
-        nats = torch.where(counted, lse[:, None] - z.gather(1, index), 0.0)
-        aux = None if rows.aux_weights is None else torch.where(counted.any(1), lse.square(), 0.0)
+        nats = torch.where(counted, -log_p.gather(1, index), 0.0)
+        pull, aux = rows.weights.sum(1), None
+        if rows.aux_weights is not None:
+            lse = z.amax(1) - log_p.amax(1)
+            aux = torch.where(counted.any(1), lse.square(), 0.0)
+            pull = pull + 2 * rows.aux_weights * lse
         if gradient:
             # p (sum of weights + 2 aux_weight lse), less each weight at its target.
-            pull = rows.weights.sum(1)
-            if rows.aux_weights is not None:
-                pull = pull + 2 * rows.aux_weights * lse
-            z.sub_(lse[:, None]).exp_().mul_(pull[:, None]).scatter_add_(1, index, -rows.weights)
+            torch.mul(log_p.exp_(), pull[:, None], out=z).scatter_add_(1, index, -rows.weights)
             if slope is not None:
                 z.mul_(slope)
         return nats, aux
