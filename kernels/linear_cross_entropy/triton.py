@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels.choose import rows_at_once
-from kernels.chunks import Rows, States, in_chunks, scaled
+from kernels.chunks import Rows, States, in_chunks, refuse_second_order, scaled
 from kernels.library import opaque
 from kernels.linear_cross_entropy.reference import weighed
 from kernels.linear_cross_entropy.row_kernel import CROSS_ENTROPY, Cap, Loss, overwrite
@@ -162,8 +161,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Found) -> None:
     ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias, weights, aux_weights)]
 
 
-@once_differentiable
 def _differentiate(ctx: Any, of_sum: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_second_order()
     found = [
         scaled(g, of_sum, dtype) if needs else None
         for g, dtype, needs in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels.choose import rows_at_once
+from kernels.chunks import refuse_second_order, scaled
 from kernels.linear_function_loss.reference import RowFunction, weighed
 from kernels.precision import at_least_fp32
 
@@ -79,10 +79,7 @@ class _Chunked(torch.autograd.Function):
         return total, all_nats, all_ce
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_sum: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        scaled = (
-            None if grad is None else (grad * grad_sum).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return *scaled, *(None,) * 5
+        refuse_second_order()
+        found = (scaled(g, grad_sum, t) for g, t in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+        return *found, *(None,) * 5

@@ -20,8 +20,9 @@ from tests.adapters.diffusion.toy import F64
 def test_the_kernels_of_the_run_compute_the_loss(kind, implementation, monkeypatch):
     called = []
     for name, way in KERNELS[fused.OP].implementations.items():
-        module = import_module(way.where.partition(":")[0])
-        monkeypatch.setattr(module, name, partial(_noted, called, name, getattr(module, name)))
+        path, _, function = way.where.partition(":")
+        module = import_module(path)
+        monkeypatch.setattr(module, function, partial(_noted, called, name, getattr(module, function)))
     adapter = build(kind, trained=False)
     adapter.kernels = Kernels({"default": implementation})
     adapter(adapter.prepare(batch([0, 1]), train_context(2)))
