@@ -35,7 +35,9 @@ __all__ = [
 # Rows of low-precision products. Where their number is drawn anew in every step, the library compiles and keeps a
 # product for each shape it meets: a megabyte a step at first.
 ROW_MULTIPLE = 64
-COLUMN_MULTIPLE = 64  # of copies of the head: odd numbers of columns make products, and loads of their rows, slow
+COLUMN_MULTIPLE = (
+    64  # of copies of the head: odd numbers of columns make products, and loads of their rows, slow
+)
 
 
 @dataclass(frozen=True)

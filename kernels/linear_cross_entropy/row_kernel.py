@@ -128,7 +128,7 @@ def _read(z, column, there, CAP: tl.constexpr, ACC: tl.constexpr):
     return values, slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["V", "real", "mask_id"])  # one binary for all vocabularies of a width
 def _row_kernel(
     z,
     targets,

@@ -21,6 +21,7 @@ from tests.kernels.interpret import interpreted, poisoned
 from tests.kernels.samples import close, drawn, exactly, gradients, in_fp64, run_of, upstream
 
 triton = pytest.importorskip("kernels.linear_cross_entropy.triton")
+LOSSES = pytest.importorskip("kernels.linear_diffusion_loss.epilogues").LOSSES
 CE, DIFFUSION = "linear_cross_entropy", "linear_diffusion_loss"
 BY_TRITON = Kernels({CE: TRITON})
 
@@ -203,3 +204,17 @@ def test_rows_are_read_in_wide_pipelined_loads_and_only_written_for_gradients(gp
     for binary in binaries:
         copies = [i for i in binary.instructions if i.startswith("LDGSTS")]
         assert copies and all("128" in i.split(".") for i in copies), binary
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_a_single_real_token_compiles(mode):
+    """An argument of 1 is a constant to Triton, which has other methods."""
+    mask_id = 1 if MODES[mode].needs_mask else None
+    meta = torch.device("meta")
+    ids, numbers = torch.empty(64, device=meta, dtype=torch.int64), torch.empty(64, device=meta)
+    rows = Rows((ids, ids), numbers, numbers, (torch.empty(64, 8, device=meta),))
+    z = torch.empty(64, 64, device=meta, dtype=torch.bfloat16)
+    with ahead_of_time(H100) as binaries:
+        triton.overwrite(LOSSES[mode], z, rows, States(1 + MODES[mode].needs_mask, 1, mask_id), True)
+    assert len(binaries) == 1
