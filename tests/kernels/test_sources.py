@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 import kernels
 from kernels import KERNELS
+from tests.test_house import MODULES, imported_at_once
 
 FOLDER = Path(kernels.__file__).parent
 SOURCES = sorted(FOLDER.rglob("*.py"))
@@ -45,18 +47,59 @@ def test_kernels_say_what_a_gpu_would_guess():
     assert not {name: lines for name, text in texts.items() if (lines := faults(text))}
 
 
-def test_operations_are_imported_without_triton(monkeypatch):
-    """On a Mac there is none: what models and the rule of choice import answers all the same."""
-    for name in list(sys.modules):
-        if name.partition(".")[0] in ("kernels", "triton"):
-            monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "triton", None)  # an import of it fails
-    for name in ("choose", "device", "spec", "tuned", "aot"):
-        importlib.import_module(f"kernels.{name}")
-    for op in KERNELS:
-        sys.modules["kernels.spec"].spec_of(op)
-    assert sys.modules["kernels.device"].interpreting() is False
-    assert "kernels.library" not in sys.modules  # nothing was registered a second time
+def test_operations_need_no_triton():
+    """On a Mac there is none: what models and the rule of choice import may reach no file that imports it at once."""
+
+    def reached(module: str, done: set[str]) -> set[str]:
+        if module not in done:
+            done.add(module)
+            for other in imported_at_once(module):
+                reached(other, done)
+        return done
+
+    with_triton = {m for m, path in MODULES.items() if "triton" in packages_of(path)}
+    assert {"kernels.row_norms", "kernels.newton_schulz.triton"} <= with_triton  # it sees what is imported
+    factories = [kernel.factory.partition(":")[0] for kernel in KERNELS.values()]
+    for module in (
+        *factories,
+        "kernels.choose",
+        "kernels.spec",
+        "kernels.tuned",
+        "kernels.aot",
+        "models.vanilla",
+    ):
+        assert not reached(module, set()) & with_triton, module
+
+
+def packages_of(path: Path) -> set[str]:
+    """Packages that a file imports at its top."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    names = {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in body if isinstance(node, ast.ImportFrom)}
+    return {name.partition(".")[0] for name in names}
+
+
+@pytest.mark.slow
+def test_operations_answer_without_triton():
+    """In a process of its own, where an import of it fails."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from kernels import KERNELS
+from tests.test_house import MODULES, imported_at_once
+from kernels.choose import Call, Kernels
+from kernels.device import interpreting
+from kernels.spec import spec_of
+for op in KERNELS:
+    spec_of(op)
+    Kernels().foresee(op, Call(torch.device("cpu"), torch.float32, 8, 16))
+assert not interpreting() and "kernels.library" not in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=FOLDER.parent, capture_output=True, encoding="utf-8"
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
