@@ -127,6 +127,15 @@ KERNELS: dict[str, Kernel] = {
         },
         compiled_with_neighbours=True,
     ),
+    "qk_norm_rope": Kernel(
+        "kernels.qk_norm_rope:qk_norm_rope",
+        description="normalisation and rotation of queries and keys",
+        implementations={
+            REFERENCE: Implementation("kernels.qk_norm_rope.reference:reference"),
+            TRITON: by_triton("kernels.qk_norm_rope.triton:qk_norm_rope"),
+        },
+        compiled_with_neighbours=True,
+    ),
     "rms_norm": Kernel(
         "kernels.rms_norm:rms_norm",
         description="root-mean-square normalisation, of a residual sum if wanted",
