@@ -22,12 +22,13 @@ from configs.schema import DefaultModelConfig, Dropout, Free, Positive, Rate
 from kernels.attention import Plan, Visible, attention, attention_call, plan_attention, training_facts
 from kernels.choose import UsesKernels
 from kernels.precision import compute_dtype
+from kernels.qk_norm_rope import qk_norm_rope
 from models.layers.adaln import AdaLN, AdaptiveNorm, TimeEmbedding, gated_residual
 from models.layers.cache import KVCache
 from models.layers.flops import Flops
 from models.layers.init import INIT_STD, normal_
 from models.layers.roles import Rule
-from models.layers.rotary import apply_rotary, rotary_tables
+from models.layers.rotary import rotary_tables
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
@@ -95,23 +96,27 @@ def fill_in(given: Any, by_chain: dict[str, dict[str, Any]]) -> Any:
     return given | {k: v for k, v in values.items() if given.get(k) is None}
 
 
-class Attention(nn.Module):
+class Attention(UsesKernels):
     """Every position sees every other one, unless a mask says otherwise. No biases."""
 
     def __init__(self, cfg: DiTConfig, layer: int) -> None:
         super().__init__()
-        self.n_heads, self.layer = cfg.n_heads, layer
+        self.n_heads, self.layer, self.head_width = cfg.n_heads, layer, cfg.d_model // cfg.n_heads
         self.qkv = nn.Linear(cfg.d_model, 3 * cfg.d_model, bias=False)
         self.out = nn.Linear(cfg.d_model, cfg.d_model, bias=False)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], plan: Plan, cache: KVCache | None) -> Tensor:
         """(B, L, D) -> (B, L, D), or fewer positions where `plan` has no queries for the first ones."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(2)  # (B, L, H, h)
-        q, k, v = (t.transpose(1, 2) for t in (apply_rotary(q, *rotary), apply_rotary(k, *rotary), v))
+        q, k = qk_norm_rope(q, k, *rotary, self.kernels)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, L, h)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         y = attention(q, k, v, plan)
         return self.out(y.transpose(1, 2).flatten(2))
+
+    def kernel_calls(self, seq_len: int) -> dict[str, dict[str, Any]]:
+        return {"qk_norm_rope": {"columns": self.head_width}}
 
 
 class MLP(nn.Module):

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from configs.schema import DefaultModelConfig, Dropout, Free, Positive, Rate, within_context
 from kernels.attention import Plan, Visible, attention, attention_call, plan_attention, training_facts
+from kernels.choose import UsesKernels
 from kernels.precision import compute_dtype
+from kernels.qk_norm_rope import qk_norm_rope
 from models.huggingface import ROWS
 from models.layers.cache import Cache, KVCache
 from models.layers.decoder import document_positions, padded_vocabulary
@@ -28,7 +30,7 @@ from models.layers.huggingface import HuggingFaceDecoder
 from models.layers.init import INIT_STD, normal_, residual_std
 from models.layers.norms import LayerNorm, RMSNorm
 from models.layers.roles import Rule
-from models.layers.rotary import apply_rotary, rotary_tables
+from models.layers.rotary import rotary_tables
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
@@ -97,11 +99,11 @@ class VanillaConfig(DefaultModelConfig):
         return LayerNorm(width, self.norm_eps, self.bias)
 
 
-class Attention(nn.Module):
+class Attention(UsesKernels):
     def __init__(self, cfg: VanillaConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.dropout = layer, cfg.dropout
-        self.head_width = cfg.head_width
+        self.head_width, self.eps, self.use_rope = cfg.head_width, cfg.norm_eps, cfg.use_rope
         kv_width = cfg.kv_heads * cfg.head_width
         self.q_proj = nn.Linear(cfg.d_model, cfg.d_model, bias=cfg.bias)
         self.k_proj = nn.Linear(cfg.d_model, kv_width, bias=cfg.bias)
@@ -115,15 +117,20 @@ class Attention(nn.Module):
         q = self.q_proj(x).unflatten(-1, per_head)  # (B, T, H, h)
         k = self.k_proj(x).unflatten(-1, per_head)  # (B, T, G, h)
         v = self.v_proj(x).unflatten(-1, per_head)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
         if rotation is not None:
-            q, k = apply_rotary(q, *rotation), apply_rotary(k, *rotation)
+            gains = None if norms is None else (norms[0].weight, norms[1].weight)
+            q, k = qk_norm_rope(q, k, *rotation, self.kernels, weights=gains, eps=self.eps)
+        elif norms is not None:
+            q, k = norms[0](q), norms[1](k)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, h)
         if cache is not None:  # keys are stored rotated, each kv head once
             k, v = cache.append(self.layer, k, v)
         y = attention(q, k, v, plan)
         return F.dropout(self.o_proj(y.transpose(1, 2).flatten(2)), self.dropout, self.training)
+
+    def kernel_calls(self, seq_len: int) -> dict[str, dict[str, Any]]:
+        return {"qk_norm_rope": {"columns": self.head_width}} if self.use_rope else {}
 
 
 class MLP(nn.Module):

@@ -144,6 +144,7 @@ def _turn(
 @triton.jit
 def _turn_back(
     program,
+    programs,
     tiles,
     dy,
     x,
@@ -175,8 +176,8 @@ def _turn_back(
     if HAS_WEIGHT:
         gain_a, gain_b = _load(weight, zero, zero == 0, TURNED, HALF, PAIRS, SPLIT)
         sum_a, sum_b = tl.zeros([1, PAIRS], tl.float32), tl.zeros([1, PAIRS], tl.float32)
-    for i in tl.range(0, tiles, num_stages=STAGES):
-        row = (program * tiles + i) * ROWS + tl.arange(0, ROWS)
+    for tile in tl.range(program, tiles, programs, num_stages=STAGES):
+        row = tile * ROWS + tl.arange(0, ROWS)
         token, head = row // HEADS, row % HEADS
         inside = token < tokens
         start = _start(token, head, length, dy_batch_stride, dy_token_stride, dy_head_stride)
@@ -294,7 +295,9 @@ def _backward_kernel(
     dq_weight,
     dk_weight,
     q_programs,
-    tiles,
+    k_programs,
+    q_tiles,
+    k_tiles,
     tokens,
     length,
     dq_batch_stride,
@@ -325,7 +328,8 @@ def _backward_kernel(
     if program < q_programs:
         _turn_back(
             program,
-            tiles,
+            q_programs,
+            q_tiles,
             dq_out,
             q,
             q_weight,
@@ -355,7 +359,8 @@ def _backward_kernel(
     else:
         _turn_back(
             program - q_programs,
-            tiles,
+            k_programs,
+            k_tiles,
             dk_out,
             k,
             k_weight,
@@ -461,7 +466,9 @@ def _backward(
         dk,
         *shares,
         q_programs,
-        per_program,
+        k_programs,
+        q_tiles,
+        k_tiles,
         tokens,
         dq.shape[1],
         *dq_out.stride()[:3],

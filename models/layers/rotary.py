@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al. 2021, equation 34), layout "half": dims (i, i + h/2) form a pair.
+"""Angles of rotary positions (Su et al. 2021, equation 34); kernels/qk_norm_rope turns by them.
 
 The tables are computed in every forward, once for all layers: a few thousand sines, and no buffer that a
 model built on the meta device could lose.
@@ -11,20 +11,13 @@ from torch import Tensor
 
 from kernels.precision import at_least_fp32
 
-__all__ = ["apply_rotary", "rotary_tables"]
+__all__ = ["rotary_tables"]
 
 
-def rotary_tables(
-    positions: Tensor, head_width: int, theta: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of t * theta^(-2i/h) for positions (T,), each (T, 1, h/2), in at least fp32."""
+def rotary_tables(positions: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of t * theta^(-2i/r) for positions t, (T,) or (B, T), and the first r = `width` dims of a head,
+    each (T, 1, r/2) or (B, T, 1, r/2), in at least fp32."""
     dtype = at_least_fp32(dtype)
-    exponents = torch.arange(0, head_width, 2, device=positions.device, dtype=dtype) / head_width
-    angles = positions.to(dtype)[:, None] * theta**-exponents  # (T, h/2)
-    return angles.cos()[:, None], angles.sin()[:, None]
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair of x (B, T, heads, h) by its angle; computed in the tables' dtype, returned in x's."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    exponents = torch.arange(0, width, 2, device=positions.device, dtype=dtype) / width
+    angles = positions.to(dtype)[..., None] * theta**-exponents  # (..., T, r/2)
+    return angles.cos()[..., None, :], angles.sin()[..., None, :]

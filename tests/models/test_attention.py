@@ -2,8 +2,10 @@
 
 import torch
 
+from kernels.choose import Kernels
+from kernels.qk_norm_rope import qk_norm_rope
 from models.layers.decoder import document_positions
-from models.layers.rotary import apply_rotary, rotary_tables
+from models.layers.rotary import rotary_tables
 from tests.models.tiny import build, tokens_of
 
 
@@ -18,7 +20,7 @@ def test_rotation_is_relative_and_keeps_lengths():
 
     def products(shift):
         tables = rotary_tables(torch.arange(shift, shift + 12), 8, 10000.0, torch.float64)
-        a, b = apply_rotary(x, *tables), apply_rotary(y, *tables)
+        a, b = qk_norm_rope(x, y, *tables, Kernels())
         torch.testing.assert_close(a.norm(dim=-1), x.norm(dim=-1))
         return torch.einsum("bqhd,bkhd->bhqk", a, b)
 
@@ -29,7 +31,8 @@ def test_rotation_is_relative_and_keeps_lengths():
 def test_rotation_tables_are_fp32_for_narrow_models():
     cos, sin = rotary_tables(torch.arange(4), 8, 10000.0, torch.bfloat16)
     assert cos.dtype == sin.dtype == torch.float32
-    assert apply_rotary(torch.randn(1, 4, 2, 8, dtype=torch.bfloat16), cos, sin).dtype == torch.bfloat16
+    x = torch.randn(1, 4, 2, 8, dtype=torch.bfloat16)
+    assert {y.dtype for y in qk_norm_rope(x, x, cos, sin, Kernels())} == {torch.bfloat16}
 
 
 def test_adding_a_constant_to_all_positions_changes_no_logit(monkeypatch):
