@@ -170,6 +170,29 @@ def test_evaluation_computes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> No
         linear_diffusion_loss(*args, **options)
 
 
+@pytest.mark.parametrize("which", range(8))
+@pytest.mark.parametrize("mode", ["subs", "d3pm_uniform"])
+def test_every_combination_of_what_needs_a_gradient(mode: str, which: int) -> None:
+    args, options = case(mode)
+    inputs = [t.requires_grad_(bool(which & bit)) for t, bit in zip(args[:3], (1, 2, 4), strict=True)]
+    total, plain = (
+        run(*args, **options, **how)[0]
+        for run, how in ((linear_diffusion_loss, {"chunk_rows": 7}), (reference, {}))
+    )
+    assert total.requires_grad == bool(which) and close(total, plain, 1e-13)
+    if alive := [t for t in inputs if t.requires_grad]:
+        for a, b in zip(*(torch.autograd.grad(t, alive) for t in (total, plain)), strict=True):
+            assert close(a, b, 1e-12)
+
+
+def test_gradients_are_of_first_order() -> None:
+    args, options = case("sedd_absorb")
+    total, nats, aux = linear_diffusion_loss(*args, **options, chunk_rows=7)
+    assert aux is not None and not nats.requires_grad and not aux.requires_grad
+    with pytest.raises(RuntimeError, match="kernels=reference has them"):
+        torch.autograd.grad(total, args[0], create_graph=True)
+
+
 # -- against explicit sums over states -----------------------------------------------------------------------
 
 
