@@ -70,7 +70,7 @@ class Kernels:
         self.used: dict[str, dict[str, str]] = {}  # operation -> implementation -> why, the first time
         # What compiled code is guarded by: with another field, blocks are compiled anew.
         self._key = f"{sorted(self.wanted.items())} {deterministic}"
-        self._known: dict[tuple[str, Call], str] = {}
+        self._known: dict[tuple[Any, ...], Callable[..., Any]] = {}  # what was chosen, outside of compiled code
         if device is not None and device.type != "meta":
             for op, name in self.wanted.items():
                 if op != "default" and name != AUTO:
@@ -97,8 +97,16 @@ class Kernels:
     ) -> Callable[..., Any]:
         """The function that `choose` names. Compiled code takes it as it was when it was compiled; there, `rows` and
         `columns` must not vary."""
-        name = self._name(self._key, op, torch.compiler.is_compiling(), device, dtype, rows, columns, facts)
-        return _loaded[op, name]
+        if torch.compiler.is_compiling():
+            return _loaded[op, self._name(self._key, op, True, device, dtype, rows, columns, facts)]
+        # Norms ask some dozens of times in a step. Numbers of rows may be drawn anew in every one: those are not kept.
+        call = op, device, dtype, columns, facts
+        run = None if rows or op not in self.used else self._known.get(call)
+        if run is None:
+            run = _loaded[op, self._name(self._key, op, False, device, dtype, rows, columns, facts)]
+            if not rows:
+                self._known[call] = run
+        return run
 
     @torch.compiler.assume_constant_result
     def _name(
@@ -112,12 +120,7 @@ class Kernels:
         columns: int,
         facts: tuple[str, ...],
     ) -> str:
-        call = Call(device, dtype, rows, columns, compiling, facts)
-        name = self._known.get((op, call)) if op in self.used else None
-        if name is None:
-            name = self.choose(op, call)
-            if not rows:  # numbers of rows may be drawn anew in every step
-                self._known[op, call] = name
+        name = self.choose(op, Call(device, dtype, rows, columns, compiling, facts))
         _loaded[op, name] = load(KERNELS[op].implementations[name].where)
         return name
 
