@@ -319,7 +319,8 @@ def _launch(kernel: str, x: Tensor, width: int, tile_bytes: int, per_thread: int
     warps = min(8, max(4, rows * block // (32 * per_thread)))  # more have too few registers each
     stages = 3 if block * x.element_size() <= 2 * TILE_BYTES else 2  # or shared memory does not hold them
     default = {"ROWS": rows, "WIDTH": block, "num_warps": warps, "num_stages": stages}
-    return launch(kernel, x.device, {"width": width, "dtype": str(x.dtype)}, default)
+    key: dict[str, int | str] = {"width": width, "dtype": str(x.dtype)}
+    return launch(kernel, x.device, key, default, {"ROWS": (1, 2, 4, 8, 16)})
 
 
 def _outputs(

@@ -71,7 +71,7 @@ def launch(
     wanted = {name: _bucket(value) for name, value in key.items()}
     tries = {name: v for name, v in (("num_warps", WARPS), ("num_stages", STAGES)) if name in default}
     for found in _asked:
-        found.append(Asked(kernel, wanted, dict(default), {**tries, **(vary or {})}))
+        found.append(Asked(kernel, wanted, dict(default), {**(vary or {}), **tries}))
     if kernel in _forced:
         return {**default, **_forced[kernel]}
     gpu = gpu_of(device)

@@ -85,4 +85,5 @@ SPEC = Spec(
         "liger": "kernels.linear_cross_entropy.peers:of_liger",
         "cut_cross_entropy": "kernels.linear_cross_entropy.peers:of_cut_cross_entropy",
     },
+    gradients_in_forward=("chunked", "triton", "torch", "liger"),
 )

@@ -17,6 +17,7 @@ from tests.kernels.test_triton import check
 from trainer.commands.bench import tune
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+FIRST_OF = dict(FIRST)
 KEY = {"width": 100, "dtype": "torch.float32"}
 
 
@@ -59,9 +60,12 @@ def test_what_is_asked_and_forced():
         assert tuned.launch("toy", CPU, KEY, {"ROWS": 4, "num_warps": 4}, {"ROWS": (2, 4)})["num_warps"] == 2
     assert tuned.launch("toy", CPU, KEY, {"num_warps": 4}) == {"num_warps": 4} and len(found) == 1
     assert found[0].key == {"width": 128, "dtype": "torch.float32"}
-    choices = tune.candidates(found[0])
-    assert {"ROWS": 2} in choices and {"ROWS": 2, "num_warps": 16} in choices and {} not in choices
-    assert all("num_stages" not in choice for choice in choices) and len(choices) == 7
+    assert list(found[0].vary) == ["ROWS", "num_warps"]  # and no num_stages, which it does not have
+    assert tune.candidates(found[0], {}, "ROWS") == [{"ROWS": 2}]
+    assert tune.candidates(found[0], {"ROWS": 2}, "num_warps") == [
+        {"ROWS": 2, "num_warps": warps} for warps in (2, 8, 16)
+    ]
+    assert tune.candidates(found[0], {"ROWS": 2}, "ROWS") == [{}]
 
 
 @pytest.mark.slow
@@ -94,9 +98,6 @@ def test_a_choice_that_is_wrong_would_be_found():
         check_choices({"launch": {"gone": []}})
 
 
-FIRST_OF = dict(FIRST)
-
-
 def test_tuning_needs_the_gpu():
     with pytest.raises(ValueError, match="found on the GPU that they are for, and this is cpu"):
         tune.tune(["rms_norm"], CPU, {}, str)
@@ -116,7 +117,7 @@ def test_the_tuner_writes_what_is_right_and_fastest_and_the_rule_reads_it(folder
     def with_a_wrong_one(kernel, device, key, default, vary=None):
         return launch(kernel, device, key, default, wrong)
 
-    monkeypatch.setattr(f"{module_of('rms_norm')}.launch", with_a_wrong_one)
+    monkeypatch.setattr("kernels.row_norms.launch", with_a_wrong_one)
     monkeypatch.setattr(tune, "DTYPE", torch.float32)
     monkeypatch.setattr(tune, "peak_bytes", lambda side, inputs, device: 100)
     monkeypatch.setattr(torch, "compile", lambda run, **options: run)
@@ -152,7 +153,3 @@ def test_the_tuner_writes_what_is_right_and_fastest_and_the_rule_reads_it(folder
             check("rms_norm", size)
         assert all(tuned.launch(a.kernel, CUDA, a.key, dict(a.default))["num_warps"] == 16 for a in launches)
     assert "auto takes it" in tune.report(found) and list(folder.iterdir()) == [folder / "sm_90.json"]
-
-
-def module_of(op: str) -> str:
-    return run_of(op).__module__
