@@ -128,6 +128,53 @@ def _read(z, column, there, CAP: tl.constexpr, ACC: tl.constexpr):
     return values, slope
 
 
+@triton.jit
+def _log_sum_exp(
+    z,
+    columns,
+    V,
+    other,
+    WITHOUT_OTHER: tl.constexpr,
+    NEEDS_SUM: tl.constexpr,
+    CAP: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """log sum exp of a row in one pass, and its sum if that is needed; both without the other column, if so."""
+    top = tl.full((), LOWEST, ACC)
+    total = tl.zeros([BLOCK], ACC)  # of exp(z - top), by lane
+    plain = tl.zeros([BLOCK], ACC)
+    for start in tl.range(0, columns, BLOCK, num_stages=STAGES):
+        column = start + tl.arange(0, BLOCK)
+        values, _ = _read(z, column, column < columns, CAP, ACC)
+        inside = column < V
+        if WITHOUT_OTHER:
+            inside &= column != other
+        if NEEDS_SUM:
+            plain += tl.where(inside, values, 0.0)
+        values = tl.where(inside, values, -float("inf"))
+        new_top = tl.maximum(top, tl.max(values, 0))
+        total = total * tl.exp(top - new_top) + tl.exp(values - new_top)
+        top = new_top
+    return top + tl.log(tl.sum(total, 0)), tl.sum(plain, 0)
+
+
+@triton.jit
+def _sums_by_odds(
+    z, columns, V, shift, CAP: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr
+):
+    """Sums of softplus(z + shift) and sigmoid(z + shift)."""
+    gains = tl.zeros([BLOCK], ACC)
+    shares = tl.zeros([BLOCK], ACC)
+    for start in tl.range(0, columns, BLOCK, num_stages=STAGES):
+        column = start + tl.arange(0, BLOCK)
+        values, _ = _read(z, column, column < columns, CAP, ACC)
+        gains += tl.where(column < V, softplus(values + shift), 0.0)
+        shares += tl.where(column < V, sigmoid(values + shift), 0.0)
+    return tl.sum(gains, 0), tl.sum(shares, 0)
+
+
 @triton.jit(do_not_specialize=["V", "real", "mask_id"])  # one binary for all vocabularies of a width
 def _row_kernel(
     z,
@@ -166,33 +213,11 @@ def _row_kernel(
     state = tl.load(noisy + row) if noisy is not None else -1
     other = mask_id if BY_MASK else state
 
-    top = tl.full((), LOWEST, ACC)
-    total = tl.zeros([BLOCK], ACC)  # of exp(z - top), by lane
-    plain = tl.zeros([BLOCK], ACC)
-    for start in tl.range(0, columns, BLOCK, num_stages=STAGES):
-        column = start + tl.arange(0, BLOCK)
-        values, _ = _read(z, column, column < columns, CAP, ACC)
-        inside = column < V
-        if WITHOUT_OTHER:
-            inside &= column != other
-        if NEEDS_SUM:
-            plain += tl.where(inside, values, 0.0)
-        values = tl.where(inside, values, -float("inf"))
-        new_top = tl.maximum(top, tl.max(values, 0))
-        total = total * tl.exp(top - new_top) + tl.exp(values - new_top)
-        top = new_top
-    lse = top + tl.log(tl.sum(total, 0))
-
-    gains = tl.zeros([BLOCK], ACC)
-    shares = tl.zeros([BLOCK], ACC)
+    lse, plain = _log_sum_exp(z, columns, V, other, WITHOUT_OTHER, NEEDS_SUM, CAP, ACC, BLOCK, STAGES)
+    shift, gains, shares = lse, lse, lse
     if LOG_ODDS >= 0:
         shift = tl.load(scalars + LOG_ODDS) - lse
-        for start in tl.range(0, columns, BLOCK, num_stages=STAGES):
-            column = start + tl.arange(0, BLOCK)
-            values, _ = _read(z, column, column < columns, CAP, ACC)
-            gains += tl.where(column < V, softplus(values + shift), 0.0)
-            shares += tl.where(column < V, sigmoid(values + shift), 0.0)
-
+        gains, shares = _sums_by_odds(z, columns, V, shift, CAP, ACC, BLOCK, STAGES)
     z_other = lse
     if noisy is not None:
         z_other, _ = _read(z, other, other >= 0, CAP, ACC)
@@ -215,9 +240,9 @@ def _row_kernel(
             lse,
             tl.where(known, z_target, float("nan")),
             z_other,
-            tl.sum(plain, 0),
-            tl.sum(gains, 0),
-            tl.sum(shares, 0),
+            plain,
+            gains,
+            shares,
         )
         tl.store(nats + k, tl.where(counts, found[0], 0.0))
         beside = tl.where(counts, found[1], beside)
