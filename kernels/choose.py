@@ -70,7 +70,9 @@ class Kernels:
         self.used: dict[str, dict[str, str]] = {}  # operation -> implementation -> why, the first time
         # What compiled code is guarded by: with another field, blocks are compiled anew.
         self._key = f"{sorted(self.wanted.items())} {deterministic}"
-        self._known: dict[tuple[Any, ...], Callable[..., Any]] = {}  # what was chosen, outside of compiled code
+        self._known: dict[
+            tuple[Any, ...], Callable[..., Any]
+        ] = {}  # what was chosen, outside of compiled code
         if device is not None and device.type != "meta":
             for op, name in self.wanted.items():
                 if op != "default" and name != AUTO:

@@ -468,7 +468,8 @@ def bench_words(steps):
     return ["bench", "step", "--steps", steps, *sizes, *rows]
 
 
-def test_bench_measures_both_comparisons(command, tmp_path):
+def test_bench_measures_both_comparisons(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_step, "peak_flops", lambda device: 1e12)
     words = ["--no_compile", "--no_processes", "--profile", 3, "--output", tmp_path / "bench.json"]
     status, out, err = command(*bench_words(2), *words)
     assert status == 0, err
@@ -480,6 +481,7 @@ def test_bench_measures_both_comparisons(command, tmp_path):
         "bf16",
     }
     assert "loop overhead" in out and "x plain loop" in out
+    assert 0 < found["loop"]["mfu"] < 1 and "share of the peak" in out
     profile = found["profile"]
     seconds = [entry["seconds"] for entry in profile["cpu"]]
     assert seconds == sorted(seconds, reverse=True) and 0 < sum(seconds) <= profile["seconds_per_step"]

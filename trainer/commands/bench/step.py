@@ -37,7 +37,7 @@ from trainer.distributed import World, choose_device
 from trainer.optim.optimizers import clip_gradients
 from trainer.precision import autocast
 from trainer.run.files import output_file, write_atomically
-from trainer.run.manifest import collect_environment, peak_memory_bytes
+from trainer.run.manifest import collect_environment, peak_flops, peak_memory_bytes
 from trainer.session import open_session
 from trainer.view.console import Console
 
@@ -170,11 +170,14 @@ def _loop_overhead(configs: tuple[RunConfig, Any], steps: int) -> dict[str, floa
                 {"bare": lambda i: _bare_step(bare, i), "loop": real}, steps, ours.world.device
             )
     tokens = ours.plan.rows * ours.cfg.train_seq_len
-    return {
+    found = {
         "overhead_percent": 100 * (median_ratio(seconds["loop"], seconds["bare"]) - 1),
         "bare_tokens_per_second": tokens / statistics.median(seconds["bare"]),
-        "loop_tokens_per_second": tokens / statistics.median(seconds["loop"]),
+        "loop_tokens_per_second": (speed := tokens / statistics.median(seconds["loop"])),
     }
+    if peak := peak_flops(ours.world.device):
+        found["mfu"] = ours.adapter.flops(ours.cfg.train_seq_len).training_per_token * speed / peak
+    return found
 
 
 def _plain_side(s: Session) -> Callable[[int], None]:
@@ -273,6 +276,8 @@ def _report(result: dict[str, Any]) -> str:
         f"loop overhead        {loop['overhead_percent']:+.1f} %   (bare {loop['bare_tokens_per_second']:,.0f}, "
         f"loop {loop['loop_tokens_per_second']:,.0f} tokens/s)"
     )
+    if "mfu" in loop:
+        lines.append(f"share of the peak    {loop['mfu']:.1%}")
     if plain := result.get("against_plain_loop"):
         speeds = plain["tokens_per_second"]
         lines.append(f"plain loop           {speeds['plain loop']:>9,.0f} tokens/s")
