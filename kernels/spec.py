@@ -51,9 +51,9 @@ class Spec:
     `timed_on_cpu`: of a size that a CPU can time. `flops(size)` and `bytes(size, itemsize)`: (forward, backward) of
     the least that must be computed and moved. `tolerance`: by name of dtype, the largest deviation from the reference
     in fp64, relative to the largest value of each output and gradient. `peers`: by name, "module:function" of the same
-    signature that raises ImportError where the library is not installed. `dots`: kernels whose binaries must multiply
-    on tensor cores. `gradients_in_forward`: implementations and peers whose forward pass computes gradients already, so
-    that its time compares with no other's.
+    signature that raises ImportError where the library is not installed; it may return the first outputs alone.
+    `dots`: kernels whose binaries must multiply on tensor cores. `gradients_in_forward`: implementations and peers
+    whose forward pass computes gradients already, so that its time compares with no other's.
     """
 
     sample: Callable[[Size, torch.device, torch.dtype, torch.Generator], Sample]

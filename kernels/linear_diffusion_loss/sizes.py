@@ -69,5 +69,6 @@ SPEC = Spec(
     },
     flops=flops,
     bytes=moved,
+    gradients_in_forward=("chunked", "triton"),
     tolerance={"float32": 2e-5, "float16": 5e-3, "bfloat16": 4e-2},
 )

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels.linear_cross_entropy as op
 from kernels import KERNELS, choose, chunks
+from kernels.against import deviations
 from kernels.linear_cross_entropy import IGNORED, linear_cross_entropy, reference
 from kernels.softcap import SigmoidCap, TanhCap
 from kernels.spec import Sample
@@ -397,6 +398,19 @@ def test_shapes_that_do_not_fit_are_refused(change, message):
     }
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(**{**args, **change})
+
+
+def test_the_peer_in_torch_computes_the_sum_and_only_a_peer_may_leave_out_the_rest():
+    of_torch = load(op.SPEC.peers["torch"])
+    size = {"rows": 20, "width": 8, "vocabulary": 33}
+    sample = op.SPEC.sample(size, torch.device("cpu"), torch.float32, torch.Generator().manual_seed(0))
+    if not hasattr(F, "linear_cross_entropy"):
+        with pytest.raises(ImportError, match="from 2.13 on"):
+            sample.call(of_torch)
+        return
+    assert max(deviations(of_torch, reference, sample, peer=True).values()) < 1e-6
+    with pytest.raises(ValueError, match="zip"):
+        deviations(of_torch, reference, sample)
 
 
 def test_the_plain_path_equals_pytorch():

@@ -97,7 +97,7 @@ def right_sides(
     right, remarks = [], {}
     for side in sides:
         try:
-            found = deviations(side.run, reference, sample.map(torch.clone))
+            found = deviations(side.run, reference, sample.map(torch.clone), peer=side.peer)
         except ImportError as error:
             remarks[side.name] = f"not installed ({error.name or error})"
         except (
