@@ -136,6 +136,24 @@ KERNELS: dict[str, Kernel] = {
         },
         compiled_with_neighbours=True,
     ),
+    "ngpt_update": Kernel(
+        "kernels.ngpt_update:ngpt_update",
+        description="step of nGPT from one hidden state to the next",
+        implementations={
+            REFERENCE: Implementation("kernels.ngpt_update.reference:reference"),
+            TRITON: by_triton("kernels.ngpt_update.triton:ngpt_update", refuses="kernels.rms_norm:too_wide"),
+        },
+        compiled_with_neighbours=True,
+    ),
+    "unit_norm": Kernel(
+        "kernels.unit_norm:unit_norm",
+        description="normalisation to length 1",
+        implementations={
+            REFERENCE: Implementation("kernels.unit_norm.reference:reference"),
+            TRITON: by_triton("kernels.unit_norm.triton:unit_norm", refuses="kernels.rms_norm:too_wide"),
+        },
+        compiled_with_neighbours=True,
+    ),
     "rms_norm": Kernel(
         "kernels.rms_norm:rms_norm",
         description="root-mean-square normalisation, of a residual sum if wanted",

@@ -24,7 +24,7 @@ from kernels.device import gpu_of
 from kernels.library import opaque
 from kernels.tuned import launch
 
-__all__ = ["normalise"]
+__all__ = ["TILE_BYTES", "launch_of", "normalise", "programs_of", "rows_of"]
 
 TILE_BYTES = 8 * 1024  # of what a step reads; backward reads two tensors
 PROGRAMS_PER_SM = 4  # backward
@@ -197,9 +197,9 @@ def _forward(
         return total, y, mean, scale
     width, groups = x.shape[-1], _groups(weight, bias, x.shape[-1])
     group_rows = scale.numel() // groups
-    flat, (added, added_stride) = _rows(x), _optional_rows(branch)
+    flat, (added, added_stride) = rows_of(x), _optional_rows(branch)
     (gain, gain_stride), (shift, shift_stride) = _optional_rows(weight), _optional_rows(bias)
-    chosen = _launch("row_norm.forward", x, width, TILE_BYTES, 32)
+    chosen = launch_of("row_norm.forward", x, width, TILE_BYTES, 32)
     tiles = triton.cdiv(group_rows, chosen["ROWS"])
     _forward_kernel[(groups * tiles,)](
         flat,
@@ -247,14 +247,13 @@ def _backward(
         dx, dbranch, dweight, dbias = _gradients(dy, dtotal, total, weight, mean, scale, groups, *options)
         return dx, dbranch, dweight.zero_(), dbias.zero_()
     width, group_rows = total.shape[-1], scale.numel() // groups
-    chosen = _launch("row_norm.backward", total, width, TILE_BYTES // 2, 16)
+    chosen = launch_of("row_norm.backward", total, width, TILE_BYTES // 2, 16)
     tiles = triton.cdiv(group_rows, chosen["ROWS"])
-    gpu = gpu_of(total.device)
-    programs = max(1, min(tiles, PROGRAMS_PER_SM * (gpu.sms if gpu else 1) // groups))
+    programs = programs_of(total.device, tiles, groups)
     dx, dbranch, dweight, dbias = _gradients(
         dy, dtotal, total, weight, mean, scale, groups * programs, *options
     )
-    flat, grad = _rows(total), _rows(dy)
+    flat, grad = rows_of(total), rows_of(dy)
     (passed, passed_stride), (gain, gain_stride) = _optional_rows(dtotal), _optional_rows(weight)
     _backward_kernel[(groups * programs,)](
         grad,
@@ -293,7 +292,7 @@ def _shares(of_programs: Tensor, groups: int) -> Tensor:
     return of_programs.view(groups, len(of_programs) // groups, of_programs.shape[1]).sum(1)
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     """(N, D) with neighbouring columns; a copy only where strides ask for one."""
     flat = x.reshape(-1, x.shape[-1])
     return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
@@ -303,7 +302,7 @@ def _optional_rows(x: Tensor | None) -> tuple[Tensor | None, int]:
     """The same and its stride from row to row."""
     if x is None:
         return None, 0
-    flat = _rows(x)
+    flat = rows_of(x)
     return flat, flat.stride(0)
 
 
@@ -312,7 +311,13 @@ def _groups(weight: Tensor | None, bias: Tensor | None, width: int) -> int:
     return 1 if given is None else given.numel() // width
 
 
-def _launch(kernel: str, x: Tensor, width: int, tile_bytes: int, per_thread: int) -> dict[str, Any]:
+def programs_of(device: torch.device, tiles: int, groups: int = 1) -> int:
+    """Of a backward pass, to each group."""
+    gpu = gpu_of(device)
+    return max(1, min(tiles, PROGRAMS_PER_SM * (gpu.sms if gpu else 1) // groups))
+
+
+def launch_of(kernel: str, x: Tensor, width: int, tile_bytes: int, per_thread: int) -> dict[str, Any]:
     """`per_thread`: elements of a tile, at most, for the sake of registers."""
     block = triton.next_power_of_2(width)
     rows = max(1, min(16, tile_bytes // (block * x.element_size())))

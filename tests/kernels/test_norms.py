@@ -8,7 +8,9 @@ import torch.nn.functional as F
 
 from kernels.choose import Kernels
 from kernels.layer_norm import add_layer_norm, layer_norm
+from kernels.ngpt_update import ngpt_update
 from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.unit_norm import unit_norm
 from models.layers.adaln import AdaptiveNorm
 from models.layers.norms import LayerNorm, RMSNorm
 from tests.kernels.interpret import interpreted
@@ -72,6 +74,19 @@ def test_modulation_of_every_shape(shape):
     with interpreted():
         found = results()
     torch.testing.assert_close(found, expected)
+
+
+def test_a_step_of_ngpt_stays_on_the_sphere():
+    """Equations 10 and 11 by hand; what has no direction does not move."""
+    h = unit_norm(drawn(3, 4, 8).double(), Kernels())
+    torch.testing.assert_close(h.norm(dim=-1), torch.ones(3, 4, dtype=torch.float64))
+    branch, alpha = 5 * drawn(3, 4, 8).double().flip(0), torch.linspace(0, 1, 8, dtype=torch.float64)
+    branch[0, 0] = 0
+    direction = branch / branch.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    moved = h + alpha * (direction - h)
+    y = ngpt_update(h, branch, alpha, Kernels())
+    torch.testing.assert_close(y, moved / moved.norm(dim=-1, keepdim=True))
+    torch.testing.assert_close(unit_norm(torch.zeros(2, 3), Kernels()), torch.zeros(2, 3), rtol=0, atol=0)
 
 
 def test_rows_that_do_not_fit_are_refused():
