@@ -11,10 +11,9 @@
 # It needs no network: torch, Triton and pytest must be there, what else is missing is installed from WHEELS (a folder,
 # default: wheels/). Make it where there is a network, with the Python version of the machine with the GPU:
 #
-#   pip wheel -w wheels hydra-core==1.3.* omegaconf==2.3.* "pydantic<3" tiktoken filelock rich hypothesis \
-#       pytest-xdist pytest-timeout tokenizers safetensors liger-kernel fla-core --no-deps
-#   pip wheel -w wheels antlr4-python3-runtime==4.9.3 pydantic-core==<the one pydantic names> typing-inspection \
-#       annotated-types execnet sortedcontainers regex PyYAML einops --no-deps
+#   pip wheel -w wheels "hydra-core<1.4" "omegaconf<2.4" "pydantic<3" tiktoken filelock rich hypothesis \
+#       pytest-xdist pytest-timeout tokenizers safetensors
+#   pip wheel -w wheels --no-deps liger-kernel fla-core einops
 #
 # `--device cpu --tiny` runs all of it in a few minutes at sizes that measure nothing.
 set -euo pipefail
