@@ -6,7 +6,8 @@ import numpy as np
 
 __all__ = ["document_offsets"]
 
-TOKENS_PER_DOCUMENT = 64  # of the room that is set aside from the start
+TOKENS_PER_DOCUMENT = 64  # of the room that is set aside from the start,
+MIN_ROOM = 64  # and what it is at least: documents
 
 
 def document_offsets(doc_ids: np.ndarray) -> np.ndarray:
@@ -16,15 +17,15 @@ def document_offsets(doc_ids: np.ndarray) -> np.ndarray:
     document, and what is repeated at the end are empty ones.
 
     N depends on B and S alone, so that shapes, and what was compiled for them, stay from batch to batch: the power of
-    two that holds B rows full of documents of `TOKENS_PER_DOCUMENT` tokens. A batch of more documents gets the power of
-    two that holds them.
+    two that holds B rows full of documents of `TOKENS_PER_DOCUMENT` tokens, `MIN_ROOM` at least. A batch of more
+    documents gets the power of two that holds them.
     """
     rows, length = doc_ids.shape
     starts = np.ones((rows, length), dtype=bool)
     starts[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
     first = np.flatnonzero(starts)
-    usual = rows * -(-length // TOKENS_PER_DOCUMENT)
-    room = 1 << max(0, max(usual, len(first)) - 1).bit_length()
+    usual = max(rows * -(-length // TOKENS_PER_DOCUMENT), MIN_ROOM)
+    room = 1 << (max(usual, len(first)) - 1).bit_length()
     offsets = np.full(room + 1, rows * length, dtype=np.int32)
     offsets[: len(first)] = first
     return offsets

@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,7 +26,9 @@ __all__ = ["MIN_CHUNK_ROWS", "Call", "Kernels", "UsesKernels", "rows_at_once"]
 MIN_CHUNK_ROWS = 512
 TILE_ROWS = 128  # of matrix products on a GPU
 
-_loaded: dict[tuple[str, str], Callable[..., Any]] = {}  # (operation, implementation) -> function
+# Functions of implementations, as attributes `<operation>__<name>`. No dictionary: the compiler looks at one as it was
+# when the first operation of a graph was met, and would miss the next one's.
+_loaded = SimpleNamespace()
 
 
 @dataclass(frozen=True)
@@ -100,12 +103,12 @@ class Kernels:
         """The function that `choose` names. Compiled code takes it as it was when it was compiled; there, `rows` and
         `columns` must not vary."""
         if torch.compiler.is_compiling():
-            return _loaded[op, self._name(self._key, op, True, device, dtype, rows, columns, facts)]
+            return getattr(_loaded, self._name(self._key, op, True, device, dtype, rows, columns, facts))
         # Norms ask some dozens of times in a step. Numbers of rows may be drawn anew in every one: those are not kept.
         call = op, device, dtype, columns, facts
         run = None if rows or op not in self.used else self._known.get(call)
         if run is None:
-            run = _loaded[op, self._name(self._key, op, False, device, dtype, rows, columns, facts)]
+            run = getattr(_loaded, self._name(self._key, op, False, device, dtype, rows, columns, facts))
             if not rows:
                 self._known[call] = run
         return run
@@ -123,8 +126,9 @@ class Kernels:
         facts: tuple[str, ...],
     ) -> str:
         name = self.choose(op, Call(device, dtype, rows, columns, compiling, facts))
-        _loaded[op, name] = load(KERNELS[op].implementations[name].where)
-        return name
+        attribute = f"{op}__{name}"
+        setattr(_loaded, attribute, load(KERNELS[op].implementations[name].where))
+        return attribute
 
     def foresee(self, op: str, call: Call) -> tuple[str, str]:
         """(implementation, why) of such a call, without a record. ValueError where what is asked for cannot be."""

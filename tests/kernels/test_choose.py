@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from kernels import KERNELS, Implementation, Kernel, problems
+from kernels import KERNELS, Implementation, Kernel, choose, problems
 from kernels.choose import MIN_CHUNK_ROWS, Call, Kernels, rows_at_once
+from kernels.layer_norm import layer_norm
+from kernels.rms_norm import rms_norm
 from naming import load
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
@@ -132,3 +135,17 @@ def test_the_table_names_what_exists():
         if op != "toy":
             assert callable(load(kernel.factory)) and "reference" in kernel.implementations
             assert all(callable(load(way.where)) for way in kernel.implementations.values())
+
+
+@pytest.mark.slow
+def test_one_graph_may_be_the_first_to_meet_two_operations(monkeypatch):
+    """What is loaded for the second is not looked for in what there was when the first came."""
+    monkeypatch.setattr(choose, "_loaded", SimpleNamespace())
+    torch._dynamo.reset()
+    kernels, x, one = Kernels(), torch.randn(3, 8), torch.ones(8)
+
+    def both(x):
+        return layer_norm(rms_norm(x, one, 1e-5, kernels), one, None, 1e-5, kernels)
+
+    compiled = torch.compile(both, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), both(x))
