@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import device as devices
 from kernels.library import opaque
 from kernels.newton_schulz.coefficients import COEFFICIENTS
 from kernels.newton_schulz.reference import divisors
@@ -44,6 +45,7 @@ def _symmetric_kernel(
     alpha,
     beta,
     ADD_X: tl.constexpr,
+    RAISE: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -67,6 +69,8 @@ def _symmetric_kernel(
         inside = k < columns - start
         a = tl.load(left, mask=(m < rows)[:, None] & inside[None, :], other=0.0)
         b = tl.load(right, mask=(n < rows)[None, :] & inside[:, None], other=0.0)
+        if RAISE:
+            a, b = a.to(tl.float32), b.to(tl.float32)
         total = tl.dot(a, b, total, input_precision="ieee")
         left += step
         right += step
@@ -89,7 +93,16 @@ def _symmetric(x: Tensor, alpha: float = 1.0, beta: float | None = None) -> Tens
     chosen = _launch(x)
     across = triton.cdiv(rows, chosen["BLOCK"])
     _symmetric_kernel[(batch * across * across,)](
-        x, out, rows, columns, *x.stride(), alpha, beta or 0.0, ADD_X=beta is not None, **chosen
+        x,
+        out,
+        rows,
+        columns,
+        *x.stride(),
+        alpha,
+        beta or 0.0,
+        ADD_X=beta is not None,
+        RAISE=devices.interpreting(),  # it multiplies the bits of bf16 as integers
+        **chosen,
     )
     return out
 

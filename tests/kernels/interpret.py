@@ -5,8 +5,8 @@ here it reads NaN; programs run one after another, so two that store to one addr
 error; so is an address outside of every tensor that the kernel was given (an offset that wrapped, a tile past the
 end).
 
-It cannot show: arithmetic in bf16 other than products (operands must be raised to fp32 where they are loaded; stores
-to bf16 truncate), TF32 products, and what a compiler does.
+It cannot show: arithmetic in bf16 (operands must be raised to fp32 where they are loaded; stores to bf16 truncate),
+TF32 products, and what a compiler does.
 """
 
 from __future__ import annotations
@@ -57,7 +57,6 @@ def interpreted() -> Iterator[None]:
             scope.restore()
 
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-    dot = InterpreterBuilder.create_dot
     owners: dict[int, tuple[int, ...]] = {}  # address -> the program that stored there
     spans: list[tuple[int, int]] = []  # of the tensors of this launch: first byte, one past the last
 
@@ -88,32 +87,16 @@ def interpreted() -> Iterator[None]:
                 raise AssertionError(f"programs {owners[address]} and {program} store to one address")
         return store(self, ptrs, value, mask, *rest)
 
-    def product(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        """Of bf16 too, whose bits the interpreter would multiply as integers."""
-        return dot(self, _bf16_raised(a), _bf16_raised(b), *rest)
-
     originals = JITFunction.run, JITFunction.__call__, device.interpreting
     JITFunction.run, JITFunction.__call__ = run, device_function
     InterpreterBuilder.create_masked_load = masked_load
     InterpreterBuilder.create_masked_store = masked_store
-    InterpreterBuilder.create_dot = product
     device.interpreting = _yes
     try:
         yield
     finally:
         JITFunction.run, JITFunction.__call__, device.interpreting = originals
         InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
-        InterpreterBuilder.create_dot = dot
-
-
-def _bf16_raised(handle: Any) -> Any:
-    """A block of bf16, which is kept as its bits, in fp32; any other as it is."""
-    import triton.language as tl
-    from triton.runtime.interpreter import TensorHandle
-
-    if handle.dtype.scalar != tl.bfloat16:
-        return handle
-    return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
 
 def _span(arg: Any) -> tuple[int, int] | None:

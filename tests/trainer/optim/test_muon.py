@@ -8,6 +8,7 @@ from torch.nn import Parameter
 
 from kernels.choose import Kernels
 from kernels.newton_schulz import newton_schulz
+from tests.kernels.interpret import interpreted
 from trainer.optim import muon
 from trainer.optim.muon import Muon
 
@@ -131,6 +132,28 @@ def test_the_iteration_is_the_runs_to_choose():
     optimizer.kernels = Kernels({"newton_schulz": "reference"})
     optimizer.step()
     assert optimizer.kernels.used == {"newton_schulz": {"reference": "kernels.newton_schulz"}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_takes_the_same_step(monkeypatch, dtype):
+    """Whole steps over every kind of parameter, as TRITON_INTERPRET=1 takes them, also where a CPU has bf16."""
+    monkeypatch.setattr(muon, "iteration_dtype", lambda *args: dtype)
+    generator = torch.Generator().manual_seed(7)
+    starts, gradients = ([torch.randn(shape, generator=generator) for shape, _ in SHAPES] for _ in range(2))
+    moved = {}
+    for name in ("reference", "triton"):
+        params = [Parameter(start.clone()) for start in starts]
+        for p, gradient in zip(params, gradients, strict=True):
+            p.grad = gradient.clone()
+        optimizer = Muon([{"params": params, "splits": [split for _, split in SHAPES]}], lr=0.1)
+        optimizer.kernels = Kernels({"newton_schulz": name})
+        with interpreted():
+            optimizer.step()
+        assert [*optimizer.kernels.used["newton_schulz"]] == [name]
+        moved[name] = [p.detach() - start for p, start in zip(params, starts, strict=True)]
+    for plain, ours in zip(*moved.values(), strict=True):
+        assert (plain - ours).norm() <= (1e-4 if dtype == torch.float32 else 0.1) * plain.norm()
 
 
 def test_fused_weight_is_not_one_matrix():
