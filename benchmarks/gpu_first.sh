@@ -18,12 +18,10 @@
 # `--device cpu --tiny` runs all of it in a few minutes at sizes that measure nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-wheels="${WHEELS:-wheels}"
-if [ -d "$wheels" ]; then
-    # One by one, those that are not there yet: never another torch.
-    for wheel in "$wheels"/*.whl; do
-        name=$(basename "$wheel" | cut -d- -f1)
-        python -m pip show -q "$name" 2>/dev/null || python -m pip install -q --no-index --no-deps "$wheel"
-    done
-fi
+shopt -s nullglob
+for wheel in "${WHEELS:-wheels}"/*.whl; do # one by one, those that are not there yet: never another torch
+    name=$(basename "$wheel" | cut -d- -f1)
+    python -m pip show -q "$name" 2>/dev/null || python -m pip install -q --no-index --no-deps "$wheel" ||
+        echo "not installed: $wheel" >&2
+done
 exec python -m benchmarks.gpu_first "$@"
