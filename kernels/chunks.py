@@ -298,5 +298,9 @@ def refuse_second_order() -> None:
 
 
 def scaled(grad: Tensor | None, grad_sum: Tensor, dtype: torch.dtype | None) -> Tensor | None:
-    """A stored gradient of the sum times the gradient () of the sum, which is not rounded before it is applied."""
-    return None if grad is None else (grad * grad_sum.view((1,) * grad.ndim)).to(dtype)
+    """A stored gradient of the sum times the gradient () of the sum, rounded once, to `dtype`."""
+    if grad is None:
+        return None
+    # Neither factor is rounded before: with as many axes as the other, () counts in the choice of a common dtype. And
+    # written at once: a product in fp32 of its own would be the largest tensor of the backward pass.
+    return torch.mul(grad, grad_sum.view((1,) * grad.ndim), out=torch.empty_like(grad, dtype=dtype))

@@ -38,7 +38,7 @@ class CrossEntropy:
             pull = pull + 2 * rows.aux_weights * lse
         if gradient:
             # p (sum of weights + 2 aux_weight lse), less each weight at its target.
-            torch.mul(log_p.exp_(), pull[:, None], out=z).scatter_add_(1, index, -rows.weights)
+            z.copy_(log_p.exp_().mul_(pull[:, None])).scatter_add_(1, index, -rows.weights)
             if slope is not None:
                 z.mul_(slope)
         return nats, aux
