@@ -19,10 +19,12 @@ Size = Mapping[str, int | float | bool | str]  # what a sample is made of, by na
 
 @dataclass
 class Sample:
-    """Arguments of one call, all by keyword. Tensors that gradients are asked of have `requires_grad`."""
+    """Arguments of one call, all by keyword. Tensors that gradients are asked of have `requires_grad`. `known`: what
+    the rule of choice may know of it besides (`kernels.choose.Call`), where not every implementation can run it."""
 
     tensors: dict[str, Tensor | None]
     options: dict[str, Any] = field(default_factory=dict)
+    known: dict[str, Any] = field(default_factory=dict)
 
     def call(self, implementation: Callable[..., Any]) -> tuple[Tensor, ...]:
         """The outputs of an implementation; those that gradients flow through are what `requires_grad`."""
@@ -38,7 +40,7 @@ class Sample:
         made: dict[str, Tensor | None] = {}
         for name, t in self.tensors.items():
             made[name] = None if t is None else change(t).detach().requires_grad_(t.requires_grad)
-        return Sample(made, self.options)
+        return Sample(made, self.options, self.known)
 
 
 @dataclass(frozen=True)

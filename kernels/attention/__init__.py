@@ -113,7 +113,7 @@ def _sample(size: Size, device: torch.device, dtype: torch.dtype, generator: tor
         name: drawn(rows, *shape, width, device=device, dtype=dtype, generator=generator)
         for name, shape in shapes.items()
     }
-    return Sample(tensors, {"visible": visible})
+    return Sample(tensors, {"visible": visible}, attention_call(visible.facts, (heads, groups), width))
 
 
 def _pairs(size: Size) -> float:
@@ -164,7 +164,12 @@ SPEC = Spec(
         "window, 4 x 4,096, 16 heads of 128 by 4": _size("causal window", 4, 4096, 16, 4, 128),
         "block diffusion, 8 x 1,024, 12 heads of 64": _size("block diffusion", 8, 1024, 12, 12, 64),
     },
-    timed_on_cpu={"documents, 16 x 256, 6 heads of 32": _size("causal documents", 16, 256, 6, 6, 32)},
+    timed_on_cpu={
+        "documents, 16 x 256, 6 heads of 32": _size("causal documents", 16, 256, 6, 6, 32),
+        "causal, 4 x 256, 6 heads of 32": _size("causal", 4, 256, 6, 6, 32),
+        "window, 4 x 256, 6 heads of 32 by 2": _size("causal window", 4, 256, 6, 2, 32),
+        "block diffusion, 4 x 256, 6 heads of 32": _size("block diffusion", 4, 256, 6, 6, 32),
+    },
     flops=_flops,
     bytes=_bytes,
     tolerance={"float32": 2e-6, "float16": 2e-3, "bfloat16": 2e-2},

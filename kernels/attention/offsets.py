@@ -41,8 +41,12 @@ def refusal(facts: tuple[str, ...], width: int) -> str | None:
 
 
 def build(visible: Visible, options: Options) -> Built:
+    unsaid = visible.mask, visible.pattern
+    assert unsaid == (None, None) and (visible.doc_ids is None) == (visible.cu_seqlens is None), (
+        "see `refusal`"
+    )
     left = -1 if visible.window is None else visible.window - 1
-    queries = visible.cu_seqlens if visible.doc_ids is not None else None
+    queries = visible.cu_seqlens
     return Built(
         _every_row(visible, visible.queries) if queries is None else queries,
         _every_row(visible, visible.keys) if queries is None else queries,

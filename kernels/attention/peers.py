@@ -18,9 +18,8 @@ TAKES_A_MASK = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, backend: SDPBackend, visible: Visible) -> Tensor:
-    """ImportError, as of a library that is not there, where this kernel takes no mask and the call needs one."""
     if not visible.plain and backend not in TAKES_A_MASK:
-        raise ImportError(f"{backend.name} takes no mask")
+        raise NotImplementedError(f"{backend.name} takes no mask")
     bias = None if visible.plain else visible.kept.setdefault("peer", visible.bias(q.dtype))
     if q.shape[1] != k.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
@@ -41,5 +40,5 @@ def of_flash_attn(q: Tensor, k: Tensor, v: Tensor, *, visible: Visible) -> Tenso
     if not flash_attn.installed():
         raise ImportError(f"none of {', '.join(flash_attn.MODULES)} can be imported")
     if visible.pattern is not None:
-        raise ImportError("flash_attn cannot say what block diffusion does")
+        raise NotImplementedError("flash_attn cannot say what block diffusion does")
     return flash_attn.BACKEND(q, k, v, visible=visible)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from kernels import KERNELS
-from kernels.spec import Spec, spec_of
+from kernels.spec import Size, Spec, spec_of
 from naming import not_one_of
 from trainer.commands.bench import ahead, measure, plot, tune
 from trainer.commands.bench.ceilings import ceilings
@@ -90,6 +90,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _small_one_like(size: Size, spec: Spec) -> Size:
+    """Of those that a CPU can time the first that shares most of what is no number, such as the kind of mask."""
+
+    def shared(other: Size) -> int:
+        return sum(
+            isinstance(value, (str, bool)) and size.get(name) == value for name, value in other.items()
+        )
+
+    return max(spec.timed_on_cpu.values(), key=shared)
+
+
 def _chosen(field: str, given: str | None, allowed: list[str], default: str | None = None) -> list[str]:
     names = (given or default or ",".join(allowed)).split(",")
     for name in names:
@@ -146,7 +157,7 @@ def _operation(
 ) -> dict[str, Any]:
     sizes = spec.timed_on_cpu if device.type == "cpu" else spec.large
     sides, left_out = sides_of(op, device, dtype, spec, not args.no_compile)
-    checked = next(iter(spec.timed_on_cpu.values()))  # fp64 with all logits has to fit
+    checked = _small_one_like(sizes[size], spec)  # fp64 with all logits has to fit
     sample = spec.sample(checked, device, dtype, torch.Generator().manual_seed(1))
     sides, remarks = right_sides(op, sides, spec, sample, dtype)
     inputs = measure.rotated(spec, sizes[size], device, dtype, sides[0].run)

@@ -87,6 +87,14 @@ def sides_of(
     return [*sides, Side(AGAIN, reference)], left_out
 
 
+def _lacking(op: str, side: Side, sample: Sample, dtype: torch.dtype) -> str:
+    """Why an implementation of ours cannot run this call, where the call itself matters."""
+    if side.peer or side.name not in KERNELS[op].implementations:
+        return ""
+    device = next(t.device for t in sample.tensors.values() if t is not None)
+    return Kernels().lacking(op, side.name, Call(device, dtype, **sample.known))
+
+
 def right_sides(
     op: str, sides: list[Side], spec: Spec, sample: Sample, dtype: torch.dtype
 ) -> tuple[list[Side], dict[str, str]]:
@@ -96,6 +104,9 @@ def right_sides(
     allowed = spec.tolerance[str(dtype).removeprefix("torch.")]
     right, remarks = [], {}
     for side in sides:
+        if lacking := _lacking(op, side, sample, dtype):
+            remarks[side.name] = lacking
+            continue
         try:
             found = deviations(side.run, reference, sample.map(torch.clone), peer=side.peer)
         except ImportError as error:
