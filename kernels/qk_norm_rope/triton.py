@@ -405,7 +405,6 @@ def _forward(
         return q_out, k_out
     q, k = _dense_heads(q), _dense_heads(k)
     chosen = _launch("qk_norm_rope.forward", q, TILE_BYTES)
-    chosen.pop("num_stages")
     tokens = q.shape[0] * q.shape[1]
     q_tiles, k_tiles = (triton.cdiv(tokens * x.shape[2], chosen["ROWS"]) for x in (q, k))
     _forward_kernel[(q_tiles + k_tiles,)](
