@@ -112,11 +112,13 @@ def test_a_table_and_a_file(tmp_path, capsys):
 
 
 def test_one_of_ours_that_is_wrong_is_not_timed(tmp_path, monkeypatch):
-    wrong = {**OPERATION.implementations, "chunked": Implementation(f"{HERE}:doubled")}
+    found_wrong = {"chunked": Implementation(f"{HERE}:doubled"), "triton": Implementation(f"{HERE}:broken")}
+    wrong = {**OPERATION.implementations, **found_wrong}
     monkeypatch.setitem(KERNELS, "toy", replace(OPERATION, implementations=wrong))
     status, found = run(tmp_path)
     (each,) = found["operations"]
-    assert status == 1 and "chunked" not in each["sides"]
+    assert status == 1 and each["sides"].keys() == {"reference", "coarse"}
+    assert each["remarks"]["triton"] == "WRONG: failed with RuntimeError: no kernel for this machine"
     assert each["remarks"]["chunked"].startswith("WRONG: gradient of x is off by 1 of its")
 
 

@@ -113,11 +113,12 @@ def right_sides(
             remarks[side.name] = f"not installed ({error.name or error})"
         except (
             Exception
-        ) as error:  # whatever a library does on a machine that it was not made for: said, not hidden
-            if not side.peer:
+        ) as error:  # what a machine does that it was not made for: said, and the others measured
+            if side.run is reference:
                 raise
             first = (str(error).splitlines() or [""])[0]
-            remarks[side.name] = f"failed with {type(error).__name__}: {first}"
+            failed = f"failed with {type(error).__name__}: {first}"
+            remarks[side.name] = failed if side.peer else f"{WRONG}: {failed}"
         else:
             name, worst = max(found.items(), key=lambda item: item[1])
             said = f"{name} is off by {worst:.2g} of its largest value, {allowed:.2g} is allowed"
