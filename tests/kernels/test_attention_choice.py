@@ -7,10 +7,12 @@ import inspect
 import pytest
 import torch
 
+from adapters.base import weighted_loss
 from kernels import KERNELS
-from kernels.attention import attention_call, flash_attn
+from kernels.attention import attention_call, flash_attn, rule, varlen
 from kernels.choose import Call, Kernels
 from kernels.device import A100, B200, H100, Gpu, as_if
+from tests.contract.tiny import adapter_of, batch_for, context
 
 CPU, CUDA, MPS, META = (torch.device(name) for name in ("cpu", "cuda", "mps", "meta"))
 HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float32, torch.float64
@@ -237,3 +239,34 @@ def test_every_fact_of_the_table_is_one_that_calls_have():
         "flex",
         "flash_attn",
     ]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "more", "name"),
+    [
+        ("gpt2", (), "varlen"),
+        ("vanilla", ("model_cfg.sliding_window=8", "model_cfg.n_kv_heads=2"), "varlen"),
+        ("vanilla", ("model_cfg.attn_softcap=30",), "flex"),
+        ("gpt2", ("model_cfg.dropout=0.1",), "sdpa"),
+        ("mdl", (), "varlen"),
+        ("bd3lm", (), "flex"),
+    ],
+)
+def test_documents_of_training_no_longer_rule_out_flash_attention(architecture, more, name):
+    adapter = adapter_of(architecture, *more)
+    call = Call(CUDA, HALF, **adapter.kernel_calls(16, 1024)["attention"])
+    assert chosen(Kernels(), call, H100)[0] == name
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "vanilla", "mdl"])
+def test_models_hand_over_the_offsets_of_their_batch(architecture, monkeypatch):
+    """Training and scoring, on a device without data: what FlashAttention gets has its shapes, and gives gradients."""
+    monkeypatch.setattr(rule, "choose", lambda call, lacking: ("varlen", "asked for"))
+    monkeypatch.setattr(varlen, "GROUPED_HEADS", False)  # torch's shapes of gradients do without them
+    at_home = adapter_of(architecture)
+    adapter = adapter_of(architecture, dtype=torch.bfloat16).to(META)
+    prepared = at_home.prepare(batch_for(at_home), context())
+    assert prepared.tensors["cu_seqlens"].dtype == torch.int32
+    loss = weighted_loss(adapter(prepared.to(META)).terms, prepared.denominators)
+    loss.backward()
+    assert [*adapter.kernels.used["attention"]] == ["varlen"]
