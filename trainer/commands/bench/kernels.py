@@ -210,10 +210,10 @@ def _table(each: dict[str, Any]) -> list[str]:
     rows = {name: _cells(side) for name, side in each["sides"].items()}
     shown = [i for i in range(len(COLUMNS)) if any(cells[i] for cells in rows.values())]
     widths = {i: max(len(COLUMNS[i]), *(len(cells[i]) for cells in rows.values())) for i in shown}
-    lines = [head, " " * 20 + "  ".join(COLUMNS[i].rjust(widths[i]) for i in shown)]
+    lines = [head, " " * 22 + "  ".join(COLUMNS[i].rjust(widths[i]) for i in shown)]
     for name, cells in rows.items():
-        lines.append(f"  {name:<18}" + "  ".join(cells[i].rjust(widths[i]) for i in shown))
-    return [*lines, *(f"  {name:<18}{why}" for name, why in each["remarks"].items())]
+        lines.append(f"  {name:<20}" + "  ".join(cells[i].rjust(widths[i]) for i in shown))
+    return [*lines, *(f"  {name:<20}{why}" for name, why in each["remarks"].items())]
 
 
 def _cells(side: dict[str, Any]) -> list[str]:

@@ -50,7 +50,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         at += 1.2
     axes.set_yticks([middle for middle, _ in middles], [text for _, text in middles], fontsize=8)
     axes.invert_yaxis()
-    axes.margins(x=0.12)
+    axes.margins(x=0.12, y=0.01)
     axes.set_xlabel("% of the measured ceiling, forward and backward")
     axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
