@@ -67,6 +67,6 @@ class Plan:
         return cls(visible, backend, visible.kept[key], options)
 
     def run(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # Where the first tokens were only looked at, nothing is computed for them.
-        q = q[:, :, -self.visible.queries :]
+        if q.shape[2] > self.visible.queries:  # the first tokens are only looked at
+            q = q[:, :, -self.visible.queries :]
         return self.backend.attend(q, k, v, self.built, self.options)
