@@ -54,27 +54,28 @@ class Kernel(Entry):
     has more than its definition. `implementations` by name; `reference` is the plain definition. What `auto` takes:
     where `compiled_with_neighbours`, the reference inside compiled blocks, because the compiler fuses it with what
     surrounds it; on a GPU `triton`, where it is `for_memory` or its measured speed is committed (kernels/tuned.py);
-    then `chunked`, where not all rows are one chunk or `plain_if_one_chunk` is False; else the reference. `rule`:
+    then `chunked`, where the logits of all rows are larger than `plain_bytes`; else the reference. `rule`:
     "module:function", called with a `Call` and a function that says of an implementation why it cannot run it ("" if it
     can), returns (name, why) in place of all that.
 
     `chunk_bytes`: the size of the logits that exist at once, by type of device, in the dtype that an implementation
     holds them in: that of statistics in torch (beside the product's own, where that is narrower), the product's in
-    Triton. A type that is not named is taken for "cuda".
+    Triton; `plain_bytes` likewise, of all rows. A type that is not named is taken for "cuda".
     """
 
     implementations: Mapping[str, Implementation] = field(default_factory=dict)
     chunk_bytes: Mapping[str, int] = field(default_factory=dict)
-    plain_if_one_chunk: bool = False
+    plain_bytes: Mapping[str, int] = field(default_factory=dict)
     compiled_with_neighbours: bool = False
     for_memory: bool = False
     rule: str | None = None
 
 
 KERNELS: dict[str, Kernel] = {
-    # On a CPU it is a matter of caches: D = 192, V = 1,025, one thread, forward and backward, reference : chunked:
-    # 4,096 rows (19 MB) 66 : 67 ms fp32, 33 : 39 bf16; 8,192 rows (38 MB) 185 : 134, 108 : 78; 16,384 rows (75 MB)
-    # 377 : 270, 278 : 160. On a GPU it is a matter of memory, and of products large enough.
+    # On a CPU it is a matter of caches: D = 192, V = 1,025 (head of 1,152 rows), one thread, forward and backward,
+    # reference : chunks of 8 MiB : of 24: 4,096 rows (19 MB) 100 : 89 : 101 ms fp32, 36 : 46 : 47 bf16; 8,192 rows
+    # 195 : 163 : 200, 126 : 77 : 111; 16,384 rows 408 : 335 : 358, 385 : 169 : 200. On a GPU it is a matter of memory,
+    # and of products large enough.
     "linear_cross_entropy": Kernel(
         "kernels.linear_cross_entropy:linear_cross_entropy",
         description="output layer and cross-entropy",
@@ -83,8 +84,8 @@ KERNELS: dict[str, Kernel] = {
             CHUNKED: Implementation("kernels.linear_cross_entropy.chunked:chunked"),
             TRITON: by_triton("kernels.linear_cross_entropy.triton:linear_cross_entropy"),
         },
-        chunk_bytes={"cpu": 24 * 2**20, "cuda": 512 * 2**20, "mps": 256 * 2**20},
-        plain_if_one_chunk=True,
+        chunk_bytes={"cpu": 8 * 2**20, "cuda": 512 * 2**20, "mps": 256 * 2**20},
+        plain_bytes={"cpu": 24 * 2**20, "cuda": 512 * 2**20, "mps": 256 * 2**20},
         for_memory=True,
     ),
     # Some modes hold three buffers of this size. On a CPU chunks that stay in its cache are faster: 4,096 rows,

@@ -194,10 +194,10 @@ class Kernels:
         if CHUNKED not in kernel.implementations:
             return REFERENCE, f"auto: the plain definition{because}"
         assert call.dtype is not None, "auto chooses for calls, and these have one"
-        at_once = rows_at_once(op, call.columns, call.device, at_least_fp32(call.dtype))
-        if kernel.plain_if_one_chunk and call.rows <= at_once:
+        shape = call.columns, call.device, at_least_fp32(call.dtype)
+        if kernel.plain_bytes and call.rows <= _rows_of(kernel.plain_bytes, *shape):
             return REFERENCE, f"auto: logits of {call.rows:,} rows fit at once{because}"
-        return CHUNKED, f"auto: logits of {at_once:,} rows at a time{because}"
+        return CHUNKED, f"auto: logits of {rows_at_once(op, *shape):,} rows at a time{because}"
 
     def unread(self, ops: Iterable[str]) -> list[str]:
         """Operations that have an entry, and are none of those that the run has."""
@@ -222,7 +222,10 @@ def _installed(package: str) -> bool:
 
 def rows_at_once(op: str, columns: int, device: torch.device, dtype: torch.dtype) -> int:
     """Rows of a chunk, whose logits are held in `dtype`: whole tiles of the products, where there are so many."""
-    sizes = KERNELS[op].chunk_bytes
+    return _rows_of(KERNELS[op].chunk_bytes, columns, device, dtype)
+
+
+def _rows_of(sizes: Mapping[str, int], columns: int, device: torch.device, dtype: torch.dtype) -> int:
     budget = sizes.get(device.type, sizes["cuda"])
     rows = budget // (dtype.itemsize * columns)
     return max(MIN_CHUNK_ROWS, rows - rows % TILE_ROWS if rows > TILE_ROWS else rows)

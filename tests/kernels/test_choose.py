@@ -29,14 +29,15 @@ def _plain_only(monkeypatch):
     )
 
 
-# `kernels`, operation, rows, columns, device, dtype; implementation, why. 24 MiB of fp32 logits with 1,024 columns are
-# 6,144 rows on a CPU; 512 MiB of fp64 with 32,768 columns are 2,048 rows on a GPU.
+# `kernels`, operation, rows, columns, device, dtype; implementation, why. On a CPU 24 MiB of fp32 logits with 1,024
+# columns are 6,144 rows, which fit at once, and 8 MiB are 2,048, which are a chunk; 512 MiB
+# of fp64 with 32,768 columns are 2,048 rows on a GPU.
 NO_FP64 = "not triton: it computes bfloat16, float16, float32, and this is float64"
 CHOICES = [
     ({}, CE, 6144, 1024, CPU, SINGLE, "reference", "auto: logits of 6,144 rows fit at once"),
-    ({}, CE, 6145, 1024, CPU, SINGLE, "chunked", "auto: logits of 6,144 rows at a time"),
-    ({}, CE, 6145, 1024, CPU, HALF, "chunked", "auto: logits of 6,144 rows at a time"),  # statistics are fp32
-    ({}, CE, 6144, 1024, CPU, DOUBLE, "chunked", "auto: logits of 3,072 rows at a time"),
+    ({}, CE, 6145, 1024, CPU, SINGLE, "chunked", "auto: logits of 2,048 rows at a time"),
+    ({}, CE, 6145, 1024, CPU, HALF, "chunked", "auto: logits of 2,048 rows at a time"),  # statistics are fp32
+    ({}, CE, 6144, 1024, CPU, DOUBLE, "chunked", "auto: logits of 1,024 rows at a time"),
     ({}, CE, 512, 50_304, CPU, SINGLE, "reference", "auto: logits of 512 rows fit at once"),  # however wide
     ({}, CE, 513, 50_304, CPU, SINGLE, "chunked", "auto: logits of 512 rows at a time"),
     ({}, CE, 1, 32_768, CUDA, HALF, "triton", "auto: logits of all rows never exist"),
@@ -92,7 +93,7 @@ def test_everything_that_was_used_is_recorded_with_its_first_reason():
         kernels.choose(CE, Call(CPU, SINGLE, rows, 1024))
     assert kernels.used[CE] == {
         "reference": "auto: logits of 100 rows fit at once",
-        "chunked": "auto: logits of 6,144 rows at a time",
+        "chunked": "auto: logits of 2,048 rows at a time",
     }
     assert Kernels().used == {}
 
@@ -124,7 +125,7 @@ def test_entries_of_operations_that_a_run_does_not_have():
 
 
 def test_the_size_of_chunks_follows_the_table(monkeypatch):
-    assert rows_at_once(CE, 1024, CPU, SINGLE) == 6144
+    assert rows_at_once(CE, 1024, CPU, SINGLE) == 2048
     monkeypatch.setitem(KERNELS, CE, replace(KERNELS[CE], chunk_bytes={"cuda": 4 * 1024 * 700}))
     assert rows_at_once(CE, 1024, CPU, SINGLE) == 640
     assert rows_at_once(CE, 2048, CPU, SINGLE) == MIN_CHUNK_ROWS

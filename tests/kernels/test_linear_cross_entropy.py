@@ -326,7 +326,8 @@ def test_the_choice_decides_the_path_and_the_budget_the_chunks(monkeypatch):
     linear_cross_entropy(hidden, weight, targets, weights, VOCABULARY)
     assert seen == []
     monkeypatch.setattr(choose, "MIN_CHUNK_ROWS", 1)
-    few = replace(KERNELS[op.OP], chunk_bytes={"cpu": 3 * PADDED * 4, "cuda": 1})  # three rows of fp32 logits
+    three = {"cpu": 3 * PADDED * 4, "cuda": 1}  # rows of fp32 logits
+    few = replace(KERNELS[op.OP], chunk_bytes=three, plain_bytes=three)
     monkeypatch.setitem(KERNELS, op.OP, few)
     linear_cross_entropy(hidden, weight, targets, weights, VOCABULARY)
     assert seen == [3]

@@ -63,7 +63,7 @@ def test_what_the_optimizer_calls_is_named_and_followed(tmp_path, capsys):
 def test_the_manifest_is_corrected_where_something_else_was_taken(tmp_path, monkeypatch):
     """Held-out rows are longer here, and their logits do not fit."""
     monkeypatch.setattr(choose, "MIN_CHUNK_ROWS", 100)
-    monkeypatch.setitem(KERNELS, OP, replace(KERNELS[OP], chunk_bytes={"cpu": 1, "cuda": 1}))
+    monkeypatch.setitem(KERNELS, OP, replace(KERNELS[OP], chunk_bytes={"cuda": 1}, plain_bytes={"cuda": 1}))
     start(tmp_path, "train_seq_len=16", "val_seq_len=32")
     assert manifest(tmp_path) == {
         OP: {
