@@ -13,6 +13,7 @@ from naming import Entry, not_one_of
 __all__ = ["AUTO", "CHUNKED", "KERNELS", "REFERENCE", "TRITON", "Implementation", "Kernel", "problems"]
 
 AUTO, REFERENCE, CHUNKED, TRITON = "auto", "reference", "chunked", "triton"
+LIBRARIES = ("flash_attn", "mamba_ssm", "liger", "fla")  # an operation that one of them computes names it so
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,9 @@ def problems(wanted: Mapping[str, str]) -> list[str]:
             found.append(f"kernels.{op}: {not_one_of(op, ['default', *KERNELS])}")
             continue
         allowed = every if op == "default" else KERNELS[op].implementations
-        if name not in (AUTO, *allowed):
+        if name in LIBRARIES and name not in allowed:
+            what = "no operation here" if op == "default" else "not this operation"
+            found.append(f"kernels.{op}: {name} computes {what}; one of {', '.join([AUTO, *allowed])}")
+        elif name not in (AUTO, *allowed):
             found.append(f"kernels.{op}: {not_one_of(name, [AUTO, *allowed])}")
     return found

@@ -161,7 +161,6 @@ class Kernels:
             way.dtypes
             and call.dtype is not None
             and (dtype := str(call.dtype).removeprefix("torch.")) not in way.dtypes
-            and not interpreted
         ):
             return f"it computes {', '.join(way.dtypes)}, and this is {dtype}"
         if way.adds_in_any_order and self.deterministic:

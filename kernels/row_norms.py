@@ -322,7 +322,10 @@ def launch_of(kernel: str, x: Tensor, width: int, tile_bytes: int, per_thread: i
     block = triton.next_power_of_2(width)
     rows = max(1, min(16, tile_bytes // (block * x.element_size())))
     warps = min(8, max(4, rows * block // (32 * per_thread)))  # more have too few registers each
-    stages = 3 if block * x.element_size() <= 2 * TILE_BYTES else 2  # or shared memory does not hold them
+    row_bytes, gpu = block * x.element_size(), gpu_of(x.device)
+    stages = 3 if row_bytes <= 2 * TILE_BYTES else 2  # or shared memory does not hold them
+    if gpu is not None and 4 * row_bytes > gpu.shared_bytes:
+        stages = 1
     default = {"ROWS": rows, "WIDTH": block, "num_warps": warps, "num_stages": stages}
     key: dict[str, int | str] = {"width": width, "dtype": str(x.dtype)}
     return launch(kernel, x.device, key, default, {"ROWS": (1, 2, 4, 8, 16)})

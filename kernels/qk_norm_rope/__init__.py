@@ -34,6 +34,7 @@ def qk_norm_rope(
     r dims turn, the others pass. Pairs are dims i and i + r/2 (Llama), `interleaved` 2i and 2i + 1 (the paper, GPT-J).
     weights (h,) of q and of k: first x / sqrt(mean(x^2) + eps) * weight over each head.
     """
+    assert not (cos.requires_grad or sin.requires_grad), "angles are constants"
     assert 2 * cos.shape[-1] <= q.shape[-1] == k.shape[-1] and q.shape[-1] % 2 == 0
     assert cos.shape == sin.shape and cos.shape[:-2] == q.shape[4 - cos.ndim : 2]
     q_weight, k_weight = weights or (None, None)

@@ -8,10 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels import KERNELS, REFERENCE, TRITON
+from kernels import KERNELS, REFERENCE, TRITON, tuned
 from kernels.against import deviation, gradients, in_fp64, upstream
 from kernels.spec import Sample, Spec, spec_of
 from naming import load
+from tests.kernels.interpret import interpreted
 
 __all__ = [
     "CASES",
@@ -19,6 +20,7 @@ __all__ = [
     "LAYOUTS",
     "OPERATIONS",
     "UPSTREAM",
+    "asked_by",
     "close",
     "drawn",
     "exactly",
@@ -39,6 +41,15 @@ def drawn(op: str, size: str, dtype: torch.dtype = torch.float32) -> tuple[Spec,
 
 def run_of(op: str, name: str = TRITON) -> Callable[..., Tensor | tuple[Tensor, ...]]:
     return load(KERNELS[op].implementations[name].where)
+
+
+def asked_by(op: str, size: str) -> list[tuned.Asked]:
+    """The launches of a call and of its gradients."""
+    _, sample = drawn(op, size)
+    with interpreted(), tuned.asked() as launches:
+        found = sample.call(run_of(op))
+        gradients(found, sample, upstream(found))
+    return launches
 
 
 def exactly(op: str, sample: Sample) -> tuple[Sample, tuple[Tensor, ...]]:
@@ -68,13 +79,17 @@ def part_of_a_row(t: Tensor) -> Tensor:
 
 
 def rows_far_apart(t: Tensor) -> Tensor:
-    """Rows so far from each other that the offset of the sixth does not fit into 31 bits. The memory in between is
-    never touched and costs nothing."""
+    """Rows (of more than two axes: what the last two hold) so far from each other that the offset of the sixth does not
+    fit into 31 bits. The memory in between is never touched and costs nothing."""
     far = 2**29
-    if t.ndim != 2 or t.shape[1] > far or t.shape[0] * far * t.element_size() > 2**35:
+    lead = max(1, t.ndim - 2)
+    count = t.shape[:lead].numel()
+    if t.ndim < 2 or not t.numel() or count * far * t.element_size() > 2**36:
         return t
-    apart = torch.empty_strided(t.shape, (far, 1), dtype=t.dtype)
-    return apart.copy_(t)
+    apart = torch.empty_strided(
+        (count, *t.shape[lead:]), (far, *t[0].contiguous().stride()[lead - 1 :]), dtype=t.dtype
+    )
+    return apart.copy_(t.reshape(apart.shape)).unflatten(0, t.shape[:lead])
 
 
 def in_a_buffer(t: Tensor) -> Tensor:

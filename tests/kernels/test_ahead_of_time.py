@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 import pytest
 import torch
 
-from kernels.aot import ahead_of_time
-from kernels.device import H100
+from kernels import KERNELS, TRITON
+from kernels.aot import Binary, ahead_of_time
+from kernels.device import H100, Gpu
 from kernels.spec import spec_of
 from tests.kernels.offsets import narrow_products
 from tests.kernels.samples import OPERATIONS
-from tests.kernels.toys import doubled_kernel, sums_kernel
+from tests.kernels.toys import added_kernel, doubled_kernel, sums_kernel
 from trainer.commands.bench.ahead import GPUS, compiled
 
 pytestmark = pytest.mark.slow
@@ -32,9 +34,29 @@ def test_no_spills_and_wide_loads(op, size, gpu):
         what = f"{op}, {size}: {binary}"
         assert binary.spilled == 0, f"{what} spills {binary.spilled} bytes"
         assert binary.shared <= gpu.shared_bytes, what
+        assert KERNELS[op].implementations[TRITON].adds_in_any_order or not float_atomics(binary), what
         assert binary.has("LDG", "128") or binary.has("LDGSTS", "128") or binary.has("UTMALDG"), what
         if binary.kernel in spec_of(op).dots:
             assert any(DOTS[gpu.name] in i for i in binary.instructions), what
+
+
+def float_atomics(binary: Binary) -> list[str]:
+    """Instructions that add floats to memory in whatever order programs come: two runs differ."""
+    adds = (i for i in binary.instructions if re.match(r"(RED|ATOM)[GS]?\.", i) and ".ADD" in i)
+    return [i for i in adds if re.search(r"\.B?F(16|32|64)", i)]
+
+
+def test_an_addition_in_any_order_is_noticed():
+    with ahead_of_time(H100) as binaries:
+        added_kernel[(6,)](*(torch.empty(n, device="meta") for n in (6 * 16, 16)), BLOCK=16)
+    assert float_atomics(binaries[0])
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "layer_norm"])
+def test_wide_rows_fit_where_shared_memory_is_small(op):
+    ada = Gpu((8, 9), 128, 99 * 1024)
+    (wide,) = (size for size in spec_of(op).large if "8,192 x 8,192" in size)
+    assert all(binary.shared <= ada.shared_bytes for binary in compiled(op, wide, ada))
 
 
 @pytest.mark.parametrize(("op", "size"), LARGE)

@@ -216,7 +216,8 @@ def test_interpreted_on_a_cpu_where_asked_for(monkeypatch):
     """TRITON_INTERPRET=1: explicit choices and defaults are followed, `auto` stays as it is."""
     monkeypatch.setattr(device, "interpreting", lambda: True)
     for wanted in ({"norm": "triton"}, {"default": "triton"}):
-        assert foreseen(Kernels(wanted), "norm", CPU, DOUBLE, {})[0] == "triton"
+        assert foreseen(Kernels(wanted), "norm", CPU, SINGLE, {})[0] == "triton"
+    assert "this is float64" in foreseen(Kernels({"default": "triton"}), "norm", CPU, DOUBLE, {})[1]
     assert foreseen(Kernels(), "fused", CPU, SINGLE, {})[0] == "chunked"
 
 

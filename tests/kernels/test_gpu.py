@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
+from functools import cache
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from kernels.tuned import forced, read
 from naming import load
 from tests.kernels.interpret import interpreted
 from tests.kernels.memory import guarded
+from tests.kernels.samples import asked_by
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 gpu = pytest.mark.gpu
@@ -77,10 +79,16 @@ def test_sizes_of_models(op, name, size):
     check(op, name, spec_of(op).large[size], "cuda", HALF)
 
 
+@cache
+def launched_by(op: str) -> set[str]:
+    """Kernels that the operation launches, by the names of their launch choices."""
+    return {asked.kernel for asked in asked_by(op, next(iter(spec_of(op).small)))}
+
+
 def choices(where: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(kernel, launch choice) of all that was committed for this GPU; on a CPU two that stand in for them."""
     if where == "cpu":
-        yield "rms_norm.forward", {"ROWS": 2}
+        yield "row_norm.forward", {"ROWS": 2}
         yield "newton_schulz.symmetric", {"BLOCK": 16, "BLOCK_K": 16}
         return
     table = read(gpu_of(torch.device(where)).name).get("launch", {})
@@ -92,14 +100,23 @@ def choices(where: str) -> Iterator[tuple[str, dict[str, Any]]]:
 )
 def test_every_launch_choice_of_the_table_is_right(where):
     for kernel, choice in choices(where):
-        op = kernel.partition(".")[0]
-        for size in [*spec_of(op).small][: 1 if where == "cpu" else None]:
-            with ExitStack() as stack:
-                stack.enter_context(guarded())
-                stack.enter_context(forced(kernel, choice))
-                if where == "cpu":
-                    stack.enter_context(interpreted())
-                check(op, TRITON, spec_of(op).small[size], where, SINGLE if where == "cpu" else HALF)
+        users = [op for op in OURS if kernel in launched_by(op)]
+        assert users, f"nothing launches {kernel}"
+        for op in users:
+            for size in [*spec_of(op).small][: 1 if where == "cpu" else None]:
+                with ExitStack() as stack:
+                    stack.enter_context(guarded())
+                    stack.enter_context(forced(kernel, choice))
+                    if where == "cpu":
+                        stack.enter_context(interpreted())
+                    check(op, TRITON, spec_of(op).small[size], where, SINGLE if where == "cpu" else HALF)
+
+
+@pytest.mark.slow
+def test_a_wrong_launch_choice_would_be_found(monkeypatch):
+    monkeypatch.setitem(globals(), "choices", lambda where: [("row_norm.forward", {"WIDTH": 4})])
+    with pytest.raises(AssertionError):
+        test_every_launch_choice_of_the_table_is_right("cpu")
 
 
 @gpu

@@ -12,7 +12,7 @@ from kernels.choose import Call, Kernels
 from kernels.device import A100, H100, as_if
 from kernels.spec import spec_of
 from tests.kernels.interpret import interpreted
-from tests.kernels.samples import FIRST, OPERATIONS, drawn, gradients, run_of, upstream
+from tests.kernels.samples import FIRST, OPERATIONS, asked_by
 from tests.kernels.test_triton import check
 from trainer.commands.bench import tune
 
@@ -32,14 +32,6 @@ def folder(tmp_path, monkeypatch):
 def commit(folder, name, **content):
     (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
     tuned.forget()
-
-
-def asked_by(op: str, size: str) -> list[tuned.Asked]:
-    _, sample = drawn(op, size)
-    with interpreted(), tuned.asked() as launches:
-        found = sample.call(run_of(op))
-        gradients(found, sample, upstream(found))
-    return launches
 
 
 def test_sizes_are_rounded_up_and_the_gpu_counts(folder):

@@ -1,11 +1,11 @@
-"""Two small kernels that can be wrong in several ways: what the harness has to notice."""
+"""Small kernels that can be wrong in several ways: what the harness has to notice."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-__all__ = ["doubled_kernel", "sums_kernel"]
+__all__ = ["added_kernel", "doubled_kernel", "sums_kernel"]
 
 
 @triton.jit
@@ -26,3 +26,10 @@ def doubled_kernel(x, out, numel, BLOCK: tl.constexpr, STEP: tl.constexpr, MASKE
     at = tl.program_id(0) * STEP + tl.arange(0, BLOCK)
     mask = (at < numel) | (not MASKED)
     tl.store(out + at, 2 * tl.load(x + at, mask=at < numel, other=0.0), mask=mask)
+
+
+@triton.jit
+def added_kernel(x, out, BLOCK: tl.constexpr):
+    """Sums of columns, added up in any order."""
+    column = tl.arange(0, BLOCK)
+    tl.atomic_add(out + column, tl.load(x + tl.program_id(0) * BLOCK + column))
