@@ -108,8 +108,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, built: Built, options: Options) -> T
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Outside of a compiled block it would write all scores down."""
-    return torch.compile(function, dynamic=False)
+    """Outside of a compiled block it would write all scores down: so it is compiled whatever the stance, which is that
+    of blocks (training scores and samples with theirs eager)."""
+    compiled = torch.compile(function, dynamic=False)
+
+    @torch.compiler.disable  # a stance is not set while a caller is being compiled, as behind a break of its graph
+    def run(*args: Any, **more: Any) -> Any:
+        with torch.compiler.set_stance("default"):
+            return compiled(*args, **more)
+
+    return run
 
 
 def _padded(length: int) -> int:

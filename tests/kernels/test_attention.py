@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_mask
 
 from data.offsets import document_offsets
@@ -438,6 +440,40 @@ def flash_of_torch(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, ena
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~allowed, -torch.inf).softmax(-1), v)
+
+
+@pytest.mark.parametrize("graph_breaks", [False, True])
+def test_flex_is_compiled_where_blocks_are_not(monkeypatch, graph_breaks):
+    """Scoring and samples run blocks that training compiled as they were written; behind a break of a block's graph
+    a compiler is at work already."""
+    blocks, inner = CompileCounter(), CompileCounter()
+    monkeypatch.setattr(flex.torch, "compile", partial(torch.compile, backend=inner))
+    ran_as_written = []
+
+    def scores(x):
+        if not torch.compiler.is_compiling():
+            ran_as_written.append(x)
+        return x.sin()
+
+    run = flex._compiled.__wrapped__(scores)
+
+    class Block(torch.nn.Module):
+        def forward(self, x):
+            x = x + 1
+            if graph_breaks:
+                torch._dynamo.graph_break()
+            return run(x)
+
+    block, x = Block(), torch.ones(3)
+    block.compile(backend=blocks)
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
+        block(x)
+        assert (blocks.frame_count, inner.frame_count, ran_as_written) == (0, 1, [])
+        torch.testing.assert_close(block(x), (x + 1).sin())
+    found = block(x)
+    assert blocks.frame_count > 0 and ran_as_written == []
+    torch.testing.assert_close(found, (x + 1).sin())
+    assert torch._dynamo.eval_frame._stance.stance == "default"
 
 
 # -- offsets -------------------------------------------------------------------------------------------------
