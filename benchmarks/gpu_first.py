@@ -98,7 +98,7 @@ def steps(device: str, tiny: bool, work: Path) -> dict[str, Step]:
 
     def kernels(ops: list[str], *words: str) -> list[Part]:
         """One by one, so that the last ones alone are lost where time ends."""
-        few = ["--turns", "2", "--no_compile", "--dtype", "fp32"] if tiny else []
+        few = ["--turns", "2", "--no_compile", "--dtype", "fp32"] if tiny and "--tune" not in words else []
         command = ["bench", "kernels", "--device", device, *few, *words]
         return [ours(f"{op}{''.join(words)}", *command, "--ops", op) for op in ops]
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from kernels.choose import Kernels
 from kernels.linear_function_loss import chunked
 from kernels.linear_function_loss.reference import RowFunction, reference
+from kernels.linear_function_loss.sizes import SPEC
 
-__all__ = ["RowFunction", "linear_function_loss", "reference"]
+__all__ = ["SPEC", "RowFunction", "linear_function_loss", "reference"]
 
 
 def linear_function_loss(

@@ -62,7 +62,7 @@ SPEC = Spec(
     flops=lambda size: (8.0 * size["rows"], 8.0 * size["rows"]),
     bytes=lambda size, itemsize: (8.0 * size["rows"] * itemsize, 12.0 * size["rows"] * itemsize),
     tolerance={"float32": 1e-5, "bfloat16": 2e-2},
-    peers={name: f"{HERE}:{name}" for name in ("coarse", "missing", "broken")},
+    peers={name: f"{HERE}:{name}" for name in ("coarse", "missing", "broken")} | {"liger": f"{HERE}:broken"},
     gradients_in_forward=("coarse",),
 )
 OPERATION = Kernel(
@@ -100,14 +100,23 @@ def test_a_table_and_a_file(tmp_path, capsys):
     floor = max(16_000 / best["bytes_per_second"], 3_200 / best["flops_per_second"])
     assert both["share_of_ceiling"] == pytest.approx(floor / both["seconds"])
     assert row["times_reference"] == 1 and row["times_best_peer"] > 0 and row["peak_bytes"] >= 200 * 4 * 4
-    assert each["remarks"].keys() == {"triton", "missing", "broken", "coarse"}
+    assert each["remarks"].keys() == {"triton", "missing", "broken", "coarse", "liger"}
+    assert each["remarks"]["liger"] == "runs on cuda, and this is cpu"  # without being tried
     assert "it runs on cuda, and this is cpu" in each["remarks"]["triton"]
     assert each["remarks"]["missing"] == "not installed (a_library)"
     assert each["remarks"]["broken"] == "failed with RuntimeError: no kernel for this machine"
     assert each["remarks"]["coarse"].startswith("less exact: output 0 is off by 0.00")
     assert "forward" not in each["sides"]["coarse"]  # computes gradients there: compares with no other
-    for said in ("toy · 200 · fp32", "the same twice differs by", "x best peer", "not installed", "GB/s"):
+    for said in (
+        "toy · 200 · fp32",
+        "the same twice differs by",
+        "x best peer",
+        "not installed",
+        "GB/s",
+        "fwd ceiling",
+    ):
         assert said in out
+    assert "both blank where gradients are computed in the forward pass" in out
     assert "graph ms" not in out and "x compiled" not in out
 
 
@@ -168,12 +177,42 @@ def test_a_picture(tmp_path, suffix):
         (["--turns", "1"], "turns: must be at least 2, got 1"),
         (["--output", "no/such/x.json"], "output: cannot write no/such/x.json"),
         (["--plot", "x.pdf"], "plot: a file that ends in .png or .svg, got x.pdf"),
+        (["--aot", "--plot", "x.png"], "aot: --plot would have no effect beside --aot; leave it out"),
+        (["--aot", "--turns", "3", "--device", "cpu"], "aot: --device, --turns would have no effect"),
+        (["--aot", "--tune"], "aot: --tune would have"),
+        (["--aot", "--no_compile"], "aot: --no_compile would have"),
+        (["--tune", "--plot", "x.png", "--no_compile"], "tune: --no_compile, --plot would have no effect"),
+        (["--tune", "--dtype", "fp32"], "tune: --dtype would have"),
+        (["--tune", "--turns", "9"], "tune: --turns would have"),
         (["--tune", "--device", "cpu"], "tune: launch choices are found on the GPU that they are for"),
     ],
 )
 def test_what_cannot_be_is_refused(capsys, words, message):
     assert mytrainer.main(["bench", "kernels", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_only_what_can_be_measured_is_offered(monkeypatch, capsys):
+    monkeypatch.setitem(KERNELS, "bare", replace(OPERATION, factory="kernels.precision:own_dtypes"))  # no SPEC
+    with pytest.raises(SystemExit):
+        mytrainer.main(["bench", "kernels", "--help"])
+    offered = "".join(capsys.readouterr().out.split())
+    assert "newton_schulz,layer_norm" in offered and "toy" in offered and "bare" not in offered
+    assert mytrainer.main(["bench", "kernels", "--ops", "bare"]) == 2
+    assert "ops: 'bare' is not one of" in capsys.readouterr().err
+
+
+def test_backward_is_what_both_take_more_than_forward():
+    seconds = {"forward": [1.0, 2.0, 3.0], "both": [6.0, 6.0, 6.0]}
+    by_side = {part: {"reference": of_part} for part, of_part in seconds.items()}
+    best = {"bytes_per_second": 4800.0, "flops_per_second": 1e9}
+    (row,) = measure.figures(SPEC, {"rows": 200}, torch.float32, by_side, best).values()
+    assert row["backward"]["seconds"] == 4.0
+    assert row["backward"]["bytes_per_second"] == 12 * 200 * 4 / 4
+    assert row["backward"]["share_of_ceiling"] == pytest.approx(0.5)
+    by_side["both"]["reference"] = [2.0, 2.0, 2.0]  # noise: nothing left
+    (row,) = measure.figures(SPEC, {"rows": 200}, torch.float32, by_side, best).values()
+    assert "backward" not in row
 
 
 def test_without_matplotlib(monkeypatch):
@@ -193,9 +232,10 @@ def test_every_peer_can_be_loaded():
 
 @pytest.mark.slow
 def test_compiled_ahead_of_time(capsys, tmp_path):
-    output = tmp_path / "aot.json"
-    assert mytrainer.main(["bench", "kernels", "--aot", "--ops", "rms_norm", "--output", str(output)]) == 0
+    output, words = tmp_path / "aot.json", "--aot --ops rms_norm --dtype fp32"
+    assert mytrainer.main(["bench", "kernels", *words.split(), "--output", str(output)]) == 0
     rows = json.loads(output.read_text(encoding="utf-8"))["ahead_of_time"]
+    assert {row["dtype"] for row in rows} == {"float32"}
     assert {row["gpu"] for row in rows} == {"sm_80", "sm_90", "sm_100"}
     assert all(row["spilled_bytes"] == 0 < row["registers"] for row in rows)
     assert "LDGSTS.128" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -33,13 +34,15 @@ NOTABLE = (
 )
 
 
-def compiled(op: str, size: str, gpu: Gpu, *, wide_results: bool = False) -> list[Binary]:
-    """Forward and backward of our kernels in bf16; with `wide_results` in fp32 where a call chooses, and so are
+def compiled(
+    op: str, size: str, gpu: Gpu, dtype: torch.dtype = torch.bfloat16, *, wide_results: bool = False
+) -> list[Binary]:
+    """Forward and backward of our kernels in `dtype`; with `wide_results` in fp32 where a call chooses, and so are
     upstream gradients."""
     spec = spec_of(op)
     assert spec is not None
     with ahead_of_time(gpu) as binaries:
-        sample = spec.sample(spec.large[size], torch.device("meta"), torch.bfloat16, torch.Generator())
+        sample = spec.sample(spec.large[size], torch.device("meta"), dtype, torch.Generator())
         if wide_results:
             options = sample.options.items()
             wide = {name: torch.float32 if isinstance(v, torch.dtype) else v for name, v in options}
@@ -49,8 +52,10 @@ def compiled(op: str, size: str, gpu: Gpu, *, wide_results: bool = False) -> lis
     return binaries
 
 
-def compiled_table(ops: list[str], tell: Callable[[str], object]) -> list[dict[str, Any]]:
-    """One row for each kernel, size and GPU."""
+def compiled_table(
+    ops: list[str], dtypes: list[torch.dtype], tell: Callable[[str], object]
+) -> list[dict[str, Any]]:
+    """One row for each kernel, size, dtype and GPU."""
     if find_spec("triton") is None:
         raise ValueError("aot: Triton, which compiles them, is not installed. On Linux: pip install triton")
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -58,19 +63,20 @@ def compiled_table(ops: list[str], tell: Callable[[str], object]) -> list[dict[s
         spec = spec_of(op)
         if spec is None or TRITON not in KERNELS[op].implementations:
             continue
-        for size in spec.large:
-            for gpu in GPUS:
-                tell(f"compiling {op}, {size}, for {gpu.name}")
-                for binary in compiled(op, size, gpu):
-                    row = _row(op, size, binary)
-                    found[tuple(map(str, row.values()))] = row  # launched again alike: once
+        for size, dtype, gpu in itertools.product(spec.large, dtypes, GPUS):
+            name = str(dtype).removeprefix("torch.")
+            tell(f"compiling {op}, {size}, {name}, for {gpu.name}")
+            for binary in compiled(op, size, gpu, dtype):
+                row = _row(op, size, name, binary)
+                found[tuple(map(str, row.values()))] = row  # launched again alike: once
     return list(found.values())
 
 
-def _row(op: str, size: str, binary: Binary) -> dict[str, Any]:
+def _row(op: str, size: str, dtype: str, binary: Binary) -> dict[str, Any]:
     return {
         "op": op,
         "size": size,
+        "dtype": dtype,
         "kernel": binary.kernel,
         "gpu": binary.gpu.name,
         "registers": binary.registers,
@@ -83,9 +89,12 @@ def _row(op: str, size: str, binary: Binary) -> dict[str, Any]:
 
 def report(rows: list[dict[str, Any]]) -> str:
     lines = [f"{'':<30}{'':<8}{'registers':>10}{'spilled':>9}{'shared':>10}{'warps':>7}  instructions"]
-    for i, row in enumerate(rows):
-        if i == 0 or (rows[i - 1]["op"], rows[i - 1]["size"]) != (row["op"], row["size"]):
-            lines.append(f"{row['op']} · {row['size']} · bf16")
+    last = ""
+    for row in rows:
+        head = f"{row['op']} · {row['size']} · {row['dtype']}"
+        if head != last:
+            lines.append(head)
+            last = head
         lines.append(
             f"  {row['kernel']:<28}{row['gpu']:<8}{row['registers']:>10}{row['spilled_bytes']:>9}"
             f"{row['shared_bytes']:>10,}{row['warps']:>7}  {' '.join(row['instructions'])}"

@@ -31,24 +31,31 @@ from trainer.view.console import Console
 __all__ = ["main"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TURNS = 20  # by default
+NOT_WITH = {  # of another kind of work the options that say nothing there
+    "aot": ("tune", "device", "turns", "no_compile", "plot"),
+    "tune": ("dtype", "turns", "no_compile", "plot"),
+}
 PACKAGES = ("triton", "liger-kernel", "fla-core", "flash-attn", "mamba-ssm", "causal-conv1d")
 
 
 def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
-    ops = _chosen("ops", args.ops, [op for op in KERNELS if spec_of(op) is not None])
+    _refuse_what_says_nothing(args)
+    ops = _chosen("ops", args.ops, _measurable())
     output = output_file(args.output) if args.output else None
     picture = plot.picture_file(args.plot) if args.plot else None
-    if args.turns < 2:
+    if args.turns is not None and args.turns < 2:
         raise ValueError(f"turns: must be at least 2, got {args.turns}")
     if args.aot:
+        dtypes = [DTYPES[name] for name in _chosen("dtype", args.dtype, list(DTYPES), "bf16")]
         result: dict[str, Any] = {
-            "ahead_of_time": _shown("compiling", lambda tell: ahead.compiled_table(ops, tell))
+            "ahead_of_time": _shown("compiling", lambda tell: ahead.compiled_table(ops, dtypes, tell))
         }
         report = ahead.report(result["ahead_of_time"])
     else:
-        device = choose_device(args.device)
-        dtypes = _chosen("dtype", args.dtype, list(DTYPES), "bf16" if device.type == "cuda" else "fp32,bf16")
+        device = choose_device(args.device or "auto")
+        names = _chosen("dtype", args.dtype, list(DTYPES), "bf16" if device.type == "cuda" else "fp32,bf16")
         result = {"environment": {**collect_environment(device), "packages": _packages()}}
         if args.tune:
             result["tuned"] = _shown(
@@ -56,7 +63,7 @@ def main(argv: list[str]) -> int:
             )
             report = tune.report(result["tuned"])
         else:
-            result |= _shown("measuring", lambda tell: _measure(args, ops, dtypes, device, tell))
+            result |= _shown("measuring", lambda tell: _measure(args, ops, names, device, tell))
             report = _report(result)
     if output:  # before anything is printed: whoever reads that may leave
         write_atomically(output, json.dumps(result, indent=2) + "\n")
@@ -72,10 +79,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="python mytrainer.py bench kernels",
         description="Operations of kernels/: ours, the definition, compiled, and other libraries', in turns.",
     )
-    parser.add_argument("--ops", help=f"some of {','.join(KERNELS)}")
+    parser.add_argument("--ops", help=f"some of {','.join(_measurable())}")
     parser.add_argument("--dtype", help=f"some of {','.join(DTYPES)}; bf16 on a GPU, fp32,bf16 on a CPU")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--turns", type=int, default=20, help="measured calls of each side")
+    parser.add_argument("--device", help="auto (default), cpu, cuda, cuda:N or mps")
+    parser.add_argument("--turns", type=int, help=f"measured calls of each side, {TURNS}")
     parser.add_argument("--no_compile", action="store_true", help="leave out the compiled reference")
     parser.add_argument("--output", help="write the figures to this JSON file")
     parser.add_argument(
@@ -88,6 +95,17 @@ def _parser() -> argparse.ArgumentParser:
         "--tune", action="store_true", help="find launch choices for this GPU, into kernels/tuned/"
     )
     return parser
+
+
+def _measurable() -> list[str]:
+    return [op for op in KERNELS if spec_of(op) is not None]
+
+
+def _refuse_what_says_nothing(args: argparse.Namespace) -> None:
+    for work, others in NOT_WITH.items():
+        given = [f"--{name}" for name in others if getattr(args, name) not in (None, False)]
+        if getattr(args, work) and given:
+            raise ValueError(f"{work}: {', '.join(given)} would have no effect beside --{work}; leave it out")
 
 
 def _small_one_like(size: Size, spec: Spec) -> Size:
@@ -156,13 +174,14 @@ def _operation(
     args: argparse.Namespace,
 ) -> dict[str, Any]:
     sizes = spec.timed_on_cpu if device.type == "cpu" else spec.large
+    turns = args.turns or TURNS
     sides, left_out = sides_of(op, device, dtype, spec, not args.no_compile)
     checked = _small_one_like(sizes[size], spec)  # fp64 with all logits has to fit
     sample = spec.sample(checked, device, dtype, torch.Generator().manual_seed(1))
     sides, remarks = right_sides(op, sides, spec, sample, dtype)
     inputs = measure.rotated(spec, sizes[size], device, dtype, sides[0].run)
-    seconds = measure.compare(sides, inputs, args.turns, device)
-    graphs = measure.graph_seconds(sides, inputs, args.turns, device) if device.type == "cuda" else {}
+    seconds = measure.compare(sides, inputs, turns, device)
+    graphs = measure.graph_seconds(sides, inputs, turns, device) if device.type == "cuda" else {}
     rows = measure.figures(spec, sizes[size], dtype, seconds, best)
     for side in sides:
         if side.name != AGAIN:
@@ -185,6 +204,9 @@ def _report(result: dict[str, Any]) -> str:
 
 COLUMNS = (
     "fwd ms",
+    "fwd ceiling",
+    "bwd ms",
+    "bwd ceiling",
     "all ms",
     "graph ms",
     "GB/s",
@@ -198,7 +220,8 @@ COLUMNS = (
 
 
 LEGEND = """\
-fwd: forward; all, and what stands right of it: forward and backward; graph: the same without launches, replayed
+fwd: forward; bwd: what backward adds; both blank where gradients are computed in the forward pass, as its time compares
+with no other's; all, and what stands right of it: forward and backward; graph: the same without launches, replayed
 ceiling: the time that moving the least bytes or computing the least FLOPs takes at best, over the time taken; beyond
 100 % something came from a cache
 MiB: held at most beside the inputs; x: so many times as fast as that side, by turns"""
@@ -222,8 +245,14 @@ def _cells(side: dict[str, Any]) -> list[str]:
     def times(name: str) -> str:
         return f"{side[name]:.2f}" if name in side else ""
 
+    def part(name: str) -> tuple[str, str]:
+        if name not in side:
+            return "", ""
+        return f"{1e3 * side[name]['seconds']:.3f}", f"{side[name]['share_of_ceiling']:.0%}"
+
     return [
-        f"{1e3 * side['forward']['seconds']:.3f}" if "forward" in side else "",
+        *part("forward"),
+        *part("backward"),
         f"{1e3 * both['seconds']:.3f}",
         f"{1e3 * graph:.3f}" if graph else "",
         f"{both['bytes_per_second'] / 1e9:,.1f}",

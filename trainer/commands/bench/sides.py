@@ -24,6 +24,14 @@ COMPILED, AGAIN = (
 
 
 WRONG = "WRONG"
+ON_CUDA = (
+    "liger",
+    "quack",
+    "flash_attn",
+    "cut_cross_entropy",
+    "sdpa cuDNN",
+    "sdpa efficient",
+)  # peers that run there
 ANOTHER_THING = 0.5  # a peer that is off by more does not compute the same
 
 
@@ -83,7 +91,11 @@ def sides_of(
     if compiled:
         torch._dynamo.reset()
         sides.append(Side(COMPILED, torch.compile(reference, dynamic=False)))
-    sides += [Side(name, load(where), peer=True) for name, where in spec.peers.items()]
+    for name, where in spec.peers.items():
+        if name in ON_CUDA and device.type != "cuda":
+            left_out[name] = f"runs on cuda, and this is {device.type}"
+        else:
+            sides.append(Side(name, load(where), peer=True))
     return [*sides, Side(AGAIN, reference)], left_out
 
 
