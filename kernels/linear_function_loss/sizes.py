@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -19,12 +21,12 @@ def from_uniform(z: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
 def _sample(size: Size, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Sample:
     rows, width, V = (int(size[name]) for name in ("rows", "width", "states"))
     head = V + int(size.get("padding", 0))
-    like = {"device": device, "dtype": dtype, "generator": generator}
+    draw = partial(drawn, device=device, dtype=dtype, generator=generator)
     return Sample(
         {
-            "hidden": drawn(rows, width, **like),
-            "weight": drawn(head, width, scale=width**-0.5, **like),
-            "bias": drawn(head, scale=0.1, **like),
+            "hidden": draw(rows, width),
+            "weight": draw(head, width, scale=width**-0.5),
+            "bias": draw(head, scale=0.1),
             "weights": drawn(rows, device=device, dtype=torch.float32, generator=generator, grad=False),
         },
         {"function": from_uniform, "V": V, "aux_weight": 0.3},

@@ -193,7 +193,9 @@ def test_what_cannot_be_is_refused(capsys, words, message):
 
 
 def test_only_what_can_be_measured_is_offered(monkeypatch, capsys):
-    monkeypatch.setitem(KERNELS, "bare", replace(OPERATION, factory="kernels.precision:own_dtypes"))  # no SPEC
+    monkeypatch.setitem(
+        KERNELS, "bare", replace(OPERATION, factory="kernels.precision:own_dtypes")
+    )  # no SPEC
     with pytest.raises(SystemExit):
         mytrainer.main(["bench", "kernels", "--help"])
     offered = "".join(capsys.readouterr().out.split())
