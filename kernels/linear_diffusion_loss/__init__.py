@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kernels.choose import Kernels
@@ -51,8 +52,8 @@ def linear_diffusion_loss(
     hidden (M, D); weight (V_p, D); bias (V_p,) or None; x0, xt (M,) int64 clean and noisy ids; weights (M,).
     `mode` is a key of `MODES`, whose class documents the loss and its per-row `coefficients` (M,); give these
     in fp64 where the device has it. aux_weight: a tensor (M,) weighs the cross-entropy of each row by itself,
-    a number does so relative to `weights`. Rows whose weights are 0 may be padding. Columns from V on never
-    count. Statistics and sums are in at least fp32 (fp64 for fp64), matrix products in autocast's dtype; fp16
+    a number does so relative to `weights`. Rows whose weights are 0 may be padding,
+    their ids any states. Columns from V on never count. Statistics and sums are in at least fp32 (fp64 for fp64), matrix products in autocast's dtype; fp16
     is raised to fp32, because exp(logits) overflows it and the loss scale is not known here.
 
     `kernels` of the run choose the implementation; None = automatically. `chunk_rows` given: chunks of that many.
@@ -60,6 +61,8 @@ def linear_diffusion_loss(
     """
     _check(hidden, weight, bias, x0, xt, weights, coefficients, mode, States(V, n, mask_id))
     _check_auxiliary(aux_weight, weights, mode)
+    if mask_id is not None:
+        x0 = _known(x0, weights, aux_weight, mask_id, V)
     args = (hidden, weight, bias, x0, xt, weights, coefficients)
     kind: dict[str, Any] = {"mode": mode, "V": V, "n": n, "mask_id": mask_id, "aux_weight": aux_weight}
     if chunk_rows is not None:
@@ -68,6 +71,15 @@ def linear_diffusion_loss(
         OP, rows=hidden.shape[0], columns=V, device=hidden.device, dtype=product_dtype(hidden)
     )
     return run(*args, **kind)
+
+
+def _known(x0: Tensor, weights: Tensor, aux_weight: float | Tensor, mask_id: int, V: int) -> Tensor:
+    """Clean ids, with another state for the mask in padding: it may cost infinitely much there, and 0 times that is
+    NaN. Anywhere else a mask stays what it is, so that it is seen."""
+    padding = weights == 0
+    if isinstance(aux_weight, Tensor):
+        padding = padding & (aux_weight == 0)
+    return torch.where(padding & (x0 == mask_id), (mask_id + 1) % V, x0)
 
 
 def _check_auxiliary(aux_weight: float | Tensor, weights: Tensor, mode: str) -> None:

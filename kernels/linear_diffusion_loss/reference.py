@@ -79,8 +79,7 @@ def _without_mask(z: Tensor, mask_id: int | None) -> Tensor:
 
 def _real_cross_entropy(z: Tensor, x0: Tensor, xt: Tensor, mask_id: int | None) -> Tensor:
     """-log softmax over the real tokens at the clean one, 0 at positions that are not masked."""
-    target = torch.where(_is(x0, mask_id), (x0 + 1) % z.shape[1], x0)  # dummies of padding rows
-    return torch.where(_is(xt, mask_id), -_at(_without_mask(z, mask_id).log_softmax(1), target), 0.0)
+    return torch.where(_is(xt, mask_id), -_at(_without_mask(z, mask_id).log_softmax(1), x0), 0.0)
 
 
 def _subs(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor
 
 from kernels import chunks
+from kernels.choose import Kernels
 from kernels.linear_diffusion_loss import MODES, linear_diffusion_loss, reference
+from tests.kernels.interpret import interpreted
 
 MASKED = ("subs", "sedd_absorb", "d3pm_absorb", "d3pm_absorb_zero_mask")
 T = 10
@@ -133,6 +136,57 @@ def test_without_bias_without_rows_and_without_gradient(mode: str) -> None:
     total.backward()
     assert total.item() == 0 and nats.shape == (0,)
     assert weight.grad is not None and weight.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("of_rows", [True, False])
+@pytest.mark.parametrize("path", ["reference", "chunked", "triton"])
+@pytest.mark.parametrize("mode", MODES)
+def test_padding_does_not_count(mode: str, path: str, of_rows: bool) -> None:
+    """Rows of weight 0 beside others, wherever their ids are from: as if they were not there, and no NaN."""
+    if path == "triton":
+        pytest.importorskip("triton")
+    (hidden, weight, bias, x0, xt, weights, coefficients), options = case(mode, torch.float32, rows=9, n=6)
+    aux = options["aux_weight"] if of_rows or not MODES[mode].has_aux else 0.5
+    known = {name: value for name, value in options.items() if name != "aux_weight"}
+    kept = torch.tensor([True, False, True] * 3)
+    mask_id = options["mask_id"]
+    last = options["V"] - 1 if mask_id is None else mask_id
+    padded = [torch.where(kept, ids, last) for ids in (x0, xt)]
+    zeroed = [torch.where(kept, w, 0.0) if isinstance(w, Tensor) else w for w in (weights, aux)]
+    kernels = Kernels({"linear_diffusion_loss": path})
+    args = (hidden, weight, bias, *padded, zeroed[0], coefficients)
+    with interpreted() if path == "triton" else nullcontext():
+        total, nats, ce = linear_diffusion_loss(*args, **known, aux_weight=zeroed[1], kernels=kernels)
+    alone = [t[kept] for t in (hidden, x0, xt, weights)]
+    few = {name: c[kept] for name, c in coefficients.items()}
+    expected, _, _ = reference(
+        alone[0],
+        weight,
+        bias,
+        *alone[1:],
+        few,
+        **known,
+        aux_weight=aux[kept] if isinstance(aux, Tensor) else aux,
+    )
+    assert close(total, expected, 1e-5)
+    assert nats.isfinite().all() and (ce is None or ce.isfinite().all())  # others weigh them by themselves
+    found = torch.autograd.grad(total, (hidden, weight, bias))
+    wanted = torch.autograd.grad(expected, (hidden, weight, bias))
+    for one, other in zip(found, wanted, strict=True):
+        assert close(one, other, 1e-4)
+    assert found[0][~kept].abs().max() == 0
+
+
+@pytest.mark.parametrize("path", ["reference", "chunked"])
+@pytest.mark.parametrize("mode", ["subs", "d3pm_absorb_zero_mask"])
+def test_a_mask_among_clean_tokens_is_no_padding(mode: str, path: str) -> None:
+    """A model that is given one by mistake hears of it."""
+    (hidden, weight, bias, x0, xt, *rest), options = case(mode)
+    x0, xt = x0.clone(), xt.clone()
+    x0[0] = xt[0] = options["mask_id"]
+    kernels = Kernels({"linear_diffusion_loss": path})
+    total, _, _ = linear_diffusion_loss(hidden, weight, bias, x0, xt, *rest, **options, kernels=kernels)
+    assert not total.isfinite()
 
 
 @pytest.mark.parametrize("mask_id", [0, 7, 18])
