@@ -52,9 +52,10 @@ def linear_diffusion_loss(
     hidden (M, D); weight (V_p, D); bias (V_p,) or None; x0, xt (M,) int64 clean and noisy ids; weights (M,).
     `mode` is a key of `MODES`, whose class documents the loss and its per-row `coefficients` (M,); give these
     in fp64 where the device has it. aux_weight: a tensor (M,) weighs the cross-entropy of each row by itself,
-    a number does so relative to `weights`. Rows whose weights are 0 may be padding,
-    their ids any states. Columns from V on never count. Statistics and sums are in at least fp32 (fp64 for fp64), matrix products in autocast's dtype; fp16
-    is raised to fp32, because exp(logits) overflows it and the loss scale is not known here.
+    a number does so relative to `weights`. Rows whose weights are 0 may be
+    padding, their ids any states. Columns from V on never count. Statistics and sums are in at least fp32
+    (fp64 for fp64), matrix products in autocast's dtype; fp16 is raised to fp32, because exp(logits)
+    overflows it and the loss scale is not known here.
 
     `kernels` of the run choose the implementation; None = automatically. `chunk_rows` given: chunks of that many.
     ValueError on misuse.
