@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.attention import flash_attn
 from kernels.attention.visible import Visible
+from kernels.device import gpu_of
 
 __all__ = ["of_cudnn", "of_efficient", "of_flash", "of_flash_attn", "of_math"]
 
@@ -36,9 +37,9 @@ of_math: Any = partial(_sdpa, backend=SDPBackend.MATH)
 
 
 def of_flash_attn(q: Tensor, k: Tensor, v: Tensor, *, visible: Visible) -> Tensor:
-    """The newest version that is installed."""
-    if not flash_attn.installed():
-        raise ImportError(f"none of {', '.join(flash_attn.MODULES)} can be imported")
+    """The newest version that is installed and made for the GPU."""
+    if flash_attn.function_for(gpu_of(q.device)) is None:
+        raise ImportError(f"none of {', '.join(flash_attn.MODULES)} can be imported and is made for this GPU")
     if visible.pattern is not None:
         raise NotImplementedError("flash_attn cannot say what block diffusion does")
     return flash_attn.BACKEND(q, k, v, visible=visible)

@@ -12,7 +12,7 @@ from kernels.choose import Call
 
 __all__ = ["choose", "refused_by_flex", "refused_by_sdpa", "refused_by_varlen"]
 
-SDPA, VARLEN, FLEX = "sdpa", "varlen", "flex"
+SDPA, VARLEN, FLEX, FLASH_ATTN = "sdpa", "varlen", "flex", "flash_attn"
 MASKED = {"documents", "window", "mask", "block diffusion"}
 
 
@@ -63,10 +63,12 @@ def _on_a_gpu(call: Call) -> Iterator[tuple[str, str]]:
         yield VARLEN, "documents and windows as offsets: FlashAttention without a mask"
         if "mask" not in facts:
             yield FLEX, "FlexAttention: tiles in which nothing is seen are skipped"
+        yield FLASH_ATTN, "documents and windows as offsets: the package flash-attn"
     if not unmasked:
         yield SDPA, "torch's fused kernels that take a mask"
     elif "cache" not in facts:
         yield FLEX, "FlexAttention"
+        yield FLASH_ATTN, "the package flash-attn"
     yield CHUNKED, "blocks of queries in plain operations"
 
 

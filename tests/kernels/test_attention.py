@@ -264,7 +264,7 @@ def by_offsets(request, monkeypatch):
         found = flash(q, k, v, *offsets, scale=softmax_scale, window_size=window, enable_gqa=True)
         return found if unlimited else (found, None)
 
-    monkeypatch.setattr(flash_attn, "_function", lambda: package)
+    monkeypatch.setattr(flash_attn, "function_for", lambda gpu: package)
     return flash_attn.BACKEND
 
 

@@ -156,9 +156,65 @@ def packages(monkeypatch):
 
         kind = inspect.Parameter.KEYWORD_ONLY
         function.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in options])
-        monkeypatch.setattr(flash_attn, "_function", lambda: function)
+        monkeypatch.setattr(flash_attn, "_imported", {"flash_attn": function}.get)
 
     return install
+
+
+OPTIONS = ("dropout_p", "softcap", "deterministic")
+PACKAGE = "auto: documents and windows as offsets: the package flash-attn; not varlen: "
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "facts", "name", "why"),
+    [
+        (HALF, OPTIONS, DOCUMENTS, "varlen", OFFSETS),
+        (HALF, OPTIONS, (*DOCUMENTS, "dropout"), "flash_attn", PACKAGE),
+        (HALF, OPTIONS, ("causal", "window", "dropout"), "flash_attn", PACKAGE),
+        (HALF, OPTIONS, (*DOCUMENTS, "softcap"), "flex", TILES),
+        (HALF, OPTIONS, ("causal", "softcap"), "flex", "auto: FlexAttention; not sdpa: "),
+        (HALF, OPTIONS, ("causal", "dropout"), "sdpa", FUSED),
+        (HALF, OPTIONS, (*DOCUMENTS, "dropout", "softcap"), "chunked", "auto: blocks of queries"),
+        (HALF, OPTIONS, (*DOCUMENTS, "dropout", "dropout of all"), "chunked", "auto: blocks of queries"),
+        (HALF, OPTIONS, (*IDS_ONLY, "dropout"), "sdpa", MASK),
+        (HALF, OPTIONS, (*BLOCKS, "dropout"), "sdpa", MASK),
+        (HALF, OPTIONS, ("causal", "cache", "dropout"), "sdpa", MASK),
+        (HALF, ("softcap",), (*DOCUMENTS, "dropout"), "sdpa", MASK),
+        (SINGLE, OPTIONS, (*DOCUMENTS, "dropout"), "sdpa", MASK),
+    ],
+)
+def test_what_auto_takes_where_flash_attn_is_installed(packages, dtype, options, facts, name, why):
+    packages(*options)
+    found = chosen(Kernels(), Call(CUDA, dtype, columns=64, facts=facts), H100)
+    assert found[0] == name and found[1].startswith(why), found
+
+
+def test_flex_of_narrow_heads_is_replaced_by_flash_attn(packages):
+    packages(*OPTIONS)
+    found = chosen(Kernels(), Call(CUDA, HALF, columns=8, facts=("causal", "softcap")), H100)
+    assert found[0] == "flash_attn" and found[1].startswith("auto: the package flash-attn; not sdpa: "), found
+
+
+@pytest.mark.parametrize(
+    ("gpu", "modules"),
+    [
+        (A100, ("flash_attn",)),
+        (H100, ("flash_attn.cute", "flash_attn_interface", "flash_attn")),
+        (B200, ("flash_attn.cute", "flash_attn")),
+        (Gpu((12, 0), 170, 99 * 1024), ("flash_attn",)),
+    ],
+)
+def test_the_newest_flash_attn_that_is_made_for_the_gpu(monkeypatch, gpu, modules):
+    """Versions that are not there are passed over, one after another."""
+    installed = [*flash_attn.MODULES]
+    monkeypatch.setattr(flash_attn, "_imported", lambda name: name if name in installed else None)
+    for module in modules:
+        assert flash_attn.function_for(gpu) == module
+        installed.remove(module)
+    assert flash_attn.function_for(gpu) is None
+    with as_if(gpu):
+        reason = flash_attn.refuses(Call(CUDA, HALF, columns=64, facts=DOCUMENTS))
+    assert reason is not None and reason.endswith(f"can be imported here and is made for {gpu.name}")
 
 
 def test_flash_attn_is_taken_where_it_is_asked_for(packages):
