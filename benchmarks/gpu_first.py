@@ -1,6 +1,6 @@
 """The steps of gpu_first.sh, and what runs them: `python -m benchmarks.gpu_first list`
 
-A step is a few commands; what one of them writes as JSON, or as the XML of pytest, becomes its figures. After each
+A step is a few commands; what one of them writes as JSON, or as lines of it by test, becomes its figures. After each
 command the step's file is written anew, so that whoever is stopped half way has the first half.
 """
 
@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
+from benchmarks import pytest_results
 from kernels import KERNELS
 from kernels.spec import spec_of
 from models import ARCHITECTURES
@@ -75,8 +75,12 @@ def steps(device: str, tiny: bool, work: Path) -> dict[str, Step]:
         return [sys.executable, *map(str, words)]
 
     def pytest(name: str, *words: str) -> Part:
-        xml = work / f"{name}.xml"
-        return Part(name, python("-m", "pytest", "-q", f"--junitxml={xml}", *words), xml)
+        lines = work / f"{name}.jsonl"
+        plugin = ("-p", "benchmarks.pytest_results", "--results", lines)
+        return Part(name, python("-m", "pytest", "-q", *plugin, *words), lines)
+
+    def gpu_tests(name: str, *words: str) -> Part:
+        return pytest(name, "-m", "gpu", "-n", "0", *words)
 
     def ours(name: str, *words: str) -> Part:
         """A command of mytrainer.py that writes JSON."""
@@ -120,6 +124,7 @@ def steps(device: str, tiny: bool, work: Path) -> dict[str, Step]:
     texts = ["--turns", "1", "--max_new_tokens", "2", "--batch", "1,2", "--prompt", "4"] if tiny else []
     decoders = [word for word in sizes if not word.startswith(("device=", "batch_size="))]
     next_token = {name for name, row in ARCHITECTURES.items() if row.adapter.startswith("adapters.default:")}
+    of_kernels, small_sizes = "tests/kernels", "test_small_sizes"  # 700 of 800 tests
     on_gpu = device != "cpu"
     measured = [op for op in KERNELS if spec_of(op) is not None]
     of_losses = [op for op in measured if op.startswith("linear_")][: 1 if tiny else None]
@@ -127,9 +132,8 @@ def steps(device: str, tiny: bool, work: Path) -> dict[str, Step]:
     small = ["--tiny"] if tiny else []
     return {
         "1a": Step(
-            "tests that need a GPU, the fp16 scaler, a checkpoint that changes the device, the largest batch",
+            "the fp16 scaler, a checkpoint that changes the device, the largest batch",
             [
-                pytest("gpu-tests", "-m", "gpu", "-n", "0", *(["tests/contract"] if tiny else [])),
                 train("fp16", *short, f"mixed_precision={'no' if tiny else 'fp16'}"),
                 train("run", *short, "mixed_precision=no", folder="moving"),
                 train(
@@ -146,6 +150,14 @@ def steps(device: str, tiny: bool, work: Path) -> dict[str, Step]:
             "the contract of every architecture on the device",
             [pytest("contract", "tests/contract", "--device", device, *only)],
         ),
+        "1c": Step(
+            "kernels at small sizes on the GPU", [gpu_tests("kernels-small", of_kernels, "-k", small_sizes)]
+        ),
+        "1d": Step(
+            "kernels at the sizes of models, and their launch choices",
+            [gpu_tests("kernels-large", of_kernels, "-k", f"not {small_sizes}")],
+        ),
+        "1e": Step("the other tests that need a GPU", [gpu_tests("others", f"--ignore={of_kernels}")]),
         "2": Step("a run as a user starts it", [train("first-run", *as_a_user)]),
         "3": Step("waits for the GPU in a step", [driver("host_syncs", *sizes, *compiled)]),
         "4a": Step("a step of gpt2 at 124M, bf16", [bench_step("gpt2")]),
@@ -254,19 +266,7 @@ def _figures(file: Path | None) -> Any:
         return None
     if file.suffix == ".json":
         return json.loads(file.read_text(encoding="utf-8"))
-    suites = list(ElementTree.parse(file).getroot().iter("testsuite"))
-    cases = [case for suite in suites for case in suite.iter("testcase")]
-    failed = [
-        case.get("name")
-        for case in cases
-        if any(case.find(kind) is not None for kind in ("failure", "error"))
-    ]
-    skipped = sum(case.find("skipped") is not None for case in cases)
-    return {"tests": len(cases), "skipped": skipped, "failed": failed, "seconds": _seconds(suites)}
-
-
-def _seconds(suites: list[ElementTree.Element]) -> float:
-    return sum(float(suite.get("time", 0)) for suite in suites)
+    return pytest_results.figures(file)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from benchmarks.gpu_first import Part, Step, steps
 from configs.compose import check, compose_tree, prepare
 from models import ARCHITECTURES
 
+pytest_plugins = ["pytester"]
 NAMES = sorted(steps("cpu", True, gpu_first.ROOT))
 
 
@@ -87,14 +88,40 @@ def test_a_step_without_time_left_says_so(tmp_path, monkeypatch):
     ]
 
 
-def test_the_xml_of_pytest_becomes_figures(tmp_path):
-    file = tmp_path / "tests.xml"
-    cases = (
-        '<testcase name="a"/><testcase name="b"><failure/></testcase><testcase name="c"><skipped/></testcase>'
+def test_tests_are_known_before_all_are_done(tmp_path, pytester, monkeypatch):
+    """A step that is stopped keeps the results so far, and why one failed."""
+    file = tmp_path / "tests.jsonl"
+    pytester.makepyfile(
+        """
+        import json, os, pytest
+        def test_a(): pass
+        def test_b(): assert 1 == 2, "no"
+        @pytest.mark.skip
+        def test_c(): pass
+        def test_d():
+            lines = open(os.environ["LINES"]).read().splitlines()
+            assert {json.loads(line)["test"][-6:] for line in lines} == {"test_a", "test_b", "test_c", "test_d"}
+        """
     )
-    file.write_text(f'<testsuites><testsuite time="1.5">{cases}</testsuite></testsuites>')
-    assert gpu_first._figures(file) == {"tests": 3, "skipped": 1, "failed": ["b"], "seconds": 1.5}
-    assert gpu_first._figures(tmp_path / "none.xml") is None
+    monkeypatch.setenv("LINES", str(file))
+    pytester.inline_run("-p", "benchmarks.pytest_results", "--results", str(file))
+    found = gpu_first._figures(file)
+    assert found.pop("seconds") > 0
+    assert found == {
+        "tests": 4,
+        "skipped": 1,
+        "failed": {"test_tests_are_known_before_all_are_done.py::test_b": "AssertionError: no"},
+    }
+    assert gpu_first._figures(tmp_path / "none.jsonl") is None
+
+
+def test_no_test_that_needs_a_gpu_is_forgotten(tmp_path):
+    known = steps("cuda", False, tmp_path)
+    (small,), (large,), (others,) = (known[name].parts for name in ("1c", "1d", "1e"))
+    *_, path, _, chosen = small.command
+    assert large.command[-3:] == [path, "-k", f"not {chosen}"]
+    assert others.command[-1] == f"--ignore={path}"
+    assert all("gpu" in part.command for part in (small, large, others))
 
 
 @pytest.mark.slow
