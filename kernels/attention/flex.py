@@ -21,6 +21,7 @@ from kernels.attention.visible import Visible
 __all__ = ["BACKEND", "MIN_WIDTH", "TILE", "mask_function"]
 
 TILE = 128
+MAX_SHAPES = 64  # that are compiled, each for itself; of more it would run as written
 MIN_WIDTH = 16  # of a head
 
 
@@ -33,7 +34,8 @@ class Built(NamedTuple):
 
 def build(visible: Visible, options: Options) -> Built:
     by_row = visible.doc_ids is not None or (visible.mask is not None and visible.mask.shape[0] > 1)
-    make = _compiled(create_block_mask) if visible.device.type == "cuda" else create_block_mask
+    # One graph for all lengths: a mask is the same from it, and outputs may not be to the last bit.
+    make = _compiled(create_block_mask, dynamic=None) if visible.device.type == "cuda" else create_block_mask
     mask = make(
         mask_function(visible),
         B=visible.rows if by_row else None,
@@ -107,14 +109,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, built: Built, options: Options) -> T
 
 
 @cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled(function: Callable[..., Any], dynamic: bool | None = False) -> Callable[..., Any]:
     """Outside of a compiled block it would write all scores down: so it is compiled whatever the stance, which is that
     of blocks (training scores and samples with theirs eager)."""
-    compiled = torch.compile(function, dynamic=False)
+    compiled, config = torch.compile(function, dynamic=dynamic), torch._dynamo.config
 
     @torch.compiler.disable  # a stance is not set while a caller is being compiled, as behind a break of its graph
     def run(*args: Any, **more: Any) -> Any:
-        with torch.compiler.set_stance("default"):
+        with torch.compiler.set_stance("default"), config.patch(recompile_limit=MAX_SHAPES):
             return compiled(*args, **more)
 
     return run

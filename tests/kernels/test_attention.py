@@ -406,14 +406,22 @@ def test_the_order_is_that_of_the_call(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", ["reference", "chunked", "sdpa", "varlen"])
+@pytest.mark.parametrize("path", ["reference", "chunked", "sdpa", "varlen", "flash_attn"])
 def test_compiled_layers_take_a_new_plan_each_step(monkeypatch, path):
     """One graph, and the same outputs and gradients."""
     torch._dynamo.reset()
     if path == "varlen":
         monkeypatch.setattr(varlen.varlen, "varlen_attn", flash_of_torch)
+    if path == "flash_attn":
+        monkeypatch.setattr(flash_attn, "function_for", lambda gpu: package_of_torch)
     compiled = torch.compile(attention, backend="aot_eager", fullgraph=True, dynamic=False)
-    backend = {"reference": reference, "chunked": chunked, "sdpa": sdpa, "varlen": varlen}[path].BACKEND
+    backend = {
+        "reference": reference,
+        "chunked": chunked,
+        "sdpa": sdpa,
+        "varlen": varlen,
+        "flash_attn": flash_attn,
+    }[path].BACKEND
     for seed in range(3):
         ids = (seed < DOCUMENTS).int()
         offsets = torch.from_numpy(document_offsets(ids.numpy()))
@@ -430,6 +438,23 @@ def test_compiled_layers_take_a_new_plan_each_step(monkeypatch, path):
             strict=True,
         ):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def package_of_torch(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+):
+    """`flash_of_torch` in the words of the package."""
+    longest = max_seqlen_q, max_seqlen_k
+    return flash_of_torch(q, k, v, cu_seqlens_q, cu_seqlens_k, *longest, scale=None, window_size=window_size)
 
 
 def flash_of_torch(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
@@ -474,6 +499,39 @@ def test_flex_is_compiled_where_blocks_are_not(monkeypatch, graph_breaks):
     assert blocks.frame_count > 0 and ran_as_written == []
     torch.testing.assert_close(found, (x + 1).sin())
     assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+def test_flex_is_compiled_for_more_shapes_than_blocks_are(monkeypatch):
+    """Rows of scoring come in some lengths and numbers."""
+    graphs, ran_as_written = CompileCounter(), []
+    monkeypatch.setattr(flex.torch, "compile", partial(torch.compile, backend=graphs))
+
+    def scores(x):
+        if not torch.compiler.is_compiling():
+            ran_as_written.append(x)
+        return x.sin()
+
+    run = flex._compiled.__wrapped__(scores)
+    for length in [*range(2, 12)] * 2:
+        run(torch.ones(length))
+    assert graphs.frame_count == 10 > torch._dynamo.config.recompile_limit
+    assert ran_as_written == []
+
+
+@pytest.mark.slow
+def test_masks_of_many_lengths_are_made_by_few_graphs(monkeypatch):
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    monkeypatch.setattr(flex.torch, "compile", partial(torch.compile, backend=graphs))
+    make = flex._compiled.__wrapped__(flex.create_block_mask, dynamic=None)
+    for length, rows in itertools.product((125, 256, 380, 509), (4, 3)):
+        ids = (torch.arange(length) // 50).expand(rows, -1)
+        sees = flex.mask_function(Visible(rows, length, length, CPU, doc_ids=ids))
+        size = -(-length // flex.TILE) * flex.TILE
+        more = {"B": rows, "H": None, "Q_LEN": size, "KV_LEN": size, "device": "cpu", "BLOCK_SIZE": flex.TILE}
+        found, expected = make(sees, **more), flex.create_block_mask(sees, **more)
+        assert torch.equal(found.to_dense(), expected.to_dense())
+    assert graphs.frame_count <= 4
 
 
 # -- offsets -------------------------------------------------------------------------------------------------
