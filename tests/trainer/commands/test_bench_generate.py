@@ -59,6 +59,26 @@ def test_what_does_not_fit_the_context_of_a_checkpoint_is_left_out(figures, monk
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (
+            ["--prompt", "90,91"],
+            "prompt: 90 with the start and 3 new tokens are more than n_ctx (32) of this model; at ",
+        ),
+        (["--prompt", "90,91"], "at most 28 fit"),
+        (
+            ["--max_new_tokens", "40"],
+            "max_new_tokens: 40 with the start and a prompt are more than n_ctx (32) of this",
+        ),
+    ],
+)
+def test_nothing_that_fits_the_context_of_a_checkpoint_is_refused(command, monkeypatch, words, said):
+    monkeypatch.setattr(bench, "restore_named", lambda args: restored("gpt2"))
+    _, err = command("bench", "generate", "--checkpoint", "some", *TIMES, 1, *words, status=2)
+    assert said in err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
         (["--batch", "1,x"], "argument --batch: numbers are meant, such as 1,8,64, got '1,x'"),
         (["--batch", "0"], "batch: must be at least 1, got 0"),
         (["--prompt", "-1"], "prompt: must be at least 1, got -1"),

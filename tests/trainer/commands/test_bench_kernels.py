@@ -11,10 +11,11 @@ import torch.nn.functional as F
 
 import mytrainer
 from kernels import KERNELS, Implementation, Kernel
+from kernels.newton_schulz.peers import torch_muon
 from kernels.spec import Sample, Spec, drawn
 from naming import load
 from trainer.commands.bench import kernels as bench
-from trainer.commands.bench import measure, plot
+from trainer.commands.bench import measure, optimizer, plot
 from trainer.commands.bench.sides import Inputs
 
 CPU = torch.device("cpu")
@@ -215,6 +216,33 @@ def test_backward_is_what_both_take_more_than_forward():
     by_side["both"]["reference"] = [2.0, 2.0, 2.0]  # noise: nothing left
     (row,) = measure.figures(SPEC, {"rows": 200}, torch.float32, by_side, best).values()
     assert "backward" not in row
+
+
+def test_a_whole_step_of_muon_against_that_of_torch(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(optimizer.SIZES, "cpu", {"blocks": 1, "width": 24})
+    monkeypatch.setattr(bench, "_operation", lambda *a: {"noise": 0, "sides": {}, "remarks": {}})
+    status, found = run(tmp_path, "--ops", "newton_schulz")
+    out, step = capsys.readouterr().out, found["muon_step"]
+    assert status == 0 and step["sides"].keys() == {"torch.optim.Muon", "reference"} and step["noise"] >= 0
+    theirs, ours = step["sides"]["torch.optim.Muon"], step["sides"]["reference"]
+    assert theirs["times_torch"] == 1 and min(ours.values()) > 0
+    assert "it runs on cuda" in step["remarks"]["triton"]
+    assert "a step of Muon · 1 blocks of width 24" in out and "x torch.optim.Muon" in out
+
+
+def test_a_step_of_muon_that_is_wrong_is_not_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(optimizer, "torch_muon", lambda weights: twice(torch_muon(weights)))
+    monkeypatch.setattr(bench, "_operation", lambda *a: {"noise": 0, "sides": {}, "remarks": {}})
+    monkeypatch.setitem(optimizer.SIZES, "cpu", {"blocks": 1, "width": 24})
+    status, found = run(tmp_path, "--ops", "newton_schulz")
+    assert status == 1 and found["muon_step"]["sides"].keys() == {"torch.optim.Muon"}
+    assert found["muon_step"]["remarks"]["reference"].startswith(
+        "WRONG: ValueError: its step differs from that of"
+    )
+
+
+def twice(step):
+    return lambda: (step(), step())
 
 
 def test_without_matplotlib(monkeypatch):

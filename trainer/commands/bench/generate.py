@@ -60,6 +60,7 @@ def main(argv: list[str]) -> int:
     with console.doing("building the model") as tell:
         found = _model(args)
         limit = getattr(found.adapter.model, "max_context", None)
+        _refuse_if_none_fits(args, limit)
         rows: list[Row] = []
         best = ceilings(found.device, _dtype(found)) if _cached(found) else {}
         for prompt in args.prompt:
@@ -121,6 +122,21 @@ def _model(args: argparse.Namespace) -> Restored:
         if getattr(model_cfg, "n_ctx", needed) < needed:
             args.overrides = [*args.overrides, f"model_cfg.n_ctx={needed}"]
     return restore_named(args)
+
+
+def _refuse_if_none_fits(args: argparse.Namespace, limit: int | None) -> None:
+    if limit is None or 1 + min(args.prompt) + args.max_new_tokens <= limit:
+        return
+    longest = limit - 1 - args.max_new_tokens
+    if longest < 1:
+        raise ValueError(
+            f"max_new_tokens: {args.max_new_tokens} with the start and a prompt are more than n_ctx ({limit}) of this "
+            f"model; at most {limit - 2} fit, behind a prompt of 1"
+        )
+    raise ValueError(
+        f"prompt: {min(args.prompt)} with the start and {args.max_new_tokens} new tokens are more than n_ctx ({limit}) "
+        f"of this model; at most {longest} fit"
+    )
 
 
 def _about(found: Restored, args: argparse.Namespace) -> dict[str, Any]:

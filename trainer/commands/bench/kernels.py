@@ -1,7 +1,8 @@
 """`bench kernels`: every operation as we compute it, as its definition does, compiled, and as others do.
 
 All sides of one operation take turns in one process, on fresh random inputs that are put back before every call, after
-each was held against the reference in fp64. The same side twice says what of a difference is noise.
+each was held against the reference in fp64. The same side twice says what of a difference is noise. With
+`newton_schulz` goes a whole step of the optimizer that it is for.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from kernels import KERNELS
 from kernels.spec import Size, Spec, spec_of
 from naming import not_one_of
-from trainer.commands.bench import ahead, measure, plot, tune
+from trainer.commands.bench import ahead, measure, optimizer, plot, tune
 from trainer.commands.bench.ceilings import ceilings
 from trainer.commands.bench.sides import AGAIN, WRONG, right_sides, sides_of
 from trainer.commands.bench.turns import median_ratio
@@ -70,7 +71,8 @@ def main(argv: list[str]) -> int:
     if picture:
         plot.draw(result, picture)
     print(report)
-    remarks = [why for each in result.get("operations", []) for why in each["remarks"].values()]
+    measured = [*result.get("operations", []), result.get("muon_step", {"remarks": {}})]
+    remarks = [why for each in measured for why in each["remarks"].values()]
     return int(any(why.startswith(WRONG) for why in remarks))
 
 
@@ -161,7 +163,11 @@ def _measure(
                 emulated = name == "bf16" and not native
                 row = _operation(op, spec, size, DTYPES[name], device, best[name], args)
                 found.append({"op": op, "size": size, "dtype": name, "emulated": emulated, **row})
-    return {"ceilings": best, "operations": found}
+    result = {"ceilings": best, "operations": found}
+    if "newton_schulz" in ops:
+        tell("measuring a step of Muon")
+        result["muon_step"] = optimizer.muon_step(device, args.turns or TURNS)
+    return result
 
 
 def _operation(
@@ -199,6 +205,8 @@ def _report(result: dict[str, Any]) -> str:
         lines.append(f"at best {gigabytes:,.1f} GB/s (a copy), {teraflops:,.3f} TFLOP/s (a product, {name})")
     for each in result["operations"]:
         lines += ["", *_table(each)]
+    if "muon_step" in result:
+        lines += ["", *optimizer.report(result["muon_step"])]
     return "\n".join([*lines, "", LEGEND])
 
 
