@@ -104,10 +104,13 @@ def test_the_tuner_writes_what_is_right_and_fastest_and_the_rule_reads_it(folder
     for field in ("large", "small"):
         monkeypatch.setitem(spec.__dict__, field, small)
     launch = tuned.launch
-    wrong = {"WIDTH": (64, 128)}
+    wrong = {"WIDTH": (64, 128, 512)}
 
     def with_a_wrong_one(kernel, device, key, default, vary=None):
-        return launch(kernel, device, key, default, wrong)
+        chosen = launch(kernel, device, key, default, wrong)
+        if chosen["WIDTH"] == 512:
+            raise RuntimeError("PassManager::run failed\nmore")
+        return chosen
 
     monkeypatch.setattr("kernels.row_norms.launch", with_a_wrong_one)
     monkeypatch.setattr(tune, "DTYPE", torch.float32)
@@ -139,6 +142,11 @@ def test_the_tuner_writes_what_is_right_and_fastest_and_the_rule_reads_it(folder
         assert {k: [e["choice"] for e in v] for k, v in written["launch"].items()} == {
             asked.kernel: [clock] for asked in asked_by("rms_norm", size)
         }
+        assert {each["why"] for each in found["refused"]} == {"RuntimeError: PassManager::run failed"}
+        assert all(each["choice"]["WIDTH"] == 512 for each in found["refused"])
+        assert "refused" not in written and not any(
+            '"WIDTH": 512' in name for names in timed for name in names
+        )
         assert not any('"WIDTH": 64' in name for names in timed for name in names)  # wrong: never timed
         assert Kernels().foresee("rms_norm", Call(CUDA, torch.bfloat16, columns=100))[0] == "triton"
         with tuned.asked() as launches:

@@ -46,7 +46,7 @@ def muon_step(device: torch.device, turns: int) -> dict[str, Any]:
             remarks[way] = f"{WRONG}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     if REFERENCE in sides:
         sides[AGAIN] = _ours(size, device, REFERENCE, expected)
-    seconds = interleaved({name: lambda turn, run=run: run() for name, run in sides.items()}, turns, device)
+    seconds = interleaved({name: _in_a_turn(step) for name, step in sides.items()}, turns, device)
     rows = {
         name: {
             "seconds": statistics.median(taken),
@@ -68,6 +68,10 @@ def _ours(size: Mapping[str, int], device: torch.device, way: str, expected: Ten
     if not off <= ROUNDING:
         raise ValueError(f"its step differs from that of {THEIRS} by {off:.2g} of it")
     return optimizer.step
+
+
+def _in_a_turn(step: Callable[[], None]) -> Callable[[int], None]:
+    return lambda turn: step()
 
 
 def _change(step: Callable[[], None], weights: list[Parameter]) -> Tensor:

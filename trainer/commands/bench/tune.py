@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from trainer.run.files import write_atomically
 
 __all__ = ["candidates", "report", "tune"]
 
+T = TypeVar("T")
 DTYPE = torch.bfloat16
 TURNS = 20
 MIN_GAIN = 1.03  # of a choice over the heuristic one: less is noise
@@ -55,7 +56,8 @@ def tune(
     tell: Callable[[str], object],
     timer: Timer = by_the_clock,
 ) -> dict[str, Any]:
-    """What was found, as it was written; what the file says of other operations stays."""
+    """What was found, as it was written, and the choices that were `refused`; what the file says of other operations
+    stays."""
     gpu = gpu_of(device)
     if gpu is None:
         raise ValueError(
@@ -66,19 +68,20 @@ def tune(
     before = tuned.read(gpu.name)
     measured, launches = dict(before.get("measured", {})), dict(before.get("launch", {}))
     path = tuned.path_of(gpu.name)
+    refused: list[dict[str, Any]] = []
     for op in ops:
         spec = spec_of(op)
         if spec is None or TRITON not in KERNELS[op].implementations:
             continue
         for size in spec.large:
             tell(f"tuning {op}, {size}")
-            for asked, choice in _choices(op, spec, size, device, timer):
+            for asked, choice in _choices(op, spec, size, device, timer, refused):
                 entries = [e for e in launches.get(asked.kernel, []) if e["key"] != asked.key]
                 launches[asked.kernel] = [*entries, {"key": asked.key, "choice": choice}]
             _write(path, {**found, "measured": measured, "launch": launches})
         measured[op] = {TRITON: _worth(op, spec, device, timer)}
         _write(path, {**found, "measured": measured, "launch": launches})
-    return {"file": str(path), **tuned.read(gpu.name)}
+    return {"file": str(path), **tuned.read(gpu.name), "refused": refused}
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
@@ -87,7 +90,12 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def _choices(
-    op: str, spec: Spec, size: str, device: torch.device, timer: Timer
+    op: str,
+    spec: Spec,
+    size: str,
+    device: torch.device,
+    timer: Timer,
+    refused: list[dict[str, Any]],
 ) -> list[tuple[Asked, dict[str, Any]]]:
     """For each kernel of a call the fastest choice that gives right results, where it is worth writing down."""
     run = load(KERNELS[op].implementations[TRITON].where)
@@ -99,10 +107,12 @@ def _choices(
         best: dict[str, Any] = {}
         for name in asked.vary:  # one after another: all at once are hundreds
             tried = [
-                c for c in candidates(asked, best, name) if _right(run, spec, size, asked.kernel, c, device)
+                c
+                for c in candidates(asked, best, name)
+                if _right(run, spec, size, asked.kernel, c, device, refused)
             ]
             best = _fastest(run, asked.kernel, [best, *tried], inputs, device, timer)[0]
-        if best and _right_everywhere(op, spec, asked.kernel, best, device):
+        if best and _right_everywhere(op, spec, asked.kernel, best, device, refused):
             chosen += [(asked, best)] * (
                 _fastest(run, asked.kernel, [{}, best], inputs, device, timer)[1] >= MIN_GAIN
             )
@@ -134,6 +144,21 @@ def _launched_so(
     return call
 
 
+def _tried(
+    kernel: str, choice: Mapping[str, Any], call: Callable[[], T], refused: list[dict[str, Any]]
+) -> T | None:
+    """What the call gives with this choice; None where the compiler or the GPU refuses it, which is noted."""
+    from triton.errors import TritonError
+
+    try:
+        with tuned.forced(kernel, choice):
+            return call()
+    except (TritonError, RuntimeError) as error:  # of LLVM, of the launch, of memory
+        why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        refused.append({"kernel": kernel, "choice": dict(choice), "why": why})
+        return None
+
+
 def _right(
     run: Callable[..., Any],
     spec: Spec,
@@ -141,17 +166,13 @@ def _right(
     kernel: str,
     choice: Mapping[str, Any],
     device: torch.device,
+    refused: list[dict[str, Any]],
 ) -> bool:
-    """Whether it gives what the heuristic choice does, in memory full of NaN. One that the compiler or the GPU refuses
-    is none."""
-    from triton.errors import TritonError
-
+    """Whether it gives what the heuristic choice does, in memory full of NaN. One that is refused is none."""
     sample = _sample(spec, spec.large[size], device)
     with _full_of_nan():
-        try:
-            with tuned.forced(kernel, choice):
-                found = results(run, sample)
-        except TritonError:
+        found = _tried(kernel, choice, lambda: results(run, sample), refused)
+        if found is None:
             return False
         with tuned.forced(kernel, {}):
             expected = results(run, sample)
@@ -159,13 +180,22 @@ def _right(
 
 
 def _right_everywhere(
-    op: str, spec: Spec, kernel: str, choice: Mapping[str, Any], device: torch.device
+    op: str,
+    spec: Spec,
+    kernel: str,
+    choice: Mapping[str, Any],
+    device: torch.device,
+    refused: list[dict[str, Any]],
 ) -> bool:
     """Whether every small size agrees with the reference in fp64: edges of tiles, one row, none."""
     run, reference = _both(op)
-    with _full_of_nan(), tuned.forced(kernel, choice):
-        found = [deviations(run, reference, _sample(spec, size, device)) for size in spec.small.values()]
-    return all(worst <= _allowed(spec) for each in found for worst in each.values())
+
+    def all_sizes() -> list[dict[str, float]]:
+        return [deviations(run, reference, _sample(spec, size, device)) for size in spec.small.values()]
+
+    with _full_of_nan():
+        found = _tried(kernel, choice, all_sizes, refused)
+    return found is not None and all(worst <= _allowed(spec) for each in found for worst in each.values())
 
 
 def _both(op: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -236,4 +266,6 @@ def report(found: Mapping[str, Any]) -> str:
             )
     for kernel, entries in found["launch"].items():
         lines += [f"{kernel:<34}{entry['key']}: {entry['choice']}" for entry in entries]
+    for each in found["refused"]:
+        lines.append(f"{each['kernel']:<34}{each['choice']} refused: {each['why']}")
     return "\n".join([*lines, f"written to {found['file']}: commit it"])
