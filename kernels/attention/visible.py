@@ -63,6 +63,26 @@ class Visible:
             raise ValueError(
                 f"doc_ids: a cached row is one document, and {self.queries} queries look at {self.keys} keys"
             )
+        if self.cu_seqlens is not None:
+            self._check_offsets(self.cu_seqlens)
+
+    def _check_offsets(self, offsets: Tensor) -> None:
+        """On a CPU only: a GPU would have to be waited for."""
+        if offsets.device.type != "cpu" or type(offsets) is not Tensor or torch.compiler.is_compiling():
+            return
+        tokens, values = self.rows * self.queries, offsets.numpy()
+        if offsets.ndim != 1 or offsets.dtype != torch.int32 or len(values) < 2:
+            given = f"{tuple(offsets.shape)} of {offsets.dtype}"
+        elif (values[0], values[-1]) != (0, tokens):
+            given = f"from {values[0]} to {values[-1]}"
+        elif (values[1:] < values[:-1]).any():
+            given = "some that go back"
+        else:
+            return
+        raise ValueError(
+            f"cu_seqlens: where documents begin, rows laid end to end: (N + 1,) int32 rising from 0 to B T = {tokens}, "
+            f"got {given}. data/offsets.py makes them of doc_ids"
+        )
 
     @classmethod
     def causally(

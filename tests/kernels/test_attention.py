@@ -310,6 +310,25 @@ def test_empty_documents_change_nothing(by_offsets, empty):
     torch.testing.assert_close(by_offsets(q, k, v, visible=visible), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        ([0, 11, 20, 22], "rising from 0 to B T = 40, got from 0 to 22"),
+        ([11, 20, 22, 40], "got from 11 to 40"),
+        ([0, 11, 20, 22, 41], "got from 0 to 41"),
+        ([0, 20, 11, 22, 40], "got some that go back"),
+        ([0], r"got \(1,\) of torch.int32"),
+        ([[0, 40]], r"got \(1, 2\) of torch.int32"),
+    ],
+)
+def test_offsets_of_other_rows_are_refused(offsets, message):
+    """Tokens that no document owns would be left as memory was."""
+    with pytest.raises(ValueError, match=f"cu_seqlens: .*{message}"):
+        Visible.causally(DOCUMENTS, doc_ids=DOCUMENTS, cu_seqlens=torch.tensor(offsets, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"got \(2,\) of torch.int64"):
+        square(doc_ids=DOCUMENTS, cu_seqlens=torch.tensor([0, 40]))
+
+
 def test_varlen_takes_tensors_of_a_device_without_data():
     """Shapes and gradients of torch's operation, and nothing that waits for the device."""
     offsets = torch.from_numpy(document_offsets(DOCUMENTS.numpy())).to(META)
