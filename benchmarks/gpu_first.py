@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import pytest_results
+from benchmarks.open_points import QUESTIONS
 from kernels import KERNELS
 from kernels.spec import spec_of
 from models import ARCHITECTURES
@@ -168,7 +169,10 @@ def steps(device: str, tiny: bool, work: Path) -> dict[str, Step]:
         "5c": Step("launch choices for this GPU", kernels([*of_losses, *others], "--tune") if on_gpu else []),
         "6a": Step("next-token architectures against gpt2", against_gpt2(next_token)),
         "6b": Step("the other architectures against gpt2", against_gpt2(ARCHITECTURES.keys() - next_token)),
-        "7": Step("open points", [driver("open_points", "--device", device, *small)]),
+        "7": Step(
+            "open points",
+            [driver(f"open_points-{name}", name, "--device", device, *small) for name in QUESTIONS],
+        ),
         "8": Step(
             "generation of gpt2 at 124M",
             [ours("generate", "bench", "generate", model, "--device", device, *texts, *decoders)],
@@ -217,11 +221,16 @@ def _run(name: str, step: Step, out: Path, environment: dict[str, Any]) -> list[
     print(f"== {name}: {step.what}", flush=True)
     ends, failures = time.monotonic() + SECONDS, []
     found: dict[str, Any] = {"step": name, "what": step.what, "environment": environment, "parts": []}
+
+    def keep() -> None:
+        write_atomically(out / f"{name}.json", json.dumps(found, indent=2) + "\n")
+
+    keep()  # some step has nothing to do on a CPU
     with (out / f"{name}.log").open("w", encoding="utf-8") as log:
         for part in step.parts:
             result = _part(part, log, ends - time.monotonic())
             found["parts"].append(result)
-            write_atomically(out / f"{name}.json", json.dumps(found, indent=2) + "\n")
+            keep()
             print(f"   {part.name:<24}{result['status']:<16}{result['seconds']:>6.0f} s", flush=True)
             if result["status"] != "done":
                 failures.append(f"   {name} {part.name}: {result['status']}, see {out / f'{name}.log'}")

@@ -1,4 +1,6 @@
-"""Small questions that only a GPU answers: `python -m benchmarks.open_points OUTPUT.json [--device cuda] [--tiny]`
+"""Small questions that only a GPU answers.
+
+`python -m benchmarks.open_points OUTPUT.json [QUESTION ...] [--device cuda] [--tiny]`
 
 1. Which kernels the library's attention runs on by itself, and what heads of 128 save against heads of 64.
 2. What a custom operation costs inside compiled code, with and without CUDA graphs, against what the compiler makes of
@@ -34,19 +36,21 @@ from trainer.commands.bench.sides import Inputs, Side
 from trainer.commands.bench.turns import interleaved
 from trainer.optim.muon import Muon
 
+__all__ = ["QUESTIONS"]
+
 TURNS = 20
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("output")
+    parser.add_argument("questions", nargs="*", help=f"some of {', '.join(QUESTIONS)}; default: all")
     parser.add_argument("--device", default="cuda", type=torch.device)
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     found: dict[str, Any] = {}
-    for measure in (attention, custom_operation, muon, head_loss, row_kernel):
-        name = measure.__name__
-        found[name] = measure(args.device, args.tiny)
+    for name in args.questions or QUESTIONS:
+        found[name] = QUESTIONS[name](args.device, args.tiny)
         print(f"{name}: done", flush=True)
         write(args.output, found)
 
@@ -164,6 +168,10 @@ def row_kernel(device: torch.device, tiny: bool) -> dict[str, dict[str, float]]:
     found = {name: statistics.median(of_side) for name, of_side in seconds.items()}
     return {name: {"seconds": s, "bytes_per_second": moved[name] / s} for name, s in found.items()}
 
+
+QUESTIONS: dict[str, Callable[[torch.device, bool], dict[str, Any]]] = {
+    measure.__name__: measure for measure in (attention, custom_operation, muon, head_loss, row_kernel)
+}
 
 if __name__ == "__main__":
     main()

@@ -88,6 +88,11 @@ def test_a_step_without_time_left_says_so(tmp_path, monkeypatch):
     ]
 
 
+def test_a_step_without_commands_leaves_its_file(tmp_path):
+    assert gpu_first._run("5c", Step("nothing on a CPU", []), tmp_path, {}) == []
+    assert json.loads((tmp_path / "5c.json").read_text())["parts"] == []
+
+
 def test_tests_are_known_before_all_are_done(tmp_path, pytester, monkeypatch):
     """A step that is stopped keeps the results so far, and why one failed."""
     file = tmp_path / "tests.jsonl"
