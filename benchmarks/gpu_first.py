@@ -65,51 +65,66 @@ class Step:
     parts: list[Part]
 
 
-def steps(device: str, tiny: bool, work: Path) -> dict[str, Step]:
-    """All of them. `work`: an empty folder for what commands leave behind."""
-    sizes = [*(TINY if tiny else FULL), f"device={device}"]
-    bf16 = [*sizes, "mixed_precision=bf16"]
-    turns = ["--steps", "2", "--no_compile"] if tiny else ["--steps", "10"]
-    compiled = ["torch_compile=false"] if tiny else []
+class Commands:
+    """The commands that steps consist of, for a device, at full or tiny size. `work`: an empty folder for what they
+    leave behind."""
 
-    def python(*words: str | Path) -> list[str]:
-        return [sys.executable, *map(str, words)]
+    def __init__(self, device: str, tiny: bool, work: Path) -> None:
+        self.device, self.tiny, self.work = device, tiny, work
+        self.sizes = [*(TINY if tiny else FULL), f"device={device}"]
+        self.bf16 = [*self.sizes, "mixed_precision=bf16"]
+        self.compiled = ["torch_compile=false"] if tiny else []
 
-    def pytest(name: str, *words: str) -> Part:
-        lines = work / f"{name}.jsonl"
+    def pytest(self, name: str, *words: str) -> Part:
+        lines = self.work / f"{name}.jsonl"
         plugin = ("-p", "benchmarks.pytest_results", "--results", lines)
-        return Part(name, python("-m", "pytest", "-q", *plugin, *words), lines)
+        return Part(name, _python("-m", "pytest", "-q", *plugin, *words), lines)
 
-    def gpu_tests(name: str, *words: str) -> Part:
-        return pytest(name, "-m", "gpu", "-n", "0", *words)
+    def gpu_tests(self, name: str, *words: str) -> Part:
+        return self.pytest(name, "-m", "gpu", "-n", "0", *words)
 
-    def ours(name: str, *words: str) -> Part:
+    def ours(self, name: str, *words: str) -> Part:
         """A command of mytrainer.py that writes JSON."""
-        file = work / f"{name}.json"
-        return Part(name, python("mytrainer.py", *words, "--output", file), file)
+        file = self.work / f"{name}.json"
+        return Part(name, _python("mytrainer.py", *words, "--output", file), file)
 
-    def train(name: str, *words: str, folder: str | None = None) -> Part:
-        run = work / (folder or name)
+    def train(self, name: str, *words: str, folder: str | None = None) -> Part:
+        run = self.work / (folder or name)
         where = [] if any(word.startswith("resume=") for word in words) else [f"output_dir={run}"]
-        return Part(name, python("mytrainer.py", *words, *where), run / "summary.json")
+        return Part(name, _python("mytrainer.py", *words, *where), run / "summary.json")
 
-    def driver(name: str, *words: str) -> Part:
-        file = work / f"{name}.json"
-        return Part(name, python("-m", f"benchmarks.{name.partition('-')[0]}", file, *words), file)
+    def driver(self, name: str, *words: str) -> Part:
+        """A module of this folder."""
+        file = self.work / f"{name}.json"
+        return Part(name, _python("-m", f"benchmarks.{name.partition('-')[0]}", file, *words), file)
 
-    def bench_step(type_: str) -> Part:
+    def bench_step(self, type_: str) -> Part:
         file = f"--hydra_model_cfg=configs/{type_}.yaml"
-        return ours(f"step-{type_}", "bench", "step", file, "--profile", "40", *turns, *bf16)
+        turns = ["--steps", "2", "--no_compile"] if self.tiny else ["--steps", "10"]
+        return self.ours(f"step-{type_}", "bench", "step", file, "--profile", "40", *turns, *self.bf16)
 
-    def kernels(ops: list[str], *words: str) -> list[Part]:
+    def kernels(self, ops: list[str], *words: str) -> list[Part]:
         """One by one, so that the last ones alone are lost where time ends."""
-        few = ["--turns", "2", "--no_compile", "--dtype", "fp32"] if tiny and "--tune" not in words else []
-        command = ["bench", "kernels", "--device", device, *few, *words]
-        return [ours(f"{op}{''.join(words)}", *command, "--ops", op) for op in ops]
+        quick = self.tiny and "--tune" not in words
+        few = ["--turns", "2", "--no_compile", "--dtype", "fp32"] if quick else []
+        command = ["bench", "kernels", "--device", self.device, *few, *words]
+        return [self.ours(f"{op}{''.join(words)}", *command, "--ops", op) for op in ops]
 
-    def against_gpt2(types: Iterable[str]) -> list[Part]:
-        return [driver(f"architectures-{type_}", type_, *bf16, *compiled) for type_ in sorted(types)]
+    def against_gpt2(self, types: Iterable[str]) -> list[Part]:
+        return [
+            self.driver(f"architectures-{type_}", type_, *self.bf16, *self.compiled)
+            for type_ in sorted(types)
+        ]
 
+
+def _python(*words: str | Path) -> list[str]:
+    return [sys.executable, *map(str, words)]
+
+
+def steps(device: str, tiny: bool, work: Path) -> dict[str, Step]:
+    """All of them, by name."""
+    run = Commands(device, tiny, work)
+    sizes, compiled = run.sizes, run.compiled
     model = "--hydra_model_cfg=configs/gpt2.yaml"
     short = [
         model,
@@ -135,47 +150,52 @@ def steps(device: str, tiny: bool, work: Path) -> dict[str, Step]:
         "1a": Step(
             "the fp16 scaler, a checkpoint that changes the device, the largest batch",
             [
-                train("fp16", *short, f"mixed_precision={'no' if tiny else 'fp16'}"),
-                train("run", *short, "mixed_precision=no", folder="moving"),
-                train(
+                run.train("fp16", *short, f"mixed_precision={'no' if tiny else 'fp16'}"),
+                run.train("run", *short, "mixed_precision=no", folder="moving"),
+                run.train(
                     "elsewhere",
                     f"resume={work / 'moving'}",
                     "device=cpu",
                     "num_iterations=6",
                     folder="moving",
                 ),
-                train("batch", *short, "batch_size=auto"),
+                run.train("batch", *short, "batch_size=auto"),
             ],
         ),
         "1b": Step(
             "the contract of every architecture on the device",
-            [pytest("contract", "tests/contract", "--device", device, *only)],
+            [run.pytest("contract", "tests/contract", "--device", device, *only)],
         ),
         "1c": Step(
-            "kernels at small sizes on the GPU", [gpu_tests("kernels-small", of_kernels, "-k", small_sizes)]
+            "kernels at small sizes on the GPU",
+            [run.gpu_tests("kernels-small", of_kernels, "-k", small_sizes)],
         ),
         "1d": Step(
             "kernels at the sizes of models, and their launch choices",
-            [gpu_tests("kernels-large", of_kernels, "-k", f"not {small_sizes}")],
+            [run.gpu_tests("kernels-large", of_kernels, "-k", f"not {small_sizes}")],
         ),
-        "1e": Step("the other tests that need a GPU", [gpu_tests("others", f"--ignore={of_kernels}")]),
-        "2": Step("a run as a user starts it", [train("first-run", *as_a_user)]),
-        "3": Step("waits for the GPU in a step", [driver("host_syncs", *sizes, *compiled)]),
-        "4a": Step("a step of gpt2 at 124M, bf16", [bench_step("gpt2")]),
-        "4b": Step("a step of vanilla at 124M, bf16", [bench_step("vanilla")]),
-        "4c": Step("what documents cost attention", [driver("documents", *bf16, *compiled)]),
-        "5a": Step("output layers with their losses against their peers", kernels(of_losses)),
-        "5b": Step("the other operations against their peers", kernels(others)),
-        "5c": Step("launch choices for this GPU", kernels([*of_losses, *others], "--tune") if on_gpu else []),
-        "6a": Step("next-token architectures against gpt2", against_gpt2(next_token)),
-        "6b": Step("the other architectures against gpt2", against_gpt2(ARCHITECTURES.keys() - next_token)),
+        "1e": Step("the other tests that need a GPU", [run.gpu_tests("others", f"--ignore={of_kernels}")]),
+        "2": Step("a run as a user starts it", [run.train("first-run", *as_a_user)]),
+        "3": Step("waits for the GPU in a step", [run.driver("host_syncs", *sizes, *compiled)]),
+        "4a": Step("a step of gpt2 at 124M, bf16", [run.bench_step("gpt2")]),
+        "4b": Step("a step of vanilla at 124M, bf16", [run.bench_step("vanilla")]),
+        "4c": Step("what documents cost attention", [run.driver("documents", *run.bf16, *compiled)]),
+        "5a": Step("output layers with their losses against their peers", run.kernels(of_losses)),
+        "5b": Step("the other operations against their peers", run.kernels(others)),
+        "5c": Step(
+            "launch choices for this GPU", run.kernels([*of_losses, *others], "--tune") if on_gpu else []
+        ),
+        "6a": Step("next-token architectures against gpt2", run.against_gpt2(next_token)),
+        "6b": Step(
+            "the other architectures against gpt2", run.against_gpt2(ARCHITECTURES.keys() - next_token)
+        ),
         "7": Step(
             "open points",
-            [driver(f"open_points-{name}", name, "--device", device, *small) for name in QUESTIONS],
+            [run.driver(f"open_points-{name}", name, "--device", device, *small) for name in QUESTIONS],
         ),
         "8": Step(
             "generation of gpt2 at 124M",
-            [ours("generate", "bench", "generate", model, "--device", device, *texts, *decoders)],
+            [run.ours("generate", "bench", "generate", model, "--device", device, *texts, *decoders)],
         ),
     }
 

@@ -49,7 +49,7 @@ class Decoder(UsesKernels):
 
     @property
     def embedding_weight(self) -> Tensor:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define embedding_weight")
 
     @property
     def head_weight(self) -> Tensor:
