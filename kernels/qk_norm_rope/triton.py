@@ -97,10 +97,10 @@ def _angles(
 
 
 @triton.jit
-def _start(token, head, length, batch_stride, token_stride, head_stride):
+def _start(token, head, length, strides):
     """Of rows of a view: a fused projection has all of itself between its tokens."""
     batch, place = (token // length).to(tl.int64), (token % length).to(tl.int64)
-    return batch * batch_stride + place * token_stride + head.to(tl.int64) * head_stride
+    return batch * strides[0] + place * strides[1] + head.to(tl.int64) * strides[2]
 
 
 @triton.jit
@@ -113,9 +113,7 @@ def _turn(
     y,
     tokens,
     length,
-    batch_stride,
-    token_stride,
-    head_stride,
+    strides,
     eps,
     HEADS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
@@ -129,7 +127,7 @@ def _turn(
     row = tile * ROWS + tl.arange(0, ROWS)
     token, head = row // HEADS, row % HEADS
     inside = token < tokens
-    start = _start(token, head, length, batch_stride, token_stride, head_stride)
+    start = _start(token, head, length, strides)
     a, b = _load(x, start, inside, TURNED, HALF, PAIRS, SPLIT)
     if HAS_WEIGHT:
         scale = 1 / tl.sqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF) + eps)
@@ -155,12 +153,8 @@ def _turn_back(
     dweight,
     tokens,
     length,
-    dy_batch_stride,
-    dy_token_stride,
-    dy_head_stride,
-    batch_stride,
-    token_stride,
-    head_stride,
+    dy_strides,
+    strides,
     eps,
     HEADS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
@@ -180,12 +174,12 @@ def _turn_back(
         row = tile * ROWS + tl.arange(0, ROWS)
         token, head = row // HEADS, row % HEADS
         inside = token < tokens
-        start = _start(token, head, length, dy_batch_stride, dy_token_stride, dy_head_stride)
+        start = _start(token, head, length, dy_strides)
         turned_a, turned_b = _load(dy, start, inside, TURNED, HALF, PAIRS, SPLIT)
         c, s = _angles(cos, sin, token, length, inside, OF_BATCH, TURNED, PAIRS)
         grad_a, grad_b = turned_a * c + turned_b * s, turned_b * c - turned_a * s
         if HAS_WEIGHT:
-            start = _start(token, head, length, batch_stride, token_stride, head_stride)
+            start = _start(token, head, length, strides)
             a, b = _load(x, start, inside, TURNED, HALF, PAIRS, SPLIT)
             scale = 1 / tl.sqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF) + eps)[:, None]
             a, b = a * scale, b * scale
@@ -214,12 +208,8 @@ def _forward_kernel(
     q_tiles,
     tokens,
     length,
-    q_batch_stride,
-    q_token_stride,
-    q_head_stride,
-    k_batch_stride,
-    k_token_stride,
-    k_head_stride,
+    q_strides,
+    k_strides,
     eps,
     Q_HEADS: tl.constexpr,
     K_HEADS: tl.constexpr,
@@ -242,9 +232,7 @@ def _forward_kernel(
             q_out,
             tokens,
             length,
-            q_batch_stride,
-            q_token_stride,
-            q_head_stride,
+            q_strides,
             eps,
             Q_HEADS,
             HAS_WEIGHT,
@@ -265,9 +253,7 @@ def _forward_kernel(
             k_out,
             tokens,
             length,
-            k_batch_stride,
-            k_token_stride,
-            k_head_stride,
+            k_strides,
             eps,
             K_HEADS,
             HAS_WEIGHT,
@@ -300,18 +286,10 @@ def _backward_kernel(
     k_tiles,
     tokens,
     length,
-    dq_batch_stride,
-    dq_token_stride,
-    dq_head_stride,
-    dk_batch_stride,
-    dk_token_stride,
-    dk_head_stride,
-    q_batch_stride,
-    q_token_stride,
-    q_head_stride,
-    k_batch_stride,
-    k_token_stride,
-    k_head_stride,
+    dq_strides,
+    dk_strides,
+    q_strides,
+    k_strides,
     eps,
     Q_HEADS: tl.constexpr,
     K_HEADS: tl.constexpr,
@@ -339,12 +317,8 @@ def _backward_kernel(
             dq_weight,
             tokens,
             length,
-            dq_batch_stride,
-            dq_token_stride,
-            dq_head_stride,
-            q_batch_stride,
-            q_token_stride,
-            q_head_stride,
+            dq_strides,
+            q_strides,
             eps,
             Q_HEADS,
             HAS_WEIGHT,
@@ -370,12 +344,8 @@ def _backward_kernel(
             dk_weight,
             tokens,
             length,
-            dk_batch_stride,
-            dk_token_stride,
-            dk_head_stride,
-            k_batch_stride,
-            k_token_stride,
-            k_head_stride,
+            dk_strides,
+            k_strides,
             eps,
             K_HEADS,
             HAS_WEIGHT,
@@ -416,8 +386,8 @@ def _forward(
         q_tiles,
         tokens,
         q.shape[1],
-        *q.stride()[:3],
-        *k.stride()[:3],
+        q.stride()[:3],
+        k.stride()[:3],
         eps,
         **_constants(q, k, cos, q_weight, interleaved),
         **chosen,
@@ -470,10 +440,10 @@ def _backward(
         k_tiles,
         tokens,
         dq.shape[1],
-        *dq_out.stride()[:3],
-        *dk_out.stride()[:3],
-        *q.stride()[:3],
-        *k.stride()[:3],
+        dq_out.stride()[:3],
+        dk_out.stride()[:3],
+        q.stride()[:3],
+        k.stride()[:3],
         eps,
         **_constants(dq, dk, cos, q_weight, interleaved),
         STAGES=chosen.pop("num_stages"),
