@@ -64,7 +64,6 @@ def build_adapter(
         model = cls.build_model(load(models.resolve(cfg.type).model), model_cfg)
     adapter = cls(model, model_cfg, tokenizer)
     kernels = Kernels(cfg.kernels, deterministic=cfg.deterministic, device=torch.device(device))
-    adapter.kernels = kernels
     adapter.z_loss = cfg.z_loss
     _refuse_state_outside_the_model(adapter)
     if torch.device(device).type != "meta":
