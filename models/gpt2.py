@@ -20,8 +20,8 @@ from configs.schema import DefaultModelConfig, Dropout, Free, within_context
 from kernels.attention import Plan, Visible, attention, attention_call, plan_attention, training_facts
 from kernels.precision import compute_dtype
 from models.huggingface import ROWS
-from models.layers.cache import KVCache
-from models.layers.decoder import document_positions, padded_vocabulary
+from models.layers.cache import Cache, KVCache
+from models.layers.decoder import padded_vocabulary, positions_of
 from models.layers.flops import Flops, decoder_flops, mean_keys
 from models.layers.huggingface import HuggingFaceDecoder
 from models.layers.init import INIT_STD, normal_, residual_std
@@ -106,41 +106,30 @@ class GPT2(HuggingFaceDecoder):
         rows = padded_vocabulary(self.vocab_size) if cfg.pad_vocab else self.vocab_size
         self.wte = nn.Embedding(rows, cfg.d_model)
         self.wpe = nn.Embedding(cfg.n_ctx, cfg.d_model)
-        self.h = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layers))
-        self.ln_f = LayerNorm(cfg.d_model, NORM_EPS, cfg.bias)
+        self.h = nn.ModuleList(self.new_block(layer) for layer in range(cfg.n_layers))
+        self.ln_f = self.new_norm()
         self.lm_head = None if cfg.tie_embeddings else nn.Linear(cfg.d_model, rows, bias=False)
 
-    def forward(
-        self,
-        tokens: Tensor,
-        doc_ids: Tensor | None = None,
-        cache: KVCache | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> Tensor:
-        """tokens (B, T) int64 -> hidden (B, T, D) after the final norm.
+    @property
+    def stack(self) -> tuple[nn.ModuleList, nn.Module]:
+        return self.h, self.ln_f
 
-        doc_ids (B, T): attention stays within equal ids, positions restart at each change. None: one document
-        per row. cu_seqlens (N + 1,): the same as offsets (data/offsets.py), which faster attention asks for. With a
-        cache the tokens continue what it holds. ValueError beyond n_ctx tokens.
-        """
+    def embed(
+        self, tokens: Tensor, doc_ids: Tensor | None, cache: Cache | None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Plan]]:
         past = self.check_input(tokens, doc_ids, cache, learned=True)
-        length = tokens.shape[1]
-        if doc_ids is None:
-            positions = torch.arange(past, past + length, device=tokens.device)  # (T,)
-        else:
-            positions = document_positions(doc_ids)  # (B, T)
-        x = self.wte(tokens) + self.wpe(positions)  # (B, T, D)
+        x = self.wte(tokens) + self.wpe(positions_of(tokens, past, doc_ids))  # (B, T, D)
         x = F.dropout(x, self.cfg.dropout, self.training)
+        return x, self.shared(tokens, past, doc_ids, cu_seqlens)
+
+    def shared(
+        self, tokens: Tensor, past: int, doc_ids: Tensor | None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Plan]:
+        """The plan of attention."""
         visible = Visible.causally(tokens, past, doc_ids=doc_ids, cu_seqlens=cu_seqlens)
+        dtype = compute_dtype(self.wte.weight)
         dropout = self.cfg.dropout if self.training else 0.0
-        plan = plan_attention(
-            visible, dtype=compute_dtype(x), dropout=dropout, kernels=self.kernels, **self._heads
-        )
-        for block in self.h:
-            x = block(x, plan, cache)
-        if cache is not None:
-            cache.advance(length)
-        return self.ln_f(x)
+        return (plan_attention(visible, dtype=dtype, dropout=dropout, kernels=self.kernels, **self._heads),)
 
     @property
     def _heads(self) -> dict[str, Any]:
@@ -154,9 +143,20 @@ class GPT2(HuggingFaceDecoder):
     def embedding_weight(self) -> Tensor:
         return self.wte.weight
 
+    def new_block(self, layer: int) -> nn.Module:
+        return Block(self.cfg, layer)
+
+    def new_norm(self) -> nn.Module:
+        return LayerNorm(self.cfg.d_model, NORM_EPS, self.cfg.bias)
+
     def init_weights(self, generator: torch.Generator) -> None:
+        super().init_weights(generator)
+        normal_(self.wte.weight, INIT_STD, generator)
+        normal_(self.wpe.weight, self.cfg.wpe_init_std, generator)
+
+    def init_part(self, part: nn.Module, generator: torch.Generator) -> None:
         """N(0, 0.02^2), residual projections N(0, (0.02 / sqrt(2L))^2), biases 0, gains 1."""
-        for name, module in self.named_modules():
+        for name, module in part.named_modules():
             if isinstance(module, LayerNorm):
                 module.init_weights()
             elif isinstance(module, nn.Linear):
@@ -164,8 +164,6 @@ class GPT2(HuggingFaceDecoder):
                 normal_(module.weight, residual_std(self.cfg.n_layers) if residual else INIT_STD, generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        normal_(self.wte.weight, INIT_STD, generator)
-        normal_(self.wpe.weight, self.cfg.wpe_init_std, generator)
 
     def blocks(self) -> list[str]:
         return [f"h.{layer}" for layer in range(self.cfg.n_layers)]
@@ -174,9 +172,9 @@ class GPT2(HuggingFaceDecoder):
         return [
             Rule(r"(wte|wpe)\.weight", "embedding"),
             Rule(r"lm_head\.weight", "head"),
-            Rule(r"h\.\d+\.attn\.c_attn\.weight", "matrix", split=3),
-            Rule(r"h\.\d+\.(attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight", "matrix"),
-            Rule(r"h\.\d+\.(ln_1|ln_2)\.weight|ln_f\.weight|.*\.bias", "scalar"),
+            Rule(r".*attn\.c_attn\.weight", "matrix", split=3),
+            Rule(r".*(attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight", "matrix"),
+            Rule(r"(.*\.)?(ln_1|ln_2|ln_f)\.weight|.*\.bias", "scalar"),
         ]
 
     def flops(self, seq_len: int) -> Flops:

@@ -24,7 +24,7 @@ from kernels.precision import compute_dtype
 from kernels.qk_norm_rope import qk_norm_rope
 from models.huggingface import ROWS
 from models.layers.cache import Cache, KVCache
-from models.layers.decoder import document_positions, padded_vocabulary
+from models.layers.decoder import padded_vocabulary, positions_of
 from models.layers.flops import Flops, decoder_flops, matmul_flops, mean_keys
 from models.layers.huggingface import HuggingFaceDecoder
 from models.layers.init import INIT_STD, normal_, residual_std
@@ -189,52 +189,36 @@ class Vanilla(HuggingFaceDecoder):
         rows = padded_vocabulary(self.vocab_size)
         self.embed_tokens = nn.Embedding(rows, cfg.d_model)
         self.positions = None if cfg.use_rope else nn.Embedding(cfg.n_ctx, cfg.d_model)
-        self.layers = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layers))
-        self.norm = cfg.norm(cfg.d_model)
+        self.layers = nn.ModuleList(self.new_block(layer) for layer in range(cfg.n_layers))
+        self.norm = self.new_norm()
         self.lm_head = None if cfg.tie_embeddings else nn.Linear(cfg.d_model, rows, bias=False)
 
-    def forward(
-        self,
-        tokens: Tensor,
-        doc_ids: Tensor | None = None,
-        cache: KVCache | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> Tensor:
-        """tokens (B, T) int64 -> hidden (B, T, D) after the final norm.
-
-        doc_ids (B, T): attention stays within equal ids (rotary positions are relative and need no restart;
-        learned ones restart). None: one document per row. cu_seqlens (N + 1,): the same as offsets (data/offsets.py),
-        which faster attention asks for. With a cache the tokens continue what it holds.
-        """
-        x, shared = self.embed(tokens, doc_ids, cache, cu_seqlens)
-        for block in self.layers:
-            x = block(x, *shared, cache)
-        if cache is not None:
-            cache.advance(tokens.shape[1])
-        return self.norm(x)
+    @property
+    def stack(self) -> tuple[nn.ModuleList, nn.Module]:
+        return self.layers, self.norm
 
     def embed(
-        self,
-        tokens: Tensor,
-        doc_ids: Tensor | None,
-        cache: Cache | None,
-        cu_seqlens: Tensor | None = None,
+        self, tokens: Tensor, doc_ids: Tensor | None, cache: Cache | None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, tuple[Plan, Rotation | None]]:
-        """What enters the blocks: x (B, T, D), and what all of them share, the plan of attention and the rotation."""
         past = self.check_input(tokens, doc_ids, cache, learned=self.positions is not None)
-        length = tokens.shape[1]
-        index = torch.arange(past, past + length, device=tokens.device)  # (T,)
         x = self.embed_tokens(tokens)  # (B, T, D)
-        rotation = None
-        if self.positions is None:
-            rotation = rotary_tables(index, self.cfg.head_width, self.cfg.rope_theta, x.dtype)
-        else:
-            x = x + self.positions(index if doc_ids is None else document_positions(doc_ids))
+        if self.positions is not None:
+            x = x + self.positions(positions_of(tokens, past, doc_ids))
         x = F.dropout(x, self.cfg.dropout, self.training)
+        return x, self.shared(tokens, past, doc_ids, cu_seqlens)
+
+    def shared(
+        self, tokens: Tensor, past: int, doc_ids: Tensor | None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Plan, Rotation | None]:
+        """The plan of attention and the rotation."""
+        table, rotation = self.embedding_weight, None
+        if self.positions is None:
+            index = torch.arange(past, past + tokens.shape[1], device=tokens.device)  # (T,)
+            rotation = rotary_tables(index, self.cfg.head_width, self.cfg.rope_theta, table.dtype)
         visible = Visible.causally(
             tokens, past, window=self.cfg.sliding_window, doc_ids=doc_ids, cu_seqlens=cu_seqlens
         )
-        return x, (self.plan(visible, compute_dtype(x)), rotation)
+        return self.plan(visible, compute_dtype(table)), rotation
 
     def plan(self, visible: Visible, dtype: torch.dtype) -> Plan:
         """How layers attend to what is visible."""
@@ -254,9 +238,15 @@ class Vanilla(HuggingFaceDecoder):
     def embedding_weight(self) -> Tensor:
         return self.embed_tokens.weight
 
-    def init_weights(self, generator: torch.Generator) -> None:
+    def new_block(self, layer: int) -> nn.Module:
+        return Block(self.cfg, layer)
+
+    def new_norm(self) -> nn.Module:
+        return self.cfg.norm(self.cfg.d_model)
+
+    def init_part(self, part: nn.Module, generator: torch.Generator) -> None:
         """N(0, 0.02^2), residual projections N(0, (0.02 / sqrt(2L))^2), biases 0, gains 1."""
-        for name, module in self.named_modules():
+        for name, module in part.named_modules():
             if isinstance(module, RMSNorm | LayerNorm):
                 module.init_weights()
             elif isinstance(module, nn.Embedding):
@@ -274,7 +264,7 @@ class Vanilla(HuggingFaceDecoder):
         return [
             Rule(r"(embed_tokens|positions)\.weight", "embedding"),
             Rule(r"lm_head\.weight", "head"),
-            Rule(r"layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj\.weight", "matrix"),
+            Rule(r".*(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj\.weight", "matrix"),
             Rule(r"(.*(_layernorm|q_norm|k_norm)|norm)\.weight|.*\.bias", "scalar"),
         ]
 

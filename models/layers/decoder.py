@@ -5,7 +5,9 @@ Shapes: B rows, T tokens, D width, V vocabulary, V_p padded vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,7 @@ from kernels.precision import at_least_fp32, compute_dtype
 from kernels.softcap import Softcap
 from models.layers.cache import Cache, KVCache
 
-__all__ = ["Decoder", "Hidden", "document_positions", "padded_vocabulary"]
+__all__ = ["Decoder", "Hidden", "document_positions", "padded_vocabulary", "positions_of", "through"]
 
 VOCABULARY_MULTIPLE = 128
 
@@ -32,9 +34,10 @@ class Hidden:
 
 
 class Decoder(UsesKernels):
-    """Head and cache of a decoder with a padded, possibly tied vocabulary.
+    """A stack of blocks between an embedding and a head, with a padded, possibly tied vocabulary.
 
-    A subclass sets `lm_head` (None when tied), and defines `embedding_weight` and `forward`.
+    A subclass sets `lm_head` (None when tied), and defines `embedding_weight`, `stack`, `embed` and `init_part`;
+    `shared`, `new_block` and `new_norm` too, where others may be built around it or of its parts.
     """
 
     cfg: DefaultModelConfig
@@ -50,6 +53,60 @@ class Decoder(UsesKernels):
     @property
     def embedding_weight(self) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define embedding_weight")
+
+    @property
+    def stack(self) -> tuple[nn.ModuleList, nn.Module]:
+        """The blocks in their order, and the norm behind the last."""
+        raise NotImplementedError(f"{type(self).__name__} must define stack")
+
+    def forward(
+        self,
+        tokens: Tensor,
+        doc_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor | Hidden:
+        """tokens (B, T) int64 -> hidden (B, T, D) after the final norm, with what blocks told beside it.
+
+        doc_ids (B, T): attention stays within equal ids, and learned positions restart at each change (rotary ones are
+        relative). None: one document per row. cu_seqlens (N + 1,): the same as offsets (data/offsets.py), which
+        faster attention asks for. With a cache the tokens continue what it holds. ValueError beyond n_ctx tokens where
+        positions are learned.
+        """
+        blocks, norm = self.stack
+        x, shared = self.embed(tokens, doc_ids, cache, cu_seqlens)
+        x, told = through(blocks, x, shared, cache)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
+        x = norm(x)
+        return Hidden(x, told) if told else x
+
+    def embed(
+        self, tokens: Tensor, doc_ids: Tensor | None, cache: Cache | None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """What enters the blocks: x (B, T, D), and what all of them share, `shared`."""
+        raise NotImplementedError(f"{type(self).__name__} must define embed")
+
+    def shared(
+        self, tokens: Tensor, past: int, doc_ids: Tensor | None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Any, ...]:
+        """What every block is called with besides x and the cache, for tokens (B, T) behind `past` others."""
+        raise NotImplementedError(f"{type(self).__name__} must define shared")
+
+    def new_block(self, layer: int) -> nn.Module:
+        """A further block like those of the stack. `layer`: its place in a cache."""
+        raise NotImplementedError(f"{type(self).__name__} must define new_block")
+
+    def new_norm(self) -> nn.Module:
+        """A norm like that behind the stack."""
+        raise NotImplementedError(f"{type(self).__name__} must define new_norm")
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        self.init_part(self, generator)
+
+    def init_part(self, part: nn.Module, generator: torch.Generator) -> None:
+        """Initialise all parameters of a module made of what the stack is made of."""
+        raise NotImplementedError(f"{type(self).__name__} must define init_part")
 
     @property
     def head_weight(self) -> Tensor:
@@ -89,9 +146,29 @@ class Decoder(UsesKernels):
         return past
 
 
+def through(
+    blocks: Iterable[nn.Module], x: Tensor, shared: tuple[Any, ...], cache: Cache | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run x (B, T, D) through blocks. One that has more to tell returns (x, {name: tensor}): such tensors come back
+    stacked along a new first dim, over the blocks that told."""
+    told: dict[str, list[Tensor]] = {}
+    for block in blocks:
+        x, more = out if isinstance(out := block(x, *shared, cache), tuple) else (out, {})
+        for name, tensor in more.items():
+            told.setdefault(name, []).append(tensor)
+    return x, {name: torch.stack(tensors) for name, tensors in told.items()}
+
+
 def padded_vocabulary(vocab_size: int) -> int:
     """The next multiple of 128: odd numbers of columns make matrix products slow."""
     return -(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def positions_of(tokens: Tensor, past: int, doc_ids: Tensor | None) -> Tensor:
+    """Of tokens (B, T) in their documents, to look up: (T,) where rows are one document each, else (B, T)."""
+    if doc_ids is not None:
+        return document_positions(doc_ids)
+    return torch.arange(past, past + tokens.shape[1], device=tokens.device)
 
 
 def document_positions(doc_ids: Tensor) -> Tensor:
