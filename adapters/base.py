@@ -234,7 +234,8 @@ class ModelAdapter(nn.Module):
     """
 
     Cfg: type[ModelConfig] | None = None  # schema of `model_cfg` when it is not the model's own `Config`
-    # Operations of a training step that wait for the device, as a boolean mask does ("nonzero"). Best is none.
+    # Operations of a training step that wait for the device, as a boolean mask does ("nonzero"). Best is none. `waits`
+    # has those of kernels/ too.
     host_syncs: tuple[str, ...] = ()
     console_metrics: tuple[str, ...] = ()  # metrics shown while training, beside the loss
     # Whether training heeds the field of this name, `self.z_loss`; where not, a run that sets it is refused.
@@ -425,6 +426,11 @@ class ModelAdapter(nn.Module):
     def width(self) -> int:
         """The width that learning rates scale with."""
         return self.model_cfg.d_model
+
+    @property
+    def waits(self) -> tuple[str, ...]:
+        """`host_syncs`, and those that implementations of kernels/ declare which were used so far."""
+        return self.host_syncs + self.kernels.host_syncs
 
     @property
     def device(self) -> torch.device:

@@ -1,7 +1,7 @@
 """Does a step of training wait for the GPU? `python -m benchmarks.host_syncs OUTPUT.json [overrides]`
 
 Every architecture takes steps of the real loop, from the second on with torch refusing operations that wait. What an
-adapter declares (`host_syncs`) stands beside what was refused. Without a GPU nothing can be refused: the file says so.
+adapter declares (`waits`) stands beside what was refused. Without a GPU nothing can be refused: the file says so.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main(output: str, *words: str) -> int:
     for type_ in ARCHITECTURES:
         s = opened(type_, list(words))
         refused = _refused(s, on_gpu)
-        found["architectures"][type_] = {"declared": list(s.adapter.host_syncs), "refused": refused}
+        found["architectures"][type_] = {"declared": list(s.adapter.waits), "refused": refused}
         print(f"{type_:<10}{'waits: ' + refused if refused else 'waits for nothing'}", flush=True)
         write(output, found)
     return 1 if any(a["refused"] and not a["declared"] for a in found["architectures"].values()) else 0

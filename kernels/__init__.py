@@ -23,7 +23,8 @@ class Implementation:
     What it can do is said here and nowhere else: `devices` by type and `dtypes` by name (empty: any), the `package` it
     needs, the least compute `capability`. `adds_in_any_order`: floats are added by atomics, so that two runs differ;
     `deterministic` excludes it. `refuses`: "module:function", called with a `kernels.choose.Call`, returns why that
-    call is beyond it, or None.
+    call is beyond it, or None. `host_syncs`: operations in it that wait for an accelerator, by name, as in
+    `ModelAdapter.host_syncs`.
     """
 
     where: str
@@ -33,6 +34,7 @@ class Implementation:
     capability: tuple[int, int] = (0, 0)
     adds_in_any_order: bool = False
     refuses: str | None = None
+    host_syncs: tuple[str, ...] = ()
 
 
 def by_triton(where: str, **more: object) -> Implementation:
@@ -111,6 +113,20 @@ KERNELS: dict[str, Kernel] = {
             CHUNKED: Implementation("kernels.linear_function_loss.chunked:chunked"),
         },
         chunk_bytes={"cuda": 64 * 2**20},
+    ),
+    "grouped_linear": Kernel(
+        "kernels.grouped_linear:grouped_linear",
+        description="rows in groups, each times a matrix of its own",
+        implementations={
+            REFERENCE: Implementation("kernels.grouped_linear.reference:reference", host_syncs=("_to_copy",)),
+            "grouped_mm": Implementation(
+                "kernels.grouped_linear.grouped_mm:grouped_mm",
+                devices=("cpu", "cuda", "meta"),
+                dtypes=("bfloat16", "float16", "float32"),
+                refuses="kernels.grouped_linear:refused_by_grouped_mm",
+            ),
+        },
+        rule="kernels.grouped_linear:choose",
     ),
     "newton_schulz": Kernel(
         "kernels.newton_schulz:newton_schulz",

@@ -198,6 +198,12 @@ class Kernels:
             return REFERENCE, f"auto: logits of {call.rows:,} rows fit at once{because}"
         return CHUNKED, f"auto: logits of {rows_at_once(op, *shape):,} rows at a time{because}"
 
+    @property
+    def host_syncs(self) -> tuple[str, ...]:
+        """Operations that wait for an accelerator in the implementations that were used so far."""
+        ways = (KERNELS[op].implementations[name] for op, used in self.used.items() for name in used)
+        return tuple(dict.fromkeys(wait for way in ways for wait in way.host_syncs))
+
     def unread(self, ops: Iterable[str]) -> list[str]:
         """Operations that have an entry, and are none of those that the run has."""
         return sorted(self.wanted.keys() - {"default", *ops})

@@ -1,4 +1,5 @@
-"""A Triton launcher as an operation of `torch.library`: opaque to the compiler, with shapes, gradients and FLOPs.
+"""A launcher of Triton's or a library's as an operation of `torch.library`: opaque to the compiler, with shapes,
+gradients and FLOPs.
 
 Opaque (`custom_op`), because a traced kernel (`triton_op`) can neither be interpreted on a CPU nor compiled there with
 `fullgraph=True` (torch 2.11 and 2.13). It costs some 20 microseconds a call outside of CUDA graphs: few, large

@@ -13,13 +13,13 @@ from kernels.aot import Binary, ahead_of_time
 from kernels.device import H100, Gpu
 from kernels.spec import spec_of
 from tests.kernels.offsets import narrow_products
-from tests.kernels.samples import OPERATIONS
+from tests.kernels.samples import LAUNCHED
 from tests.kernels.toys import added_kernel, doubled_kernel, sums_kernel
 from trainer.commands.bench.ahead import GPUS, compiled
 
 pytestmark = pytest.mark.slow
 DOTS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
-LARGE = [(op, size) for op in OPERATIONS for size in spec_of(op).large]
+LARGE = [(op, size) for op in LAUNCHED for size in spec_of(op).large]
 
 
 built = cache(compiled)

@@ -1,4 +1,4 @@
-"""Every Triton kernel as an operation of torch: registration, compilation and recomputation, interpreted on a CPU."""
+"""Every operation of torch.library: registration, compilation and recomputation, on a CPU (Triton interpreted)."""
 
 from __future__ import annotations
 

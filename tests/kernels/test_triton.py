@@ -1,4 +1,5 @@
-"""Every Triton kernel, by what its operation's SPEC says: against the reference in fp64, interpreted, on a CPU."""
+"""Every operation of torch.library, by what its SPEC says: against the reference in fp64, on a CPU; Triton kernels
+interpreted."""
 
 from __future__ import annotations
 

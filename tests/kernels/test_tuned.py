@@ -12,7 +12,7 @@ from kernels.choose import Call, Kernels
 from kernels.device import A100, H100, as_if
 from kernels.spec import spec_of
 from tests.kernels.interpret import interpreted
-from tests.kernels.samples import FIRST, OPERATIONS, asked_by
+from tests.kernels.samples import FIRST, LAUNCHED, asked_by
 from tests.kernels.test_triton import check
 from trainer.commands.bench import tune
 
@@ -70,7 +70,7 @@ def test_committed_choices_give_right_results(name):
 def check_choices(content):
     launched = {op: {a.kernel for a in asked_by(op, size)} for op, size in FIRST}
     for kernel, entries in content["launch"].items():
-        users = [op for op in OPERATIONS if kernel in launched[op]]
+        users = [op for op in LAUNCHED if kernel in launched[op]]
         assert users, f"nothing launches {kernel}"
         for entry in entries:
             for op in users:
