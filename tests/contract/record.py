@@ -1,4 +1,5 @@
-"""Record an architecture's golden names and 20-step curve: `python tests/contract/record.py <type or YAML file> ...`
+"""Record an architecture's golden names, groups and 20-step curve:
+`python tests/contract/record.py <type or YAML file> ...`
 
 Those of the table go to tests/contract/golden, those of a file beside it.
 """
@@ -17,6 +18,7 @@ if __name__ == "__main__":
 from adapters.base import weighted_loss
 from tests.contract.located import located
 from tests.contract.tiny import adapter_of, batch_for, config, context, golden_file
+from trainer.optim.groups import assign_groups
 from trainer.optim.optimizers import build_optimizers, clip_gradients
 from trainer.optim.schedules import schedule_factor
 
@@ -47,10 +49,23 @@ def golden_curve(architecture: str) -> list[float]:
     return curve
 
 
+def golden_groups(architecture: str) -> dict[str, str]:
+    """How every parameter is stepped, by name: role, optimizer, what its rates are and what counts as one matrix."""
+    cfg, _ = config(architecture)
+    adapter = adapter_of(architecture)
+    found = {}
+    for group in assign_groups(adapter.named_model_parameters(), adapter.param_roles(), cfg, adapter.width):
+        t = group.treatment
+        for name, split in zip(group.parameters, group.splits, strict=True):
+            rates = f"lr {t.lr:.6g}, decay {t.weight_decay:g}, every {t.every}, split {split}"
+            found[name] = f"{t.role}: {t.optimizer}, {rates}"
+    return found
+
+
 def record(architecture: str) -> None:
     state = {name: list(p.shape) for name, p in adapter_of(architecture).model.state_dict().items()}
-    text = json.dumps({"curve": golden_curve(architecture), "state": state}, indent=1)
-    golden_file(architecture).write_text(text + "\n")
+    recorded = {"curve": golden_curve(architecture), "state": state, "groups": golden_groups(architecture)}
+    golden_file(architecture).write_text(json.dumps(recorded, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adapters import build_adapter
 from adapters.base import GenerateOptions, weighted_loss
+from adapters.default import DefaultModelAdapter
+from models.layers.decoder import Hidden
+from tests.contract.record import golden_groups
 from tests.contract.tiny import (
     adapter_of,
     batch_for,
@@ -23,6 +26,7 @@ from tests.contract.tiny import (
 from trainer.optim.optimizers import build_optimizers, role_table
 
 SHORT, LONG = 16, 64  # rows that operations are counted on
+TEXT = 24  # tokens that go through a cache
 
 
 def test_every_parameter_has_exactly_one_role_and_the_counts_add_up(architecture):
@@ -40,6 +44,12 @@ def test_every_parameter_has_exactly_one_role_and_the_counts_add_up(architecture
 def test_names_and_shapes_are_those_recorded(architecture, recorded):
     found = {name: list(p.shape) for name, p in adapter_of(architecture).model.state_dict().items()}
     assert found == recorded["state"], "checkpoints would no longer load; record anew only on purpose"
+
+
+def test_every_parameter_is_stepped_as_recorded(architecture, recorded):
+    """By the right optimizer, at the right rate, one matrix at a time: no table of positions under Muon, no fused qkv
+    as one matrix."""
+    assert golden_groups(architecture) == recorded.get("groups"), "record anew only on purpose"
 
 
 def test_initialisation_leaves_nothing_out_and_depends_on_the_seed_alone(architecture):
@@ -173,6 +183,33 @@ def test_generation_is_repeatable_and_the_cache_changes_nothing(architecture):
     assert first != text(stop_at_document_end=False, seed=6)
     assert first == text(stop_at_document_end=False, use_cache=False)
     assert text(temperature=0.0) == text(temperature=0.0, seed=9)
+
+
+@pytest.mark.parametrize(
+    "sizes", [[1] * TEXT, [7] + [1] * (TEXT - 7), [TEXT - 1, 1], [5, 2, 1, 2, 5, 1, 1, 7]], ids=str
+)
+def test_pieces_through_the_cache_equal_the_whole(architecture, sizes):
+    """Also where drafts were tried and taken back in between."""
+    adapter = adapter_of(architecture, dtype=torch.float64).eval()
+    if not isinstance(adapter, DefaultModelAdapter) or getattr(adapter.model, "init_cache", None) is None:
+        pytest.skip("its text is not written through a cache of tokens")
+    move_away_from_uniform(adapter)
+    tokens = torch.from_numpy(batch_for(adapter, rows=2, length=TEXT).tokens[:, :TEXT]).to(device())
+    drafts = (tokens + 1) % adapter.tokenizer.vocab_size
+
+    def logits(piece, cache=None):
+        out = adapter.model(piece, cache=cache)
+        return adapter.model.logits(out.states if isinstance(out, Hidden) else out)
+
+    with torch.no_grad():
+        cache, found = adapter.model.init_cache(2), []
+        for piece, draft in zip(tokens.split(sizes, 1), drafts.split(sizes, 1), strict=True):
+            here = cache.snapshot()
+            logits(draft, cache)
+            cache.restore(here)
+            found.append(logits(piece, cache))
+        torch.testing.assert_close(torch.cat(found, 1), logits(tokens), rtol=0, atol=1e-9)
+    assert cache.length == TEXT
 
 
 def test_text_is_made_of_the_tokenizers_ids_where_the_vocabulary_is_larger(architecture):

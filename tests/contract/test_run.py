@@ -7,7 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.contract.tiny import HARD, SHORT, STEPS, config, session_of, trainer_of, with_dropout
+from tests.contract.tiny import (
+    HARD,
+    SHORT,
+    STEPS,
+    batch_for,
+    config,
+    loss_and_gradients,
+    session_of,
+    trainer_of,
+    with_dropout,
+)
+from trainer.evaluate import evaluate
 from trainer.loop import train
 from trainer.run.checkpoint import load_tensors
 from trainer.run.restore import restore
@@ -87,12 +98,12 @@ def assert_equal_states(one, other):
         assert value.dtype == other[name].dtype and torch.equal(value, other[name]), name
 
 
-def after_three_steps(architecture, *more):
+def after_steps(architecture, *more, steps=3):
     """What was reported of them, and weights and buffers. A step of plain descent is the gradient."""
     words = ["batch_size=2", "optimizer=sgd", "learning_rate=0.1", *with_dropout(architecture), *more]
     session = session_of(architecture, *words)
     trainer = trainer_of(session)
-    for step in range(3):
+    for step in range(steps):
         batch = session.loader.load(step)
         denominators, *_ = trainer._agree(batch)
         trainer._train_step(batch, denominators)
@@ -101,8 +112,25 @@ def after_three_steps(architecture, *more):
 
 def test_recomputing_activations_changes_nothing(architecture):
     """Blocks run twice then, under the same dropout: neither weights nor buffers nor counts may notice."""
-    reported, state = after_three_steps(architecture)
-    again, recomputed = after_three_steps(architecture, "gradient_checkpointing=true")
+    reported, state = after_steps(architecture)
+    again, recomputed = after_steps(architecture, "gradient_checkpointing=true")
     assert again == pytest.approx(reported, rel=1e-5)
     for name, value in state.items():
         torch.testing.assert_close(recomputed[name], value, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_what_is_reported_depends_on_no_split(architecture):
+    """Losses, metrics and operations of the log are those of the step, however many micro-batches it was cut into."""
+    plain = [f"{word.partition('=')[0]}=0.0" for word in with_dropout(architecture)]
+    whole, cut = (after_steps(architecture, f"batch_size={n}", *plain, steps=1)[0] for n in (4, 1))
+    assert cut == pytest.approx(whole, rel=1e-4)
+
+
+def test_an_evaluation_leaves_nothing_behind(architecture):
+    """Nothing of one is in the next, nor of the training in between."""
+    session = session_of(architecture, "val_tokens=96")
+    rows, found = session.heldout(None), []
+    for _ in range(2):
+        found.append(evaluate(session.adapter, rows, session.world, batch_rows=2, seed=0).as_dict())
+        loss_and_gradients(session.adapter, [batch_for(session.adapter)])
+    assert found[0] == found[1]

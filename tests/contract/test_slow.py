@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from tests.contract.pair import train_here
 from tests.contract.record import golden_curve
@@ -49,6 +50,9 @@ def test_compiled_blocks_equal_eager_ones(architecture):
     assert compiled == pytest.approx(eager, rel=1e-5)
     for name, gradient in eager_gradients.items():
         torch.testing.assert_close(compiled_gradients[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+    graphs = counters["stats"]["unique_graphs"]
+    loss_and_gradients(adapter, [batch_for(adapter, seed=1)])
+    assert counters["stats"]["unique_graphs"] == graphs > 0, "another batch compiles nothing anew"
 
 
 @pytest.mark.slow

@@ -1,0 +1,64 @@
+"""Each model of next tokens learns text of known entropy as far as it can be learned, and no further."""
+
+import math
+
+import pytest
+import torch
+
+from adapters.default import DefaultModelAdapter
+from data import load_dataset
+from models import ARCHITECTURES
+from naming import load
+from tests.contract.tiny import config
+from tests.trainer.test_evaluate import chain
+from trainer.distributed import World
+from trainer.evaluate import evaluate
+from trainer.loop import train
+from trainer.run.restore import restore
+
+NEXT_TOKEN = [
+    name for name, row in ARCHITECTURES.items() if issubclass(load(row.adapter), DefaultModelAdapter)
+]
+WIDTH = 64
+RUN = [  # of 32 symbols, order 1; the recipe is each architecture's own
+    "synthetic_bytes=800000",
+    f"train_seq_len={WIDTH}",
+    "global_batch_size=32",
+    "batch_size=32",
+    "num_iterations=300",
+    "val_loss_every=0",
+    "val_bytes=20000",
+    "sample_tokens=0",
+    f"model_cfg.n_ctx={WIDTH}",
+    f"model_cfg.d_model={WIDTH}",
+    "model_cfg.n_heads=2",
+]
+
+
+def nats_by_row(adapter, rows):
+    """(R,) over the held-out text."""
+    found = []
+    evaluate(
+        adapter,
+        rows,
+        World(torch.device("cpu")),
+        batch_rows=64,
+        seed=0,
+        hear=lambda batch, likelihood: found.append(likelihood.nats[torch.from_numpy(batch.rows >= 0)]),
+    )
+    return torch.cat(found).numpy()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("type_", NEXT_TOKEN)
+def test_the_score_reaches_that_of_the_source_itself_and_not_less(type_, tmp_path):
+    cfg, model_cfg = config(type_, *RUN)
+    train(cfg, model_cfg, tmp_path)
+    trained, dataset = restore(tmp_path, device="cpu"), load_dataset(cfg)
+    rows = trained.rows(dataset.heldout, cfg.val_bytes)
+    mine, true = nats_by_row(trained.adapter, rows), nats_by_row(chain(dataset), rows)
+    error = (mine - true).std(ddof=1) * math.sqrt(len(mine))  # of the sum over rows
+    print(f"{type_}: {mine.sum() / true.sum():.4f} of the source's own score, +- {error / true.sum():.4f}")
+    assert true.sum() > 10 * error, "the text is long enough to tell"
+    assert mine.sum() > true.sum() - 3 * error
+    assert mine.sum() < 1.05 * true.sum()
