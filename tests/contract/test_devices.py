@@ -1,8 +1,10 @@
 """What a GPU would refuse or its host wait for, found without one."""
 
+from collections.abc import Callable, Iterable
+
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -20,12 +22,15 @@ TRANSFERS = {"_to_copy", "copy_"}
 
 
 class OnDevice(TorchDispatchMode):
-    """Refuses operations that wait for `device`, but for `allowed` ones, and those that mix its tensors with others.
+    """Refuses operations that wait for `device`, but for `allowed` ones (a function of their names: which of kernels/
+    are used is known when they are), and those that mix its tensors with others.
 
     `reads`: results may be fetched from it, as scores and texts are; where it holds no data, they are zeros.
     """
 
-    def __init__(self, device: str, allowed: tuple[str, ...] = (), reads: bool = False) -> None:
+    def __init__(
+        self, device: str, allowed: Callable[[], Iterable[str]] = tuple, reads: bool = False
+    ) -> None:
         super().__init__()
         self.device, self.allowed, self.reads = device, allowed, reads
 
@@ -36,7 +41,7 @@ class OnDevice(TorchDispatchMode):
         if name in INDEXING and any(t.dtype == torch.bool for t in tree_leaves(args[1]) if t is not None):
             name = "nonzero"  # which a boolean index is made of
         if any(t.device.type == self.device for t in tensors):
-            waits = name in WAITING and name not in self.allowed
+            waits = name in WAITING and name not in self.allowed()
             assert not waits, f"{name} waits for the device"
             if name == "_to_copy" and self.device != "cpu" and str(kwargs.get("device")) == "cpu":
                 return self._fetch(func, args, kwargs)
@@ -46,7 +51,7 @@ class OnDevice(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _fetch(self, func, args, kwargs):
-        assert self.reads, "a tensor is fetched from the device"
+        assert self.reads or "_to_copy" in self.allowed(), "a tensor is fetched from the device"
         if self.device == "meta":
             return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
         return func(*args, **kwargs)
@@ -71,7 +76,7 @@ def put_on(adapter, device):
 
 def train_on(adapter, prepared, device):
     """Forward and backward of a step."""
-    with OnDevice(device, adapter.host_syncs):
+    with OnDevice(device, lambda: adapter.waits):
         weighted_loss(adapter(prepared.to(torch.device(device))).terms, prepared.denominators).backward()
 
 
@@ -101,14 +106,19 @@ def test_a_step_of_a_cuda_device_without_data(architecture):
     train_on(adapter, prepared, "meta")  # makes what is made of host values at the first call
     with FakeTensorMode(allow_non_fake_inputs=True):
         put_on(adapter, "cuda")
-        train_on(adapter, prepared, "cuda")
+        try:
+            train_on(adapter, prepared, "cuda")
+        except DataDependentOutputException:
+            if not adapter.waits:
+                raise
+            pytest.skip(f"it waits by declaration: {', '.join(adapter.waits)}")
 
 
 def test_no_host_synchronisation_in_forward_and_backward(architecture):
     """With data, so that what is done with it runs too."""
     adapter = adapter_of(architecture)
     prepared = adapter.prepare(batch_for(adapter), context()).to(tiny.device())
-    with OnDevice(tiny.device().type, adapter.host_syncs):
+    with OnDevice(tiny.device().type, lambda: adapter.waits):
         weighted_loss(adapter(prepared).terms, prepared.denominators).backward()
 
 
@@ -129,7 +139,7 @@ def test_what_waits_or_was_left_behind_is_noticed():
     ):
         with pytest.raises(AssertionError, match=message), OnDevice(device):
             wrong()
-    with OnDevice("cpu", allowed=("nonzero",)):
+    with OnDevice("cpu", allowed=lambda: ["nonzero"]):
         here[here > 0].sum()
     with OnDevice("meta", reads=True):
         assert here[0].item() == 1 and there.cpu().sum() == 0
