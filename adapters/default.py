@@ -29,6 +29,7 @@ from adapters.base import (
 from adapters.decoding import LanguageModel, decode
 from adapters.documents import documents, documents_among
 from configs.schema import DefaultModelConfig
+from kernels.choose import SPARING
 from kernels.linear_cross_entropy import linear_cross_entropy
 from models.layers.cache import Cache
 from models.layers.decoder import Hidden
@@ -36,7 +37,7 @@ from models.layers.decoder import Hidden
 if TYPE_CHECKING:
     from data.rows import Batch
 
-__all__ = ["DefaultModelAdapter", "DefaultModelConfig", "nth"]
+__all__ = ["DefaultModelAdapter", "DefaultModelConfig", "as_hidden", "nth"]
 
 
 class DefaultModelAdapter(ModelAdapter):
@@ -49,6 +50,7 @@ class DefaultModelAdapter(ModelAdapter):
     """
 
     takes_z_loss = True
+    sparing = False  # whether a step has several head losses, of which none is to keep its logits until the backward
 
     def prepare(self, batch: Batch, ctx: Context) -> Prepared:
         """Tensors `inputs`, `doc_ids`, `targets`, `weights`, all (B, S), `cu_seqlens` for models that read them, and
@@ -77,7 +79,7 @@ class DefaultModelAdapter(ModelAdapter):
     def hidden(self, prepared: Prepared) -> Hidden:
         """Run the network over a batch, in training and in scoring."""
         t = prepared.tensors
-        return _as_hidden(self.model(t["inputs"], **documents_among(t)))
+        return as_hidden(self.model(t["inputs"], **documents_among(t)))
 
     def step_output(self, hidden: Hidden, prepared: Prepared) -> StepOutput:
         """The loss terms of a batch, and what is to be reported. Override to add to it."""
@@ -135,6 +137,7 @@ class DefaultModelAdapter(ModelAdapter):
             kernels=self.kernels,
             softcap=getattr(self.model, "logit_softcap", None),
             z_loss=z_loss,
+            sparing=self.sparing,
         )
         return total, nats.view_as(targets), None if z is None else z.view_as(targets)
 
@@ -155,7 +158,9 @@ class DefaultModelAdapter(ModelAdapter):
         return self.hidden(self.prepare(batch, ctx).to(self.device)).states
 
     def kernel_calls(self, rows: int, seq_len: int) -> dict[str, dict[str, Any]]:
-        logits = {"rows": rows * seq_len, "columns": self.model.head_weight.shape[0]}
+        logits: dict[str, Any] = {"rows": rows * seq_len, "columns": self.model.head_weight.shape[0]}
+        if self.sparing:
+            logits["facts"] = (SPARING,)
         return {**super().kernel_calls(rows, seq_len), "linear_cross_entropy": logits}
 
     def heldout_metrics(self, hidden: Hidden, prepared: Prepared) -> dict[str, Metric]:
@@ -184,7 +189,7 @@ class DefaultModelAdapter(ModelAdapter):
 
     def next_logits(self, tokens: Tensor, cache: Cache | None) -> Tensor:
         """Logits (B, V) of what follows tokens (B, T), which continue what `cache` holds, or stand alone."""
-        hidden = _as_hidden(self.model(tokens, cache=cache))
+        hidden = as_hidden(self.model(tokens, cache=cache))
         return self.model.logits(hidden.states[:, -1])
 
 
@@ -193,5 +198,5 @@ def nth(name: str, k: int) -> str:
     return name if k == 1 else f"{name}_{k}"
 
 
-def _as_hidden(output: Tensor | Hidden) -> Hidden:
+def as_hidden(output: Tensor | Hidden) -> Hidden:
     return output if isinstance(output, Hidden) else Hidden(output)

@@ -19,12 +19,13 @@ from kernels.precision import at_least_fp32
 from kernels.tuned import verdict
 from naming import load
 
-__all__ = ["MIN_CHUNK_ROWS", "Call", "Kernels", "UsesKernels", "rows_at_once"]
+__all__ = ["MIN_CHUNK_ROWS", "SPARING", "Call", "Kernels", "UsesKernels", "rows_at_once"]
 
 # Fewer rows make the matrix products inefficient, and each chunk passes over the head and its gradient: V = 50,257,
 # D = 768, bf16, CPU: 10.5 s in chunks of 128 rows, 9.8 of 256, 8.1 of 512.
 MIN_CHUNK_ROWS = 512
 TILE_ROWS = 128  # of matrix products on a GPU
+SPARING = "sparing"  # a fact of calls that are to keep no logits until the backward, as others follow
 
 # Functions of implementations, as attributes `<operation>__<name>`. No dictionary: the compiler looks at one as it was
 # when the first operation of a graph was met, and would miss the next one's.
@@ -194,7 +195,8 @@ class Kernels:
             return REFERENCE, f"auto: the plain definition{because}"
         assert call.dtype is not None, "auto chooses for calls, and these have one"
         shape = call.columns, call.device, at_least_fp32(call.dtype)
-        if kernel.plain_bytes and call.rows <= _rows_of(kernel.plain_bytes, *shape):
+        fits_at_once = kernel.plain_bytes and SPARING not in call.facts
+        if fits_at_once and call.rows <= _rows_of(kernel.plain_bytes, *shape):
             return REFERENCE, f"auto: logits of {call.rows:,} rows fit at once{because}"
         return CHUNKED, f"auto: logits of {rows_at_once(op, *shape):,} rows at a time{because}"
 

@@ -43,6 +43,16 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mdl": Architecture(
         "models.mdl:MDL", "adapters.diffusion.mdl:MDLAdapter", "masked diffusion (Sahoo et al. 2024)"
     ),
+    "mtm": Architecture(
+        "models.mtm:MTM",
+        "adapters.multi_token:MultiTokenAdapter",
+        "sequential multi-token modules (DeepSeek-V3 2024)",
+    ),
+    "mtp": Architecture(
+        "models.mtp:MTP",
+        "adapters.multi_token:MultiTokenAdapter",
+        "parallel multi-token prediction (Gloeckle et al. 2024)",
+    ),
     "sedd": Architecture(
         "models.sedd:SEDD",
         "adapters.diffusion.sedd:SEDDAdapter",

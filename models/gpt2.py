@@ -22,7 +22,7 @@ from kernels.precision import compute_dtype
 from models.huggingface import ROWS
 from models.layers.cache import Cache, KVCache
 from models.layers.decoder import padded_vocabulary, positions_of
-from models.layers.flops import Flops, decoder_flops, mean_keys
+from models.layers.flops import Flops, decoder_flops, matmul_flops, mean_keys
 from models.layers.huggingface import HuggingFaceDecoder
 from models.layers.init import INIT_STD, normal_, residual_std
 from models.layers.norms import LayerNorm
@@ -177,11 +177,12 @@ class GPT2(HuggingFaceDecoder):
             Rule(r"(.*\.)?(ln_1|ln_2|ln_f)\.weight|.*\.bias", "scalar"),
         ]
 
+    def block_flops(self, seq_len: int) -> Flops:
+        width = self.cfg.d_model
+        return decoder_flops(12 * width**2, [mean_keys(seq_len)], width, [seq_len])
+
     def flops(self, seq_len: int) -> Flops:
-        c = self.cfg
-        matmul_weights = 12 * c.n_layers * c.d_model**2 + self.head_weight.numel()
-        keys, all_keys = [mean_keys(seq_len)] * c.n_layers, [seq_len] * c.n_layers
-        return decoder_flops(matmul_weights, keys, c.d_model, all_keys)
+        return self.block_flops(seq_len) * self.cfg.n_layers + matmul_flops(self.head_weight.numel())
 
     # -- the files of Hugging Face transformers (`GPT2LMHeadModel`) ------------------------------------------
 

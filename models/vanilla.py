@@ -268,5 +268,8 @@ class Vanilla(HuggingFaceDecoder):
             Rule(r"(.*(_layernorm|q_norm|k_norm)|norm)\.weight|.*\.bias", "scalar"),
         ]
 
+    def block_flops(self, seq_len: int) -> Flops:
+        return block_flops(self.cfg, seq_len)
+
     def flops(self, seq_len: int) -> Flops:
-        return block_flops(self.cfg, seq_len) * self.cfg.n_layers + matmul_flops(self.head_weight.numel())
+        return self.block_flops(seq_len) * self.cfg.n_layers + matmul_flops(self.head_weight.numel())

@@ -11,8 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recompute
 
-from kernels.choose import Kernels
+from kernels.choose import SPARING, Kernels
 from kernels.linear_cross_entropy import chunked
 from kernels.linear_cross_entropy.reference import IGNORED, reference
 from kernels.linear_cross_entropy.sizes import SPEC
@@ -36,6 +37,7 @@ def linear_cross_entropy(
     rows: Tensor | None = None,
     softcap: Softcap | None = None,
     z_loss: float = 0.0,
+    sparing: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Weighted sum of negative log-likelihoods of `softmax(softcap(hidden @ weight.T))`, and the value of each row.
 
@@ -48,6 +50,8 @@ def linear_cross_entropy(
     targets, and `z` (N,), the square of a row's log-normaliser (0 where all its targets are ignored; None without
     `z_loss`), both unweighted and detached. All are at least fp32, fp64 for fp64; the matrix products run in autocast's
     dtype where it is on.
+
+    `sparing`: no logits are kept until the backward, so that of several heads in a graph those of one exist at a time.
 
     `kernels` of the run choose the implementation; None = automatically. `chunk_rows` given: chunks of that many.
     ValueError on shapes that do not fit.
@@ -65,8 +69,15 @@ def linear_cross_entropy(
     if chunk_rows is not None:
         return chunked.chunked(*args, **kind, chunk_rows=chunk_rows)
     run = (kernels or Kernels()).implementation(
-        OP, rows=hidden.shape[0], columns=weight.shape[0], device=hidden.device, dtype=hidden.dtype
+        OP,
+        rows=hidden.shape[0],
+        columns=weight.shape[0],
+        device=hidden.device,
+        dtype=hidden.dtype,
+        facts=(SPARING,) if sparing else (),
     )
+    if sparing and run is reference:  # the others have their gradients before the forward ends
+        return recompute(run, *args, **kind, use_reentrant=False, preserve_rng_state=False)
     return run(*args, **kind)
 
 

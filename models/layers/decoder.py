@@ -18,6 +18,7 @@ from kernels.choose import UsesKernels
 from kernels.precision import at_least_fp32, compute_dtype
 from kernels.softcap import Softcap
 from models.layers.cache import Cache, KVCache
+from models.layers.flops import Flops
 
 __all__ = ["Decoder", "Hidden", "document_positions", "padded_vocabulary", "positions_of", "through"]
 
@@ -37,7 +38,7 @@ class Decoder(UsesKernels):
     """A stack of blocks between an embedding and a head, with a padded, possibly tied vocabulary.
 
     A subclass sets `lm_head` (None when tied), and defines `embedding_weight`, `stack`, `embed` and `init_part`;
-    `shared`, `new_block` and `new_norm` too, where others may be built around it or of its parts.
+    `shared`, `new_block`, `block_flops` and `new_norm` too, where others may be built around it or of its parts.
     """
 
     cfg: DefaultModelConfig
@@ -100,6 +101,10 @@ class Decoder(UsesKernels):
     def new_norm(self) -> nn.Module:
         """A norm like that behind the stack."""
         raise NotImplementedError(f"{type(self).__name__} must define new_norm")
+
+    def block_flops(self, seq_len: int) -> Flops:
+        """Of one block of `new_block`, per token."""
+        raise NotImplementedError(f"{type(self).__name__} must define block_flops")
 
     def init_weights(self, generator: torch.Generator) -> None:
         self.init_part(self, generator)

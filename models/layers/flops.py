@@ -48,6 +48,11 @@ class Flops:
         )
 
     @property
+    def training_only(self) -> Flops:
+        """Of a part that scores and text do without."""
+        return replace(self, forward_per_token=0.0, masked_forward=0.0)
+
+    @property
     def frozen(self) -> Flops:
         """Of a part that is read in training, and through which nothing has to be propagated back."""
         return replace(self, training_per_token=self.forward_per_token, masked_training=self.masked_forward)

@@ -165,7 +165,7 @@ class Variations:
         self.base = complete_model_config(model_cfg, tokenizer_for(cfg, model_cfg))
         self.examples = of_tests(self.config_class, "examples")
         self.rare = of_tests(self.config_class, "rare")
-        self._sightings: dict[ModelConfig, Sighting] = {}
+        self._sightings: dict[str, Sighting] = {}
 
     def of(self, name: str) -> Iterator[tuple[Sighting, Sighting]]:
         """Pairs of legal configurations that differ in field `name` alone: its example, or other values of its
@@ -199,9 +199,10 @@ class Variations:
         return None if changed.problems(self.cfg) else changed
 
     def _sighting(self, model_cfg: ModelConfig) -> Sighting:
-        if model_cfg not in self._sightings:
-            self._sightings[model_cfg] = Sighting(self.cfg, model_cfg)
-        return self._sightings[model_cfg]
+        values = model_cfg.model_dump_json()  # a field may be a list
+        if values not in self._sightings:
+            self._sightings[values] = Sighting(self.cfg, model_cfg)
+        return self._sightings[values]
 
 
 def other_values(annotation: Any, own: Any) -> list[Any]:

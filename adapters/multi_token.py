@@ -1,0 +1,63 @@
+"""Several tokens ahead at once: the next one, which text and scores are made of, and further ones that teach.
+
+For models that run further heads or modules where they are given the tokens ahead (models/mtp.py, models/mtm.py).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from adapters.base import Context, DataSpec, Prepared, StepOutput
+from adapters.default import DefaultModelAdapter, as_hidden, nth
+from adapters.documents import documents_among
+from models.layers.decoder import Hidden
+from models.mtm import MTM, further
+
+if TYPE_CHECKING:
+    from data.rows import Batch
+
+__all__ = ["MultiTokenAdapter"]
+
+
+class MultiTokenAdapter(DefaultModelAdapter):
+    """Loss terms `ce`, and `head_2` to `head_n` of the k-th token after each position, each a mean over the positions
+    that have such a token in their document, and weighed by the Config's `loss_weights`. A weight of 0 skips nothing.
+
+    Logits of one head exist at a time.
+    """
+
+    sparing = True
+    done = 0.0  # share of the training behind this step
+
+    @classmethod
+    def build_model(cls, model_class: Any, model_cfg: Any) -> nn.Module:
+        """`mtp` with `use_deepseek_mtp` is the model of `mtm`."""
+        if getattr(model_cfg, "use_deepseek_mtp", False):
+            return MTM(model_cfg.deepseek)
+        return model_class(model_cfg)
+
+    def data_spec(self) -> DataSpec:
+        return DataSpec(lookahead=self.model_cfg.tokens_ahead)
+
+    def prepare(self, batch: Batch, ctx: Context) -> Prepared:
+        prepared = super().prepare(batch, ctx)
+        prepared.host["further"] = self.model_cfg.tokens_ahead - 1 if ctx.phase == "train" else 0
+        return prepared
+
+    def on_step_start(self, ctx: Context, total_steps: int) -> None:
+        self.done = ctx.step / total_steps
+
+    def hidden(self, prepared: Prepared) -> Hidden:
+        t = prepared.tensors
+        ahead = [t[nth("targets", k)] for k in range(1, 1 + prepared.host["further"])]
+        return as_hidden(self.model(t["inputs"], **documents_among(t), ahead=ahead))
+
+    def step_output(self, hidden: Hidden, prepared: Prepared) -> StepOutput:
+        output = super().step_output(hidden, prepared)
+        first, *others = self.model_cfg.loss_weights(self.done)
+        output.terms["ce"].weight = first
+        for k, weight in enumerate(others, 2):
+            output.terms[further(k)] = self.cross_entropy(hidden.extra[further(k)], prepared, k, weight)
+        return output
