@@ -9,18 +9,17 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint as recompute
 
 from adapters import adapter_class, build_adapter
 from adapters.base import ModelAdapter, weighted_loss
 from data import Dataset, load_dataset, unheard
 from data.rows import HeldoutRows, TrainingRows
 from kernels.choose import Kernels
+from models.layers.recompute import recomputing
 from trainer.batching import BatchPlan, StepLoader, largest_batch_that_fits, plan_batch
 from trainer.distributed import World
 from trainer.optim.ema import EMA
@@ -203,13 +202,7 @@ def _recompute_blocks(adapter: ModelAdapter) -> None:
     not the module, so that names in the state dict stay."""
     for path in adapter.blocks():
         block = adapter.model.get_submodule(path)
-        block.forward = partial(_recomputed, block, block.forward)  # type: ignore[method-assign]
-
-
-def _recomputed(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if block.training and torch.is_grad_enabled():
-        return recompute(forward, *args, use_reentrant=False, **kwargs)
-    return forward(*args, **kwargs)
+        block.forward = recomputing(block)  # type: ignore[method-assign]
 
 
 def _probe(
