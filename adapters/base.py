@@ -30,8 +30,10 @@ from torch import Tensor, nn
 
 from adapters.shaping import Shaping
 from kernels.choose import Kernels, UsesKernels
+from models import ARCHITECTURES
 from models.layers.flops import Flops
 from models.layers.roles import Rule
+from naming import load
 
 if TYPE_CHECKING:
     from configs.schema import ModelConfig
@@ -54,6 +56,7 @@ __all__ = [
     "OnTokens",
     "Prepared",
     "Rule",
+    "Speculation",
     "StepOutput",
     "weighted_loss",
 ]
@@ -177,6 +180,9 @@ class GenerateOptions:
 
     For models that draw many positions at once: `steps` of the sampler (0 = the model's own number), and
     `by_confidence`, which reveals the surest positions first instead of sampling the model's distribution.
+
+    For models that can draft tokens for themselves to verify: `speculative`, the same text in fewer forward passes, and
+    `draft`, how many tokens ahead at most (None = as many as the model can).
     """
 
     max_new_tokens: int = 100
@@ -190,6 +196,8 @@ class GenerateOptions:
     use_cache: bool = True
     steps: int = 0
     by_confidence: bool = False
+    speculative: bool = False
+    draft: int | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 0:
@@ -204,14 +212,51 @@ class GenerateOptions:
             raise ValueError(f"top_p: must satisfy 0 < top_p <= 1, got {self.top_p}")
         if not 0 <= self.min_p < 1:
             raise ValueError(f"min_p: must satisfy 0 <= min_p < 1 (0 is off), got {self.min_p}")
+        if self.draft is not None and not self.speculative:
+            raise ValueError(
+                f"draft: {self.draft} is read with speculative alone; set that too, or leave draft out"
+            )
+        if self.draft is not None and self.draft < 1:
+            raise ValueError(f"draft: must be at least 1, got {self.draft}")
+        if self.speculative and not self.use_cache:
+            raise ValueError(
+                "speculative: drafts are verified behind what the cache holds; leave out speculative or no_cache "
+                "(use_cache=False)"
+            )
+
+
+@dataclass
+class Speculation:
+    """What became of drafts. `drafted`, `accepted`: of each depth, the first being that of the token behind the next
+    one; a draft behind a rejected one is rejected with it, one behind a text's end is not counted. `tokens`: new ones
+    of all rows; `passes`: forward passes, each counted once for every row that took part."""
+
+    drafted: list[int]
+    accepted: list[int]
+    tokens: int = 0
+    passes: int = 0
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """1 is what plain decoding gives."""
+        return self.tokens / max(1, self.passes)
+
+    def count(self, drafts: int, accepted: int, judged: int | None) -> None:
+        """Of one test: so many drafts, of which the first `accepted` were; `judged`: at most so many before an end."""
+        judged = drafts if judged is None else min(drafts, judged)
+        for depth in range(judged):
+            self.drafted[depth] += 1
+            self.accepted[depth] += depth < accepted
 
 
 @dataclass
 class Generation:
-    """`tokens`: one list of new token ids per prompt; `network_calls`: forward passes it took."""
+    """`tokens`: one list of new token ids per prompt; `network_calls`: forward passes it took; `speculation`: of
+    `GenerateOptions.speculative`."""
 
     tokens: list[list[int]]
     network_calls: int
+    speculation: Speculation | None = None
 
 
 # Called with (row, new token ids) whenever text of a row becomes final; rows may take turns.
@@ -362,6 +407,22 @@ class ModelAdapter(nn.Module):
             min_p=options.min_p,
             tokens=self.tokenizer.vocab_size,
         )
+
+    def drafts(self, options: GenerateOptions) -> int:
+        """Tokens to draft in each round of generation: 0 unless it is `speculative`. ValueError where the model has no
+        such drafts."""
+        if not options.speculative:
+            return 0
+        most = getattr(self.model, "max_drafts", 0)
+        if most == 0:
+            able = [name for name, row in ARCHITECTURES.items() if hasattr(load(row.model), "init_drafter")]
+            raise ValueError(
+                f"speculative: {type(self.model).__name__}, as it is configured, has nothing to draft tokens with. "
+                f"Architectures that can have: {', '.join(able) or 'none'}"
+            )
+        if options.draft is not None and options.draft > most:
+            raise ValueError(f"draft: this model can draft 1 to {most}, got {options.draft}; nearest {most}")
+        return options.draft or most
 
     def stop_tokens(self, options: GenerateOptions) -> set[int]:
         """Token ids that end a text."""

@@ -11,17 +11,17 @@ Shapes: B running rows, T tokens read in a pass, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from adapters.base import GenerateOptions, Generation, OnTokens
+from adapters.base import Generation, OnTokens
 from adapters.shaping import Shaping
 from models.layers.cache import Cache
 
-__all__ = ["LanguageModel", "decode", "sample_next"]
+__all__ = ["Endings", "LanguageModel", "Row", "decode", "draw", "in_turn", "rows_of", "sample_next"]
 
 # Rows in one forward pass; more are taken in turn, so that memory has a bound whatever is asked for.
 ROWS_AT_ONCE = 64
@@ -38,7 +38,7 @@ class LanguageModel:
 
 
 @dataclass
-class _Row:
+class Row:
     """`text` from the document token on, of which the model sees the window from `start`."""
 
     number: int
@@ -62,37 +62,50 @@ class _Row:
             self.start = len(self.text) - max(1, limit // 2)
 
 
-def decode(
-    model: LanguageModel,
-    texts: list[list[int]],
-    options: GenerateOptions,
-    shaping: Shaping,
-    stops: set[int],
-    on_tokens: OnTokens | None = None,
-) -> Generation:
-    """Continue each of `texts` (not empty) until a token of `stops`, which is not part of it, or for
-    `max_new_tokens`. `shaping` is the adapter's for these options. Each row has a generator of its own, made of (seed,
-    row)."""
-    rows = [
-        _Row(i, list(text), len(text), torch.Generator().manual_seed((options.seed * 1_000_003 + i) % 2**63))
+@dataclass(frozen=True)
+class Endings:
+    """How far texts go, and who hears of them."""
+
+    max_new_tokens: int
+    stops: set[int]
+    on_tokens: OnTokens | None = None
+
+    def add(self, row: Row, tokens: list[int]) -> bool:
+        """Append `tokens` to a row's text, up to a stop, which is not part of it, or to the length asked for; whether
+        the text goes on."""
+        room = self.max_new_tokens - len(row.new)
+        stop = next((i for i, token in enumerate(tokens) if token in self.stops), len(tokens))
+        new = tokens[: min(room, stop)]
+        row.text += new
+        if new and self.on_tokens is not None:
+            self.on_tokens(row.number, new)
+        return stop == len(tokens) and len(new) < room
+
+
+def rows_of(texts: list[list[int]], seed: int) -> list[Row]:
+    """Each row has a generator of its own, made of (seed, row)."""
+    return [
+        Row(i, list(text), len(text), torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**63))
         for i, text in enumerate(texts)
     ]
-    calls = 0
+
+
+def in_turn(rows: list[Row]) -> Iterator[list[Row]]:
+    """As many at once as there may be."""
     for first in range(0, len(rows), ROWS_AT_ONCE):
-        calls += _decode_together(
-            model, rows[first : first + ROWS_AT_ONCE], options, shaping, stops, on_tokens
-        )
+        yield rows[first : first + ROWS_AT_ONCE]
+
+
+def decode(
+    model: LanguageModel, texts: list[list[int]], shaping: Shaping, endings: Endings, seed: int
+) -> Generation:
+    """Continue each of `texts` (not empty) as far as `endings` says."""
+    rows = rows_of(texts, seed)
+    calls = sum(_decode_together(model, group, shaping, endings) for group in in_turn(rows))
     return Generation([row.new for row in rows], calls)
 
 
-def _decode_together(
-    model: LanguageModel,
-    rows: list[_Row],
-    options: GenerateOptions,
-    shaping: Shaping,
-    stops: set[int],
-    on_tokens: OnTokens | None,
-) -> int:
+def _decode_together(model: LanguageModel, rows: list[Row], shaping: Shaping, endings: Endings) -> int:
     """Appends to the rows' texts; returns the number of forward passes."""
     window = _Windows(model)
     while rows:
@@ -104,17 +117,7 @@ def _decode_together(
         if len(read_out) < len(rows):
             logits = logits[read_out]
         tokens = sample_next(logits, shaping, [rows[i].generator for i in read_out])
-        finished = set()
-        for i, token in zip(read_out, tokens, strict=True):
-            row = rows[i]
-            if token in stops:
-                finished.add(i)
-                continue
-            row.text.append(token)
-            if on_tokens is not None:
-                on_tokens(row.number, [token])
-            if len(row.new) == options.max_new_tokens:
-                finished.add(i)
+        finished = {i for i, token in zip(read_out, tokens, strict=True) if not endings.add(rows[i], [token])}
         if finished:
             running = [i for i in range(len(rows)) if i not in finished]
             rows = [rows[i] for i in running]
@@ -130,7 +133,7 @@ class _Windows:
         self.length = self.calls = 0
         self.cache: Cache | None = None
 
-    def read(self, rows: list[_Row]) -> Tensor:
+    def read(self, rows: list[Row]) -> Tensor:
         """Read on to the end of the shortest window; the logits behind it, (B, V) fp32 on the CPU."""
         shortest = min(row.known for row in rows)
         if shortest <= self.length:  # the windows have moved on
@@ -156,12 +159,16 @@ def sample_next(logits: Tensor, shaping: Shaping, generators: list[torch.Generat
     tails."""
     if shaping.temperature == 0:
         return shaping.only_tokens(logits).argmax(1).tolist()
-    probabilities = shaping(logits).exp()  # (M, V)
+    return draw(shaping(logits).exp(), generators)
+
+
+def draw(weights: Tensor, generators: list[torch.Generator]) -> list[int]:
+    """An index of each row of weights (M, V) fp64, in proportion to them, with the row's own generator."""
     # The first of exponential clocks with these rates, which is what torch.multinomial draws of each row too: at
     # times -log(1 - u), taken of all rows at once. `exponential_` makes the same numbers one by one, at four times the
     # cost: a fifth of a pass of 64 rows.
-    times = torch.empty_like(probabilities)
+    times = torch.empty_like(weights)
     for row, generator in zip(times, generators, strict=True):
         row.uniform_(generator=generator)
     times = times.neg_().log1p_().neg_()
-    return (probabilities / times).argmax(1).tolist()
+    return (weights / times).argmax(1).tolist()

@@ -26,13 +26,15 @@ from adapters.base import (
     Prepared,
     StepOutput,
 )
-from adapters.decoding import LanguageModel, decode
+from adapters.decoding import Endings, LanguageModel, decode
 from adapters.documents import documents, documents_among
+from adapters.speculative import DraftingModel, speculate
 from configs.schema import DefaultModelConfig
 from kernels.choose import SPARING
 from kernels.linear_cross_entropy import linear_cross_entropy
 from models.layers.cache import Cache
 from models.layers.decoder import Hidden
+from models.layers.drafter import Drafter
 
 if TYPE_CHECKING:
     from data.rows import Batch
@@ -46,7 +48,8 @@ class DefaultModelAdapter(ModelAdapter):
     The model is called as `model(tokens, doc_ids=...)` and `model(tokens, cache=...)`, and returns hidden states
     (B, T, D) or a `Hidden`. If its `forward` has `cu_seqlens`, it is given these beside doc_ids (`data/offsets.py`). It
     has `head_weight` (V_p, D), `logits(hidden)`, `max_context` (None = no window), and `init_cache(rows)`; without one,
-    or with None in its place, generation reads the whole window for each token.
+    or with None in its place, generation reads the whole window for each token. One that can draft tokens has what
+    `models/layers/drafter.py` says.
     """
 
     takes_z_loss = True
@@ -182,10 +185,20 @@ class DefaultModelAdapter(ModelAdapter):
             raise ValueError(
                 "steps and by_confidence are for models that draw many positions at once; leave them out"
             )
+        texts = [[self.tokenizer.eot, *prompt] for prompt in prompts]
+        endings = Endings(options.max_new_tokens, self.stop_tokens(options), on_tokens)
+        how = self.shaping(options), endings, options.seed
+        if drafts := self.drafts(options):
+            return speculate(self.drafting_model(drafts), texts, *how)
         init_cache = getattr(self.model, "init_cache", None) if options.use_cache else None
         model = LanguageModel(self.next_logits, init_cache, self.model.max_context, self.device)
-        texts = [[self.tokenizer.eot, *prompt] for prompt in prompts]
-        return decode(model, texts, options, self.shaping(options), self.stop_tokens(options), on_tokens)
+        return decode(model, texts, *how)
+
+    def drafting_model(self, drafts: int) -> DraftingModel:
+        def init_drafter(rows: int) -> Drafter:
+            return self.model.init_drafter(rows, drafts)
+
+        return DraftingModel(init_drafter, self.model.logits, drafts, self.model.max_context, self.device)
 
     def next_logits(self, tokens: Tensor, cache: Cache | None) -> Tensor:
         """Logits (B, V) of what follows tokens (B, T), which continue what `cache` holds, or stand alone."""

@@ -221,6 +221,7 @@ class DiffusionAdapter(ModelAdapter):
         return self.model_cfg.n_ctx + 1
 
     def _sampling(self, options: GenerateOptions) -> Sampling:
+        self.drafts(options)
         sampling = Sampling(
             **vars(self.shaping(options)),
             steps=options.steps,

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 
-from adapters.base import GenerateOptions
+from adapters.base import GenerateOptions, Speculation
 from data.tokenizers import StreamDecoder, Tokenizer
 from trainer.errors import StopRequested
 from trainer.precision import autocast
@@ -66,6 +66,14 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, GenerateOptions]:
         action="store_true",
         help="diffusion: surest positions first; not the model's own law",
     )
+    parser.add_argument(
+        "--speculative",
+        action="store_true",
+        help="mtp, mtm: draft tokens and verify them together; the text is as likely as ever, in fewer forward passes",
+    )
+    parser.add_argument(
+        "--draft", type=int, help="speculative: tokens to draft at a time (default: as many as the model can)"
+    )
     args = parser.parse_args(argv)
     if args.num_samples < 1:
         raise ValueError(f"num_samples: must be at least 1, got {args.num_samples}")
@@ -84,6 +92,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, GenerateOptions]:
         use_cache=not args.no_cache,
         steps=args.steps,
         by_confidence=args.by_confidence,
+        speculative=args.speculative,
+        draft=args.draft,
     )
     return args, options
 
@@ -104,6 +114,7 @@ def main(argv: list[str]) -> int:
         )
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
+    speculation: Speculation | None = None
     started = time.perf_counter()
     with StopSignal("ending the text here") as stop, autocast(restored.precision, restored.device):
 
@@ -120,7 +131,8 @@ def main(argv: list[str]) -> int:
 
         try:
             if gaps is None:
-                restored.adapter.generate([prompt] * args.num_samples, options, on_tokens, on_state)
+                prompts = [prompt] * args.num_samples
+                speculation = restored.adapter.generate(prompts, options, on_tokens, on_state).speculation
             else:
                 filled = restored.adapter.infill([gaps] * args.num_samples, options, on_state)
                 for row, text in enumerate(filled.tokens):
@@ -138,7 +150,20 @@ def main(argv: list[str]) -> int:
     seconds = time.perf_counter() - started
     where = f"{restored.checkpoint} ({restored.weights} weights, {restored.device})"
     print(f"{printer.count} tokens, {printer.count / seconds:.0f} per second, from {where}", file=sys.stderr)
+    if speculation is not None:
+        print(_of_drafts(speculation), file=sys.stderr)
     return 0
+
+
+def _of_drafts(found: Speculation) -> str:
+    depths = [
+        f"{accepted} of {drafted} ({accepted / drafted:.0%})" if drafted else "none drafted"
+        for accepted, drafted in zip(found.accepted, found.drafted, strict=True)
+    ]
+    return (
+        f"speculative: {found.tokens_per_pass:.2f} tokens per forward pass; drafts accepted, by depth: "
+        + ", ".join(depths)
+    )
 
 
 class _Printer:
