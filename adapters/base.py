@@ -7,7 +7,7 @@ generates it, and says what role each parameter plays. One step of the trainer i
     1. `prepare` every micro-batch (CPU, loader's thread) and add up the denominators over the whole step
        and all processes;
     2. per micro-batch: `loss = sum_k weight_k * sum_k / denominator_k`, backward;
-    3. finite check, clip, optimizer, `after_step`, `constrain`, EMA.
+    3. finite check, clip, optimizer, `end_step` (`after_step`, `constrain`), EMA.
 
 Because a term is a sum and its denominator belongs to the step, eight rows in one micro-batch, one row in
 eight, or four on each of two processes give the same gradient.
@@ -359,12 +359,29 @@ class ModelAdapter(nn.Module):
         """
 
     def constrain(self, skipped: Tensor) -> None:
-        """Put weights that must stay on a set (such as unit rows) back onto it. Called after `after_step`, after
-        averaged weights were put into the model, and after weights came from elsewhere; never on resume, as doing it
-        twice may round differently. Where `skipped`, a device-side fp32 scalar, is 1.0, nothing may change: use
-        `torch.where`. By default the model's own `constrain`, where it has one."""
+        """Put weights that must stay on a set (such as unit rows) back onto it. Called after `after_step` (of every
+        `constrain_every`-th step), after averaged weights were put into the model, and after weights came from
+        elsewhere; never on resume, as doing it twice may round differently. Where `skipped`, a device-side fp32 scalar,
+        is 1.0, nothing may change: use `torch.where`. By default the model's own `constrain`, where it has one."""
         if hasattr(self.model, "constrain"):
             self.model.constrain(skipped)
+
+    @property
+    def constrain_every(self) -> int:
+        """n: `constrain` follows on every n-th step of a run. By default the model's own, or 1."""
+        return getattr(self.model, "constrain_every", 1)
+
+    def end_step(self, step: int, skipped: Tensor) -> None:
+        """What the trainer calls after all parameters moved in `step`, from 0 on."""
+        self.after_step(step, skipped)
+        if (step + 1) % self.constrain_every == 0:
+            self.constrain(skipped)
+
+    @property
+    def fixed_norm(self) -> bool:
+        """Whether hidden states have one norm, whatever the weights: how far training moves them then says nothing of
+        how fast it is."""
+        return getattr(self.model, "fixed_norm", False)
 
     def after_evaluation(self, step: int) -> None:
         """Called on every process after `step` steps, when all held-out rows have gone through `likelihood`. A score

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from configs.compose import compose
 from trainer.distributed import World, choose_device
 from trainer.optim.optimizers import clip_gradients
@@ -24,11 +26,12 @@ def opened(type_: str, words: list[str]) -> Session:
 
 
 def step(s: Session, index: int) -> None:
-    """Forward, backward, clip, optimizer."""
+    """Forward, backward, clip, optimizer, and what the architecture does behind it."""
     batch = s.loader.load(index)
     accumulate_gradients(s, batch, batch.denominators, s.total_steps)
     clip_gradients(s.parameters, s.cfg.max_grad_norm)
     s.optimizers.step(1.0)
+    s.adapter.end_step(index, torch.zeros((), device=s.world.device))
     s.optimizers.zero_grad()
 
 

@@ -53,6 +53,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         "adapters.multi_token:MultiTokenAdapter",
         "parallel multi-token prediction (Gloeckle et al. 2024)",
     ),
+    "ngpt": Architecture(
+        "models.ngpt:NGPT", description="normalised transformer, nGPT (Loshchilov et al. 2024)"
+    ),
     "sedd": Architecture(
         "models.sedd:SEDD",
         "adapters.diffusion.sedd:SEDDAdapter",

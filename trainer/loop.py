@@ -256,8 +256,7 @@ class Trainer:
         s.optimizers.step(schedule_factor(step, self.total, self.cfg), found_inf)
         s.optimizers.zero_grad()
         s.scaler.update(found_inf)
-        s.adapter.after_step(step, found_inf)
-        s.adapter.constrain(found_inf)
+        s.adapter.end_step(step, found_inf)
         if s.ema:
             s.ema.update(found_inf)
         self.progress.step = step + 1

@@ -44,6 +44,7 @@ class Decoder(UsesKernels):
     cfg: DefaultModelConfig
     lm_head: nn.Linear | None
     logit_softcap: Softcap | None = None  # of all logits, in training, scoring and generation
+    fixed_norm = False  # whether hidden states have one norm, whatever the weights
 
     def __init__(self, cfg: DefaultModelConfig) -> None:
         super().__init__()
@@ -114,8 +115,17 @@ class Decoder(UsesKernels):
         raise NotImplementedError(f"{type(self).__name__} must define init_part")
 
     @property
+    def logit_scale(self) -> Tensor | None:
+        """(V_p,): what every column of logits is multiplied by."""
+        return None
+
+    @property
     def head_weight(self) -> Tensor:
-        """(V_p, D). Rows from `vocab_size` on are padding."""
+        """(V_p, D): what logits are products with, scaled where they are. Rows from `vocab_size` on are padding."""
+        return self._head if self.logit_scale is None else self.logit_scale[:, None] * self._head
+
+    @property
+    def _head(self) -> Tensor:
         return self.embedding_weight if self.lm_head is None else self.lm_head.weight
 
     @property
@@ -128,11 +138,13 @@ class Decoder(UsesKernels):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V): without the padding. Capped ones in at least fp32."""
-        weight = self.head_weight
+        weight, scale = self._head, self.logit_scale
         if compute_dtype(weight) != hidden.dtype:
             weight = weight.to(hidden.dtype)
         # Sliced behind the product: autocast converts a whole parameter once, a slice of it in every call.
         logits = F.linear(hidden, weight)[..., : self.vocab_size]
+        if scale is not None:  # here it costs a row, in front of the product the whole head
+            logits = logits * scale[: self.vocab_size].to(logits.dtype)
         if self.logit_softcap is None:
             return logits
         return self.logit_softcap(logits.to(at_least_fp32(logits.dtype)))

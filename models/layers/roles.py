@@ -26,7 +26,9 @@ class Rule:
 
     `lr_mult`, `wd_mult` scale learning rate and weight decay; `every` n: stepped on every n-th step only;
     `split`: n equal matrices stacked along dim 0 (a fused qkv), or the rows of each part, to be orthogonalised one by
-    one; `width`: what the learning rate scales with where it is not the model's width (the fan-in of this matrix).
+    one; `width`: what the learning rate scales with where it is not the model's width (the fan-in of this matrix);
+    `width_power`: p of a rate that goes as width^-p, where it is neither 1 (matrices that read a hidden state) nor 0
+    (all others).
     """
 
     pattern: str
@@ -36,6 +38,7 @@ class Rule:
     every: int = 1
     split: int | tuple[int, ...] = 1
     width: int | None = None
+    width_power: float | None = None
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -43,11 +46,24 @@ class Rule:
         parts = self.split if isinstance(self.split, tuple) else (self.split,)
         if self.every < 1 or not parts or min(parts) < 1 or (self.width is not None and self.width < 1):
             raise ValueError(f"rule '{self.pattern}': every, split and width must be at least 1")
-        if self.width is not None and self.role not in SCALED_ROLES:
+        if self.width_power is not None and self.width_power < 0:
+            raise ValueError(f"rule '{self.pattern}': width_power must be 0 or more")
+        if self.width is not None and not self.power_for(ndim=2):
             raise ValueError(
                 f"rule '{self.pattern}': rates of role {self.role} follow no width; leave width out"
             )
         re.compile(self.pattern)
+
+    def power_for(self, ndim: int) -> float:
+        """p of the rate width^-p that a parameter of so many dimensions has.
+
+        An update of unit scale per entry, such as Adam's, changes what a hidden layer gives in proportion to its
+        fan-in, and the rate must shrink with it (Yang et al., Tensor Programs V, arXiv:2203.03466, table 8).
+        Embeddings and vectors have a fan-in of one.
+        """
+        if self.width_power is not None:
+            return self.width_power
+        return 1.0 if self.role in SCALED_ROLES and ndim >= 2 else 0.0
 
 
 def rule_for(rules: Sequence[Rule], name: str) -> Rule:

@@ -84,8 +84,7 @@ class Sighting:
         )
         self._step(0)[0].backward()
         optimizers.step(1.0)
-        adapter.after_step(0, nothing_skipped)
-        adapter.constrain(nothing_skipped)
+        adapter.end_step(0, nothing_skipped)
         with torch.no_grad():
             return float(self._step(1)[0])
 

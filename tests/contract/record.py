@@ -42,8 +42,7 @@ def golden_curve(architecture: str) -> list[float]:
         clip_gradients(list(adapter.parameters()), cfg.max_grad_norm)
         skipped = torch.zeros((), device=adapter.device)
         optimizers.step(schedule_factor(step, STEPS, cfg), skipped)
-        adapter.after_step(step, skipped)
-        adapter.constrain(skipped)
+        adapter.end_step(step, skipped)
         optimizers.zero_grad()
         curve.append(loss.item())
     return curve

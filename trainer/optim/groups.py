@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.nn import Parameter
 
-from models.layers.roles import SCALED_ROLES, Rule
+from models.layers.roles import Rule
 from naming import look_up, shorten
 from trainer.optim import OPTIMIZERS
 from trainer.optim.muon import pieces_of
@@ -97,12 +97,9 @@ def _treatment(name: str, parameter: Parameter, rule: Rule, cfg: RunConfig, widt
     optimizer = cfg.optimizer if not chosen.roles or rule.role in chosen.roles else chosen.rest
     row = OPTIMIZERS[optimizer]
     lr = getattr(cfg, row.rate) * rule.lr_mult
-    # Adam's update has unit scale per entry, so its effect on a hidden layer grows with the fan-in and the
-    # rate must shrink with it (Yang et al., Tensor Programs V, arXiv:2203.03466, table 8). Embeddings and
-    # vectors have a fan-in of one; Muon's scale accounts for the shape already. Decoupled decay shrinks too.
-    scaled = rule.role in SCALED_ROLES and parameter.ndim >= 2 and row.width_scaled
-    if scaled and cfg.lr_scaling == "width" and cfg.lr_base_width:
-        lr *= cfg.lr_base_width / (rule.width or width)
+    # Muon's scale accounts for the shape already. Decoupled decay shrinks with the rate.
+    if row.width_scaled and cfg.lr_scaling == "width" and cfg.lr_base_width:
+        lr *= (cfg.lr_base_width / (rule.width or width)) ** rule.power_for(parameter.ndim)
     decayed = rule.role != "scalar" and parameter.ndim >= 2
     return Treatment(
         role=rule.role,

@@ -114,8 +114,15 @@ class Optimizers:
             parameter.grad = None
 
     def learning_rates(self, lr_factor: float = 1.0) -> dict[str, float]:
-        """Learning rate per role; a role with several multipliers has one entry for each (`matrix x0.5`)."""
-        return {group.treatment.label: group.treatment.lr * lr_factor for group in self._groups}
+        """Learning rate per role; a role with several multipliers has one entry for each (`matrix x0.5`), and so has
+        one whose parts follow the width in several ways."""
+        found: dict[str, float] = {}
+        for treatment in (group.treatment for group in self._groups):
+            label = treatment.label
+            if found.get(label, treatment.lr) != treatment.lr:
+                label += f" x{treatment.lr / found[label]:.3g}"
+            found[label] = treatment.lr
+        return {label: lr * lr_factor for label, lr in found.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """{"optimizer": {name: kind}, "state": {name: {key: tensor}}}: the live tensors, not copies."""
