@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Context",
     "DataSpec",
+    "Figures",
     "Flops",
     "GenerateOptions",
     "Generation",
@@ -116,14 +117,23 @@ class LossTerm:
     z_loss: Tensor | None = None
 
 
+# Of a total, on the CPU: what is said of it, by name.
+Figures = Callable[[Tensor], dict[str, float]]
+
+
 @dataclass
 class Metric:
     """A reported statistic: `sum` and `count` are added over micro-batches and processes ("mean" divides them);
-    "max" and "last" look at `sum` alone. Either may be a device scalar: nothing waits for it before the log line."""
+    "max" and "last" look at `sum` alone. Either may be a device scalar: nothing waits for it before the log line.
+
+    `figures`, for what of no part is what it is of the whole, such as the busiest expert: `sum` may have any shape, is
+    added up over all that a log line tells of, and reported as what this makes of the total, under names of its own.
+    """
 
     sum: float | Tensor
     count: float | Tensor = 1.0
     reduce: Literal["mean", "sum", "max", "last"] = "mean"
+    figures: Figures | None = None
 
 
 @dataclass
@@ -499,6 +509,12 @@ class ModelAdapter(nn.Module):
     def active_parameters(self) -> int | None:
         """Parameters that act on one token; None where that is all of them."""
         return self.model.active_parameters() if hasattr(self.model, "active_parameters") else None
+
+    @property
+    def depends_on_split(self) -> str:
+        """What of the objective depends on how a step is cut into micro-batches and processes, where an option says
+        so, as some are published; "" as it should be: nothing. Said at the start of a run, and kept in its manifest."""
+        return ""
 
     @property
     def width(self) -> int:

@@ -82,7 +82,11 @@ class DefaultModelAdapter(ModelAdapter):
     def hidden(self, prepared: Prepared) -> Hidden:
         """Run the network over a batch, in training and in scoring."""
         t = prepared.tensors
-        return as_hidden(self.model(t["inputs"], **documents_among(t)))
+        return as_hidden(self.model(t["inputs"], **documents_among(t), **self.drawn(prepared)))
+
+    def drawn(self, prepared: Prepared) -> dict[str, Tensor]:
+        """What the network is given of a prepared batch besides, such as seeds of what its layers draw."""
+        return {}
 
     def step_output(self, hidden: Hidden, prepared: Prepared) -> StepOutput:
         """The loss terms of a batch, and what is to be reported. Override to add to it."""

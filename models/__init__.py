@@ -43,6 +43,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mdl": Architecture(
         "models.mdl:MDL", "adapters.diffusion.mdl:MDLAdapter", "masked diffusion (Sahoo et al. 2024)"
     ),
+    "moe": Architecture(
+        "models.moe:MoE",
+        "adapters.experts:ExpertsAdapter",
+        "mixture of experts: gates of Mixtral (Jiang et al. 2024) and DeepSeek-V3 (2024)",
+    ),
     "mtm": Architecture(
         "models.mtm:MTM",
         "adapters.multi_token:MultiTokenAdapter",

@@ -170,13 +170,14 @@ class MTM(Decoder):
         cache: KVCache | None = None,
         cu_seqlens: Tensor | None = None,
         ahead: Sequence[Tensor] = (),
+        **drawn: Any,
     ) -> Tensor | Hidden:
         """As `Decoder.forward`, of the trunk. `ahead`: the first, second, ... token after each position, (B, T) each:
         for each of them a module runs behind the trunk, and its states (B, T, D), ready for the output matrix, are
         `Hidden.extra`'s `further(k)`."""
         assert cache is None or not ahead, "modules keep caches of their own"
         blocks, norm = self.stack
-        x, shared = self.embed(tokens, doc_ids, cache, cu_seqlens)
+        x, shared = self.embed(tokens, doc_ids, cache, cu_seqlens, **drawn)
         x, told = through(blocks, x, shared, cache)
         if cache is not None:
             cache.advance(tokens.shape[1])
@@ -224,9 +225,14 @@ class MTM(Decoder):
         return self.trunk.stack
 
     def embed(
-        self, tokens: Tensor, doc_ids: Tensor | None, cache: Cache | None, cu_seqlens: Tensor | None = None
+        self,
+        tokens: Tensor,
+        doc_ids: Tensor | None,
+        cache: Cache | None,
+        cu_seqlens: Tensor | None = None,
+        **drawn: Any,
     ) -> tuple[Tensor, tuple[Any, ...]]:
-        return self.trunk.embed(tokens, doc_ids, cache, cu_seqlens)
+        return self.trunk.embed(tokens, doc_ids, cache, cu_seqlens, **drawn)
 
     def init_cache(self, rows: int) -> Cache:
         return self.trunk.init_cache(rows)

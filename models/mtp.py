@@ -125,11 +125,12 @@ class MTP(Vanilla):
         cache: KVCache | None = None,
         cu_seqlens: Tensor | None = None,
         ahead: Sequence[Tensor] = (),
+        **drawn: Any,
     ) -> Tensor | Hidden:
         """As `Decoder.forward`: the states of the first head. For each of `ahead`, (B, T) tokens that follow each
         position, a further head runs beside it, whose states (B, T, D) are `Hidden.extra`'s `further(k)`; heads run in
         parallel, so that they read none of these tokens."""
-        x, shared = self.embed(tokens, doc_ids, cache, cu_seqlens)
+        x, shared = self.embed(tokens, doc_ids, cache, cu_seqlens, **drawn)
         x, _ = through(self.layers, x, shared, cache)
         first, *others = (self.norm(u) for u in self.head_states(x, shared, cache, 1 + len(ahead)))
         if cache is not None:

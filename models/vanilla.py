@@ -198,18 +198,23 @@ class Vanilla(HuggingFaceDecoder):
         return self.layers, self.norm
 
     def embed(
-        self, tokens: Tensor, doc_ids: Tensor | None, cache: Cache | None, cu_seqlens: Tensor | None = None
-    ) -> tuple[Tensor, tuple[Plan, Rotation | None]]:
+        self,
+        tokens: Tensor,
+        doc_ids: Tensor | None,
+        cache: Cache | None,
+        cu_seqlens: Tensor | None = None,
+        **drawn: Any,
+    ) -> tuple[Tensor, tuple[Any, ...]]:
         past = self.check_input(tokens, doc_ids, cache, learned=self.positions is not None)
         x = self.embed_tokens(tokens)  # (B, T, D)
         if self.positions is not None:
             x = x + self.positions(positions_of(tokens, past, doc_ids))
         x = F.dropout(x, self.cfg.dropout, self.training)
-        return x, self.shared(tokens, past, doc_ids, cu_seqlens)
+        return x, self.shared(tokens, past, doc_ids, cu_seqlens, **drawn)
 
     def shared(
         self, tokens: Tensor, past: int, doc_ids: Tensor | None, cu_seqlens: Tensor | None = None
-    ) -> tuple[Plan, Rotation | None]:
+    ) -> tuple[Any, ...]:
         """The plan of attention and the rotation."""
         table, rotation = self.embedding_weight, None
         if self.positions is None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from adapters.base import Metric, StepOutput
+from adapters.base import Figures, Metric, StepOutput
 
 if TYPE_CHECKING:
     from trainer.distributed import World
@@ -31,8 +32,10 @@ class Meter:
         self._reset()
 
     def _reset(self) -> None:
-        # "<kind>/<name>" -> local value; kinds are term, mean, sum, max, last, count, and flops without a name.
+        # "<kind>/<name>" -> local value; kinds are term, mean, sum, max, last, count, figures (of which all numbers,
+        # in one dimension), and flops without a name.
         self._sums: dict[str, float | Tensor] = {}
+        self._figures: dict[str, tuple[Figures, torch.Size]] = {}
         self._denominator_of: dict[str, str] = {}
         self._likelihoods: list[str] = []  # terms
         self._totals: dict[str, float] = {}  # global: denominators, tokens, bytes, steps
@@ -49,6 +52,11 @@ class Meter:
 
     def add_metrics(self, metrics: Mapping[str, Metric]) -> None:
         for name, metric in metrics.items():
+            if metric.figures is not None:
+                total = self._tensor(metric.sum)
+                self._figures[name] = (metric.figures, total.shape)
+                self._accumulate(f"figures/{name}", total.flatten())
+                continue
             self._accumulate(f"{metric.reduce}/{name}", metric.sum)
             self._accumulate(f"count/{name}", metric.count)
 
@@ -63,7 +71,7 @@ class Meter:
         else:
             self._sums[key] = old + value
 
-    def _tensor(self, value: float | Tensor) -> Tensor:
+    def _tensor(self, value: float | list[float] | Tensor) -> Tensor:
         return torch.as_tensor(value, dtype=self._dtype, device=self._device)
 
     def add_step(self, denominators: dict[str, float], tokens: float, bytes_: float) -> None:
@@ -79,19 +87,21 @@ class Meter:
     def steps(self) -> int:
         return int(self._totals.get("steps", 0))
 
-    def _gathered(self, world: World) -> dict[str, float]:
-        """Global sums. The only place where the host waits for the device."""
+    def _gathered(self, world: World) -> dict[str, Any]:
+        """Global sums, lists where there are several. The only place where the host waits for the device."""
         if not self._sums:
             return {}
         keys = sorted(self._sums)
-        on_device = {k: v for k in keys if isinstance(v := self._sums[k], Tensor)}
-        arrived = torch.stack(list(on_device.values())).tolist() if on_device else []
-        local = {**self._sums, **dict(zip(on_device, arrived, strict=True))}
-        values = [float(local[k]) for k in keys]
-        sums = dict(zip(keys, world.add_up(values), strict=True))
+        on_device = {k: v.reshape(-1) for k in keys if isinstance(v := self._sums[k], Tensor)}
+        arrived = iter(torch.cat(list(on_device.values())).tolist() if on_device else [])
+        local = {
+            k: list(islice(arrived, len(on_device[k]))) if k in on_device else [float(self._sums[k])]
+            for k in keys
+        }
+        values = [value for k in keys for value in local[k]]
+        sums = dict(_parts(local, world.add_up(values)))
         if any(k.startswith("max/") for k in keys):
-            largest = dict(zip(keys, world.maximum(values), strict=True))
-            sums |= {k: v for k, v in largest.items() if k.startswith("max/")}
+            sums |= {k: v for k, v in _parts(local, world.maximum(values)) if k.startswith("max/")}
         return sums
 
     def flops(self, world: World) -> float:
@@ -114,6 +124,9 @@ class Meter:
                 out[name] = value / world.size
             elif kind in ("sum", "max"):
                 out[name] = value
+            elif kind == "figures":
+                figures, shape = self._figures[name]
+                out |= figures(torch.tensor(value, dtype=torch.float64).view(shape))
             elif kind == "flops":
                 out["flops"] = value
         if self._denominator_of:
@@ -138,6 +151,17 @@ class Meter:
         share = 1.0 if world.is_main else 0.0  # they are global sums: one process carries them
         # Counts had a mapping of their own once.
         saved = {**state["sums"], **{f"count/{k}": v for k, v in state.get("counts", {}).items()}}
-        self._sums = {k: v if k.startswith("max/") else v * share for k, v in saved.items()}
+        self._sums = {
+            k: self._tensor(v) * share if isinstance(v, list) else v if k.startswith("max/") else v * share
+            for k, v in saved.items()
+        }
         self._denominator_of, self._totals = dict(state["denominator_of"]), dict(state["totals"])
         self._likelihoods = list(state["likelihoods"])
+
+
+def _parts(local: Mapping[str, list[float]], values: Iterable[float]) -> Iterator[tuple[str, Any]]:
+    """`values`, which lie one after the other, by the keys of `local`."""
+    left = iter(values)
+    for key, own in local.items():
+        part = list(islice(left, len(own)))
+        yield key, part if key.startswith("figures/") else part[0]

@@ -67,16 +67,17 @@ class Decoder(UsesKernels):
         doc_ids: Tensor | None = None,
         cache: KVCache | None = None,
         cu_seqlens: Tensor | None = None,
+        **drawn: Any,
     ) -> Tensor | Hidden:
         """tokens (B, T) int64 -> hidden (B, T, D) after the final norm, with what blocks told beside it.
 
         doc_ids (B, T): attention stays within equal ids, and learned positions restart at each change (rotary ones are
         relative). None: one document per row. cu_seqlens (N + 1,): the same as offsets (data/offsets.py), which
-        faster attention asks for. With a cache the tokens continue what it holds. ValueError beyond n_ctx tokens where
-        positions are learned.
+        faster attention asks for. With a cache the tokens continue what it holds. `drawn`: what `shared` takes
+        besides where layers draw, such as seeds. ValueError beyond n_ctx tokens where positions are learned.
         """
         blocks, norm = self.stack
-        x, shared = self.embed(tokens, doc_ids, cache, cu_seqlens)
+        x, shared = self.embed(tokens, doc_ids, cache, cu_seqlens, **drawn)
         x, told = through(blocks, x, shared, cache)
         if cache is not None:
             cache.advance(tokens.shape[1])

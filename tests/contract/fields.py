@@ -67,13 +67,13 @@ class Sighting:
         return self.on_meta.flops(SEQ_LEN), self.on_meta.active_parameters()
 
     @cached_property
-    def loss(self) -> dict[str, float]:
+    def loss(self) -> dict[str, Any]:
         """Of a training step: each term, the sum that is minimised, and what is reported."""
         with torch.no_grad():
             total, output = self._step(0)
         named = {name: term.sum for name, term in output.terms.items()}
         named |= {f"metric {name}": metric.sum for name, metric in output.metrics.items()}
-        return {"": float(total), **{name: float(value) for name, value in named.items()}}
+        return {"": float(total), **{name: torch.as_tensor(value).tolist() for name, value in named.items()}}
 
     @cached_property
     def next_loss(self) -> float:

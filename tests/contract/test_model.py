@@ -74,6 +74,7 @@ def counted_flops(architecture, rows, length):
     ctx = context(rows)
     adapter.on_step_start(ctx, 1)
     prepared = adapter.prepare(batch_for(adapter, rows, length), ctx).to(device())
+    adapter(prepared)  # loads its kernels: the counter knows the operations that there are when it is made
     # Only plain products are counted: the counter does not know the fused attention of the CPU.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         output = adapter(prepared)

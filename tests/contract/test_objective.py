@@ -46,6 +46,7 @@ def test_first_score_is_that_of_a_uniform_guess(architecture):
 @pytest.mark.parametrize("sizes", [[1, 1, 1, 1], [3, 1], [2, 2]])
 def test_splitting_a_batch_changes_no_loss_and_no_gradient(architecture, sizes):
     adapter = adapter_of(architecture, dtype=torch.float64)
+    assert not adapter.depends_on_split, "an option may declare it; what a file says by default may not"
     batch = batch_for(adapter)
     batch.weights[1, 5:] = 0  # uneven denominators: means of means would differ
     whole, whole_gradients = loss_and_gradients(adapter, [batch])

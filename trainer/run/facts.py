@@ -100,6 +100,7 @@ def _manifest(s: Session) -> dict[str, Any]:
         "precision": s.precision,
         "compiled": s.compiled,
         "execution": execution(s),
+        "depends_on_split": s.adapter.depends_on_split,
         "data": {
             "name": s.dataset.name,
             "fingerprint": s.dataset.fingerprint,
@@ -120,6 +121,7 @@ def _manifest(s: Session) -> dict[str, Any]:
 def _banner(s: Session, manifest: dict[str, Any], path: Path) -> list[str]:
     cfg, plan, counts = s.cfg, s.plan, manifest["parameters"]
     active = f", {counts['active']:,} active per token" if "active" in counts else ""
+    split = s.adapter.depends_on_split
     return [
         f"{cfg.type} · {counts['total']:,} parameters{active} "
         f"({', '.join(f'{role} {n:,}' for role, n in counts['by_role'].items())})",
@@ -133,6 +135,7 @@ def _banner(s: Session, manifest: dict[str, Any], path: Path) -> list[str]:
         f"{s.world.device} · {'fp32' if s.precision == 'no' else s.precision} ({s.precision_reason}) · "
         f"{'compiled blocks' if s.compiled else 'eager'}{s.not_compiled and f' ({s.not_compiled})'} · {cfg.optimizer}",
         f"kernels {_in_words(manifest['kernels'])}",
+        *([f"depends on how a step is split: {split}"] if split else []),
         f"run folder {path}",
     ]
 
