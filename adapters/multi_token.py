@@ -12,8 +12,8 @@ from torch import nn
 from adapters.base import Context, DataSpec, Prepared, StepOutput
 from adapters.default import DefaultModelAdapter, as_hidden, nth
 from adapters.documents import documents_among
-from models.layers.decoder import Hidden
-from models.mtm import MTM, further
+from models.layers.decoder import Hidden, further
+from models.mtm import MTM
 
 if TYPE_CHECKING:
     from data.rows import Batch

@@ -25,8 +25,9 @@ from configs.explain import explain
 from configs.files import fold_names
 from configs.messages import ARCHITECTURE_ALIASES, suggest_key
 from configs.schema import DefaultModelConfig, Dropout, Fraction, Free, NonNegative, NonNegativeFloat
+from models.drafters import ModuleDrafter
 from models.layers.cache import Cache, KVCache
-from models.layers.decoder import Decoder, Hidden, through
+from models.layers.decoder import Decoder, Hidden, further, through
 from models.layers.flops import Flops, matmul_flops
 from models.layers.roles import Rule
 from naming import load
@@ -34,12 +35,7 @@ from naming import load
 if TYPE_CHECKING:
     from configs.schema import RunConfig
 
-__all__ = ["MTM", "MTMConfig", "MTPModule", "further"]
-
-
-def further(k: int) -> str:
-    """The name of the prediction of the k-th token after each position, k > 1: of its states and its loss."""
-    return f"head_{k}"
+__all__ = ["MTM", "MTMConfig", "MTPModule"]
 
 
 def _folded(given: Any) -> Any:
@@ -175,23 +171,32 @@ class MTM(Decoder):
         """As `Decoder.forward`, of the trunk. `ahead`: the first, second, ... token after each position, (B, T) each:
         for each of them a module runs behind the trunk, and its states (B, T, D), ready for the output matrix, are
         `Hidden.extra`'s `further(k)`."""
-        assert cache is None or not ahead, "modules keep caches of their own"
-        blocks, norm = self.stack
-        x, shared = self.embed(tokens, doc_ids, cache, cu_seqlens, **drawn)
-        x, told = through(blocks, x, shared, cache)
-        if cache is not None:
-            cache.advance(tokens.shape[1])
-        states = norm(x)
-        hidden, extra = self.first_hidden(x, states), {}
+        assert cache is None or not ahead, "modules keep caches of their own: ModuleDrafter"
+        states, hidden, shared, told = self.run_trunk(tokens, doc_ids, cache, cu_seqlens, **drawn)
+        extra = {}
         for k, (module, known) in enumerate(zip(self.mtp_modules, ahead, strict=False), 2):
             hidden, more = module(hidden, self.embedded(known), shared)
             extra[further(k)] = self.head_states(module, hidden)
             told |= {name: torch.cat((told[name], t)) if name in told else t for name, t in more.items()}
         return Hidden(states, told | extra) if told or extra else states
 
-    def first_hidden(self, x: Tensor, states: Tensor) -> Tensor:
-        """What the first module reads of the trunk: x before the last norm, or states behind it; (B, T, D) each."""
-        return states if self.cfg.mtp_hidden == "post_norm" else x
+    def run_trunk(
+        self,
+        tokens: Tensor,
+        doc_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        cu_seqlens: Tensor | None = None,
+        **drawn: Any,
+    ) -> tuple[Tensor, Tensor, tuple[Any, ...], dict[str, Tensor]]:
+        """As `Decoder.forward`: states behind the last norm, what the first module reads, (B, T, D) each, what all
+        blocks share, and what those of the trunk told."""
+        blocks, norm = self.stack
+        x, shared = self.embed(tokens, doc_ids, cache, cu_seqlens, **drawn)
+        x, told = through(blocks, x, shared, cache)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
+        states = norm(x)
+        return states, states if self.cfg.mtp_hidden == "post_norm" else x, shared, told
 
     def embedded(self, tokens: Tensor) -> Tensor:
         """(B, T) -> (B, T, D): without positions, which attention and the trunk's state know."""
@@ -234,8 +239,15 @@ class MTM(Decoder):
     ) -> tuple[Tensor, tuple[Any, ...]]:
         return self.trunk.embed(tokens, doc_ids, cache, cu_seqlens, **drawn)
 
-    def init_cache(self, rows: int) -> Cache:
+    def init_cache(self, rows: int) -> KVCache:
         return self.trunk.init_cache(rows)
+
+    @property
+    def max_drafts(self) -> int:
+        return self.cfg.n_mtp_modules
+
+    def init_drafter(self, rows: int, drafts: int) -> ModuleDrafter:
+        return ModuleDrafter(self, rows, drafts)
 
     # -- parameters -------------------------------------------------------------------------------------------
 

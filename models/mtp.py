@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from configs.schema import Free, NonNegativeFloat, Positive
+from models.drafters import HeadDrafter
 from models.layers.cache import Cache, KVCache
-from models.layers.decoder import Hidden, through
+from models.layers.decoder import Hidden, further, through
 from models.layers.flops import Flops, matmul_flops
 from models.layers.roles import Rule
-from models.mtm import MTMConfig, further
+from models.mtm import MTMConfig
 from models.vanilla import Vanilla, VanillaConfig
 
 if TYPE_CHECKING:
@@ -153,8 +154,15 @@ class MTP(Vanilla):
             read = x if topology == "parallel" else states[k]
         return [states[k] for k in range(count)]
 
-    def init_cache(self, rows: int) -> Cache:
+    def init_cache(self, rows: int) -> KVCache:
         return KVCache(self.cfg.trunk_layers + self.cfg.n_mtp_tokens, rows)
+
+    @property
+    def max_drafts(self) -> int:
+        return self.cfg.n_mtp_tokens - 1
+
+    def init_drafter(self, rows: int, drafts: int) -> HeadDrafter:
+        return HeadDrafter(self, rows, drafts)
 
     def blocks(self) -> list[str]:
         heads = range(self.cfg.n_mtp_tokens if self.cfg.head_type == "transformer" else 0)

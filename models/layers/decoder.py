@@ -20,7 +20,15 @@ from kernels.softcap import Softcap
 from models.layers.cache import Cache, KVCache
 from models.layers.flops import Flops
 
-__all__ = ["Decoder", "Hidden", "document_positions", "padded_vocabulary", "positions_of", "through"]
+__all__ = [
+    "Decoder",
+    "Hidden",
+    "document_positions",
+    "further",
+    "padded_vocabulary",
+    "positions_of",
+    "through",
+]
 
 VOCABULARY_MULTIPLE = 128
 
@@ -32,6 +40,11 @@ class Hidden:
 
     states: Tensor
     extra: dict[str, Tensor] = field(default_factory=dict)
+
+
+def further(k: int) -> str:
+    """The name of the prediction of the k-th token after each position, k > 1: of its states and its loss."""
+    return f"head_{k}"
 
 
 class Decoder(UsesKernels):

@@ -1,5 +1,7 @@
 """Parameters: roles, names, initialisation, FLOPs, scale with width; generation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -189,6 +191,23 @@ def test_generation_is_repeatable_and_the_cache_changes_nothing(architecture):
     assert first != text(stop_at_document_end=False, seed=6)
     assert first == text(stop_at_document_end=False, use_cache=False)
     assert text(temperature=0.0) == text(temperature=0.0, seed=9)
+
+
+def test_drafts_leave_text_as_it_is_or_are_refused(architecture):
+    adapter = adapter_of(architecture, dtype=torch.float64).eval()
+    # Past the end of the context, of prompts that accept and end at unequal places.
+    plain = GenerateOptions(max_new_tokens=40, temperature=0.0, stop_at_document_end=False)
+    drafting, prompts = replace(plain, speculative=True), [[1, 2, 3], [], [5]]
+    if not getattr(adapter.model, "max_drafts", 0):
+        with pytest.raises(ValueError, match="speculative: .* nothing to draft tokens with"):
+            adapter.generate(prompts, drafting)
+        return
+    move_away_from_uniform(adapter)
+    found = adapter.generate(prompts, drafting)
+    assert found.tokens == adapter.generate(prompts, plain).tokens
+    assert len(found.speculation.drafted) == adapter.model.max_drafts and found.speculation.drafted[0] > 0
+    sampled = replace(drafting, temperature=1.0)
+    assert adapter.generate(prompts, sampled).tokens == adapter.generate(prompts, sampled).tokens
 
 
 @pytest.mark.parametrize(
