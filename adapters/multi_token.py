@@ -17,6 +17,7 @@ from models.mtm import MTM
 
 if TYPE_CHECKING:
     from data.rows import Batch
+    from data.tokenizers import Tokenizer
 
 __all__ = ["MultiTokenAdapter"]
 
@@ -28,8 +29,11 @@ class MultiTokenAdapter(DefaultModelAdapter):
     Logits of one head exist at a time.
     """
 
-    sparing = True
     done = 0.0  # share of the training behind this step
+
+    def __init__(self, model: nn.Module, model_cfg: Any, tokenizer: Tokenizer) -> None:
+        super().__init__(model, model_cfg, tokenizer)
+        self.sparing = model_cfg.tokens_ahead > 1
 
     @classmethod
     def build_model(cls, model_class: Any, model_cfg: Any) -> nn.Module:
