@@ -52,7 +52,7 @@ def choose(call: Call, lacking: Callable[[str], str]) -> tuple[str, str]:
 
 def refused_by_grouped_mm(call: Call) -> str | None:
     """Where torch itself walks over groups on the host: no gain, and nobody would say that it waits."""
-    if call.gpu is None:
+    if call.device.type != "cuda" or call.gpu is None:
         return None
     if call.gpu.capability[0] not in (9, 10):
         return f"torch has kernels of it for sm_90 and sm_100, and this is {call.gpu.name}"

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.choose import Call, Kernels
 from kernels.device import A100, B200, H100, as_if
-from kernels.grouped_linear import grouped_linear
+from kernels.grouped_linear import by_groups, grouped_linear
 from kernels.grouped_linear.grouped_mm import aligned
 from kernels.spec import drawn
 from tests.contract.test_devices import OnDevice
@@ -152,3 +152,21 @@ def test_what_is_read_as_it_lies(t, copied):
     assert (found.data_ptr() != t.data_ptr()) == copied and torch.equal(found, t)
     assert found.data_ptr() % 16 == 0 and min(found.stride()[-2:]) == 1
     assert all(stride % 4 == 0 for stride in found.stride() if stride != 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_groups_of_any_size_on_a_cpu_are_as_their_own_products(dtype):
+    """Also where the rows of a group are filled up: what lies behind it, even NaN, does not get in."""
+    sizes = [0, 1, 64, 65, 0, 130, 3]
+    ends = torch.tensor(sizes).cumsum(0).to(torch.int32)
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(sum(sizes), n, generator=generator).to(dtype) for n in (8, 16))
+    weight = torch.randn(len(sizes), 16, 8, generator=generator).to(dtype)
+    x[66] = torch.nan  # a row of the fourth group
+    y, outer = by_groups.multiply(x, weight, ends), by_groups.multiply_outer(dy, x, ends)
+    for group, (end, size) in enumerate(zip(ends.tolist(), sizes, strict=True)):
+        rows = slice(end - size, end)
+        tolerance = {"rtol": 2e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {}
+        torch.testing.assert_close(y[rows], x[rows] @ weight[group].mT, equal_nan=True, **tolerance)
+        torch.testing.assert_close(outer[group], dy[rows].mT @ x[rows], equal_nan=True, **tolerance)
+    assert y.isnan().any(1).sum() == 1
