@@ -148,10 +148,12 @@ class MLP(nn.Module):
 
 class Block(UsesKernels):
     """Equations 10 and 11: twice, x <- norm(x + |alpha| (norm(branch) - x)). Nothing is normalised before a branch, as
-    x has length 1."""
+    x has length 1. Where it moves on from, the state is normalised first, as in the paper's code: but for the table's
+    rows, which are parameters, it is so already."""
 
     def __init__(self, cfg: NGPTConfig, layer: int) -> None:
         super().__init__()
+        self.reads_table = layer == 0
         self.self_attn = Attention(cfg, layer)
         self.mlp = MLP(cfg)
         self.attn_alpha, self.mlp_alpha = (
@@ -161,6 +163,7 @@ class Block(UsesKernels):
     def forward(self, x: Tensor, plan: Plan, rotation: Rotation, cache: KVCache | None = None) -> Tensor:
         dtype = compute_dtype(x)  # one conversion for all products that read x
         branch = self.self_attn(x.to(dtype), plan, rotation, cache)
+        x = unit_norm(x, self.kernels) if self.reads_table else x
         x = ngpt_update(x, branch, self.attn_alpha().abs(), self.kernels)
         return ngpt_update(x, self.mlp(x.to(dtype)), self.mlp_alpha().abs(), self.kernels)
 
@@ -190,9 +193,7 @@ class NGPT(Decoder):
         self, tokens: Tensor, doc_ids: Tensor | None, cache: Cache | None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, tuple[Plan, Rotation]]:
         past = self.check_input(tokens, doc_ids, cache, learned=False)
-        # Rows have length 1, but for what Adam did since the last of `normalize_every` steps.
-        x = unit_norm(self.embed_tokens(tokens), self.kernels)  # (B, T, D)
-        return x, self.shared(tokens, past, doc_ids, cu_seqlens)
+        return self.embed_tokens(tokens), self.shared(tokens, past, doc_ids, cu_seqlens)  # (B, T, D)
 
     def shared(
         self, tokens: Tensor, past: int, doc_ids: Tensor | None, cu_seqlens: Tensor | None = None
