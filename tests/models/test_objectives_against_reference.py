@@ -30,7 +30,15 @@ VOCABULARY, LENGTH = 11, 7
 SIZES = {"vocab_size": VOCABULARY, "n_ctx": 64, "d_model": 8, "n_heads": 2, "n_layers": 2}
 ONE = np.zeros((2, 16), dtype=np.int32)
 PACKED = np.array([[0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3], [5] + [6] * 8 + [7] * 7], dtype=np.int32)
-documents = pytest.mark.parametrize("docs", [ONE, PACKED], ids=["one-document", "packed"])
+
+
+def cases(**fields):
+    """Every one in packed rows; the first also in rows of one document."""
+    first, *_ = fields
+    packed = [pytest.param(given, PACKED, id=name) for name, given in fields.items()]
+    return pytest.mark.parametrize(
+        ("fields", "docs"), [*packed, pytest.param(fields[first], ONE, id=f"{first}-one-document")]
+    )
 
 
 def build(type_, **fields):
@@ -100,25 +108,17 @@ def ngpt(cfg, p, buffers, tokens, docs):
     return logits, {"ce": (nats_of(logits, 1, tokens, docs), 1.0)}
 
 
-@documents
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"tie_embeddings": True, "rope_theta": 50.0, "ffn_hidden": 12},
-        {
-            "alpha_init": 0.4,
-            "alpha_scale": 0.2,
-            "sqk_init": 1.5,
-            "sqk_scale": 0.7,
-            "suv_init": 0.8,
-            "suv_scale": 1.2,
-            "sz_init": 3.0,
-            "sz_scale": 0.5,
-        },
-    ],
-    ids=["default", "tied", "scales"],
-)
+NGPT = {
+    "default": {},
+    "tied": {"tie_embeddings": True, "rope_theta": 50.0, "ffn_hidden": 12},
+    "scales": {
+        **{"alpha_init": 0.4, "alpha_scale": 0.2, "sqk_init": 1.5, "sqk_scale": 0.7},
+        **{"suv_init": 0.8, "suv_scale": 1.2, "sz_init": 3.0, "sz_scale": 0.5},
+    },
+}
+
+
+@cases(**NGPT)
 def test_ngpt(fields, docs):
     adapter = build("ngpt", **fields)
     compare(adapter, docs, partial(ngpt, adapter.model_cfg))
@@ -187,10 +187,9 @@ def moe(cfg, p, buffers, tokens, docs):
     return logits, {"ce": (nats_of(logits, 1, tokens, docs), 1.0), **terms}
 
 
-@documents
-@pytest.mark.parametrize("name", MOE)
-def test_moe(name, docs):
-    adapter = build("moe", **MOE[name])
+@cases(**MOE)
+def test_moe(fields, docs):
+    adapter = build("moe", **fields)
     compare(adapter, docs, partial(moe, adapter.model_cfg))
 
 
@@ -208,19 +207,27 @@ def mtp(cfg, p, buffers, tokens, docs):
     }
 
 
-@documents
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"n_mtp_tokens": 3, "n_layers": 4, "tie_embeddings": False, "mtp_loss_weights": [1.0, 0.5, 2.0]},
-        {"n_mtp_tokens": 3, "isoparam": False, "head_topology": "causal", "qk_norm": True},
-        {"n_mtp_tokens": 3, "isoparam": False, "head_topology": "anticausal", "n_kv_heads": 1},
-        {"head_type": "linear", "isoparam": False},
-        {"n_mtp_tokens": 3, "head_type": "linear", "head_topology": "anticausal", "n_layers": 4},
-    ],
-    ids=["default", "three-heads", "causal", "anticausal", "linear", "linear-anticausal"],
-)
+MTP = {
+    "default": {},
+    "three-heads": {
+        "n_mtp_tokens": 3,
+        "n_layers": 4,
+        "tie_embeddings": False,
+        "mtp_loss_weights": [1.0, 0.5, 2.0],
+    },
+    "causal": {"n_mtp_tokens": 3, "isoparam": False, "head_topology": "causal", "qk_norm": True},
+    "anticausal": {"n_mtp_tokens": 3, "isoparam": False, "head_topology": "anticausal", "n_kv_heads": 1},
+    "linear": {"head_type": "linear", "isoparam": False},
+    "linear-anticausal": {
+        "n_mtp_tokens": 3,
+        "head_type": "linear",
+        "head_topology": "anticausal",
+        "n_layers": 4,
+    },
+}
+
+
+@cases(**MTP)
 def test_mtp(fields, docs):
     adapter = build("mtp", **{"n_layers": 3, **fields})
     compare(adapter, docs, partial(mtp, adapter.model_cfg))
@@ -272,25 +279,22 @@ def mtm(cfg, own, p, buffers, tokens, docs):
     return logits, terms
 
 
-@documents
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"mtp_lambda": 0.7},
-        {"n_mtp_modules": 3, "n_layers": 1, "concat_order": "embed_first", "mtp_hidden": "pre_norm"},
-        {
-            "n_mtp_modules": 2,
-            "n_layers": 1,
-            "mtp_share_head_norm": True,
-            "trunk_cfg": {"tie_embeddings": False},
-        },
-        {"trunk": "gpt2", "n_mtp_modules": 2, "n_layers": 1},
-        {"trunk": "gpt2", "mtp_share_head_norm": True, "trunk_cfg": {"bias": False, "tie_embeddings": False}},
-        {"trunk": "moe", "n_mtp_modules": 2, "trunk_cfg": MIXTRAL},
-        {"trunk": "moe", "trunk_cfg": {k: v for k, v in DEEPSEEK.items() if k != "n_layers"}},
-    ],
-    ids=["default", "three-modules", "shared-norm", "gpt2", "gpt2-plain", "mixtral", "deepseek"],
-)
+UNTIED = {"tie_embeddings": False}
+MTM = {
+    "default": {"mtp_lambda": 0.7},
+    "three-modules": {
+        "n_mtp_modules": 3,
+        "n_layers": 1,
+        "concat_order": "embed_first",
+        "mtp_hidden": "pre_norm",
+    },
+    "shared-norm": {"n_mtp_modules": 2, "n_layers": 1, "mtp_share_head_norm": True, "trunk_cfg": UNTIED},
+    "gpt2": {"trunk": "gpt2", "n_mtp_modules": 2, "n_layers": 1},
+    "gpt2-plain": {"trunk": "gpt2", "mtp_share_head_norm": True, "trunk_cfg": {"bias": False, **UNTIED}},
+}
+
+
+@cases(**MTM)
 def test_mtm(fields, docs):
     adapter = build("mtm", **fields)
     compare(adapter, docs, partial(mtm, adapter.model_cfg, adapter.model.trunk.cfg))
