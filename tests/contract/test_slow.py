@@ -1,5 +1,6 @@
 """What takes long: golden curves, compilation, kill -9, two processes."""
 
+import gc
 import math
 import os
 import random
@@ -23,9 +24,12 @@ from tests.contract.tiny import (
     adapter_of,
     batch_for,
     config,
+    device,
     environment,
     loss_and_gradients,
     overrides,
+    session_of,
+    trainer_of,
     with_dropout,
 )
 from trainer.loop import train
@@ -53,6 +57,32 @@ def test_compiled_blocks_equal_eager_ones(architecture):
     graphs = counters["stats"]["unique_graphs"]
     loss_and_gradients(adapter, [batch_for(adapter, seed=1)])
     assert counters["stats"]["unique_graphs"] == graphs > 0, "another batch compiles nothing anew"
+
+
+def memory_in_use() -> int:
+    """Bytes, of tensors on a device, else of the process."""
+    gc.collect()
+    if device().type == "cuda":
+        return torch.cuda.memory_allocated()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say what is in use")
+def test_memory_stays_flat_over_300_steps(architecture):
+    """Whatever outlives a step shows after so many, one vector of its states too."""
+    session = session_of(
+        architecture, "num_iterations=300", "global_batch_size=2", *with_dropout(architecture)
+    )
+    trainer, after = trainer_of(session), {}
+    for step in range(300):
+        batch = session.loader.load(step)
+        denominators, *_ = trainer._agree(batch)
+        trainer._train_step(batch, denominators)
+        if step % 10 == 9:
+            trainer.meter.read(session.world)
+        after[step + 1] = memory_in_use() if step + 1 in (50, 300) else 0
+    assert after[300] - after[50] < 250 * 8_000, after
 
 
 @pytest.mark.slow
