@@ -119,6 +119,7 @@ KERNELS: dict[str, Kernel] = {
         description="rows in groups, each times a matrix of its own",
         implementations={
             REFERENCE: Implementation("kernels.grouped_linear.reference:reference", host_syncs=("_to_copy",)),
+            "by_groups": Implementation("kernels.grouped_linear.by_groups:by_groups", devices=("cpu",)),
             "grouped_mm": Implementation(
                 "kernels.grouped_linear.grouped_mm:grouped_mm",
                 devices=("cpu", "cuda", "meta"),

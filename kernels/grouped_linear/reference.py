@@ -15,7 +15,8 @@ __all__ = ["reference"]
 def reference(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """x (M, K), weight (E, N, K), ends (E,) -> (M, N), group by group. Waits for the device: slices need their bounds
     on the host."""
-    bounds = [0, *ends.tolist()]
+    bounds = ends.tolist()
     assert bounds[-1] == len(x), f"the last group ends at row {bounds[-1]} of {len(x)}"
-    # Of unbind the gradient is one tensor for all groups, not a sum of as many as there are.
-    return torch.cat([x[a:b] @ w.mT for (a, b), w in zip(pairwise(bounds), weight.unbind(), strict=True)])
+    sizes = [end - start for start, end in pairwise([0, *bounds])]
+    # Of split and unbind the gradient is one tensor for all groups, not a sum of as many as there are.
+    return torch.cat([rows @ w.mT for rows, w in zip(x.split(sizes), weight.unbind(), strict=True)])

@@ -55,7 +55,3 @@ def _like(x: Tensor) -> Tensor:
 
 _kept = opaque("kept", _copy, _like)
 _kept.register_autograd(lambda ctx, gradient: gradient)
-
-
-def kept(x: Tensor) -> Tensor:
-    return _kept(x)

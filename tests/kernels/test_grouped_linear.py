@@ -16,7 +16,9 @@ from kernels.spec import drawn
 from tests.contract.test_devices import OnDevice
 
 CPU = torch.device("cpu")
-LOOP, AT_ONCE = Kernels({"grouped_linear": "reference"}), Kernels({"grouped_linear": "grouped_mm"})
+LOOP, BY_GROUPS, AT_ONCE = EVERY = [
+    Kernels({"grouped_linear": name}) for name in ("reference", "by_groups", "grouped_mm")
+]
 
 
 def call_of(ends=(3, 3, 10, 12), inputs=8, outputs=16, dtype=torch.float32, device=CPU):
@@ -27,16 +29,24 @@ def call_of(ends=(3, 3, 10, 12), inputs=8, outputs=16, dtype=torch.float32, devi
 
 
 def test_every_row_meets_the_matrix_of_its_group():
-    x, weight, ends = call_of(dtype=torch.float64)
-    kernels = Kernels()
-    y = grouped_linear(x, weight, ends, kernels)
+    x, weight, ends = call_of()
     groups = [0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 3, 3]
-    torch.testing.assert_close(y, torch.stack([weight[e] @ row for e, row in zip(groups, x, strict=True)]))
-    why = "auto: group by group; not grouped_mm: it computes bfloat16, float16, float32, and this is float64"
-    assert kernels.used == {"grouped_linear": {"reference": why}} and kernels.host_syncs == ("_to_copy",)
+    expected = torch.stack([weight[e] @ row for e, row in zip(groups, x, strict=True)])
+    for kernels in EVERY:
+        torch.testing.assert_close(grouped_linear(x, weight, ends, kernels), expected)
 
 
-@pytest.mark.parametrize("kernels", [LOOP, AT_ONCE])
+def test_a_cpu_takes_it_group_by_group_and_waits_for_nobody():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        kernels = Kernels()
+        grouped_linear(*call_of(dtype=dtype), kernels)
+        assert kernels.used == {"grouped_linear": {"by_groups": "auto: group by group, in few shapes"}}
+        assert kernels.host_syncs == ()
+    grouped_linear(*call_of(), kernels := Kernels({"default": "reference"}))
+    assert kernels.host_syncs == ("_to_copy",)
+
+
+@pytest.mark.parametrize("kernels", EVERY)
 def test_operands_are_narrowed_under_autocast(kernels):
     x, weight, ends = call_of()
     with torch.autocast("cpu", torch.bfloat16):
@@ -47,7 +57,7 @@ def test_operands_are_narrowed_under_autocast(kernels):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kernels", [LOOP, AT_ONCE])
+@pytest.mark.parametrize("kernels", EVERY)
 def test_the_gradient_of_a_matrix_that_no_row_chose_is_0(kernels, dtype):
     """Also of all at once, where there is no row."""
     for ends in ((3, 3, 10), (0, 0, 0)):
@@ -76,7 +86,7 @@ def test_rubbish_for_a_group_without_rows_is_not_handed_on(monkeypatch, outputs)
 
 def test_rows_behind_the_last_group_are_ours_to_prevent():
     x, weight, ends = call_of()
-    for kernels in (LOOP, AT_ONCE):
+    for kernels in EVERY:
         with pytest.raises(AssertionError, match="row 11 of 12"):
             grouped_linear(x, weight, ends.clamp(max=11), kernels)
 

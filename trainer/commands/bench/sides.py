@@ -88,7 +88,9 @@ def sides_of(
         else:
             sides.append(Side(name, load(way.where)))
     reference = load(KERNELS[op].implementations[REFERENCE].where)
-    if compiled:
+    if KERNELS[op].implementations[REFERENCE].host_syncs:
+        left_out[COMPILED] = "it fetches numbers that sizes depend on, and every other size would be compiled"
+    elif compiled:
         torch._dynamo.reset()
         sides.append(Side(COMPILED, torch.compile(reference, dynamic=False)))
     for name, where in spec.peers.items():
