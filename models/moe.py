@@ -181,10 +181,11 @@ class MoEConfig(VanillaConfig):
         # A group is scored by its two best.
         legal = [n for n in range(1, experts + 1) if experts % n == 0 and (n == 1 or experts // n >= 2)]
         if groups not in legal:
-            near = sorted(legal, key=lambda n: abs(n - groups))[:2]
+            # 1 is legal, so that there is one below; above there may be none.
+            near = [max(n for n in legal if n < groups), *[n for n in legal if n > groups][:1]]
             return [
                 f"model_cfg.n_group ({groups}) must divide model_cfg.num_experts ({experts}) into groups of at "
-                f"least 2; nearest: {', '.join(map(str, sorted(near)))}"
+                f"least 2; nearest: {', '.join(map(str, near))}"
             ]
         size = experts // groups
         enough = -(-self.chosen // size)

@@ -216,9 +216,9 @@ class ExpertLayer(nn.Module):
         return (y * weights).sum(1).to(y.dtype)
 
     def statistics(self, logits: Tensor, choice: Choice, loads: Tensor) -> dict[str, Tensor]:
-        """Of each row: `load` (B, E), its assignments; `balance` (B,), 1 where experts are equally busy, k / E times E
-        at worst; `router_z` (B,), the sum over tokens of the squared log-normaliser of the raw logits; for a gate with
-        a bias `sequence_balance` (B,), without it."""
+        """Of each row: `load` (B, E), its assignments; `balance` (B,), 1 where experts are equally busy, E / k where
+        the same always win; `router_z` (B,), the sum over tokens of the squared log-normaliser of the raw logits; for
+        a gate with a bias `sequence_balance` (B,), without it."""
         told = {
             "load": loads,
             "balance": self._balance(loads, choice.shares),
