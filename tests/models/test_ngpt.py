@@ -217,6 +217,7 @@ def test_states_have_length_1_behind_every_half_block_and_raw_logits_are_cosines
     import models.ngpt as ngpt
 
     model, seen, update = model_of(torch.float32), [], ngpt.ngpt_update
+    model.embed_tokens.weight.data *= 3  # as between two of `normalize_every` steps
 
     def watched(*args):
         seen.append((args[0], update(*args)))
