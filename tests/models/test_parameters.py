@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import resolve
+from models.layers.decoder import Hidden
 from models.layers.flops import mean_keys
 from models.layers.init import normal_
 from models.layers.roles import Rule, parameters_by_role, rule_for
@@ -137,10 +138,30 @@ def test_rules_refuse_unknown_roles_and_names():
     assert rule_for([Rule("a.*", "head"), Rule("ab", "matrix")], "ab").role == "head"
 
 
-@pytest.mark.parametrize(("type_", "extra"), [("gpt2", {"wpe_init_std": 0.01}), ("vanilla", {})])
-def test_initial_scales_and_loss(type_, extra):
-    fields = {"vocab_size": 1000, "n_ctx": 512, "d_model": 256, "n_heads": 4, "n_layers": 2, **extra}
-    model = build(type_, torch.float32, std=None, tie_embeddings=False, **fields)
+UNTIED = {"tie_embeddings": False}
+EXPERTS = {"num_experts": 400, "d_ff_expert": 8}  # as many, for the gate to be large enough to be measured
+INITIAL = [
+    ("gpt2", {"wpe_init_std": 0.01, **UNTIED}),
+    ("vanilla", UNTIED),
+    ("moe", {**EXPERTS, **UNTIED}),
+    ("moe", {**EXPERTS, "gate_type": "deepseek_v3", "n_layers": 3}),
+    ("mtp", {"n_layers": 3}),
+    ("mtp", {"head_type": "linear", "isoparam": False}),
+    ("mtm", {"n_mtp_modules": 2}),
+    ("mtm", {"trunk": "gpt2", "trunk_cfg": {"wpe_init_std": 0.01, **UNTIED}}),
+]
+
+
+@pytest.mark.parametrize(
+    ("type_", "fields"),
+    INITIAL,
+    ids=[f"{type_}-{'-'.join(map(str, kw.values()))[:30]}" for type_, kw in INITIAL],
+)
+def test_initial_scales_and_loss(type_, fields):
+    """Of what is large enough to be measured; the residual of a block counts the layers of the stack."""
+    sizes = {"vocab_size": 1000, "n_ctx": 512, "d_model": 320, "n_heads": 4, "n_layers": 2}
+    model = build(type_, torch.float32, std=None, **{**sizes, **fields})
+    residual_std = 0.02 / math.sqrt(2 * model.cfg.n_layers)
     checked = set()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -148,15 +169,16 @@ def test_initial_scales_and_loss(type_, extra):
         elif parameter.ndim == 1:
             assert torch.equal(parameter, torch.ones_like(parameter)), name
         elif parameter.numel() >= 1e5:
-            residual = name.endswith(("c_proj.weight", "o_proj.weight", "down_proj.weight"))
-            expected = {"wpe.weight": 0.01}.get(name, 0.02 / math.sqrt(2 * 2) if residual else 0.02)
+            residual = name.removesuffix(".weight").endswith(("c_proj", "o_proj", "down_proj"))
+            expected = 0.01 if name.endswith("wpe.weight") else residual_std if residual else 0.02
             assert parameter.std().item() == pytest.approx(expected, rel=0.03), name
             assert abs(parameter.mean().item()) < 0.001, name
             checked.add(name)
-    assert len(checked) >= 6
+    assert len(checked) >= 8
     tokens = tokens_of(rows=4, length=65, vocabulary=1000)
     with torch.no_grad():
-        logits = model.logits(model(tokens[:, :-1]))
+        hidden = model(tokens[:, :-1])
+        logits = model.logits(hidden.states if isinstance(hidden, Hidden) else hidden)
     loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     assert loss.item() == pytest.approx(math.log(1000), abs=0.3)
 
