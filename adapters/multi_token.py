@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from adapters.base import Context, DataSpec, Prepared, StepOutput
-from adapters.default import DefaultModelAdapter, as_hidden, nth
+from adapters.default import as_hidden, nth
 from adapters.documents import documents_among
+from adapters.experts import ExpertsAdapter
 from models.layers.decoder import Hidden, further
 from models.mtm import MTM
 
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
 __all__ = ["MultiTokenAdapter"]
 
 
-class MultiTokenAdapter(DefaultModelAdapter):
+class MultiTokenAdapter(ExpertsAdapter):
     """Loss terms `ce`, and `head_2` to `head_n` of the k-th token after each position, each a mean over the positions
     that have such a token in their document, and weighed by the Config's `loss_weights`. A weight of 0 skips nothing.
 
-    Logits of one head exist at a time.
+    Logits of one head exist at a time. Experts of modules are balanced with those of the trunk.
     """
 
     done = 0.0  # share of the training behind this step
@@ -42,6 +43,10 @@ class MultiTokenAdapter(DefaultModelAdapter):
             return MTM(model_cfg.deepseek)
         return model_class(model_cfg)
 
+    @property
+    def experts_cfg(self) -> Any:
+        return self.model.trunk.cfg
+
     def data_spec(self) -> DataSpec:
         return DataSpec(lookahead=self.model_cfg.tokens_ahead)
 
@@ -51,12 +56,13 @@ class MultiTokenAdapter(DefaultModelAdapter):
         return prepared
 
     def on_step_start(self, ctx: Context, total_steps: int) -> None:
+        super().on_step_start(ctx, total_steps)
         self.done = ctx.step / total_steps
 
     def hidden(self, prepared: Prepared) -> Hidden:
         t = prepared.tensors
         ahead = [t[nth("targets", k)] for k in range(1, 1 + prepared.host["further"])]
-        return as_hidden(self.model(t["inputs"], **documents_among(t), ahead=ahead))
+        return as_hidden(self.model(t["inputs"], **documents_among(t), **self.drawn(prepared), ahead=ahead))
 
     def step_output(self, hidden: Hidden, prepared: Prepared) -> StepOutput:
         output = super().step_output(hidden, prepared)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 import models
@@ -28,6 +28,7 @@ from configs.schema import DefaultModelConfig, Dropout, Fraction, Free, NonNegat
 from models.drafters import ModuleDrafter
 from models.layers.cache import Cache, KVCache
 from models.layers.decoder import Decoder, Hidden, further, through
+from models.layers.experts import active_parameters
 from models.layers.flops import Flops, matmul_flops
 from models.layers.roles import Rule
 from naming import load
@@ -44,6 +45,10 @@ def _folded(given: Any) -> Any:
     return given
 
 
+def _model_class(type_: str) -> Any:
+    return load(models.resolve(type_).model)
+
+
 class MTMConfig(DefaultModelConfig):
     dropout: Free[Dropout] = 0.0  # of embeddings, attention probabilities and what blocks add
     n_mtp_modules: NonNegative = 1  # D
@@ -57,15 +62,28 @@ class MTMConfig(DefaultModelConfig):
     mtp_share_head_norm: bool = (
         False  # the trunk's last norm before the output matrix, instead of one per module
     )
-    trunk: Literal["vanilla", "gpt2"] = "vanilla"
-    # Fields of the trunk's own Config, beyond those above that it has too.
-    trunk_cfg: Annotated[dict[str, Any], BeforeValidator(_folded)] = Field(default_factory=dict)
+    trunk: Literal["vanilla", "gpt2", "moe"] = "vanilla"
+    # Fields of the trunk's own Config, beyond those above that it has too. What is not given has its default there.
+    trunk_cfg: Annotated[dict[str, Any], BeforeValidator(_folded)] = Field({}, validate_default=True)
 
     examples = {
         "mtp_lambda_final": (0.1, {"mtp_lambda_switch": 0.25}),
         "mtp_lambda_switch": (0.25, {"mtp_lambda_final": 0.1}),
+        "trunk": ("gpt2", {"trunk_cfg": {}}),
         "trunk_cfg": {"norm_eps": 0.1},
     }
+
+    @field_validator("trunk_cfg")
+    @classmethod
+    def _complete(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        """Of whatever is given all is stated, so that a run's record says what it was trained with."""
+        if "trunk" not in info.data:
+            return given
+        fields = _model_class(info.data["trunk"]).Config.model_fields
+        defaults = {
+            name: field.get_default() for name, field in fields.items() if name not in cls.model_fields
+        }
+        return {**defaults, **given}
 
     @property
     def tokens_ahead(self) -> int:
@@ -74,7 +92,7 @@ class MTMConfig(DefaultModelConfig):
 
     @property
     def trunk_class(self) -> Any:
-        return load(models.resolve(self.trunk).model)
+        return _model_class(self.trunk)
 
     @property
     def trunk_config(self) -> DefaultModelConfig:
@@ -270,6 +288,10 @@ class MTM(Decoder):
             *(replace(rule, pattern=rf"trunk\.({rule.pattern})") for rule in of_trunk),
             *of_trunk,
         ]
+
+    def active_parameters(self) -> int | None:
+        """Where not all parameters act on a token."""
+        return active_parameters(self) if hasattr(self.trunk, "active_parameters") else None
 
     def flops(self, seq_len: int) -> Flops:
         """Modules and their products with the output matrix take part in training only."""

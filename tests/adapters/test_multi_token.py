@@ -161,6 +161,35 @@ def test_deepseeks_modules_under_mtp_are_those_of_mtm():
     assert [t.weight for t in one.terms.values()] == [t.weight for t in other.terms.values()]
 
 
+@pytest.mark.parametrize("gate", ["mixtral", "deepseek_v3"])
+def test_experts_of_modules_are_counted_and_balanced_with_those_of_the_trunk(gate):
+    """Each has its own: its losses, its tokens and its bias, one more layer per module."""
+    adapter = of(
+        "mtm", 3, "model_cfg.trunk=moe", f"model_cfg.trunk_cfg={{gate_type: {gate}, first_k_dense: 0}}"
+    )
+    output, prepared = step(adapter, batch_for(adapter))
+    load, tokens = adapter.load, prepared.tensors["inputs"].numel()
+    layer, (first, second) = (
+        adapter.model.trunk.layers[0].mlp,
+        (m.block.mlp for m in adapter.model.mtp_modules),
+    )
+    assert adapter.layers == [layer, first, second]
+    assert load.sum(1).tolist() == [tokens * layer.gate.top_k] * 3
+    assert len({id(p) for one in adapter.layers for p in one.parameters()}) == 3 * len([*layer.parameters()])
+    term = "balance" if gate == "mixtral" else "sequence_balance"
+    for one in (layer, first, second):
+        adapter.zero_grad()
+        step(adapter, batch_for(adapter))[0].terms[term].sum.backward()
+        assert one.gate.weight.grad.any()
+    assert adapter.active_parameters() < sum(p.numel() for p in adapter.parameters())
+    if gate == "deepseek_v3":
+        adapter.load = load
+        adapter.after_step(0, torch.zeros(()))
+        for one, counts in zip(adapter.layers, load, strict=True):
+            towards_mean = (counts.sum() - len(counts) * counts).sign()
+            torch.testing.assert_close(one.gate.e_score_correction_bias, 0.001 * towards_mean.float())
+
+
 # -- what counts -------------------------------------------------------------------------------------------------------
 
 
