@@ -10,6 +10,7 @@ Shapes: B rows, T tokens, D width, E experts, k per token, f hidden width of one
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
@@ -17,9 +18,19 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
 from configs.schema import Fraction, Free, NonNegative, NonNegativeFloat, OpenFraction, Positive, Rate
+from models.huggingface import ROWS, Row, model_type_of
 from models.layers.cache import KVCache
-from models.layers.experts import BiasedGate, ExpertLayer, Experts, Gate, SoftmaxGate, active_parameters
+from models.layers.experts import (
+    CORRECTION_BIAS,
+    BiasedGate,
+    ExpertLayer,
+    Experts,
+    Gate,
+    SoftmaxGate,
+    active_parameters,
+)
 from models.layers.flops import Flops, matmul_flops
+from models.layers.huggingface_experts import Single, single
 from models.layers.init import residual_std
 from models.layers.roles import Rule
 from models.vanilla import MLP, Block, Rotation, Vanilla, VanillaConfig, block_flops
@@ -119,6 +130,14 @@ class MoEConfig(VanillaConfig):
         return self.or_default("n_shared_experts")
 
     @property
+    def dense_layers(self) -> int:
+        return self.or_default("first_k_dense")
+
+    @property
+    def factor(self) -> float:
+        return self.or_default("gate_norm_factor")
+
+    @property
     def expert_width(self) -> int:
         """f: so that what a token uses is as wide as the control's layer, rounded up to a multiple of 8."""
         if self.d_ff_expert is not None:
@@ -127,7 +146,7 @@ class MoEConfig(VanillaConfig):
 
     def has_experts(self, layer: int) -> bool:
         """Layers beyond the stack's, such as those of another model that is built of these, do."""
-        dense = self.or_default("first_k_dense")
+        dense = self.dense_layers
         return layer >= self.n_layers or (layer >= dense and (layer - dense) % self.moe_every == 0)
 
     @property
@@ -211,8 +230,7 @@ class MoEConfig(VanillaConfig):
         common = (self.d_model, self.experts, self.chosen, self.jitter_noise, layer)
         if self.gate_type == "mixtral":
             return SoftmaxGate(*common)
-        factor = self.or_default("gate_norm_factor")
-        return BiasedGate(*common, factor=factor, groups=self.n_group, kept_groups=self.topk_group)
+        return BiasedGate(*common, factor=self.factor, groups=self.n_group, kept_groups=self.topk_group)
 
     def dense(self, width: int, **changes: Any) -> VanillaConfig:
         """For parts of the control with a feed-forward layer of `width`."""
@@ -315,3 +333,27 @@ class MoE(Vanilla):
 
     def active_parameters(self) -> int:
         return active_parameters(self)
+
+    # -- the files of Hugging Face transformers (`MixtralForCausalLM`, `Glm4MoeForCausalLM`) --------------------
+
+    hf_exact = (CORRECTION_BIAS,)
+
+    @property
+    def hf(self) -> Row:  # type: ignore[override]
+        return ROWS[model_type_of("moe", self.cfg)]
+
+    def hf_views(self) -> dict[str, Tensor]:
+        """As in the base class, experts one by one, and the biases of gates."""
+        views = super().hf_views()
+        views |= {
+            self.hf_prefix + name: buffer
+            for name, buffer in self.named_buffers()
+            if name.endswith(CORRECTION_BIAS)
+        }
+        found: dict[str, Tensor] = {}
+        for name, view in views.items():
+            found |= single(name, view, self.hf.experts)
+        return found
+
+    def hf_single(self, hf: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return Single(hf, self.hf.experts)

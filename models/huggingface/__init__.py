@@ -16,7 +16,17 @@ from naming import not_one_of
 if TYPE_CHECKING:
     from configs.schema import ModelConfig
 
-__all__ = ["ROWS", "Field", "Row", "form_of", "to_config"]
+__all__ = ["ROWS", "Field", "Row", "form_of", "model_type_of", "to_config"]
+
+_WIDTHS = {"n_kv_heads": "kv_heads", "ffn_hidden": "hidden_width"}
+_OF_EXPERTS = {
+    "num_experts": "experts",
+    "top_k": "chosen",
+    "n_shared_experts": "shared",
+    "d_ff_expert": "expert_width",
+    "first_k_dense": "dense_layers",
+    "gate_norm_factor": "factor",
+}
 
 # `model_type` in config.json -> row. Defaults are those of the classes of transformers 5, which leave out of the file
 # what has its default.
@@ -65,8 +75,8 @@ ROWS: dict[str, Row] = {
             "hidden_size": Field("d_model", int, 4096),
             "num_hidden_layers": Field("n_layers", int, 32),
             "num_attention_heads": Field("n_heads", int, 32),
-            "num_key_value_heads": Field("n_kv_heads", int, "num_attention_heads", written="kv_heads"),
-            "intermediate_size": Field("ffn_hidden", int, 11008, written="hidden_width"),
+            "num_key_value_heads": Field("n_kv_heads", int, "num_attention_heads"),
+            "intermediate_size": Field("ffn_hidden", int, 11008),
             "rms_norm_eps": Field("norm_eps", float, 1e-6),
             "rope_theta": Field("rope_theta", float, 10000.0),
             "tie_word_embeddings": Field("tie_embeddings", bool, False),
@@ -85,11 +95,101 @@ ROWS: dict[str, Row] = {
             "attn_softcap": None,
             "sliding_window": None,
         },
+        in_force=_WIDTHS,
         dropouts=("attention_dropout",),
         # How many pieces a product is computed in; what some published files repeat.
         ignored={"pretraining_tp", "is_llama_config", "max_sequence_length"},
     ),
+    "mixtral": Row(
+        type="moe",
+        name="Mixtral",
+        classes=("MixtralForCausalLM", "MixtralModel"),
+        fields={
+            "vocab_size": Field("vocab_size", int, 32000),
+            "max_position_embeddings": Field("n_ctx", int, 131072),
+            "hidden_size": Field("d_model", int, 4096),
+            "num_hidden_layers": Field("n_layers", int, 32),
+            "num_attention_heads": Field("n_heads", int, 32),
+            "num_key_value_heads": Field("n_kv_heads", int, 8, nullable=True),
+            "intermediate_size": Field("d_ff_expert", int, 14336),
+            "num_local_experts": Field("num_experts", int, 8),
+            "num_experts_per_tok": Field("top_k", int, 2),
+            "rms_norm_eps": Field("norm_eps", float, 1e-5),
+            "rope_theta": Field("rope_theta", float, 1e6),
+            "sliding_window": Field("sliding_window", int, None, nullable=True),
+            "tie_word_embeddings": Field("tie_embeddings", bool, False),
+        },
+        required={
+            "hidden_act": ("silu", "swish"),
+            "head_dim": lambda fields: (None, fields["d_model"] // fields["n_heads"]),
+        },
+        ours={
+            **{"use_rope": True, "use_rmsnorm": True, "use_swiglu": True, "bias": False, "qk_norm": False},
+            **{"attn_softcap": None, "gate_type": "mixtral", "n_shared_experts": 0},
+            **{"first_k_dense": 0, "moe_every": 1},
+        },
+        in_force=_WIDTHS | _OF_EXPERTS,
+        dropouts=("attention_dropout",),
+        spellings={"num_experts": "num_local_experts"},
+        # Of training.
+        ignored={"router_aux_loss_coef", "router_jitter_noise", "output_router_logits"},
+        experts={"mlp": "block_sparse_moe", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
+    ),
+    # The layers of DeepSeek-V3 between plain attention; its own model attends over latent keys, which none here does.
+    "glm4_moe": Row(
+        type="moe",
+        name="GLM-4 MoE",
+        classes=("Glm4MoeForCausalLM", "Glm4MoeModel"),
+        fields={
+            "vocab_size": Field("vocab_size", int, 151552),
+            "max_position_embeddings": Field("n_ctx", int, 131072),
+            "hidden_size": Field("d_model", int, 4096),
+            "num_hidden_layers": Field("n_layers", int, 46),
+            "num_attention_heads": Field("n_heads", int, 96),
+            "num_key_value_heads": Field("n_kv_heads", int, 8),
+            "intermediate_size": Field("ffn_hidden", int, 10944),
+            "moe_intermediate_size": Field("d_ff_expert", int, 1408),
+            "n_routed_experts": Field("num_experts", int, 128),
+            "num_experts_per_tok": Field("top_k", int, 8),
+            "n_shared_experts": Field("n_shared_experts", int, 1),
+            "first_k_dense_replace": Field("first_k_dense", int, 1, least=0),
+            "n_group": Field("n_group", int, 1),
+            "topk_group": Field("topk_group", int, 1),
+            "routed_scaling_factor": Field("gate_norm_factor", float, 1.0),
+            "rms_norm_eps": Field("norm_eps", float, 1e-5),
+            "rope_theta": Field("rope_theta", float, 10000.0),
+            "use_qk_norm": Field("qk_norm", bool, False),
+            "tie_word_embeddings": Field("tie_embeddings", bool, False),
+        },
+        required={
+            "hidden_act": ("silu", "swish"),
+            "head_dim": lambda fields: (None, fields["d_model"] // fields["n_heads"]),
+            "attention_bias": (False,),
+            "norm_topk_prob": (True,),
+            "partial_rotary_factor": (1.0,),
+            # Modules behind the model that draft tokens, and change none.
+            "num_nextn_predict_layers": (0, 1),
+        },
+        ours={
+            **{"use_rope": True, "use_rmsnorm": True, "use_swiglu": True, "bias": False},
+            **{"attn_softcap": None, "sliding_window": None, "gate_type": "deepseek_v3", "moe_every": 1},
+        },
+        in_force=_WIDTHS | _OF_EXPERTS,
+        dropouts=("attention_dropout",),
+        spellings={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
+        ignored={"output_router_logits"},
+        rotated=0.5,
+        experts={part: part for part in ("mlp", "gate_proj", "up_proj", "down_proj")},
+    ),
 }
+
+
+# Asked for by those who know the layers of ours that they are made of.
+_LATENT = (
+    "it attends over latent keys and values (MLA), which is not computed here. Its layers of experts are those of type "
+    "moe with model_cfg.gate_type=deepseek_v3; with plain attention transformers has them as glm4_moe"
+)
+_BEYOND = {"deepseek_v2": _LATENT, "deepseek_v3": _LATENT}
 
 
 def form_of(config: Mapping[str, Any], source: str) -> Row:
@@ -97,6 +197,8 @@ def form_of(config: Mapping[str, Any], source: str) -> Row:
     given = config.get("model_type")
     if given is None:
         raise ConfigError(f"{source}: no model_type. Architectures that are read: {', '.join(ROWS)}")
+    if isinstance(given, str) and given in _BEYOND:
+        raise ConfigError(f"{source}: model_type is {given}: {_BEYOND[given]}")
     if not isinstance(given, str) or given not in ROWS:
         raise ConfigError(f"{source}: model_type: {not_one_of(given, ROWS)}")
     return ROWS[given]
@@ -108,8 +210,14 @@ def to_config(type_: str, model_cfg: ModelConfig, **entries: Any) -> dict[str, A
     Raises:
         ValueError: transformers has no such architecture, or none with these fields.
     """
-    for model_type, row in ROWS.items():
-        if row.type == type_:
-            return {"model_type": model_type, **row.write(model_cfg), **entries}
-    have = ", ".join(row.type for row in ROWS.values())
-    raise ValueError(f"type {type_} has no form in Hugging Face transformers; {have} have one")
+    model_type = model_type_of(type_, model_cfg)
+    return {"model_type": model_type, **ROWS[model_type].write(model_cfg), **entries}
+
+
+def model_type_of(type_: str, model_cfg: ModelConfig) -> str:
+    """Of the rows of our type that which such a model has, else the nearest. ValueError where there is none."""
+    rows = {model_type: row for model_type, row in ROWS.items() if row.type == type_}
+    if not rows:
+        have = ", ".join(dict.fromkeys(row.type for row in ROWS.values()))
+        raise ValueError(f"type {type_} has no form in Hugging Face transformers; {have} have one")
+    return min(rows, key=lambda model_type: len(rows[model_type].beyond(model_cfg)))

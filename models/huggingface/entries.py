@@ -66,18 +66,22 @@ _PLAIN = (
 )
 
 
-def unnested(config: Mapping[str, Any]) -> dict[str, Any]:
+def unnested(config: Mapping[str, Any], rotated: float = 1.0) -> dict[str, Any]:
     """`rope_parameters: {rope_theta, rope_type: default}` of transformers 5, and a `rope_scaling` that scales nothing,
-    as the `rope_theta` of the versions before it. What asks for more stays, for the row to refuse."""
+    as the `rope_theta` of the versions before it. What asks for more stays, for the row to refuse; so does a
+    `partial_rotary_factor`, which is `rotated` where nothing says it, other than 1."""
     entries = dict(config)
+    parts = [entries.pop("partial_rotary_factor", None)]
     for name in ("rope_parameters", "rope_scaling"):
         inner = entries.get(name)
         if not isinstance(inner, Mapping):
             continue
+        parts.append(inner.get("partial_rotary_factor"))
         rest = {k: v for k, v in inner.items() if (k, v) not in _PLAIN and k != "rope_theta"}
         if not rest:
             del entries[name]
             entries |= {k: v for k, v in inner.items() if k == "rope_theta" and v is not None}
-    if entries.get("partial_rotary_factor") == 1:
-        del entries["partial_rotary_factor"]
+    if not any(isinstance(entries.get(name), Mapping) for name in ("rope_parameters", "rope_scaling")):
+        part = next((part for part in parts if part is not None), rotated)
+        entries |= {} if part == 1 else {"partial_rotary_factor": part}
     return entries

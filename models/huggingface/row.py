@@ -17,21 +17,33 @@ if TYPE_CHECKING:
 
 __all__ = ["Field", "Row"]
 
-_NEEDED = {int: "a whole number from 1 on", float: "a number above 0", bool: "true or false"}
-
 
 @dataclass(frozen=True)
 class Field:
     """A field of `model_cfg` that an entry of config.json decides.
 
     `default`: what the entry means where it is absent; a text names another entry, whose value it then has, as it also
-    has where it is null. `written`: attribute of our Config with the value to write, where the field may be null.
+    has where it is null. `least` whole number; `nullable`: null is a value too, ours as theirs.
     """
 
     name: str
     kind: type
     default: Any
-    written: str = ""
+    least: int = 1
+    nullable: bool = False
+
+    def takes(self, value: Any) -> bool:
+        if value is None or self.kind is bool or isinstance(value, bool):
+            return self.nullable if value is None else self.kind is bool and isinstance(value, bool)
+        if self.kind is int:
+            return isinstance(value, int) and value >= self.least
+        return isinstance(value, int | float) and value > 0
+
+    @property
+    def needed(self) -> str:
+        whole = f"a whole number from {self.least} on"
+        said = {int: whole, float: "a number above 0", bool: "true or false"}[self.kind]
+        return f"{said}, or null," if self.nullable else said
 
 
 @dataclass(frozen=True)
@@ -41,9 +53,11 @@ class Row:
     `classes`: its class with a language-model head in transformers, then the one without. `fields`: entry -> field;
     where two entries are one field, they must agree. `required`: entry -> the values that are computed here, the one
     that counts where the entry is absent first; or a function of the fields read. `ours`: field -> the value that it
-    has in every such file; a model with another has no such form. `dropouts`: entries that say what `dropout` does,
-    which stays the run's. `spellings`: other names of entries. `ignored`: entries that change nothing, besides those
-    of all rows.
+    has in every such file; a model with another has no such form. `in_force`: field that may be null -> attribute of
+    our Config with what it then is. `dropouts`: entries that say what `dropout` does, which stays the run's.
+    `spellings`: other names of entries. `ignored`: entries that change nothing, besides those of all rows. `rotated`:
+    the part of each head that is rotated where the file does not say. `experts`: what the parts of an expert layer are
+    called in files, by our names.
     """
 
     type: str
@@ -52,9 +66,12 @@ class Row:
     fields: Mapping[str, Field]
     required: Mapping[str, tuple[Any, ...] | Callable[[Mapping[str, Any]], tuple[Any, ...]]]
     ours: Mapping[str, Any]
+    in_force: Mapping[str, str] = attribute(default_factory=dict)
     dropouts: tuple[str, ...] = ()
     spellings: Mapping[str, str] = attribute(default_factory=dict)
     ignored: set[str] = attribute(default_factory=set)
+    rotated: float = 1.0
+    experts: Mapping[str, str] = attribute(default_factory=dict)
 
     def read(self, config: Mapping[str, Any], source: str) -> dict[str, Any]:
         """Fields of `model_cfg` that a config.json decides. `source` is its name in messages.
@@ -62,12 +79,12 @@ class Row:
         Raises:
             ConfigError: entries with values that cannot be, and all those that ask for what is not computed here.
         """
-        entries, problems = self._spelled(unnested(config))
+        entries, problems = self._spelled(unnested(config, self.rotated))
         fields: dict[str, Any] = {}
         for entry, field in self.fields.items():
             value = self._value(entry, entries)
-            if not _is(field.kind, value):
-                problems.append(f"{entry} is {_said(value)}: {_NEEDED[field.kind]} is needed")
+            if not field.takes(value):
+                problems.append(f"{entry} is {_said(value)}: {field.needed} is needed")
             elif fields.setdefault(field.name, value) != value:
                 problems.append(self._divided(field.name, entries))
         if not problems:
@@ -83,17 +100,29 @@ class Row:
         fixed = {name: values[0] for name, values in self.required.items() if isinstance(values, tuple)}
         return {
             "architectures": [self.classes[0]],
-            **{e: getattr(model_cfg, f.written or f.name) for e, f in self.fields.items()},
+            **{entry: self._own(model_cfg, field.name) for entry, field in self.fields.items()},
             **fixed,
             **dict.fromkeys(self.dropouts, getattr(model_cfg, "dropout", 0.0)),
         }
 
     def require_form(self, model_cfg: ModelConfig) -> None:
         """ValueError unless the architecture in transformers can be what this Config says."""
-        other = {k: getattr(model_cfg, k) for k, v in self.ours.items() if getattr(model_cfg, k) != v}
-        if other:
+        if other := self.beyond(model_cfg):
             told = ", ".join(f"{k}: {_said(v)}" for k, v in other.items())
             raise ValueError(f"{self.name} has no counterpart of {told}")
+
+    def beyond(self, model_cfg: ModelConfig) -> dict[str, Any]:
+        """Fields of a Config, with their values, that have no form there."""
+        found = {name: self._own(model_cfg, name) for name in self.ours}
+        found = {name: value for name, value in found.items() if value != self.ours[name]}
+        for field in self.fields.values():
+            value = self._own(model_cfg, field.name)
+            if value is not None and not field.takes(value):
+                found[field.name] = value
+        return found
+
+    def _own(self, model_cfg: ModelConfig, name: str) -> Any:
+        return getattr(model_cfg, self.in_force.get(name, name))
 
     def _value(self, entry: str, entries: Mapping[str, Any]) -> Any:
         default = self.fields[entry].default
@@ -144,9 +173,3 @@ class Row:
 def _said(value: Any) -> str:
     """A value as config.json has it, its beginning where it is long."""
     return shorten_text(json.dumps(value), 200)
-
-
-def _is(kind: type, value: Any) -> bool:
-    if kind is bool or isinstance(value, bool):
-        return kind is bool and isinstance(value, bool)
-    return isinstance(value, int if kind is int else int | float) and value > 0

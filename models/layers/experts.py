@@ -35,6 +35,8 @@ __all__ = [
     "expert_layers",
 ]
 
+CORRECTION_BIAS = "e_score_correction_bias"  # the buffer that moves choices, as transformers calls it
+
 
 @dataclass
 class Choice:

@@ -23,6 +23,7 @@ class HuggingFaceDecoder(Decoder):
     hf: Row  # of the table: the architecture there
     hf_prefix: str  # of every name but the head's, in files that have a head
     hf_buffers: tuple[str, ...]  # endings of what older files hold besides weights
+    hf_exact: tuple[str, ...] = ()  # endings of what is rounded to no narrower numbers
 
     def to_hf_state_dict(self) -> dict[str, Tensor]:
         """Copies of the weights under foreign names and in foreign layout, without padding."""
@@ -36,6 +37,7 @@ class HuggingFaceDecoder(Decoder):
         ValueError if a key is missing or left over, if a shape differs, if numbers are no plain floats, or if the file
         needs what this configuration lacks, such as a head of its own. Nothing is loaded then.
         """
+        hf = self.hf_single(hf)
         found = {  # our name for it -> theirs
             name if name.startswith((self.hf_prefix, "lm_head.")) else self.hf_prefix + name: name
             for name in hf
@@ -72,6 +74,10 @@ class HuggingFaceDecoder(Decoder):
             )
         views.setdefault(HEAD, views[self.hf_prefix + self._table_name()])
         return views
+
+    def hf_single(self, hf: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Weights as they are given, with one tensor for each of `hf_views`."""
+        return hf
 
     def _table_name(self) -> str:
         return next(name for name, p in self.named_parameters() if p is self.embedding_weight)

@@ -8,6 +8,7 @@ from configs.messages import ConfigError
 from models import ARCHITECTURES
 from models.gpt2 import GPT2Config
 from models.huggingface import ROWS, Field, Row, form_of, to_config
+from models.moe import MoEConfig
 from models.vanilla import VanillaConfig
 from naming import load
 
@@ -21,7 +22,12 @@ LLAMA = {
     "max_position_embeddings": 32,
     "vocab_size": 300,
 }
-PLAIN = {"gpt2": GPT2, "llama": LLAMA}
+MIXTRAL = {**LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_key_value_heads": 2}
+GLM = {
+    **{**LLAMA, "model_type": "glm4_moe", "num_key_value_heads": 2, "partial_rotary_factor": 1.0},
+    **{"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "n_shared_experts": 2},
+}
+PLAIN = {"gpt2": GPT2, "llama": LLAMA, "mixtral": MIXTRAL, "glm4_moe": GLM}
 
 
 def fields(model_type, **entries):
@@ -48,6 +54,16 @@ def test_sizes_are_read():
         **{"use_rope": True, "use_rmsnorm": True, "use_swiglu": True, "qk_norm": False},
         **{"attn_softcap": None, "sliding_window": None},
     }
+
+
+def test_experts_are_read():
+    read = fields("mixtral", num_experts_per_tok=3, sliding_window=16)
+    assert read | {"num_experts": 4, "top_k": 3, "d_ff_expert": 96, "sliding_window": 16} == read
+    assert read | {"gate_type": "mixtral", "n_shared_experts": 0, "first_k_dense": 0, "moe_every": 1} == read
+    read = fields("glm4_moe", first_k_dense_replace=0, routed_scaling_factor=2.5, n_group=4, topk_group=2)
+    assert read | {"num_experts": 8, "top_k": 3, "d_ff_expert": 24, "n_shared_experts": 2} == read
+    assert read | {"ffn_hidden": 96, "first_k_dense": 0, "gate_norm_factor": 2.5, "qk_norm": False} == read
+    assert read | {"gate_type": "deepseek_v3", "n_group": 4, "topk_group": 2} == read
 
 
 @pytest.mark.parametrize("entries", [{}, {"num_key_value_heads": None}])
@@ -119,6 +135,12 @@ PUBLISHED = {
         "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float16",
         "transformers_version": "4.31.0.dev0", "use_cache": True,
     }),
+    "Mixtral-8x7B-v0.1": ("mixtral", {
+        "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+        "hidden_act": "silu", "initializer_range": 0.02, "output_router_logits": False, "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02, "sliding_window": None, "num_experts_per_tok": 2,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.36.0.dev0",
+    }),
     "SmolLM2-135M": ("llama", {
         "attention_bias": False, "attention_dropout": 0.0, "is_llama_config": True, "rope_interleaved": False,
         "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "rope_theta": 10000,
@@ -157,6 +179,13 @@ REFUSED = [
     ("llama", {"sliding_window": 4096}, "sliding_window is 4096: this is not computed here"),
     ("llama", {"hidden_act": "gelu"}, 'hidden_act is "gelu": Llama is computed with "silu" or "swish" here'),
     ("llama", {"head_dim": 32}, "head_dim is 32: Llama is computed with null or 16 here"),
+    ("mixtral", {"num_key_value_heads": 0}, "num_key_value_heads is 0: a whole number from 1 on, or null, is needed"),
+    ("mixtral", {"head_dim": 32}, "head_dim is 32: Mixtral is computed with null or 16 here"),
+    ("glm4_moe", {"partial_rotary_factor": None}, "partial_rotary_factor is 0.5: GLM-4 MoE is computed with 1.0 here"),
+    ("glm4_moe", {"rope_parameters": {"rope_theta": 5e5}, "partial_rotary_factor": 0.5}, "rotary_factor is 0.5"),
+    ("glm4_moe", {"attention_bias": True}, "attention_bias is true: GLM-4 MoE is computed with false here"),
+    ("glm4_moe", {"norm_topk_prob": False}, "norm_topk_prob is false: GLM-4 MoE is computed with true here"),
+    ("glm4_moe", {"n_shared_experts": 0}, "n_shared_experts is 0: a whole number from 1 on is needed"),
     ("llama", {"attention_multiplier": 0}, "attention_multiplier is 0: this is not computed here"),
 ]  # fmt: skip
 
@@ -175,11 +204,12 @@ def test_all_refusals_come_together():
 
 
 def test_an_unknown_model_type_lists_what_there_is():
+    known = "gpt2, llama, mixtral, glm4_moe"
     with pytest.raises(
-        ConfigError, match=r"c.json: model_type: 'gpt3' is not one of gpt2, llama. Did you mean 'gpt2'"
+        ConfigError, match=f"c.json: model_type: 'gpt3' is not one of {known}. Did you mean 'gpt2'"
     ):
         form_of({"model_type": "gpt3"}, "c.json")
-    with pytest.raises(ConfigError, match=r"c.json: no model_type. Architectures that are read: gpt2, llama"):
+    with pytest.raises(ConfigError, match=f"c.json: no model_type. Architectures that are read: {known}"):
         form_of({}, "c.json")
 
 
@@ -196,19 +226,34 @@ CONFIGS = {
         {"n_kv_heads": 3, "ffn_hidden": 77, "rope_theta": 5e5, "norm_eps": 1e-6, "bias": True},
         {"multiple_of": 128, "tie_embeddings": False, "dropout": 0.1},
     ],
+    "moe": [
+        {},
+        {"num_experts": 5, "top_k": 3, "d_ff_expert": 40, "sliding_window": 9, "n_kv_heads": 3},
+        {"gate_type": "deepseek_v3"},
+        {
+            **{
+                "gate_type": "deepseek_v3",
+                "first_k_dense": 0,
+                "n_shared_experts": 2,
+                "gate_norm_factor": 2.5,
+            },
+            **{"n_group": 4, "topk_group": 2, "qk_norm": True, "ffn_hidden": 77, "dropout": 0.1},
+        },
+    ],
 }
 CASES = [(type_, cfg) for type_, given in CONFIGS.items() for cfg in given]
 
 
 @pytest.mark.parametrize(("type_", "given"), CASES)
 def test_what_is_written_reads_as_the_same_model(type_, given):
-    cls = {"gpt2": GPT2Config, "vanilla": VanillaConfig}[type_]
+    cls = {"gpt2": GPT2Config, "vanilla": VanillaConfig, "moe": MoEConfig}[type_]
     cfg = cls(vocab_size=321, **given)
     written = to_config(type_, cfg, bos_token_id=3)
     assert written["bos_token_id"] == 3
     row = form_of(written, "")
     again = cfg.model_copy(update=row.read(written, ""))
-    resolved = {"n_kv_heads": "kv_heads", "ffn_hidden": "hidden_width"}
+    resolved = {field.name: row.in_force.get(field.name, field.name) for field in row.fields.values()}
+    resolved |= {name: row.in_force.get(name, name) for name in row.ours}
     for name in cls.model_fields:
         assert getattr(again, name) == getattr(cfg, resolved.get(name, name)), name
     assert to_config(type_, again, bos_token_id=3) == written
@@ -227,9 +272,21 @@ def test_what_has_no_form_there_is_refused_by_field():
     with pytest.raises(ValueError, match="Llama has no counterpart of use_rope: false, attn_softcap: 5.0"):
         to_config("vanilla", cfg)
     with pytest.raises(
-        ValueError, match="type mdl has no form in Hugging Face transformers; gpt2, vanilla have one"
+        ValueError, match="type mdl has no form in Hugging Face transformers; gpt2, vanilla, moe have one"
     ):
         to_config("mdl", cfg)
+
+
+def test_of_two_rows_the_nearest_says_what_is_lacking():
+    """By its gate; other fields may be what it has not."""
+    for gate, model_type in (("mixtral", "mixtral"), ("deepseek_v3", "glm4_moe")):
+        assert to_config("moe", MoEConfig(vocab_size=9, gate_type=gate))["model_type"] == model_type
+    cfg = MoEConfig(vocab_size=9, qk_norm=True, first_k_dense=1)
+    with pytest.raises(ValueError, match="Mixtral has no counterpart of qk_norm: true, first_k_dense: 1"):
+        to_config("moe", cfg)
+    cfg = MoEConfig(vocab_size=9, gate_type="deepseek_v3", bias=True, n_shared_experts=0)
+    with pytest.raises(ValueError, match="GLM-4 MoE has no counterpart of bias: true, n_shared_experts: 0"):
+        to_config("moe", cfg)
 
 
 def test_one_more_architecture_is_one_more_row(monkeypatch):

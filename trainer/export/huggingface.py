@@ -38,7 +38,10 @@ class HuggingFace(Form):
         weights = model.to_hf_state_dict()
         if model_cfg.tie_embeddings:  # written, rounded and counted once
             del weights[HEAD]
-        tensors = {name: rounding(name, weight) for name, weight in weights.items()}
+        tensors = {
+            name: weight if name.endswith(model.hf_exact) else rounding(name, weight)
+            for name, weight in weights.items()
+        }
         # A text ends where one would begin, too; the token that is an end alone is named first.
         ends = [*sorted(tokenizer.ends - {tokenizer.eot}), tokenizer.eot]
         ids = {"bos_token_id": tokenizer.eot, "eos_token_id": ends[0]}

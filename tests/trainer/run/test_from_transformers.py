@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from adapters.base import Prepared
 from configs import compose
 from configs.grammar import word
 from data.scored import text_to_score
@@ -30,6 +31,7 @@ LLAMA = {
     "num_attention_heads": 4,
 }
 LLAMA |= {"vocab_size": 340, "max_position_embeddings": 32, "bos_token_id": 1, "eos_token_id": 2}
+MOE = {**LLAMA, "num_key_value_heads": 2, "experts_implementation": "eager"}
 # name -> (class of their config, what it is made with, how it is saved)
 FOLDERS = {
     "gpt2-sharded-untied": (
@@ -42,6 +44,18 @@ FOLDERS = {
         {**LLAMA, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "dtype": "float16"},
         {},
     ),
+    "mixtral-llama-sharded": (
+        transformers.MixtralConfig, {**MOE, "num_local_experts": 4, "tie_word_embeddings": True},
+        {"max_shard_size": "40KB"},
+    ),
+    "glm-llama-stacked": (
+        transformers.Glm4MoeConfig,
+        {
+            **{**MOE, "n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+            **{"partial_rotary_factor": 1.0, "routed_scaling_factor": 1.5},
+        },
+        {"save_original_format": False},
+    ),
 }  # fmt: skip
 
 
@@ -53,6 +67,9 @@ def path(request, tmp_path_factory):
     generator = torch.Generator().manual_seed(3)
     for parameter in model.parameters():  # zero biases and gains of one would hide a mistake
         torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(std=0.2, generator=generator)
     model.save_pretrained(folder, **options)
     if "llama" in request.param:
         return saved(folder, llama(), tokenizer_config={"bos_token": "<s>", "eos_token": "</s>"})
@@ -100,7 +117,8 @@ def expected(theirs, tokenizer):
 def test_logits_are_equal(theirs, ours):
     tokens = torch.randint(0, 290, (2, 32), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        mine = ours.adapter.model.logits(ours.adapter.model(tokens))
+        prepared = Prepared({"inputs": tokens}, {})
+        mine = ours.adapter.model.logits(ours.adapter.hidden(prepared).states)
     torch.testing.assert_close(mine, theirs(tokens).logits, rtol=0, atol=1e-5)
 
 
