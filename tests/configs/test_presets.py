@@ -193,5 +193,5 @@ def test_sizes_an_architecture_does_not_have_are_told(write):
     notes: list[str] = []
     write("headless.yaml", "defaults: [training, _self_]\ntype: 'fake_arch:Headless'\n")
     compose(["headless.yaml", "preset=nano"], notes.append)
-    assert any("preset nano: fake_arch:Headless has no dropout, n_heads; left out" in n for n in notes)
+    assert any("preset nano: fake_arch:Headless has no n_heads; left out" in n for n in notes)
     assert compose_tree(prepare(["headless.yaml", "preset=tiny"]).overrides)["model_cfg"]["n_heads"] == 4

@@ -99,6 +99,26 @@ def test_routers_and_recurrences_scale_too_and_a_rule_may_have_its_own_width():
     assert sorted(r["lr"] for r in own if r["role"] == "matrix") == [0.01 * 32 / 16, 0.01 * 32 / 8]
 
 
+def test_a_rule_may_state_the_power_of_the_width_that_its_rate_follows():
+    """Whatever the role; of the rule's own width where it has one; with optimizers whose rates follow the width."""
+    own = [
+        Rule(r"embedding\.weight", "embedding", width_power=0.5),
+        Rule(r"mlp\.bias", "scalar", width_power=2.0),
+        Rule(r"attention\.weight", "matrix", width_power=0.0),
+        Rule(r"head\.weight", "head", width_power=0.5, width=2),
+    ]
+    named = list(Toy().named_parameters())
+    table = role_table(named, [*own, *RULES], config(), width=8)
+    assert row(table, "embedding")["lr"] == 0.01 * 2
+    assert row(table, "head")["lr"] == 0.01 * 4
+    assert 0.01 * 16 in {r["lr"] for r in table if r["role"] == "scalar"}
+    assert 0.01 in {r["lr"] for r in table if r["role"] == "matrix"}
+    by_sgd = role_table(named, [*own, *RULES], config(optimizer="sgd"), width=8)
+    assert row(by_sgd, "embedding")["lr"] == 0.01
+    with pytest.raises(ValueError, match="width_power must be 0 or more"):
+        Rule("x", "head", width_power=-0.5)
+
+
 def test_weight_decay_is_by_role_and_dimension():
     rules = [Rule(r"mlp\.bias", "router"), Rule(r"head\.weight", "scalar"), *RULES]
     table = role_table(Toy().named_parameters(), rules, config(), width=8)
