@@ -19,7 +19,7 @@ from adapters.speculative import Draft, verdict
 from configs.schema import DefaultModelConfig
 from models.layers.cache import KVCache
 from tests.adapters.planted import by_chance, own, plant, wrong
-from tests.contract.tiny import Letters, adapter_of
+from tests.contract.tiny import Letters, adapter_of, batch_of, session_of, train_on
 from tests.models.tiny import VOCABULARY, Recurrent
 
 CONTEXT, DRAFTS = 8, 3
@@ -331,6 +331,100 @@ def test_sampled_text_has_the_law_of_plain_decoding(monkeypatch, options):
     counts = np.array([sum(texts[text] for text in cls) for cls in classes])
     statistic, critical = chi_square(counts, [sum(law[text] for text in cls) for cls in classes])
     assert statistic < critical
+
+
+# -- models that draft -------------------------------------------------------------------------------------------------
+
+PERIOD, ROW = 12, 48
+QUICK = ["optimizer=adamw", "learning_rate=0.01", "lr_scaling=none", "num_iterations=80"]
+SMALL = ["model_cfg.d_model=32", "model_cfg.n_heads=2", "model_cfg.n_ctx=64", f"train_seq_len={ROW}"]
+HEADS = {
+    "mtp": ["model_cfg.n_mtp_tokens=3", "model_cfg.n_layers=4"],
+    "mtm": ["model_cfg.n_mtp_modules=2"],
+}
+
+
+def memorised(type_, shift=0):
+    """(adapter, text): trained on one row of a text that comes round and round; further targets may be `shift` places
+    further on than they ought to be."""
+    session = session_of(type_, *QUICK, *SMALL, *HEADS[type_])
+    text = np.resize(np.random.default_rng(0).permutation(63)[:PERIOD], ROW + 3)
+    prepare = session.adapter.prepare
+
+    def shifted(batch, ctx):
+        prepared = prepare(batch, ctx)
+        for k in (2, 3):
+            prepared.tensors[f"targets_{k}"] = prepared.tensors[f"targets_{k}"].roll(-shift, 1)
+        return prepared
+
+    session.adapter.prepare = shifted
+    tokens = np.concatenate(([session.dataset.tokenizer.eot], text[:-1]))[None]
+    train_on(session, batch_of(tokens, 3), range(80), 80)
+    return session.adapter.eval(), text.tolist()
+
+
+@pytest.mark.parametrize("type_", HEADS)
+def test_of_memorised_text_every_draft_is_accepted(type_):
+    """A third of the passes, then. Text alone would not show that a head or module is broken: it is verified."""
+    adapter, text = memorised(type_)
+    options = dataclasses.replace(GREEDY, max_new_tokens=1 + 3 * 13)
+    plain = adapter.generate([text[:4]], options)
+    found = adapter.generate([text[:4]], speculative(options))
+    assert found.tokens == plain.tokens == [text[4:44]]
+    assert found.speculation == Speculation([13, 13], [13, 13], 40, 14)
+    assert (found.network_calls, plain.network_calls) == (14, 40)
+
+
+@pytest.mark.parametrize("type_", HEADS)
+def test_drafts_of_heads_that_learned_the_wrong_token_are_not(type_):
+    adapter, text = memorised(type_, shift=1)
+    found = adapter.generate([text[:4]], speculative(GREEDY))
+    accepted, drafted = found.speculation.accepted, found.speculation.drafted
+    assert max(accepted) < 0.2 * min(drafted) and found.tokens == adapter.generate([text[:4]], GREEDY).tokens
+
+
+@pytest.mark.parametrize("type_", HEADS)
+def test_in_bf16_text_parts_only_where_two_tokens_are_as_good(type_):
+    """Within the rounding of that very text. Every token has a twin whose logit is all but the same."""
+    adapter = varied(adapter_of(type_, *SMALL, *HEADS[type_]), std=1.0)
+    with torch.no_grad():
+        adapter.model.head_weight[1::2] = adapter.model.head_weight[::2] * 1.001
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, found = (adapter.generate(PROMPTS, how).tokens for how in (GREEDY, speculative(GREEDY)))
+    for prompt, one, other in zip(PROMPTS, plain, found, strict=True):
+        at = next((i for i, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1]), None)
+        if at is not None:
+            text = torch.tensor([[adapter.tokenizer.eot, *prompt, *one[:at]]])
+            with torch.no_grad():
+                exact = adapter.model.logits(adapter.model(text)[0, -1])
+                with torch.autocast("cpu", torch.bfloat16):
+                    rounded = adapter.model.logits(adapter.model(text)[0, -1])
+            rounding = (exact - rounded).abs().max()
+            assert (exact[one[at]] - exact[other[at]]).abs() <= 4 * rounding
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("type_", HEADS)
+def test_sampled_text_has_the_law_of_the_first_head(type_, monkeypatch):
+    """1e5 texts of four tokens, each one of three that top_k leaves."""
+    monkeypatch.setattr(decoding, "ROWS_AT_ONCE", 2000)
+    sizes = ["model_cfg.d_model=16", "model_cfg.n_heads=2", *HEADS[type_]]
+    adapter = varied(adapter_of(type_, *sizes, vocabulary=4, dtype=torch.float64), std=0.5)
+    options = GenerateOptions(max_new_tokens=4, temperature=1.0, top_k=3, stop_at_document_end=False)
+    found = adapter.generate([[1]] * 100_000, speculative(options))
+    assert 0 < found.speculation.accepted[1] < found.speculation.drafted[1]
+    texts = collections.Counter(map(tuple, found.tokens))
+    shaping, law = adapter.shaping(options), {}
+    for text in itertools.product(range(4), repeat=4):
+        with torch.no_grad():
+            tokens = torch.tensor([[adapter.tokenizer.eot, 1, *text[:3]]])
+            logits = adapter.model.logits(adapter.model(tokens))[0, 1:]  # (4, V)
+        law[text] = math.prod(shaping(logits).exp()[range(4), text].tolist())
+    rare = [text for text, p in law.items() if 0 < p < 1e-4]
+    classes = [[text] for text, p in law.items() if p == 0 or p >= 1e-4] + ([rare] if rare else [])
+    counts = np.array([sum(texts[text] for text in cls) for cls in classes])
+    statistic, critical = chi_square(counts, [sum(law[text] for text in cls) for cls in classes])
+    assert counts.sum() == 100_000 and statistic < critical
 
 
 # -- what may be asked for ---------------------------------------------------------------------------------------------

@@ -49,6 +49,17 @@ def test_a_model_without_such_a_cache_is_measured_alone(figures):
     assert found["ceilings"] == {} and "no plain loop and no bound" in out
 
 
+def test_drafts_stand_beside_plain_generation(figures):
+    words = ["--hydra_model_cfg=configs/mtp.yaml", *SIZES, "train_seq_len=32", *SMALL, "model_cfg.n_layers=4"]
+    words += ["model_cfg.n_mtp_tokens=3", "--speculative", "--draft", 1, "--max_new_tokens", 6]
+    found, out, _ = figures(*TIMES, "1,2", *words)
+    assert [row["batch"] for row in found["rows"]] == [1, 2]
+    for row in found["rows"]:
+        assert row["speculative_tokens_per_second"] > 0 and row["times_generate"] > 0
+        assert 1 <= row["tokens_per_pass"] <= 2 and len(row["accepted"]) == 1
+    assert "tokens a pass" in out
+
+
 def test_what_does_not_fit_the_context_of_a_checkpoint_is_left_out(figures, monkeypatch):
     monkeypatch.setattr(bench, "restore_named", lambda args: restored("gpt2"))
     found, _, err = figures("--checkpoint", "some", *TIMES, 1, "--prompt", "5,90")
@@ -84,6 +95,11 @@ def test_nothing_that_fits_the_context_of_a_checkpoint_is_refused(command, monke
         (["--prompt", "-1"], "prompt: must be at least 1, got -1"),
         (["--max_new_tokens", "1"], "max_new_tokens: must be at least 2, got 1"),
         (["--turns", "0"], "turns: must be at least 1, got 0"),
+        (["--draft", "2"], "draft: 2 is read with speculative alone"),
+        (
+            ["--speculative", *SIZES, "train_seq_len=32", *SMALL],
+            "GPT2, as it is configured, has nothing to draft",
+        ),
     ],
 )
 def test_numbers_that_measure_nothing_are_refused(command, words, said):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,11 +14,15 @@ import pytest
 import torch
 
 import mytrainer
+from adapters import build_adapter
+from adapters.base import Generation
+from data.tokenizers import ByteTokenizer
 from tests.contract.tiny import config
 from trainer.commands import evaluate
 from trainer.commands.bench import step as bench_step
 from trainer.commands.generate import _Printer
 from trainer.loop import train
+from trainer.run.restore import Restored
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -79,6 +84,7 @@ def test_an_empty_text_says_why(command, monkeypatch):
         on_tokens(0, [])
         for row in range(1, len(prompts)):
             on_tokens(row, [48])
+        return Generation([], 0)
 
     monkeypatch.setattr("adapters.default.DefaultModelAdapter.generate", ends)
     out, err = generate(command, "--prompt", "01")
@@ -88,6 +94,24 @@ def test_an_empty_text_says_why(command, monkeypatch):
     )
     out, err = generate(command, "--prompt", "01", "--num_samples", 3)
     assert out == "010\n010\n" and "note: 1 of 3 samples are empty" in err
+
+
+def test_what_became_of_drafts_is_told_beside_the_text(command, monkeypatch):
+    adapter = build_adapter(
+        *config("mtp", "model_cfg.n_mtp_tokens=3", "model_cfg.n_layers=4"), ByteTokenizer()
+    )
+    restored = Restored(None, adapter.eval(), adapter.tokenizer, adapter.device, "no", None, "untrained", 1)
+    monkeypatch.setattr("trainer.commands.generate.restore_named", lambda args: restored)
+    words = ["--prompt", "01", "--ignore_document_end", "--temperature", 0]
+    plain, quiet = generate(command, *words)
+    out, err = generate(command, *words, "--speculative")
+    assert out == plain and "speculative" not in quiet
+    told = re.search(
+        r"speculative: (.*) tokens per forward pass; drafts accepted, by depth: (.*), (.*)\n", err
+    )
+    assert float(told[1]) >= 1 and re.fullmatch(r"\d+ of \d+ \(\d+%\)", told[2])
+    _, err = generate(command, *words, "--speculative", "--draft", 1)
+    assert err.count("%") == 1
 
 
 @pytest.mark.parametrize(("encoding", "written"), [("ascii", b"\\xfc"), ("cp1252", b"\xfc")])
@@ -193,6 +217,12 @@ def test_a_checkpoint_under_any_of_its_names(command, place):
         (["--temperature", -1], "temperature: must be 0 (greedy) or more, got -1.0"),
         (["--max_new_tokens", 0], "max_new_tokens: must be at least 1, got 0"),
         (["--num_samples", 0], "num_samples: must be at least 1, got 0"),
+        (
+            ["--speculative"],
+            "GPT2, as it is configured, has nothing to draft tokens with. Architectures that can",
+        ),
+        (["--speculative", "--no_cache"], "speculative: drafts are verified behind what the cache holds"),
+        (["--draft", 2], "draft: 2 is read with speculative alone"),
         (["--device", "gpu"], "device: 'gpu' is not one of auto, cpu, cuda, cuda:N, mps"),
     ],
 )

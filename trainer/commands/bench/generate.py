@@ -3,7 +3,9 @@
 `generate` of the adapter, as the command uses it, takes turns with a plain loop over the same model and its cache: a
 forward pass, softmax, torch.multinomial. Beside them stands what the machine allows: every pass reads the weights that
 multiply and the cache at the speed of a copy, or multiplies at the speed of a large product, whichever takes longer.
-An architecture whose cache no single token is appended to has no plain loop and no bound.
+An architecture whose cache no single token is appended to has no plain loop and no bound. `--speculative` lets a model
+that can draft tokens do so in turn with that: how much faster that is depends on the text, so it tells something of a
+trained one.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapters.base import GenerateOptions
+from adapters.base import GenerateOptions, Speculation
 from adapters.default import DefaultModelAdapter
 from trainer.commands.bench.ceilings import ceilings
 from trainer.commands.bench.turns import interleaved, median_ratio
@@ -51,6 +53,11 @@ class Row:
     network_calls: int
     bound_tokens_per_second: float | None
     percent_of_bound: float | None
+    # With --speculative; `times_generate`: how many times as fast as without.
+    speculative_tokens_per_second: float | None = None
+    times_generate: float | None = None
+    tokens_per_pass: float | None = None
+    accepted: list[float] | None = None  # share of the drafts of each depth
 
 
 def main(argv: list[str]) -> int:
@@ -61,6 +68,7 @@ def main(argv: list[str]) -> int:
         found = _model(args)
         limit = getattr(found.adapter.model, "max_context", None)
         _refuse_if_none_fits(args, limit)
+        found.adapter.drafts(GenerateOptions(**_drafting(args)))
         rows: list[Row] = []
         best = ceilings(found.device, _dtype(found)) if _cached(found) else {}
         for prompt in args.prompt:
@@ -94,6 +102,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--prompt", type=_numbers, default=[32, 512], help="tokens of each prompt: 32,512")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="new tokens of each row")
     parser.add_argument("--turns", type=int, default=3, help="measured turns of each side")
+    parser.add_argument(
+        "--speculative", action="store_true", help="beside it, with drafts; for models that make some"
+    )
+    parser.add_argument(
+        "--draft", type=int, help="speculative: tokens to draft at a time (default: all it can)"
+    )
     parser.add_argument("--output", help="write the figures to this JSON file")
     args = parser.parse_intermixed_args(argv)
     for name in ("batch", "prompt", "max_new_tokens", "turns"):
@@ -101,7 +115,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         least = 2 if name == "max_new_tokens" else 1
         if (smallest := min(given) if isinstance(given, list) else given) < least:
             raise ValueError(f"{name}: must be at least {least}, got {smallest}")
+    _drafting(args)
     return args
+
+
+def _drafting(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of generation, checked."""
+    chosen = {"speculative": args.speculative, "draft": args.draft}
+    GenerateOptions(**chosen)
+    return chosen
 
 
 def _numbers(text: str) -> list[int]:
@@ -171,6 +193,10 @@ def _measure(found: Restored, prompt: int, args: argparse.Namespace, best: dict[
     if _cached(found):
         for batch in args.batch:
             sides[f"plain {batch}"] = _plain(found, prompts[batch], new)
+    drafting = {}
+    if args.speculative:
+        drafting = {batch: _Ours(found, prompts[batch], new, **_drafting(args)) for batch in args.batch}
+        sides |= {f"speculative {batch}": side for batch, side in drafting.items()}
     seconds = interleaved(sides, args.turns, found.device, warm_up=1)
     for batch in args.batch:
         mine, plain = seconds[f"generate {batch}"], seconds.get(f"plain {batch}")
@@ -189,7 +215,19 @@ def _measure(found: Restored, prompt: int, args: argparse.Namespace, best: dict[
             network_calls=ours[batch].calls,
             bound_tokens_per_second=bound,
             percent_of_bound=100 * speed / bound if bound else None,
+            **_of_drafts(drafting[batch], mine, seconds[f"speculative {batch}"]) if drafting else {},
         )
+
+
+def _of_drafts(side: _Ours, plain: list[float], mine: list[float]) -> dict[str, Any]:
+    found = side.speculation
+    assert found is not None
+    return {
+        "speculative_tokens_per_second": found.tokens / statistics.median(mine),
+        "times_generate": median_ratio(plain, mine),
+        "tokens_per_pass": found.tokens_per_pass,
+        "accepted": [right / max(1, made) for right, made in zip(found.accepted, found.drafted, strict=True)],
+    }
 
 
 def _prompts(found: Restored, batch: int, length: int) -> list[list[int]]:
@@ -203,9 +241,12 @@ def _prompts(found: Restored, batch: int, length: int) -> list[list[int]]:
 class _Ours:
     """One call generates; it notes when the first token came."""
 
-    def __init__(self, found: Restored, prompts: list[list[int]], new: int) -> None:
+    def __init__(self, found: Restored, prompts: list[list[int]], new: int, **drafting: Any) -> None:
         self.found, self.prompts = found, prompts
-        self.options = GenerateOptions(max_new_tokens=new, temperature=1.0, stop_at_document_end=False)
+        self.options = GenerateOptions(
+            max_new_tokens=new, temperature=1.0, stop_at_document_end=False, **drafting
+        )
+        self.speculation: Speculation | None = None
         self.first: list[float] = []  # seconds
         self.calls = 0
 
@@ -219,7 +260,7 @@ class _Ours:
 
         with autocast(self.found.precision, self.found.device):
             done = self.found.adapter.generate(self.prompts, self.options, hear)
-        self.calls = done.network_calls
+        self.calls, self.speculation = done.network_calls, done.speculation
         self.first += came or [time.perf_counter() - started]
 
 
@@ -308,6 +349,15 @@ def _report(result: dict[str, Any], rows: list[Row]) -> str:
             f"{row.seconds_per_further_token * 1e3:>8,.1f} ms{_or_dash(row.bound_tokens_per_second, ',.0f'):>11}"
             f"{_or_dash(row.percent_of_bound, '.0f', ' %'):>7}"
         )
+    if rows and rows[0].accepted is not None:
+        lines.append(
+            f"{'prompt':>6}{'rows':>6}{'drafted':>11}{'x':>9}{'tokens a pass':>15}  accepted, by depth"
+        )
+        lines += [
+            f"{row.prompt:>6}{row.batch:>6}{row.speculative_tokens_per_second:>11,.0f}{row.times_generate:>9.2f}"
+            f"{row.tokens_per_pass:>15.2f}  {', '.join(f'{share:.0%}' for share in row.accepted or [])}"
+            for row in rows
+        ]
     return "\n".join(lines)
 
 
