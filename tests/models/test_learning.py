@@ -16,6 +16,7 @@ from trainer.evaluate import evaluate
 from trainer.loop import train
 from trainer.run.restore import restore
 
+DEEPSEEK = "model_cfg.gate_type=deepseek_v3"
 NEXT_TOKEN = [
     name for name, row in ARCHITECTURES.items() if issubclass(load(row.adapter), DefaultModelAdapter)
 ]
@@ -50,15 +51,18 @@ def nats_by_row(adapter, rows):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("type_", NEXT_TOKEN)
-def test_the_score_reaches_that_of_the_source_itself_and_not_less(type_, tmp_path):
-    cfg, model_cfg = config(type_, *RUN)
+@pytest.mark.parametrize(
+    "words", [*([name] for name in NEXT_TOKEN), ["moe", DEEPSEEK, "model_cfg.top_k=2"]], ids=" ".join
+)
+def test_the_score_reaches_that_of_the_source_itself_and_not_less(words, tmp_path):
+    type_, *fields = words
+    cfg, model_cfg = config(type_, *RUN, *fields)
     train(cfg, model_cfg, tmp_path)
     trained, dataset = restore(tmp_path, device="cpu"), load_dataset(cfg)
     rows = trained.rows(dataset.heldout, cfg.val_bytes)
     mine, true = nats_by_row(trained.adapter, rows), nats_by_row(chain(dataset), rows)
     error = (mine - true).std(ddof=1) * math.sqrt(len(mine))  # of the sum over rows
-    print(f"{type_}: {mine.sum() / true.sum():.4f} of the source's own score, +- {error / true.sum():.4f}")
+    print(f"{words}: {mine.sum() / true.sum():.4f} of the source's own score, +- {error / true.sum():.4f}")
     assert true.sum() > 10 * error, "the text is long enough to tell"
     assert mine.sum() > true.sum() - 3 * error
     assert mine.sum() < 1.05 * true.sum()

@@ -291,6 +291,12 @@ MTM = {
     "shared-norm": {"n_mtp_modules": 2, "n_layers": 1, "mtp_share_head_norm": True, "trunk_cfg": UNTIED},
     "gpt2": {"trunk": "gpt2", "n_mtp_modules": 2, "n_layers": 1},
     "gpt2-plain": {"trunk": "gpt2", "mtp_share_head_norm": True, "trunk_cfg": {"bias": False, **UNTIED}},
+    "mixtral": {"trunk": "moe", "n_mtp_modules": 2, "trunk_cfg": MIXTRAL},
+    "deepseek": {
+        "trunk": "moe",
+        "n_layers": 3,
+        "trunk_cfg": {k: v for k, v in DEEPSEEK.items() if k != "n_layers"},
+    },
 }
 
 

@@ -20,6 +20,8 @@ VARIANTS = {
     "mtp-deepseek": ["model=mtp", "model_cfg.use_deepseek_mtp=true"],
     "mtm-vanilla": ["model=mtm"],
     "mtm-gpt2": ["model=mtm", "model_cfg.trunk=gpt2"],
+    "mtm-mixtral": ["model=mtm", "model_cfg.trunk=moe"],
+    "mtm-deepseek": ["model=mtm", "model_cfg.trunk=moe", "+model_cfg.trunk_cfg.gate_type=deepseek_v3"],
 }
 
 
@@ -91,6 +93,8 @@ FULL = {
     "mtp-deepseek": (170_459_136, 13, 123_568_128, 12),
     "mtm-vanilla": (123_568_128 + BLOCK + MIX + HEAD, 13, 123_568_128, 12),
     "mtm-gpt2": (170_459_136, 13, 123_568_128, 12),
+    "mtm-mixtral": (123_641_856 + MIXTRAL + MIX + HEAD, 13, 123_641_856, 12),
+    "mtm-deepseek": (123_838_464 + DEEPSEEK + MIX + HEAD, 13, 123_838_464, 12),
 }
 
 
