@@ -11,7 +11,7 @@ Shapes: B rows, T tokens, D width, V_p padded vocabulary.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -30,6 +30,7 @@ from models.layers.cache import Cache, KVCache
 from models.layers.decoder import Decoder, Hidden, further, through
 from models.layers.experts import active_parameters
 from models.layers.flops import Flops, matmul_flops
+from models.layers.nextn import from_nextn, to_nextn
 from models.layers.roles import Rule
 from naming import load
 
@@ -177,6 +178,11 @@ class MTM(Decoder):
             MTPModule(cfg, self.trunk, cfg.n_layers + depth) for depth in range(cfg.n_mtp_modules)
         )
 
+    @property
+    def depths(self) -> list[Any]:
+        """The modules in their order."""
+        return list(self.mtp_modules)
+
     def forward(
         self,
         tokens: Tensor,
@@ -288,6 +294,14 @@ class MTM(Decoder):
             *(replace(rule, pattern=rf"trunk\.({rule.pattern})") for rule in of_trunk),
             *of_trunk,
         ]
+
+    def to_hf_state_dict(self) -> dict[str, Tensor]:
+        """Copies of the weights as DeepSeek-V3's checkpoints name them (`models/layers/nextn.py`)."""
+        return to_nextn(self)
+
+    def from_hf_state_dict(self, hf: Mapping[str, Tensor]) -> None:
+        """Load such weights. ValueError, and nothing is loaded, where they do not fit."""
+        from_nextn(self, hf)
 
     def active_parameters(self) -> int | None:
         """Where not all parameters act on a token."""

@@ -182,6 +182,7 @@ def test_experts_of_modules_are_counted_and_balanced_with_those_of_the_trunk(gat
         step(adapter, batch_for(adapter))[0].terms[term].sum.backward()
         assert one.gate.weight.grad.any()
     assert adapter.active_parameters() < sum(p.numel() for p in adapter.parameters())
+    assert adapter.console_metrics and not of("mtm", 2).console_metrics
     if gate == "deepseek_v3":
         adapter.load = load
         adapter.after_step(0, torch.zeros(()))

@@ -191,3 +191,72 @@ def test_what_means_nothing_is_named():
     assert MTMConfig(**SIZES).unread() == {"mtp_lambda_switch": "mtp_lambda_final=null"}
     bare = MTMConfig(**SIZES, n_mtp_modules=0).unread()
     assert {"mtp_lambda", "mtp_hidden", "concat_order", "mtp_share_head_norm"} <= set(bare)
+
+
+# -- the names of released checkpoints ---------------------------------------------------------------------------------
+
+OWN = ["enorm", "hnorm", "eh_proj", "shared_head.norm", "shared_head.head", "embed_tokens"]
+LLAMA = ["input_layernorm", "post_attention_layernorm", *(f"self_attn.{x}_proj" for x in "qkvo")]
+FORMS = [
+    {"trunk": "vanilla", "concat_order": order, "mtp_share_head_norm": share}
+    for order in ("hidden_first", "embed_first")
+    for share in (False, True)
+]
+FORMS += [
+    {"trunk": "vanilla", "trunk_cfg": {"tie_embeddings": False}},
+    {"trunk": "moe"},
+    {"trunk": "moe", "trunk_cfg": {"gate_type": "deepseek_v3"}},
+]
+
+
+@pytest.mark.parametrize("fields", FORMS, ids=str)
+def test_weights_go_to_the_names_of_deepseek_and_back(fields):
+    """As vLLM reads them: a module is one more layer, its matrix multiplies [embedding; hidden]."""
+    one, other = (build("mtm", n_mtp_modules=2, seed=seed, **fields) for seed in (0, 1))
+    names = one.to_hf_state_dict()
+    width, layers = SIZES["d_model"], SIZES["n_layers"]
+    for depth, module in enumerate(one.mtp_modules):
+        own = {
+            n.removeprefix(f"model.layers.{layers + depth}."): t
+            for n, t in names.items()
+            if f".{layers + depth}." in n
+        }
+        assert {f"{n}.weight" for n in (*OWN, *LLAMA)} <= own.keys()
+        ours = module.eh_proj.weight.split(width, dim=1)
+        theirs = own["eh_proj.weight"].split(width, dim=1)
+        assert torch.equal(theirs[0], ours[0 if one.cfg.concat_order == "embed_first" else 1])
+        assert torch.equal(own["enorm.weight"], module.enorm.weight)
+        assert torch.equal(own["embed_tokens.weight"], names["model.embed_tokens.weight"])
+        assert torch.equal(own["shared_head.head.weight"], names["lm_head.weight"])
+    row = tokens_of(2, LENGTH + 2)
+    assert not torch.allclose(run(one, row), run(other, row))
+    other.from_hf_state_dict(names)
+    assert torch.equal(run(one, row), run(other, row))
+    bare = {
+        name: t for name, t in names.items() if not name.endswith((".head.weight", "2.embed_tokens.weight"))
+    }
+    other.from_hf_state_dict(bare)
+
+
+def test_weights_that_do_not_fit_load_nothing():
+    model = build("mtm", n_mtp_modules=1)
+    names, before = model.to_hf_state_dict(), {name: t.clone() for name, t in model.state_dict().items()}
+    one, last = {n: t + 1 for n, t in names.items()}, f"model.layers.{SIZES['n_layers']}."
+    for wrong, words in (
+        ({n: t for n, t in one.items() if n != last + "enorm.weight"}, "missing 1"),
+        (
+            {**one, f"model.layers.{SIZES['n_layers'] + 1}.hnorm.weight": one[last + "hnorm.weight"]},
+            "unexpected 1",
+        ),
+        ({**one, last + "eh_proj.weight": one[last + "eh_proj.weight"].T}, "needed is"),
+        ({n: t for n, t in one.items() if n != last + "self_attn.q_proj.weight"}, "missing 1"),
+        (
+            {**one, last + "embed_tokens.weight": names[last + "embed_tokens.weight"]},
+            "no copy of model.embed",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            model.from_hf_state_dict(wrong)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="trunk=gpt2"):
+        build("mtm", trunk="gpt2").to_hf_state_dict()
