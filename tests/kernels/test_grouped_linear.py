@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from kernels.grouped_linear import by_groups, grouped_linear
 from kernels.grouped_linear.grouped_mm import aligned
 from kernels.spec import drawn
 from tests.contract.test_devices import OnDevice
+from tests.kernels.interpret import poisoned
 
 CPU = torch.device("cpu")
 LOOP, BY_GROUPS, AT_ONCE = EVERY = [
@@ -82,6 +85,23 @@ def test_rubbish_for_a_group_without_rows_is_not_handed_on(monkeypatch, outputs)
     x, weight, ends = call_of(outputs=outputs)
     (gradient,) = torch.autograd.grad(grouped_linear(x, weight, ends, AT_ONCE).sum(), weight)
     assert gradient.isfinite().all() and torch.equal(gradient[1], torch.zeros_like(gradient[1]))
+
+
+@pytest.mark.parametrize(
+    ("where", "kernels"),
+    [("cpu", BY_GROUPS), ("cpu", AT_ONCE), pytest.param("cuda", Kernels(), marks=pytest.mark.gpu)],
+)
+@pytest.mark.parametrize("outputs", [16, 9])
+def test_memory_that_held_nan_reaches_no_gradient(where, kernels, outputs):
+    """Blocks are filled and freed before each of three passes; one group is empty."""
+    x, weight, ends = call_of(outputs=outputs, dtype=torch.bfloat16, device=torch.device(where))
+    for _ in range(3):
+        blocks = [torch.full((size, 16), torch.nan, dtype=x.dtype, device=where) for size in (8, 64, 512)]
+        del blocks
+        with poisoned() if where == "cpu" else nullcontext():
+            y = grouped_linear(x, weight, ends, kernels)
+            found = y, *torch.autograd.grad(y.float().sum(), (x, weight))
+        assert all(t.isfinite().all() for t in found) and not found[2][1].any()
 
 
 def test_rows_behind_the_last_group_are_ours_to_prevent():

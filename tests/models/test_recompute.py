@@ -8,8 +8,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.layers.recompute import Kept
+from kernels.library import opaque
+from models.layers.recompute import Kept, recomputing
 from trainer.session import _recompute_blocks
+
+
+def _off(scores: Tensor) -> Tensor:
+    """As computed anew on another day: every call a little further off."""
+    global calls
+    calls += 1
+    return scores + 1e-3 * (calls - 1) * torch.tensor([0.0, 1.0, -1.0])
+
+
+calls = 0
+off = opaque("test_off", _off, torch.empty_like)
+off.register_autograd(lambda ctx, gradient: gradient)
 
 
 class Routed(nn.Module):
@@ -80,3 +93,32 @@ def test_of_activations_only_the_input_of_a_block_is_saved():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         block.train()(torch.randn(64, 8, requires_grad=True))
     assert sum(saved) == 64 * 8
+
+
+class Gathered(Routed):
+    """Of one shape whatever is chosen, for the compiler."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.kept(off(x @ self.router.T))
+        shares, chosen = scores.softmax(-1).max(-1)
+        y = (x[:, None] @ self.matrices[chosen])[:, 0]
+        return (y * shares[:, None]).sin(), (chosen[:, None] == torch.arange(3)).sum(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["kept", "not kept"])
+def test_a_compiled_block_chooses_once_too(way):
+    """And would choose again if nothing were kept, so that this test can fail."""
+    global calls
+    plain, compiled = Gathered(), Gathered()
+    if way == "not kept":
+        compiled.kept = nn.Identity()
+    compiled.forward = recomputing(compiled)
+    torch._dynamo.reset()
+    compiled.compile(backend="aot_eager_decomp_partition", fullgraph=True)
+    x, found = tokens("near ties", plain), []
+    for block in (plain, compiled):
+        calls = 0
+        found.append(step(block, x))
+    same = all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(*found, strict=True))
+    assert same == (way == "kept")
