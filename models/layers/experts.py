@@ -195,9 +195,8 @@ class ExpertLayer(nn.Module):
 
     def forward(self, x: Tensor, row_seeds: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """x (B, T, D) -> y (B, T, D), and `statistics`."""
-        logits = self.kept(
-            self.gate.logits(x, row_seeds)
-        )  # (B, T, E): computed anew, they might choose others
+        # (B, T, E): computed anew they might choose others.
+        logits = self.kept(self.gate.logits(x, row_seeds))
         choice = self.gate.choose(logits)
         loads = count(choice.experts.flatten(1), logits.shape[-1])  # (B, E)
         y = self._routed(x.flatten(0, 1), choice, loads.sum(0)).view(x.shape)

@@ -223,7 +223,8 @@ def test_it_evens_out_a_skew_without_a_gradient():
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_its_bias_and_two_processes_have_one(tmp_path):
-    words = [*DEEPSEEK, "save_steps=2", "save_total_limit=null", "optimizer=sgd", "learning_rate=0.1"]
+    saved = ["ema_decay=0.9", "save_steps=2", "save_total_limit=null"]
+    words = [*DEEPSEEK, *saved, "optimizer=sgd", "learning_rate=0.1"]
     whole, again, two = (tmp_path / name for name in ("whole", "again", "two"))
     train(*config("moe", *words), whole)
     shutil.copytree(whole / "checkpoint-2", again / "checkpoint-2")
@@ -234,6 +235,6 @@ def test_a_run_goes_on_with_its_bias_and_two_processes_have_one(tmp_path):
     with Pair() as pair:
         (_, first), (_, second) = pair.ask(train_here, "moe", words, two)
     name = "layers.0.mlp.gate.e_score_correction_bias"
-    saved = torch.load(whole / "checkpoint-6" / "model.pt", weights_only=True)[name]
-    assert saved.any()
-    assert torch.equal(torch.from_numpy(first[name]), saved) and (first[name] == second[name]).all()
+    alone = torch.load(whole / "checkpoint-6" / "model.pt", weights_only=True)[name]
+    assert alone.any()
+    assert torch.equal(torch.from_numpy(first[name]), alone) and (first[name] == second[name]).all()
