@@ -39,12 +39,16 @@ def test_every_row_meets_the_matrix_of_its_group():
         torch.testing.assert_close(grouped_linear(x, weight, ends, kernels), expected)
 
 
-def test_a_cpu_takes_it_group_by_group_and_waits_for_nobody():
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+def test_a_cpu_takes_what_is_fastest_there_and_waits_for_nobody():
+    by_groups = {"by_groups": "auto: group by group, in few shapes"}
+    for dtype, expected in (
+        (torch.float64, by_groups),
+        (torch.float32, {"grouped_mm": "auto: all groups at once"}),
+        (torch.bfloat16, by_groups),
+    ):
         kernels = Kernels()
         grouped_linear(*call_of(dtype=dtype), kernels)
-        assert kernels.used == {"grouped_linear": {"by_groups": "auto: group by group, in few shapes"}}
-        assert kernels.host_syncs == ()
+        assert kernels.used == {"grouped_linear": expected} and kernels.host_syncs == ()
     grouped_linear(*call_of(), kernels := Kernels({"default": "reference"}))
     assert kernels.host_syncs == ("_to_copy",)
 
