@@ -101,8 +101,9 @@ def test_groups_leave_all_but_the_best_out():
     """Groups are scored by their two best; a lone favourite does not win for its group."""
     gate = gate_of("deepseek_v3", groups=2, kept_groups=1)
     scores = torch.tensor([[0.9, 0.1, 0.6, 0.5]])  # sums 1.0 and 1.1
-    choice = gate.choose(torch.logit(scores))
-    assert sorted(choice.experts[0].tolist()) == [2, 3]
+    for bias in (0.0, -2.0):  # below zero too: what is left out is so for good
+        gate.e_score_correction_bias.fill_(bias)
+        assert sorted(gate.choose(torch.logit(scores)).experts[0].tolist()) == [2, 3]
 
 
 def test_a_bias_is_told_apart_where_bf16_cannot():
