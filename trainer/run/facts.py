@@ -91,8 +91,6 @@ def _manifest(s: Session) -> dict[str, Any]:
     for row in roles:
         by_role[row["role"]] = by_role.get(row["role"], 0) + row["parameters"]
     flops = s.adapter.flops(s.cfg.train_seq_len)
-    acting = s.adapter.active_parameters()
-    active = {} if acting is None else {"active": acting}
     return {
         "type": s.cfg.type,
         "environment": collect_environment(s.world.device),
@@ -111,11 +109,18 @@ def _manifest(s: Session) -> dict[str, Any]:
             "tokenizer_digest": s.dataset.tokenizer.digest,
             "overlap": s.dataset.overlap and s.dataset.overlap.as_dict(),
         },
-        "parameters": {"total": sum(by_role.values()), **active, "by_role": by_role},
+        "parameters": {**parameters_of(s), "by_role": by_role},
         "roles": roles,
         "flops_per_token": {"forward": flops.forward_per_token, "training": flops.training_per_token},
         "argv": sys.argv,
     }
+
+
+def parameters_of(s: Session) -> dict[str, int]:
+    """`total`, and `active` where not all of them act on a token."""
+    active = s.adapter.active_parameters()
+    total = sum(p.numel() for _, p in s.adapter.named_model_parameters())
+    return {"total": total, **({} if active is None else {"active": active})}
 
 
 def _banner(s: Session, manifest: dict[str, Any], path: Path) -> list[str]:
@@ -225,6 +230,7 @@ def summary_of(
         **({"best": best} if best else {}),
         "weights": "averaged (EMA)" if s.ema else "raw",
         "precision": s.precision,
+        "parameters": parameters_of(s),
         "yardsticks": yardsticks,
         "steps": progress.step,
         "stopped_early": stopped_early,

@@ -68,7 +68,9 @@ def test_operations_between_two_log_lines_are_not_lost_over_a_resume(reported, t
 
 def test_active_parameters_stand_beside_the_total(reported):
     counts = json.loads((reported / "manifest.json").read_text())["parameters"]
-    assert counts["active"] == 1234 < counts["total"]
+    assert counts["active"] == 1234 < counts["total"] == sum(counts["by_role"].values())
+    summary = json.loads((reported / "summary.json").read_text())
+    assert summary["parameters"] == {"total": counts["total"], "active": 1234}
     assert "<dt>active per token</dt><dd>1.23k</dd>" in (reported / "report.html").read_text()
     assert describe(*of("Reporting"))["parameters"]["active"] == 1234
     assert "active" not in describe(*config("vanilla"))["parameters"]
