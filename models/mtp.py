@@ -171,6 +171,16 @@ class MTP(Vanilla):
             *(f"heads.{k}" for k in heads),
         ]
 
+    def hf_views(self) -> dict[str, Tensor]:
+        """Of a decoder without further heads; others have no form there."""
+        if self.cfg.n_mtp_tokens > 1 or self.cfg.head_type != "transformer":
+            raise ValueError(
+                f"model_cfg.n_mtp_tokens={self.cfg.n_mtp_tokens}, head_type={self.cfg.head_type}: {self.hf.name} has "
+                f"no heads of blocks behind a trunk"
+            )
+        block = f"layers.{self.cfg.trunk_layers}."
+        return {name.replace("heads.0.", block): view for name, view in super().hf_views().items()}
+
     def param_roles(self) -> list[Rule]:
         return [Rule(r"heads\.\d+\.weight", "matrix"), *super().param_roles()]
 

@@ -133,3 +133,12 @@ def test_fields_of_the_other_form_are_named_as_not_read():
     sequential = MTPConfig(**SIZES, use_deepseek_mtp=True)
     assert {"isoparam", "head_type", "head_topology", "mtp_loss_weights"} == set(sequential.unread())
     assert not sequential.problems(RunConfig(type="mtp")), "two modules behind two blocks leave these"
+
+
+def test_one_head_has_llamas_form_and_more_have_none():
+    one, vanilla = build("mtp", n_mtp_tokens=1, **SIX), build("vanilla", **SIX)
+    assert one.to_hf_state_dict().keys() == vanilla.to_hf_state_dict().keys()
+    vanilla.from_hf_state_dict(one.to_hf_state_dict())
+    assert torch.equal(one(tokens_of()), vanilla(tokens_of()))
+    with pytest.raises(ValueError, match="n_mtp_tokens=2"):
+        build("mtp", **SIX).to_hf_state_dict()
