@@ -53,7 +53,6 @@ class DefaultModelAdapter(ModelAdapter):
     """
 
     takes_z_loss = True
-    sparing = False  # whether a step has several head losses, of which none is to keep its logits until the backward
 
     def prepare(self, batch: Batch, ctx: Context) -> Prepared:
         """Tensors `inputs`, `doc_ids`, `targets`, `weights`, all (B, S), `cu_seqlens` for models that read them, and
@@ -98,7 +97,9 @@ class DefaultModelAdapter(ModelAdapter):
         """The term of the k-th token after each position, predicted from states (B, S, D) by the model's head or by
         `head` (V_p, D). Only the next token's is the text's likelihood."""
         targets, weights = prepared.tensors[nth("targets", k)], prepared.tensors[nth("weights", k)]
-        total, nats, z = self.head_loss(states, targets, weights, head, self.z_loss)
+        # The backward begins with the last head: it alone may keep its logits, and those of one exist at a time.
+        sparing = k < self.data_spec().lookahead
+        total, nats, z = self.head_loss(states, targets, weights, head, self.z_loss, sparing)
         term = LossTerm(total, nth("tokens", k), weight, likelihood=k == 1)
         if z is not None:
             term.z_loss = self.z_loss * (z * weights).sum()
@@ -131,10 +132,11 @@ class DefaultModelAdapter(ModelAdapter):
         weights: Tensor | None,
         head: Tensor | None = None,
         z_loss: float = 0.0,
+        sparing: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Weighted sum of nats + z_loss * z, (), nats of every position, (B, S), and z, (B, S), the square of its
-        log-normaliser (None without `z_loss`), both unweighted and detached. Logits are capped as the model's are
-        (`logit_softcap`, where it has one)."""
+        log-normaliser (None without `z_loss`), both unweighted and detached. `sparing` keeps no logits until the
+        backward. Logits are capped as the model's are (`logit_softcap`, where it has one)."""
         total, nats, z = linear_cross_entropy(
             states.flatten(0, 1),
             self.model.head_weight if head is None else head,
@@ -144,7 +146,7 @@ class DefaultModelAdapter(ModelAdapter):
             kernels=self.kernels,
             softcap=getattr(self.model, "logit_softcap", None),
             z_loss=z_loss,
-            sparing=self.sparing,
+            sparing=sparing,
         )
         return total, nats.view_as(targets), None if z is None else z.view_as(targets)
 
@@ -166,7 +168,7 @@ class DefaultModelAdapter(ModelAdapter):
 
     def kernel_calls(self, rows: int, seq_len: int) -> dict[str, dict[str, Any]]:
         logits: dict[str, Any] = {"rows": rows * seq_len, "columns": self.model.head_weight.shape[0]}
-        if self.sparing:
+        if self.data_spec().lookahead > 1:
             logits["facts"] = (SPARING,)
         return {**super().kernel_calls(rows, seq_len), "linear_cross_entropy": logits}
 

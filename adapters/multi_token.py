@@ -34,7 +34,6 @@ class MultiTokenAdapter(ExpertsAdapter):
 
     def __init__(self, model: nn.Module, model_cfg: Any, tokenizer: Tokenizer) -> None:
         super().__init__(model, model_cfg, tokenizer)
-        self.sparing = model_cfg.tokens_ahead > 1
         if not self.layers:
             self.console_metrics = ()
 
