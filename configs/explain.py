@@ -26,10 +26,12 @@ def explain(
     by_key: dict[str, list[Any]] = {}
     for item in error.errors():
         by_key.setdefault(_key(item["loc"], model), []).append(item)
+    for key in [k for k in by_key if any(other.startswith(f"{k}.") for other in by_key)]:
+        del by_key[key]  # pydantic leaves out wrong entries, and finds the rest too few
     messages = []
     for key, items in by_key.items():
         place = where(f"{prefix}{key}")
-        text = _message(f"{prefix}{key}", key.split(".")[0], items, model, values)
+        text = _message(prefix, key, items, model, values)
         messages.append((key, f"{place}: {text}" if place else text))
     return messages
 
@@ -40,15 +42,16 @@ def _key(loc: tuple[Any, ...], model: type[BaseModel]) -> str:
         return ""
     field = model.model_fields.get(str(loc[0]))
     inside = field is not None and any(
-        typing.get_origin(a) in (dict, list) for a in _leaves(field.annotation)
+        typing.get_origin(a) in (dict, list, tuple) for a in _leaves(field.annotation)
     )
-    rest = [str(p) for p in loc[1:] if inside and not str(p).startswith(("dict", "list"))]
+    rest = [str(p) for p in loc[1:] if inside and not str(p).startswith(("dict[", "list[", "tuple["))]
     return ".".join([str(loc[0]), *rest])
 
 
 def _message(
-    name: str, field_name: str, items: list[Any], model: type[BaseModel], values: Mapping[str, Any]
+    prefix: str, key: str, items: list[Any], model: type[BaseModel], values: Mapping[str, Any]
 ) -> str:
+    name, (field_name, dot, _) = f"{prefix}{key}", key.partition(".")
     kinds = {i["type"] for i in items}
     if "missing" in kinds:
         return f"required key '{name}' has no value. Set it: {name}=<value>"
@@ -56,9 +59,10 @@ def _message(
         return f"{name}: {items[0]['msg'].removeprefix('Value error, ')}" if name else items[0]["msg"]
     field = model.model_fields[field_name]
     given = items[-1]["input"]
-    bounds = _bounds(field.annotation, field.metadata)
+    annotation, metadata = (_entry(field.annotation), []) if dot else (field.annotation, field.metadata)
+    bounds = _bounds(annotation, metadata)
     if any(k.startswith(("greater_than", "less_than", "finite")) for k in kinds):
-        return f"{name}: must satisfy {_range(field_name, bounds)}, got {given}"
+        return f"{name}: must satisfy {_range(key, bounds)}, got {given}"
     if "multiple_of" in kinds and isinstance(given, int):
         factor = next(i["ctx"]["multiple_of"] for i in items if i["type"] == "multiple_of")
         return f"{name}: must be a multiple of {factor}, got {given}; nearest: {max(1, round(given / factor)) * factor}"
@@ -69,12 +73,11 @@ def _message(
         return f"{name}: {given!r} is not UTF-8 text. Where it is and the locale is not, set PYTHONUTF8=1"
     if "string_too_short" in kinds:
         return f"{name}: must not be empty"
-    choices = _choices(field.annotation)
+    choices = _choices(annotation)
     if isinstance(given, str) and choices:
-        others = [_NAMES[leaf] for leaf in _leaves(field.annotation) if leaf in _NAMES]
+        others = [_NAMES[leaf] for leaf in _leaves(annotation) if leaf in _NAMES]
         return f"{name}: {not_one_of(given, [*choices, *others])}"
-    expected = "str" if "." in name.removeprefix("model_cfg.") else _expected(field.annotation)
-    return f"{name}: expected {expected}, got {_shown(given)}{_hint(given, field.annotation)}"
+    return f"{name}: expected {_expected(annotation)}, got {_shown(given)}{_hint(given, annotation)}"
 
 
 def _shown(value: Any) -> str:
@@ -100,6 +103,16 @@ def _leaves(annotation: Any) -> list[Any]:
     if origin in (typing.Union, types.UnionType):
         return [leaf for a in typing.get_args(annotation) for leaf in _leaves(a)]
     return [annotation]
+
+
+def _entry(annotation: Any) -> Any:
+    """What stands in a list, tuple or mapping."""
+    inside = [
+        [a for a in typing.get_args(leaf) if a is not ...][-1]
+        for leaf in _leaves(annotation)
+        if typing.get_origin(leaf) in (dict, list, tuple)
+    ]
+    return typing.Union[tuple(inside)]  # noqa: UP007
 
 
 def _choices(annotation: Any) -> list[Any]:

@@ -215,13 +215,20 @@ def fold_names(values: dict[str, Any], names: dict[str, str], prefix: str = "") 
     return folded
 
 
+def _fold_fields(values: dict[str, Any], prefix: str) -> list[tuple[str, str]]:
+    """As `fold_names`, of an architecture's fields and those of another one within it."""
+    folded = fold_names(values, ARCHITECTURE_ALIASES, prefix)
+    inner = [(name, value) for name, value in values.items() if isinstance(value, dict)]
+    return folded + [pair for name, value in inner for pair in _fold_fields(value, f"{prefix}{name}.")]
+
+
 def _fold(path: Path, values: dict[str, Any], lines: dict[str, int]) -> tuple[bool, list[str]]:
     """Give fields their one spelling, in place. (whether any had another, what people are told of it)"""
     accepted = []
     try:
         renamed = fold_names(values, RENAMED)
         if isinstance(values.get("model_cfg"), dict):
-            accepted = fold_names(values["model_cfg"], ARCHITECTURE_ALIASES, "model_cfg.")
+            accepted = _fold_fields(values["model_cfg"], "model_cfg.")
     except ConfigError as error:
         raise ConfigError([f"{shown(path)}: {p}" for p in error.problems]) from None
     if isinstance(values.get("kernels"), str):

@@ -211,7 +211,9 @@ def _override(request: Request, word: str, spelled: str | None = None) -> None:
         return
     spelled = spelled or key.removeprefix("configs/")
     key = _canonical(request, key)
-    if key in _OPEN and (found := _entries(key, value)) is not None:
+    within = key.startswith("model_cfg.") and not mark.startswith("~")
+    found = _entries(key, value) if key in _OPEN or within else None
+    if found or (found is not None and key in _OPEN):  # nothing given for a field stays a value of it
         for name, item in found:
             _override(request, f"{mark}{key}.{name}={item}")
         return
@@ -265,8 +267,9 @@ def _canonical(request: Request, key: str) -> str:
         return RENAMED[key]
     if key.removeprefix("configs/") in GROUPS:
         return key.removeprefix("configs/")
-    root, dot, leaf = key.partition(".")
-    return f"model_cfg.{ARCHITECTURE_ALIASES.get(leaf, leaf)}" if root == "model_cfg" and dot else key
+    path, dot, leaf = key.rpartition(".")  # model_cfg.trunk_cfg.num_kv_heads too
+    inside = path.partition(".")[0] == "model_cfg"
+    return f"{path}.{ARCHITECTURE_ALIASES.get(leaf, leaf)}" if inside else key
 
 
 def unknown_key(key: str, where: str = "command line") -> str:

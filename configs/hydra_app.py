@@ -24,6 +24,9 @@ from naming import did_you_mean
 APP = "mytrainer"
 MODEL_GROUP = "configs@_global_"
 Where = Callable[[str], str]  # key -> place of its value, "" if unknown
+_LIST_FOR_MAPPING = re.compile(
+    r"Error merging override \+*(?P<key>[\w.]+)=(?P<value>.*): Cannot merge DictConfig with ListConfig"
+)
 
 
 def register() -> None:
@@ -66,11 +69,15 @@ def _hydra(where: Where) -> Iterator[None]:
 
 def _in_our_words(error: Exception, where: Where) -> str:
     """What Hydra or OmegaConf could not do, at the place of the field where it knows one."""
-    reason = str(error).strip().split("\n")[0]
+    first, _, more = str(error).strip().partition("\n")
+    reason = " ".join([first, *more.splitlines()[:1]]) if first.endswith(":") else first
     key = str(getattr(error, "full_key", None) or "")
     if not key:
         why = str(error.__cause__ or "").strip().split("\n")[0]
-        return f"command line: {reason.removesuffix('.')}" + (f": {why}" if why else "")
+        told = reason.removesuffix(".") + (f": {why}" if why else "")
+        return "command line: " + _LIST_FOR_MAPPING.sub(
+            r"\g<key>: expected mapping, got \g<value> (list)", told
+        )
     if unset := re.search(r"Environment variable '(.*?)' not found", reason):
         name = unset[1]
         reason = f"the environment variable {name} is not set. Set it, or write ${{oc.env:{name},<default>}}"

@@ -348,18 +348,20 @@ def _architecture(
     type_: str, config_class: type[ModelConfig], fields: dict[str, Any], where: Where
 ) -> ModelConfig:
     names = list(config_class.model_fields)
-    problems = []
+    problems: list[str] = []
+    inner: list[str] = []  # fields of another architecture within it
+    try:
+        model_cfg = config_class.model_validate({k: v for k, v in fields.items() if k in names})
+        inner = [f"model_cfg.{k}.{name}" for k, v in model_cfg if isinstance(v, dict) for name in v]
+    except ValidationError as error:
+        problems += [p for _, p in explain(error, config_class, fields, where, "model_cfg.")]
     for key in fields:
         if key not in names:
             place = where(f"model_cfg.{key}")
-            hint = suggest_key(f"model_cfg.{key}", names, GENERIC_FIELDS)
+            hint = suggest_key(f"model_cfg.{key}", names, (*inner, *GENERIC_FIELDS))
             problems.append(
                 f"{place + ': ' if place else ''}unknown key 'model_cfg.{key}' for type '{type_}'.{hint}"
             )
-    try:
-        model_cfg = config_class.model_validate({k: v for k, v in fields.items() if k in names})
-    except ValidationError as error:
-        problems += [p for _, p in explain(error, config_class, fields, where, "model_cfg.")]
     if problems:
         raise ConfigError(problems)
     return model_cfg

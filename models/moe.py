@@ -224,6 +224,8 @@ class MoEConfig(VanillaConfig):
             found["bias_freeze_frac"] = "bias_update_speed=0"
         if self.n_group == 1:
             found.setdefault("topk_group", "n_group=1")
+        if self.d_ff_expert is not None and len(self.expert_layers) == self.n_layers:  # no layer is dense
+            found |= dict.fromkeys(("ffn_hidden", "multiple_of"), f"d_ff_expert={self.d_ff_expert}")
         return found
 
     def new_gate(self, layer: int) -> Gate:

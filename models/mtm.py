@@ -116,7 +116,8 @@ class MTMConfig(DefaultModelConfig):
             return super().problems(run) + wrong
         own = "|".join(self.trunk_class.Config.model_fields.keys() - self._shared)
         found = self.trunk_config.problems(run)
-        return [re.sub(rf"\bmodel_cfg\.(?=({own})\b)", "model_cfg.trunk_cfg.", problem) for problem in found]
+        found = [re.sub(rf"\bmodel_cfg\.(?=({own})\b)", "model_cfg.trunk_cfg.", problem) for problem in found]
+        return [re.sub(r"\btype=", "model_cfg.trunk=", problem) for problem in found]
 
     def _wrong_in_trunk_cfg(self) -> list[str]:
         config_class, shared, place = self.trunk_class.Config, self._shared, "model_cfg.trunk_cfg."
@@ -137,9 +138,17 @@ class MTMConfig(DefaultModelConfig):
         return found
 
     def unread(self) -> dict[str, str]:
-        found = {f"trunk_cfg.{name}": why for name, why in self.trunk_config.unread().items()}
+        place = {name: "trunk_cfg." for name in self.trunk_cfg}
+        found = {
+            place.get(name, "") + name: place.get(why.partition("=")[0], "") + why
+            for name, why in self.trunk_config.unread().items()
+        }
         if self.mtp_lambda_final is None:
             found["mtp_lambda_switch"] = "mtp_lambda_final=null"
+        elif self.mtp_lambda_switch == 1:
+            found["mtp_lambda_final"] = "mtp_lambda_switch=1"
+        elif self.mtp_lambda_switch == 0:
+            found["mtp_lambda"] = "mtp_lambda_switch=0"
         if not self.n_mtp_modules:
             idle = [name for name in type(self).model_fields if name.startswith("mtp_")]
             found |= dict.fromkeys([*idle, "concat_order"], "n_mtp_modules=0")

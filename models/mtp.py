@@ -93,13 +93,21 @@ class MTPConfig(VanillaConfig):
                 f"model_cfg.mtp_loss_weights ({weights}) must have model_cfg.n_mtp_tokens ({n}) entries, the next "
                 f"token's first. Nearest: {(weights + [1.0] * n)[:n]}, or null for ones"
             )
+        if weights is not None and not any(weights):
+            found.append(
+                f"model_cfg.mtp_loss_weights ({weights}) leaves nothing to train. Nearest: {[1.0] + weights[1:]}, or "
+                f"null for ones"
+            )
         return found
 
     def unread(self) -> dict[str, str]:
+        found = super().unread()
+        if self.n_mtp_tokens == 1:  # one head, or no module
+            found |= dict.fromkeys(("isoparam", "head_topology", "mtp_lambda"), "n_mtp_tokens=1")
         if not self.use_deepseek_mtp:
-            return {**super().unread(), "mtp_lambda": "use_deepseek_mtp=false"}
+            return {**found, "mtp_lambda": "use_deepseek_mtp=false"}
         idle = ("isoparam", "head_type", "head_topology", "mtp_loss_weights")
-        return {**super().unread(), **dict.fromkeys(idle, "use_deepseek_mtp=true")}
+        return {**found, **dict.fromkeys(idle, "use_deepseek_mtp=true")}
 
 
 class MTP(Vanilla):

@@ -93,6 +93,14 @@ class VanillaConfig(DefaultModelConfig):
             )
         return found if self.use_rope else found + within_context(run, self.n_ctx)
 
+    def unread(self) -> dict[str, str]:
+        found = super().unread()
+        if self.ffn_hidden is not None:
+            found["multiple_of"] = f"ffn_hidden={self.ffn_hidden}"
+        if not self.use_rope:
+            found["rope_theta"] = "use_rope=false"
+        return found
+
     def norm(self, width: int) -> nn.Module:
         if self.use_rmsnorm:
             return RMSNorm(width, self.norm_eps)

@@ -6,6 +6,7 @@ import pytest
 
 from configs import compose
 from configs.compose import prepare, tree_of
+from configs.files import CONFIGS, description
 from configs.grid import check_grid
 from configs.messages import ConfigError
 from models import ARCHITECTURES
@@ -15,7 +16,7 @@ ALL = ", ".join(sorted(ARCHITECTURES))
 CASES = [
     # words, text that the message must contain
     ([], [f"no model chosen. Give --hydra_model_cfg=configs/<name>.yaml; available: {ALL}"]),
-    (["configs/gpt3.yaml"], ["no such file: configs/gpt3.yaml (tried ", "Did you mean 'configs/gpt2.yaml'?"]),
+    (["configs/gpt3.yaml"], ["no such file: configs/gpt3.yaml (tried ", "Did you mean ", "'configs/gpt2.yaml'?"]),
     (["model=$MODEL"], ["no such file: $MODEL. A variable of the shell that is not set, or within '' quotes"]),
     (["--config-path", ".", "-cn", "gpt2"], ["It is in configs/, whose place --config-path takes; --config-dir adds"]),
     (["model=vanila"], ["no such file: vanila", "Did you mean 'vanilla'?"]),
@@ -360,6 +361,31 @@ def test_a_file_is_named_in_full_from_the_root_of_the_disk(work, monkeypatch):
             "transition_type=absorbing",
         ),
         (
+            ["vanilla", "model_cfg.ffn_hidden=64", "model_cfg.multiple_of=32"],
+            "model_cfg.multiple_of",
+            "model_cfg.ffn_hidden=64",
+        ),
+        (
+            ["vanilla", "model_cfg.use_rope=false", "model_cfg.rope_theta=9.0"],
+            "model_cfg.rope_theta",
+            "use_rope=false",
+        ),
+        (
+            ["mtp", "model_cfg.n_mtp_tokens=1", "model_cfg.isoparam=false", "model_cfg.head_topology=causal"],
+            "model_cfg.isoparam, model_cfg.head_topology",
+            "(because of model_cfg.n_mtp_tokens=1)",
+        ),
+        (
+            ["mtm", "model_cfg.trunk=moe", "model_cfg.trunk_cfg.bias_update_speed=0.1"],
+            "model_cfg.trunk_cfg.bias_update_speed",
+            "(because of model_cfg.trunk_cfg.gate_type=mixtral)",
+        ),
+        (
+            ["mtm", "model_cfg.trunk=moe", "model_cfg.trunk_cfg={d_ff_expert: 64, ffn_hidden: 32}"],
+            "model_cfg.trunk_cfg.ffn_hidden",
+            "model_cfg.trunk_cfg.d_ff_expert=64",
+        ),
+        (
             ["d3pm", "model_cfg.nearest_neighbors=3"],
             "model_cfg.nearest_neighbors",
             "transition_type=absorbing",
@@ -397,6 +423,27 @@ def test_fields_of_an_architecture_that_another_one_makes_meaningless_are_named(
             ["mdl", "model_cfg.continuous_time=false", "model_cfg.use_subs_parameterization=false"],
             "sampler=ancestral_cache needs model_cfg.use_subs_parameterization=true",
         ),
+        (["moe", "model_cfg.betas=[0,-1]"], r"line: model_cfg.betas.1: must satisfy 0 <= betas.1, got -1$"),
+        (["moe", "model_cfg.alphas=[-1]"], r"line: model_cfg.alphas.0: must satisfy 0 <= alphas.0, got -1$"),
+        (
+            ["mtp", "model_cfg.mtp_loss_weights=[x,1]"],
+            r"^command line: model_cfg.mtp_loss_weights.0: expected float, got 'x' \(str\)$",
+        ),
+        (
+            ["mtp", "model_cfg.mtp_loss_weights=[0,0]"],
+            r"leaves nothing to train. Nearest: \[1.0, 0.0\], or null",
+        ),
+        (
+            ["mtm", "model_cfg.trunk_cfg=[]"],
+            r"^command line: model_cfg.trunk_cfg: expected mapping, got \[\] \(list\)$",
+        ),
+        (["mtm", "model_cfg.trunk_cfg.norm_eps=x"], r"trunk_cfg.norm_eps: expected float, got 'x' \(str\)$"),
+        (
+            ["mtm", "model_cfg.trunk_cfg.model_dim=3"],
+            "^command line: model_cfg.trunk_cfg.d_model: the trunk has",
+        ),
+        (["mtm", "model_cfg.n_kv_heads=2"], "Did you mean 'model_cfg.trunk_cfg.n_kv_heads'"),
+        (["mtm", "model_cfg.bias=true"], r"Did you mean 'model_cfg.trunk_cfg.bias'\?$"),
         (
             ["sedd", "z_loss=1e-4"],
             r"command line: z_loss \(0.0001\) belongs to a cross-entropy over all tokens, and SEDDAdapter trains type "
@@ -409,10 +456,37 @@ def test_what_an_architecture_cannot_do_is_said_before_anything_starts(words, me
         compose([f"model={words[0]}", "preset=nano", *words[1:]], lambda text: None)
 
 
-def test_one_wrong_value_is_one_problem():
+@pytest.mark.parametrize(
+    ("type_", "word"),
+    [("sedd", "transition_type=gaussian"), ("moe", "alphas=[-1]"), ("mtp", "mtp_loss_weights=[x]")],
+)
+def test_one_wrong_value_is_one_problem(type_, word):
     with pytest.raises(ConfigError) as error:
-        compose(["model=sedd", "preset=nano", "model_cfg.transition_type=gaussian"], lambda text: None)
-    assert len(error.value.problems) == 1 and "transition_type" in error.value.problems[0]
+        compose([f"model={type_}", "preset=nano", f"model_cfg.{word}"], lambda text: None)
+    assert len(error.value.problems) == 1 and word.partition("=")[0] in error.value.problems[0]
+
+
+def test_fields_of_a_decoder_within_are_spelled_in_files_and_words_alike(write):
+    """One field in two spellings: the word wins, and neither is lost."""
+    file = write(
+        "within.yaml", "defaults: [mtm, _self_]\nmodel_cfg:\n  trunk_cfg: {num_kv_heads: 2, qk_norm: true}\n"
+    )
+    for word in ("num_kv_heads=3", "n_kv_heads=3"):
+        _, cfg = compose([f"model={file}", "preset=nano", f"model_cfg.trunk_cfg.{word}"], lambda text: None)
+        assert (cfg.trunk_config.n_kv_heads, cfg.trunk_config.qk_norm) == (3, True)
+
+
+def test_a_list_for_a_mapping_in_a_file_is_said(write):
+    file = write("within.yaml", "defaults: [mtm, _self_]\nmodel_cfg:\n  trunk_cfg: []\n")
+    with pytest.raises(ConfigError, match="Cannot merge DictConfig with ListConfig"):
+        compose([f"model={file}", "preset=nano"], lambda text: None)
+
+
+def test_models_are_listed_by_whole_sentences():
+    """`show` prints the first line of each file's comment."""
+    for type_ in ARCHITECTURES:
+        said = description(CONFIGS / f"{type_}.yaml")
+        assert said.endswith(".") and len(said) > 20, said
 
 
 def test_a_size_on_the_command_line_is_said_to_leave_the_preset_out():

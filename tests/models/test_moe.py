@@ -431,3 +431,11 @@ def test_what_the_other_gate_reads_is_said_to_be_idle():
         "seq_aux_alpha",
     }
     assert MoEConfig(**BIASED, bias_update_speed=0.0).unread().keys() == {"bias_freeze_frac", "topk_group"}
+
+
+def test_the_dense_width_is_idle_where_nothing_is_dense_and_experts_have_a_width_of_their_own():
+    dense = {"ffn_hidden", "multiple_of"}
+    assert dense <= MoEConfig(d_ff_expert=64).unread().keys()
+    assert not dense & MoEConfig().unread().keys(), "the experts' width follows from it"
+    for mixed in ({"first_k_dense": 1}, {"moe_every": 2}):
+        assert not dense & MoEConfig(d_ff_expert=64, **mixed).unread().keys()

@@ -165,6 +165,10 @@ def problems(**fields):
             {"trunk": "gpt2", "trunk_cfg": {"use_rope": True}},
             ["'model_cfg.trunk_cfg.use_rope' for trunk 'gpt2'"],
         ),
+        (
+            {"trunk": "moe", "trunk_cfg": {"first_k_dense": 8}},
+            ["model_cfg.trunk_cfg.first_k_dense (8)", "or model_cfg.trunk=vanilla"],
+        ),
         ({"d_model": 18}, ["model_cfg.d_model (18) must be divisible by model_cfg.n_heads (4)"]),
     ],
 )
@@ -189,6 +193,13 @@ def test_the_trunk_reads_its_own_fields_and_the_models_sizes():
 
 def test_what_means_nothing_is_named():
     assert MTMConfig(**SIZES).unread() == {"mtp_lambda_switch": "mtp_lambda_final=null"}
+    switched = {"mtp_lambda_final": 0.1}
+    assert MTMConfig(**SIZES, **switched).unread() == {}
+    never, at_once = (MTMConfig(**SIZES, **switched, mtp_lambda_switch=at).unread() for at in (1.0, 0.0))
+    assert never == {"mtp_lambda_final": "mtp_lambda_switch=1"}
+    assert at_once == {"mtp_lambda": "mtp_lambda_switch=0"}
+    biased = MTMConfig(**SIZES, trunk="moe", trunk_cfg={"ffn_hidden": 64}).unread()
+    assert biased["trunk_cfg.bias_update_speed"] == "trunk_cfg.gate_type=mixtral"
     bare = MTMConfig(**SIZES, n_mtp_modules=0).unread()
     assert {"mtp_lambda", "mtp_hidden", "concat_order", "mtp_share_head_norm"} <= set(bare)
 

@@ -120,6 +120,7 @@ def test_what_further_heads_cost():
         ({"n_mtp_tokens": 6}, ["n_mtp_tokens (6)", "n_layers (6)", "n_mtp_tokens=5 or n_layers=7"]),
         ({"isoparam": False, "n_layers": 1}, ["Nearest: n_layers=2"]),
         ({"mtp_loss_weights": [1.0]}, ["mtp_loss_weights ([1.0])", "Nearest: [1.0, 1.0]"]),
+        ({"mtp_loss_weights": [0.0, 0.0]}, ["leaves nothing to train", "Nearest: [1.0, 0.0], or null"]),
     ],
 )
 def test_what_leaves_no_trunk_or_lacks_a_weight_is_refused(fields, words):
@@ -133,6 +134,15 @@ def test_fields_of_the_other_form_are_named_as_not_read():
     sequential = MTPConfig(**SIZES, use_deepseek_mtp=True)
     assert {"isoparam", "head_type", "head_topology", "mtp_loss_weights"} == set(sequential.unread())
     assert not sequential.problems(RunConfig(type="mtp")), "two modules behind two blocks leave these"
+    one = MTPConfig(**SIZES, n_mtp_tokens=1).unread()
+    assert one == {
+        "isoparam": "n_mtp_tokens=1",
+        "head_topology": "n_mtp_tokens=1",
+        "mtp_lambda": "use_deepseek_mtp=false",
+    }
+    assert (
+        MTPConfig(**SIZES, n_mtp_tokens=1, use_deepseek_mtp=True).unread()["mtp_lambda"] == "n_mtp_tokens=1"
+    )
 
 
 def test_one_head_has_llamas_form_and_more_have_none():
