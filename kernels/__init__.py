@@ -10,9 +10,20 @@ from dataclasses import dataclass, field
 
 from naming import Entry, not_one_of
 
-__all__ = ["AUTO", "CHUNKED", "KERNELS", "REFERENCE", "TRITON", "Implementation", "Kernel", "problems"]
+__all__ = [
+    "AUTO",
+    "CHUNKED",
+    "CLOSED_FORM",
+    "KERNELS",
+    "REFERENCE",
+    "TRITON",
+    "Implementation",
+    "Kernel",
+    "problems",
+]
 
 AUTO, REFERENCE, CHUNKED, TRITON = "auto", "reference", "chunked", "triton"
+CLOSED_FORM = "closed_form"
 LIBRARIES = ("flash_attn", "mamba_ssm", "liger", "fla")  # an operation that one of them computes names it so
 
 
@@ -57,7 +68,8 @@ class Kernel(Entry):
     has more than its definition. `implementations` by name; `reference` is the plain definition. What `auto` takes:
     where `compiled_with_neighbours`, the reference inside compiled blocks, because the compiler fuses it with what
     surrounds it; on a GPU `triton`, where it is `for_memory` or its measured speed is committed (kernels/tuned.py);
-    then `chunked`, where the logits of all rows are larger than `plain_bytes`; else the reference. `rule`:
+    then `closed_form`, where it runs; then `chunked`, where the logits of all rows are larger than `plain_bytes`; else
+    the reference. `rule`:
     "module:function", called with a `Call` and a function that says of an implementation why it cannot run it ("" if it
     can), returns (name, why) in place of all that.
 
@@ -178,6 +190,7 @@ KERNELS: dict[str, Kernel] = {
         description="root-mean-square normalisation, of a residual sum if wanted",
         implementations={
             REFERENCE: Implementation("kernels.rms_norm.reference:reference"),
+            CLOSED_FORM: Implementation("kernels.rms_norm.closed_form:closed_form", devices=("cpu",)),
             TRITON: by_triton("kernels.rms_norm.triton:rms_norm", refuses="kernels.rms_norm:too_wide"),
         },
         compiled_with_neighbours=True,

@@ -33,11 +33,13 @@ def reference(
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """Each pair a, b of the first r dims of x (B, T, heads, h), by its angle: a cos - b sin, b cos + a sin."""
     turning, rest = x.tensor_split((2 * cos.shape[-1],), dim=-1)
-    if interleaved:  # as a whole: halves of every second dim take a CPU twice as long
+    turning = turning.to(cos.dtype)
+    # As a whole: halves of the dims, or every second, take a CPU half as long again, or twice as long.
+    if interleaved:
         other = turning.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-        turned = turning * cos.repeat_interleave(2, dim=-1)
-        turned = turned + other * torch.stack((-sin, sin), dim=-1).flatten(-2)
+        cos, sin = cos.repeat_interleave(2, dim=-1), torch.stack((-sin, sin), dim=-1).flatten(-2)
     else:
-        a, b = turning.chunk(2, dim=-1)
-        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    return (torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned).to(x.dtype)
+        other = turning.roll(cos.shape[-1], dims=-1)
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    turned = (turning * cos + other * sin).to(x.dtype)  # other: b, a
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned

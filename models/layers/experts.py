@@ -259,12 +259,12 @@ class _ToExperts(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor, k: int) -> Tensor:
         ctx.save_for_backward(back)
         ctx.k = k
-        return x[order // k]
+        return x.index_select(0, order // k)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (back,) = ctx.saved_tensors
-        return gradients[0][back].unflatten(0, (-1, ctx.k)).sum(1), None, None, None
+        return gradients[0].index_select(0, back).unflatten(0, (-1, ctx.k)).sum(1), None, None, None
 
 
 class _Permute(torch.autograd.Function):
@@ -273,12 +273,12 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
         ctx.save_for_backward(back)
-        return x[order]
+        return x.index_select(0, order)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (back,) = ctx.saved_tensors
-        return gradients[0][back], None, None
+        return gradients[0].index_select(0, back), None, None
 
 
 def expert_layers(model: nn.Module) -> Iterator[ExpertLayer]:

@@ -6,16 +6,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.choose import Kernels
+from kernels import rms_norm as rms_norm_op
+from kernels.against import deviations
+from kernels.choose import Call, Kernels
 from kernels.layer_norm import add_layer_norm, layer_norm
 from kernels.ngpt_update import ngpt_update
 from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.rms_norm.closed_form import closed_form
 from kernels.unit_norm import unit_norm
 from models.layers.adaln import AdaptiveNorm
 from models.layers.norms import LayerNorm, RMSNorm
+from tests.kernels import samples
 from tests.kernels.interpret import interpreted
+from tests.kernels.samples import transposed
 
-TRITON = Kernels({"default": "triton"})
+TRITON, PLAIN = Kernels({"default": "triton"}), Kernels({"default": "reference"})
 
 
 def drawn(*shape: int) -> torch.Tensor:
@@ -24,14 +29,38 @@ def drawn(*shape: int) -> torch.Tensor:
 
 def test_references_are_torchs_own():
     x, branch, weight, bias = drawn(3, 5, 8), drawn(3, 5, 8) * 2, drawn(8), drawn(8) + 1
-    total, y = add_rms_norm(x, branch, weight, 1e-5, Kernels())
+    total, y = add_rms_norm(x, branch, weight, 1e-5, PLAIN)
     assert torch.equal(total, x + branch) and torch.equal(y, F.rms_norm(x + branch, (8,), weight, 1e-5))
-    assert torch.equal(rms_norm(x, None, 1e-5, Kernels()), F.rms_norm(x, (8,), None, 1e-5))
+    assert torch.equal(rms_norm(x, None, 1e-5, PLAIN), F.rms_norm(x, (8,), None, 1e-5))
     total, y = add_layer_norm(x, branch, weight, bias, 1e-5, Kernels())
     assert torch.equal(total, x + branch) and torch.equal(y, F.layer_norm(total, (8,), weight, bias, 1e-5))
     assert torch.equal(
         layer_norm(x, weight, None, 1e-5, Kernels()), F.layer_norm(x, (8,), weight, None, 1e-5)
     )
+
+
+@pytest.mark.parametrize("layout", [torch.clone, transposed])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", rms_norm_op.SPEC.small)
+def test_gradients_by_formula_are_those_of_the_definition(size, dtype, layout):
+    spec, sample = samples.drawn("rms_norm", size, getattr(torch, dtype))
+    found = deviations(closed_form, rms_norm_op.reference, sample.map(layout))
+    assert max(found.values()) <= spec.tolerance[dtype], found
+
+
+def test_a_cpu_takes_the_formula_where_nothing_is_compiled():
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    assert Kernels().foresee("rms_norm", Call(cpu, torch.float32))[0] == "closed_form"
+    assert Kernels().foresee("rms_norm", Call(cpu, torch.float32, compiling=True))[0] == "reference"
+    assert Kernels().foresee("rms_norm", Call(meta, torch.float32))[0] == "reference"
+    assert rms_norm(drawn(8), drawn(8), 1e-5, Kernels()).shape == (8,)
+
+
+def test_a_formula_has_no_second_derivative_and_says_so():
+    x = drawn(3, 8)
+    (dx,) = torch.autograd.grad(rms_norm(x, None, 1e-5, Kernels()).sin().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
 
 
 @pytest.mark.parametrize("make", [lambda: RMSNorm(8, 1e-5), lambda: LayerNorm(8, 1e-5, True)])
