@@ -148,7 +148,7 @@ class BiasedGate(Gate):
 
 
 class Experts(UsesKernels):
-    """E networks of one shape, stacked: down( silu(gate x) * up x ), or down( gelu(up x) )."""
+    """E networks of one shape, stacked: w down( silu(gate x) * up x ), or w down( gelu(up x) )."""
 
     def __init__(self, width: int, experts: int, hidden: int, gated: bool) -> None:
         super().__init__()
@@ -156,13 +156,16 @@ class Experts(UsesKernels):
         self.up_proj = nn.Parameter(torch.empty(experts, hidden, width))
         self.down_proj = nn.Parameter(torch.empty(experts, width, hidden))
 
-    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
-        """x (M, D), sorted by expert, ends (E,) int32, where each one's rows end -> (M, D)."""
+    def forward(self, x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+        """x (M, D), sorted by expert, weights (M,) of their outputs, ends (E,) int32, where each one's rows end ->
+        (M, D)."""
         up = grouped_linear(x, self.up_proj, ends, self.kernels)  # (M, f)
         if self.gate_proj is None:
             y = F.gelu(up, approximate="tanh")
         else:
             y = F.silu(grouped_linear(x, self.gate_proj, ends, self.kernels)) * up
+        # In front of the last product, which is linear: narrower, and what it returns need not be kept.
+        y = (y * weights[:, None]).to(y.dtype)
         return grouped_linear(y, self.down_proj, ends, self.kernels)
 
     def init_weights(self, generator: torch.Generator, down_std: float) -> None:
@@ -211,10 +214,9 @@ class ExpertLayer(nn.Module):
         order = choice.experts.flatten().argsort(stable=True)  # (N k,): assignments by expert
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         ends = load.cumsum(0).to(torch.int32)  # (E,)
-        y = self.experts(_ToExperts.apply(x, order, back, k), ends)  # (N k, D)
-        y = _Permute.apply(y, back, order).view(len(x), k, -1)
-        weights = choice.weights.reshape(len(x), k, 1)
-        return (y * weights).sum(1).to(y.dtype)
+        weights = _Permute.apply(choice.weights.flatten(), order, back)  # (N k,)
+        y = self.experts(_ToExperts.apply(x, order, back, k), weights, ends)  # (N k, D)
+        return _FromExperts.apply(y, order, back, k)
 
     def statistics(self, logits: Tensor, choice: Choice, loads: Tensor) -> dict[str, Tensor]:
         """Of each row: `load` (B, E), its assignments; `balance` (B,), 1 where experts are equally busy, E / k where
@@ -264,11 +266,30 @@ class _ToExperts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (back,) = ctx.saved_tensors
-        return gradients[0].index_select(0, back).unflatten(0, (-1, ctx.k)).sum(1), None, None, None
+        return _summed(gradients[0], back, ctx.k), None, None, None
+
+
+class _FromExperts(torch.autograd.Function):
+    """The transpose of `_ToExperts`: rows y (N k, D) by expert -> their sums over k, (N, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, order: Tensor, back: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(order)
+        ctx.k = k
+        return _summed(y, back, k)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (order,) = ctx.saved_tensors
+        return gradients[0].index_select(0, order // ctx.k), None, None, None
+
+
+def _summed(y: Tensor, back: Tensor, k: int) -> Tensor:
+    return y.index_select(0, back).unflatten(0, (-1, k)).sum(1)
 
 
 class _Permute(torch.autograd.Function):
-    """Rows x (M, D) in the order `order` (M,), of which `back` is the inverse."""
+    """x (M,) in the order `order` (M,), of which `back` is the inverse."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
