@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from adapters.base import (
@@ -57,16 +58,17 @@ class DefaultModelAdapter(ModelAdapter):
     def prepare(self, batch: Batch, ctx: Context) -> Prepared:
         """Tensors `inputs`, `doc_ids`, `targets`, `weights`, all (B, S), `cu_seqlens` for models that read them, and
         the denominator `tokens`. With a look-ahead of n also `targets_k`, `weights_k` and `tokens_k` for k = 2 to n:
-        the k-th token after each input, which counts where it belongs to the input's document or ends it."""
-        length = batch.weights.shape[1]
+        the k-th token after each input, which counts where it belongs to the input's document or ends it, and is a
+        target that counts. What `batch.weights` says of a row's last target holds for those behind it too."""
+        length, lookahead = batch.weights.shape[1], self.data_spec().lookahead
         tokens = torch.from_numpy(batch.tokens)  # (B, S + n)
         doc_ids = torch.from_numpy(batch.doc_ids)  # (B, S + n)
-        given = torch.from_numpy(batch.weights)  # (B, S)
+        given = F.pad(torch.from_numpy(batch.weights), (0, lookahead - 1), mode="replicate")  # (B, S + n - 1)
         tensors = {"inputs": tokens[:, :length], **documents(self.model, doc_ids[:, :length])}
         denominators = {}
-        for k in range(1, self.data_spec().lookahead + 1):
-            stays = doc_ids[:, k - 1 : k - 1 + length] == doc_ids[:, :length]
-            weights = given * stays
+        for k in range(1, lookahead + 1):
+            last = slice(k - 1, k - 1 + length)  # the token in front of the target
+            weights = given[:, last] * (doc_ids[:, last] == doc_ids[:, :length])
             tensors[nth("targets", k)] = tokens[:, k : k + length]
             tensors[nth("weights", k)] = weights
             denominators[nth("tokens", k)] = float(weights.sum())

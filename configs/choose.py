@@ -8,7 +8,8 @@ import os
 import re
 from pathlib import Path
 
-from configs.files import BASE, CONFIGS, EXTENSIONS, ROOT, options, shown
+import models
+from configs.files import BASE, CONFIGS, EXTENSIONS, ROOT, options, shown, words_of
 from configs.grammar import override_choices, parse_override
 from configs.messages import ConfigError
 from configs.request import Request
@@ -135,6 +136,9 @@ def _not_found(item: str, path: Path, tried: list[Path]) -> str:
         return f"command line: cannot read '{path.suffix}'. Accepted: {' '.join(EXTENSIONS)}"
     if item.startswith("$"):
         return f"command line: no such file: {item}. A variable of the shell that is not set, or within '' quotes"
+    if (found := models.alias(item)) is not None:
+        words = " ".join([shown(CONFIGS / f"{found[0]}.yaml"), *words_of(found[1])])
+        return f"command line: no such file: {item}. It is type {found[0]} here: --hydra_model_cfg={words}"
     names = nearest(path.stem, options())
     if path.stem == item and item in options():
         return (

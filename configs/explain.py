@@ -71,7 +71,7 @@ def _message(
         return f"{name}: {given!r} does not match {pattern}"
     if "string_unicode" in kinds:
         return f"{name}: {given!r} is not UTF-8 text. Where it is and the locale is not, set PYTHONUTF8=1"
-    if "string_too_short" in kinds:
+    if {"string_too_short", "too_short"} & kinds:
         return f"{name}: must not be empty"
     choices = _choices(annotation)
     if isinstance(given, str) and choices:
@@ -128,7 +128,11 @@ def _expected(annotation: Any) -> str:
         if origin is typing.Literal:
             words += [repr(v) for v in typing.get_args(leaf)]
         else:
-            words.append({dict: "mapping", list: "list"}.get(origin or leaf, _NAMES.get(leaf, str(leaf))))
+            words.append(
+                {dict: "mapping", list: "list", tuple: "list"}.get(
+                    origin or leaf, _NAMES.get(leaf, str(leaf))
+                )
+            )
     return " or ".join(words)
 
 

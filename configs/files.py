@@ -6,14 +6,16 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
 
+import models
 from configs.defaults_list import parse_entry, placed
 from configs.messages import ARCHITECTURE_ALIASES, RENAMED, ConfigError, own_words
 from configs.schema import CHOICES
@@ -222,11 +224,33 @@ def _fold_fields(values: dict[str, Any], prefix: str) -> list[tuple[str, str]]:
     return folded + [pair for name, value in inner for pair in _fold_fields(value, f"{prefix}{name}.")]
 
 
+def words_of(fields: Mapping[str, Any]) -> list[str]:
+    """Fields of `model_cfg` as a command line says them."""
+    return [f"model_cfg.{name}={json.dumps(value)}" for name, value in fields.items()]
+
+
+def fold_type(values: dict[str, Any]) -> list[tuple[str, str]]:
+    """Give another word for a type its own name in place, and the fields that go with the word; what was read as what.
+    ConfigError where one of these fields says otherwise."""
+    if (found := models.alias(values.get("type"))) is None:
+        return []
+    word = values["type"]
+    values["type"], fields = found
+    model_cfg = values["model_cfg"] = dict(values.get("model_cfg") or {})
+    for name, value in fields.items():
+        if model_cfg.setdefault(name, value) != value:
+            raise ConfigError(
+                f"type: {word} is {found[0]} with {words_of({name: value})[0]}, and model_cfg.{name} is "
+                f"{json.dumps(model_cfg[name])}. Give type: {found[0]} instead"
+            )
+    return [(word, " ".join([found[0], *words_of(fields)]))]
+
+
 def _fold(path: Path, values: dict[str, Any], lines: dict[str, int]) -> tuple[bool, list[str]]:
     """Give fields their one spelling, in place. (whether any had another, what people are told of it)"""
     accepted = []
     try:
-        renamed = fold_names(values, RENAMED)
+        renamed = fold_names(values, RENAMED) + fold_type(values)
         if isinstance(values.get("model_cfg"), dict):
             accepted = _fold_fields(values["model_cfg"], "model_cfg.")
     except ConfigError as error:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from configs.files import EXTENSIONS, check_option, choices, options
+import models
+from configs.files import EXTENSIONS, check_option, choices, options, words_of
 from configs.grammar import entries, field_types, in_quotes, is_text, override_choices, parse_override, quoted
 from configs.hydra_words import (
     COMPLETION,
@@ -228,6 +229,11 @@ def _override(request: Request, word: str, spelled: str | None = None) -> None:
     if key in GROUPS:
         _group(request, key, value)
         return
+    if key == "type" and (meant := models.alias(value)) is not None:
+        request.notices.append(f"'{value}' is read as '{meant[0]}'")
+        value = meant[0]
+        for word in words_of(meant[1]):
+            _override(request, word)
     root, _, leaf = key.partition(".")
     known = key in GENERIC_FIELDS or (root in _OPEN and leaf)
     if not known:

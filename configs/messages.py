@@ -60,6 +60,20 @@ SYNONYMS = {
     "wandb_name": "wandb_run_name",
     "tensorboard": "use_tensorboard",
 }
+_NO_FP8 = "products in FP8 are not offered, mixed_precision=bf16 is the narrowest format here"
+# Fields of other code that are none here, by the last part of their name -> what to use, or why there is nothing.
+NO_FIELDS = {
+    "dispatch": "how experts are computed is a choice of the run: kernels.grouped_linear=reference loops over them, "
+    "auto takes what suits the device",
+    "decode": "how text is written is said where it is: generate --speculative",
+    "fp8_mlp": _NO_FP8,
+    "memory_efficient": "logits of one head exist at a time in any case. How its loss is computed is a choice of the "
+    "run: kernels.linear_cross_entropy",
+    "proj_fp8": _NO_FP8,
+    "spec_heads": "how many tokens are drafted is said where text is written: generate --speculative --draft N",
+    "use_fp8": _NO_FP8,
+    "use_liger": "how the loss of a head is computed is a choice of the run: kernels.linear_cross_entropy",
+}
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 REDACTED = "<redacted>"
 
@@ -99,12 +113,14 @@ def is_secret(name: str) -> bool:
 
 
 def suggest_key(key: str, siblings: Iterable[str], paths: Iterable[str] = ()) -> str:
-    """Up to three suggestions for an unknown key, for use behind a sentence.
+    """Up to three suggestions for an unknown key, for use behind a sentence; or why it is none here.
 
     `key` may be dotted. Sources, best first: what other projects call it, the keys beside it, and every
     full path whose last part is similar.
     """
     prefix, _, leaf = key.rpartition(".")
+    if leaf in NO_FIELDS:
+        return f" It is no field here: {NO_FIELDS[leaf]}"
     prefix = prefix + "." if prefix else ""
     by_leaf: dict[str, list[str]] = {}
     for path in paths:

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from configs.explain import explain
-from configs.files import CONFIGS, fold_names
+from configs.files import CONFIGS, fold_names, fold_type
 from configs.frontend import unknown_key
 from configs.hardware import launched, process_group, uses_cuda, world_size
 from configs.messages import ARCHITECTURE_ALIASES, RENAMED, ConfigError, suggest_key
@@ -96,6 +96,7 @@ def _placed(problem: str, where: Where) -> str:
 
 def _generic(values: dict[str, Any], where: Where, notices: list[str]) -> RunConfig:
     fold_names(values, RENAMED)
+    fold_type(values)
     values = drop_removed(values, GENERIC_FIELDS, where, notices)
     model_cfg = values.get("model_cfg")
     if isinstance(model_cfg, dict):

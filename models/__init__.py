@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from naming import did_you_mean
 
-__all__ = ["ARCHITECTURES", "Architecture", "resolve"]
+__all__ = ["ARCHITECTURES", "Architecture", "alias", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,14 @@ class Architecture:
 
     `own_words`: keys of `model_cfg` that elsewhere are another spelling of a field (`configs.messages`), and that
     whoever knows the paper's code takes for something else; each with what to say instead. They are refused.
+    `aliases`: other words for the type, each with the fields of `model_cfg` that it means besides.
     """
 
     model: str
     adapter: str = "adapters.default:DefaultModelAdapter"
     description: str = ""
     own_words: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -47,6 +50,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "models.moe:MoE",
         "adapters.experts:ExpertsAdapter",
         "mixture of experts: gates of Mixtral (Jiang et al. 2024) and DeepSeek-V3 (2024)",
+        aliases={"mixture-of-experts": {}},
     ),
     "mtm": Architecture(
         "models.mtm:MTM",
@@ -57,6 +61,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "models.mtp:MTP",
         "adapters.multi_token:MultiTokenAdapter",
         "parallel multi-token prediction (Gloeckle et al. 2024)",
+        aliases={"base-mtp": {}, "deepseek-mtp": {"use_deepseek_mtp": True}},
     ),
     "ngpt": Architecture(
         "models.ngpt:NGPT", description="normalised transformer, nGPT (Loshchilov et al. 2024)"
@@ -70,6 +75,19 @@ ARCHITECTURES: dict[str, Architecture] = {
         "models.vanilla:Vanilla", description="Llama-style decoder (Touvron et al. 2023): the control"
     ),
 }
+
+
+def alias(type_: object) -> tuple[str, Mapping[str, Any]] | None:
+    """The type that another word for it means, and the fields of `model_cfg` that go with that word."""
+    return next(
+        (
+            (name, row.aliases[word])
+            for name, row in ARCHITECTURES.items()
+            for word in row.aliases
+            if word == type_
+        ),
+        None,
+    )
 
 
 def resolve(type_: str) -> Architecture:

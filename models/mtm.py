@@ -128,7 +128,7 @@ class MTMConfig(DefaultModelConfig):
             if name in shared:
                 found.append(f"{place}{name}: the trunk has the model's own. Set model_cfg.{name} instead")
             elif name not in fields:
-                hint = suggest_key(place + name, own)
+                hint = suggest_key(place + name, own) or f" It has {', '.join(own)}"
                 found.append(f"unknown key '{place}{name}' for trunk '{self.trunk}'.{hint}")
         given = {name: value for name, value in self.trunk_cfg.items() if name in own}
         try:

@@ -368,7 +368,7 @@ def test_later_targets_end_with_their_document(two_more):
     batch = dataclasses.replace(
         batch_of(tokens, n=3), doc_ids=np.array([[0, 0, 0, 1, 1, 1, 2, 2, 2]], np.int32)
     )
-    batch.weights[0, 1] = 0  # a target that does not count, and so none of its position's
+    batch.weights[0, 1] = 0  # the token 2 is no target that counts, of whatever position
     found = two_more.prepare(batch, context())
     assert found.tensors.pop("cu_seqlens").unique().tolist() == [0, 3, 6]
     rows = {name: tensor.tolist()[0] for name, tensor in found.tensors.items()}
@@ -378,7 +378,7 @@ def test_later_targets_end_with_their_document(two_more):
         "targets": [1, 2, 9, 3, 4, 9],
         "weights": [1, 0, 1, 1, 1, 1],
         "targets_2": [2, 9, 3, 4, 9, 5],
-        "weights_2": [1, 0, 0, 1, 1, 0],
+        "weights_2": [0, 1, 0, 1, 1, 0],
         "targets_3": [9, 3, 4, 9, 5, 6],
         "weights_3": [1, 0, 0, 1, 0, 0],
     }

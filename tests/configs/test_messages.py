@@ -34,6 +34,13 @@ CASES = [
     (["mine.yaml", "max_steps=3"], ["unknown key 'max_steps'", "'num_iterations'"]),
     (["mine.yaml", "model_cfg.n_embd=3"], ["unknown key 'model_cfg.n_embd' for type 'fake_arch:Model'", "d_model'"]),
     (["mine.yaml", "model_cfg.learning_rate=3"], ["unknown key 'model_cfg.learning_rate'", "'learning_rate'"]),
+    (["model=moe", "model_cfg.dispatch=loop"], ["for type 'moe'. It is no field here: ", "kernels.grouped_linear"]),
+    (["model=mtp", "+model_cfg.use_liger=true"], ["It is no field here: ", "kernels.linear_cross_entropy"]),
+    (["model=mtp", "model_cfg.spec_heads=2"], ["It is no field here: ", "generate --speculative --draft N"]),
+    (["model=ngpt", "model_cfg.use_fp8=true"], ["It is no field here: products in FP8 are not offered"]),
+    (["model=moe", "model_cfg.alphas=[]"], ["command line: model_cfg.alphas: must not be empty"]),
+    (["model=moe", "model_cfg.alphas=0.1"], ["command line: model_cfg.alphas: expected list or null, got 0.1 (float)"]),
+    (["model=deepseek-mtp"], ["type mtp here: --hydra_model_cfg=configs/mtp.yaml model_cfg.use_deepseek_mtp=true"]),
     (["mine.yaml", "model_cfg.n_layrs=3"], ["Did you mean 'model_cfg.n_layers'"]),
     (["mine.yaml", "model_dim=3"], ["'model_dim' is an architecture field here: set model_cfg.d_model"]),
     (["mine.yaml", "output_dir=gr\udcfcn"], [r"output_dir: 'gr\udcfcn' is not UTF-8 text", "PYTHONUTF8=1"]),
@@ -493,3 +500,26 @@ def test_a_size_on_the_command_line_is_said_to_leave_the_preset_out():
     notes = []
     cfg, _ = compose(["model=mdl", "model_cfg.n_layers=2"], notes.append)
     assert cfg.preset == "none" and any("model_cfg.n_layers is given. Add preset=nano" in n for n in notes)
+
+
+@pytest.mark.parametrize(
+    ("word", "type_", "sequential"), [("base-mtp", "mtp", False), ("deepseek-mtp", "mtp", True)]
+)
+def test_other_words_for_a_type(work, word, type_, sequential):
+    """In a file and on the command line; what goes with a word may be said besides, and not otherwise."""
+    (work / "words.yaml").write_text(f"defaults: [training, _self_]\ntype: {word}\n")
+    (work / "plain.yaml").write_text("defaults: [training, _self_]\ntype: mtp\n")
+    heard: list[str] = []
+    of_file = compose(["words.yaml"], notify=heard.append)
+    of_line = compose(["plain.yaml", f"type={word}"], notify=heard.append)
+    for cfg, model_cfg in (of_file, of_line):
+        assert cfg.type == type_ and model_cfg.use_deepseek_mtp is sequential
+    assert sum(f"'{word}' is read as '{type_}" in told for told in heard) == 2
+    if sequential:
+        with pytest.raises(
+            ConfigError, match="type: deepseek-mtp is mtp with model_cfg.use_deepseek_mtp=true"
+        ):
+            (work / "words.yaml").write_text(
+                f"defaults: [training, _self_]\ntype: {word}\nmodel_cfg: {{use_deepseek_mtp: false}}\n"
+            )
+            compose(["words.yaml"])
