@@ -120,11 +120,11 @@ def config(architecture: str, *more: str) -> tuple[RunConfig, Any]:
     tree = dict(_tree(architecture))
     tree["model_cfg"] = {**tree["model_cfg"], **_tiny(architecture)}
     for key, value in request.values.items():
-        root, _, leaf = key.partition(".")
-        if leaf:
-            tree[root] = {**tree[root], leaf: value}
-        else:
-            tree[key] = value
+        *groups, leaf = key.split(".")
+        place = tree
+        for group in groups:
+            place[group] = place = dict(place[group])
+        place[leaf] = value
     if request.keys & _OF_RUNS:
         checked = check(prepare([f"--hydra_model_cfg={architecture}", "preset=none", *more]), tree)
         return checked.cfg, checked.model_cfg
