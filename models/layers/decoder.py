@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -69,11 +69,6 @@ class Decoder(UsesKernels):
     def embedding_weight(self) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define embedding_weight")
 
-    @property
-    def stack(self) -> tuple[nn.ModuleList, nn.Module]:
-        """The blocks in their order, and the norm behind the last."""
-        raise NotImplementedError(f"{type(self).__name__} must define stack")
-
     def forward(
         self,
         tokens: Tensor,
@@ -97,29 +92,36 @@ class Decoder(UsesKernels):
         x = norm(x)
         return Hidden(x, told) if told else x
 
-    def embed(
-        self, tokens: Tensor, doc_ids: Tensor | None, cache: Cache | None, cu_seqlens: Tensor | None = None
-    ) -> tuple[Tensor, tuple[Any, ...]]:
-        """What enters the blocks: x (B, T, D), and what all of them share, `shared`."""
-        raise NotImplementedError(f"{type(self).__name__} must define embed")
+    if (
+        TYPE_CHECKING
+    ):  # at run time a subclass that needs none of these may give their names to modules of its own
 
-    def shared(
-        self, tokens: Tensor, past: int, doc_ids: Tensor | None, cu_seqlens: Tensor | None = None
-    ) -> tuple[Any, ...]:
-        """What every block is called with besides x and the cache, for tokens (B, T) behind `past` others."""
-        raise NotImplementedError(f"{type(self).__name__} must define shared")
+        @property
+        def stack(self) -> tuple[nn.ModuleList, nn.Module]:
+            """The blocks in their order, and the norm behind the last."""
 
-    def new_block(self, layer: int) -> nn.Module:
-        """A further block like those of the stack. `layer`: its place in a cache."""
-        raise NotImplementedError(f"{type(self).__name__} must define new_block")
+        def embed(
+            self,
+            tokens: Tensor,
+            doc_ids: Tensor | None,
+            cache: Cache | None,
+            cu_seqlens: Tensor | None = None,
+        ) -> tuple[Tensor, tuple[Any, ...]]:
+            """What enters the blocks: x (B, T, D), and what all of them share, `shared`."""
 
-    def new_norm(self) -> nn.Module:
-        """A norm like that behind the stack."""
-        raise NotImplementedError(f"{type(self).__name__} must define new_norm")
+        def shared(
+            self, tokens: Tensor, past: int, doc_ids: Tensor | None, cu_seqlens: Tensor | None = None
+        ) -> tuple[Any, ...]:
+            """What every block is called with besides x and the cache, for tokens (B, T) behind `past` others."""
 
-    def block_flops(self, seq_len: int) -> Flops:
-        """Of one block of `new_block`, per token."""
-        raise NotImplementedError(f"{type(self).__name__} must define block_flops")
+        def new_block(self, layer: int) -> nn.Module:
+            """A further block like those of the stack. `layer`: its place in a cache."""
+
+        def new_norm(self) -> nn.Module:
+            """A norm like that behind the stack."""
+
+        def block_flops(self, seq_len: int) -> Flops:
+            """Of one block of `new_block`, per token."""
 
     def init_weights(self, generator: torch.Generator) -> None:
         self.init_part(self, generator)

@@ -110,6 +110,11 @@ class Experts(Vanilla):
         return sum(p.numel() for p in self.parameters()) - round(idle * experts)
 
 
+def busiest(load: Tensor) -> dict[str, float]:
+    """The share of tokens that the busiest expert of a block has, over all blocks; load (L, E)."""
+    return {"busiest": float(load.amax(1).sum() / load.sum())}
+
+
 class ExpertsAdapter(DefaultModelAdapter):
     console_metrics = ("busiest",)
     load: Tensor | float = 0.0  # tokens of this step per block and expert, (L, E)
@@ -126,9 +131,7 @@ class ExpertsAdapter(DefaultModelAdapter):
         output = super().step_output(hidden, prepared)
         balance, load = hidden.extra["balance"].sum(), hidden.extra["load"]
         output.terms["balance"] = LossTerm(balance, "rows", self.model_cfg.balance_weight, likelihood=False)
-        output.metrics["busiest"] = Metric(
-            load.amax(1).sum(), load.sum()
-        )  # share of a block's busiest expert
+        output.metrics["load"] = Metric(load, figures=busiest)
         for i, tokens in enumerate(load.sum(0)):
             output.metrics[f"expert_{i}"] = Metric(tokens, load.sum())
         self.load = self.load + load
