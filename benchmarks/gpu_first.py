@@ -42,7 +42,7 @@ TINY = [
     *(
         "preset=none",
         "model_cfg.d_model=32",
-        "model_cfg.n_layers=1",
+        "model_cfg.n_layers=3",
         "model_cfg.n_heads=2",
         "model_cfg.n_ctx=32",
     ),
