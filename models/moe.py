@@ -167,7 +167,7 @@ class MoEConfig(VanillaConfig):
                 f"model_cfg.top_k ({self.chosen}) must not exceed model_cfg.num_experts ({self.experts}); nearest: "
                 f"top_k={self.experts}, or num_experts={self.chosen}"
             )
-        dense = self.or_default("first_k_dense")
+        dense = self.dense_layers
         if dense >= self.n_layers:
             found.append(
                 f"model_cfg.first_k_dense ({dense}) leaves none of model_cfg.n_layers ({self.n_layers}) with experts; "

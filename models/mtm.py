@@ -223,12 +223,8 @@ class MTM(Decoder):
     ) -> tuple[Tensor, Tensor, tuple[Any, ...], dict[str, Tensor]]:
         """As `Decoder.forward`: states behind the last norm, what the first module reads, (B, T, D) each, what all
         blocks share, and what those of the trunk told."""
-        blocks, norm = self.stack
-        x, shared = self.embed(tokens, doc_ids, cache, cu_seqlens, **drawn)
-        x, told = through(blocks, x, shared, cache)
-        if cache is not None:
-            cache.advance(tokens.shape[1])
-        states = norm(x)
+        x, shared, told = self.run_stack(tokens, doc_ids, cache, cu_seqlens, **drawn)
+        states = self.stack[1](x)
         return states, states if self.cfg.mtp_hidden == "post_norm" else x, shared, told
 
     def embedded(self, tokens: Tensor) -> Tensor:

@@ -84,17 +84,27 @@ class Decoder(UsesKernels):
         faster attention asks for. With a cache the tokens continue what it holds. `drawn`: what `shared` takes
         besides where layers draw, such as seeds. ValueError beyond n_ctx tokens where positions are learned.
         """
-        blocks, norm = self.stack
-        x, shared = self.embed(tokens, doc_ids, cache, cu_seqlens, **drawn)
-        x, told = through(blocks, x, shared, cache)
-        if cache is not None:
-            cache.advance(tokens.shape[1])
-        x = norm(x)
+        x, _, told = self.run_stack(tokens, doc_ids, cache, cu_seqlens, **drawn)
+        x = self.stack[1](x)
         return Hidden(x, told) if told else x
 
-    if (
-        TYPE_CHECKING
-    ):  # at run time a subclass that needs none of these may give their names to modules of its own
+    def run_stack(
+        self,
+        tokens: Tensor,
+        doc_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        cu_seqlens: Tensor | None = None,
+        **drawn: Any,
+    ) -> tuple[Tensor, tuple[Any, ...], dict[str, Tensor]]:
+        """As `forward`: x (B, T, D) before the final norm, what the blocks share, and what they told."""
+        x, shared = self.embed(tokens, doc_ids, cache, cu_seqlens, **drawn)
+        x, told = through(self.stack[0], x, shared, cache)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
+        return x, shared, told
+
+    # For the checker alone: a subclass that needs none of these may give their names to modules of its own.
+    if TYPE_CHECKING:
 
         @property
         def stack(self) -> tuple[nn.ModuleList, nn.Module]:
