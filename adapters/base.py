@@ -53,6 +53,7 @@ __all__ = [
     "LossTerm",
     "Metric",
     "ModelAdapter",
+    "OfDraws",
     "OnState",
     "OnTokens",
     "Prepared",
@@ -71,6 +72,9 @@ class DataSpec:
     lookahead: int = 1
 
 
+OfDraws = Literal["drawn", "mean", "most"]
+
+
 @dataclass(frozen=True)
 class Context:
     """Where a batch stands in the run. Everything random in an objective is a function of this and of the
@@ -81,6 +85,11 @@ class Context:
     step: int  # 0-based optimizer step; 0 in evaluation
     phase: Literal["train", "eval"]
     rows_in_step: int  # global batch size
+    # What of a thing that is drawn once for all rows of a step, such as a depth: the draw; or, where steps are timed or
+    # what fits into memory is found out, what it is on average, and where it takes the most memory.
+    of_draws: OfDraws = "drawn"
+    # Whether other scores are wanted beside the one (`Likelihood.estimates`), though they cost further passes.
+    estimates: bool = False
 
 
 @dataclass
@@ -175,7 +184,8 @@ class Likelihood:
     kind: Literal["exact", "bound"] = "exact"
     estimator: str = "exact"
     variance: Tensor | None = None
-    # Further sums (B,) fp64 in nats, shown beside the score: what a bound consists of, and other estimates of it.
+    # Further sums (B,) fp64 in nats, shown beside the score: what a bound consists of, and other estimates of it or
+    # scores under other settings, by the names that people read.
     parts: dict[str, Tensor] = field(default_factory=dict)
     estimates: dict[str, Tensor] = field(default_factory=dict)
     per_token: Tensor | None = None
@@ -262,11 +272,12 @@ class Speculation:
 @dataclass
 class Generation:
     """`tokens`: one list of new token ids per prompt; `network_calls`: forward passes it took; `speculation`: of
-    `GenerateOptions.speculative`."""
+    `GenerateOptions.speculative`; `metrics`: means over these passes that the adapter reports."""
 
     tokens: list[list[int]]
     network_calls: int
     speculation: Speculation | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 # Called with (row, new token ids) whenever text of a row becomes final; rows may take turns.

@@ -1,13 +1,14 @@
 """Next-token prediction: the objective of every plain autoregressive language model, and what others start from.
 
 An architecture with further targets, loss terms or metrics overrides `step_output` (and `heldout_metrics`); one whose
-network is called in another way overrides `hidden` and `next_logits`. Nothing has to be copied from here.
+network is called in another way overrides `hidden` and `next_hidden`. Nothing has to be copied from here.
 
 Shapes: B rows, S positions, n look-ahead, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -196,22 +197,61 @@ class DefaultModelAdapter(ModelAdapter):
         texts = [[self.tokenizer.eot, *prompt] for prompt in prompts]
         endings = Endings(options.max_new_tokens, self.stop_tokens(options), on_tokens)
         how = self.shaping(options), endings, options.seed
-        if drafts := self.drafts(options):
-            return speculate(self.drafting_model(drafts), texts, *how)
-        init_cache = getattr(self.model, "init_cache", None) if options.use_cache else None
-        model = LanguageModel(self.next_logits, init_cache, self.model.max_context, self.device)
-        return decode(model, texts, *how)
+        told = _Means()
 
-    def drafting_model(self, drafts: int) -> DraftingModel:
+        def hear(output: Tensor | Hidden) -> Tensor:
+            hidden = as_hidden(output)
+            told.add(self.text_metrics(hidden))
+            return hidden.states
+
+        if drafts := self.drafts(options):
+            found = speculate(self.drafting_model(drafts, hear), texts, *how)
+        else:
+
+            def next_logits(tokens: Tensor, cache: Cache | None) -> Tensor:
+                return self.model.logits(hear(self.next_hidden(tokens, cache))[:, -1])
+
+            init_cache = getattr(self.model, "init_cache", None) if options.use_cache else None
+            model = LanguageModel(next_logits, init_cache, self.model.max_context, self.device)
+            found = decode(model, texts, *how)
+        found.metrics = told.read()
+        return found
+
+    def drafting_model(self, drafts: int, hear: Callable[[Tensor | Hidden], Tensor]) -> DraftingModel:
         def init_drafter(rows: int) -> Drafter:
             return self.model.init_drafter(rows, drafts)
 
-        return DraftingModel(init_drafter, self.model.logits, drafts, self.model.max_context, self.device)
+        return DraftingModel(
+            init_drafter, hear, self.model.logits, drafts, self.model.max_context, self.device
+        )
+
+    def next_hidden(self, tokens: Tensor, cache: Cache | None) -> Hidden:
+        """What the network makes of tokens (B, T), which continue what `cache` holds, or stand alone."""
+        return as_hidden(self.model(tokens, cache=cache))
 
     def next_logits(self, tokens: Tensor, cache: Cache | None) -> Tensor:
-        """Logits (B, V) of what follows tokens (B, T), which continue what `cache` holds, or stand alone."""
-        hidden = as_hidden(self.model(tokens, cache=cache))
-        return self.model.logits(hidden.states[:, -1])
+        """Logits (B, V) of what follows them."""
+        return self.model.logits(self.next_hidden(tokens, cache).states[:, -1])
+
+    def text_metrics(self, hidden: Hidden) -> dict[str, Metric]:
+        """What is reported of each pass in which text is written or a prompt is read; means alone."""
+        return {}
+
+
+class _Means:
+    """Of metrics over several passes."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, float]] = {}
+
+    def add(self, metrics: Mapping[str, Metric]) -> None:
+        for name, metric in metrics.items():
+            assert metric.reduce == "mean" and metric.figures is None, f"{name}: of text means alone are told"
+            total, count = self._sums.get(name, (0.0, 0.0))
+            self._sums[name] = total + float(metric.sum), count + float(metric.count)
+
+    def read(self) -> dict[str, float]:
+        return {name: total / count for name, (total, count) in self._sums.items() if count}
 
 
 def nth(name: str, k: int) -> str:

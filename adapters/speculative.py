@@ -24,6 +24,7 @@ from torch import Tensor
 from adapters.base import Generation, Speculation
 from adapters.decoding import Endings, Row, draw, in_turn, rows_of
 from adapters.shaping import Shaping
+from models.layers.decoder import Hidden
 from models.layers.drafter import Drafter
 
 __all__ = ["Draft", "DraftingModel", "speculate", "verdict"]
@@ -36,6 +37,7 @@ class DraftingModel:
     """The part of a model that speculative decoding needs."""
 
     init_drafter: Callable[[int], Drafter]  # rows -> empty
+    hear: Callable[[Tensor | Hidden], Tensor]  # is told what a pass gave; its states
     logits: Callable[[Tensor], Tensor]  # states (M, D) -> (M, V)
     drafts: int  # in each round
     max_context: int | None
@@ -102,7 +104,7 @@ class _Together:
         length = drafter.length
         tested, size = self.block(length)
         tokens = self.tensor([row.tokens(length, size) for row in self.rows])  # (B, T)
-        states = drafter.read(tokens)  # (B, T, D)
+        states = self.model.hear(drafter.read(tokens))  # (B, T, D)
         self.counted.passes += len(self.rows)
         running = self.test(states, tested, length)
         if not running:

@@ -27,7 +27,7 @@ def opened(type_: str, words: list[str]) -> Session:
 
 def step(s: Session, index: int) -> None:
     """Forward, backward, clip, optimizer, and what the architecture does behind it."""
-    batch = s.loader.load(index)
+    batch = s.loader.load(index, "mean")
     accumulate_gradients(s, batch, batch.denominators, s.total_steps)
     clip_gradients(s.parameters, s.cfg.max_grad_norm)
     s.optimizers.step(1.0)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from adapters.base import Context, ModelAdapter, Prepared
+from adapters.base import Context, ModelAdapter, OfDraws, Prepared
 
 if TYPE_CHECKING:
     from data.rows import TrainingRows
@@ -144,10 +144,11 @@ class StepLoader:
         """Tokens served before a step."""
         return self.row_of(step) * self.rows.seq_len
 
-    def load(self, step: int) -> StepBatch:
+    def load(self, step: int, of_draws: OfDraws = "drawn") -> StepBatch:
+        """`of_draws`: see `Context`; what trains takes the draws."""
         plan = self.plan
         start = self.row_of(step) + self.rank * plan.rows_per_process
-        ctx = Context(seed=self.seed, step=step, phase="train", rows_in_step=plan.rows)
+        ctx = Context(self.seed, step, "train", rows_in_step=plan.rows, of_draws=of_draws)
         out = StepBatch(ctx, [], [], {}, 0, 0)
         for micro in range(plan.accumulation):
             first = start + micro * plan.micro_rows
@@ -161,7 +162,7 @@ class StepLoader:
                 out.denominators[name] = out.denominators.get(name, 0.0) + value
         return out
 
-    def steps(self, first: int, end: int, ahead: int = 2) -> Iterator[StepBatch]:
+    def steps(self, first: int, end: int, ahead: int = 2, of_draws: OfDraws = "drawn") -> Iterator[StepBatch]:
         """Steps first, ..., end - 1. An error in the thread is raised here, where it can be reported."""
         ready: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=ahead)
         stop = threading.Event()
@@ -178,7 +179,7 @@ class StepLoader:
                 for step in range(first, end):
                     if stop.is_set():
                         return
-                    put(self.load(step))
+                    put(self.load(step, of_draws))
             except BaseException as error:
                 put(error)
 

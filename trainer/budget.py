@@ -146,7 +146,7 @@ def _seconds_per_step(s: Session, should_stop: Callable[[], bool]) -> float:
     seconds: list[float] = []
     started = time.perf_counter()
     s.adapter.train()
-    for batch in s.loader.steps(0, warm_up + TIMED[1]):
+    for batch in s.loader.steps(0, warm_up + TIMED[1], of_draws="mean"):
         names = sorted(batch.denominators)
         everywhere = s.world.add_up([batch.denominators[n] for n in names])
         _throw_away_step(s, batch, dict(zip(names, everywhere, strict=True)))

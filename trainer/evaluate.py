@@ -54,7 +54,7 @@ class Score:
     context_bytes: float
     comparable: bool
     lossy_documents: int = 0  # of which the tokens do not give the text back
-    # Nats per token of what a bound consists of, and of other estimates of it; empty when exact.
+    # Nats per token of what a bound consists of, and of other estimates or scores beside it.
     parts: dict[str, float] = field(default_factory=dict)
     estimates: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)  # what the adapter reports beside the score
@@ -90,16 +90,18 @@ def evaluate(
     precision: str = "no",
     should_stop: Callable[[], bool] = lambda: False,
     hear: Callable[[Batch, Likelihood], None] = unheard,
+    estimates: bool = False,
 ) -> Score | None:
     """Score `rows`; None when a stop was asked for on any process before the end. ValueError where they hold no token
     of a text.
 
     Rows are dealt out to the processes in turn, all getting the same number of batches: what is missing at the
     end is padding that counts nowhere. `hear` is called with each batch of this process and what was found of it.
+    `estimates`: also the other scores that the adapter has further passes for.
     """
     per_process = -(-rows.n_rows // world.size)
     mine = np.arange(per_process) * world.size + world.rank
-    ctx = Context(seed=seed, step=0, phase="eval", rows_in_step=rows.n_rows)
+    ctx = Context(seed=seed, step=0, phase="eval", rows_in_step=rows.n_rows, estimates=estimates)
     found: Likelihood | None = None
     metrics = Meter(world.device)
     sums = _Sums(len(rows.documents))

@@ -218,7 +218,7 @@ def _probe(
 
     def try_rows(n: int) -> None:
         plan = plan_batch(n * world.size, n, None, world.size, cfg.train_seq_len)
-        batch = StepLoader(rows, adapter, plan, world.rank, cfg.seed).load(0)
+        batch = StepLoader(rows, adapter, plan, world.rank, cfg.seed).load(0, "most")
         adapter.on_step_start(batch.ctx, total_steps(cfg, rows))
         try:
             with autocast(precision, world.device):

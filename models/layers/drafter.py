@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from models.layers.decoder import Hidden
+
 __all__ = ["Drafter", "states_at"]
 
 
@@ -27,9 +29,9 @@ class Drafter(Protocol):
     def length(self) -> int:
         """Tokens of each row that are kept."""
 
-    def read(self, tokens: Tensor) -> Tensor:
+    def read(self, tokens: Tensor) -> Tensor | Hidden:
         """Read tokens (B, T) behind what is kept; states (B, T, D), of which `model.logits` says what comes next at
-        each."""
+        each; or a `Hidden` with what else is told of this pass."""
 
     def draft(self, depth: int, tokens: Tensor, at: Tensor) -> Tensor:
         """Logits (B, V) of the draft at this depth: of the token `depth` places behind the one that follows the

@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
         text = text_to_score(cfg if known else None, _asked(args, cfg), restored.tokenizer, trained_on)
     rows = restored.rows(text.store, args.val_bytes or (None if text.whole else cfg.val_bytes))
     with StopSignal("leaving without a score") as stop, console.doing("scoring"):
-        score = restored.score(rows, args.batch_size, should_stop=lambda: stop.requested)
+        score = restored.score(rows, args.batch_size, should_stop=lambda: stop.requested, estimates=True)
     if score is None:
         print(f"{stop.name} received: stopped before the score was complete", file=sys.stderr)
         return 0

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 
-from adapters.base import GenerateOptions, Speculation
+from adapters.base import GenerateOptions, Generation, Speculation
 from data.tokenizers import StreamDecoder, Tokenizer
 from trainer.errors import StopRequested
 from trainer.precision import autocast
@@ -114,7 +114,7 @@ def main(argv: list[str]) -> int:
         )
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    speculation: Speculation | None = None
+    generated: Generation | None = None
     started = time.perf_counter()
     with StopSignal("ending the text here") as stop, autocast(restored.precision, restored.device):
 
@@ -132,7 +132,7 @@ def main(argv: list[str]) -> int:
         try:
             if gaps is None:
                 prompts = [prompt] * args.num_samples
-                speculation = restored.adapter.generate(prompts, options, on_tokens, on_state).speculation
+                generated = restored.adapter.generate(prompts, options, on_tokens, on_state)
             else:
                 filled = restored.adapter.infill([gaps] * args.num_samples, options, on_state)
                 for row, text in enumerate(filled.tokens):
@@ -150,8 +150,13 @@ def main(argv: list[str]) -> int:
     seconds = time.perf_counter() - started
     where = f"{restored.checkpoint} ({restored.weights} weights, {restored.device})"
     print(f"{printer.count} tokens, {printer.count / seconds:.0f} per second, from {where}", file=sys.stderr)
-    if speculation is not None:
-        print(_of_drafts(speculation), file=sys.stderr)
+    if generated is None:
+        return 0
+    if generated.metrics:
+        told = ", ".join(f"{name} {value:.4g}" for name, value in generated.metrics.items())
+        print(f"measured: {told}", file=sys.stderr)
+    if generated.speculation is not None:
+        print(_of_drafts(generated.speculation), file=sys.stderr)
     return 0
 
 

@@ -78,9 +78,9 @@ class Restored:
             max_bytes=max_bytes,
         )
 
-    def score(self, rows: HeldoutRows, batch_rows: int | None = None, **listeners: Any) -> Score | None:
+    def score(self, rows: HeldoutRows, batch_rows: int | None = None, **more: Any) -> Score | None:
         """Score `rows`. With the run's own batch its score comes out to the last digit, as the same shapes round alike.
-        `listeners`: `should_stop` and `hear` of `evaluate`."""
+        `more`: `should_stop`, `hear` and `estimates` of `evaluate`."""
         return evaluate(
             self.adapter,
             rows,
@@ -88,7 +88,7 @@ class Restored:
             batch_rows=batch_rows or self.micro_rows,
             seed=self.cfg.seed,
             precision=self.precision,
-            **listeners,
+            **more,
         )
 
 

@@ -48,7 +48,7 @@ def score_lines(score: dict[str, Any]) -> list[tuple[str, str]]:
         "made of": " + ".join(f"{name} {nats:.4f}" for name, nats in parts.items()) + " nats per token"
         if parts
         else "",
-        **{f"as in the {k}": f"{v:.4f} nats per token" for k, v in (score.get("estimates") or {}).items()},
+        **_estimates(score, at_most),
         "measured": ", ".join(f"{name} {value:.4g}" for name, value in (score.get("metrics") or {}).items()),
         "text": "{documents:,} documents, {bytes:,} bytes",
         "other documents": f"of the kind would move the score by about {spread:.3f}"
@@ -65,6 +65,19 @@ def score_lines(score: dict[str, Any]) -> list[tuple[str, str]]:
     return [(name, text) for name, text in found if text]
 
 
+def _estimates(score: dict[str, Any], at_most: str) -> dict[str, str]:
+    """Other scores of the same text. Old ones do not say how many tokens and bytes it has."""
+    found = score.get("estimates") or {}
+    lines = {ESTIMATE_NAMES.get(name, name): f"{nats:.4f} nats per token" for name, nats in found.items()}
+    if not {"tokens", "bytes"} <= score.keys():
+        return lines
+    bits = score["tokens"] / score["bytes"] / math.log(2)
+    return {
+        label: f"{line}, {at_most}{nats * bits:.3f} bits per byte"
+        for (label, line), nats in zip(lines.items(), found.values(), strict=True)
+    }
+
+
 def printable(text: str | bytes) -> str:
     """`text` with every character escaped that could move a cursor or reorder a line.
 
@@ -76,6 +89,8 @@ def printable(text: str | bytes) -> str:
     return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+# What an estimate is called, where its own name does not say it.
+ESTIMATE_NAMES = {"paper": "as in the paper"}
 # What a yardstick is, where its name does not say it.
 YARDSTICK_NOTES = {
     "uniform": "every byte equally likely",

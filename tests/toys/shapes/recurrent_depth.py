@@ -74,6 +74,9 @@ class RecurrentDepthAdapter(DefaultModelAdapter):
         """One number for all rows of a step, a function of (seed, step)."""
         if ctx.phase == "eval":
             return self.model_cfg.eval_depth
+        if ctx.of_draws != "drawn":
+            most = self.model_cfg.max_depth
+            return most if ctx.of_draws == "most" else (1 + most) // 2
         u = Noise(ctx.seed, ctx.step, "train", np.zeros(1)).uniform("depth", 1)
         return 1 + int(u * self.model_cfg.max_depth)
 

@@ -137,7 +137,7 @@ def _open(configs: tuple[RunConfig, Any], variant: str | None = None) -> Session
 
 def _bare_step(s: Session, index: int) -> None:
     """Forward, backward, clip, optimizer: what no training can leave out."""
-    batch = s.loader.load(index)
+    batch = s.loader.load(index, "mean")
     for prepared in batch.micro:
         with autocast(s.precision, s.world.device):
             output = s.adapter(prepared.to(s.world.device))
@@ -160,7 +160,7 @@ def _loop_overhead(configs: tuple[RunConfig, Any], steps: int) -> dict[str, floa
             trainer = Trainer(ours, record, StopSignal())
 
             def real(index: int) -> None:
-                batch = ours.loader.load(index)
+                batch = ours.loader.load(index, "mean")
                 denominators, _, _ = trainer._agree(batch)
                 trainer._train_step(batch, denominators)
                 if (index + 1) % ours.cfg.logging_steps == 0:
@@ -189,7 +189,7 @@ def _plain_side(s: Session) -> Callable[[int], None]:
     )
 
     def step(index: int) -> None:
-        batch = s.loader.load(index)
+        batch = s.loader.load(index, "mean")
         for prepared in batch.micro:
             tensors = prepared.to(s.world.device).tensors
             loss = model(tensors["inputs"], tensors["targets"]) / len(batch.micro)
