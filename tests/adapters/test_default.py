@@ -169,6 +169,19 @@ def test_text_goes_on_past_the_context(adapter, length):
     assert len(set(cached.tokens[0])) > 3
 
 
+def test_passes_tell_of_themselves(adapter, monkeypatch):
+    """Means over all passes: of prompts too, and of whole windows where there is no cache."""
+    monkeypatch.setattr(
+        type(adapter),
+        "text_metrics",
+        lambda self, hidden: {"read": Metric(hidden.states.shape[1]), "ones": Metric(3.0, 3.0)},
+    )
+    some = dataclasses.replace(FULL, max_new_tokens=4)
+    assert adapter.generate([[1, 2, 3]], some).metrics == {"read": (4 + 3 * 1) / 4, "ones": 1.0}
+    whole = adapter.generate([[1, 2, 3]], dataclasses.replace(some, use_cache=False))
+    assert whole.metrics["read"] == (4 + 5 + 6 + 7) / 4
+
+
 def test_text_depends_on_what_went_before(adapter):
     one, other = (adapter.generate([p], FULL).tokens for p in ([3, 4], [5, 6]))
     assert one != other

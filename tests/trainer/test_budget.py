@@ -94,6 +94,30 @@ def test_throw_away_steps_call_no_hook(tmp_path, monkeypatch):
     assert called == ["after_step", "constrain"] * 6
 
 
+def test_what_a_step_draws_is_planned_where_it_is_timed_or_probed(monkeypatch):
+    """A depth, say: the mean where steps are timed, the most where memory is, the draw in training."""
+    from adapters.default import DefaultModelAdapter
+    from trainer.session import _probe
+
+    asked = []
+    prepare = DefaultModelAdapter.prepare
+
+    def heard(self, batch, ctx):
+        asked.append(ctx.of_draws)
+        return prepare(self, batch, ctx)
+
+    monkeypatch.setattr(DefaultModelAdapter, "prepare", heard)
+    s = session_of("gpt2")
+    budget._seconds_per_step(s, lambda: True)
+    assert set(asked) == {"mean"}
+    asked.clear()
+    _probe(s.cfg, s.world, s.rows, s.adapter, s.optimizers, s.precision)
+    assert set(asked) == {"most"}
+    asked.clear()
+    s.loader.load(0)
+    assert set(asked) == {"drawn"}
+
+
 def test_the_steps_that_fit_are_the_runs(tmp_path, costs, capsys):
     kept = run(tmp_path / "run", "num_iterations=500", "warmup_ratio=0.5", f"time_budget={70 / 60}")
     # 10 + 2 n + 5 floor((n - 1) / 3) + 20 <= 70 holds up to n = 12, of which half are warm-up

@@ -326,6 +326,26 @@ def test_metrics_are_added_up_over_batches_like_those_of_training(dataset):
     assert "measured" not in dict(score_lines(score(uniform(dataset.tokenizer), rows_of(dataset)).as_dict()))
 
 
+class TwoScores(TableAdapter):
+    """Has another score, twice the first, where it is asked for."""
+
+    def likelihood(self, batch, ctx):
+        found = super().likelihood(batch, ctx)
+        if ctx.estimates:
+            found.estimates["at half the price"] = 2 * found.nats
+        return found
+
+
+def test_other_scores_are_shown_where_they_are_asked_for(dataset):
+    adapter = TwoScores(random_table(dataset.tokenizer.vocab_size), dataset.tokenizer)
+    assert score(adapter, rows_of(dataset)).estimates == {}, "training does not pay for them"
+    found = score(adapter, rows_of(dataset), estimates=True)
+    assert found.estimates["at half the price"] == pytest.approx(2 * found.nats_per_token)
+    shown = dict(score_lines(found.as_dict()))["at half the price"]
+    both = f"{2 * found.nats_per_token:.4f} nats per token, {2 * found.bits_per_byte:.3f} bits per byte"
+    assert shown == both
+
+
 def test_a_score_of_text_that_the_tokens_lose_is_marked_and_counts_raw_bytes():
     library = byte_level()
     library.normalizer = normalizers.Lowercase()

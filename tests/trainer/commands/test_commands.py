@@ -15,7 +15,7 @@ import torch
 
 import mytrainer
 from adapters import build_adapter
-from adapters.base import Generation
+from adapters.base import Generation, Metric
 from data.tokenizers import ByteTokenizer
 from tests.contract.tiny import config
 from trainer.commands import evaluate
@@ -112,6 +112,14 @@ def test_what_became_of_drafts_is_told_beside_the_text(command, monkeypatch):
     assert float(told[1]) >= 1 and re.fullmatch(r"\d+ of \d+ \(\d+%\)", told[2])
     _, err = generate(command, *words, "--speculative", "--draft", 1)
     assert err.count("%") == 1
+
+
+def test_what_was_measured_of_a_text_is_told_beside_it(command, monkeypatch):
+    monkeypatch.setattr(
+        "adapters.default.DefaultModelAdapter.text_metrics", lambda self, hidden: {"depth": Metric(7.0, 2.0)}
+    )
+    out, err = generate(command, "--prompt", "01", "--ignore_document_end")
+    assert "measured: depth 3.5\n" in err and "measured" not in out
 
 
 @pytest.mark.parametrize(("encoding", "written"), [("ascii", b"\\xfc"), ("cp1252", b"\xfc")])
