@@ -36,7 +36,9 @@ class Watch(Protocol):
 class _Change:
     """Leave once the change from one recurrence to the next is less than a threshold."""
 
-    def __init__(self, of: Callable[[Tensor], Tensor], change: Measure, start: Tensor, threshold: float) -> None:
+    def __init__(
+        self, of: Callable[[Tensor], Tensor], change: Measure, start: Tensor, threshold: float
+    ) -> None:
         self.of, self.change, self.threshold = of, change, threshold
         self.before = self.of(_precise(start))
 

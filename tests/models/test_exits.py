@@ -94,7 +94,9 @@ def test_unlikely_tokens_are_all_alike_to_minp_kl():
 @pytest.mark.parametrize("name", sorted(CRITERIA))
 def test_tokens_leave_one_by_one_and_others_do_not_matter(name):
     source = torch.Generator().manual_seed(0)
-    start = torch.zeros(3, 2, 5).double() if CRITERIA[name].of_laws else torch.randn(3, 2, 5, generator=source)
+    start = (
+        torch.zeros(3, 2, 5).double() if CRITERIA[name].of_laws else torch.randn(3, 2, 5, generator=source)
+    )
     seen = [torch.randn(3, 2, 5, generator=source).to(start.dtype) for _ in range(3)]
     seen[2][1, 1] = seen[1][1, 1]  # this token has come to rest
     watch, fewer = watched(name, start, 2 if name == "argmax-stability" else None), torch.tensor([2, 1])
