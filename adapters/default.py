@@ -86,7 +86,7 @@ class DefaultModelAdapter(ModelAdapter):
         t = prepared.tensors
         return as_hidden(self.model(t["inputs"], **documents_among(t), **self.drawn(prepared)))
 
-    def drawn(self, prepared: Prepared) -> dict[str, Tensor]:
+    def drawn(self, prepared: Prepared) -> dict[str, Any]:
         """What the network is given of a prepared batch besides, such as seeds of what its layers draw."""
         return {}
 
@@ -248,10 +248,14 @@ class _Means:
         for name, metric in metrics.items():
             assert metric.reduce == "mean" and metric.figures is None, f"{name}: of text means alone are told"
             total, count = self._sums.get(name, (0.0, 0.0))
-            self._sums[name] = total + float(metric.sum), count + float(metric.count)
+            self._sums[name] = total + _number(metric.sum), count + _number(metric.count)
 
     def read(self) -> dict[str, float]:
         return {name: total / count for name, (total, count) in self._sums.items() if count}
+
+
+def _number(value: float | Tensor) -> float:
+    return float(value.cpu()) if isinstance(value, Tensor) else value
 
 
 def nth(name: str, k: int) -> str:

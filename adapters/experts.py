@@ -8,7 +8,7 @@ Shapes: B rows, L layers with experts, E experts.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ class ExpertsAdapter(DefaultModelAdapter):
             prepared.tensors["row_seeds"] = (uniform[:, 0] * 2.0**52).to(torch.int64)
         return prepared
 
-    def drawn(self, prepared: Prepared) -> dict[str, Tensor]:
+    def drawn(self, prepared: Prepared) -> dict[str, Any]:
         seeds = prepared.tensors.get("row_seeds")
         return super().drawn(prepared) | ({} if seeds is None else {"row_seeds": seeds})
 

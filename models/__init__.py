@@ -46,6 +46,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mdl": Architecture(
         "models.mdl:MDL", "adapters.diffusion.mdl:MDLAdapter", "masked diffusion (Sahoo et al. 2024)"
     ),
+    "mod": Architecture(
+        "models.mod:MoD",
+        "adapters.mixture_of_depths:MixtureOfDepthsAdapter",
+        "mixture of depths (Raposo et al. 2024)",
+        aliases={"mixture-of-depths": {}},
+    ),
     "moe": Architecture(
         "models.moe:MoE",
         "adapters.experts:ExpertsAdapter",

@@ -33,7 +33,7 @@ from models.layers.flops import Flops, matmul_flops
 from models.layers.huggingface_experts import Single, single
 from models.layers.init import residual_std
 from models.layers.roles import Rule
-from models.vanilla import MLP, Block, Rotation, Vanilla, VanillaConfig, block_flops
+from models.vanilla import MLP, Block, PlainBlock, Rotation, Vanilla, VanillaConfig, block_flops
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
@@ -250,20 +250,6 @@ def expert_layer(cfg: MoEConfig, layer: int) -> ExpertLayer:
     )
 
 
-class DenseBlock(Block):
-    """The control's, called as those with experts are."""
-
-    def forward(  # type: ignore[override]
-        self,
-        x: Tensor,
-        plan: Plan,
-        rotation: Rotation | None,
-        row_seeds: Tensor | None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        return super().forward(x, plan, rotation, cache)
-
-
 class ExpertBlock(Block):
     def __init__(self, cfg: MoEConfig, layer: int) -> None:
         super().__init__(cfg, layer)
@@ -303,7 +289,7 @@ class MoE(Vanilla):
         return (*super().shared(tokens, past, doc_ids, cu_seqlens), row_seeds)
 
     def new_block(self, layer: int) -> nn.Module:
-        return (ExpertBlock if self.cfg.has_experts(layer) else DenseBlock)(self.cfg, layer)
+        return (ExpertBlock if self.cfg.has_experts(layer) else PlainBlock)(self.cfg, layer)
 
     def init_part(self, part: nn.Module, generator: torch.Generator) -> None:
         """Experts as the control's feed-forward layer, gates N(0, 0.02^2), biases 0."""

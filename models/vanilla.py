@@ -35,7 +35,7 @@ from models.layers.rotary import rotary_tables
 if TYPE_CHECKING:
     from configs.schema import RunConfig
 
-__all__ = ["Block", "Vanilla", "VanillaConfig", "block_flops"]
+__all__ = ["Block", "PlainBlock", "Vanilla", "VanillaConfig", "block_flops"]
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, see rotary_tables
 
@@ -176,6 +176,14 @@ class Block(nn.Module):
         branch = self.self_attn(self.input_layernorm(x), plan, rotation, cache)
         x, y = self.post_attention_layernorm(x, branch)
         return x + self.mlp(y)
+
+
+class PlainBlock(Block):
+    """Among blocks that are told more: called as these are, and heedless of it."""
+
+    def forward(self, x: Tensor, plan: Plan, rotation: Rotation | None, *more: Any) -> Tensor:  # type: ignore[override]
+        *_, cache = more
+        return super().forward(x, plan, rotation, cache)
 
 
 def block_flops(cfg: VanillaConfig, seq_len: int) -> Flops:

@@ -3,16 +3,18 @@
 All rows of a cache have seen equally many tokens, each row one document from its start on. Rows of unequal length
 are the decoder's business (`adapters/decoding.py`): a model needs no padding, no mask and no position of a row.
 
-Shapes: B rows, G key/value heads, T tokens, h head width.
+Shapes: B rows, G key/value heads, T tokens, h head width; R rows of which M tokens at most enter a layer, S keys.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-__all__ = ["Cache", "KVCache", "StateCache"]
+__all__ = ["Cache", "Entering", "KVCache", "PartlyRaggedCache", "RaggedCache", "StateCache"]
 
 
 class Cache(Protocol):
@@ -81,6 +83,126 @@ class KVCache:
 
     def restore(self, snapshot: int) -> None:
         self.truncate(snapshot)
+
+
+class RaggedCache:
+    """Keys and values of one layer that some tokens go around: of each row those that entered, and where they stood.
+
+    Rows hold unequally many. How many is known on the host, as is who enters: the next pass computes only these.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.counts = torch.zeros(rows, dtype=torch.int64)  # of each row, on the CPU
+        self.positions = torch.zeros(rows, 0, dtype=torch.int64)  # (B, capacity), on the CPU
+        self._stored: Tensor | None = None  # (2, B, G, capacity, h)
+
+    def enter(self, entered: Tensor, past: int) -> Entering | None:
+        """The tokens of a pass that enter: `entered` (B, T) bool, behind `past` tokens of every row. None if none does.
+        Waits for the device."""
+        entered = entered.cpu()
+        return Entering(self, entered, past) if bool(entered.any()) else None
+
+    def store(self, rows: Tensor, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Put keys and values (R, G, M, h) of tokens at `positions` into `slots`, (R, M) both, of `rows` (R,), all on
+        the CPU. Returns what these rows hold up to the last slot, (2, R, G, S, h)."""
+        end = int(slots.max()) + 1
+        stored = self._with_room(keys, end)
+        self.positions[rows[:, None], slots] = positions
+        row, slot = (index.to(keys.device) for index in (rows, slots))
+        both = torch.stack((keys, values)).permute(1, 3, 0, 2, 4)  # (R, M, 2, G, h)
+        stored[:, row[:, None], :, slot] = both
+        return stored[:, row, :, :end]
+
+    def _with_room(self, keys: Tensor, tokens: int) -> Tensor:
+        stored, (_, heads, _, width) = self._stored, keys.shape
+        if stored is None or stored.shape[3] < tokens:
+            capacity = 1 << (tokens - 1).bit_length()
+            # Zeros: shorter rows have room behind their last, which is looked at with probability 0.
+            grown = keys.new_zeros(2, len(self.counts), heads, capacity, width)
+            positions = self.positions.new_zeros(len(self.counts), capacity)
+            if stored is not None:
+                grown[:, :, :, : stored.shape[3]] = stored
+                positions[:, : stored.shape[3]] = self.positions
+            self._stored, self.positions = grown, positions
+            return grown
+        return stored
+
+    def truncate(self, length: int) -> None:
+        """Forget what stood at position `length` or behind it."""
+        slot = torch.arange(self.positions.shape[1])
+        self.counts = ((self.positions < length) & (slot < self.counts[:, None])).sum(1)
+
+    def select(self, rows: Tensor) -> None:
+        here = rows.cpu()
+        self.counts, self.positions = self.counts[here], self.positions[here]
+        self._stored = None if self._stored is None else self._stored.index_select(1, rows)
+
+
+class Entering:
+    """The tokens of one pass that enter a layer, those of a row side by side: R rows that have any, M of one at most.
+    Shorter rows repeat their last token, in slots that the next pass writes anew.
+
+    `places` (R, M): of each among the T tokens of the pass; `flat` (R M,): the same among all B T; `real` (N,): which
+    of these R M are no repetitions. On the CPU.
+    """
+
+    def __init__(self, cache: RaggedCache, entered: Tensor, past: int) -> None:
+        self.cache, self.past = cache, past
+        numbers = entered.sum(1)  # (B,)
+        self.rows = numbers.nonzero()[:, 0]  # (R,)
+        here, numbers = entered[self.rows], numbers[self.rows, None]
+        order = torch.arange(int(numbers.max())).expand(len(self.rows), -1)  # (R, M)
+        # Who enters comes first, in the order of the text.
+        first = here.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+        self.places = first.gather(1, order.minimum(numbers - 1))
+        self.flat = (self.rows[:, None] * entered.shape[1] + self.places).flatten()
+        self.real = (order < numbers).flatten().nonzero()[:, 0]
+        self.slots = cache.counts[self.rows, None] + order  # (R, M)
+
+    @property
+    def keys(self) -> int:
+        """S: those that the fullest row holds, the new ones among them."""
+        return int(self.slots.max()) + 1
+
+    def seen(self, window: int | None = None) -> Tensor:
+        """(R, 1, M, S) bool: a token sees itself and those of its row that entered before it; of a window, those among
+        the last `window` positions of the text, its own included."""
+        slot = torch.arange(self.keys)
+        seen = slot <= self.slots[..., None]  # (R, M, S)
+        if window is not None:
+            held = torch.zeros(len(self.rows), self.keys, dtype=torch.int64)
+            known = self.cache.positions[self.rows, : self.keys]
+            held[:, : known.shape[1]] = known
+            held.scatter_(1, self.slots, self.past + self.places)
+            seen &= (self.past + self.places)[..., None] - held[:, None] < window
+        return seen[:, None]
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """As `KVCache.append`, of these tokens: (R, G, M, h) -> (R, G, S, h). Counts those that are no repetitions."""
+        held = self.cache.store(self.rows, self.slots, self.past + self.places, keys, values)
+        numbers = torch.zeros_like(self.cache.counts)
+        row = (self.real // self.slots.shape[1]).bincount(minlength=len(self.rows))
+        numbers[self.rows] = row
+        self.cache.counts = self.cache.counts + numbers
+        return held[0], held[1]
+
+
+class PartlyRaggedCache(KVCache):
+    """Of a stack of which some layers, `ragged`, hold only the tokens that entered them (`RaggedCache`)."""
+
+    def __init__(self, n_layers: int, rows: int, ragged: Iterable[int]) -> None:
+        super().__init__(n_layers, rows)
+        self.ragged = {layer: RaggedCache(rows) for layer in ragged}
+
+    def truncate(self, length: int) -> None:
+        super().truncate(length)
+        for layer in self.ragged.values():
+            layer.truncate(length)
+
+    def select(self, rows: Tensor) -> None:
+        super().select(rows)
+        for layer in self.ragged.values():
+            layer.select(rows)
 
 
 class StateCache:

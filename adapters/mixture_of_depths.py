@@ -1,0 +1,100 @@
+"""Next-token prediction where a block's router picks tokens: the choice in training, what foretells it elsewhere.
+
+The best of a row are known at its end alone, so that the loss of training has seen the future and is no likelihood.
+Scores and text let every token decide for itself; the loss under the choice is reported beside the score.
+
+Shapes: B rows, S positions, R routed blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adapters.base import Context, LossTerm, Metric, Prepared, StepOutput
+from adapters.default import DefaultModelAdapter
+from adapters.randomness import Noise
+from models.layers.decoder import Hidden
+
+if TYPE_CHECKING:
+    from data.rows import Batch
+
+__all__ = ["MixtureOfDepthsAdapter"]
+
+
+class MixtureOfDepthsAdapter(DefaultModelAdapter):
+    """Terms: `ce_topk`, which is no likelihood, and `bce`, of the logits of entering against the choice, a mean over
+    routed blocks, where these are learned. Metrics of training: `largest_router_weight`, the greatest magnitude of a
+    score; `foretold_share`, of tokens that would enter of themselves; `routing_accuracy_<layer>`, of positions where
+    that is the choice.
+
+    Of held-out text: `used_share`, of tokens that entered a routed block; `ce_topk`, nats per token of the same text
+    under the choice, which takes a second pass, and `routing_accuracy_<layer>` in it. Of text: `used_share`.
+    """
+
+    console_metrics = ("foretold_share",)
+
+    def prepare(self, batch: Batch, ctx: Context) -> Prepared:
+        """Also the denominator `positions`, `choose` for the host, and `row_seeds` (B,) int64 of a random router: in
+        evaluation the same for all rows, so that a score depends on the text alone."""
+        prepared = super().prepare(batch, ctx)
+        training = ctx.phase == "train"
+        prepared.denominators["positions"] = float(batch.weights.size)
+        prepared.host["choose"] = training
+        if self.model_cfg.router_type == "random":
+            rows = batch.rows if training else np.zeros_like(batch.rows)
+            uniform = Noise(ctx.seed, ctx.step, ctx.phase, rows).uniform("router", 1)
+            prepared.tensors["row_seeds"] = (uniform[:, 0] * 2.0**52).to(torch.int64)
+        return prepared
+
+    def drawn(self, prepared: Prepared) -> dict[str, Any]:
+        seeds = prepared.tensors.get("row_seeds")
+        return super().drawn(prepared) | {"choose": prepared.host["choose"], "row_seeds": seeds}
+
+    def step_output(self, hidden: Hidden, prepared: Prepared) -> StepOutput:
+        told = hidden.extra
+        ce = replace(self.cross_entropy(hidden.states, prepared), likelihood=False)
+        output = StepOutput({"ce_topk": ce})
+        chosen, logit = told["chosen"], told["logit"]  # (R, B, S)
+        if self.model_cfg.router_type == "learned":
+            wrong = F.binary_cross_entropy_with_logits(logit, chosen.to(logit.dtype), reduction="sum")
+            weight = self.model_cfg.mod_bce_weight
+            output.terms["bce"] = LossTerm(wrong / len(logit), "positions", weight, likelihood=False)
+        output.metrics["largest_router_weight"] = Metric(told["score"].detach().abs().max(), reduce="max")
+        output.metrics["foretold_share"] = _share(logit > 0)
+        output.metrics |= self._accuracies(told, torch.ones_like(chosen[0]))
+        return output
+
+    def _accuracies(self, told: dict[str, Tensor], counted: Tensor) -> dict[str, Metric]:
+        """Over the positions that are `counted`, (B, S) bool."""
+        right = (told["logit"] > 0) == told["chosen"]  # (R, B, S)
+        return {
+            f"routing_accuracy_{layer}": _share(of_layer, counted)
+            for layer, of_layer in zip(self.model_cfg.routed_layers, right, strict=True)
+        }
+
+    def heldout_metrics(self, hidden: Hidden, prepared: Prepared) -> dict[str, Metric]:
+        t = prepared.tensors
+        counted = t["weights"] > 0
+        choosing = self.hidden(replace(prepared, host={**prepared.host, "choose": True}))
+        total, _, _ = self.head_loss(choosing.states, t["targets"], t["weights"])
+        return {
+            "used_share": _share(hidden.extra["entered"], counted),
+            "ce_topk": Metric(total, t["weights"].sum()),
+            **self._accuracies(choosing.extra, counted),
+        }
+
+    def text_metrics(self, hidden: Hidden) -> dict[str, Metric]:
+        return {"used_share": _share(hidden.extra["entered"])}
+
+
+def _share(true: Tensor, counted: Tensor | None = None) -> Metric:
+    """Of (..., B, S) bool; `counted` (B, S) bool: of these positions alone."""
+    if counted is None:
+        return Metric(true.sum(), true.numel())
+    return Metric((true & counted).sum(), counted.sum() * (true.numel() // counted.numel()))
