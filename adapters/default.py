@@ -159,9 +159,11 @@ class DefaultModelAdapter(ModelAdapter):
         _, nats, _ = self.head_loss(hidden.states, prepared.tensors["targets"], None)  # (B, S)
         nats = nats.cpu().double()
         text, ends = (torch.from_numpy(w).double() for w in (batch.weights, batch.end_weights))
+        others = self.other_nats(hidden, prepared)
         return Likelihood(
             nats=(nats * text).sum(1),
             end_nats=(nats * ends).sum(1),
+            estimates={name: (other.cpu().double() * text).sum(1) for name, other in others.items()},
             per_token=nats,
             metrics=self.heldout_metrics(hidden, prepared),
         )
@@ -174,6 +176,11 @@ class DefaultModelAdapter(ModelAdapter):
         if self.data_spec().lookahead > 1:
             logits["facts"] = (SPARING,)
         return {**super().kernel_calls(rows, seq_len), "linear_cross_entropy": logits}
+
+    def other_nats(self, hidden: Hidden, prepared: Prepared) -> dict[str, Tensor]:
+        """Of every position, (B, S), under other settings than the score's, by the names that people read: what
+        `Context.estimates` asked for in `prepare`."""
+        return {}
 
     def heldout_metrics(self, hidden: Hidden, prepared: Prepared) -> dict[str, Metric]:
         """What evaluations report beside the score."""

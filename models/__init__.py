@@ -72,6 +72,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "ngpt": Architecture(
         "models.ngpt:NGPT", description="normalised transformer, nGPT (Loshchilov et al. 2024)"
     ),
+    "rd": Architecture(
+        "models.rd:RD",
+        "adapters.recurrent_depth:RecurrentDepthAdapter",
+        "recurrent depth (Geiping et al. 2025)",
+        aliases={"recurrent-depth": {}},
+    ),
     "sedd": Architecture(
         "models.sedd:SEDD",
         "adapters.diffusion.sedd:SEDDAdapter",

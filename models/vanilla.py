@@ -108,6 +108,8 @@ class VanillaConfig(DefaultModelConfig):
 
 
 class Attention(UsesKernels):
+    interleaved = False  # whether pairs of dims that turn are 2i and 2i + 1, not i and i + h/2
+
     def __init__(self, cfg: VanillaConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.dropout = layer, cfg.dropout
@@ -128,7 +130,9 @@ class Attention(UsesKernels):
         norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
         if rotation is not None:
             gains = None if norms is None else (norms[0].weight, norms[1].weight)
-            q, k = qk_norm_rope(q, k, *rotation, self.kernels, weights=gains, eps=self.eps)
+            q, k = qk_norm_rope(
+                q, k, *rotation, self.kernels, weights=gains, eps=self.eps, interleaved=self.interleaved
+            )
         elif norms is not None:
             q, k = norms[0](q), norms[1](k)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, h)

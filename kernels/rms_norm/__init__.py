@@ -18,20 +18,27 @@ __all__ = ["SPEC", "add_rms_norm", "moved", "reference", "rms_norm", "too_wide"]
 MAX_WIDTH = 8192
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float, kernels: Kernels) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight for x (..., D), weight (D,) or None for ones; returned in the dtype of the
-    product that reads it, statistics in at least fp32. Differentiable in x and weight."""
+def rms_norm(
+    x: Tensor, weight: Tensor | None, eps: float, kernels: Kernels, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight for x (..., D), weight (D,) or None for ones; returned in `out_dtype` (None =
+    that of the product that reads it), statistics in at least fp32. Differentiable in x and weight."""
     run = kernels.implementation("rms_norm", device=x.device, dtype=x.dtype, columns=x.shape[-1])
-    _, y = run(x, None, weight, eps=eps, out_dtype=compute_dtype(x))
+    _, y = run(x, None, weight, eps=eps, out_dtype=out_dtype or compute_dtype(x))
     return y
 
 
 def add_rms_norm(
-    x: Tensor, branch: Tensor, weight: Tensor | None, eps: float, kernels: Kernels
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    kernels: Kernels,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x + branch and its `rms_norm`, for x and branch of one shape: a residual stream, read once and written once."""
     run = kernels.implementation("rms_norm", device=x.device, dtype=x.dtype, columns=x.shape[-1])
-    total, y = run(x, branch, weight, eps=eps, out_dtype=compute_dtype(x))
+    total, y = run(x, branch, weight, eps=eps, out_dtype=out_dtype or compute_dtype(x))
     return total, y
 
 

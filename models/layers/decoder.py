@@ -190,7 +190,7 @@ class Decoder(UsesKernels):
 
 
 def through(
-    blocks: Iterable[nn.Module], x: Tensor, shared: tuple[Any, ...], cache: Cache | None = None
+    blocks: Iterable[nn.Module], x: Tensor, shared: tuple[Any, ...], cache: Any = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Run x (B, T, D) through blocks. One that has more to tell returns (x, {name: tensor}): such tensors come back
     stacked along a new first dim, over the blocks that told."""

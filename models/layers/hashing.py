@@ -8,10 +8,12 @@ Shapes: B rows.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-__all__ = ["hashed_uniform"]
+__all__ = ["hashed_normal", "hashed_uniform"]
 
 _STEP = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed number
 _FACTORS = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -20,10 +22,24 @@ _FACTORS = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # 0xBF58476D1CE4E5B9, 0x9
 def hashed_uniform(row_seeds: Tensor, stream: int, number: int) -> Tensor:
     """(B, number) fp32 in (0, 1) for seeds (B,) int64: SplitMix64 (Steele et al. 2014), a sequence for each stream >= 0
     of each row."""
-    starts = _mixed(_mixed(row_seeds) + stream)
-    places = torch.arange(1, number + 1, device=row_seeds.device)
-    bits = _mixed(starts[:, None] + _STEP * places)
+    bits = _bits(row_seeds, stream, 0, number)
     return (_shifted(bits, 41).to(torch.float32) + 0.5) * 2.0**-23  # 23 bits: 1 is out of reach
+
+
+def hashed_normal(row_seeds: Tensor, stream: int, first: int, number: int, bound: float) -> Tensor:
+    """(B, number) fp32, N(0, 1) cut off at +-`bound`: the numbers from the place `first` on of a sequence for each
+    stream >= 0 of each row, both even, as one hash makes two."""
+    assert first % 2 == number % 2 == 0
+    halves = _bits(row_seeds, stream, first // 2, number // 2).view(torch.int32)  # (B, number)
+    inside = math.erf(bound / math.sqrt(2)) * 2.0**-31  # of the law that is cut off
+    return math.sqrt(2) * torch.erfinv((halves.to(torch.float32) + 0.5) * inside)
+
+
+def _bits(row_seeds: Tensor, stream: int, first: int, number: int) -> Tensor:
+    """(B, number) int64, all bits of which look random."""
+    starts = _mixed(_mixed(row_seeds) + stream)
+    places = torch.arange(first + 1, first + number + 1, device=row_seeds.device)
+    return _mixed(starts[:, None] + _STEP * places)
 
 
 def _mixed(z: Tensor) -> Tensor:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["INIT_STD", "normal_", "residual_std"]
+__all__ = ["INIT_STD", "normal_", "residual_std", "truncated_normal_"]
 
 INIT_STD = 0.02  # GPT-2, and since then almost everyone
 
@@ -25,3 +25,14 @@ def normal_(tensor: Tensor, std: float, generator: torch.Generator) -> None:
     dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     draw = torch.empty(tensor.shape, dtype=dtype, device=generator.device)
     tensor.copy_(draw.normal_(0.0, std, generator=generator))
+
+
+@torch.no_grad()
+def truncated_normal_(tensor: Tensor, std: float, bound: float, generator: torch.Generator) -> None:
+    """As `normal_`, of N(0, std^2) cut off at `bound` standard deviations."""
+    if tensor.is_meta:
+        return
+    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    draw = torch.empty(tensor.shape, dtype=dtype, device=generator.device)
+    limit = bound * std
+    tensor.copy_(nn.init.trunc_normal_(draw, 0.0, std, -limit, limit, generator=generator))

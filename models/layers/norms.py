@@ -34,6 +34,12 @@ class RMSNorm(UsesKernels):
             return rms_norm(x, self.weight, self.eps, self.kernels)
         return add_rms_norm(x, branch, self.weight, self.eps, self.kernels)
 
+    def stream(self, x: Tensor, branch: Tensor | None = None) -> Tensor:
+        """The norm of x (+ branch) where that is the residual stream itself: in x's own dtype."""
+        if branch is None:
+            return rms_norm(x, self.weight, self.eps, self.kernels, x.dtype)
+        return add_rms_norm(x, branch, self.weight, self.eps, self.kernels, x.dtype)[1]
+
     def kernel_calls(self, seq_len: int) -> dict[str, dict[str, Any]]:
         return {"rms_norm": {"columns": len(self.weight)}}
 

@@ -33,8 +33,9 @@ def test_a_text_scores_as_a_file_with_it_does(loaded, whole_run, command, tmp_pa
     (tmp_path / "text.txt").write_text(LONG, encoding="utf-8")
     words = ["--checkpoint", whole_run[0], "--device", "cpu", "--input_file", tmp_path / "text.txt"]
     out, _ = command("eval", *words)
-    found = loaded.score(LONG)
-    assert json.loads(out)["score"] == found.score.as_dict()
+    found, printed = loaded.score(LONG), json.loads(out)["score"]
+    of_both = {name: printed["estimates"][name] for name in found.score.estimates}
+    assert {**printed, "estimates": of_both} == found.score.as_dict(), "the command asks for further ones"
     assert found.total == pytest.approx(found.bits_per_byte * np.log(2) * len(LONG.encode()), rel=1e-12)
     assert b"".join(found.text[a:b] for a, b in found.spans) == LONG.encode()
     assert loaded.tokenizer.decode(found.ids) == LONG.encode()

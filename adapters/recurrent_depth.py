@@ -1,0 +1,81 @@
+"""Next-token prediction by a network that iterates: how often is drawn once per step, from (seed, step) alone, so that
+it is the same in every micro-batch and process, after a resume, and where activations are recomputed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adapters.base import Context, Metric, Prepared, StepOutput
+from adapters.default import DefaultModelAdapter
+from adapters.randomness import Noise
+from models.layers.decoder import Hidden
+from models.rd import states_after
+
+if TYPE_CHECKING:
+    from data.rows import Batch
+
+__all__ = ["RecurrentDepthAdapter"]
+
+ALSO_AFTER = (1, 4, 8, 16, 32)  # recurrences that the command `eval` scores beside its own
+
+
+class RecurrentDepthAdapter(DefaultModelAdapter):
+    """The score is that after `eval_recurrence` iterations, from noise that depends on the seed and the position alone:
+    rows are independent, and the same text has the same score."""
+
+    console_metrics = ("recurrences",)
+
+    def prepare(self, batch: Batch, ctx: Context) -> Prepared:
+        """Also the host's `recurrences`, `retained` and `also_after`, and `seeds` of the state's noise, (B,) int64;
+        (1,) in evaluation."""
+        prepared = super().prepare(batch, ctx)
+        prepared.host |= {"recurrences": self.recurrences(ctx), "retained": None, "also_after": ()}
+        if ctx.phase == "train":
+            uniform = Noise(ctx.seed, ctx.step, ctx.phase, batch.rows).uniform("state", 1)
+            prepared.tensors["seeds"] = (uniform[:, 0] * 2.0**52).to(torch.int64)
+            prepared.host["retained"] = self.model_cfg.k_trunc
+        else:
+            prepared.tensors["seeds"] = torch.tensor([ctx.seed])
+            prepared.host["also_after"] = ALSO_AFTER if ctx.estimates else ()
+        return prepared
+
+    def recurrences(self, ctx: Context) -> int:
+        """Of all rows of a step."""
+        c = self.model_cfg
+        if ctx.phase == "eval":
+            return c.eval_depth
+        if ctx.of_draws == "mean":
+            return c.depth_law.typical(c.k_trunc)
+        if ctx.of_draws == "most":
+            return c.depth_law.deepest(c.k_trunc)  # more iterations take no more memory
+        return int(
+            c.depth_law.draw(Noise(ctx.seed, ctx.step, ctx.phase, np.zeros(1)).uniform("recurrences", 2))
+        )
+
+    def drawn(self, prepared: Prepared) -> dict[str, Any]:
+        return super().drawn(prepared) | {"seeds": prepared.tensors["seeds"], **prepared.host}
+
+    def step_output(self, hidden: Hidden, prepared: Prepared) -> StepOutput:
+        output = super().step_output(hidden, prepared)
+        recurrences, inputs = prepared.host["recurrences"], prepared.tensors["inputs"]
+        output.metrics |= {"recurrences": Metric(recurrences), **self.heldout_metrics(hidden, prepared)}
+        output.flops = self.model.flops(inputs.shape[1], recurrences).training_per_token * inputs.numel()
+        return output
+
+    def other_nats(self, hidden: Hidden, prepared: Prepared) -> dict[str, Tensor]:
+        found = {}
+        for r in prepared.host["also_after"]:
+            states = hidden.extra[states_after(r)]
+            _, nats, _ = self.head_loss(states, prepared.tensors["targets"], None)
+            found[f"at {r} recurrence{'s' if r > 1 else ''}"] = nats
+        return found
+
+    def heldout_metrics(self, hidden: Hidden, prepared: Prepared) -> dict[str, Metric]:
+        """`state_change`: of a state by the last iteration, in units of its length; near 0 where more of them would
+        change nothing."""
+        weights = prepared.tensors["weights"]
+        return {"state_change": Metric((hidden.extra["change"] * weights).sum(), weights.sum())}
