@@ -35,16 +35,18 @@ def softmax(scores):
     return weights / weights.sum()
 
 
-def _positions(docs):
+def places(docs):
     found = []
     for t, doc in enumerate(docs):
         found.append(found[-1] + 1 if t and docs[t - 1] == doc else 0)
     return found
 
 
-def _attend(q, k, v, docs, t, window=None, softcap=None):
-    """Output of one head for token t; q, k, v are lists of vectors over tokens."""
-    seen = [s for s in range(t + 1) if docs[s] == docs[t] and (window is None or t - s < window)]
+def attend(q, k, v, docs, t, window=None, softcap=None, at=None):
+    """Output of one head for token t; q, k, v are lists of vectors over tokens. `at`: their places in the row, in
+    ascending order, where tokens of it are missing."""
+    at = range(len(docs)) if at is None else at
+    seen = [s for s in range(t + 1) if docs[s] == docs[t] and (window is None or at[t] - at[s] < window)]
     scores = [(q[t] * k[s]).sum() / math.sqrt(len(q[t])) for s in seen]
     if softcap is not None:
         scores = [softcap * torch.tanh(score / softcap) for score in scores]
@@ -59,7 +61,7 @@ def gpt2_block(p, block, xs, docs, n_heads):
     heads = []
     for j in range(n_heads):
         q, k, v = ([row[o * width + j * h : o * width + (j + 1) * h] for row in qkv] for o in range(3))
-        heads.append([_attend(q, k, v, docs, t) for t in range(len(xs))])
+        heads.append([attend(q, k, v, docs, t) for t in range(len(xs))])
     for t in range(len(xs)):
         joined = torch.cat([head[t] for head in heads])
         xs[t] = xs[t] + linear(p, f"{block}.attn.c_proj", joined)
@@ -70,7 +72,7 @@ def gpt2_block(p, block, xs, docs, n_heads):
 
 def gpt2_states(p, tokens, docs, n_layers, n_heads):
     """Behind the last block, before the final norm."""
-    where = _positions(docs)
+    where = places(docs)
     xs = [p["wte.weight"][token] + p["wpe.weight"][where[t]] for t, token in enumerate(tokens)]
     for layer in range(n_layers):
         xs = gpt2_block(p, f"h.{layer}", xs, docs, n_heads)
@@ -96,6 +98,17 @@ def _rotate(x, position, theta):
     return torch.stack(turned)
 
 
+def rotate_pairs(x, position, theta):
+    """Turn each pair (2i, 2i + 1) by position * theta^(-2i/h)."""
+    h = len(x)
+    turned = []
+    for i in range(h // 2):
+        angle = position * theta ** (-2 * i / h)
+        a, b = x[2 * i], x[2 * i + 1]
+        turned += [a * math.cos(angle) - b * math.sin(angle), a * math.sin(angle) + b * math.cos(angle)]
+    return torch.stack(turned)
+
+
 def silu(x):
     return x / (1 + torch.exp(-x))
 
@@ -111,8 +124,10 @@ def norm(p, name, x, cfg):
     return (rms_norm if cfg.use_rmsnorm else layer_norm)(p, name, x, cfg.norm_eps)
 
 
-def vanilla_block(p, block, xs, docs, cfg, mlp=feed_forward):
-    """States behind the block whose parameters' names start with `block`; `mlp` as `feed_forward`."""
+def vanilla_block(p, block, xs, docs, cfg, mlp=feed_forward, at=None):
+    """States behind the block whose parameters' names start with `block`; `mlp` as `feed_forward`, `at` as in
+    `attend`."""
+    at = range(len(xs)) if at is None else at
     h, groups, xs = cfg.d_model // cfg.n_heads, cfg.n_kv_heads or cfg.n_heads, list(xs)
     attn = f"{block}.self_attn"
 
@@ -122,7 +137,7 @@ def vanilla_block(p, block, xs, docs, cfg, mlp=feed_forward):
             vectors = [rms_norm(p, gain, x, cfg.norm_eps) for x in vectors]
         if rotated and cfg.use_rope:
             # Positions count from the start of the row: rotation is relative, documents need no restart.
-            vectors = [_rotate(x, t, cfg.rope_theta) for t, x in enumerate(vectors)]
+            vectors = [_rotate(x, t, cfg.rope_theta) for t, x in zip(at, vectors, strict=True)]
         return vectors
 
     normed = [norm(p, f"{block}.input_layernorm", x, cfg) for x in xs]
@@ -133,7 +148,7 @@ def vanilla_block(p, block, xs, docs, cfg, mlp=feed_forward):
         k = head_vectors(f"{attn}.k_proj", normed, g, f"{attn}.k_norm", rotated=True)
         v = head_vectors(f"{attn}.v_proj", normed, g)
         heads.append(
-            [_attend(q, k, v, docs, t, cfg.sliding_window, cfg.attn_softcap) for t in range(len(xs))]
+            [attend(q, k, v, docs, t, cfg.sliding_window, cfg.attn_softcap, at) for t in range(len(xs))]
         )
     for t in range(len(xs)):
         xs[t] = xs[t] + linear(p, f"{attn}.o_proj", torch.cat([head[t] for head in heads]))
@@ -146,7 +161,7 @@ def vanilla_states(p, tokens, docs, cfg, n_layers=None):
     """Behind the last of `n_layers` blocks, before the final norm. `cfg` is read for its plain values only."""
     xs = [p["embed_tokens.weight"][token] for token in tokens]
     if not cfg.use_rope:
-        xs = [x + p["positions.weight"][at] for x, at in zip(xs, _positions(docs), strict=True)]
+        xs = [x + p["positions.weight"][at] for x, at in zip(xs, places(docs), strict=True)]
     for layer in range(cfg.n_layers if n_layers is None else n_layers):
         xs = vanilla_block(p, f"layers.{layer}", xs, docs, cfg)
     return xs

@@ -4,22 +4,11 @@ import math
 
 import torch
 
-from tests.models.reference import silu, softmax
+from tests.models.reference import rotate_pairs, silu, softmax
 
 
 def unit(x):
     return x / torch.sqrt((x * x).sum())
-
-
-def _rotate_pairs(x, position, theta):
-    """Turn each pair (2i, 2i + 1) by position * theta^(-2i/h)."""
-    h = len(x)
-    turned = []
-    for i in range(h // 2):
-        angle = position * theta ** (-2 * i / h)
-        a, b = x[2 * i], x[2 * i + 1]
-        turned += [a * math.cos(angle) - b * math.sin(angle), a * math.sin(angle) + b * math.cos(angle)]
-    return torch.stack(turned)
 
 
 def _attention(p, name, xs, docs, cfg, s_qk):
@@ -30,8 +19,7 @@ def _attention(p, name, xs, docs, cfg, s_qk):
         mine = slice(j * h, (j + 1) * h)
         q, k, v = ([(p[f"{name}.{n}_proj.weight"] @ x)[mine] for x in xs] for n in "qkv")
         q, k = (
-            [s_qk[mine] * unit(_rotate_pairs(y, t, cfg.rope_theta)) for t, y in enumerate(ys)]
-            for ys in (q, k)
+            [s_qk[mine] * unit(rotate_pairs(y, t, cfg.rope_theta)) for t, y in enumerate(ys)] for ys in (q, k)
         )
         outs = []
         for t in range(len(xs)):

@@ -9,6 +9,7 @@ import torch
 
 from adapters.base import weighted_loss
 from models import resolve
+from models.mod import Predictor
 from naming import load
 from tests.contract.tiny import Letters, batch_of, context
 from tests.models.reference import (
@@ -17,14 +18,17 @@ from tests.models.reference import (
     gpt2_states,
     layer_norm,
     mean_nats,
+    nats,
     norm,
     vanilla_block,
     vanilla_states,
 )
+from tests.models.reference_mod import mod_row
 from tests.models.reference_moe import Gate, balance, moe_block, moe_states, sequence_balance, z_loss
 from tests.models.reference_mtm import Trunk, mtm_logits
 from tests.models.reference_mtp import mtp_logits
 from tests.models.reference_ngpt import ngpt_logits
+from tests.models.reference_rd import rd_logits
 
 VOCABULARY, LENGTH = 11, 7
 SIZES = {"vocab_size": VOCABULARY, "n_ctx": 64, "d_model": 8, "n_heads": 2, "n_layers": 2}
@@ -56,15 +60,20 @@ def build(type_, **fields):
     return adapter
 
 
-def compare(adapter, docs, reference):
+def some_rows(docs, n=1):
+    batch = batch_of(np.random.default_rng(2).integers(0, VOCABULARY, (2, LENGTH + n)), n)
+    batch.doc_ids[:] = docs[:, : LENGTH + n]
+    return batch
+
+
+def compare(adapter, docs, reference, **host):
     """`reference(p, buffers, tokens, docs)` -> (logits of each row by prediction, {term: (value, weight)}), both rows
-    at once; p as the model names its parameters."""
-    n = adapter.data_spec().lookahead
-    tokens = np.random.default_rng(2).integers(0, VOCABULARY, (2, LENGTH + n))
-    batch = batch_of(tokens, n)
-    batch.doc_ids[:] = docs = docs[:, : LENGTH + n]
+    at once; p as the model names its parameters. `host`: what `prepare` would have drawn."""
+    batch = some_rows(docs, adapter.data_spec().lookahead)
+    tokens, docs = batch.tokens, batch.doc_ids
     adapter.on_step_start(context(2), 10)
     prepared = adapter.prepare(batch, context(2))
+    prepared.host |= host
     hidden = adapter.hidden(prepared)
     output = adapter(prepared)
 
@@ -304,3 +313,117 @@ MTM = {
 def test_mtm(fields, docs):
     adapter = build("mtm", **fields)
     compare(adapter, docs, partial(mtm, adapter.model_cfg, adapter.model.trunk.cfg))
+
+
+# -- mod ---------------------------------------------------------------------------------------------------------------
+
+
+def mod(cfg, p, buffers, tokens, docs):
+    rows = of_rows(lambda row, doc: mod_row(p, row[:LENGTH], doc[:LENGTH], cfg, causal=False), tokens, docs)
+    logits, errors = [[row[0]] for row in rows], [row[2] for row in rows]
+    error = sum(map(sum, errors)) / sum(map(len, errors))
+    terms = {"ce_topk": (nats_of(logits, 1, tokens, docs), 1.0), "bce": (error, cfg.mod_bce_weight)}
+    return logits, terms
+
+
+HALF = {"capacity": 0.5, "mod_bce_weight": 0.7, "pred_hidden": 5}
+MOD = {
+    "default": HALF,
+    "every-block": {**HALF, "every_other": False, "router_act": "tanh", "n_kv_heads": 1, "qk_norm": True},
+    "window": {**HALF, "mod_offset": 0, "n_layers": 3, "router_act": "sigmoid", "sliding_window": 3},
+    "aux-loss": {**HALF, "causal_method": "aux_loss", "tie_embeddings": False, "attn_softcap": 2.0},
+    "learned-positions": {
+        **{**HALF, "use_rope": False, "use_rmsnorm": False, "use_swiglu": False, "bias": True},
+        **{"every_other": False, "n_layers": 1},
+    },
+}
+
+
+@cases(**MOD)
+def test_mod(fields, docs):
+    adapter = build("mod", **fields)
+    compare(adapter, docs, partial(mod, adapter.model_cfg))
+
+
+def test_mod_where_scores_are_drawn():
+    """Nothing foretells them: who enters elsewhere is above the quantile."""
+    adapter = build("mod", **HALF, router_type="random")
+    drawn = adapter.hidden(adapter.prepare(some_rows(PACKED), context(2))).extra["score"]  # (R, B, S)
+
+    def reference(p, buffers, tokens, docs):
+        rows = [
+            mod_row(p, row[:LENGTH], doc[:LENGTH], adapter.model_cfg, causal=False, scores=scores)
+            for row, doc, scores in zip(tokens, docs, drawn.unbind(1), strict=True)
+        ]
+        logits = [[row[0]] for row in rows]
+        return logits, {"ce_topk": (nats_of(logits, 1, tokens, docs), 1.0)}
+
+    compare(adapter, PACKED, reference)
+
+
+def test_mod_where_all_scores_are_equal():
+    adapter = build("mod", **HALF, router_act="sigmoid", n_layers=3)
+    with torch.no_grad():
+        adapter.model.layers[1].router.proj.weight.zero_()
+    compare(adapter, PACKED, partial(mod, adapter.model_cfg))
+
+
+@pytest.mark.parametrize("name", MOD)
+def test_mod_as_text_is_scored(name):
+    """Every token decides for itself; the loss under the choice stands beside it."""
+    adapter = build("mod", **MOD[name]).eval()
+    for module in adapter.modules():
+        if isinstance(module, Predictor):
+            torch.nn.init.normal_(module.up.weight, generator=torch.Generator().manual_seed(4))
+            torch.nn.init.zeros_(module.down.bias)  # so that some enter, and some do not
+    cfg, batch = adapter.model_cfg, some_rows(PACKED)
+    found = adapter.likelihood(batch, context(2, phase="eval"))
+    p, tokens, docs = dict(adapter.model.named_parameters()), batch.tokens.tolist(), batch.doc_ids.tolist()
+    with torch.no_grad():
+        rows = of_rows(
+            lambda row, doc: mod_row(p, row[:LENGTH], doc[:LENGTH], cfg, causal=True), tokens, docs
+        )
+        expected = [
+            [nats(logits[t, :VOCABULARY], row[t + 1]) for t in range(LENGTH)]
+            for (logits, *_), row in zip(rows, tokens, strict=True)
+        ]
+        _, terms = mod(cfg, p, {}, tokens, docs)
+    torch.testing.assert_close(found.per_token, torch.tensor(expected), rtol=0, atol=1e-9)
+    entered = sum(len(part) for _, parts, _ in rows for part in parts)
+    told = {name: float(m.sum.detach()) / float(m.count) for name, m in found.metrics.items()}
+    assert 0 < told["used_share"] < 1
+    assert told["used_share"] == pytest.approx(entered / sum(LENGTH * len(parts) for _, parts, _ in rows))
+    assert told["ce_topk"] == pytest.approx(float(terms["ce_topk"][0]), abs=1e-9)
+
+
+# -- rd ----------------------------------------------------------------------------------------------------------------
+
+
+def rd(cfg, start, parts, depth, p, buffers, tokens, docs):
+    logits = [
+        [rd_logits(p, row[:LENGTH], doc, list(s), cfg, parts, depth, cfg.k_trunc)]
+        for row, doc, s in zip(tokens, docs, start, strict=True)
+    ]
+    return logits, {"ce": (nats_of(logits, 1, tokens, docs), 1.0)}
+
+
+RD = {
+    "default": ({"n_layers": 3}, (1, 1, 1)),
+    "two-in-the-core": ({"n_layers": 4, "qk_bias": False, "tie_embeddings": False, "s0_std": 0.1}, (1, 2, 1)),
+    "add": (
+        {"n_layers": None, "l_p": 2, "l_core": 1, "l_c": 1, "adapter_mode": "add", "ffn_hidden": 12},
+        (2, 1, 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("depth", [1, 3, 9])
+@pytest.mark.parametrize("name", RD)
+def test_rd(name, depth):
+    """Of nine recurrences the last four have a gradient."""
+    fields, parts = RD[name]
+    adapter = build("rd", k_trunc=4, **fields)
+    start = 0.6 * torch.randn(2, LENGTH, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    adapter.model.start = lambda like, past, seeds: start.to(like)
+    reference = partial(rd, adapter.model_cfg, start, parts, depth)
+    compare(adapter, ONE if name == "add" else PACKED, reference, recurrences=depth)

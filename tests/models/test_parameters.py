@@ -149,6 +149,7 @@ INITIAL = [
     ("mtp", {"head_type": "linear", "isoparam": False}),
     ("mtm", {"n_mtp_modules": 2}),
     ("mtm", {"trunk": "gpt2", "trunk_cfg": {"wpe_init_std": 0.01, **UNTIED}}),
+    ("mod", {"pred_hidden": 400, **UNTIED}),  # as wide, for the predictor to be large enough to be measured
 ]
 
 
@@ -181,6 +182,41 @@ def test_initial_scales_and_loss(type_, fields):
         logits = model.logits(hidden.states if isinstance(hidden, Hidden) else hidden)
     loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     assert loss.item() == pytest.approx(math.log(1000), abs=0.3)
+
+
+def test_initial_scales_of_recurrent_depth():
+    """sqrt(2 / 5D), cut off at 3 of it; what writes to the stream, and the factor of its gate, smaller by the root of twice
+    the 132 layers that a token passes at 32 recurrences."""
+    model = build("rd", torch.float32, std=None, vocab_size=1000, n_ctx=512, d_model=320, n_layers=8, **UNTIED)
+    std, checked = math.sqrt(2 / (5 * 320)), set()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            assert torch.equal(parameter, torch.full_like(parameter, float(not name.endswith("bias")))), name
+            continue
+        small = name.endswith(("o_proj.weight", "down_proj.weight", "up_proj.weight"))
+        expected = std / math.sqrt(2 * 132) if small else std
+        assert parameter.numel() >= 1e5 and parameter.std().item() == pytest.approx(expected, rel=0.03), name
+        assert parameter.abs().max() <= 3 * expected * (1 + 1e-6), name
+        checked.add(name.rpartition(".")[0].rpartition(".")[2])
+    branches = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    assert checked == {"embed_tokens", "lm_head", "adapter", *branches}
+    tokens = tokens_of(rows=4, length=65, vocabulary=1000)
+    with torch.no_grad():
+        logits = model.logits(model(tokens[:, :-1], recurrences=2).states)
+    loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    assert loss.item() == pytest.approx(math.log(1000), abs=0.3)
+
+
+def test_the_law_of_the_state_that_recurrence_begins_with():
+    """N(0, 2 / 5), cut off at 3 standard deviations; in training of each row, position and dim a number of its own."""
+    model, std = build("rd", torch.float32, d_model=320, n_layers=3), math.sqrt(2 / 5)
+    noise = model.start(torch.empty(4, 128, 320), 0, torch.arange(4))
+    assert noise.std().item() == pytest.approx(std, rel=0.03) and noise.abs().max() <= 3 * std
+    assert noise.mean().abs() < 0.005 and (noise.abs() < std).float().mean() == pytest.approx(0.684, abs=0.005)
+    assert noise.unique().numel() > 0.99 * noise.numel()
+    flat = noise.flatten(1)
+    assert torch.corrcoef(flat).fill_diagonal_(0).abs().max() < 0.02, "rows"
+    assert torch.corrcoef(flat.view(4, 128, 320).transpose(0, 1).flatten(1)).fill_diagonal_(0).abs().max() < 0.15
 
 
 @pytest.mark.parametrize(("type_", "fields"), VARIANTS, ids=VARIANT_NAMES)
