@@ -32,6 +32,7 @@ from models.layers.norms import RMSNorm
 from models.layers.recurrent_cache import RecurrentCache, Turn
 from models.layers.roles import Rule
 from models.layers.rotary import rotary_tables
+from models.reading import ReadingConfig, read
 from models.vanilla import MLP, Rotation, VanillaConfig, block_flops
 from models.vanilla import Attention as VanillaAttention
 
@@ -51,7 +52,7 @@ def states_after(recurrences: int) -> str:
     return f"states_after_{recurrences}"
 
 
-class RDConfig(DefaultModelConfig):
+class RDConfig(ReadingConfig):
     # Blocks: of the prelude, the core and the coda; None = a quarter of n_layers, the rest, a quarter.
     n_layers: Positive | None = 8  # type: ignore[assignment]  # None = their sum
     l_p: Positive | None = None
@@ -185,6 +186,11 @@ class RD(Decoder):
         `Hidden.extra["change"]` (B, T): how far the last iteration moved a state, in units of its length.
         """
         depth = recurrences or self.cfg.eval_depth
+        assert cache is None or depth <= self.cfg.eval_depth, (
+            "a cache has room for eval_recurrence iterations"
+        )
+        if retained is None and not self.cfg.reads_plainly:
+            return self._read(tokens, doc_ids, cache, depth, seeds, also_after)
         assert cache is None or not also_after, "a cache holds one depth"
         e, shared = self.embed(tokens, doc_ids, cache, cu_seqlens)
         before = s = self.start(e, 0 if cache is None else cache.length, seeds)
@@ -194,12 +200,30 @@ class RD(Decoder):
             with torch.set_grad_enabled(torch.is_grad_enabled() and i >= kept_from):
                 before, s = s, self.recur(s, e, shared, _turn(cache, i))
             if i + 1 == depth:
-                hidden, extra["change"] = self.decode(s, shared, cache), _change(before, s)
+                hidden, extra["change"] = self.decode(s, shared, _turn(cache)), _change(before, s)
             if i + 1 in also_after:
                 extra[states_after(i + 1)] = self.decode(s, shared)
         if cache is not None:
             cache.advance(tokens.shape[1])
         return Hidden(hidden, extra)
+
+    def _read(
+        self,
+        tokens: Tensor,
+        doc_ids: Tensor | None,
+        cache: RecurrentCache | None,
+        depth: int,
+        seeds: Tensor | None,
+        also_after: tuple[int, ...],
+    ) -> Hidden:
+        """As `forward`, heeding what `ReadingConfig` offers; `also_after` is of all tokens alike all the same."""
+        found = read(self, tokens, doc_ids, cache, depth=depth, seeds=seeds)
+        if also_after:
+            plain = self(
+                tokens, doc_ids, recurrences=also_after[0], retained=0, seeds=seeds, also_after=also_after
+            )
+            found.extra |= {name: plain.extra[name] for name in map(states_after, also_after)}
+        return found
 
     # -- the parts of a forward pass --------------------------------------------------------------------------------
 
@@ -213,9 +237,12 @@ class RD(Decoder):
         """What is injected into every iteration, e (B, T, D), and what all blocks share."""
         past = self.check_input(tokens, doc_ids, cache, learned=False)
         shared = self.shared(tokens, past, doc_ids, cu_seqlens)
+        return self.inject(tokens, shared, _turn(cache)), shared
+
+    def inject(self, tokens: Tensor, shared: Shared, cache: Turn | None = None) -> Tensor:
+        """tokens (B, T) -> e (B, T, D)."""
         x = self.embed_tokens(tokens) * math.sqrt(self.cfg.d_model)
-        e, _ = through(self.prelude, x, shared, _turn(cache))
-        return e, shared
+        return through(self.prelude, x, shared, cache)[0]
 
     def start(self, like: Tensor, past: int, seeds: Tensor | None) -> Tensor:
         """s_0 (B, T, D), of the dtype of `like`, of tokens behind `past` others: noise, N(0, sigma^2) cut off at 3
@@ -232,19 +259,25 @@ class RD(Decoder):
         x = s + e if self.adapter is None else self.adapter(torch.cat((s, e), dim=-1)).to(e.dtype)
         return through(self.core, x, shared, cache)[0]
 
-    def decode(self, s: Tensor, shared: Shared, cache: RecurrentCache | None = None) -> Tensor:
+    def decode(self, s: Tensor, shared: Shared, cache: Turn | None = None) -> Tensor:
         """A state (B, T, D) -> hidden (B, T, D), which the head reads."""
-        x, _ = through(self.coda, self.norm.stream(s), shared, _turn(cache))
+        x, _ = through(self.coda, self.norm.stream(s), shared, cache)
         return self.norm(x)
 
     def shared(
-        self, tokens: Tensor, past: int, doc_ids: Tensor | None, cu_seqlens: Tensor | None = None
+        self,
+        tokens: Tensor,
+        past: int,
+        doc_ids: Tensor | None,
+        cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Shared:
-        """The plan of attention and the rotation."""
+        """The plan of attention and the rotation. `mask`: as in `Visible`."""
         table = self.embedding_weight
         index = torch.arange(past, past + tokens.shape[1], device=tokens.device)  # (T,)
         rotation = rotary_tables(index, self.cfg.control.head_width, self.cfg.rope_theta, table.dtype)
         visible = Visible.causally(tokens, past, doc_ids=doc_ids, cu_seqlens=cu_seqlens)
+        visible = visible if mask is None else replace(visible, mask=mask)
         plan = plan_attention(visible, dtype=compute_dtype(table), kernels=self.kernels, **self._heads)
         return plan, rotation
 
@@ -259,10 +292,19 @@ class RD(Decoder):
     def embedding_weight(self) -> Tensor:
         return self.embed_tokens.weight
 
-    def init_cache(self, rows: int) -> RecurrentCache:
-        """An entry of each block outside of the core, and of those of the core one for each iteration."""
+    def init_cache(self, rows: int, turns: int | None = None, drafting: bool = False) -> RecurrentCache:
+        """An entry of each block outside of the core, and of those of the core one for each of `turns` iterations (None
+        = `eval_recurrence`), no more than `kv_budget`. `drafting`: of the coda's blocks one for drafts too."""
         prelude, core, coda = self.cfg.parts
-        return RecurrentCache([1] * prelude + [self.cfg.eval_depth] * core + [1] * coda, rows)
+        turns = turns or self.cfg.eval_depth
+        slots = min(turns, self.cfg.kv_budget or turns)
+        return RecurrentCache([1] * prelude + [slots] * core + [2 if drafting else 1] * coda, rows)
+
+    @property
+    def core_places(self) -> range:
+        """Of the core's blocks, in a cache."""
+        prelude, core, _ = self.cfg.parts
+        return range(prelude, prelude + core)
 
     # -- parameters -------------------------------------------------------------------------------------------------
 

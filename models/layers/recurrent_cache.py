@@ -29,6 +29,9 @@ class RecurrentCache:
     def __init__(self, slots: Sequence[int], rows: int) -> None:
         self.slots, self.rows, self.length = list(slots), rows, 0
         self._stored: list[Tensor | None] = [None] * len(self.slots)  # each (slots, 2, B, G, capacity, h)
+        self.carried: list[
+            Tensor
+        ] = []  # of a model that carries a state from token to token: behind each, (B, D)
 
     def turn(self, number: int = 0, rows: Tensor | None = None, running: Tensor | None = None) -> Turn:
         """What blocks are handed as their cache in this turn, from 0. `rows` (R,): of these rows alone; `running`
@@ -83,9 +86,11 @@ class RecurrentCache:
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot truncate a cache of {self.length} tokens to {length}")
         self.length = length
+        del self.carried[length:]
 
     def select(self, rows: Tensor) -> None:
         self.rows = len(rows)
+        self.carried = [state[rows] for state in self.carried]
         self._stored = [None if kept is None else kept.index_select(2, rows) for kept in self._stored]
 
     def snapshot(self) -> int:
