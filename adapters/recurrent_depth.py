@@ -76,6 +76,22 @@ class RecurrentDepthAdapter(DefaultModelAdapter):
 
     def heldout_metrics(self, hidden: Hidden, prepared: Prepared) -> dict[str, Metric]:
         """`state_change`: of a state by the last iteration, in units of its length; near 0 where more of them would
-        change nothing."""
+        change nothing. Where tokens may leave before that, `exits` instead."""
         weights = prepared.tensors["weights"]
+        if "change" not in hidden.extra:
+            return self.exits(hidden, weights)
         return {"state_change": Metric((hidden.extra["change"] * weights).sum(), weights.sum())}
+
+    def text_metrics(self, hidden: Hidden) -> dict[str, Metric]:
+        return self.exits(hidden, hidden.states.new_ones(hidden.states.shape[:2]))
+
+    def exits(self, hidden: Hidden, weights: Tensor) -> dict[str, Metric]:
+        """`recurrences` that tokens took, and the share of those that took all, `full_depth`; by weights (B, T)."""
+        if "recurrences" not in hidden.extra:
+            return {}
+        took, count = hidden.extra["recurrences"], weights.sum()
+        full = took == self.model_cfg.eval_depth
+        return {
+            "recurrences": Metric((took * weights).sum(), count),
+            "full_depth": Metric((full * weights).sum(), count),
+        }

@@ -25,6 +25,7 @@ from kernels.precision import compute_dtype
 from models.layers.cache import Cache
 from models.layers.decoder import Decoder, Hidden, padded_vocabulary, through
 from models.layers.depth import DepthLaw
+from models.layers.exits import state_change
 from models.layers.flops import Flops, matmul_flops
 from models.layers.hashing import hashed_normal
 from models.layers.init import truncated_normal_
@@ -52,7 +53,7 @@ def states_after(recurrences: int) -> str:
     return f"states_after_{recurrences}"
 
 
-class RDConfig(ReadingConfig):
+class RDConfig(DefaultModelConfig, ReadingConfig):
     # Blocks: of the prelude, the core and the coda; None = a quarter of n_layers, the rest, a quarter.
     n_layers: Positive | None = 8  # type: ignore[assignment]  # None = their sum
     l_p: Positive | None = None
@@ -105,7 +106,7 @@ class RDConfig(ReadingConfig):
         return STATE_STD if self.s0_std == "auto" else self.s0_std
 
     def problems(self, run: RunConfig) -> list[str]:
-        found = self.control.problems(run)
+        found = self.control.problems(run) + ReadingConfig.problems(self, run)
         prelude, core, coda = self.parts
         if core < 1:
             found.append(
@@ -200,7 +201,10 @@ class RD(Decoder):
             with torch.set_grad_enabled(torch.is_grad_enabled() and i >= kept_from):
                 before, s = s, self.recur(s, e, shared, _turn(cache, i))
             if i + 1 == depth:
-                hidden, extra["change"] = self.decode(s, shared, _turn(cache)), _change(before, s)
+                hidden, extra["change"] = (
+                    self.decode(s, shared, _turn(cache)),
+                    state_change(before.detach(), s.detach()),
+                )
             if i + 1 in also_after:
                 extra[states_after(i + 1)] = self.decode(s, shared)
         if cache is not None:
@@ -373,9 +377,3 @@ class RD(Decoder):
 def _turn(cache: Any, i: int = 0) -> Turn | None:
     """Keys of iteration i, and of what runs once."""
     return None if cache is None else cache.turn(i)
-
-
-def _change(before: Tensor, after: Tensor) -> Tensor:
-    """(B, T, D) -> (B, T): the length of the difference over that of the later state."""
-    before, after = before.detach(), after.detach()
-    return torch.linalg.vector_norm(after - before, dim=-1) / torch.linalg.vector_norm(after, dim=-1)

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from configs.schema import DefaultModelConfig, Free, NonNegativeFloat, Positive
+from configs.schema import Free, ModelConfig, NonNegativeFloat, Positive
 from kernels.attention.masks import same
 from models.layers.decoder import Hidden
-from models.layers.exits import CRITERIA, Criterion, Watch
+from models.layers.exits import CRITERIA, Criterion, Watch, state_change
 from models.layers.recurrent_cache import RecurrentCache
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ FINAL, DRAFTED = (
 )  # what the coda keeps of a token: of its last state, and of the one that drafts are made of
 
 
-class ReadingConfig(DefaultModelConfig):
+class ReadingConfig(ModelConfig):
     """What may be chosen where text is scored and written; training heeds none of it."""
 
     exit_criterion: Free[
@@ -126,7 +126,8 @@ def read(
     seeds: Tensor | None = None,
 ) -> Hidden:
     """Tokens (B, T) behind what `cache` holds, or alone, through up to `depth` recurrences; hidden states (B, T, D).
-    `Hidden.extra["recurrences"]` (B, T) where tokens may leave: how many each of them took."""
+    `Hidden.extra["recurrences"]` (B, T) where tokens may leave: how many each of them took; else `change` (B, T), as
+    `RD.forward` gives it."""
     model.check_input(tokens, doc_ids, cache, learned=False)
     cfg, length = model.cfg, tokens.shape[1]
     if cache is None:
@@ -177,10 +178,11 @@ def read_together(
     hidden = way.hidden
     if hidden is None:
         hidden = model.decode(way.states, shared, cache.turn(ends))
-    told = {}
-    if way.watch is not None:
-        told["recurrences"] = depths = way.left_after.clamp(max=depth)
-        cache.close(model.core_places, depths, depth)
+    if way.watch is None:
+        told = {"change": state_change(way.before, way.states)}
+    else:
+        told = {"recurrences": way.left_after.clamp(max=depth)}
+        cache.close(model.core_places, told["recurrences"], depth)
     if model.cfg.continuous_compute:
         cache.carried.append(way.states[:, -1])
     cache.advance(tokens.shape[1])
@@ -190,8 +192,9 @@ def read_together(
 class _Way:
     """Of the tokens of a pass through the recurrences.
 
-    `states` (B, T, D). `left_after` (B, T): how many recurrences a token took to leave; the largest number where it has
-    not. `hidden` (B, T, D) behind the coda, where the criterion is of laws; else None.
+    `states` (B, T, D), and those `before` the last recurrence. `left_after` (B, T): how many recurrences a token took
+    to leave; the largest number where it has not. `hidden` (B, T, D) behind the coda, where the criterion is of laws;
+    else None.
 
     What is computed is of the rows in which tokens are still on their way: their numbers `rows` (R,) and which tokens
     these are, `walking` (R, T), both None where that is all; states `s` and what is injected `e`, (R, T, D), and what
@@ -206,7 +209,7 @@ class _Way:
         self.walking: Tensor | None = None
         self.shared = self._shared()
         self.e = model.inject(tokens, self.shared, cache.turn())
-        self.s = self.states = self._start(seeds)
+        self.s = self.states = self.before = self._start(seeds)
         self.left_after = torch.full_like(tokens, torch.iinfo(tokens.dtype).max)
         self.watch: Watch | None = None
         self.of_laws = False
@@ -239,7 +242,7 @@ class _Way:
         """The (turn + 1)-th recurrence, of those that are on their way."""
         now = self.model.recur(self.s, self.e, self.shared, self.cache.turn(turn, self.rows, self.walking))
         self.s = now if self.walking is None else torch.where(self.walking[..., None], now, self.s)
-        self.states = _placed(self.states, self.rows, self.s)
+        self.before, self.states = self.states, _placed(self.states, self.rows, self.s)
 
     def go_on(self, turn: int) -> bool:
         """Let those leave that may; whether any do not."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels.precision import at_least_fp32
 
-__all__ = ["CRITERIA", "MIN_P", "Criterion", "Watch"]
+__all__ = ["CRITERIA", "Criterion", "Watch", "state_change"]
 
 MIN_P = 0.1  # of `minp-kl`: tokens less likely than so many times the likeliest are all alike
 
@@ -116,9 +116,9 @@ def _entropy(logits: Tensor) -> Tensor:
 # -- and how -----------------------------------------------------------------------------------------------------------
 
 
-def _distance(before: Tensor, now: Tensor) -> Tensor:
-    """||s_i - s_{i-1}|| / ||s_i||"""
-    return (now - before).norm(dim=-1) / now.norm(dim=-1)
+def state_change(before: Tensor, now: Tensor) -> Tensor:
+    """||s_i - s_{i-1}|| / ||s_i||, (..., D) -> (...,)"""
+    return torch.linalg.vector_norm(now - before, dim=-1) / torch.linalg.vector_norm(now, dim=-1)
 
 
 def _angle(before: Tensor, now: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ def _difference(before: Tensor, now: Tensor) -> Tensor:
 
 CRITERIA = {
     "kl": _changing(1e-3, True, _log_law, _divergence),
-    "latent-diff": _changing(0.03, False, _state, _distance),
+    "latent-diff": _changing(0.03, False, _state, state_change),
     "entropy-diff": _changing(1e-3, True, _entropy, _difference),
     "cosine": _changing(1e-3, False, _state, _angle),
     "argmax-stability": Criterion(5, True, _Stability),
