@@ -8,6 +8,7 @@ import torch
 from models.layers.exits import CRITERIA
 from models.rd import RD, RDConfig
 from models.reading import ReadingConfig
+from tests.models.reference_rd import read
 from tests.models.tiny import SIZES, VOCABULARY, build, tokens_of
 
 LENGTH, DEPTH = 6, 4
@@ -131,6 +132,31 @@ def test_packed_documents_are_as_alone(name, monkeypatch):
         alone = logits_of(model, tokens[row : row + 1, begin:end])
         close(packed[row : row + 1, begin:end], alone)
     assert (packed - logits_of(model, tokens))[0, 2:].abs().amax() > 1e-3
+
+
+@pytest.mark.parametrize("name", EXITS | OPTIONS)
+@torch.no_grad()
+def test_what_is_read_is_what_the_equations_say(name):
+    fields = (EXITS | OPTIONS)[name]
+    model, tokens, row = made(**fields), tokens_of(rows=3, length=LENGTH), 1
+    start = model.start(torch.zeros(1, LENGTH, SIZES["d_model"], dtype=torch.float64), 0, None)
+    expected, depths = read(
+        dict(model.named_parameters()),
+        tokens[row].tolist(),
+        list(start[0]),
+        model.cfg,
+        model.cfg.parts,
+        DEPTH,
+        vocabulary=VOCABULARY,
+        criterion=fields.get("exit_criterion"),
+        threshold=fields.get("exit_threshold"),
+        budget=fields.get("kv_budget"),
+        carry=fields.get("continuous_compute", False),
+    )
+    found = model(tokens)
+    close(model.logits(found.states)[row], expected)
+    if "exit_criterion" in fields:
+        assert found.extra["recurrences"][row].tolist() == depths and len(set(depths)) > 1
 
 
 # -- and that of fixed depth in the limit ------------------------------------------------------------------------------
