@@ -75,15 +75,14 @@ def _probability(n: int, rate: np.ndarray) -> np.ndarray:
 
 
 def _poisson(rate: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """The smallest n whose cumulative probability reaches u, for each of (N,) pairs. Where rounding keeps the sum of
-    all probabilities below u, a bound far beyond the rate ends it."""
+    """The smallest n whose cumulative probability reaches u, for each of (N,) pairs."""
     n = np.zeros(len(rate), dtype=np.int64)
-    bound = math.ceil(rate.max(initial=0.0) + 20 * math.sqrt(rate.max(initial=0.0)) + 50)
     total = np.zeros_like(rate)
-    for k in range(bound):
-        total += _probability(k, rate)
-        short = u > total
-        if not short.any():
-            break
-        n += short
+    # Where rounding keeps the sum of all probabilities below u, a bound far beyond the rate ends it.
+    bound = np.ceil(rate + 20 * np.sqrt(rate) + 50)
+    short, k = np.arange(len(rate)), 0
+    while len(short):
+        total[short] += _probability(k, rate[short])
+        short = short[(u[short] > total[short]) & (k < bound[short])]
+        n[short] = k = k + 1
     return n
