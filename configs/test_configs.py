@@ -34,6 +34,7 @@ from configs.messages import ConfigError  # noqa: E402
 from configs.schema import CHOICES, RunConfig, redacted  # noqa: E402
 from configs.validate import validate  # noqa: E402
 from naming import load  # noqa: E402
+from trainer.optim import OFF_UNLESS_SET  # noqa: E402
 
 # A mistake made on purpose, and words of the message that must refuse it.
 MISTAKES = [
@@ -136,13 +137,15 @@ def _check_stated(path: Path, cfg: RunConfig) -> None:
 
 
 def _check_recipe(path: Path) -> None:
-    """A shipped file states the whole recipe of its optimizer and its schedule, and of all other generic fields those
-    that it wants otherwise: what stands in training.yaml may change without changing what a paper's recipe means."""
+    """A shipped file states the whole recipe of its optimizer and its schedule, but for options that are off, and of
+    all other generic fields those that it wants otherwise: what stands in training.yaml may change without changing
+    what a paper's recipe means."""
     stated, base = (OmegaConf.to_container(OmegaConf.load(p)) for p in (path, BASE))
     assert isinstance(stated, dict) and isinstance(base, dict)
     reads = [CHOICES[field].table[stated[field]].reads for field in ("optimizer", "scheduler")]
     recipe = {*RECIPE, *(name for names in reads for name in names)} - LENGTH
-    missing = {name for name in recipe if name not in stated and not EITHER.get(name, set()) & stated.keys()}
+    unsaid = recipe - OFF_UNLESS_SET - stated.keys()
+    missing = {name for name in unsaid if not EITHER.get(name, set()) & stated.keys()}
     assert not missing, f"the recipe does not state {', '.join(sorted(missing))}"
     idle = [str(k) for k in stated.keys() - recipe - EITHER.keys() if k in base and stated[k] == base[k]]
     assert not idle, f"as in training.yaml, leave out: {', '.join(sorted(idle))}"

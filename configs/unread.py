@@ -23,6 +23,7 @@ _IDLE: list[tuple[str, Any, tuple[str, ...]]] = [
     ("synthetic", "grammar", ("synthetic_symbols", "synthetic_order")),
     ("val_loss_every", 0, ("val_bytes_interim",)),
     ("sample_tokens", 0, ("sample_prompt",)),
+    ("muon_momentum_ends", None, ("muon_momentum_rise", "muon_momentum_fall")),
     ("early_stopping", False, ("early_stopping_patience", "early_stopping_threshold")),
     ("save_only_best", True, ("save_steps", "save_minutes")),
     ("save_checkpoint", False, ("save_steps", "save_minutes", "save_total_limit", "save_precision")),
@@ -101,6 +102,9 @@ def _by_value(run: RunConfig) -> dict[str, str]:
         for name in names
         if getattr(run, field) == value
     }
+    if not run.weight_decay and not run.muon_weight_decay:
+        none = _said(run, "weight_decay")
+        reasons |= dict.fromkeys(("cautious_weight_decay", "weight_decay_follows_rate"), none)
     if load("data:SOURCES")[run.data].near_copies is None:
         reasons["near_copies"] = f"data={run.data}"
     if world_size(run.num_gpus, run.device) == 1:
@@ -131,4 +135,5 @@ def _by_place(run: RunConfig, explicit: set[str]) -> dict[str, str]:
 def _said(run: RunConfig, field: str) -> str:
     """`field=value` as one writes it."""
     value = getattr(run, field)
+    value = "null" if value is None else value
     return f"{field}={str(value).lower() if isinstance(value, bool) else value}"

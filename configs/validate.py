@@ -194,6 +194,31 @@ def _schedule(run: RunConfig) -> list[str]:
         problems.append(f"warmup_steps ({run.warmup_steps}) must be less than {name} ({length})")
     if run.min_lr is not None and run.min_lr > run.learning_rate:
         problems.append(f"min_lr ({run.min_lr}) must not exceed learning_rate ({run.learning_rate})")
+    return problems + _momentum(run)
+
+
+def _momentum(run: RunConfig) -> list[str]:
+    """Problems of a scheduled momentum."""
+    ends, top = run.muon_momentum_ends, run.muon_momentum
+    rise, fall = run.muon_momentum_rise, run.muon_momentum_fall
+    if ends is None:
+        return []
+    problems = []
+    if ends > top:
+        problems.append(
+            f"muon_momentum_ends ({ends}) must not exceed muon_momentum ({top}), which it rises to. Nearest: "
+            f"muon_momentum_ends={top}"
+        )
+    if rise + fall > 1:
+        problems.append(
+            f"muon_momentum_rise ({rise}) and muon_momentum_fall ({fall}) must not exceed the whole run, 1, together. "
+            f"Nearest: muon_momentum_fall={1 - rise:g}"
+        )
+    if rise + fall == 0:
+        problems.append(
+            "muon_momentum_ends has no effect while muon_momentum_rise and muon_momentum_fall are 0. Nearest: "
+            "muon_momentum_ends=null"
+        )
     return problems
 
 

@@ -73,11 +73,11 @@ class NGPTConfig(DefaultModelConfig):
 
     def problems(self, run: RunConfig) -> list[str]:
         found = self.control.problems(run)
-        if run.weight_decay:
-            found.append(
-                f"weight_decay ({run.weight_decay:g}) shrinks nothing here: weights have length 1 after every step. "
-                f"Nearest: weight_decay=0"
-            )
+        found += [
+            f"{name} ({decay:g}) shrinks nothing here: weights have length 1 after every step. Nearest: {name}=0"
+            for name in ("weight_decay", "muon_weight_decay")
+            if (decay := getattr(run, name))
+        ]
         return found
 
 

@@ -42,7 +42,7 @@ from trainer.errors import StopRequested, TrainingError, sentence
 from trainer.evaluate import Score, evaluate
 from trainer.meter import Meter
 from trainer.optim.optimizers import clip_gradients
-from trainer.optim.schedules import jump, schedule_factor
+from trainer.optim.schedules import jump, momentum_at, schedule_factor
 from trainer.run.checkpoint import load_json, load_tensors, newest_checkpoint
 from trainer.run.folder import BEST
 from trainer.run.lines import refuse_taken_names, refuse_taken_names_of_score
@@ -253,7 +253,8 @@ class Trainer:
         found_inf = self.world.any_on_device((~torch.isfinite(self.last_norm) | bad_loss).float())
         if not s.scaler.enabled:
             found_inf = self.halted = torch.maximum(self.halted, found_inf)
-        s.optimizers.step(schedule_factor(step, self.total, self.cfg), found_inf)
+        momentum = momentum_at(step, self.total, self.cfg)
+        s.optimizers.step(schedule_factor(step, self.total, self.cfg), found_inf, momentum)
         s.optimizers.zero_grad()
         s.scaler.update(found_inf)
         s.adapter.end_step(step, found_inf)

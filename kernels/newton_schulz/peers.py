@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from kernels.newton_schulz.coefficients import COEFFICIENTS
-from kernels.newton_schulz.reference import EPSILON
 
 __all__ = ["of_torch", "torch_muon"]
 
@@ -19,8 +18,9 @@ def of_torch(matrices: Tensor, *, coefficients: str, steps: int, dtype: torch.dt
     steps."""
     from torch.optim._muon import _zeropower_via_newtonschulz  # ImportError in a torch without it
 
-    (polynomial,) = COEFFICIENTS[coefficients].of_steps
-    return torch.stack([_zeropower_via_newtonschulz(m, polynomial, steps, EPSILON) for m in matrices])
+    chosen = COEFFICIENTS[coefficients]
+    (polynomial,) = chosen.of_steps
+    return torch.stack([_zeropower_via_newtonschulz(m, polynomial, steps, chosen.epsilon) for m in matrices])
 
 
 def torch_muon(parameters: Iterable[Parameter], lr: float = 0.02) -> Callable[[], None]:

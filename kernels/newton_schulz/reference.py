@@ -5,17 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.newton_schulz.coefficients import COEFFICIENTS
+from kernels.newton_schulz.coefficients import COEFFICIENTS, Coefficients
 
 __all__ = ["divisors", "reference"]
-
-EPSILON = 1e-7
 
 
 def reference(matrices: Tensor, *, coefficients: str, steps: int, dtype: torch.dtype) -> Tensor:
     """(B, m, n) -> (B, m, n) in `dtype`, that of all products."""
     chosen = COEFFICIENTS[coefficients]
-    x = (matrices / divisors(matrices, chosen.margin)).to(dtype)
+    x = (matrices / divisors(matrices, chosen)).to(dtype)
     tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.mT
@@ -26,7 +24,7 @@ def reference(matrices: Tensor, *, coefficients: str, steps: int, dtype: torch.d
     return x.mT if tall else x
 
 
-def divisors(matrices: Tensor, margin: float) -> Tensor:
+def divisors(matrices: Tensor, chosen: Coefficients) -> Tensor:
     """(B, m, n) -> (B, 1, 1): what brings every singular value into [0, 1]."""
     norms = matrices.flatten(1).norm(dim=1)[:, None, None]  # bounds the largest singular value
-    return margin * norms + EPSILON
+    return chosen.margin * norms + chosen.epsilon

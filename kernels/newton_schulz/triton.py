@@ -110,7 +110,7 @@ def _symmetric(x: Tensor, alpha: float = 1.0, beta: float | None = None) -> Tens
 def _iterate(matrices: Tensor, coefficients: str, steps: int, dtype: torch.dtype) -> Tensor:
     chosen = COEFFICIENTS[coefficients]
     x = torch.empty_like(matrices, dtype=dtype)
-    torch.div(matrices, divisors(matrices, chosen.margin), out=x)  # rounded once, without a copy in fp32
+    torch.div(matrices, divisors(matrices, chosen), out=x)  # rounded once, without a copy in fp32
     tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.mT

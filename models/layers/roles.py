@@ -24,7 +24,8 @@ SCALED_ROLES = (
 class Rule:
     """Gives `role` to the parameters whose whole name matches `pattern`; of several rules the first counts.
 
-    `lr_mult`, `wd_mult` scale learning rate and weight decay; `every` n: stepped on every n-th step only;
+    `lr_mult`, `wd_mult` scale learning rate and weight decay; `every` n: stepped on every n-th step only, with the mean
+    gradient; `betas`: of Adam where it steps them, in place of the run's `adam_beta1` and `adam_beta2`;
     `split`: n equal matrices stacked along dim 0 (a fused qkv), or the rows of each part, to be orthogonalised one by
     one; `width`: what the learning rate scales with where it is not the model's width (the fan-in of this matrix);
     `width_power`: p of a rate that goes as width^-p, where it is neither 1 (matrices that read a hidden state) nor 0
@@ -39,6 +40,7 @@ class Rule:
     split: int | tuple[int, ...] = 1
     width: int | None = None
     width_power: float | None = None
+    betas: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -46,6 +48,10 @@ class Rule:
         parts = self.split if isinstance(self.split, tuple) else (self.split,)
         if self.every < 1 or not parts or min(parts) < 1 or (self.width is not None and self.width < 1):
             raise ValueError(f"rule '{self.pattern}': every, split and width must be at least 1")
+        if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(
+                f"rule '{self.pattern}': betas must be at least 0 and less than 1, got {self.betas}"
+            )
         if self.width_power is not None and self.width_power < 0:
             raise ValueError(f"rule '{self.pattern}': width_power must be 0 or more")
         if self.width is not None and not self.power_for(ndim=2):

@@ -83,6 +83,18 @@ CASES = [
     (["mine.yaml", "ddp_backend=nccl", "device=cpu"], ["ddp_backend: 'nccl' needs CUDA"]),
     (["mine.yaml", "warmup_steps=9", "num_iterations=9"], ["warmup_steps (9) must be less than num_iterations (9)"]),
     (["mine.yaml", "min_lr=1"], ["min_lr (1.0) must not exceed learning_rate (0.001)"]),
+    (
+        ["mine.yaml", "muon_momentum_ends=0.97"],
+        ["muon_momentum_ends (0.97) must not exceed muon_momentum (0.95)", "Nearest: muon_momentum_ends=0.95"],
+    ),
+    (
+        ["mine.yaml", "muon_momentum_ends=0.8", "muon_momentum_rise=0.7", "muon_momentum_fall=0.5"],
+        ["muon_momentum_rise (0.7) and muon_momentum_fall (0.5) must not exceed", "muon_momentum_fall=0.3"],
+    ),
+    (
+        ["mine.yaml", "muon_momentum_ends=0.8", "muon_momentum_rise=0", "muon_momentum_fall=0"],
+        ["muon_momentum_ends has no effect while muon_momentum_rise and muon_momentum_fall are 0"],
+    ),
     (["mine.yaml", "data=text"], ["data=text needs input_file=<file or folder>"]),
     (["mine.yaml", "data=embedded", "input_file=a.txt"], ["input_file is read by data=text only", "Add data=text"]),
     (["mine.yaml", "data=text", "input_file=mine.yaml", "val_files=mina.yaml"], ["'mina.yaml' does not exist. Did"]),

@@ -1,5 +1,6 @@
 """The Newton-Schulz iteration against its polynomials restated on singular values, in fp64."""
 
+import math
 from typing import get_args
 
 import pytest
@@ -27,6 +28,16 @@ POLAR_EXPRESS = [
 ]
 
 
+# The table of modded-nanogpt.
+NANOGPT = [
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+]
+
+
 def restated(name: str, steps: int, x: torch.Tensor) -> torch.Tensor:
     """What becomes of singular values x of a matrix whose squares add up to 1."""
     if name == "polar_express":
@@ -36,6 +47,11 @@ def restated(name: str, steps: int, x: torch.Tensor) -> torch.Tensor:
             x = a * y + b * y**3 + c * y**5
         for _ in range(steps - len(POLAR_EXPRESS)):
             x = (15 * x - 10 * x**3 + 3 * x**5) / 8
+        return x
+    if name == "polar_express_nanogpt":
+        x = x / 1.02
+        for a, b, c in (NANOGPT + [NANOGPT[-1]] * 5)[:steps]:
+            x = a * x + b * x**3 + c * x**5
         return x
     for _ in range(steps):
         x = 3.4445 * x - 4.7750 * x**3 + 2.0315 * x**5
@@ -75,6 +91,43 @@ def test_polar_express_comes_nearer_to_one():
     assert typical["polar_express"] < 0.6 * typical["classic"]
     eight = newton_schulz(stack, Kernels(), coefficients="polar_express", steps=8)
     assert (torch.linalg.svdvals(eight) - 1).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "smallest", "low", "high"),
+    [
+        ("classic", 5e-3, 0.67, 1.17),
+        ("polar_express", 1e-3, 0.84, 1.15),
+        ("polar_express_nanogpt", 1e-3, 0.84, 1.15),
+    ],
+)
+def test_where_five_steps_bring_singular_values_in_fp32(name, smallest, low, high):
+    """Those of at least so many times the Frobenius norm, a dense set of them, 12 in each matrix."""
+    u, v = orthonormal(64, 12, 1), orthonormal(48, 12, 2)
+    values = (
+        torch.logspace(0, math.log10(smallest), 600, dtype=torch.float64).view(12, 50).T
+    )  # (50, 12), each spread
+    largest = (1 - values[:, 1:].square().sum(1)).clamp(min=0).sqrt()  # the norm is 1
+    values = torch.cat([largest[:, None], values[:, 1:]], dim=1)[largest > 0.1]
+    found = newton_schulz(
+        ((u * values[:, None]) @ v.mT).float(), Kernels(), coefficients=name
+    ).double()  # (B, 64, 48)
+    brought = (u.mT @ found @ v).diagonal(dim1=1, dim2=2)
+    assert len(values) > 10 and values.min() < 1.01 * smallest
+    assert low <= brought.min() and brought.max() <= high
+
+
+@pytest.mark.parametrize("name", COEFFICIENTS)
+def test_the_size_of_a_matrix_does_not_matter(name):
+    """From 1e-2 to 1e3 times a norm of 1: what is added to the norm does not show; zeros stay zeros."""
+    generator = torch.Generator().manual_seed(5)
+    matrix = torch.randn(1, 24, 40, generator=generator)
+    matrix /= matrix.norm()
+    base = newton_schulz(matrix, Kernels(), coefficients=name)
+    for size in (1e-2, 1e-1, 1e1, 1e3):
+        sized = newton_schulz(size * matrix, Kernels(), coefficients=name)
+        torch.testing.assert_close(sized, base, rtol=0, atol=2e-3)
+    assert not newton_schulz(torch.zeros(1, 4, 6), Kernels(), coefficients=name).any()
 
 
 def test_the_field_knows_the_table():

@@ -386,6 +386,8 @@ def test_decay_of_weights_is_refused():
         ConfigError, match=r"weight_decay \(0.1\) shrinks nothing here.*Nearest: weight_decay=0"
     ):
         config("ngpt", "weight_decay=0.1")
+    with pytest.raises(ConfigError, match=r"muon_weight_decay \(0.1\) shrinks nothing here"):
+        config("ngpt", "optimizer=muon", "muon_weight_decay=0.1")
     cfg, _ = config("ngpt")
     assert (cfg.weight_decay, cfg.warmup_ratio, cfg.scheduler, cfg.min_lr_ratio) == (0.0, 0.0, "cosine", 0.0)
 

@@ -109,6 +109,19 @@ def test_seed_changes_weights_and_order(tmp_path, trained):
     assert score_of(trained) != run(tmp_path, "seed=7")
 
 
+def test_normuon_with_all_its_options_goes_on_bit_for_bit(tmp_path):
+    """Momentum, decay and coefficients of a step are functions of the step, the second moment is saved."""
+    options = ["optimizer=normuon", "muon_coefficients=polar_express_nanogpt", "muon_momentum_ends=0.5"]
+    options += ["muon_momentum_rise=0.6", "muon_momentum_fall=0.3", "cautious_weight_decay=true"]
+    options += ["weight_decay_follows_rate=true", "save_steps=2", "save_total_limit=null"]
+    whole, resumed, constant = tmp_path / "whole", tmp_path / "resumed", tmp_path / "constant"
+    run(whole, *options)
+    run(resumed, *options, f"resume={whole / 'checkpoint-2'}")
+    run(constant, *options, "muon_momentum_ends=null")
+    assert same(weights(whole / "final_model"), weights(resumed / "final_model"))
+    assert not same(weights(whole / "final_model"), weights(constant / "final_model"))
+
+
 def test_epochs_replace_steps(tmp_path):
     run(tmp_path, "num_epochs=0.05", "val_loss_every=0")
     assert lines(tmp_path)[-1]["step"] == math.floor(0.05 * (20_000 // 32) / 4)

@@ -34,6 +34,7 @@ class Treatment:
     lr_mult: float = 1.0
     weight_decay: float = 0.0
     every: int = 1
+    betas: tuple[float, float] | None = None  # None = the run's
 
     @property
     def label(self) -> str:
@@ -58,7 +59,7 @@ def assign_groups(
     Args:
         named_parameters: each parameter once, as `Module.named_parameters` gives them.
         rules: first match wins.
-        cfg: the generic fields `optimizer`, `weight_decay`, `lr_scaling`, `lr_base_width`, and the learning rates.
+        cfg: the generic fields `optimizer`, `lr_scaling`, `lr_base_width`, those of rates and of weight decay.
         width: the model's d_model, for `lr_scaling: width`.
     Raises:
         ValueError: a trainable parameter matches no rule, or a `matrix` is none.
@@ -100,21 +101,24 @@ def _treatment(name: str, parameter: Parameter, rule: Rule, cfg: RunConfig, widt
     # Muon's scale accounts for the shape already. Decoupled decay shrinks with the rate.
     if row.width_scaled and cfg.lr_scaling == "width" and cfg.lr_base_width:
         lr *= (cfg.lr_base_width / (rule.width or width)) ** rule.power_for(parameter.ndim)
+    decay = getattr(cfg, row.decay)
     decayed = rule.role != "scalar" and parameter.ndim >= 2
     return Treatment(
         role=rule.role,
         optimizer=optimizer,
         lr=lr,
         lr_mult=rule.lr_mult,
-        weight_decay=cfg.weight_decay * rule.wd_mult if decayed else 0.0,
+        weight_decay=(cfg.weight_decay if decay is None else decay) * rule.wd_mult if decayed else 0.0,
         every=rule.every,
+        betas=rule.betas if row.betas else None,
     )
 
 
 def role_table(
     named_parameters: Iterable[tuple[str, Parameter]], rules: list[Rule], cfg: RunConfig, width: int
 ) -> list[dict[str, Any]]:
-    """Rows {role, optimizer, tensors, parameters, lr, weight_decay, every}; `parameters` sum to the total."""
+    """Rows {role, optimizer, tensors, parameters, lr, weight_decay, every}, and `betas` where a rule states them;
+    `parameters` sum to the total."""
     return [
         {
             "role": group.treatment.role,
@@ -124,6 +128,7 @@ def role_table(
             "lr": group.treatment.lr,
             "weight_decay": group.treatment.weight_decay,
             "every": group.treatment.every,
+            **({"betas": group.treatment.betas} if group.treatment.betas else {}),
         }
         for group in assign_groups(named_parameters, rules, cfg, width)
     ]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -59,14 +59,14 @@ def iteration_dtype(parameter_dtype: torch.dtype, device_type: str) -> torch.dty
 @dataclass(frozen=True)
 class Piece:
     """Equal matrices that lie in one parameter: `count` of `rows` rows each, in the parameter's rows from `start` on
-    (of each matrix of a stack). `key` names their momentum in the optimizer's state."""
+    (of each matrix of a stack). `suffix` tells their entries in the optimizer's state from those of other pieces."""
 
     start: int
     length: int  # rows of the parameter
     count: int
     rows: int
     columns: int
-    key: str = "momentum_buffer"
+    suffix: str = ""
 
     def of(self, tensor: Tensor) -> Tensor:
         """This piece of the parameter, of its gradient or of a tensor like it, as a view."""
@@ -91,17 +91,21 @@ def pieces_of(parameter: Tensor, split: int | tuple[int, ...]) -> list[Piece]:
         raise ValueError(f"{rows} rows cannot be split into parts of {', '.join(map(str, split))}")
     starts = itertools.accumulate(split, initial=0)
     return [
-        Piece(start, length, number, length, columns, f"momentum_buffer.{i}")
+        Piece(start, length, number, length, columns, f".{i}")
         for i, (start, length) in enumerate(zip(starts, split, strict=False))
     ]
 
 
 @dataclass
-class _Bucket:
+class Bucket:
     """All matrices of one shape in one group, with their momentum in one tensor."""
 
     members: list[tuple[Parameter, Piece]]
     momentum: Tensor  # (B, m, n); B is the sum of the pieces' counts
+
+    def state(self) -> dict[str, Sequence[Tensor]]:
+        """What is saved: name -> the part of each member, as views."""
+        return {"momentum_buffer": self.unstack(self.momentum)}
 
     @property
     def weights(self) -> list[Tensor]:
@@ -112,9 +116,17 @@ class _Bucket:
         gradients = [piece.of(p.grad).reshape(shape) for p, piece in self.members if p.grad is not None]
         return torch.cat(gradients).to(self.momentum.dtype)
 
+    def stack_weights(self) -> Tensor:
+        shape = (-1, *self.momentum.shape[1:])
+        return torch.cat([weight.reshape(shape) for weight in self.weights])
+
+    def split(self, stacked: Tensor) -> tuple[Tensor, ...]:
+        """(B, ...) -> the part (count, ...) of each member, as views."""
+        return stacked.split([piece.count for _, piece in self.members])
+
     def unstack(self, stacked: Tensor) -> list[Tensor]:
         """(B, m, n) -> the part of each member, in its shape, as views."""
-        parts = stacked.split([piece.count for _, piece in self.members])
+        parts = self.split(stacked)
         return [part.view(piece.of(p).shape) for part, (p, piece) in zip(parts, self.members, strict=True)]
 
 
@@ -125,10 +137,14 @@ class Muon(torch.optim.Optimizer):
     fp64 model) and is allocated at construction. Setting `found_inf` to a device scalar that holds 1 makes
     the next step leave parameters and momentum exactly as they are, without a host synchronisation: the
     contract of torch's fused optimizers.
+
+    `cautious`: only entries of W decay whose sign is that of their entry of orth(u), or where that one is 0, so that
+    decay never works against the update (Chen et al., arXiv:2510.12402).
     """
 
     found_inf: Tensor | None = None
     kernels = Kernels()  # a run sets its own
+    bucket: type[Bucket] = Bucket
 
     def __init__(
         self,
@@ -140,6 +156,7 @@ class Muon(torch.optim.Optimizer):
         scale: str = "spectral",
         ns_steps: int = 5,
         coefficients: str = "classic",
+        cautious: bool = False,
     ) -> None:
         if scale not in SCALES:
             raise ValueError(f"muon_scale: {not_one_of(scale, SCALES)}")
@@ -156,12 +173,13 @@ class Muon(torch.optim.Optimizer):
             "scale": scale,
             "ns_steps": ns_steps,
             "coefficients": coefficients,
+            "cautious": cautious,
             "splits": None,
         }
         super().__init__(params, defaults)
         self._buckets = [self._make_buckets(group) for group in self.param_groups]
 
-    def _make_buckets(self, group: dict) -> list[_Bucket]:
+    def _make_buckets(self, group: dict) -> list[Bucket]:
         splits = group["splits"] or [1] * len(group["params"])
         members: dict[tuple, list[tuple[Parameter, Piece]]] = {}
         for parameter, split in zip(group["params"], splits, strict=True):
@@ -174,9 +192,10 @@ class Muon(torch.optim.Optimizer):
                 sum(piece.count for _, piece in pairs),
                 torch.promote_types(dtype, torch.float32),
             )
-            bucket = _Bucket(pairs, torch.zeros(number, rows, columns, dtype=state_dtype, device=device))
-            for (parameter, piece), part in zip(pairs, bucket.unstack(bucket.momentum), strict=True):
-                self.state[parameter][piece.key] = part
+            bucket = self.bucket(pairs, torch.zeros(number, rows, columns, dtype=state_dtype, device=device))
+            for name, parts in bucket.state().items():
+                for (parameter, piece), part in zip(pairs, parts, strict=True):
+                    self.state[parameter][f"{name}{piece.suffix}"] = part
             buckets.append(bucket)
         return buckets
 
@@ -188,7 +207,7 @@ class Muon(torch.optim.Optimizer):
             for bucket in buckets:
                 self._step_bucket(group, bucket)
 
-    def _step_bucket(self, group: dict, bucket: _Bucket) -> None:
+    def _step_bucket(self, group: dict, bucket: Bucket) -> None:
         momentum, mu = bucket.momentum, group["momentum"]
         rows, columns = momentum.shape[1:]
         dtype = bucket.members[0][0].dtype
@@ -214,19 +233,38 @@ class Muon(torch.optim.Optimizer):
             steps=group["ns_steps"],
             dtype=iteration_dtype(dtype, momentum.device.type),
         )
-        update = update.to(dtype).mul_(rate)
-        weights = bucket.weights
+        update = self.adjusted(bucket, update).to(dtype)
         if group["weight_decay"]:
-            torch._foreach_mul_(weights, decay)
-        torch._foreach_add_(weights, tuple(bucket.unstack(update.contiguous())))
+            torch._foreach_mul_(bucket.weights, _shrinking(bucket, update, decay, group["cautious"]))
+        torch._foreach_add_(bucket.weights, tuple(bucket.unstack(update.mul_(rate).contiguous())))
+
+    def adjusted(self, bucket: Any, update: Tensor) -> Tensor:
+        """What a kind of Muon makes of orthogonalised updates, (B, m, n) -> (B, m, n). Where `found_inf` holds 1, none
+        of its state may change."""
+        return update
+
+
+def _shrinking(bucket: Bucket, update: Tensor, decay: Tensor, cautious: bool) -> Any:
+    """What the weights are multiplied by: `decay`, or of each member a tensor with `decay` where the update, (B, m, n),
+    does not go away from zero and 1 where it does."""
+    if not cautious:
+        return decay
+    # Of signs: the product of the values themselves may vanish.
+    agree = update.sign() * bucket.stack_weights().sign() >= 0
+    return tuple(bucket.unstack(torch.where(agree, decay, 1.0)))
 
 
 def muon(groups: list[dict[str, Any]], cfg: RunConfig) -> Muon:
-    return Muon(
-        groups,
-        lr=0.0,
-        momentum=cfg.muon_momentum,
-        scale=cfg.muon_scale,
-        ns_steps=cfg.muon_ns_steps,
-        coefficients=cfg.muon_coefficients,
-    )
+    return Muon(groups, **options(cfg))
+
+
+def options(cfg: RunConfig) -> dict[str, Any]:
+    """What every kind of Muon is told of the run."""
+    return {
+        "lr": 0.0,
+        "momentum": cfg.muon_momentum,
+        "scale": cfg.muon_scale,
+        "ns_steps": cfg.muon_ns_steps,
+        "coefficients": cfg.muon_coefficients,
+        "cautious": cfg.cautious_weight_decay,
+    }

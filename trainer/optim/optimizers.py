@@ -71,10 +71,12 @@ class Optimizers:
         for group in self._groups:
             kinds.setdefault((group.treatment.optimizer, group.treatment.every), []).append(group)
         for (kind, every), groups in kinds.items():
-            optimizer = OPTIMIZERS[kind].load()([_torch_group(group) for group in groups], self._cfg)
-            if OPTIMIZERS[kind].kernels:
+            row = OPTIMIZERS[kind]
+            optimizer = row.load()([_torch_group(group) for group in groups], self._cfg)
+            if row.kernels:
                 optimizer.kernels = self._kernels
-            self._members.append(_Member(optimizer, every))
+            follows = self._cfg.weight_decay_follows_rate and "weight_decay_follows_rate" in row.reads
+            self._members.append(_Member(optimizer, every, follows, row.momentum))
 
     def kernel_calls(self) -> dict[str, dict[str, Any]]:
         """Operations of `kernels/` that a step calls, as `ModelAdapter.kernel_calls` has them. Allocates nothing."""
@@ -90,11 +92,14 @@ class Optimizers:
         return sum(tensor.nbytes for tensor in kept.values())
 
     @torch.no_grad()
-    def step(self, lr_factor: float = 1.0, found_inf: Tensor | None = None) -> None:
+    def step(
+        self, lr_factor: float = 1.0, found_inf: Tensor | None = None, momentum: float | None = None
+    ) -> None:
         """One update with every learning rate multiplied by `lr_factor`.
 
         Args:
             lr_factor: from `schedule_factor`.
+            momentum: from `momentum_at`, for those optimizers that have one to schedule; None = the run's.
             found_inf: float32 scalar on the parameters' device; 1 leaves parameters and state (step counters
                 included) exactly as they are. None = 0.
         Raises:
@@ -106,7 +111,7 @@ class Optimizers:
         if without:
             raise RuntimeError(f"no gradient for {shorten(without)}: not used in this step's loss")
         for member in self._members:
-            member.step(lr_factor, found_inf)
+            member.step(lr_factor, found_inf, momentum)
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
@@ -164,9 +169,12 @@ class _Member:
     device (skipped steps do not count), so the optimizer is launched each time and told to skip.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, every: int) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, every: int, decay_follows: bool, has_momentum: bool
+    ) -> None:
         self.optimizer = optimizer
         self._every = every
+        self._decay_follows, self._has_momentum = decay_follows, has_momentum
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if every > 1:
             self._collected_steps = torch.zeros((), device=self._parameters[0].device)
@@ -174,12 +182,16 @@ class _Member:
                 optimizer.state[parameter]["collected_gradient"] = torch.zeros_like(parameter)
                 optimizer.state[parameter]["collected_steps"] = self._collected_steps
 
-    def step(self, lr_factor: float, found_inf: Tensor | None) -> None:
+    def step(self, lr_factor: float, found_inf: Tensor | None, momentum: float | None) -> None:
         if found_inf is None:
             found_inf = torch.zeros((), device=self._parameters[0].device)
         skip = found_inf if self._every == 1 else self._collect(found_inf)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_factor
+            if self._decay_follows:
+                group["weight_decay"] = group["peak_weight_decay"] * lr_factor
+            if self._has_momentum and momentum is not None:
+                group["momentum"] = momentum
         self.optimizer.found_inf = skip  # type: ignore[attr-defined]
         self.optimizer.step()
         if self._every > 1:
@@ -208,4 +220,6 @@ def _torch_group(group: ParameterGroup) -> dict[str, Any]:
         "lr": group.treatment.lr,
         "peak_lr": group.treatment.lr,
         "weight_decay": group.treatment.weight_decay,
+        "peak_weight_decay": group.treatment.weight_decay,
+        **({"betas": group.treatment.betas} if group.treatment.betas else {}),
     }

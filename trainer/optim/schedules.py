@@ -40,8 +40,7 @@ def schedule_factor(step: int, total: int, cfg: RunConfig) -> float:
     """
     assert step >= 0 and total >= 1, (step, total)
     row = look_up(SCHEDULES, cfg.scheduler, "scheduler")
-    warmup = warmup_updates(total, cfg)
-    decay = cfg.lr_decay_steps if "lr_decay_steps" in row.reads else None
+    warmup, decay = warmup_updates(total, cfg), decay_updates(cfg)
     if decay is not None and decay <= warmup:
         raise ValueError(
             f"lr_decay_steps ({decay}) must exceed the warm-up of {warmup} steps; nearest: {warmup + 1}"
@@ -53,9 +52,26 @@ def schedule_factor(step: int, total: int, cfg: RunConfig) -> float:
     return row.load()(step, warmup, end, floor, cfg)
 
 
+def momentum_at(step: int, total: int, cfg: RunConfig) -> float:
+    """Momentum of one update: from `muon_momentum_ends` linearly up to `muon_momentum` over the first part of the run,
+    `muon_momentum_rise`, and back over the last, `muon_momentum_fall`; `muon_momentum` throughout where the ends are
+    null. It ends where the learning rate's schedule does. Arguments as of `schedule_factor`."""
+    top, ends, end = cfg.muon_momentum, cfg.muon_momentum_ends, decay_updates(cfg) or total
+    if ends is None:
+        return top
+    risen = progress(step, 0, cfg.muon_momentum_rise * end)
+    fallen = progress(step, end - cfg.muon_momentum_fall * end, end) if cfg.muon_momentum_fall else 0.0
+    return ends + (top - ends) * min(risen, 1.0 - fallen)
+
+
 def warmup_updates(total: int, cfg: RunConfig) -> int:
     """Number of warm-up updates of a run of `total` updates."""
     return cfg.warmup_steps if cfg.warmup_ratio is None else round(cfg.warmup_ratio * total)
+
+
+def decay_updates(cfg: RunConfig) -> int | None:
+    """`lr_decay_steps`, the length of the schedule, where the scheduler reads it; None = all updates of the run."""
+    return cfg.lr_decay_steps if "lr_decay_steps" in SCHEDULES[cfg.scheduler].reads else None
 
 
 def require_room_for_warmup(total: int, cfg: RunConfig) -> None:

@@ -1,6 +1,7 @@
 """Roles, the torch optimizers behind them, the skip flag, `every`, saved state and clipping."""
 
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.schema import RunConfig
+from kernels.newton_schulz.coefficients import COEFFICIENTS
 from models.layers.roles import Rule
 from trainer.optim import OPTIMIZERS
 from trainer.optim.optimizers import build_optimizers, clip_gradients, role_table
+from trainer.optim.schedules import momentum_at, schedule_factor
 
 KINDS = list(OPTIMIZERS)
 RULES = [
@@ -213,6 +216,56 @@ def test_adamw_equals_torch_with_the_groups_written_out():
         torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["adamw", "adam", "muon", "normuon"])
+def test_a_rule_may_have_betas_of_its_own(kind):
+    """Wherever Adam steps its parameters; in the table they stand where they are stated."""
+    rules = [
+        Rule(r"embedding\.weight", "embedding", betas=(0.5, 0.99)),
+        Rule(r"mlp\.weight", "matrix", betas=(0.0, 0.9)),
+    ]
+    toy, plain = Toy(torch.float64), Toy(torch.float64)
+    optimizers = toy.build([*rules, *RULES], optimizer=kind)
+    by_hand = plain.build(optimizer=kind, adam_beta1=0.5, adam_beta2=0.99)
+    of_the_run = Toy(torch.float64)
+    as_ever = of_the_run.build(optimizer=kind)
+    for step in range(3):
+        for model, opt in ((toy, optimizers), (plain, by_hand), (of_the_run, as_ever)):
+            model.gradients(step)
+            opt.step()
+    assert torch.equal(toy.embedding.weight, plain.embedding.weight)
+    assert torch.equal(toy.head.weight, of_the_run.head.weight)
+    assert not torch.equal(toy.embedding.weight, of_the_run.embedding.weight)
+    table = role_table(toy.named_parameters(), [*rules, *RULES], config(optimizer=kind), width=8)
+    assert [r["betas"] for r in table if "betas" in r] == [(0.5, 0.99), (0.0, 0.9)][
+        : 1 if "muon" in kind else 2
+    ]
+
+
+def test_betas_of_a_rule_are_checked():
+    with pytest.raises(ValueError, match=r"betas must be at least 0 and less than 1, got \(0.9, 1.0\)"):
+        Rule("x", "head", betas=(0.9, 1.0))
+
+
+@pytest.mark.parametrize("kind", ["muon", "normuon"])
+def test_momentum_of_a_step_is_that_of_muon_alone(kind):
+    """0.5 in each of three steps is what muon_momentum=0.5 does; others take no notice."""
+    fixed, scheduled = Toy(), Toy()
+    a, b = fixed.build(optimizer=kind, muon_momentum=0.5), scheduled.build(optimizer=kind)
+    for step in range(3):
+        for model, optimizers, momentum in ((fixed, a, None), (scheduled, b, 0.5)):
+            model.gradients(step)
+            optimizers.step(1.0, momentum=momentum)
+    assert_equal(fixed.values(), scheduled.values())
+    for other in ("sgd", "adamw"):
+        toys = [Toy(), Toy()]
+        for toy, momentum in zip(toys, (None, 0.1), strict=True):
+            optimizers = toy.build(optimizer=other)
+            for step in range(2):
+                toy.gradients(step)
+                optimizers.step(1.0, momentum=momentum)
+        assert_equal(toys[0].values(), toys[1].values())
+
+
 def test_adam_puts_weight_decay_into_the_gradient():
     """Kingma and Ba (arXiv:1412.6980), algorithm 1, on g + wd w."""
     toy = Toy(torch.float64)
@@ -257,6 +310,7 @@ def test_muon_options_and_split_reach_the_update():
         {"muon_scale": "rms"},
         {"muon_ns_steps": 3},
         {"muon_coefficients": "polar_express"},
+        {"muon_coefficients": "polar_express_nanogpt"},
         {"muon_momentum": 0.5},
         {"muon_learning_rate": 0.03},
         {"weight_decay": 0.0},
@@ -368,6 +422,29 @@ def test_every_third_step_uses_the_mean_gradient(kind):
         torch.testing.assert_close(toy.mlp.weight, plain.mlp.weight, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_steps_leave_them_untouched(kind):
+    """Every second step, as modded-nanogpt steps everything but matrices: weights, moments and counters stand still in
+    steps 0, 2, ..., whatever decays, and move in steps 1, 3, ..."""
+    rules = [replace(rule, every=1 if rule.role == "matrix" else 2) for rule in RULES]
+    toy = Toy()
+    optimizers = toy.build(rules, optimizer=kind, weight_decay=0.5)
+    for step in range(4):
+        before = toy.values(), flatten(optimizers.state_dict())
+        toy.gradients(step)
+        optimizers.step()
+        after = toy.values(), flatten(optimizers.state_dict())
+        for values, now in zip(before, after, strict=True):
+            for name in values:
+                held = "embedding" in name or "head" in name or "bias" in name
+                if not held or "collected" in name:
+                    assert not torch.equal(values[name], now[name]), name
+                elif step % 2 == 0:
+                    assert torch.equal(values[name], now[name]), name
+                else:
+                    assert not torch.equal(values[name], now[name]), name
+
+
 # --- saved state --------------------------------------------------------------------------------------
 
 
@@ -455,6 +532,7 @@ def test_state_is_measured_in_bytes():
     assert toy.build(optimizer="sgd").state_bytes() == 4 * (matrices + rest)
     assert toy.build(optimizer="adamw").state_bytes() == 4 * (2 * (matrices + rest) + 5)  # and a counter each
     assert toy.build(optimizer="muon").state_bytes() == 4 * (matrices + 2 * rest + 3)
+    assert toy.build(optimizer="normuon").state_bytes() == 4 * (matrices + 3 * 8 + 12 + 2 * rest + 3)
     every = [Rule(r"mlp\..*|attention\..*", "embedding", every=2), *RULES]
     collected = 4 * (matrices + 12 + 1)
     assert toy.build(every, optimizer="sgd").state_bytes() == 4 * (matrices + rest) + collected
@@ -474,3 +552,62 @@ def test_clipping_scales_all_gradients_by_one_norm():
     torch.testing.assert_close(norm, expected)
     for name, p in toy.named_parameters():
         torch.testing.assert_close(p.grad, before[name] * 0.5 / expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["muon", "normuon"])
+def test_clipping_does_not_reach_an_orthogonalised_update(monkeypatch, kind):
+    """Gradients clipped to norms of 1 and of 0.01 have one direction, and matrices move alike, but for what is added to
+    the norm that they are divided by."""
+    name = "polar_express_nanogpt"
+    monkeypatch.setitem(COEFFICIENTS, name, replace(COEFFICIENTS[name], epsilon=0.0))
+    moved = []
+    for most in (1.0, 0.01):
+        toy = Toy(torch.float64)
+        optimizers = toy.build(optimizer=kind, muon_coefficients=name, weight_decay=0.0)
+        for step in range(3):
+            toy.gradients(step)
+            assert clip_gradients(toy.parameters(), most) > 1
+            optimizers.step()
+        start = Toy(torch.float64).values()
+        moved.append({name: value - start[name] for name, value in toy.values().items()})
+    one, other = moved
+    for name in ("attention.weight", "mlp.weight"):
+        assert (one[name] - other[name]).norm() <= 1e-10 * one[name].norm()
+
+
+@pytest.mark.parametrize("kind", ["muon", "normuon"])
+def test_what_every_parameter_is_stepped_with_at_first_in_the_middle_and_at_last(kind):
+    """The golden table: optimizer, rate, decay, betas or momentum, of both halves."""
+    rules = [Rule(r"embedding\.weight", "embedding", lr_mult=75, wd_mult=5, betas=(0.75, 0.95)), *RULES]
+    fields = {"scheduler": "cooldown", "cooldown_frac": 0.6, "min_lr_ratio": 0.1, "muon_weight_decay": 1.2}
+    fields |= {"muon_momentum_ends": 0.85, "muon_momentum_rise": 0.2, "muon_momentum_fall": 0.1}
+    toy, cfg = Toy(), config(optimizer=kind, weight_decay=0.005, weight_decay_follows_rate=True, **fields)
+    optimizers = build_optimizers(toy.named_parameters(), rules, cfg, width=8)
+    golden = {  # step: (factor of rate and decay, momentum)
+        0: (1.0, 0.85),
+        50: (1 - 0.9 * 10 / 60, 0.95),
+        99: (1 - 0.9 * 59 / 60, 0.86),
+    }
+    peaks = {  # rate, decay, betas
+        "embedding.weight": (0.75, 0.025, (0.75, 0.95)),
+        "head.weight": (0.005, 0.005, (0.9, 0.95)),
+        "attention.weight": (0.02, 1.2, None),
+        "mlp.weight": (0.02, 2.4, None),
+        "mlp.bias": (0.01, 0.0, (0.9, 0.95)),
+    }
+    for step, (factor, momentum) in golden.items():
+        toy.gradients(step)
+        optimizers.step(schedule_factor(step, 100, cfg), None, momentum_at(step, 100, cfg))
+        found = {}
+        for member in optimizers._members:
+            for group in member.optimizer.param_groups:
+                for p in group["params"]:
+                    found[optimizers._names[p]] = group
+        for name, (rate, decay, betas) in peaks.items():
+            group = found.pop(name)
+            assert (group["lr"], group["weight_decay"]) == pytest.approx((rate * factor, decay * factor)), (
+                name
+            )
+            assert group.get("betas") == betas
+            assert betas or group["momentum"] == pytest.approx(momentum)
+        assert not found

@@ -6,7 +6,7 @@ import pytest
 
 from configs.schema import RunConfig
 from trainer.optim import SCHEDULES
-from trainer.optim.schedules import jump, require_room_for_warmup, schedule_factor
+from trainer.optim.schedules import jump, momentum_at, require_room_for_warmup, schedule_factor
 
 
 def factors(steps, total=100, **overrides):
@@ -102,3 +102,26 @@ def test_a_warmup_that_takes_the_whole_run():
         require_room_for_warmup(10, part(10, warmup_steps=10)[1])
     require_room_for_warmup(10, part(10, warmup_steps=10, warmup_ratio=0.9)[1])
     require_room_for_warmup(10, part(10, warmup_steps=10, lr_decay_steps=40)[1])
+
+
+def momenta(steps, total=100, **overrides):
+    return [momentum_at(step, *part(total, muon_momentum_ends=0.85, **overrides)) for step in steps]
+
+
+def test_momentum_rises_and_falls_back():
+    given = {"muon_momentum_rise": 0.2, "muon_momentum_fall": 0.1}
+    steps = [0, 5, 10, 20, 50, 90, 95, 99, 100, 150]
+    wanted = [0.85, 0.875, 0.9, 0.95, 0.95, 0.95, 0.9, 0.86, 0.85, 0.85]
+    assert momenta(steps, **given) == pytest.approx(wanted)
+    assert momenta([0, 500, 1000], 1000, muon_momentum_rise=1.0, muon_momentum_fall=0.0) == pytest.approx(
+        [0.85, 0.9, 0.95]
+    )
+    assert momenta([0, 99], muon_momentum_rise=0.0, muon_momentum_fall=0.5) == pytest.approx([0.95, 0.852])
+    assert momenta([0, 10, 30], lr_decay_steps=20, **given) == pytest.approx([0.85, 0.95, 0.85]), (
+        "the schedule's end"
+    )
+    assert momenta([0, 10], scheduler="constant", lr_decay_steps=20, **given) == pytest.approx([0.85, 0.9])
+
+
+def test_momentum_is_constant_unless_its_ends_are_given():
+    assert {momentum_at(step, *part(100, muon_momentum=0.9)) for step in range(120)} == {0.9}
