@@ -57,7 +57,8 @@ def golden_groups(architecture: str) -> dict[str, str]:
         t = group.treatment
         for name, split in zip(group.parameters, group.splits, strict=True):
             rates = f"lr {t.lr:.6g}, decay {t.weight_decay:g}, every {t.every}, split {split}"
-            found[name] = f"{t.role}: {t.optimizer}, {rates}"
+            betas = f", betas {t.betas}" if t.betas else ""
+            found[name] = f"{t.role}: {t.optimizer}, {rates}{betas}"
     return found
 
 

@@ -187,7 +187,9 @@ def test_initial_scales_and_loss(type_, fields):
 def test_initial_scales_of_recurrent_depth():
     """sqrt(2 / 5D), cut off at 3 of it; what writes to the stream, and the factor of its gate, smaller by the root of twice
     the 132 layers that a token passes at 32 recurrences."""
-    model = build("rd", torch.float32, std=None, vocab_size=1000, n_ctx=512, d_model=320, n_layers=8, **UNTIED)
+    model = build(
+        "rd", torch.float32, std=None, vocab_size=1000, n_ctx=512, d_model=320, n_layers=8, **UNTIED
+    )
     std, checked = math.sqrt(2 / (5 * 320)), set()
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
@@ -212,11 +214,15 @@ def test_the_law_of_the_state_that_recurrence_begins_with():
     model, std = build("rd", torch.float32, d_model=320, n_layers=3), math.sqrt(2 / 5)
     noise = model.start(torch.empty(4, 128, 320), 0, torch.arange(4))
     assert noise.std().item() == pytest.approx(std, rel=0.03) and noise.abs().max() <= 3 * std
-    assert noise.mean().abs() < 0.005 and (noise.abs() < std).float().mean() == pytest.approx(0.684, abs=0.005)
+    assert noise.mean().abs() < 0.005 and (noise.abs() < std).float().mean() == pytest.approx(
+        0.684, abs=0.005
+    )
     assert noise.unique().numel() > 0.99 * noise.numel()
     flat = noise.flatten(1)
     assert torch.corrcoef(flat).fill_diagonal_(0).abs().max() < 0.02, "rows"
-    assert torch.corrcoef(flat.view(4, 128, 320).transpose(0, 1).flatten(1)).fill_diagonal_(0).abs().max() < 0.15
+    assert (
+        torch.corrcoef(flat.view(4, 128, 320).transpose(0, 1).flatten(1)).fill_diagonal_(0).abs().max() < 0.15
+    )
 
 
 @pytest.mark.parametrize(("type_", "fields"), VARIANTS, ids=VARIANT_NAMES)

@@ -29,9 +29,8 @@ class OptimizerEntry(Entry):
 
     `roles`: those that it steps, () = every role; the rest goes to the optimizer `rest`, whose fields stand in `reads`
     too. `rate`: the field with its learning rate; `decay`: that with its weight decay, or null for `weight_decay`.
-    `width_scaled`: its update has unit scale per entry, so that rates
-    follow `lr_scaling: width`. `kernels`: operations of kernels/ that a step calls; it hands them `self.kernels`, the
-    run's, set before the first step.
+    `width_scaled`: its update has unit scale per entry, so that rates follow `lr_scaling: width`. `kernels`: operations
+    of kernels/ that a step calls; it hands them `self.kernels`, the run's, set before the first step.
     """
 
     roles: tuple[str, ...] = ()
