@@ -454,9 +454,10 @@ class ModelAdapter(nn.Module):
         most = getattr(self.model, "max_drafts", 0)
         if most == 0:
             able = [name for name, row in ARCHITECTURES.items() if hasattr(load(row.model), "init_drafter")]
+            why = getattr(self.model, "no_drafts", "")
             raise ValueError(
-                f"speculative: {type(self.model).__name__}, as it is configured, has nothing to draft tokens with. "
-                f"Architectures that can have: {', '.join(able) or 'none'}"
+                f"speculative: {type(self.model).__name__}, as it is configured, has nothing to draft tokens with"
+                f"{why and f' ({why})'}. Architectures that can have: {', '.join(able) or 'none'}"
             )
         if options.draft is not None and options.draft > most:
             raise ValueError(f"draft: this model can draft 1 to {most}, got {options.draft}; nearest {most}")

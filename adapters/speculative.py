@@ -166,8 +166,10 @@ class _Together:
         tokens = self.tensor(
             [r.tokens(length, size + self.model.drafts) for r in self.rows]
         )  # (B, T + drafts)
-        # What is drafted follows the newest token, which follows the last state that counts.
-        newest = [r.unread(length) - 1 if i in rows else 1 for i, r in enumerate(self.rows)]
+        # What is drafted follows the newest token, which follows the last state that counts. Rows of which nothing is
+        # wanted stand where the others do, or behind all that was read: nobody has to read anything for them.
+        newest = [r.unread(length) - 1 if i in rows else size for i, r in enumerate(self.rows)]
+        newest = [place if i in rows else min(newest) for i, place in enumerate(newest)]
         at = self.tensor(newest) - 1
         for depth in range(1, self.model.drafts + 1):
             logits = drafter.draft(depth, tokens, at)  # (B, V)

@@ -1,4 +1,5 @@
-"""What models with several predictions at each position draft with (`models/layers/drafter.py`).
+"""What models draft with that predict several tokens at each position, or can compute less
+(`models/layers/drafter.py`).
 
 Shapes: B rows, T tokens just read, D width, V vocabulary, W positions that modules run over.
 """
@@ -11,14 +12,16 @@ import torch
 from torch import Tensor
 
 from models.layers.cache import KVCache
-from models.layers.decoder import further
+from models.layers.decoder import Hidden, further
 from models.layers.drafter import states_at
+from models.reading import DRAFTED, read_together
 
 if TYPE_CHECKING:
     from models.mtm import MTM
     from models.mtp import MTP
+    from models.rd import RD
 
-__all__ = ["HeadDrafter", "ModuleDrafter"]
+__all__ = ["DepthDrafter", "HeadDrafter", "ModuleDrafter"]
 
 
 class HeadDrafter:
@@ -45,6 +48,42 @@ class HeadDrafter:
 
     def forget(self, length: int) -> None:
         self.cache.truncate(length)
+
+    def select(self, rows: Tensor) -> None:
+        self.cache.select(rows)
+
+
+class DepthDrafter:
+    """A model of recurrent depth drafts as it would write if its core ran less often (Geiping et al. 2025, section
+    6).
+
+    What the core keeps of its first recurrences does not depend on whether others follow, so a token that was read at
+    full depth need not be read anew. The coda has read another state by then: it keeps entries of its own for drafts,
+    made in the pass that reads a token. A draft is one token through few recurrences; where rows do not stand at the
+    same place, so many more of those that are ahead.
+    """
+
+    def __init__(self, model: RD, rows: int) -> None:
+        self.model, self.depth = model, model.cfg.draft_depth
+        self.cache = model.init_cache(rows, drafting=True)
+        self.length = 0
+
+    def read(self, tokens: Tensor) -> Hidden:
+        return read_together(
+            self.model, tokens, self.cache, depth=self.model.cfg.eval_depth, drafts_from=self.depth
+        )
+
+    def draft(self, depth: int, tokens: Tensor, at: Tensor) -> Tensor:
+        new = at + depth  # the last token of each row that is known
+        first, last = int(new.min()), int(new.max())
+        self.cache.truncate(self.length + first)
+        known = tokens[:, first : last + 1]
+        hidden = read_together(self.model, known, self.cache, depth=self.depth, ends=DRAFTED)
+        return self.model.logits(states_at(hidden.states, new - first))
+
+    def forget(self, length: int) -> None:
+        self.cache.truncate(length)
+        self.length = length
 
     def select(self, rows: Tensor) -> None:
         self.cache.select(rows)

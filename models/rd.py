@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from configs.schema import DefaultModelConfig, Free, NonNegativeFloat, Positive, Rate
 from kernels.attention import Plan, Visible, attention_call, plan_attention, training_facts
 from kernels.precision import compute_dtype
+from models.drafters import DepthDrafter
 from models.layers.cache import Cache
 from models.layers.decoder import Decoder, Hidden, padded_vocabulary, through
 from models.layers.depth import DepthLaw
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["RD", "RDConfig", "states_after"]
 
 BOUND = 3.0  # standard deviations at which normal draws are cut off
+MAX_DRAFTS = 4  # each costs a pass at the depth of drafts, and is in vain where one before it is wrong
 STATE_STD = math.sqrt(2 / 5)  # of what enters the prelude, too
 
 Shared = tuple[Plan, Rotation]
@@ -309,6 +311,26 @@ class RD(Decoder):
         """Of the core's blocks, in a cache."""
         prelude, core, _ = self.cfg.parts
         return range(prelude, prelude + core)
+
+    @property
+    def no_drafts(self) -> str:
+        """Why tokens cannot be drafted with fewer recurrences and verified together; "" where they can."""
+        c = self.cfg
+        if c.one_by_one:
+            return f"model_cfg.{c.one_by_one} reads tokens one by one: drafts cannot be verified together"
+        if c.draft_depth >= c.eval_depth:
+            return (
+                f"drafts take fewer recurrences than text: model_cfg.draft_recurrence, {c.draft_depth}, would have to "
+                f"be below model_cfg.eval_recurrence, {c.eval_depth}"
+            )
+        return ""
+
+    @property
+    def max_drafts(self) -> int:
+        return 0 if self.no_drafts else MAX_DRAFTS
+
+    def init_drafter(self, rows: int, drafts: int) -> DepthDrafter:
+        return DepthDrafter(self, rows)
 
     # -- parameters -------------------------------------------------------------------------------------------------
 

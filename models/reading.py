@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from configs.schema import RunConfig
     from models.rd import RD
 
-__all__ = ["ReadingConfig", "read", "read_together"]
+__all__ = ["DRAFTED", "ReadingConfig", "read", "read_together"]
 
 FINAL, DRAFTED = (
     0,
@@ -115,7 +115,6 @@ class ReadingConfig(ModelConfig):
         return found
 
 
-@torch.no_grad()
 def read(
     model: RD,
     tokens: Tensor,
@@ -151,6 +150,7 @@ def read(
     return Hidden(torch.cat([part.states for part in parts], 1), told)
 
 
+@torch.no_grad()
 def read_together(
     model: RD,
     tokens: Tensor,

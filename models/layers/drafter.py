@@ -1,7 +1,7 @@
 """What a model offers that drafts tokens for itself to verify: self-speculative decoding (`adapters/speculative.py`).
 
-Such a model has `max_drafts`, how many tokens behind the next one it can draft at most (0: none, as it is configured),
-and `init_drafter(rows, drafts)`, which makes a `Drafter` of its caches.
+Such a model has `max_drafts`, how many tokens behind the next one it can draft at most (0: none, as it is configured;
+then `no_drafts`, if it has that, says why), and `init_drafter(rows, drafts)`, which makes a `Drafter` of its caches.
 
 Shapes: B rows, T tokens, D width, V vocabulary.
 """
@@ -37,7 +37,8 @@ class Drafter(Protocol):
         """Logits (B, V) of the draft at this depth: of the token `depth` places behind the one that follows the
         position at[b], (B,), of the T tokens just read. tokens (B, T + drafts): those that were read or what has been
         found to stand in their places, the one that follows at[b], and the drafts of smaller depths; what stands
-        behind these means nothing and must change nothing."""
+        behind these means nothing and must change nothing. A row of which no draft is wanted is `at` the place of one
+        of which some are; if none are wanted of any, all are at the last token read."""
 
     def forget(self, length: int) -> None:
         """Keep the first `length` tokens, no fewer than before the last `read`: of these all stood in `tokens`, as did

@@ -1,4 +1,4 @@
-"""When a token has been through enough recurrences (Geiping et al. 2025, arXiv:2502.05171, section 6.1).
+"""When a token has been through enough recurrences (Geiping et al. 2025, arXiv:2502.05171, section 6).
 
 What a recurrence gives of a token is compared with what the one before gave: its state, or the law of what comes next
 that the coda makes of the state. Where these have all but stopped changing, the token leaves.

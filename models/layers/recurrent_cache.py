@@ -5,7 +5,7 @@
     cache.close(...); cache.advance(T)                   # when these tokens are done
 
 A turn i of a block looks at what each earlier token left in its turn i, and at the last that it left where it had fewer
-turns (Geiping et al. 2025, arXiv:2502.05171, section 6.1 and appendix A). With fewer slots than turns, turn i reads and
+turns (Geiping et al. 2025, arXiv:2502.05171, section 6). With fewer slots than turns, turn i reads and
 writes slot i mod slots.
 
 Shapes: B rows, R of them that a turn is of, T new tokens, S all tokens, G key/value heads, h head width.

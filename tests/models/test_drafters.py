@@ -1,10 +1,13 @@
 """What models draft with behind their caches is what they say of whole texts."""
 
+import re
+
 import pytest
 import torch
 
 from adapters.default import as_hidden
 from models.layers.decoder import further
+from models.rd import RD
 from tests.models.tiny import VOCABULARY, build, tokens_of
 
 MODELS = {
@@ -16,6 +19,12 @@ MODELS = {
     "mtm-3": ("mtm", {"n_mtp_modules": 3, "trunk_cfg": {"sliding_window": 4}}),
     "mtm-moe": ("mtm", {"n_mtp_modules": 2, "trunk": "moe"}),
     "mtm-gpt2": ("mtm", {"n_mtp_modules": 2, "trunk": "gpt2", "mtp_hidden": "pre_norm"}),
+}
+SMALL = {"n_layers": 4, "mean_recurrence": 4}
+DEPTHS = {
+    "a quarter": SMALL,
+    "three": {**SMALL, "draft_recurrence": 3},
+    "exits": {**SMALL, "draft_recurrence": 2, "exit_criterion": "latent-diff", "exit_threshold": 1.0},
 }
 every_model = pytest.mark.parametrize("name", MODELS)
 # (tokens read, tokens kept of them) in turn: prompts of any length, chunks, everything and nothing accepted.
@@ -29,9 +38,14 @@ ROUNDS = {
 
 
 def of_whole_texts(model, texts, ats, depth):
-    """Logits of the draft at a depth, by a forward pass without a cache over each row's text up to `at`."""
+    """Logits of the draft at a depth, by a forward pass without a cache over each row's text up to `at`; of recurrent
+    depth, by one over all that is known, of as many recurrences as drafts take."""
     found = []
     for text, at in zip(texts, ats, strict=True):
+        if isinstance(model, RD):
+            hidden = model(text[None, : at + 1 + depth], recurrences=model.cfg.draft_depth)
+            found.append(model.logits(hidden.states)[0, -1])
+            continue
         ahead = [text[None, k : k + at + 1] for k in range(1, 1 + depth)]
         hidden = model(text[None, : at + 1], ahead=ahead)
         found.append(model.logits(hidden.extra[further(1 + depth)])[0, at])
@@ -40,13 +54,24 @@ def of_whole_texts(model, texts, ats, depth):
 
 @every_model
 @pytest.mark.parametrize("rounds", ROUNDS.values(), ids=ROUNDS)
-@torch.no_grad()
 def test_drafts_are_those_of_whole_texts(name, rounds):
-    """Whatever was drafted, read in vain and taken back before; rows' texts end at unequal places of what was read."""
     type_, fields = MODELS[name]
     model = build(type_, **fields)
-    drafts = model.max_drafts
-    assert drafts == fields.get("n_mtp_modules", fields.get("n_mtp_tokens", 0) - 1)
+    assert model.max_drafts == fields.get("n_mtp_modules", fields.get("n_mtp_tokens", 0) - 1)
+    draft_in_rounds(model, model.max_drafts, rounds)
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+@pytest.mark.parametrize("rounds", [[(1, 1), (4, 3), (3, 1)], [(3, 3), (2, 1), (3, 3), (1, 1)]], ids=str)
+def test_drafts_are_those_of_whole_texts_read_less_deeply(name, rounds):
+    model = build("rd", std=0.5, **DEPTHS[name])
+    assert model.max_drafts == 4
+    draft_in_rounds(model, 2, rounds)
+
+
+@torch.no_grad()
+def draft_in_rounds(model, drafts, rounds):
+    """Whatever was drafted, read in vain and taken back before; rows' texts end at unequal places of what was read."""
     texts, source = tokens_of(rows=3, length=40), torch.Generator().manual_seed(2)
     drafter = model.init_drafter(3, drafts)
     for read, kept in rounds:
@@ -54,7 +79,7 @@ def test_drafts_are_those_of_whole_texts(name, rounds):
         fed = texts[:, start : start + read].clone()
         others = torch.randint(VOCABULARY, (2, read - kept), generator=source)
         fed[:2, kept:] = others  # of the third row everything is accepted
-        states = drafter.read(fed)
+        states = as_hidden(drafter.read(fed)).states
         whole = torch.cat((texts[:, :start], fed), 1)
         torch.testing.assert_close(
             model.logits(states), model.logits(as_hidden(model(whole)).states)[:, start:], rtol=0, atol=1e-9
@@ -107,3 +132,68 @@ def test_fewer_drafts_run_fewer_heads_and_modules(name, expected):
     drafter.read(texts[:, :5])
     drafter.draft(1, texts[:, :6], torch.tensor([4, 4]))
     assert ran == expected
+
+
+# -- by fewer recurrences ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_rows_selected_draft_on_with_fewer_recurrences():
+    model = build("rd", std=0.5, **DEPTHS["exits"])
+    texts, kept = tokens_of(rows=4, length=20), torch.tensor([3, 1])
+    drafter = model.init_drafter(4, 1)
+    drafter.read(texts[:, :5])
+    drafter.draft(1, texts[:, :6], torch.full((4,), 4))
+    drafter.forget(5)
+    drafter.select(kept)
+    drafter.read(texts[kept, 5:8])
+    said = drafter.draft(1, texts[kept, 5:9], torch.tensor([2, 2]))
+    torch.testing.assert_close(said, of_whole_texts(model, texts[kept], [7, 7], 1), rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+def test_what_is_kept_is_not_written_again():
+    """Not even as the same, and not by rows that are ahead: in no recurrence of any block, of text or of drafts."""
+    model, texts = build("rd", std=0.5, **DEPTHS["exits"]), tokens_of(rows=2, length=20)
+    drafter = model.init_drafter(2, 2)
+    drafter.read(texts[:, :6])
+    before = [stored[..., :4, :].clone() for stored in drafter.cache._stored]
+    for depth in (1, 2):
+        drafter.draft(depth, texts[:, :8], torch.tensor([3, 5]))
+    drafter.forget(4)
+    for then, stored in zip(before, drafter.cache._stored, strict=True):
+        assert torch.equal(then, stored[..., :4, :])
+
+
+@torch.no_grad()
+def test_a_draft_of_one_row_is_one_token_at_the_depth_of_drafts():
+    model, texts = build("rd", **SMALL), tokens_of(rows=1, length=20)
+    drafter, calls = model.init_drafter(1, 3), []
+    for part in (model.prelude, model.core, model.coda):
+        part[0].register_forward_pre_hook(lambda _, given: calls.append(given[0].shape[1]))
+    drafter.read(texts[:, :5])
+    assert calls == [5] * (1 + 4 + 1 + 1), "the coda twice: of the states that drafts are made of, too"
+    for depth in (1, 2, 3):
+        calls.clear()
+        drafter.draft(depth, texts[:, :8], torch.tensor([4]))
+        assert calls == [1] * (1 + 1 + 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"draft_recurrence": 4}, r"draft_recurrence, 4, would .* below model_cfg.eval_recurrence, 4"),
+        ({"eval_recurrence": 1}, r"draft_recurrence, 1, would .* below model_cfg.eval_recurrence, 1"),
+        (
+            {"kv_budget": 2},
+            "model_cfg.kv_budget=2 reads tokens one by one: drafts cannot be verified together",
+        ),
+        ({"continuous_compute": True}, "model_cfg.continuous_compute=true reads"),
+        ({"exit_criterion": "kl"}, "model_cfg.exit_criterion=kl reads"),
+        ({"exit_criterion": "cosine", "kv_budget": 4}, ""),
+    ],
+)
+def test_where_fewer_recurrences_draft_nothing(fields, why):
+    model = build("rd", **{**SMALL, **fields})
+    assert model.max_drafts == (0 if why else 4)
+    assert re.search(why or "^$", model.no_drafts)
