@@ -504,6 +504,12 @@ class ModelAdapter(nn.Module):
         """Module paths inside `model`: the units of compilation and activation recompute."""
         return self.model.blocks()
 
+    @property
+    def kept_passes(self) -> int:
+        """Passes through a block of which a training step keeps activations: one of each, unless the model says
+        otherwise, as where some run several times."""
+        return getattr(self.model, "kept_passes", len(self.blocks()))
+
     def kernel_calls(self, rows: int, seq_len: int) -> dict[str, dict[str, Any]]:
         """Operations of `kernels/` that a training micro-batch calls -> what the rule of choice may know of it
         (`kernels.choose.Call`): `rows` and `columns` of the logits at most, `facts`. What is said of a run before it

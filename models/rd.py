@@ -362,6 +362,12 @@ class RD(Decoder):
         parts = zip(("prelude", "core", "coda"), self.cfg.parts, strict=True)
         return [f"{part}.{layer}" for part, number in parts for layer in range(number)]
 
+    @property
+    def kept_passes(self) -> int:
+        """Passes through a block that a step's backward goes back through, at most."""
+        prelude, core, coda = self.cfg.parts
+        return prelude + coda + core * self.cfg.depth_law.deepest(self.cfg.k_trunc)
+
     def param_roles(self) -> list[Rule]:
         """What is looked up is multiplied by sqrt(D), so that the rate of its entries shrinks with that."""
         return [
