@@ -25,7 +25,7 @@ from kernels.attention import Visible
 from kernels.precision import at_least_fp32, own_dtypes
 from models.layers.cache import KVCache, PartlyRaggedCache
 from models.layers.flops import Flops, matmul_flops
-from models.layers.hashing import hashed_uniform
+from models.layers.hashing import LayerNoise
 from models.layers.recompute import Kept
 from models.layers.roles import Rule
 from models.vanilla import Block, PlainBlock, Rotation, Vanilla, VanillaConfig, block_flops
@@ -138,13 +138,11 @@ class RandomRouter(nn.Module):
 
     def __init__(self, cfg: MoDConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.capacity = layer, cfg.capacity
+        self.noise, self.capacity = LayerNoise(layer), cfg.capacity
 
     def forward(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         """As `LearnedRouter`."""
-        end = routing.past + x.shape[1]
-        uniform = hashed_uniform(routing.row_seeds, self.layer, end)[:, routing.past :]
-        uniform = uniform.to(at_least_fp32(x.dtype))
+        uniform = self.noise(routing.row_seeds, x.shape[1], routing.past).to(at_least_fp32(x.dtype))
         return torch.special.ndtri(uniform), uniform - (1 - self.capacity)
 
 
@@ -287,6 +285,13 @@ class MoD(Vanilla):
 
     def new_block(self, layer: int) -> nn.Module:
         return (RoutedBlock if layer in self.cfg.routed_layers else PlainBlock)(self.cfg, layer)
+
+    def init_part(self, part: nn.Module, generator: torch.Generator) -> None:
+        """As the control's; routers and predictors N(0, 0.02^2), biases 0."""
+        super().init_part(part, generator)
+        for module in part.modules():
+            if isinstance(module, LayerNoise):
+                module.init_weights()
 
     def init_cache(self, rows: int) -> KVCache:
         return PartlyRaggedCache(self.cfg.n_layers, rows, self.cfg.routed_layers)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from kernels.choose import UsesKernels
 from kernels.grouped_linear import grouped_linear
 from kernels.precision import at_least_fp32, own_dtypes
-from models.layers.hashing import hashed_uniform
+from models.layers.hashing import LayerNoise
 from models.layers.init import INIT_STD, normal_
 from models.layers.recompute import Kept
 
@@ -53,7 +53,7 @@ class Gate(nn.Module):
 
     def __init__(self, width: int, experts: int, top_k: int, jitter: float = 0.0, layer: int = 0) -> None:
         super().__init__()
-        self.top_k, self.jitter, self.layer = top_k, jitter, layer
+        self.top_k, self.jitter, self.noise = top_k, jitter, LayerNoise(layer)
         self.weight = nn.Parameter(torch.empty(experts, width))
 
     def logits(self, x: Tensor, row_seeds: Tensor | None) -> Tensor:
@@ -62,7 +62,7 @@ class Gate(nn.Module):
         with own_dtypes(x.device):
             x = x.to(at_least_fp32(x.dtype))
             if self.jitter and row_seeds is not None:
-                factors = hashed_uniform(row_seeds, self.layer, x.shape[1] * x.shape[2]).view(x.shape)
+                factors = self.noise(row_seeds, x.shape[1] * x.shape[2]).view(x.shape)
                 x = x * (1 + self.jitter * (2 * factors.to(x.dtype) - 1))
             return F.linear(x, self.weight.to(x.dtype))
 
@@ -71,6 +71,7 @@ class Gate(nn.Module):
 
     def init_weights(self, generator: torch.Generator) -> None:
         normal_(self.weight, INIT_STD, generator)
+        self.noise.init_weights()
 
 
 class SoftmaxGate(Gate):

@@ -55,7 +55,8 @@ def build(type_, **fields):
     source = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, tensor in [*adapter.named_parameters(), *adapter.named_buffers()]:
-            tensor.normal_(0.0, 0.5 if name.endswith(("gate.weight", "bias")) else 0.3, generator=source)
+            if tensor.is_floating_point():  # a layer's number stays
+                tensor.normal_(0.0, 0.5 if name.endswith(("gate.weight", "bias")) else 0.3, generator=source)
         adapter.constrain(torch.zeros(()))
     return adapter
 
