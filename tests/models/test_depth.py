@@ -31,6 +31,15 @@ def test_what_is_expected_is_what_is_drawn(law):
         )
 
 
+@pytest.mark.slow
+def test_the_law_is_the_published_one():
+    """Of the mean 32: what a million draws show."""
+    r = draws(DepthLaw(32, 0.25), 1_000_000).double()
+    assert float(r.mean()) == pytest.approx(33, abs=0.2) and r.min() >= 1
+    quantiles = torch.quantile(r, torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64))
+    assert quantiles.tolist() == [12, 29, 67]
+
+
 def test_draws_follow_the_numbers_they_are_made_of():
     """A function of these alone, and growing in both."""
     law = DepthLaw(32, 0.25)

@@ -329,9 +329,9 @@ def mod(cfg, p, buffers, tokens, docs):
 
 HALF = {"capacity": 0.5, "mod_bce_weight": 0.7, "pred_hidden": 5}
 MOD = {
+    "window": {**HALF, "mod_offset": 0, "n_layers": 3, "router_act": "sigmoid", "sliding_window": 2},
     "default": HALF,
     "every-block": {**HALF, "every_other": False, "router_act": "tanh", "n_kv_heads": 1, "qk_norm": True},
-    "window": {**HALF, "mod_offset": 0, "n_layers": 3, "router_act": "sigmoid", "sliding_window": 3},
     "aux-loss": {**HALF, "causal_method": "aux_loss", "tie_embeddings": False, "attn_softcap": 2.0},
     "learned-positions": {
         **{**HALF, "use_rope": False, "use_rmsnorm": False, "use_swiglu": False, "bias": True},

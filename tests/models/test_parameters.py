@@ -185,8 +185,8 @@ def test_initial_scales_and_loss(type_, fields):
 
 
 def test_initial_scales_of_recurrent_depth():
-    """sqrt(2 / 5D), cut off at 3 of it; what writes to the stream, and the factor of its gate, smaller by the root of twice
-    the 132 layers that a token passes at 32 recurrences."""
+    """sqrt(2 / 5D), cut off at 3 of it; what writes to the stream, and the factor of its gate, smaller by the root of
+    twice the 132 layers that a token passes at 32 recurrences."""
     model = build(
         "rd", torch.float32, std=None, vocab_size=1000, n_ctx=512, d_model=320, n_layers=8, **UNTIED
     )
