@@ -105,7 +105,7 @@ def test_states_come_to_depend_less_on_where_they_began():
     """Trained on one batch: from two noises states draw near to each other, turn by turn, and so do predictions."""
     session = opened("rd", "scheduler=constant", "model_cfg.mean_recurrence=4", "model_cfg.k_trunc=4")
     model, batch = session.adapter.model, batch_for(session.adapter)
-    train_on(session, batch, range(20), total=20)
+    train_on(session, batch, range(8), total=8)
     tokens = torch.from_numpy(batch.tokens[:, :-1])
 
     @torch.no_grad()
@@ -177,7 +177,7 @@ def test_memory_is_flat_in_the_number_of_recurrences():
     model = model_of().train()
     kept = {r: bytes_kept(model, recurrences=r, retained=8) for r in (4, 8, 9, 64)}
     assert kept[8] == kept[9] == kept[64] > 1.5 * kept[4]
-    assert bytes_kept(model, recurrences=64) > 5 * kept[64], "without a cut it grows"
+    assert bytes_kept(model, recurrences=24) > 2 * kept[64], "without a cut it grows"
 
 
 def test_what_memory_is_estimated_from_is_what_is_kept():
@@ -270,7 +270,7 @@ def test_what_cannot_be_is_refused(words, problem):
 
 
 def test_small_presets_recur_less():
-    for preset, depth in (("nano", 4), ("tiny", 4), ("small", 8), ("150M", 32)):
+    for preset, depth in (("nano", 4), ("small", 8), ("150M", 32)):
         _, cfg = compose(["--hydra_model_cfg=rd", f"preset={preset}"])
         assert (cfg.mean_recurrence, cfg.eval_depth) == (depth, depth)
 

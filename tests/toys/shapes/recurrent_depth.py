@@ -53,6 +53,10 @@ class RecurrentDepth(Vanilla):
         super().init_weights(generator)
         nn.init.orthogonal_(self.turn.weight, generator=generator)
 
+    @property
+    def kept_passes(self) -> int:
+        return self.cfg.n_layers * self.cfg.max_depth
+
     def param_roles(self) -> list[Rule]:
         return [Rule(r"turn\.weight", "recurrent", width=2 * self.cfg.d_model), *super().param_roles()]
 
