@@ -57,7 +57,8 @@ class RecurrentDepthAdapter(DefaultModelAdapter):
         )
 
     def drawn(self, prepared: Prepared) -> dict[str, Any]:
-        return super().drawn(prepared) | {"seeds": prepared.tensors["seeds"], **prepared.host}
+        of_host = {name: prepared.host[name] for name in ("recurrences", "retained", "also_after")}
+        return super().drawn(prepared) | of_host | {"seeds": prepared.tensors["seeds"]}
 
     def step_output(self, hidden: Hidden, prepared: Prepared) -> StepOutput:
         output = super().step_output(hidden, prepared)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 __all__ = ["INIT_STD", "normal_", "residual_std", "truncated_normal_"]
 
@@ -20,19 +20,24 @@ def residual_std(n_layers: int) -> float:
 def normal_(tensor: Tensor, std: float, generator: torch.Generator) -> None:
     """Fill with N(0, std^2). Drawn on the generator's device, so that a CPU generator gives the same weights
     on every device; drawn in fp32 or better, so that the dtype does not change the draw."""
-    if tensor.is_meta:
-        return
-    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    draw = torch.empty(tensor.shape, dtype=dtype, device=generator.device)
-    tensor.copy_(draw.normal_(0.0, std, generator=generator))
+    if not tensor.is_meta:
+        tensor.copy_(_normal(tensor, std, generator))
 
 
 @torch.no_grad()
 def truncated_normal_(tensor: Tensor, std: float, bound: float, generator: torch.Generator) -> None:
-    """As `normal_`, of N(0, std^2) cut off at `bound` standard deviations."""
+    """As `normal_`, of N(0, std^2) cut off at `bound` standard deviations. What is beyond is drawn anew: unlike torch's
+    own function, in the same way in all its versions."""
     if tensor.is_meta:
         return
-    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    draw = torch.empty(tensor.shape, dtype=dtype, device=generator.device)
-    limit = bound * std
-    tensor.copy_(nn.init.trunc_normal_(draw, 0.0, std, -limit, limit, generator=generator))
+    draw = _normal(tensor, std, generator)
+    while (beyond := draw.abs() > bound * std).any():
+        draw = torch.where(beyond, _normal(tensor, std, generator), draw)
+    tensor.copy_(draw)
+
+
+def _normal(like: Tensor, std: float, generator: torch.Generator) -> Tensor:
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.empty(like.shape, dtype=dtype, device=generator.device).normal_(
+        0.0, std, generator=generator
+    )
