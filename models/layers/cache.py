@@ -111,7 +111,8 @@ class RaggedCache:
         row, slot = (index.to(keys.device) for index in (rows, slots))
         both = torch.stack((keys, values)).permute(1, 3, 0, 2, 4)  # (R, M, 2, G, h)
         stored[:, row[:, None], :, slot] = both
-        return stored[:, row, :, :end]
+        held = stored[:, :, :, :end]
+        return held if len(rows) == len(self.counts) else held[:, row]
 
     def _with_room(self, keys: Tensor, tokens: int) -> Tensor:
         stored, (_, heads, _, width) = self._stored, keys.shape

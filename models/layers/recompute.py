@@ -24,7 +24,7 @@ class Kept(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return _kept(x)
+        return _kept(x) if torch.is_grad_enabled() else x
 
 
 def recomputing(block: nn.Module) -> Callable[..., Any]:
