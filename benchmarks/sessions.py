@@ -21,7 +21,7 @@ __all__ = ["opened", "step", "write"]
 def opened(type_: str, words: list[str]) -> Session:
     """A session of the architecture's own file under the words of a command line."""
     file = f"--hydra_model_cfg=configs/{type_}.yaml"
-    cfg, model_cfg = compose([file, "resume=none", *words], notify=lambda text: None)
+    cfg, model_cfg = compose([file, "resume=none", "batch_stages=null", *words], notify=lambda text: None)
     return open_session(cfg, model_cfg, World(choose_device(cfg.device)))
 
 

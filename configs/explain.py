@@ -10,7 +10,7 @@ from typing import Any
 import annotated_types as at
 from pydantic import BaseModel, ValidationError
 
-from naming import not_one_of
+from naming import did_you_mean, not_one_of
 
 _NAMES = {int: "int", float: "float", str: "str", bool: "bool", type(None): "null"}
 
@@ -51,15 +51,18 @@ def _key(loc: tuple[Any, ...], model: type[BaseModel]) -> str:
 def _message(
     prefix: str, key: str, items: list[Any], model: type[BaseModel], values: Mapping[str, Any]
 ) -> str:
-    name, (field_name, dot, _) = f"{prefix}{key}", key.partition(".")
+    name, field_name = f"{prefix}{key}", key.partition(".")[0]
     kinds = {i["type"] for i in items}
     if "missing" in kinds:
         return f"required key '{name}' has no value. Set it: {name}=<value>"
     if kinds <= {"value_error", "assertion_error"} or field_name not in model.model_fields:
         return f"{name}: {items[0]['msg'].removeprefix('Value error, ')}" if name else items[0]["msg"]
-    field = model.model_fields[field_name]
     given = items[-1]["input"]
-    annotation, metadata = (_entry(field.annotation), []) if dot else (field.annotation, field.metadata)
+    if "extra_forbidden" in kinds:  # in a model within
+        within, _, word = key.rpartition(".")
+        (inner,) = _models(_declared(model, within)[0])
+        return f"unknown key '{name}'.{did_you_mean(word, inner.model_fields)}"
+    annotation, metadata = _declared(model, key)
     bounds = _bounds(annotation, metadata)
     if any(k.startswith(("greater_than", "less_than", "finite")) for k in kinds):
         return f"{name}: must satisfy {_range(key, bounds)}, got {given}"
@@ -103,6 +106,27 @@ def _leaves(annotation: Any) -> list[Any]:
     if origin in (typing.Union, types.UnionType):
         return [leaf for a in typing.get_args(annotation) for leaf in _leaves(a)]
     return [annotation]
+
+
+def _declared(model: type[BaseModel], key: str) -> tuple[Any, typing.Sequence[Any]]:
+    """Annotation of a field, or of what stands within it, and its constraints."""
+    name, *within = key.split(".")
+    field = model.model_fields[name]
+    annotation, metadata = field.annotation, typing.cast(typing.Sequence[Any], field.metadata)
+    for part in within:
+        if models := _models(annotation):
+            annotation, metadata = (
+                models[0].model_fields[part].annotation,
+                models[0].model_fields[part].metadata,
+            )
+        elif any(typing.get_origin(leaf) in (dict, list, tuple) for leaf in _leaves(annotation)):
+            annotation, metadata = _entry(annotation), []
+    return annotation, metadata
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """Those among the members of a union."""
+    return [leaf for leaf in _leaves(annotation) if isinstance(leaf, type) and issubclass(leaf, BaseModel)]
 
 
 def _entry(annotation: Any) -> Any:

@@ -220,6 +220,16 @@ class DefaultModelConfig(ModelConfig):
         return super().problems(run) + divisible("d_model", self.d_model, "n_heads", self.n_heads)
 
 
+class BatchStage(BaseModel):
+    """A part of a run whose steps have a batch size of their own."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    until: Annotated[float, Field(gt=0, le=1)]  # part of the run at which it ends
+    rows: Positive | None = None  # per optimizer step; None = global_batch_size
+    rate: Rate = 1.0  # multiplies the scheduled learning rates
+
+
 class RunConfig(BaseModel):
     """One run: every generic field, the architecture's name and its raw fields.
 
@@ -259,6 +269,7 @@ class RunConfig(BaseModel):
     train_seq_len: Positive = 1024
     val_seq_len: Positive | None = None
     global_batch_size: Positive = 48
+    batch_stages: Annotated[list[BatchStage], Field(min_length=1)] | None = None
     batch_size: Positive | Literal["auto"] = "auto"
     gradient_accumulation_steps: Positive | None = None
     num_iterations: Positive = 1750

@@ -31,6 +31,7 @@ _IDLE: list[tuple[str, Any, tuple[str, ...]]] = [
 # What `eval_only` leaves without effect, besides what optimizers and schedules read.
 _OF_TRAINING = {
     *("num_iterations", "num_epochs", "time_budget", "val_loss_every", "val_bytes_interim", "logging_steps"),
+    "batch_stages",
     *(
         "save_checkpoint",
         "save_steps",

@@ -7,6 +7,7 @@ a stage are reported together, a later stage runs only if the earlier ones passe
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
@@ -132,7 +133,7 @@ def _derived_batch(values: Mapping[str, Any]) -> int:
 
 def _relations(run: RunConfig) -> list[str]:
     """Problems between generic fields."""
-    problems = _batch(run) + _schedule(run) + _machine(run) + _trackers(run)
+    problems = _batch(run) + _stages(run) + _schedule(run) + _machine(run) + _trackers(run)
     problems += load("kernels:problems")(run.kernels)
     if run.resume == "auto" and not (run.model_name or run.output_dir):
         problems.append("resume=auto needs model_name or output_dir, to know which run goes on")
@@ -181,6 +182,37 @@ def _batch(run: RunConfig) -> list[str]:
         f"global_batch_size ({total}) must be divisible by {' * '.join(parts)} = {unit}; "
         f"nearest: {', '.join(map(str, near))}"
     ]
+
+
+def _stages(run: RunConfig) -> list[str]:
+    """Problems of `batch_stages`."""
+    if run.batch_stages is None:
+        return []
+    ends, last = [stage.until for stage in run.batch_stages], run.batch_stages[-1]
+    problems = []
+    if any(a >= b for a, b in itertools.pairwise(ends)) or ends[-1] != 1:
+        problems.append(
+            f"batch_stages: until must rise from stage to stage and end at 1, got {', '.join(f'{e:g}' for e in ends)}"
+        )
+    if last.rows not in (None, run.global_batch_size):
+        problems.append(
+            f"batch_stages: the last stage has global_batch_size rows ({run.global_batch_size}), got {last.rows}. "
+            f"Leave its rows out, or set global_batch_size={last.rows}"
+        )
+    given = run.batch_size if isinstance(run.batch_size, int) else 1
+    if run.batch_size == "auto" and run.gradient_accumulation_steps is not None:
+        given = max(
+            1,
+            run.global_batch_size // (run.gradient_accumulation_steps * world_size(run.num_gpus, run.device)),
+        )
+    unit = given * world_size(run.num_gpus, run.device)
+    for rows in [stage.rows for stage in run.batch_stages if stage.rows and stage.rows % unit]:
+        near = [v for v in (rows // unit * unit, (rows // unit + 1) * unit) if v > 0]
+        problems.append(
+            f"batch_stages: rows ({rows}) must be divisible by the rows of one micro-step of all processes, {unit}; "
+            f"nearest: {', '.join(map(str, near))}"
+        )
+    return problems
 
 
 def _schedule(run: RunConfig) -> list[str]:

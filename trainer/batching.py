@@ -9,18 +9,20 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from adapters.base import Context, ModelAdapter, OfDraws, Prepared
+from trainer.optim.stages import Stages, common_rows
 
 if TYPE_CHECKING:
+    from configs.schema import RunConfig
     from data.rows import TrainingRows
 
-__all__ = ["BatchPlan", "StepBatch", "StepLoader", "largest_batch_that_fits", "plan_batch"]
+__all__ = ["BatchPlan", "StepBatch", "StepLoader", "largest_batch_that_fits", "plan_batch", "plan_run"]
 
 CPU_TOKENS_PER_MICRO_BATCH = 16_384
 
@@ -37,6 +39,11 @@ class BatchPlan:
     @property
     def rows_per_process(self) -> int:
         return self.rows // self.world_size
+
+    def of(self, rows: int) -> BatchPlan:
+        """The plan of a step of so many rows, of micro-batches of the same shape."""
+        assert rows % (self.micro_rows * self.world_size) == 0, (rows, self)
+        return replace(self, rows=rows, accumulation=rows // (self.micro_rows * self.world_size))
 
 
 def divisors(n: int) -> list[int]:
@@ -83,6 +90,16 @@ def plan_batch(
     return plan
 
 
+def plan_run(cfg: RunConfig, micro_rows: int | None, world_size: int) -> BatchPlan:
+    """The plan of a run's steps of `global_batch_size` rows, whose micro-batches fit into the steps of all stages.
+    `micro_rows` as of `plan_batch`, whose errors it raises."""
+    if micro_rows is None and cfg.gradient_accumulation_steps is None:
+        micro_rows = plan_batch(common_rows(cfg), None, None, world_size, cfg.train_seq_len).micro_rows
+    return plan_batch(
+        cfg.global_batch_size, micro_rows, cfg.gradient_accumulation_steps, world_size, cfg.train_seq_len
+    )
+
+
 def _short(numbers: list[int]) -> str:
     text = [str(n) for n in numbers]
     return ", ".join(text if len(text) <= 12 else [*text[:6], "...", *text[-5:]])
@@ -120,13 +137,25 @@ class StepBatch:
 
 class StepLoader:
     """Prepares the steps in order, in a background thread, a few ahead. A step's content is a function of its number
-    and of where the run last (re)started, so resuming is starting at another number."""
+    and of where the run last (re)started, so resuming is starting at another number. `stages`: the rows of every step;
+    None = those of the plan."""
 
     def __init__(
-        self, rows: TrainingRows, adapter: ModelAdapter, plan: BatchPlan, rank: int, seed: int
+        self,
+        rows: TrainingRows,
+        adapter: ModelAdapter,
+        plan: BatchPlan,
+        rank: int,
+        seed: int,
+        stages: Stages | None = None,
     ) -> None:
         self.rows, self.adapter, self.plan, self.rank, self.seed = rows, adapter, plan, rank, seed
+        self.stages = stages or Stages((1,), (plan.rows,), (1.0,))
         self._first_step, self._first_row = 0, 0
+
+    def of(self, rows: int) -> StepLoader:
+        """One whose steps all have so many rows."""
+        return StepLoader(self.rows, self.adapter, self.plan.of(rows), self.rank, self.seed)
 
     def start_at(self, step: int, position: int) -> None:
         """Step `step` begins at `position`, in tokens served before. With another batch size than before no text is
@@ -138,7 +167,8 @@ class StepLoader:
 
     def row_of(self, step: int) -> int:
         """Global id of the first row of a step."""
-        return self._first_row + (step - self._first_step) * self.plan.rows
+        before = self.stages.rows_before
+        return self._first_row + before(step) - before(self._first_step)
 
     def position(self, step: int) -> int:
         """Tokens served before a step."""
@@ -146,7 +176,7 @@ class StepLoader:
 
     def load(self, step: int, of_draws: OfDraws = "drawn") -> StepBatch:
         """`of_draws`: see `Context`; what trains takes the draws."""
-        plan = self.plan
+        plan = self.plan.of(self.stages.rows_at(step))
         start = self.row_of(step) + self.rank * plan.rows_per_process
         ctx = Context(self.seed, step, "train", rows_in_step=plan.rows, of_draws=of_draws)
         out = StepBatch(ctx, [], [], {}, 0, 0)

@@ -43,6 +43,7 @@ from trainer.evaluate import Score, evaluate
 from trainer.meter import Meter
 from trainer.optim.optimizers import clip_gradients
 from trainer.optim.schedules import jump, momentum_at, schedule_factor
+from trainer.optim.stages import common_rows, stages_of
 from trainer.run.checkpoint import load_json, load_tensors, newest_checkpoint
 from trainer.run.folder import BEST
 from trainer.run.lines import refuse_taken_names, refuse_taken_names_of_score
@@ -122,7 +123,7 @@ def _trainer(
     tokenizer = tokenizer_to_take(cfg, source) if source else None
     micro_rows = None
     if checkpoint:
-        recorded, share = saved["execution"], cfg.global_batch_size // world.size
+        recorded, share = saved["execution"], common_rows(cfg) // world.size
         if recorded["world_size"] == world.size and share % recorded["micro_rows"] == 0:
             micro_rows = recorded["micro_rows"]
     session = open_session(
@@ -185,6 +186,8 @@ class Trainer:
             denominators, stop, save = self._agree(batch)
             if stop:
                 return self._leave()
+            if batch.step in self.s.loader.stages.ends[:-1]:
+                self.console.note(f"step {batch.step}: {self._of_stage(batch.step)}")
             compiles = self.s.compiled and batch.step == begin
             with self.console.doing("compiling") if compiles else nullcontext():
                 self._train_step(batch, denominators)
@@ -295,6 +298,11 @@ class Trainer:
             f"step {step} is not finite: {why}. Learning rates: {rates}. Nothing of this step was kept; {kept}. "
             f"Try a lower learning rate, a longer warm-up or mixed_precision=no"
         )
+
+    def _of_stage(self, step: int) -> str:
+        stages = self.s.loader.stages
+        rows, rate = stages.rows_at(step), stages.rate_at(step)
+        return f"{rows} rows, {rows * self.cfg.train_seq_len:,} tokens a step from here, scheduled rates x {rate:g}"
 
     def _learning_rates(self, step: int) -> dict[str, float]:
         return self.s.optimizers.learning_rates(schedule_factor(step, self.total, self.cfg))
@@ -446,6 +454,9 @@ class Trainer:
         self._settle_best(checkpoint, scores_alike(before, self.cfg))
         if told := jump(self.progress.step, (total_steps(before, s.rows), before), (self.total, self.cfg)):
             self.console.warn(told)
+        was = stages_of(before, total_steps(before, s.rows)).rows_at(self.progress.step)
+        if (rows := s.loader.stages.rows_at(self.progress.step)) != was:
+            self.console.note(f"a step has {rows} rows from here, and would have had {was}")
         s.loader.start_at(self.progress.step, saved["position"])
         self.console.note(
             f"resumed {checkpoint.name} at step {self.progress.step}, after {self.progress.seconds:.0f} s of training"

@@ -20,11 +20,12 @@ from data import Dataset, load_dataset, unheard
 from data.rows import HeldoutRows, TrainingRows
 from kernels.choose import Kernels
 from models.layers.recompute import recomputing
-from trainer.batching import BatchPlan, StepLoader, largest_batch_that_fits, plan_batch
+from trainer.batching import BatchPlan, StepLoader, largest_batch_that_fits, plan_batch, plan_run
 from trainer.distributed import World
 from trainer.optim.ema import EMA
 from trainer.optim.optimizers import Optimizers, build_optimizers
 from trainer.optim.schedules import require_room_for_warmup
+from trainer.optim.stages import common_rows, stages_of, steps_of_rows
 from trainer.precision import LossScaler, autocast, choose_precision, should_compile, tune_host
 
 if TYPE_CHECKING:
@@ -78,6 +79,11 @@ class Session:
             self.adapter.constrain(torch.zeros((), device=self.world.device))
             yield
 
+    def last(self, steps: int) -> None:
+        """Have the run last so many steps."""
+        self.total_steps = steps
+        self.loader.stages = stages_of(self.cfg, steps)
+
     @property
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in self.adapter.parameters() if p.requires_grad]
@@ -87,12 +93,12 @@ def total_steps(cfg: RunConfig, rows: TrainingRows) -> int:
     """Optimizer steps of the run: `num_epochs` over the training rows if set, else `num_iterations`."""
     if cfg.num_epochs is None:
         return cfg.num_iterations
-    return max(1, math.floor(cfg.num_epochs * rows.rows_per_epoch / cfg.global_batch_size))
+    return max(1, steps_of_rows(cfg, cfg.num_epochs * rows.rows_per_epoch))
 
 
 def require_enough_text(cfg: RunConfig, rows: TrainingRows) -> None:
     """ValueError where `num_epochs` asks for less than one step."""
-    if cfg.num_epochs is None or cfg.num_epochs * rows.rows_per_epoch >= cfg.global_batch_size:
+    if cfg.num_epochs is None or steps_of_rows(cfg, cfg.num_epochs * rows.rows_per_epoch) >= 1:
         return
     passes = cfg.global_batch_size / rows.rows_per_epoch
     asked = math.floor(cfg.num_epochs * rows.rows_per_epoch)
@@ -170,13 +176,11 @@ def open_session(
     wrapped = world.wrap(adapter)
 
     given = cfg.batch_size if isinstance(cfg.batch_size, int) else micro_rows
-    plan = plan_batch(
-        cfg.global_batch_size, given, cfg.gradient_accumulation_steps, world.size, cfg.train_seq_len
-    )
+    plan = plan_run(cfg, given, world.size)
     if given is None and cfg.gradient_accumulation_steps is None and device.type == "cuda":
         plan = _probe(cfg, world, rows, adapter, optimizers, precision)
         adapter.kernels.used.clear()  # what other batches took is not what the run takes
-    loader = StepLoader(rows, adapter, plan, world.rank, cfg.seed)
+    loader = StepLoader(rows, adapter, plan, world.rank, cfg.seed, stages_of(cfg, steps))
     return Session(
         cfg=cfg,
         world=world,
@@ -227,7 +231,7 @@ def _probe(
         finally:
             adapter.zero_grad(set_to_none=True)
 
-    share = cfg.global_batch_size // world.size
+    share = common_rows(cfg) // world.size
     fits = largest_batch_that_fits(share, try_rows)
     fits = int(-world.maximum([-float(fits)])[0])
-    return plan_batch(cfg.global_batch_size, fits, None, world.size, cfg.train_seq_len)
+    return plan_run(cfg, fits, world.size)

@@ -83,6 +83,31 @@ CASES = [
     (["mine.yaml", "ddp_backend=nccl", "device=cpu"], ["ddp_backend: 'nccl' needs CUDA"]),
     (["mine.yaml", "warmup_steps=9", "num_iterations=9"], ["warmup_steps (9) must be less than num_iterations (9)"]),
     (["mine.yaml", "min_lr=1"], ["min_lr (1.0) must not exceed learning_rate (0.001)"]),
+    (["mine.yaml", "batch_stages=[]"], ["batch_stages: must not be empty"]),
+    (
+        ["mine.yaml", "batch_stages=[{until:0.5,rows:8},{until:0.9}]"],
+        ["batch_stages: until must rise from stage to stage and end at 1, got 0.5, 0.9"],
+    ),
+    (
+        ["mine.yaml", "batch_stages=[{until:0.5,rows:8},{until:0.5,rows:8},{until:1}]"],
+        ["batch_stages: until must rise from stage to stage and end at 1, got 0.5, 0.5, 1"],
+    ),
+    (
+        ["mine.yaml", "batch_stages=[{until:1,rows:8}]"],
+        ["the last stage has global_batch_size rows (48), got 8", "or set global_batch_size=8"],
+    ),
+    (
+        ["mine.yaml", "batch_size=6", "batch_stages=[{until:0.5,rows:8},{until:1}]"],
+        ["batch_stages: rows (8) must be divisible by", "6; nearest: 6, 12"],
+    ),
+    (
+        ["mine.yaml", "gradient_accumulation_steps=4", "batch_stages=[{until:0.5,rows:8},{until:1}]"],
+        ["batch_stages: rows (8) must be divisible by", "12; nearest: 12"],
+    ),
+    (["mine.yaml", "batch_stages=[{until:2}]"], ["must satisfy 0 < batch_stages.0.until <= 1, got 2"]),
+    (["mine.yaml", "batch_stages=[{until:x}]"], ["batch_stages.0.until: expected float, got 'x' (str)"]),
+    (["mine.yaml", "batch_stages=[{rows:2}]"], ["required key 'batch_stages.0.until' has no value"]),
+    (["mine.yaml", "batch_stages=[{until:1,row:2}]"], ["unknown key 'batch_stages.0.row'. Did you mean 'rows'"]),
     (
         ["mine.yaml", "muon_momentum_ends=0.97"],
         ["muon_momentum_ends (0.97) must not exceed muon_momentum (0.95)", "Nearest: muon_momentum_ends=0.95"],

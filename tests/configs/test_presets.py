@@ -34,10 +34,18 @@ def amended(write):
 @pytest.mark.parametrize("preset", options("preset"))
 def test_presets_set_sizes_and_never_learning_rates(preset):
     stated = OmegaConf.to_container(OmegaConf.load(CONFIGS / "preset" / f"{preset}.yaml"))
-    batch = {"train_seq_len", "batch_size", "gradient_accumulation_steps", "global_batch_size"}
+    batch = {
+        "train_seq_len",
+        "batch_size",
+        "gradient_accumulation_steps",
+        "global_batch_size",
+        "batch_stages",
+    }
     steps = {"num_iterations", "time_budget", "val_loss_every", "val_bytes", "val_bytes_interim"}
     allowed = {"preset", "model_cfg"} | batch | (steps if preset == "nano" else set())
     assert set(stated) <= allowed and stated["preset"] == preset
+    if "global_batch_size" in stated:  # a file's stages are of its own
+        assert stated["batch_stages"] is None
     assert set(stated.get("model_cfg", {})) <= SIZES
 
 

@@ -6,6 +6,7 @@ import torch
 
 from adapters.base import Prepared
 from trainer.batching import BatchPlan, StepLoader, largest_batch_that_fits, plan_batch
+from trainer.optim.stages import Stages
 
 
 def test_derivations():
@@ -45,6 +46,8 @@ def test_out_of_memory_recovery_picks_divisors_only():
 
 
 class FakeRows:
+    seq_len = 3
+
     def batch(self, rows):
         tokens = np.repeat(rows[:, None], 4, axis=1)
         return SimpleNamespace(
@@ -70,6 +73,36 @@ def test_every_split_covers_the_same_rows(micro, world):
     for step in (0, 5):
         seen = [row for rank in range(world) for row in rows_of(plan, rank, step)]
         assert seen == list(range(12 * step, 12 * step + 12))
+
+
+class AnyRows(FakeAdapter):
+    def prepare(self, batch, ctx):
+        return Prepared({"rows": torch.from_numpy(batch.rows)}, {"rows": float(ctx.rows_in_step)})
+
+
+@pytest.mark.parametrize(("micro", "world"), [(4, 1), (2, 1), (1, 2), (2, 2)])
+def test_steps_of_stages_follow_each_other_through_the_text(micro, world):
+    """Every row once, whatever the split; where a step stands follows from its number, wherever a run goes on."""
+    stages = Stages((2, 5, 9), (4, 12, 8), (1.0, 1.0, 1.0))
+    plan = plan_batch(8, micro, None, world, 3)
+
+    def seen(step, first=0, position=0):
+        loaders = [StepLoader(FakeRows(), AnyRows(), plan, rank, 0, stages) for rank in range(world)]
+        for loader in loaders:
+            loader.start_at(first, position)
+        batches = [loader.load(step) for loader in loaders]
+        assert {m.denominators["rows"] for b in batches for m in b.micro} == {stages.rows_at(step)}
+        assert {len(m.tensors["rows"]) for b in batches for m in b.micro} == {micro}, (
+            "one shape in all stages"
+        )
+        return [row for b in batches for m in b.micro for row in m.tensors["rows"].tolist()]
+
+    rows = [seen(step) for step in range(11)]
+    assert [len(r) for r in rows] == [4, 4, 12, 12, 12, 8, 8, 8, 8, 8, 8]
+    assert sum(rows, []) == list(range(sum(len(r) for r in rows)))
+    loader = StepLoader(FakeRows(), AnyRows(), plan, 0, 0, stages)
+    for first in (0, 1, 3, 6):
+        assert [seen(step, first, loader.position(first)) for step in range(first, 11)] == rows[first:]
 
 
 def test_thread_delivers_in_order_counts_and_stops():

@@ -118,6 +118,28 @@ def test_what_a_step_draws_is_planned_where_it_is_timed_or_probed(monkeypatch):
     assert set(asked) == {"drawn"}
 
 
+def test_every_stage_weighs_as_much_as_its_part_of_the_run(monkeypatch):
+    s = session_of("gpt2", "num_iterations=10", "batch_stages=[{until:0.3,rows:2},{until:1}]")
+    monkeypatch.setattr(budget, "_seconds_of", lambda s, rows, stages, stop: {2: 1.0, 4: 10.0}[rows] / stages)
+    assert budget._seconds_per_step(s, lambda: False) == pytest.approx((0.3 * 1 + 0.7 * 10) / 2)
+    monkeypatch.undo()
+    timed = []
+    monkeypatch.setattr(budget, "_throw_away_step", lambda s, batch, denominators: timed.append(batch.tokens))
+    budget._seconds_per_step(s, lambda: False)
+    tokens = s.cfg.train_seq_len
+    assert set(timed) == {2 * tokens, 4 * tokens} and timed == sorted(timed)
+
+
+def test_stages_are_parts_of_the_steps_that_fit(tmp_path, costs, capsys):
+    run(
+        tmp_path / "run",
+        "num_iterations=500",
+        f"time_budget={70 / 60}",
+        "batch_stages=[{until:0.25,rows:2},{until:1}]",
+    )
+    assert "12 steps of 2 rows (4 from step 3) x 32 tokens" in capsys.readouterr().out
+
+
 def test_the_steps_that_fit_are_the_runs(tmp_path, costs, capsys):
     kept = run(tmp_path / "run", "num_iterations=500", "warmup_ratio=0.5", f"time_budget={70 / 60}")
     # 10 + 2 n + 5 floor((n - 1) / 3) + 20 <= 70 holds up to n = 12, of which half are warm-up

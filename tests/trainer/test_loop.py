@@ -122,6 +122,39 @@ def test_normuon_with_all_its_options_goes_on_bit_for_bit(tmp_path):
     assert not same(weights(whole / "final_model"), weights(constant / "final_model"))
 
 
+STAGES = "batch_stages=[{until:0.4,rows:2},{until:0.8,rows:4,rate:0.5},{until:1}]"
+
+
+def test_stages_of_the_batch_go_on_bit_for_bit(tmp_path, capsys):
+    """Of 6 steps 2 have 2 rows, 3 have 4 and one has 8; the log tells what was served, the rate is the stated one."""
+    options = ["global_batch_size=8", STAGES, "scheduler=constant", "save_steps=1", "save_total_limit=null"]
+    whole = tmp_path / "whole"
+    run(whole, *options, "logging_steps=1")
+    said = capsys.readouterr().out
+    assert "6 steps of 2 rows (4 from step 2, 8 from step 5) x 32 tokens = 768 tokens" in said
+    assert "step 5: 8 rows, 256 tokens a step from here, scheduled rates x 1" in said
+    log = [line for line in lines(whole) if "loss" in line]
+    assert [line["tokens"] // 32 for line in log] == [2, 4, 8, 12, 16, 24]
+    rates = [line["lr/matrix"] / log[0]["lr/matrix"] for line in log]
+    assert rates == [1, 1, 0.5, 0.5, 0.5, 1]
+    for step in (1, 3, 5):
+        state = load_json(whole / f"checkpoint-{step}", "training_state.json")
+        assert state["position"] == log[step - 1]["tokens"]
+    again = tmp_path / "again"
+    run(again, *options, f"resume={whole / 'checkpoint-3'}")
+    assert same(weights(whole / "final_model"), weights(again / "final_model"))
+
+
+def test_a_prolonged_run_says_that_its_stages_are_others(tmp_path, capsys):
+    options = ["global_batch_size=8", STAGES, "scheduler=linear"]
+    run(tmp_path / "run", *options)
+    run(tmp_path / "long", *options, "num_iterations=9", f"resume={tmp_path / 'run'}")
+    assert "a step has 4 rows from here, and would have had 8" in capsys.readouterr().out
+    run(tmp_path / "kept", *options, "num_iterations=8", "lr_decay_steps=6", f"resume={tmp_path / 'run'}")
+    assert "rows from here, and" not in capsys.readouterr().out
+    assert load_json(tmp_path / "kept/checkpoint-8", "training_state.json")["position"] == 40 * 32
+
+
 def test_epochs_replace_steps(tmp_path):
     run(tmp_path, "num_epochs=0.05", "val_loss_every=0")
     assert lines(tmp_path)[-1]["step"] == math.floor(0.05 * (20_000 // 32) / 4)

@@ -18,12 +18,14 @@ from configs.compose import compose
 from configs.help import list_configs
 from data.config import Unit
 from data.tokenizer_choice import vocabulary_size
-from trainer.batching import plan_batch
+from trainer.batching import plan_run
+from trainer.optim.stages import stages_of
 from trainer.run.resume import tokenizer_to_take
 from trainer.run.source import open_source
 
 if TYPE_CHECKING:
     from configs.schema import ModelConfig, RunConfig
+    from trainer.optim.stages import Stages
 
 __all__ = ["describe", "main", "memory_estimate"]
 
@@ -73,11 +75,14 @@ def describe(cfg: RunConfig, model_cfg: ModelConfig, vocab_size: int | None = No
     flops = adapter.flops(cfg.train_seq_len)
     given = cfg.batch_size if isinstance(cfg.batch_size, int) else None
     world = cfg.num_gpus if isinstance(cfg.num_gpus, int) else 1
-    plan = plan_batch(cfg.global_batch_size, given, cfg.gradient_accumulation_steps, world, cfg.train_seq_len)
+    plan = plan_run(cfg, given, world)
     tokens_per_step = plan.rows * cfg.train_seq_len
     total = sum(p.numel() for p in adapter.parameters())
     active = adapter.active_parameters()
-    tokens = None if cfg.num_epochs is not None else cfg.num_iterations * tokens_per_step
+    stages = stages_of(cfg, cfg.num_iterations)
+    tokens = (
+        None if cfg.num_epochs is not None else stages.rows_before(cfg.num_iterations) * cfg.train_seq_len
+    )
     return {
         "type": cfg.type,
         "preset": cfg.preset,
@@ -100,9 +105,26 @@ def describe(cfg: RunConfig, model_cfg: ModelConfig, vocab_size: int | None = No
             "accumulation": plan.accumulation,
             "processes": plan.world_size,
         },
+        **({} if cfg.batch_stages is None else {"batch_stages": _stages(cfg, stages)}),
         "memory_bytes": memory_estimate(adapter, cfg, plan.micro_rows),
         "measured_tokens_per_second": _measured_speed(cfg, adapter.model_cfg),
     }
+
+
+def _stages(cfg: RunConfig, stages: Stages) -> list[dict[str, Any]]:
+    """`until`: a part of the run, or the step where the number of steps is known."""
+    known = cfg.num_epochs is None
+    return [
+        {
+            "until": end if known else stage.until,
+            "rows": rows,
+            "tokens_per_step": rows * cfg.train_seq_len,
+            "rate": rate,
+        }
+        for stage, end, rows, rate in zip(
+            cfg.batch_stages or [], stages.ends, stages.rows, stages.rates, strict=True
+        )
+    ]
 
 
 def memory_estimate(adapter: Any, cfg: RunConfig, micro_rows: int) -> dict[str, int]:
@@ -174,6 +196,14 @@ def _page(d: dict[str, Any]) -> str:
         f"step              {b['global']} rows = {b['processes']} x {b['accumulation']} x {b['micro']}, "
         f"{d['tokens_per_step']:,} tokens"
     )
+    for stage in d.get("batch_stages", []):
+        until = (
+            f"step {stage['until']:,}"
+            if isinstance(stage["until"], int)
+            else f"{stage['until']:g} of the run"
+        )
+        step = f"{stage['rows']} rows, {stage['tokens_per_step']:,} tokens"
+        lines.append(f"  until {until:<15} {step} a step, scheduled rates x {stage['rate']:g}")
     if d["tokens"]:
         lines.append(
             f"run               {d['steps']:,} steps, {d['tokens']:,} tokens, {d['training_flops']:.3g} FLOPs"

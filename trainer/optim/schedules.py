@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING
 
 from naming import look_up
 from trainer.optim import SCHEDULES
+from trainer.optim.stages import decay_updates, stages_of
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
 
 
 def schedule_factor(step: int, total: int, cfg: RunConfig) -> float:
-    """Multiplier of every learning rate for one update.
+    """Multiplier of every learning rate for one update, that of its stage (`batch_stages`) included.
 
     Warm-up rises linearly, (step + 1) / warmup, so that the first update is not lost and the last of the
     warm-up is at the full rate. After it the scheduler follows with progress counted to `lr_decay_steps`
@@ -45,11 +46,12 @@ def schedule_factor(step: int, total: int, cfg: RunConfig) -> float:
         raise ValueError(
             f"lr_decay_steps ({decay}) must exceed the warm-up of {warmup} steps; nearest: {warmup + 1}"
         )
+    of_stage = stages_of(cfg, total).rate_at(step)
     if step < warmup:
-        return (step + 1) / warmup
+        return of_stage * (step + 1) / warmup
     end = total if decay is None else decay
     floor = cfg.min_lr_ratio if cfg.min_lr is None else cfg.min_lr / cfg.learning_rate
-    return row.load()(step, warmup, end, floor, cfg)
+    return of_stage * row.load()(step, warmup, end, floor, cfg)
 
 
 def momentum_at(step: int, total: int, cfg: RunConfig) -> float:
@@ -67,11 +69,6 @@ def momentum_at(step: int, total: int, cfg: RunConfig) -> float:
 def warmup_updates(total: int, cfg: RunConfig) -> int:
     """Number of warm-up updates of a run of `total` updates."""
     return cfg.warmup_steps if cfg.warmup_ratio is None else round(cfg.warmup_ratio * total)
-
-
-def decay_updates(cfg: RunConfig) -> int | None:
-    """`lr_decay_steps`, the length of the schedule, where the scheduler reads it; None = all updates of the run."""
-    return cfg.lr_decay_steps if "lr_decay_steps" in SCHEDULES[cfg.scheduler].reads else None
 
 
 def require_room_for_warmup(total: int, cfg: RunConfig) -> None:

@@ -133,8 +133,8 @@ def _banner(s: Session, manifest: dict[str, Any], path: Path) -> list[str]:
         f"data {s.dataset.name}: {quantity(s.dataset.train.total_bytes)}B to train on, "
         f"{quantity(s.dataset.heldout.total_bytes)}B held out · tokenizer {s.dataset.tokenizer.name}, "
         f"{s.dataset.tokenizer.vocab_size:,} tokens",
-        f"{s.total_steps:,} steps of {plan.rows} rows x {cfg.train_seq_len} tokens = "
-        f"{quantity(s.total_steps * plan.rows * cfg.train_seq_len)} tokens "
+        f"{s.total_steps:,} steps of {_rows_of(s)} x {cfg.train_seq_len} tokens = "
+        f"{quantity(s.loader.stages.rows_before(s.total_steps) * cfg.train_seq_len)} tokens "
         f"({plan.world_size} process{'es' if plan.world_size > 1 else ''} x {plan.accumulation} x "
         f"{plan.micro_rows} rows)",
         f"{s.world.device} · {'fp32' if s.precision == 'no' else s.precision} ({s.precision_reason}) · "
@@ -143,6 +143,13 @@ def _banner(s: Session, manifest: dict[str, Any], path: Path) -> list[str]:
         *([f"depends on how a step is split: {split}"] if split else []),
         f"run folder {path}",
     ]
+
+
+def _rows_of(s: Session) -> str:
+    """Rows per step, by stage."""
+    first, *later = s.loader.stages.rows
+    begins = [f"{rows} from step {end}" for rows, end in zip(later, s.loader.stages.ends, strict=False)]
+    return f"{first} rows" + (f" ({', '.join(begins)})" if begins else "")
 
 
 def _in_words(kernels: Mapping[str, Mapping[str, str]]) -> str:

@@ -84,6 +84,8 @@ def training_line(
     read = meter.read(s.world)
     flops = read.pop("flops")
     progress.flops += flops
+    before = s.loader.stages.rows_before
+    rows = before(progress.step) - before(progress.step - steps)
     line: dict[str, Any] = {
         "step": progress.step,
         "total_steps": s.total_steps,
@@ -93,8 +95,8 @@ def training_line(
         "bytes": progress.bytes,
         "flops": progress.flops,
         "seconds": round(progress.seconds, 3),
-        "tokens_per_second": steps * s.plan.rows * s.cfg.train_seq_len / elapsed,
-        "eta_seconds": elapsed / max(steps, 1) * (s.total_steps - progress.step),
+        "tokens_per_second": rows * s.cfg.train_seq_len / elapsed,
+        "eta_seconds": elapsed / max(rows, 1) * (before(s.total_steps) - before(progress.step)),
         **{f"lr/{role}": rate for role, rate in rates.items()},
     }
     if s.scaler.enabled:

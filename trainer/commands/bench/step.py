@@ -131,7 +131,8 @@ def _measure(
 
 def _open(configs: tuple[RunConfig, Any], variant: str | None = None) -> Session:
     cfg, model_cfg = configs
-    cfg = cfg.model_copy(update=VARIANTS[variant] if variant else {})
+    # Steps of one size: those of `global_batch_size` rows.
+    cfg = cfg.model_copy(update={"batch_stages": None, **(VARIANTS[variant] if variant else {})})
     return open_session(cfg, model_cfg, World(choose_device(cfg.device)))
 
 
