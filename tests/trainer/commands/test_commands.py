@@ -417,6 +417,22 @@ def test_show_one_configuration(command, no_data):
     )
 
 
+def test_show_tells_stages_of_the_batch(command, no_data):
+    words = [
+        "--hydra_model_cfg=configs/gpt2.yaml",
+        "preset=none",
+        "num_iterations=100",
+        "global_batch_size=48",
+    ]
+    words += ["batch_stages=[{until:0.25,rows:16},{until:1,rate:1.5}]"]
+    found = json.loads(command("show", *words, "--json")[1])
+    assert found["tokens"] == (25 * 16 + 75 * 48) * 1024
+    assert found["batch"]["micro"] == 16, "16 rows are what both stages have in common"
+    _, out, _ = command("show", *words)
+    assert "until step 25 " in out and "16 rows, 16,384 tokens a step, scheduled rates x 1\n" in out
+    assert "until 0.25 of the run" in command("show", *words, "num_epochs=1")[1]
+
+
 def test_show_takes_the_vocabulary_from_the_name_of_the_tokenizer(command, no_data):
     def vocabulary(*words):
         status, out, err = command("show", "--hydra_model_cfg=gpt2", "--json", "preset=nano", *words)
