@@ -6,7 +6,9 @@
 
 (Geiping et al. 2025, arXiv:2502.05171, section 6.) The tokens of a pass go through the recurrences together, unless
 what a token does depends on tokens before it being done: then they are read one by one, in a pass or not, with a cache
-or not, so that text and scores are of one model. That is slow for long prompts, and for scores.
+or not, so that text and scores are of one model. That is slow for long prompts, and for scores. (In bf16 a change that
+is within rounding of the threshold may let a token leave at another recurrence where it is read in a piece of another
+size.)
 
 Shapes: B rows, R of them with tokens still on their way, T tokens, S tokens from the window's start on, D width.
 """
@@ -182,7 +184,7 @@ def read_together(
         told = {"change": state_change(way.before, way.states)}
     else:
         told = {"recurrences": way.left_after.clamp(max=depth)}
-        cache.close(model.core_places, told["recurrences"], depth)
+        cache.close(model.core_places, told["recurrences"])
     if model.cfg.continuous_compute:
         cache.carried.append(way.states[:, -1])
     cache.advance(tokens.shape[1])

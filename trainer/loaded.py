@@ -240,8 +240,8 @@ class Loaded:
 
         `options` are those of `adapters.base.GenerateOptions`: max_new_tokens=100, temperature=None (the
         architecture's own), top_k=0, top_p=1.0, min_p=0.0, seed=0, stop_at_document_end=True, stop_ids=(),
-        use_cache=True; diffusion models also steps=0 and by_confidence=False, those that draft tokens for themselves to
-        verify (mtp, mtm) speculative=False and draft=None. The first text is the one that `generate` prints for that
+        use_cache=True; diffusion models also steps=0 and by_confidence=False, those that can draft tokens for
+        themselves to verify speculative=False and draft=None. The first text is the one that `generate` prints for that
         prompt and seed; one prompt n times gives those of `--num_samples n`.
 
         ValueError for an option that there is not, or that is of another type or out of its range.

@@ -65,16 +65,16 @@ class RecurrentCache:
             self._stored[layer] = stored = grown
         return stored
 
-    def close(self, layers: Iterable[int], depths: Tensor, turns: int) -> None:
-        """Leave no holes: the tokens just appended to, which took `depths` (B, T) turns, stand in the rest of the first
-        `turns` as they did in their last."""
+    def close(self, layers: Iterable[int], depths: Tensor) -> None:
+        """Leave no holes: the tokens just appended to, which took `depths` (B, T) turns, stand in all further turns of
+        these blocks as they did in their last."""
         begin, end = self.length, self.length + depths.shape[1]
         for layer in layers:
             stored = self._stored[layer]
             assert stored is not None, "nothing was appended"
-            new = stored[:turns, ..., begin:end, :]  # (<= turns, 2, B, G, T, h)
+            new = stored[..., begin:end, :]  # (slots, 2, B, G, T, h)
             slot = torch.arange(len(new), device=depths.device)[:, None, None]
-            last = torch.minimum(slot, depths - 1)[:, None, :, None, :, None]  # (<= turns, 1, B, 1, T, 1)
+            last = torch.minimum(slot, depths - 1)[:, None, :, None, :, None]  # (slots, 1, B, 1, T, 1)
             new.copy_(new.gather(0, last.expand_as(new)))
 
     def advance(self, tokens: int) -> None:

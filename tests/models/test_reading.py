@@ -98,6 +98,16 @@ def test_longer_pieces_too_where_drafts_were_tried_and_taken_back(name):
     assert cache.length == 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXITS | OPTIONS)
+@pytest.mark.parametrize("sizes", [[7] + [1] * 5, [11, 1], [5, 2, 1, 2, 2]], ids=str)
+def test_pieces_of_any_size_equal_the_whole(name, sizes):
+    model, tokens = made(**(EXITS | OPTIONS)[name]), tokens_of(rows=3, length=12)
+    cache = model.init_cache(3)
+    pieces = [logits_of(model, piece, cache=cache) for piece in tokens.split(sizes, 1)]
+    close(torch.cat(pieces, 1), logits_of(model, tokens))
+
+
 @every_option
 def test_rows_alone_are_as_together_and_those_selected_go_on(name):
     model, tokens = made(**OPTIONS[name]), tokens_of(rows=3, length=LENGTH)

@@ -41,7 +41,7 @@ def left_early(cache):
         running = depths > number
         rows = running.any(1).nonzero()[:, 0]
         put(cache.turn(number, rows, running[rows]), 0, 2, rows)
-    cache.close([LAYER], depths, 4)
+    cache.close([LAYER], depths)
     cache.advance(2)
     return depths
 
@@ -73,7 +73,7 @@ def test_turns_share_slots(slots):
     cache = RecurrentCache([1, slots], ROWS)
     for number in range(5):
         put(cache.turn(number), 0, 1)
-    cache.close([LAYER], torch.full((ROWS, 1), 5), 5)
+    cache.close([LAYER], torch.full((ROWS, 1), 5))
     cache.advance(1)
     for number in range(5):
         last = max(j for j in range(5) if j % slots == number % slots)
@@ -85,7 +85,7 @@ def test_a_token_with_fewer_turns_than_slots_fills_the_others():
     for number in range(2):
         keys = entries(number, 0, 1, rows=1)
         cache.turn(number).append(LAYER, keys, keys)
-    cache.close([LAYER], torch.tensor([[2]]), 5)
+    cache.close([LAYER], torch.tensor([[2]]))
     cache.advance(1)
     found = [
         float(cache.turn(n).append(LAYER, *[entries(n, 1, 1, rows=1)] * 2)[0][0, 0, 0, 0]) for n in range(5)

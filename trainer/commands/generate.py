@@ -69,7 +69,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, GenerateOptions]:
     parser.add_argument(
         "--speculative",
         action="store_true",
-        help="mtp, mtm: draft tokens and verify them together; the text is as likely as ever, in fewer forward passes",
+        help="of models that can draft tokens (README.md, Drafts): verify them together; the text is as likely as "
+        "ever, in fewer forward passes",
     )
     parser.add_argument(
         "--draft", type=int, help="speculative: tokens to draft at a time (default: as many as the model can)"
