@@ -30,7 +30,14 @@ def speculative(**given):
     return dataclasses.replace(GREEDY, speculative=True, **given)
 
 
-@pytest.mark.parametrize("fields", [{}, {**EXITS["states"], "draft_recurrence": 2}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param({}, marks=pytest.mark.slow),  # tests/contract does so
+        {**EXITS["states"], "draft_recurrence": 2},
+    ],
+    ids=str,
+)
 def test_greedy_text_is_that_of_plain_decoding_whatever_is_drafted(fields):
     """Of prompts of any length together, past the end of the context."""
     adapter = made(**fields)
@@ -54,6 +61,7 @@ def test_drafts_of_the_same_model_are_all_accepted():
     assert found.speculation.tokens_per_pass == 6 / 2
 
 
+@pytest.mark.slow
 def test_a_rows_text_does_not_depend_on_the_others():
     adapter = made(**EXITS["states"])
     options = speculative(temperature=1.0)

@@ -29,10 +29,18 @@ OPTIONS = {
     "budget": {"kv_budget": 2},
     "carried": {"continuous_compute": True},
     "budget and states": {**LATENT["cosine"], "kv_budget": 2},
-    "all": {**OF_LAWS["argmax-stability"], "kv_budget": 4, "continuous_compute": True},
+    "all": {**OF_LAWS["argmax-stability"], "kv_budget": 3, "continuous_compute": True},
 }
-every_option = pytest.mark.parametrize("name", OPTIONS)
-every_exit = pytest.mark.parametrize("name", EXITS)
+
+
+def every(names, quick):
+    """Over names, of which the `quick` ones stand for the others in the fast tier."""
+    marks = {name: () if name in quick else (pytest.mark.slow,) for name in names}
+    return pytest.mark.parametrize("name", [pytest.param(n, marks=m) for n, m in marks.items()])
+
+
+every_option = every(OPTIONS, {"states", "budget", "all"})
+every_exit = every(EXITS, {"latent-diff", "kl"})
 
 
 @functools.cache
@@ -144,7 +152,7 @@ def test_packed_documents_are_as_alone(name, monkeypatch):
     assert (packed - logits_of(model, tokens))[0, 2:].abs().amax() > 1e-3
 
 
-@pytest.mark.parametrize("name", EXITS | OPTIONS)
+@every(EXITS | OPTIONS, {"cosine", "kl", "budget", "all"})
 @torch.no_grad()
 def test_what_is_read_is_what_the_equations_say(name):
     fields = (EXITS | OPTIONS)[name]
@@ -172,7 +180,7 @@ def test_what_is_read_is_what_the_equations_say(name):
 # -- and that of fixed depth in the limit ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(set(CRITERIA) - {"argmax-stability"}))
+@every(sorted(set(CRITERIA) - {"argmax-stability"}), {"cosine", "kl"})
 def test_a_threshold_of_zero_is_fixed_depth(name):
     tokens = tokens_of(rows=2, length=LENGTH)
     fixed = logits_of(made(), tokens)
