@@ -163,6 +163,11 @@ KERNELS: dict[str, Kernel] = {
         description="normalisation and rotation of queries and keys",
         implementations={
             REFERENCE: Implementation("kernels.qk_norm_rope.reference:reference"),
+            CLOSED_FORM: Implementation(
+                "kernels.qk_norm_rope.closed_form:closed_form",
+                devices=("cpu",),
+                refuses="kernels.qk_norm_rope:refused_by_closed_form",
+            ),
             TRITON: by_triton("kernels.qk_norm_rope.triton:qk_norm_rope"),
         },
         compiled_with_neighbours=True,

@@ -22,7 +22,7 @@ from configs.schema import DefaultModelConfig, Dropout, Free, Positive, Rate
 from kernels.attention import Plan, Visible, attention, attention_call, plan_attention, training_facts
 from kernels.choose import UsesKernels
 from kernels.precision import compute_dtype
-from kernels.qk_norm_rope import qk_norm_rope
+from kernels.qk_norm_rope import qk_norm_rope, rotation_call
 from models.layers.adaln import AdaLN, AdaptiveNorm, TimeEmbedding, gated_residual
 from models.layers.cache import KVCache
 from models.layers.flops import Flops
@@ -116,7 +116,7 @@ class Attention(UsesKernels):
         return self.out(y.transpose(1, 2).flatten(2))
 
     def kernel_calls(self, seq_len: int) -> dict[str, dict[str, Any]]:
-        return {"qk_norm_rope": {"columns": self.head_width}}
+        return {"qk_norm_rope": rotation_call(self.head_width, interleaved=False)}
 
 
 class MLP(nn.Module):

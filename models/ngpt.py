@@ -21,7 +21,7 @@ from kernels.attention import Plan, Visible, attention, attention_call, plan_att
 from kernels.choose import UsesKernels
 from kernels.ngpt_update import ngpt_update
 from kernels.precision import at_least_fp32, compute_dtype
-from kernels.qk_norm_rope import qk_norm_rope
+from kernels.qk_norm_rope import qk_norm_rope, rotation_call
 from kernels.unit_norm import unit_norm
 from models.layers.cache import Cache, KVCache
 from models.layers.decoder import Decoder, padded_vocabulary
@@ -123,7 +123,7 @@ class Attention(UsesKernels):
         return self.o_proj(attention(q, k, v, plan).transpose(1, 2).flatten(2))
 
     def kernel_calls(self, seq_len: int) -> dict[str, dict[str, Any]]:
-        return {"qk_norm_rope": {"columns": self.head_width}}
+        return {"qk_norm_rope": rotation_call(self.head_width, interleaved=True)}
 
 
 class MLP(nn.Module):

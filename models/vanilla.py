@@ -21,7 +21,7 @@ from configs.schema import DefaultModelConfig, Dropout, Free, Positive, Rate, wi
 from kernels.attention import Plan, Visible, attention, attention_call, plan_attention, training_facts
 from kernels.choose import UsesKernels
 from kernels.precision import compute_dtype
-from kernels.qk_norm_rope import qk_norm_rope
+from kernels.qk_norm_rope import qk_norm_rope, rotation_call
 from models.huggingface import ROWS
 from models.layers.cache import Cache, KVCache
 from models.layers.decoder import padded_vocabulary, positions_of
@@ -142,7 +142,7 @@ class Attention(UsesKernels):
         return F.dropout(self.o_proj(y.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
     def kernel_calls(self, seq_len: int) -> dict[str, dict[str, Any]]:
-        return {"qk_norm_rope": {"columns": self.head_width}} if self.use_rope else {}
+        return {"qk_norm_rope": rotation_call(self.head_width, self.interleaved)} if self.use_rope else {}
 
 
 class MLP(nn.Module):

@@ -6,14 +6,29 @@ Shapes: B rows, T tokens, H query heads, G key heads, h head width, r dims that 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from kernels.choose import Kernels
+from kernels.choose import Call, Kernels
 from kernels.qk_norm_rope.reference import reference
 from kernels.spec import Sample, Size, Spec, drawn
 
-__all__ = ["SPEC", "qk_norm_rope", "reference"]
+__all__ = ["SPEC", "qk_norm_rope", "reference", "refused_by_closed_form", "rotation_call"]
+
+HALVES = "halves"  # a fact of calls whose pairs are dims i and i + r/2
+
+
+def rotation_call(width: int, interleaved: bool) -> dict[str, Any]:
+    """What the rule of choice may know of a rotation of heads so wide: `columns`, `facts`."""
+    return {"columns": width, "facts": () if interleaved else (HALVES,)}
+
+
+def refused_by_closed_form(call: Call) -> str | None:
+    return (
+        "of pairs that are halves apart it takes as long as the definition" if HALVES in call.facts else None
+    )
 
 
 def qk_norm_rope(
@@ -38,7 +53,8 @@ def qk_norm_rope(
     assert 2 * cos.shape[-1] <= q.shape[-1] == k.shape[-1] and q.shape[-1] % 2 == 0
     assert cos.shape == sin.shape and cos.shape[:-2] == q.shape[4 - cos.ndim : 2]
     q_weight, k_weight = weights or (None, None)
-    run = kernels.implementation("qk_norm_rope", device=q.device, dtype=q.dtype, columns=q.shape[-1])
+    call = rotation_call(q.shape[-1], interleaved)
+    run = kernels.implementation("qk_norm_rope", device=q.device, dtype=q.dtype, **call)
     return run(q, k, cos, sin, q_weight, k_weight, eps=eps, interleaved=interleaved)
 
 
@@ -60,7 +76,8 @@ def _sample(size: Size, device: torch.device, dtype: torch.dtype, generator: tor
         "q_weight": draw(width) if size.get("norm") else None,
         "k_weight": draw(width) if size.get("norm") else None,
     }
-    return Sample(tensors, {"eps": 1e-5, "interleaved": bool(size.get("interleaved", False))})
+    interleaved = bool(size.get("interleaved", False))
+    return Sample(tensors, {"eps": 1e-5, "interleaved": interleaved}, rotation_call(width, interleaved))
 
 
 def _elements(size: Size) -> int:

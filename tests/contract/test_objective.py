@@ -126,7 +126,7 @@ def test_every_implementation_of_the_kernels_gives_the_same(architecture, monkey
     assert {op: [*used] for op, used in adapter.kernels.used.items()} == {op: ["reference"] for op in ops}
     for op in ops:
         for name, way in KERNELS[op].implementations.items():
-            if Kernels().lacking(op, name, Call(adapter.device, torch.float64)):
+            if Kernels().lacking(op, name, Call(adapter.device, torch.float64, **ops[op])):
                 continue
             if hasattr(module := importlib.import_module(way.where.partition(":")[0]), "rows_at_once"):
                 monkeypatch.setattr(module, "rows_at_once", lambda *args: 5)

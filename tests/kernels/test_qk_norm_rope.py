@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from kernels.choose import Kernels
-from kernels.qk_norm_rope import qk_norm_rope
+from kernels.against import deviations
+from kernels.choose import Call, Kernels
+from kernels.qk_norm_rope import SPEC, qk_norm_rope, reference, rotation_call
+from kernels.qk_norm_rope.closed_form import closed_form
 from models.layers.decoder import document_positions
 from models.layers.rotary import rotary_tables
+from tests.kernels import samples
 from tests.kernels.interpret import interpreted
+from tests.kernels.samples import transposed
 
 THETA = 10_000.0
 theirs = pytest.mark.xdist_group("transformers")  # whose modules take a second to import, in one worker only
@@ -65,6 +70,36 @@ def test_positions_that_restart_are_those_of_documents_alone(interleaved):
         alone = turned(q[row : row + 1, document], k[row : row + 1, document], index, Kernels())
         for whole, part in zip(found, alone, strict=True):
             torch.testing.assert_close(whole[row, document], part[0])
+
+
+@pytest.mark.parametrize("layout", [torch.clone, transposed])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [name for name, size in SPEC.small.items() if size.get("interleaved")])
+def test_complex_numbers_give_what_the_definition_does(size, dtype, layout):
+    spec, sample = samples.drawn("qk_norm_rope", size, getattr(torch, dtype))
+    found = deviations(closed_form, reference, sample.map(layout))
+    assert max(found.values()) <= spec.tolerance[dtype], found
+
+
+def test_rows_with_positions_of_their_own_turn_by_these():
+    q, k = queries_and_keys()
+    tables = rotary_tables(torch.tensor([[0, 1, 2, 3, 4, 5], [7, 3, 0, 0, 1, 9]]), 8, THETA, torch.float64)
+    found, expected = (
+        form(q, k, *tables, None, None, eps=0.0, interleaved=True) for form in (closed_form, reference)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)
+
+
+def test_a_cpu_takes_complex_numbers_of_neighbours_where_nothing_is_compiled():
+    neighbours, halves = (
+        Call(torch.device("cpu"), torch.float32, **rotation_call(8, interleaved=given))
+        for given in (True, False)
+    )
+    assert Kernels().foresee("qk_norm_rope", neighbours)[0] == "closed_form"
+    assert Kernels().foresee("qk_norm_rope", replace(neighbours, compiling=True))[0] == "reference"
+    assert Kernels().foresee("qk_norm_rope", halves)[0] == "reference"
+    with pytest.raises(ValueError, match="as long as the definition. Possible: auto, reference"):
+        Kernels({"qk_norm_rope": "closed_form"}).foresee("qk_norm_rope", halves)
 
 
 def test_angles_of_long_positions():
