@@ -33,22 +33,13 @@ def reference(
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """Each pair a, b of the first r dims of x (B, T, heads, h), by its angle: a cos - b sin, b cos + a sin."""
     turning, rest = x.tensor_split((2 * cos.shape[-1],), dim=-1)
-    turned = _turned(turning.to(cos.dtype), cos, sin, interleaved).to(x.dtype)
-    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """All r dims."""
-    if interleaved and x.device.type == "cpu" and not torch.compiler.is_compiling():
-        # As complex numbers, of which a compiler makes nothing: a third of the time (16 x 256 tokens, 6 heads of 32,
-        # bf16, one thread, forward and backward: 26 to 9 ms).
-        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
+    turning = turning.to(cos.dtype)
     # As a whole: halves of the dims, or every second, take a CPU half as long again, or twice as long.
     if interleaved:
-        other = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        other = turning.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
         cos, sin = cos.repeat_interleave(2, dim=-1), torch.stack((-sin, sin), dim=-1).flatten(-2)
     else:
-        other = x.roll(cos.shape[-1], dims=-1)
+        other = turning.roll(cos.shape[-1], dims=-1)
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-    return x * cos + other * sin  # other: b, a
+    turned = (turning * cos + other * sin).to(x.dtype)  # other: b, a
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
