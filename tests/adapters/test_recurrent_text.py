@@ -17,6 +17,7 @@ EXITS = {
     "states": {"exit_criterion": "latent-diff", "exit_threshold": 1.0},
     "laws": {"exit_criterion": "argmax-stability", "exit_threshold": 2},
 }
+every_exit = pytest.mark.parametrize("exits", ["states", pytest.param("laws", marks=pytest.mark.slow)])
 
 
 def made(**fields):
@@ -70,7 +71,7 @@ def test_a_rows_text_does_not_depend_on_the_others():
     assert adapter.generate([[1], [2] * 7, PROMPTS[2]], options).tokens[2] == together[2]
 
 
-@pytest.mark.parametrize("exits", EXITS)
+@every_exit
 def test_text_is_what_scores_are_of(exits):
     """Written with the cache and without."""
     adapter, options = made(**EXITS[exits]), dataclasses.replace(GREEDY, max_new_tokens=6)
@@ -84,7 +85,7 @@ def test_text_is_what_scores_are_of(exits):
     assert likeliest[3:].tolist() == found
 
 
-@pytest.mark.parametrize("exits", EXITS)
+@every_exit
 def test_recurrences_are_told(exits):
     """Of text by tokens, of held-out rows by what counts; without exits there is nothing to tell."""
     adapter, batch = made(**EXITS[exits]), None
