@@ -116,9 +116,12 @@ class Bucket:
         gradients = [piece.of(p.grad).reshape(shape) for p, piece in self.members if p.grad is not None]
         return torch.cat(gradients).to(self.momentum.dtype)
 
-    def stack_weights(self) -> Tensor:
+    def agreeing(self, update: Tensor) -> Tensor:
+        """Weights where (B, m, n) `update` does not have the other sign, else 0. By signs, as products of values may
+        vanish; in floats, as a CPU is slow at choosing by booleans."""
         shape = (-1, *self.momentum.shape[1:])
-        return torch.cat([weight.reshape(shape) for weight in self.weights])
+        weights = torch.cat([weight.reshape(shape) for weight in self.weights])
+        return weights.mul_(update.sign().mul_(weights.sign()).clamp_(max=0.0).add_(1.0))
 
     def split(self, stacked: Tensor) -> tuple[Tensor, ...]:
         """(B, ...) -> the part (count, ...) of each member, as views."""
@@ -216,12 +219,14 @@ class Muon(torch.optim.Optimizer):
         # `new_full` and not `tensor`: filling on the device does not wait for it.
         share = momentum.new_full((), 1 - mu)
         rate = momentum.new_full((), -group["lr"] * SCALES[group["scale"]](rows, columns))
+        shrinking = momentum.new_full((), group["lr"] * group["weight_decay"])
         decay = momentum.new_full((), 1 - group["lr"] * group["weight_decay"])
         if self.found_inf is not None:
             skip = self.found_inf > 0
             gradient.masked_fill_(skip, 0.0)
             share.masked_fill_(skip, 0.0)
             rate.masked_fill_(skip, 0.0)
+            shrinking.masked_fill_(skip, 0.0)
             decay.masked_fill_(skip, 1.0)
 
         momentum.lerp_(gradient, share)
@@ -234,24 +239,19 @@ class Muon(torch.optim.Optimizer):
             dtype=iteration_dtype(dtype, momentum.device.type),
         )
         update = self.adjusted(bucket, update).to(dtype)
-        if group["weight_decay"]:
-            torch._foreach_mul_(bucket.weights, _shrinking(bucket, update, decay, group["cautious"]))
-        torch._foreach_add_(bucket.weights, tuple(bucket.unstack(update.mul_(rate).contiguous())))
+        if group["weight_decay"] and group["cautious"]:
+            agreeing = bucket.agreeing(update)
+            update.mul_(rate).sub_(agreeing.mul_(shrinking))
+        else:
+            update.mul_(rate)
+            if group["weight_decay"]:
+                torch._foreach_mul_(bucket.weights, decay)
+        torch._foreach_add_(bucket.weights, tuple(bucket.unstack(update.contiguous())))
 
     def adjusted(self, bucket: Any, update: Tensor) -> Tensor:
         """What a kind of Muon makes of orthogonalised updates, (B, m, n) -> (B, m, n). Where `found_inf` holds 1, none
         of its state may change."""
         return update
-
-
-def _shrinking(bucket: Bucket, update: Tensor, decay: Tensor, cautious: bool) -> Any:
-    """What the weights are multiplied by: `decay`, or of each member a tensor with `decay` where the update, (B, m, n),
-    does not go away from zero and 1 where it does."""
-    if not cautious:
-        return decay
-    # Of signs: the product of the values themselves may vanish.
-    agree = update.sign() * bucket.stack_weights().sign() >= 0
-    return tuple(bucket.unstack(torch.where(agree, decay, 1.0)))
 
 
 def muon(groups: list[dict[str, Any]], cfg: RunConfig) -> Muon:

@@ -50,7 +50,9 @@ class CautiousAdamW(torch.optim.AdamW):
                 self._decay(p, before.pop(p), group["lr"] * decay)
 
     def _decay(self, p: torch.nn.Parameter, before: Tensor, amount: float) -> None:
-        agree = self.state[p]["exp_avg"].sign() * before.sign() > 0  # the product of the values may vanish
+        # 1 where they agree, else 0. By signs, as the product of the values may vanish; in floats, as a CPU is slow at
+        # choosing by booleans.
+        agree = self.state[p]["exp_avg"].sign().mul_(before.sign()).clamp_(min=0.0)
         shrinking = before.new_full((), amount)
         if self.found_inf is not None:
             shrinking.masked_fill_(self.found_inf > 0, 0.0)
