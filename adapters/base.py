@@ -505,9 +505,9 @@ class ModelAdapter(nn.Module):
         return self.model.blocks()
 
     @property
-    def kept_passes(self) -> int:
+    def kept_passes(self) -> float:
         """Passes through a block of which a training step keeps activations: one of each, unless the model says
-        otherwise, as where some run several times."""
+        otherwise, as where some run several times, or are of a part of the tokens."""
         return getattr(self.model, "kept_passes", len(self.blocks()))
 
     def kernel_calls(self, rows: int, seq_len: int) -> dict[str, dict[str, Any]]:

@@ -329,6 +329,12 @@ class MoD(Vanilla):
         full = self.block_flops(seq_len) * (self.cfg.n_layers - routed)
         return full + self.routed_flops(seq_len) * routed + matmul_flops(self.head_weight.numel())
 
+    @property
+    def kept_passes(self) -> float:
+        """Passes of all tokens through a block, of which a step keeps activations."""
+        routed = len(self.cfg.routed_layers)
+        return self.cfg.n_layers - routed + routed * self.cfg.capacity
+
     def active_parameters(self) -> int:
         """Those that act on a token on average: of a routed block's attention and feed-forward layer the share C."""
         total = sum(p.numel() for p in self.parameters())

@@ -148,7 +148,7 @@ def memory_estimate(adapter: Any, cfg: RunConfig, micro_rows: int) -> dict[str, 
         "gradients": trained,
         "optimizer": optimizers.state_bytes(),
         "ema": trained if cfg.ema_decay else 0,
-        "activations": rows * per_token * adapter.kept_passes,
+        "activations": round(rows * per_token * adapter.kept_passes),
         "logits": 2 * 4 * rows * adapter.model_cfg.vocab_size,
     }
     return {**out, "total": sum(out.values())}
