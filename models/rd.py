@@ -2,7 +2,8 @@
 
 A prelude makes of tokens what is injected, e; a core, whose weights are shared over all iterations, makes of a state
 and e the next state, from noise on, as often as one likes; a coda makes of a state what the head reads. How often is
-drawn anew in every training step, and chosen freely where text is scored or written.
+drawn anew in every training step, and chosen freely where text is scored or written (`models/reading.py`:
+what else may be chosen there).
 
     e = P(sqrt(D) E[tokens]);  s_0 ~ N(0, sigma^2);  s_i = core(A [s_{i-1}; e]);  hidden = gc(C(gc(s_r)))
 

@@ -218,8 +218,8 @@ class _Way:
         self.hidden: Tensor | None = None
         if (criterion := model.cfg.exit) is not None:
             self.of_laws = criterion.of_laws
-            uniform = self.s.new_zeros(*tokens.shape, model.vocab_size)
-            self.watch = criterion.watch(uniform if self.of_laws else self.s, model.cfg.threshold)
+            start = self.s.new_zeros(*tokens.shape, model.vocab_size) if self.of_laws else self.s
+            self.watch = criterion.watch(start, model.cfg.threshold)
 
     def _shared(self) -> tuple[Any, ...]:
         """What blocks share, of `rows`."""

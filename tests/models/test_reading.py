@@ -291,3 +291,15 @@ def test_a_number_of_recurrences_is_a_whole_one(threshold, nearest):
     assert problem.endswith(f"a whole one, at least 1. Nearest: {nearest}") and f"({threshold:g})" in problem
     assert not ReadingConfig.problems(RDConfig(exit_criterion="argmax-stability", exit_threshold=3.0), None)
     assert not ReadingConfig.problems(RDConfig(exit_criterion="kl", exit_threshold=threshold), None)
+
+
+def test_exits_by_states_need_no_room_for_laws(monkeypatch):
+    """Of all tokens of a batch these are larger than the model."""
+    sizes, new_zeros = [], torch.Tensor.new_zeros
+    monkeypatch.setattr(
+        torch.Tensor, "new_zeros", lambda self, *size, **k: sizes.append(size) or new_zeros(self, *size, **k)
+    )
+    logits_of(made(**LATENT["cosine"]), tokens_of())
+    assert not any(VOCABULARY in size for size in sizes)
+    logits_of(made(**OF_LAWS["kl"]), tokens_of(length=2))
+    assert (2, 1, VOCABULARY) in sizes
