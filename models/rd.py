@@ -185,7 +185,8 @@ class RD(Decoder):
         """As `Decoder.forward`. `recurrences`: r, None = `eval_recurrence`. `retained`: gradients go back through the
         last so many iterations, None = all; those before are run without a graph, so that memory does not depend on r.
         `seeds` (B,) or (1,) int64, of the state's noise (`start`). `also_after`: other numbers of recurrences, whose
-        hidden states (B, T, D) are `Hidden.extra`'s `states_after(r)`.
+        hidden states (B, T, D) are `Hidden.extra`'s `states_after(r)`. What is compiled are blocks, once with a graph
+        and once without: another r compiles nothing.
 
         `Hidden.extra["change"]` (B, T): how far the last iteration moved a state, in units of its length.
         """
