@@ -36,6 +36,11 @@ if TYPE_CHECKING:
 
 __all__ = ["MoD", "MoDConfig"]
 
+# Of the rate of w, as it multiplies what a block adds: at that of matrices a score moves by about half of what it may
+# become in a single step, and the largest grow to 9. 300 steps at `preset=nano`: 1.924 bits per byte at 1, 1.920 at
+# 0.1 (4), 1.918 at 0.02 (3.5).
+ROUTER_RATE = 0.1
+
 _ACTS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda r: r,
     "sigmoid": torch.sigmoid,
@@ -298,6 +303,7 @@ class MoD(Vanilla):
 
     def param_roles(self) -> list[Rule]:
         return [
+            Rule(r".*\.router\.proj\.weight", "router", lr_mult=ROUTER_RATE, wd_mult=0.0),
             Rule(r".*\.router\.predictor\.down\.weight", "router", wd_mult=0.0, width_power=0.0),
             Rule(r".*\.router\..*\.weight", "router", wd_mult=0.0),
             *super().param_roles(),

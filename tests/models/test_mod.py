@@ -427,6 +427,7 @@ def test_routers_are_stepped_apart_and_never_decay():
     for name, rule in routers.items():
         assert rule.role == ("scalar" if name.endswith("bias") else "router")
         assert name.endswith("bias") or rule.wd_mult == 0
+        assert rule.lr_mult == (0.1 if name.endswith("proj.weight") else 1.0)
 
 
 def test_routers_start_small():
