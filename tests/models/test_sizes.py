@@ -1,6 +1,8 @@
 """Every architecture of next tokens at every size: it can be composed and built, and its parameters and operations are
 those of the closed forms, at full size also of numbers worked out by hand."""
 
+import functools
+
 import pytest
 
 from adapters import build_adapter
@@ -28,6 +30,7 @@ VARIANTS = {
 }
 
 
+@functools.cache
 def built(variant, preset, *more):
     """(adapter without storage, model_cfg)"""
     words = [*VARIANTS[variant], f"preset={preset}", f"model_cfg.vocab_size={VOCABULARY}", *more]
@@ -166,7 +169,7 @@ def test_operations_follow_the_number_that_is_chosen(capacity, length, chosen):
 
 # -- recurrent depth ---------------------------------------------------------------------------------------------------
 
-SPLITS = {4: (1, 2, 1), 6: (1, 4, 1), 8: (2, 4, 2), 12: (3, 6, 3), 16: (4, 8, 4)}
+SPLITS = {4: (1, 2, 1), 6: (1, 4, 1), 8: (2, 4, 2), 12: (3, 6, 3), 16: (4, 8, 4), "null": (2, 4, 2)}
 TURN = 4 * BLOCK + MIX  # weights of one recurrence of four blocks behind their adapter
 MATERIALISED = {1: 8, 8: 36, 32: 132}  # layers that a token passes
 
@@ -175,7 +178,6 @@ MATERIALISED = {1: 8, 8: 36, 32: 132}  # layers that a token passes
 def test_layers_are_split_into_three_parts(layers):
     model = built("rd", "none", f"model_cfg.n_layers={layers}")[0].model
     assert (len(model.prelude), len(model.core), len(model.coda)) == SPLITS[layers]
-    assert len(built("rd", "none", "model_cfg.n_layers=null")[0].model.core) == 4
 
 
 @pytest.mark.parametrize("recurrences", MATERIALISED)
