@@ -24,14 +24,14 @@ ALSO_AFTER = (1, 4, 8, 16, 32)  # recurrences that the command `eval` scores bes
 
 
 class RecurrentDepthAdapter(DefaultModelAdapter):
-    """The score is that after `eval_recurrence` iterations, from noise that depends on the seed and the position alone:
-    rows are independent, and the same text has the same score."""
+    """The score is that after `eval_recurrence` iterations, from noise that depends on the position alone, whatever the
+    seed: rows are independent, and scores and text are of one model."""
 
     console_metrics = ("recurrences",)
 
     def prepare(self, batch: Batch, ctx: Context) -> Prepared:
-        """Also the host's `recurrences`, `retained` and `also_after`, and `seeds` of the state's noise, (B,) int64;
-        (1,) in evaluation."""
+        """Also the host's `recurrences`, `retained` and `also_after`, and in training `seeds` of the state's
+        noise, (B,) int64."""
         prepared = super().prepare(batch, ctx)
         prepared.host |= {"recurrences": self.recurrences(ctx), "retained": None, "also_after": ()}
         if ctx.phase == "train":
@@ -39,7 +39,6 @@ class RecurrentDepthAdapter(DefaultModelAdapter):
             prepared.tensors["seeds"] = (uniform[:, 0] * 2.0**52).to(torch.int64)
             prepared.host["retained"] = self.model_cfg.k_trunc
         else:
-            prepared.tensors["seeds"] = torch.tensor([ctx.seed])
             prepared.host["also_after"] = ALSO_AFTER if ctx.estimates else ()
         return prepared
 
@@ -58,12 +57,12 @@ class RecurrentDepthAdapter(DefaultModelAdapter):
 
     def drawn(self, prepared: Prepared) -> dict[str, Any]:
         of_host = {name: prepared.host[name] for name in ("recurrences", "retained", "also_after")}
-        return super().drawn(prepared) | of_host | {"seeds": prepared.tensors["seeds"]}
+        return super().drawn(prepared) | of_host | {"seeds": prepared.tensors.get("seeds")}
 
     def step_output(self, hidden: Hidden, prepared: Prepared) -> StepOutput:
         output = super().step_output(hidden, prepared)
         recurrences, inputs = prepared.host["recurrences"], prepared.tensors["inputs"]
-        output.metrics |= {"recurrences": Metric(recurrences), **self.heldout_metrics(hidden, prepared)}
+        output.metrics |= {**self.heldout_metrics(hidden, prepared), "recurrences": Metric(recurrences)}
         output.flops = self.model.flops(inputs.shape[1], recurrences).training_per_token * inputs.numel()
         return output
 
@@ -77,11 +76,15 @@ class RecurrentDepthAdapter(DefaultModelAdapter):
 
     def heldout_metrics(self, hidden: Hidden, prepared: Prepared) -> dict[str, Metric]:
         """`state_change`: of a state by the last iteration, in units of its length; near 0 where more of them would
-        change nothing. Where tokens may leave before that, `exits` instead."""
+        change nothing. Where tokens may leave before that, `exits` instead. `recurrences`: that tokens took."""
         weights = prepared.tensors["weights"]
         if "change" not in hidden.extra:
             return self.exits(hidden, weights)
-        return {"state_change": Metric((hidden.extra["change"] * weights).sum(), weights.sum())}
+        changed = (hidden.extra["change"] * weights).sum()
+        return {
+            "recurrences": Metric(prepared.host["recurrences"]),
+            "state_change": Metric(changed, weights.sum()),
+        }
 
     def text_metrics(self, hidden: Hidden) -> dict[str, Metric]:
         return self.exits(hidden, hidden.states.new_ones(hidden.states.shape[:2]))

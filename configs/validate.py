@@ -223,7 +223,10 @@ def _schedule(run: RunConfig) -> list[str]:
     length = decay or (None if run.num_epochs else run.num_iterations)
     if run.warmup_ratio is None and length is not None and run.warmup_steps >= length:
         name = "lr_decay_steps" if decay else "num_iterations"
-        problems.append(f"warmup_steps ({run.warmup_steps}) must be less than {name} ({length})")
+        problems.append(
+            f"warmup_steps ({run.warmup_steps}) must be less than {name} ({length}). Nearest: "
+            f"warmup_steps={length - 1}; or a part of the run, such as warmup_ratio=0.1"
+        )
     if run.min_lr is not None and run.min_lr > run.learning_rate:
         problems.append(f"min_lr ({run.min_lr}) must not exceed learning_rate ({run.learning_rate})")
     return problems + _momentum(run)

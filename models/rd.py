@@ -116,7 +116,13 @@ class RDConfig(DefaultModelConfig, ReadingConfig):
                 f"model_cfg.n_layers ({self.n_layers}) leaves no core between model_cfg.l_p ({prelude}) and "
                 f"model_cfg.l_c ({coda}). Nearest: n_layers={prelude + coda + 1}"
             )
-        elif self.n_layers not in (None, total := prelude + core + coda):
+        if self.r_max is not None and self.r_max < self.mean_recurrence:
+            found.append(
+                f"model_cfg.r_max ({self.r_max}) is below model_cfg.mean_recurrence ({self.mean_recurrence}): "
+                f"almost every step would take r_max, and the depth is to vary. Nearest: "
+                f"r_max={self.mean_recurrence}, or mean_recurrence={self.r_max}"
+            )
+        if core >= 1 and self.n_layers not in (None, total := prelude + core + coda):
             fitting = self.n_layers - prelude - coda
             found.append(
                 f"model_cfg.l_p + model_cfg.l_core + model_cfg.l_c ({prelude} + {core} + {coda} = {total}) must be "

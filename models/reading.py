@@ -112,6 +112,8 @@ class ReadingConfig(ModelConfig):
         found = super().unread()
         if self.exit_criterion == "none":
             found["exit_threshold"] = "exit_criterion=none"
+        if self.kv_budget is not None and not self.shares_entries:
+            found["kv_budget"] = f"a depth of {self.eval_depth} recurrences"
         if self.one_by_one:
             found["draft_recurrence"] = self.one_by_one
         return found

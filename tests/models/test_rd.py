@@ -261,6 +261,7 @@ def test_blocks_are_split_among_the_parts(given, parts):
         ),
         (["n_layers=8", "l_p=5", "l_c=5"], r"n_layers \(8\) leaves no core .* Nearest: n_layers=11"),
         (["r_max=1"], "r_max"),
+        (["r_max=3", "mean_recurrence=9"], r"r_max \(3\) is below .* Nearest: r_max=9, or mean_recurrence=3"),
         (["s0_std=0.0"], "s0_std"),
         (["k_trunc=0"], "k_trunc"),
         (["eval_recurrence=0"], "eval_recurrence"),

@@ -155,7 +155,7 @@ def main(argv: list[str]) -> int:
         return 0
     if generated.metrics:
         told = ", ".join(f"{name} {value:.4g}" for name, value in generated.metrics.items())
-        print(f"measured: {told}", file=sys.stderr)
+        print(f"measured over all tokens read: {told}", file=sys.stderr)
     if generated.speculation is not None:
         print(_of_drafts(generated.speculation), file=sys.stderr)
     return 0

@@ -119,7 +119,7 @@ def test_what_was_measured_of_a_text_is_told_beside_it(command, monkeypatch):
         "adapters.default.DefaultModelAdapter.text_metrics", lambda self, hidden: {"depth": Metric(7.0, 2.0)}
     )
     out, err = generate(command, "--prompt", "01", "--ignore_document_end")
-    assert "measured: depth 3.5\n" in err and "measured" not in out
+    assert "measured over all tokens read: depth 3.5\n" in err and "measured" not in out
 
 
 @pytest.mark.parametrize(("encoding", "written"), [("ascii", b"\\xfc"), ("cp1252", b"\xfc")])
