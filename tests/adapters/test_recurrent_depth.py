@@ -101,7 +101,7 @@ def test_the_command_scores_other_depths_beside_its_own():
 
 
 def test_what_a_step_reports():
-    """Its depth, the operations of that depth, and how far the last iteration moved; an evaluation all but the operations."""
+    """Its depth, the operations of that depth, and how far the last iteration moved; an evaluation no operations."""
     adapter = adapter_of("rd", "model_cfg.k_trunc=3")
     prepared = adapter.prepare(batch_for(adapter), context())
     costs = {}
