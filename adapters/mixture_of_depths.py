@@ -8,6 +8,7 @@ Shapes: B rows, S positions, R routed blocks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +30,8 @@ __all__ = ["MixtureOfDepthsAdapter"]
 
 class MixtureOfDepthsAdapter(DefaultModelAdapter):
     """Terms: `ce_topk`, which is no likelihood, and `bce`, of the logits of entering against the choice, a mean over
-    routed blocks, where these are learned. Metrics of training: `largest_router_weight`, the greatest magnitude of a
-    score; `foretold_share`, of tokens that would enter of themselves; `routing_accuracy_<layer>`, of positions where
+    routed blocks, where these are learned. Metrics of training: `largest_router_score`, the greatest magnitude of
+    one; `foretold_share`, of tokens that would enter of themselves; `routing_accuracy_<layer>`, of positions where
     that is the choice.
 
     Of held-out text: `used_share`, of tokens that entered a routed block; `ce_topk`, nats per token of the same text
@@ -40,15 +41,18 @@ class MixtureOfDepthsAdapter(DefaultModelAdapter):
     console_metrics = ("foretold_share",)
 
     def prepare(self, batch: Batch, ctx: Context) -> Prepared:
-        """Also the denominator `positions`, `choose` for the host, and `row_seeds` (B,) int64 of a random router: in
-        evaluation the same for all rows, so that a score depends on the text alone."""
+        """Also the denominator `positions`, `choose` for the host, and in training `row_seeds` (B,) int64 of a random
+        router: in evaluation its scores are the same for all rows, as in text, so that a score depends on the text
+        alone. For the host of an evaluation `lengths`: of each row up to the last target that counts."""
         prepared = super().prepare(batch, ctx)
         training = ctx.phase == "train"
         prepared.denominators["positions"] = float(batch.weights.size)
         prepared.host["choose"] = training
-        if self.model_cfg.router_type == "random":
-            rows = batch.rows if training else np.zeros_like(batch.rows)
-            uniform = Noise(ctx.seed, ctx.step, ctx.phase, rows).uniform("router", 1)
+        if not training:
+            counted = batch.weights[:, ::-1] > 0
+            prepared.host["lengths"] = (counted.shape[1] - counted.argmax(axis=1)).tolist()
+        elif self.model_cfg.router_type == "random":
+            uniform = Noise(ctx.seed, ctx.step, ctx.phase, batch.rows).uniform("router", 1)
             prepared.tensors["row_seeds"] = (uniform[:, 0] * 2.0**52).to(torch.int64)
         return prepared
 
@@ -65,7 +69,7 @@ class MixtureOfDepthsAdapter(DefaultModelAdapter):
             wrong = F.binary_cross_entropy_with_logits(logit, chosen.to(logit.dtype), reduction="sum")
             weight = self.model_cfg.mod_bce_weight
             output.terms["bce"] = LossTerm(wrong / len(logit), "positions", weight, likelihood=False)
-        output.metrics["largest_router_weight"] = Metric(told["score"].detach().abs().max(), reduce="max")
+        output.metrics["largest_router_score"] = Metric(told["score"].detach().abs().max(), reduce="max")
         output.metrics["foretold_share"] = _share(logit > 0)
         output.metrics |= self._accuracies(told, torch.ones_like(chosen[0]))
         return output
@@ -79,15 +83,28 @@ class MixtureOfDepthsAdapter(DefaultModelAdapter):
         }
 
     def heldout_metrics(self, hidden: Hidden, prepared: Prepared) -> dict[str, Metric]:
-        t = prepared.tensors
-        counted = t["weights"] > 0
-        choosing = self.hidden(replace(prepared, host={**prepared.host, "choose": True}))
-        total, _, _ = self.head_loss(choosing.states, t["targets"], t["weights"])
-        return {
-            "used_share": _share(hidden.extra["entered"], counted),
-            "ce_topk": Metric(total, t["weights"].sum()),
-            **self._accuracies(choosing.extra, counted),
-        }
+        metrics = {"used_share": _share(hidden.extra["entered"], prepared.tensors["weights"] > 0)}
+        for part in self._unpadded(prepared):
+            t, choosing = part.tensors, self.hidden(part)
+            total, _, _ = self.head_loss(choosing.states, t["targets"], t["weights"])
+            more = {"ce_topk": Metric(total, t["weights"].sum())}
+            more |= self._accuracies(choosing.extra, t["weights"] > 0)
+            for name, metric in more.items():
+                before = metrics.get(name, Metric(0.0, 0.0))
+                metrics[name] = Metric(before.sum + metric.sum, before.count + metric.count)
+        return metrics
+
+    def _unpadded(self, prepared: Prepared) -> Iterator[Prepared]:
+        """Rows of one length at a time, to be read under the choice: padding, of which a batch has more or less, would
+        raise the number that is chosen, and be chosen."""
+        lengths, host = np.array(prepared.host["lengths"]), {**prepared.host, "choose": True}
+        if (lengths == prepared.tensors["weights"].shape[1]).all():
+            yield replace(prepared, host=host)
+            return
+        for length in np.unique(lengths).tolist():
+            rows = torch.from_numpy(np.flatnonzero(lengths == length)).to(self.device)
+            names = ("inputs", "doc_ids", "targets", "weights")
+            yield Prepared({name: prepared.tensors[name][rows, :length] for name in names}, {}, host)
 
     def text_metrics(self, hidden: Hidden) -> dict[str, Metric]:
         return {"used_share": _share(hidden.extra["entered"])}

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from adapters.base import GenerateOptions, Metric
-from tests.contract.tiny import adapter_of, batch_for, context, loss_and_gradients, split
+from tests.contract.tiny import adapter_of, batch_for, batch_of, context, loss_and_gradients, split
 
 RANDOM, AUX = "model_cfg.router_type=random", "model_cfg.causal_method=aux_loss"
 DEEPER = "model_cfg.n_layers=4"
@@ -99,7 +99,7 @@ def test_random_scores_are_of_each_row_and_step_and_in_evaluation_of_neither():
         return adapter.prepare(batch, context(**given)).tensors["row_seeds"]
 
     assert len(seeds().unique()) == 4 and not torch.equal(seeds(), seeds(step=1))
-    assert len(seeds(phase="eval").unique()) == 1
+    assert "row_seeds" not in adapter.prepare(batch, context(phase="eval")).tensors, "those of text"
     assert torch.equal(scored(adapter, batch).nats, scored(adapter, batch).nats)
 
 
@@ -113,12 +113,12 @@ def test_training_tells_of_its_routing():
     metrics = adapter(prepared).metrics
     told = adapter.hidden(prepared).extra
     assert metrics.keys() == {
-        "largest_router_weight",
+        "largest_router_score",
         "foretold_share",
         "routing_accuracy_1",
         "routing_accuracy_3",
     }
-    largest = metrics["largest_router_weight"]
+    largest = metrics["largest_router_score"]
     assert largest.reduce == "max" and float(largest.sum) == float(told["score"].detach().abs().max())
     assert value(metrics["foretold_share"]) == 1
     assert value(metrics["routing_accuracy_1"]) == value(metrics["routing_accuracy_3"]) == 4 / 32
@@ -154,6 +154,18 @@ def test_rows_of_padding_count_in_no_figure():
     for name, metric in alone.items():
         assert value(found[name]) == pytest.approx(value(metric), rel=1e-12), name
         assert float(found[name].count) == float(metric.count) > 0, name
+
+
+def test_padding_of_a_row_is_not_chosen():
+    """Whatever a short row is padded to, its figures are those of its own tokens."""
+    adapter = adapter_of("mod", DEEPER, dtype=torch.float64)
+    batch, short = batch_for(adapter), 12
+    alone = scored(adapter, batch_of(batch.tokens[1:2, : short + 1])).metrics
+    batch.weights[[0, 2, 3]] = 0
+    batch.weights[1, short:] = 0
+    found = scored(adapter, batch).metrics
+    for name, metric in alone.items():
+        assert value(found[name]) == pytest.approx(value(metric), rel=1e-12), name
 
 
 @pytest.mark.parametrize(("answer", "share"), [(50.0, 1.0), (-50.0, 0.0)])

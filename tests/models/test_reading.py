@@ -276,7 +276,7 @@ def test_scores_keep_the_entries_of_one_recurrence(monkeypatch):
         ({"exit_criterion": "cosine"}, {}),
         ({"exit_criterion": "kl"}, {"draft_recurrence": "exit_criterion=kl"}),
         ({"exit_criterion": "cosine", "kv_budget": 2}, {"draft_recurrence": "kv_budget=2"}),
-        ({"exit_criterion": "cosine", "kv_budget": 32}, {}),
+        ({"exit_criterion": "cosine", "kv_budget": 32}, {"kv_budget": "a depth of 32 recurrences"}),
         ({"exit_criterion": "kl", "exit_threshold": 0.0}, {}),
     ],
 )
