@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["INIT_STD", "normal_", "residual_std", "truncated_normal_"]
+__all__ = ["INIT_STD", "normal_", "residual_std", "truncated_normal_", "uniform_"]
 
 INIT_STD = 0.02  # GPT-2, and since then almost everyone
 
@@ -36,8 +36,18 @@ def truncated_normal_(tensor: Tensor, std: float, bound: float, generator: torch
     tensor.copy_(draw)
 
 
+@torch.no_grad()
+def uniform_(tensor: Tensor, std: float, generator: torch.Generator) -> None:
+    """As `normal_`, evenly between -sqrt(3) std and sqrt(3) std."""
+    if not tensor.is_meta:
+        bound = 3**0.5 * std
+        tensor.copy_(_room(tensor, generator).uniform_(-bound, bound, generator=generator))
+
+
 def _normal(like: Tensor, std: float, generator: torch.Generator) -> Tensor:
+    return _room(like, generator).normal_(0.0, std, generator=generator)
+
+
+def _room(like: Tensor, generator: torch.Generator) -> Tensor:
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return torch.empty(like.shape, dtype=dtype, device=generator.device).normal_(
-        0.0, std, generator=generator
-    )
+    return torch.empty(like.shape, dtype=dtype, device=generator.device)
