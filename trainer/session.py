@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Session", "open_session", "total_steps"]
 
+VARIANTS = 8  # of a block that are compiled: torch's own limit for one piece of code
+
 
 @dataclass
 class Session:
@@ -165,8 +167,7 @@ def open_session(
     if cfg.gradient_checkpointing:
         _recompute_blocks(adapter)
     if compiled:
-        for path in adapter.blocks():
-            adapter.model.get_submodule(path).compile()
+        _compile_blocks(adapter)
     optimizers = build_optimizers(
         adapter.named_model_parameters(), adapter.param_roles(), cfg, adapter.width, adapter.kernels
     )
@@ -199,6 +200,15 @@ def open_session(
         not_compiled=not_compiled,
         total_steps=steps,
     )
+
+
+def _compile_blocks(adapter: ModelAdapter) -> None:
+    """One by one. Blocks of one class share their code, and with it the number of variants that the compiler makes of
+    it before it runs the rest eagerly: each may have as many as one alone could."""
+    blocks, config = adapter.blocks(), torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, VARIANTS * len(blocks))
+    for path in blocks:
+        adapter.model.get_submodule(path).compile()
 
 
 def _recompute_blocks(adapter: ModelAdapter) -> None:
