@@ -535,6 +535,11 @@ class ModelAdapter(nn.Module):
         return ""
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What is said of the model at the start of a run, and by `show`: what its fields do not tell."""
+        return ()
+
+    @property
     def width(self) -> int:
         """The width that learning rates scale with."""
         return self.model_cfg.d_model

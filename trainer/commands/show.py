@@ -93,6 +93,7 @@ def describe(cfg: RunConfig, model_cfg: ModelConfig, vocab_size: int | None = No
             "trainable": sum(r["parameters"] for r in roles if r["optimizer"] != "frozen"),
         },
         "roles": roles,
+        "notes": list(adapter.notes),
         "flops_per_token": {"forward": flops.forward_per_token, "training": flops.training_per_token},
         "tokens_per_step": tokens_per_step,
         "steps": None if tokens is None else cfg.num_iterations,
@@ -186,6 +187,7 @@ def _page(d: dict[str, Any]) -> str:
     lines.append(f"  {'total':<12}{d['parameters']['total']:>15,}  ({human(d['parameters']['total'])})")
     if (active := d["parameters"].get("active")) is not None:
         lines.append(f"  {'active':<12}{active:>15,}  ({human(active)}) per token")
+    lines += d["notes"]
     f = d["flops_per_token"]
     lines += [
         "",

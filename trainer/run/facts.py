@@ -141,6 +141,7 @@ def _banner(s: Session, manifest: dict[str, Any], path: Path) -> list[str]:
         f"{'compiled blocks' if s.compiled else 'eager'}{s.not_compiled and f' ({s.not_compiled})'} · {cfg.optimizer}",
         f"kernels {_in_words(manifest['kernels'])}",
         *([f"depends on how a step is split: {split}"] if split else []),
+        *s.adapter.notes,
         f"run folder {path}",
     ]
 
