@@ -37,6 +37,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         "block diffusion (Arriola et al. 2025)",
         own_words={"block_size": "the block is model_cfg.block_length, the context model_cfg.n_ctx"},
     ),
+    "current_best_gpt": Architecture(
+        "models.current_best_gpt:CurrentBestGPT",
+        "adapters.current_best:CurrentBestAdapter",
+        "the NanoGPT speedrun at two of its records (Jordan et al. 2024-2026)",
+        aliases={"current-best": {}},
+    ),
     "d3pm": Architecture(
         "models.d3pm:D3PM",
         "adapters.diffusion.d3pm:D3PMAdapter",

@@ -1,0 +1,124 @@
+"""Next-token prediction of `current_best_gpt`: further tokens and prefixes as targets of the same logits, and what
+changes over the run.
+
+Shapes: B rows, S positions, n targets of each, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adapters.base import Context, DataSpec, LossTerm, Prepared, StepOutput
+from adapters.default import DefaultModelAdapter, nth
+from kernels.linear_cross_entropy import IGNORED, linear_cross_entropy
+from models.current_best.stages import nearest_to_mean, prefix_weight, stage_at, target_weights
+from models.layers.decoder import Hidden
+
+if TYPE_CHECKING:
+    from data.rows import Batch
+    from data.tokenizers import Tokenizer
+
+__all__ = ["CurrentBestAdapter", "prefixes"]
+
+
+class CurrentBestAdapter(DefaultModelAdapter):
+    """Loss terms: `ce`, the next token's, whose gradient is that of all targets; beside it, weighing nothing, what the
+    others are: `future`, each of the tokens behind it times its weight, and `prefix`."""
+
+    fitted = MappingProxyType({"frequencies": "run", "score_scale": "run"})
+    done = 0.0  # share of the run behind this step
+
+    def data_spec(self) -> DataSpec:
+        return DataSpec(lookahead=len(self.model_cfg.of("mtp_weights")))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.model.notes
+
+    @cached_property
+    def prefix_table(self) -> Tensor:
+        """(V,) int64, on the CPU."""
+        return torch.from_numpy(prefixes(self.tokenizer))
+
+    def prepare(self, batch: Batch, ctx: Context) -> Prepared:
+        """As the base; where targets may lie behind a document's end, its end does not keep them from counting. Also
+        `prefix_targets` (B, S), `IGNORED` where a target has no prefix, in training."""
+        prepared = super().prepare(batch, ctx)
+        t = prepared.tensors
+        if not self.model_cfg.mask_shifts_at_docs:
+            for k in range(2, self.data_spec().lookahead + 1):
+                t[nth("weights", k)] = t["weights"]
+                prepared.denominators[nth("tokens", k)] = prepared.denominators["tokens"]
+        if ctx.phase == "train" and self.model_cfg.of("prefix_weights"):
+            t["prefix_targets"] = self.prefix_table[t["targets"]]
+        return prepared
+
+    def on_step_start(self, ctx: Context, total_steps: int) -> None:
+        super().on_step_start(ctx, total_steps)
+        cfg, self.done = self.model_cfg, ctx.step / total_steps
+        stages = cfg.stages
+        stage = {
+            "drawn": stage_at(stages, self.done),
+            "mean": nearest_to_mean(stages),
+            "most": len(stages) - 1,
+        }[ctx.of_draws]
+        if stage != self.stage:
+            self.model.set_stage(stage)
+            self.stage = stage
+        self.model.tied = self.done < cfg.of("tie_until")
+
+    stage: int | None = None  # None: what the model was built or loaded with is not known
+
+    def step_output(self, hidden: Hidden, prepared: Prepared) -> StepOutput:
+        cfg, t = self.model_cfg, prepared.tensors
+        weights = target_weights(cfg.of("mtp_weights"), self.done)
+        targets = [t[nth("targets", k)] for k in range(1, len(weights) + 1)]
+        weighs = [w * t[nth("weights", k)] for k, w in enumerate(weights, 1)]
+        if "prefix_targets" in t:
+            targets.append(t["prefix_targets"])
+            weighs.append(prefix_weight(cfg.of("prefix_weights"), self.done) * t["weights"])
+        total, nats, z = linear_cross_entropy(
+            hidden.states.flatten(0, 1),
+            hidden.extra.get("head", self.model.head_weight),
+            torch.stack(targets, -1).flatten(0, 1),
+            torch.stack(weighs, -1).flatten(0, 1),
+            vocab_size=None if cfg.pad_in_loss else cfg.vocab_size,
+            kernels=self.kernels,
+            softcap=self.model.logit_softcap,
+            z_loss=self.z_loss,
+        )
+        each = (nats * torch.stack(weighs, -1).flatten(0, 1)).sum(0)  # (n,)
+        gradient = total - total.detach()  # 0, with the gradient of all
+        term = LossTerm(each[0] + gradient, "tokens")
+        if z is not None:
+            term.z_loss = self.z_loss * (z * sum(w.flatten() for w in weighs)).sum()
+        terms = {"ce": term}
+        further = len(weights)
+        if further > 1:
+            terms["future"] = LossTerm(each[1:further].sum(), "tokens", weight=0.0, likelihood=False)
+        if "prefix_targets" in t:
+            terms["prefix"] = LossTerm(each[further], "tokens", weight=0.0, likelihood=False)
+        return StepOutput(terms)
+
+
+def prefixes(tokenizer: Tokenizer) -> np.ndarray:
+    """(V,) int64: the longest token whose bytes begin those of each token and are fewer, `IGNORED` where there is
+    none."""
+    found = np.full(tokenizer.vocab_size, IGNORED, dtype=np.int64)
+    lengths = tokenizer.token_bytes
+    if lengths.max() < 2:
+        return found
+    spelled = {token: tokenizer.decode([token]) for token in np.flatnonzero(lengths).tolist()}
+    tokens = {text: token for token, text in reversed(spelled.items())}
+    for token, text in spelled.items():
+        for end in range(len(text) - 1, 0, -1):
+            if text[:end] in tokens:
+                found[token] = tokens[text[:end]]
+                break
+    return found
