@@ -16,6 +16,7 @@ RANDOM, AUX = "model_cfg.router_type=random", "model_cfg.causal_method=aux_loss"
 DEEPER = "model_cfg.n_layers=4"
 
 
+@torch.no_grad()
 def scored(adapter, batch, rows=4):
     return adapter.eval().likelihood(batch, context(rows, phase="eval"))
 
