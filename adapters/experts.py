@@ -63,8 +63,8 @@ class ExpertsAdapter(DefaultModelAdapter):
             return prepared
         prepared.denominators |= {"rows": float(len(batch.rows)), "positions": float(batch.weights.size)}
         if ctx.phase == "train" and self.experts_cfg.jitter_noise:
-            uniform = Noise(ctx.seed, ctx.step, ctx.phase, batch.rows).uniform("router", 1)
-            prepared.tensors["row_seeds"] = (uniform[:, 0] * 2.0**52).to(torch.int64)
+            noise = Noise(ctx.seed, ctx.step, ctx.phase, batch.rows)
+            prepared.tensors["row_seeds"] = noise.seeds("router")
         return prepared
 
     def drawn(self, prepared: Prepared) -> dict[str, Any]:

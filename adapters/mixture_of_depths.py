@@ -52,8 +52,8 @@ class MixtureOfDepthsAdapter(DefaultModelAdapter):
             counted = batch.weights[:, ::-1] > 0
             prepared.host["lengths"] = (counted.shape[1] - counted.argmax(axis=1)).tolist()
         elif self.model_cfg.router_type == "random":
-            uniform = Noise(ctx.seed, ctx.step, ctx.phase, batch.rows).uniform("router", 1)
-            prepared.tensors["row_seeds"] = (uniform[:, 0] * 2.0**52).to(torch.int64)
+            noise = Noise(ctx.seed, ctx.step, ctx.phase, batch.rows)
+            prepared.tensors["row_seeds"] = noise.seeds("router")
         return prepared
 
     def drawn(self, prepared: Prepared) -> dict[str, Any]:

@@ -67,6 +67,10 @@ class Noise:
         words = np.stack([first, second], axis=-1).reshape(len(self.rows), -1)[:, :count]
         return torch.from_numpy((words.astype(np.float64) + 0.5) * 2.0**-52)
 
+    def seeds(self, stream: str) -> Tensor:
+        """(B,) int64, one for each row: of what a network draws itself (`models/layers/hashing.py`)."""
+        return (self.uniform(stream, 1)[:, 0] * 2.0**52).to(torch.int64)
+
     def stratified(self, stream: str, rows_in_step: int, per_row: int = 1) -> Tensor:
         """(B, per_row) fp64 in (0, 1): over the whole step, one number in each of rows_in_step * per_row strata.
 

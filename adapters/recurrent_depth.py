@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from adapters.base import Context, Metric, Prepared, StepOutput
@@ -35,8 +34,8 @@ class RecurrentDepthAdapter(DefaultModelAdapter):
         prepared = super().prepare(batch, ctx)
         prepared.host |= {"recurrences": self.recurrences(ctx), "retained": None, "also_after": ()}
         if ctx.phase == "train":
-            uniform = Noise(ctx.seed, ctx.step, ctx.phase, batch.rows).uniform("state", 1)
-            prepared.tensors["seeds"] = (uniform[:, 0] * 2.0**52).to(torch.int64)
+            noise = Noise(ctx.seed, ctx.step, ctx.phase, batch.rows)
+            prepared.tensors["seeds"] = noise.seeds("state")
             prepared.host["retained"] = self.model_cfg.k_trunc
         else:
             prepared.host["also_after"] = ALSO_AFTER if ctx.estimates else ()
