@@ -51,6 +51,23 @@ def matrices(tensor: torch.Tensor, split: int | tuple[int, ...]) -> list[torch.T
     return [part for matrix in stack for part in matrix.split(rows, dim=0)]
 
 
+def assert_steps_equal(optimizer, references) -> None:
+    """Four steps of random gradients; `references`: of each matrix of the optimizer's one group, in their order."""
+    (group,) = optimizer.param_groups
+    pairs = list(zip(group["params"], group["splits"], strict=True))
+    for _ in range(4):
+        gradients = []
+        for p, split in pairs:
+            p.grad = torch.randn_like(p)
+            gradients += matrices(p.grad, split)
+        for reference, gradient in zip(references, gradients, strict=True):
+            reference.step(gradient)
+        optimizer.step()
+    ours = [matrix for p, split in pairs for matrix in matrices(p.detach(), split)]
+    for weight, reference in zip(ours, references, strict=True):
+        torch.testing.assert_close(weight, reference.weight, rtol=0, atol=1e-11)
+
+
 @pytest.mark.parametrize("scale", ["spectral", "rms"])
 def test_equals_the_reference_matrix_by_matrix(scale):
     torch.manual_seed(0)
@@ -64,17 +81,7 @@ def test_equals_the_reference_matrix_by_matrix(scale):
     optimizer = Muon(
         [{"params": params, "splits": splits}], lr=0.03, momentum=0.9, weight_decay=0.2, scale=scale
     )
-    for _ in range(4):
-        gradients = []
-        for p, split in zip(params, splits, strict=True):
-            p.grad = torch.randn_like(p)
-            gradients += matrices(p.grad, split)
-        for reference, gradient in zip(references, gradients, strict=True):
-            reference.step(gradient)
-        optimizer.step()
-    ours = [m for p, split in zip(params, splits, strict=True) for m in matrices(p.detach(), split)]
-    for weight, reference in zip(ours, references, strict=True):
-        torch.testing.assert_close(weight, reference.weight, rtol=0, atol=1e-11)
+    assert_steps_equal(optimizer, references)
 
 
 @pytest.mark.parametrize(("scale", "adjust"), [("spectral", "original"), ("rms", "match_rms_adamw")])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from tests.trainer.optim.test_muon import SHAPES, matrices, orthogonalise_one
+from tests.trainer.optim.test_muon import SHAPES, assert_steps_equal, matrices, orthogonalise_one
 from trainer.optim.normuon import NorMuon
 
 
@@ -45,17 +45,7 @@ def test_equals_the_reference_matrix_by_matrix():
     optimizer = NorMuon(
         [{"params": params, "splits": splits}], lr=0.03, momentum=0.9, beta2=0.8, weight_decay=0.2
     )
-    for _ in range(4):
-        gradients = []
-        for p, split in zip(params, splits, strict=True):
-            p.grad = torch.randn_like(p)
-            gradients += matrices(p.grad, split)
-        for reference, gradient in zip(references, gradients, strict=True):
-            reference.step(gradient)
-        optimizer.step()
-    ours = [m for p, split in zip(params, splits, strict=True) for m in matrices(p.detach(), split)]
-    for weight, reference in zip(ours, references, strict=True):
-        torch.testing.assert_close(weight, reference.weight, rtol=0, atol=1e-11)
+    assert_steps_equal(optimizer, references)
 
 
 @pytest.mark.parametrize("shape", [(24, 10), (10, 24), (16, 16)])
