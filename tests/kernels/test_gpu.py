@@ -42,9 +42,7 @@ SMALL = [
 
 def refusal(op: str, name: str, sample: Sample, device: torch.device, dtype: torch.dtype) -> str:
     """Why the implementation cannot run this call; "" if it can."""
-    visible, q = sample.options.get("visible"), sample.tensors.get("q")
-    known: dict[str, Any] = {} if visible is None else {"facts": visible.facts, "columns": q.shape[-1]}
-    return Kernels().lacking(op, name, Call(device, dtype, **known))
+    return Kernels().lacking(op, name, Call(device, dtype, **sample.known))
 
 
 def check(op: str, name: str, size: Size, where: str, dtype: torch.dtype) -> None:
