@@ -557,6 +557,11 @@ class ModelAdapter(nn.Module):
         """Parameters under the names that roles, checkpoints and optimizer state use. Shared ones once."""
         return self.model.named_parameters()
 
+    def counted_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Those that counts are of: of a pair that is one matrix for now (`twins` of the model) the first alone."""
+        twins = getattr(self.model, "twins", ())
+        return [(name, p) for name, p in self.named_model_parameters() if name not in twins]
+
     def is_external(self, name: str) -> bool:
         """Whether a parameter or buffer of the model belongs to a part that comes from elsewhere."""
         return any(name.startswith(f"{path}.") for path in self.external())

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adapters.base import Context, DataSpec, LossTerm, Prepared, StepOutput
 from adapters.default import DefaultModelAdapter, nth
-from kernels.linear_cross_entropy import IGNORED, linear_cross_entropy
+from kernels.linear_cross_entropy import IGNORED
 from models.current_best.stages import nearest_to_mean, prefix_weight, stage_at, target_weights
 from models.layers.decoder import Hidden
 
@@ -83,21 +83,20 @@ class CurrentBestAdapter(DefaultModelAdapter):
         if "prefix_targets" in t:
             targets.append(t["prefix_targets"])
             weighs.append(prefix_weight(cfg.of("prefix_weights"), self.done) * t["weights"])
-        total, nats, z = linear_cross_entropy(
-            hidden.states.flatten(0, 1),
-            hidden.extra.get("head", self.model.head_weight),
-            torch.stack(targets, -1).flatten(0, 1),
-            torch.stack(weighs, -1).flatten(0, 1),
-            vocab_size=None if cfg.pad_in_loss else cfg.vocab_size,
-            kernels=self.kernels,
-            softcap=self.model.logit_softcap,
-            z_loss=self.z_loss,
+        weight = torch.stack(weighs, -1)  # (B, S, n)
+        total, nats, z = self.head_loss(
+            hidden.states,
+            torch.stack(targets, -1),
+            weight,
+            hidden.extra.get("head"),
+            self.z_loss,
+            padding=cfg.pad_in_loss,
         )
-        each = (nats * torch.stack(weighs, -1).flatten(0, 1)).sum(0)  # (n,)
+        each = (nats * weight).sum((0, 1))  # (n,)
         gradient = total - total.detach()  # 0, with the gradient of all
         term = LossTerm(each[0] + gradient, "tokens")
         if z is not None:
-            term.z_loss = self.z_loss * (z * sum(w.flatten() for w in weighs)).sum()
+            term.z_loss = self.z_loss * (z * weight.sum(-1)).sum()
         terms = {"ce": term}
         further = len(weights)
         if further > 1:

@@ -136,22 +136,25 @@ class DefaultModelAdapter(ModelAdapter):
         head: Tensor | None = None,
         z_loss: float = 0.0,
         sparing: bool = False,
+        padding: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Weighted sum of nats + z_loss * z, (), nats of every position, (B, S), and z, (B, S), the square of its
-        log-normaliser (None without `z_loss`), both unweighted and detached. `sparing` keeps no logits until the
-        backward. Logits are capped as the model's are (`logit_softcap`, where it has one)."""
+        log-normaliser (None without `z_loss`), both unweighted and detached. Targets and weights of (B, S, n) are n for
+        each position, predicted by the same logits, and so are their nats. `sparing` keeps no logits until the
+        backward; with `padding` columns beyond the vocabulary take part too. Logits are capped as the model's are
+        (`logit_softcap`, where it has one)."""
         total, nats, z = linear_cross_entropy(
             states.flatten(0, 1),
             self.model.head_weight if head is None else head,
-            targets.flatten(),
-            None if weights is None else weights.flatten(),
-            vocab_size=self.model_cfg.vocab_size,
+            targets.flatten(0, 1),
+            None if weights is None else weights.flatten(0, 1),
+            vocab_size=None if padding else self.model_cfg.vocab_size,
             kernels=self.kernels,
             softcap=getattr(self.model, "logit_softcap", None),
             z_loss=z_loss,
             sparing=sparing,
         )
-        return total, nats.view_as(targets), None if z is None else z.view_as(targets)
+        return total, nats.view_as(targets), None if z is None else z.view(targets.shape[:2])
 
     def likelihood(self, batch: Batch, ctx: Context) -> Likelihood:
         prepared = self.prepare(batch, ctx).to(self.device)

@@ -356,6 +356,11 @@ class CurrentBestGPT(Decoder):
         facts = training_facts(seq_len, window=long)
         return {"attention": attention_call(facts, heads=(heads, heads), width=self.cfg.head_width)}
 
+    @property
+    def twins(self) -> tuple[str, ...]:
+        """Parameters that are one matrix with another when a run begins."""
+        return ("lm_head.weight",) if self.cfg.of("tie_until") else ()
+
     def active_parameters(self) -> int:
         """Those that multiply: tables are looked up."""
         return sum(p.numel() for p in self.parameters()) - self.looked_up
@@ -368,11 +373,14 @@ class CurrentBestGPT(Decoder):
     @property
     def notes(self) -> tuple[str, ...]:
         cfg, record = self.cfg, RECORDS[self.cfg.record]
-        found = [f"{self.looked_up:,} of the parameters are looked up, {self.active_parameters():,} multiply"]
+        pair = self.lm_head.weight.numel() if self.twins else 0
+        found = [
+            f"{self.looked_up - pair:,} of the parameters are looked up alone, {self.active_parameters():,} multiply"
+        ]
         if until := cfg.of("tie_until"):
             found.append(
-                f"embedding and head are one matrix of {self.lm_head.weight.numel():,} for the first {until:.1%} of "
-                f"the steps, and counted as two"
+                f"embedding and head are one matrix of {pair:,} for the first {until:.1%} of the steps, and counted "
+                f"so; behind them both learn on: {pair:,} parameters more"
             )
         if cfg.depth != record["n_layers"]:
             found.append(

@@ -310,9 +310,14 @@ def test_what_is_not_the_records_depth_is_said_and_what_is_looked_up_apart():
     adapter = adapter_of("current_best_gpt")
     text = "\n".join(adapter.notes)
     assert "the 11 layers of record89 laid over 2" in text and "paired heads 0" in text
-    looked_up = sum(p.numel() for n, p in adapter.named_model_parameters() if "embed" in n or "table" in n)
-    assert f"{looked_up:,} of the parameters are looked up" in text
-    assert adapter.active_parameters() == sum(p.numel() for p in adapter.parameters()) - looked_up
+    named = dict(adapter.named_model_parameters())
+    looked_up = sum(p.numel() for n, p in named.items() if "table" in n)
+    counted = dict(adapter.counted_parameters())
+    assert set(named) - set(counted) == {"lm_head.weight"}, "with the embedding, once"
+    assert f"{looked_up:,} of the parameters are looked up alone" in text
+    assert adapter.active_parameters() == sum(p.numel() for p in counted.values()) - looked_up
+    apart = adapter_of("current_best_gpt", "model_cfg.tie_until=0.0")
+    assert dict(apart.counted_parameters()).keys() == named.keys()
 
 
 # -- counts, found outside of the code --------------------------------------------------------------------------------

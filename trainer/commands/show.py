@@ -71,13 +71,13 @@ def describe(cfg: RunConfig, model_cfg: ModelConfig, vocab_size: int | None = No
     unit = adapter_class(cfg).unit(model_cfg)
     tokenizer = _vocabulary(cfg, unit, vocab_size if getattr(model_cfg, "vocab_size", None) is None else None)
     adapter = build_adapter(cfg, model_cfg, tokenizer, "meta")
-    roles = role_table(adapter.named_model_parameters(), adapter.param_roles(), cfg, adapter.width)
+    roles = role_table(adapter.counted_parameters(), adapter.param_roles(), cfg, adapter.width)
     flops = adapter.flops(cfg.train_seq_len)
     given = cfg.batch_size if isinstance(cfg.batch_size, int) else None
     world = cfg.num_gpus if isinstance(cfg.num_gpus, int) else 1
     plan = plan_run(cfg, given, world)
     tokens_per_step = plan.rows * cfg.train_seq_len
-    total = sum(p.numel() for p in adapter.parameters())
+    total = sum(p.numel() for _, p in adapter.counted_parameters())
     active = adapter.active_parameters()
     stages = stages_of(cfg, cfg.num_iterations)
     tokens = (
@@ -87,6 +87,7 @@ def describe(cfg: RunConfig, model_cfg: ModelConfig, vocab_size: int | None = No
         "type": cfg.type,
         "preset": cfg.preset,
         "vocab_size": adapter.model_cfg.vocab_size,
+        "blocks": len(adapter.blocks()),
         "parameters": {
             "total": total,
             **({} if active is None else {"active": active}),
@@ -234,6 +235,8 @@ def _list_row(name: str, text: str, vocab_size: int | None) -> dict[str, Any]:
     except ValueError as error:
         return {"file": name, "description": text, "problem": str(error)}
     sizes = {k: getattr(model_cfg, k, None) for k in ("n_layers", "n_heads", "d_model")}
+    if "n_layers" in type(model_cfg).model_fields and sizes["n_layers"] is None:  # follows from another field
+        sizes["n_layers"] = found["blocks"]
     return {
         "file": name,
         "description": text,

@@ -86,7 +86,7 @@ def kernels_of(s: Session) -> dict[str, dict[str, str]]:
 
 
 def _manifest(s: Session) -> dict[str, Any]:
-    roles = role_table(s.adapter.named_model_parameters(), s.adapter.param_roles(), s.cfg, s.adapter.width)
+    roles = role_table(s.adapter.counted_parameters(), s.adapter.param_roles(), s.cfg, s.adapter.width)
     by_role: dict[str, int] = {}
     for row in roles:
         by_role[row["role"]] = by_role.get(row["role"], 0) + row["parameters"]
@@ -119,7 +119,7 @@ def _manifest(s: Session) -> dict[str, Any]:
 def parameters_of(s: Session) -> dict[str, int]:
     """`total`, and `active` where not all of them act on a token."""
     active = s.adapter.active_parameters()
-    total = sum(p.numel() for _, p in s.adapter.named_model_parameters())
+    total = sum(p.numel() for _, p in s.adapter.counted_parameters())
     return {"total": total, **({} if active is None else {"active": active})}
 
 
