@@ -141,6 +141,17 @@ KERNELS: dict[str, Kernel] = {
         },
         rule="kernels.grouped_linear:choose",
     ),
+    "causal_conv1d": Kernel(
+        "kernels.causal_conv1d:causal_conv1d",
+        description="short convolution over tokens, channel by channel",
+        implementations={REFERENCE: Implementation("kernels.causal_conv1d.reference:reference")},
+        compiled_with_neighbours=True,
+    ),
+    "ssd": Kernel(
+        "kernels.ssd:ssd",
+        description="states whose decay is one number a head (version 2 of mamba)",
+        implementations={REFERENCE: Implementation("kernels.ssd.reference:reference")},
+    ),
     "newton_schulz": Kernel(
         "kernels.newton_schulz:newton_schulz",
         description="orthogonalised matrices, for Muon",
