@@ -192,6 +192,15 @@ KERNELS: dict[str, Kernel] = {
         },
         compiled_with_neighbours=True,
     ),
+    "selective_scan": Kernel(
+        "kernels.selective_scan:selective_scan",
+        description="recurrence of states whose decay the input chooses, for mamba",
+        implementations={
+            REFERENCE: Implementation("kernels.selective_scan.reference:reference"),
+            CHUNKED: Implementation("kernels.selective_scan.chunked:chunked"),
+        },
+        rule="kernels.selective_scan:choose",
+    ),
     "unit_norm": Kernel(
         "kernels.unit_norm:unit_norm",
         description="normalisation to length 1",
