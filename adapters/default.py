@@ -168,8 +168,18 @@ class DefaultModelAdapter(ModelAdapter):
             end_nats=(nats * ends).sum(1),
             estimates={name: (other.cpu().double() * text).sum(1) for name, other in others.items()},
             per_token=nats,
-            metrics=self.heldout_metrics(hidden, prepared),
+            metrics=self.heldout_metrics(hidden, prepared) | self.accuracy_on_marks(hidden, batch),
         )
+
+    def accuracy_on_marks(self, hidden: Hidden, batch: Batch) -> dict[str, Metric]:
+        """How often the likeliest token is the right one, of the targets that the text marks."""
+        found = {}
+        for name, where in batch.marked.items():
+            rows, places = (torch.from_numpy(i).to(self.device) for i in where.nonzero())
+            targets = torch.from_numpy(batch.tokens[:, 1 : where.shape[1] + 1][where]).to(self.device)
+            right = self.logits(hidden.states[rows, places]).argmax(-1) == targets  # (marked,)
+            found[f"{name}_accuracy"] = Metric(right.sum(), len(targets))
+        return found
 
     def clean_states(self, batch: Batch, ctx: Context) -> Tensor:
         return self.hidden(self.prepare(batch, ctx).to(self.device)).states

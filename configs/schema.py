@@ -259,10 +259,15 @@ class RunConfig(BaseModel):
     val_files: FilePath | list[FilePath] | None = None
     document_separator: Annotated[str, AfterValidator(one_line)] | None = None
     near_copies: Literal["drop", "keep"] | None = None
-    synthetic: Literal["markov", "grammar"] = "markov"
+    synthetic: Literal["markov", "grammar", "recall"] = "markov"
     synthetic_bytes: Annotated[int, Field(ge=1000)] = 1_000_000
     synthetic_symbols: Annotated[int, Field(ge=2, le=95)] = 32
     synthetic_order: Positive = 1
+    synthetic_pairs: Positive = 8
+    synthetic_keys: Positive = 26
+    synthetic_values: Annotated[int, Field(ge=2)] = 10
+    synthetic_min_distance: Annotated[int, Field(ge=2)] = 64
+    synthetic_max_distance: Annotated[int, Field(ge=2)] = 253
     tokenizer: FilePath = "auto"
 
     # rows, batches, steps

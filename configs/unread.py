@@ -17,10 +17,15 @@ _WINS = [
     ("num_iterations", "num_epochs"),
     ("val_tokens", "val_steps"),
 ]
+_OF_RECALL = (
+    *("synthetic_pairs", "synthetic_keys", "synthetic_values"),
+    *("synthetic_min_distance", "synthetic_max_distance"),
+)
 # Where a field has this value, these others mean nothing.
 _IDLE: list[tuple[str, Any, tuple[str, ...]]] = [
     ("lr_scaling", "none", ("lr_base_width",)),
-    ("synthetic", "grammar", ("synthetic_symbols", "synthetic_order")),
+    *(("synthetic", kind, ("synthetic_symbols", "synthetic_order")) for kind in ("grammar", "recall")),
+    *(("synthetic", kind, _OF_RECALL) for kind in ("markov", "grammar")),
     ("val_loss_every", 0, ("val_bytes_interim",)),
     ("sample_tokens", 0, ("sample_prompt",)),
     ("muon_momentum_ends", None, ("muon_momentum_rise", "muon_momentum_fall")),

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -82,7 +82,10 @@ SOURCES: dict[str, Source] = {
     ),
     "synthetic": Source(
         "data.synthetic:load",
-        ("synthetic", "synthetic_bytes", "synthetic_symbols", "synthetic_order"),
+        (
+            *("synthetic", "synthetic_bytes", "synthetic_symbols", "synthetic_order", "synthetic_pairs"),
+            *("synthetic_keys", "synthetic_values", "synthetic_min_distance", "synthetic_max_distance"),
+        ),
         "generated text of exactly known entropy",
         tokenizer="byte",
         tokenizer_why="as each symbol of generated text is a byte or a few",
@@ -181,6 +184,7 @@ def load_dataset(
     tell("turning the text into tokens")
     stores, folder = _stores(corpus, tokenizer, cache, notes)
     notes += lost_text(stores)
+    stores["heldout"] = replace(stores["heldout"], marks=corpus.marks)
     dataset = Dataset(
         tokenizer=tokenizer,
         train=stores["train"],

@@ -7,9 +7,14 @@ state, so two machines with the same files hold out the same text.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
+
+import numpy as np
+
+# Of a whole document: (its bytes,) bool, those that are told apart in a score.
+Marker = Callable[[bytes], np.ndarray]
 
 
 class Document(NamedTuple):
@@ -35,6 +40,8 @@ class Corpus:
 
     `fingerprint` is a sha256 over the (name, content digest) pairs of both sides: equal fingerprints mean
     comparable scores. `notes` are sentences for the user (what was skipped, how the split was made).
+    `marks`: parts of documents by name, of which evaluations report `<name>_accuracy`: how often the likeliest token is
+    the right one. A token is marked if all of its bytes are.
     """
 
     name: str
@@ -43,6 +50,7 @@ class Corpus:
     fingerprint: str
     notes: tuple[str, ...] = ()
     truth: TrueModel | None = None
+    marks: Mapping[str, Marker] = field(default_factory=dict)
 
 
 def is_held_out(path: str) -> bool:

@@ -6,7 +6,7 @@ tokens; inputs are tokens[:, :S], next-token targets tokens[:, 1 : S + 1].
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -28,6 +28,8 @@ class Batch:
     end_weights: np.ndarray  # (B, S) float32, 1 = a document-end target (held-out rows only)
     rows: np.ndarray  # (B,) int64 global row ids
     bytes: int  # UTF-8 bytes of the targets that count
+    # By the name of a mark: (B, S) bool, the targets that it marks (held-out rows only).
+    marked: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def target_bytes(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
@@ -215,6 +217,9 @@ class HeldoutRows:
         doc_ids = np.maximum(positions - total[:, None], 0).astype(np.int32)
         counts = np.arange(width) < length[:, None]
         scored = counts & is_text[:, 1 : width + 1]
+        marked = {name: np.zeros(scored.shape, dtype=bool) for name in self.store.marked}
+        for name, where in marked.items():
+            where[scored] = self.store.marked[name][index[:, 1 : width + 1][scored]]
         return Batch(
             tokens=tokens,
             doc_ids=doc_ids,
@@ -222,4 +227,5 @@ class HeldoutRows:
             end_weights=(counts & ~scored).astype(np.float32),
             rows=rows,
             bytes=int(target_bytes(tokens[:, : width + 1], self.store.tokenizer)[scored].sum()),
+            marked=marked,
         )

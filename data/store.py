@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from data.cache import file_digest, write_atomic
-from data.corpus import Document
+from data.corpus import Document, Marker
 from data.errors import DataError
-from data.tokenizers import Tokenizer, text_of
+from data.tokenizers import Tokenizer, spans_of, text_of
 
 _ARRAYS = ("tokens", "offsets", "doc_bytes")
 _OF_LOSSY = ("lossy", "raw")
@@ -26,6 +26,7 @@ class TokenStore:
     tokens (L,) uint16 or uint32; offsets (n_docs + 1,) int64: document i is offsets[i] to offsets[i + 1];
     doc_bytes (n_docs,) int64: raw UTF-8 bytes. Where the tokens give back every text, the text itself is not kept; else
     raw (sum of doc_bytes,) uint8 is all of it, and lossy (n_docs,) bool says of which documents they do not.
+    `marks` are those of the corpus.
     """
 
     tokens: np.ndarray
@@ -34,6 +35,7 @@ class TokenStore:
     tokenizer: Tokenizer
     lossy: np.ndarray | None = None
     raw: np.ndarray | None = None
+    marks: Mapping[str, Marker] = field(default_factory=dict)
 
     @property
     def n_docs(self) -> int:
@@ -64,6 +66,21 @@ class TokenStore:
     def lossy_documents(self) -> np.ndarray:
         """Indices (k,) of the documents of which the tokens do not give the text back."""
         return np.zeros(0, dtype=np.int64) if self.lossy is None else np.flatnonzero(self.lossy)
+
+    @functools.cached_property
+    def marked(self) -> dict[str, np.ndarray]:
+        """By the name of a mark, the tokens (L,) bool all of whose bytes it marks; none of a lossy document."""
+        return {name: self._marked_by(marker) for name, marker in self.marks.items()}
+
+    def _marked_by(self, marker: Marker) -> np.ndarray:
+        found = np.zeros(len(self.tokens), dtype=bool)
+        for index in np.setdiff1d(np.arange(self.n_docs), self.lossy_documents):
+            place = slice(self.offsets[index], self.offsets[index + 1])
+            starts, ends = spans_of(self.tokenizer, self.tokens[place]).T
+            marked = marker(self.text(int(index)))
+            before = np.concatenate([[0], np.cumsum(marked)])  # marked bytes before each
+            found[place] = (before[ends] - before[starts] == ends - starts) & (ends > starts)
+        return found
 
     def said(self, index: int) -> bytes:
         """What the tokens of one document say: its raw text, unless it is lossy."""

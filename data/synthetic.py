@@ -1,4 +1,4 @@
-"""`data=synthetic`: generated text of exactly known entropy, from a Markov chain or a small grammar.
+"""`data=synthetic`: generated text of exactly known entropy: a Markov chain, a small grammar, or pairs to be recalled.
 
 The text depends on the settings alone, never on the run's seed; `synthetic_bytes` sizes the training side
 to the nearest document, and a tenth as much from another stream is held out.
@@ -6,15 +6,19 @@ to the nearest document, and a tenth as much from another stream is held out.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
-from data.corpus import Corpus, Document, fingerprint
+from data.corpus import Corpus, Document, Marker, fingerprint
 from data.errors import DataError
 from data.grammar import DOCUMENT_SENTENCES, GrammarSource
 from data.markov import DOCUMENT_SYMBOLS, MarkovSource
+from data.recall import RecallSource
 from naming import not_one_of
 
-KINDS = ("markov", "grammar")
+KINDS = ("markov", "grammar", "recall")
+
+
+_Source: TypeAlias = MarkovSource | GrammarSource | RecallSource
 
 
 class SyntheticConfig(Protocol):
@@ -22,13 +26,21 @@ class SyntheticConfig(Protocol):
     synthetic_bytes: int
     synthetic_symbols: int  # alphabet and
     synthetic_order: int  # memory of the Markov chain
+    synthetic_pairs: int  # to be recalled, of
+    synthetic_keys: int
+    synthetic_values: int
+    synthetic_min_distance: int  # bytes from a value to where it is asked for
+    synthetic_max_distance: int
+    train_seq_len: int
 
 
 def load(cfg: SyntheticConfig) -> Corpus:
     """The corpus that the settings describe."""
     if cfg.synthetic_bytes < 1:
         raise DataError(f"synthetic_bytes is {cfg.synthetic_bytes}; it must be at least 1.")
-    source: MarkovSource | GrammarSource
+    source: _Source
+    notes: tuple[str, ...] = ()
+    marks: dict[str, Marker] = {}
     if cfg.synthetic == "markov":
         source = MarkovSource(cfg.synthetic_symbols, cfg.synthetic_order)
         per_document: float = DOCUMENT_SYMBOLS
@@ -37,14 +49,40 @@ def load(cfg: SyntheticConfig) -> Corpus:
         source = GrammarSource()
         per_document = source.bytes_per_sentence * DOCUMENT_SENTENCES
         name = "grammar text"
+    elif cfg.synthetic == "recall":
+        source = _recall(cfg)
+        per_document = source.document_bytes
+        name = f"recall of {source.pairs} pairs at {cfg.synthetic_min_distance} to {cfg.synthetic_max_distance} bytes"
+        notes = (
+            f"recall_accuracy, the share of right answers, is at best {source.best_accuracy:g}, and "
+            f"{source.chance_accuracy:.3g} without recall",
+        )
+        marks = {"recall": source.answers}
     else:
         raise DataError(f"synthetic: {not_one_of(cfg.synthetic, KINDS)}")
     train = _documents(source, cfg.synthetic_bytes / per_document, "train", 0)
     heldout = _documents(source, cfg.synthetic_bytes / per_document / 10, "heldout", 1)
     note = f"true entropy: {source.entropy_bits_per_byte:.4f} bits per byte"
-    return Corpus(name, train, heldout, fingerprint(train, heldout), (note,), source)
+    return Corpus(name, train, heldout, fingerprint(train, heldout), (note, *notes), source, marks)
 
 
-def _documents(source: MarkovSource | GrammarSource, count: float, side: str, stream: int) -> list[Document]:
+def _recall(cfg: SyntheticConfig) -> RecallSource:
+    source = RecallSource(
+        cfg.synthetic_pairs,
+        cfg.synthetic_keys,
+        cfg.synthetic_values,
+        cfg.synthetic_min_distance,
+        cfg.synthetic_max_distance,
+    )
+    if source.document_bytes >= cfg.train_seq_len:
+        raise DataError(
+            f"synthetic_max_distance={cfg.synthetic_max_distance} makes documents of {source.document_bytes} "
+            f"bytes and their end, of which rows of train_seq_len={cfg.train_seq_len} hold none whole. "
+            f"Set train_seq_len={source.document_bytes + 1}, or synthetic_max_distance={cfg.train_seq_len - 3} or less."
+        )
+    return source
+
+
+def _documents(source: _Source, count: float, side: str, stream: int) -> list[Document]:
     texts = source.sample(max(1, round(count)), stream)
     return [Document(f"{side}/{number}", text) for number, text in enumerate(texts)]

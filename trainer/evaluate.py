@@ -58,6 +58,8 @@ class Score:
     parts: dict[str, float] = field(default_factory=dict)
     estimates: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)  # what the adapter reports beside the score
+    # Marks of the text of which the adapter reports no accuracy.
+    no_accuracy: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -148,6 +150,7 @@ def evaluate(
         parts={name: total[f"part {name}"] / total["tokens"] for name in found.parts},
         estimates={name: total[f"estimate {name}"] / total["tokens"] for name in found.estimates},
         metrics=metrics.read(world),
+        no_accuracy=[name for name in rows.store.marks if f"{name}_accuracy" not in found.metrics],
     )
 
 

@@ -43,6 +43,28 @@ def test_first_score_is_that_of_a_uniform_guess(architecture):
     assert abs(float(nats.mean()) / SEQ_LEN - math.log(adapter.tokenizer.vocab_size)) < 0.3
 
 
+def test_accuracy_on_marks_is_what_the_logits_say(architecture):
+    """Of next-token models, and of marked targets alone; others report none, which evaluations tell."""
+    adapter = adapter_of(architecture).eval()
+    with torch.no_grad():
+        move_away_from_uniform(adapter)
+    batch, ctx = batch_for(adapter, rows=12), context(12, phase="eval")
+    marked = np.random.default_rng(1).random(batch.weights.shape) < 0.5
+    batch.marked["odd"] = marked
+    found = adapter.likelihood(batch, ctx).metrics.get("odd_accuracy")
+    assert (found is not None) == is_exact(adapter)
+    if found is None:
+        return
+    with torch.no_grad():
+        likeliest = adapter.logits(adapter.clean_states(batch, ctx)).argmax(-1).cpu().numpy()
+    # The last target is no input of a position that is scored: it can be made what the model says.
+    batch.tokens[:, 1 : marked.shape[1] + 1][:, -1] = likeliest[:, -1]
+    found = adapter.likelihood(batch, ctx).metrics["odd_accuracy"]
+    right = (likeliest == batch.tokens[:, 1 : marked.shape[1] + 1]) & marked
+    assert (float(found.sum), float(found.count)) == (right.sum(), marked.sum())
+    assert 0 < right.sum() < marked.sum()
+
+
 @pytest.mark.parametrize("sizes", [[1, 1, 1, 1], [3, 1], [2, 2]])
 def test_splitting_a_batch_changes_no_loss_and_no_gradient(architecture, sizes):
     adapter = adapter_of(architecture, dtype=torch.float64)

@@ -68,6 +68,11 @@ def config():
             "synthetic_bytes": 20_000,
             "synthetic_symbols": 8,
             "synthetic_order": 1,
+            "synthetic_pairs": 3,
+            "synthetic_keys": 5,
+            "synthetic_values": 4,
+            "synthetic_min_distance": 6,
+            "synthetic_max_distance": 20,
             "tokenizer": "byte",
             "train_seq_len": 32,
         }

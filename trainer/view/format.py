@@ -127,6 +127,10 @@ def ranking_notes(score: dict[str, Any], yardsticks: dict[str, float]) -> list[s
         notes.append(
             f"an upper bound ({score.get('estimator', 'unnamed estimator')}): the model may be better"
         )
+    notes += [
+        f"no {name}_accuracy: this model does not predict one token after the other"
+        for name in score.get("no_accuracy") or []
+    ]
     if lossy := score.get("lossy_documents"):
         notes.append(
             f"of {lossy:,} of {score['documents']:,} documents the tokens do not give the text back: what is lost "

@@ -1,0 +1,128 @@
+"""Recall: documents are what they say, an oracle that reads them answers all, and marks find the answers in tokens."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from data import load_dataset, synthetic
+from data.errors import DataError
+from data.recall import FILLER, RecallSource
+from data.rows import HeldoutRows
+
+SETTINGS = {"data": "synthetic", "synthetic": "recall"}
+
+
+def answers(text: bytes) -> list[tuple[int, int]]:
+    """(place of the pair's value, place of its repetition), found by reading alone: a pair's key stands twice."""
+    first: dict[int, int] = {}
+    found = []
+    for place, byte in enumerate(text[:-1]):
+        if byte == FILLER or byte in b"0123456789":
+            continue
+        if byte in first:
+            found.append((first[byte] + 1, place + 1))
+        first.setdefault(byte, place)
+    return found
+
+
+def test_documents_hold_each_pair_twice_at_the_distances_asked_for() -> None:
+    source = RecallSource(8, 26, 10, 64, 253)
+    distances = []
+    for text in source.sample(300, 0):
+        found = answers(text)
+        assert len(text) == 255 and len(found) == 8
+        assert all(text[told] == text[asked] for told, asked in found)  # an oracle is right always
+        assert np.flatnonzero(source.answers(text)).tolist() == [asked for _, asked in found]
+        distances += [asked - told for told, asked in found]
+    assert 64 <= min(distances) < 76 and 242 < max(distances) <= 253
+
+
+def test_values_say_nothing_of_each_other() -> None:
+    """Without the pair, no rule is right more often than one of so many values."""
+    source = RecallSource(8, 26, 10, 64, 253)
+    told = np.array([[text[asked] for _, asked in answers(text)] for text in source.sample(400, 1)])
+    for guess in (np.full_like(told, ord("0")), np.roll(told, 1, axis=1)):
+        assert abs((guess == told).mean() - source.chance_accuracy) < 4 * math.sqrt(0.09 / told.size)
+
+
+def test_the_law_sums_to_one_and_its_entropy_is_exact() -> None:
+    """All texts of the document's length over its alphabet; equally likely ones, so the count is the entropy."""
+    source = RecallSource(2, 2, 2, 2, 7)
+    a, b = source.keys
+    alphabet = [a, b, *source.values, FILLER]
+    pairs = ((x, v, y, w) for x, y in ((a, b), (b, a)) for v in source.values for w in source.values)
+    texts = (bytes([*told, *rest]) for told in pairs for rest in itertools.product(alphabet, repeat=5))
+    lawful = [text for text in texts if math.isfinite(source.nats(text))]
+    assert (
+        source.nats(bytes([a, source.values[0]] * 4 + [FILLER])) == math.inf
+    )  # a key twice: not among those
+    assert math.isclose(sum(math.exp(-source.nats(text)) for text in lawful), 1, rel_tol=1e-9)
+    assert math.isclose(source.entropy_bits_per_byte, math.log2(len(lawful)) / source.document_bytes)
+    assert set(source.sample(400, 0)) == set(lawful)
+
+
+def test_other_text_is_impossible_and_has_no_answers() -> None:
+    source = RecallSource(3, 5, 4, 6, 20)
+    text = source.sample(1, 0)[0]
+    wrong = text[:1] + text[3:4] + text[2:]  # the first value is another's
+    for other in (text[1:], b"a" * len(text), b"." * len(text), text + b".", wrong if wrong != text else b""):
+        assert source.nats(other) == math.inf and not source.answers(other).any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ((8, 7, 10, 64, 253), "Nearest: synthetic_keys=8"),
+        ((8, 26, 1, 64, 253), "at least 2"),
+        ((8, 80, 20, 64, 253), "there are 93"),
+        ((8, 26, 10, 1, 253), "at least 2"),
+        ((8, 26, 10, 64, 91), "Nearest: synthetic_max_distance=92"),
+    ],
+)
+def test_contradictions_are_refused_with_the_nearest(settings: tuple[int, ...], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        RecallSource(*settings)
+    assert RecallSource(8, 26, 10, 64, 92).document_bytes == 94
+
+
+def test_a_document_that_no_row_holds_is_refused(config) -> None:
+    with pytest.raises(DataError, match=r"Set train_seq_len=23, or synthetic_max_distance=19 or less"):
+        synthetic.load(config(**SETTINGS, train_seq_len=22))
+    synthetic.load(config(**SETTINGS, train_seq_len=23))
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe-264"])
+def test_rows_mark_the_answers_whatever_the_tokens(config, tmp_path, tokenizer: str) -> None:
+    cfg = config(**SETTINGS, tokenizer=tokenizer, synthetic_values=10, train_seq_len=23)
+    dataset = load_dataset(cfg, cache_dir=tmp_path)
+    again = load_dataset(cfg, cache_dir=tmp_path)  # from the cache
+    assert dataset.fingerprint == again.fingerprint and list(again.heldout.marks) == ["recall"]
+    rows = HeldoutRows(again.heldout, again.tokenizer.eot, 23)
+    batch = rows.batch(np.array([0, 1, 2, -1]))
+    marked = batch.marked["recall"]
+    assert marked.shape == batch.weights.shape and not marked[3].any()
+    for row in range(3):
+        text = again.heldout.text(int(rows.documents[rows.document_of[row]]))
+        expected = [text[asked] for _, asked in answers(text)]
+        found = again.tokenizer.decode(batch.tokens[row, 1:][marked[row]])
+        # Digits stand apart from other symbols in BPE, so every answer is a token of its own.
+        assert list(found) == expected
+
+
+def test_windows_mark_their_own_targets(config, tmp_path) -> None:
+    """A document longer than the window of a score: its answers are marked once, in whichever window they stand."""
+    store = load_dataset(config(**SETTINGS), cache_dir=tmp_path).heldout
+    for seq_len in (32, 7):
+        rows = HeldoutRows(store, 256, seq_len)
+        batch = rows.batch(np.arange(rows.n_rows))
+        assert batch.marked["recall"].sum() == 3 * store.n_docs
+        assert batch.weights[batch.marked["recall"]].all()
+
+
+def test_other_text_marks_nothing(config, tmp_path) -> None:
+    dataset = load_dataset(config(data="synthetic"), cache_dir=tmp_path)
+    assert HeldoutRows(dataset.heldout, 256, 32).batch(np.array([0])).marked == {}
