@@ -150,7 +150,11 @@ KERNELS: dict[str, Kernel] = {
     "ssd": Kernel(
         "kernels.ssd:ssd",
         description="states whose decay is one number a head (version 2 of mamba)",
-        implementations={REFERENCE: Implementation("kernels.ssd.reference:reference")},
+        implementations={
+            REFERENCE: Implementation("kernels.ssd.reference:reference"),
+            CHUNKED: Implementation("kernels.ssd.chunked:chunked"),
+        },
+        rule="kernels.ssd:choose",
     ),
     "newton_schulz": Kernel(
         "kernels.newton_schulz:newton_schulz",
