@@ -5,9 +5,6 @@ import math
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +13,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from tests.contract.forks import finished, started
 from tests.contract.pair import train_here
 from tests.contract.record import golden_curve
 from tests.contract.test_run import assert_same_state, losses
@@ -25,7 +23,6 @@ from tests.contract.tiny import (
     batch_for,
     config,
     device,
-    environment,
     loss_and_gradients,
     overrides,
     session_of,
@@ -34,8 +31,6 @@ from tests.contract.tiny import (
 )
 from trainer.loop import train
 from trainer.run.checkpoint import checkpoints_in, load_json, load_tensors
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
@@ -88,37 +83,27 @@ def test_memory_stays_flat_over_300_steps(architecture):
 @pytest.mark.slow
 @pytest.mark.on_cpu("bit for bit is promised there alone")
 def test_kill_at_a_random_moment_and_resume(architecture, tmp_path):
-    """kill -9 while training, more than once; the end is bit for bit that of a run left alone."""
+    """kill -9 while training, more than once; the end is bit for bit that of a run left alone.
+
+    Processes are forks of one that has imported everything, which takes longer than these runs.
+    """
     steps = ["num_iterations=60", "val_loss_every=0", "save_steps=5", "sample_tokens=0"]
-    args = [*overrides(architecture, *HARD, *with_dropout(architecture)), *steps, "save_total_limit=2"]
-    env = environment(architecture)
-    base = [sys.executable, "mytrainer.py", *args]
-    alone = tmp_path / "alone"
-    subprocess.run([*base, f"output_dir={alone}"], cwd=ROOT, env=env, check=True, capture_output=True)
-    killed = tmp_path / "killed"
+    words = [*overrides(architecture, *HARD, *with_dropout(architecture)), *steps, "save_total_limit=2"]
+    alone, killed, said = (tmp_path / name for name in ("alone", "killed", "said.txt"))
+    finished([*words, f"output_dir={alone}"], said)
+    again = [*words, f"output_dir={killed}", "resume=auto"]
     chance = random.Random(os.getpid())
     for _ in range(2):
-        child = subprocess.Popen(
-            [*base, f"output_dir={killed}", "resume=auto"],
-            cwd=ROOT,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        before = len(checkpoints_in(killed)) and checkpoints_in(killed)[-1].name
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and child.poll() is None:
-            found = checkpoints_in(killed)
-            if found and found[-1].name != before:
-                break
+        before = checkpoints_in(killed)[-1:]
+        child = started(again, said)
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline and child.is_alive() and checkpoints_in(killed)[-1:] == before:
             time.sleep(0.01)
         time.sleep(chance.uniform(0, 0.3))
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-    done = subprocess.run(
-        [*base, f"output_dir={killed}", "resume=auto"], cwd=ROOT, env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+        child.kill()
+        child.join()
+        assert checkpoints_in(killed)[-1:] != before, said.read_text()
+    finished(again, said)
     assert_same_state(alone / "checkpoint-60", killed / "checkpoint-60")
 
 
