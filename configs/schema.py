@@ -264,6 +264,7 @@ class RunConfig(BaseModel):
     synthetic_symbols: Annotated[int, Field(ge=2, le=95)] = 32
     synthetic_order: Positive = 1
     synthetic_pairs: Positive = 8
+    synthetic_queries: Positive = 4
     synthetic_keys: Positive = 26
     synthetic_values: Annotated[int, Field(ge=2)] = 10
     synthetic_min_distance: Annotated[int, Field(ge=2)] = 64

@@ -84,7 +84,13 @@ SOURCES: dict[str, Source] = {
         "data.synthetic:load",
         (
             *("synthetic", "synthetic_bytes", "synthetic_symbols", "synthetic_order", "synthetic_pairs"),
-            *("synthetic_keys", "synthetic_values", "synthetic_min_distance", "synthetic_max_distance"),
+            *(
+                "synthetic_queries",
+                "synthetic_keys",
+                "synthetic_values",
+                "synthetic_min_distance",
+                "synthetic_max_distance",
+            ),
         ),
         "generated text of exactly known entropy",
         tokenizer="byte",

@@ -27,6 +27,7 @@ class SyntheticConfig(Protocol):
     synthetic_symbols: int  # alphabet and
     synthetic_order: int  # memory of the Markov chain
     synthetic_pairs: int  # to be recalled, of
+    synthetic_queries: int
     synthetic_keys: int
     synthetic_values: int
     synthetic_min_distance: int  # bytes from a value to where it is asked for
@@ -52,10 +53,13 @@ def load(cfg: SyntheticConfig) -> Corpus:
     elif cfg.synthetic == "recall":
         source = _recall(cfg)
         per_document = source.document_bytes
-        name = f"recall of {source.pairs} pairs at {cfg.synthetic_min_distance} to {cfg.synthetic_max_distance} bytes"
+        name = (
+            f"recall of {source.queries} of {source.pairs} pairs at {cfg.synthetic_min_distance} to "
+            f"{cfg.synthetic_max_distance} bytes"
+        )
         notes = (
             f"recall_accuracy, the share of right answers, is at best {source.best_accuracy:g}, and "
-            f"{source.chance_accuracy:.3g} without recall",
+            f"{source.chance_accuracy:.3g} of a model that does not see the pairs",
         )
         marks = {"recall": source.answers}
     else:
@@ -69,6 +73,7 @@ def load(cfg: SyntheticConfig) -> Corpus:
 def _recall(cfg: SyntheticConfig) -> RecallSource:
     source = RecallSource(
         cfg.synthetic_pairs,
+        cfg.synthetic_queries,
         cfg.synthetic_keys,
         cfg.synthetic_values,
         cfg.synthetic_min_distance,

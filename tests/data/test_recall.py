@@ -30,7 +30,7 @@ def answers(text: bytes) -> list[tuple[int, int]]:
 
 
 def test_documents_hold_each_pair_twice_at_the_distances_asked_for() -> None:
-    source = RecallSource(8, 26, 10, 64, 253)
+    source = RecallSource(8, 8, 26, 10, 64, 253)
     distances = []
     for text in source.sample(300, 0):
         found = answers(text)
@@ -43,15 +43,16 @@ def test_documents_hold_each_pair_twice_at_the_distances_asked_for() -> None:
 
 def test_values_say_nothing_of_each_other() -> None:
     """Without the pair, no rule is right more often than one of so many values."""
-    source = RecallSource(8, 26, 10, 64, 253)
+    source = RecallSource(8, 8, 26, 10, 64, 253)
     told = np.array([[text[asked] for _, asked in answers(text)] for text in source.sample(400, 1)])
     for guess in (np.full_like(told, ord("0")), np.roll(told, 1, axis=1)):
         assert abs((guess == told).mean() - source.chance_accuracy) < 4 * math.sqrt(0.09 / told.size)
 
 
-def test_the_law_sums_to_one_and_its_entropy_is_exact() -> None:
+@pytest.mark.parametrize("queries", [1, 2])
+def test_the_law_sums_to_one_and_its_entropy_is_exact(queries: int) -> None:
     """All texts of the document's length over its alphabet; equally likely ones, so the count is the entropy."""
-    source = RecallSource(2, 2, 2, 2, 7)
+    source = RecallSource(2, queries, 2, 2, 2, 7)
     a, b = source.keys
     alphabet = [a, b, *source.values, FILLER]
     pairs = ((x, v, y, w) for x, y in ((a, b), (b, a)) for v in source.values for w in source.values)
@@ -66,7 +67,7 @@ def test_the_law_sums_to_one_and_its_entropy_is_exact() -> None:
 
 
 def test_other_text_is_impossible_and_has_no_answers() -> None:
-    source = RecallSource(3, 5, 4, 6, 20)
+    source = RecallSource(3, 2, 5, 4, 6, 20)
     text = source.sample(1, 0)[0]
     wrong = text[:1] + text[3:4] + text[2:]  # the first value is another's
     for other in (text[1:], b"a" * len(text), b"." * len(text), text + b".", wrong if wrong != text else b""):
@@ -76,17 +77,18 @@ def test_other_text_is_impossible_and_has_no_answers() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ((8, 7, 10, 64, 253), "Nearest: synthetic_keys=8"),
-        ((8, 26, 1, 64, 253), "at least 2"),
-        ((8, 80, 20, 64, 253), "there are 93"),
-        ((8, 26, 10, 1, 253), "at least 2"),
-        ((8, 26, 10, 64, 91), "Nearest: synthetic_max_distance=92"),
+        ((8, 8, 7, 10, 64, 253), "Nearest: synthetic_keys=8"),
+        ((8, 9, 26, 10, 64, 253), "Nearest: synthetic_queries=8"),
+        ((8, 8, 26, 1, 64, 253), "at least 2"),
+        ((8, 8, 80, 20, 64, 253), "there are 93"),
+        ((8, 8, 26, 10, 1, 253), "at least 2"),
+        ((8, 8, 26, 10, 64, 91), "Nearest: synthetic_max_distance=92"),
     ],
 )
 def test_contradictions_are_refused_with_the_nearest(settings: tuple[int, ...], message: str) -> None:
     with pytest.raises(DataError, match=message):
         RecallSource(*settings)
-    assert RecallSource(8, 26, 10, 64, 92).document_bytes == 94
+    assert RecallSource(8, 8, 26, 10, 64, 92).document_bytes == 94
 
 
 def test_a_document_that_no_row_holds_is_refused(config) -> None:
