@@ -5,10 +5,10 @@ A document is `pairs` pairs, filler, `queries` of the pairs again in any order, 
     c4h1a9f4................h1f4....
 
 Behind a repeated key the value is certain to whoever remembers the pair; without, it is one of `values` equally
-likely ones. Each key is asked for once, so no later copy of a pair stands nearer than `min_distance`. Where all keys are
-asked for, the last values can be told by elimination, which is what models then learn first and stay with: half of the
-answers to 8 pairs. (Arora et al. 2023, "Zoology", arXiv:2312.04927: multi-query associative recall, here at distances
-that are given.)
+likely ones. Each key is asked for once, so no later copy of a pair stands nearer than `min_distance`. Where all keys
+are asked for, the last values can be told by elimination, which is what models then learn first and stay with: nearly
+half of the answers to 8 pairs. (Arora et al. 2023, "Zoology", arXiv:2312.04927: multi-query associative recall, here at
+distances that are given.)
 """
 
 from __future__ import annotations
@@ -60,17 +60,16 @@ class RecallSource:
     def sample(self, n_documents: int, stream: int) -> list[bytes]:
         """Documents of `document_bytes`; different streams are independent."""
         generator = np.random.default_rng([TEXT_SEED, stream, self.pairs, self.n_keys, self.n_values])
-        return [self._document(generator) for _ in range(n_documents)]
-
-    def _document(self, generator: np.random.Generator) -> bytes:
-        keys = generator.permutation(self.keys)[: self.pairs]
-        values = self.values[generator.integers(self.n_values, size=self.pairs)]
-        pairs = np.stack([keys, values], axis=1)  # (P, 2)
-        text = np.full(self.document_bytes, FILLER, dtype=np.uint8)
-        asked = 2 * self.pairs + int(generator.integers(self.shortest, self.longest + 1))
-        text[: 2 * self.pairs] = pairs.ravel()
-        text[asked : asked + 2 * self.queries] = generator.permutation(pairs)[: self.queries].ravel()
-        return text.tobytes()
+        keys = self.keys[_permutations(n_documents, self.n_keys, generator)[:, : self.pairs]]
+        values = self.values[generator.integers(self.n_values, size=keys.shape)]
+        pairs = np.stack([keys, values], axis=2)  # (N, P, 2)
+        chosen = _permutations(n_documents, self.pairs, generator)[:, : self.queries]
+        queries = np.take_along_axis(pairs, chosen[:, :, None], axis=1)  # (N, Q, 2)
+        asked = 2 * self.pairs + generator.integers(self.shortest, self.longest + 1, size=(n_documents, 1))
+        text = np.full((n_documents, self.document_bytes), FILLER, dtype=np.uint8)
+        text[:, : 2 * self.pairs] = pairs.reshape(n_documents, -1)
+        np.put_along_axis(text, asked + np.arange(2 * self.queries), queries.reshape(n_documents, -1), axis=1)
+        return [row.tobytes() for row in text]
 
     def nats(self, text: bytes) -> float:
         """-ln p of a document; infinite for any other text."""
@@ -103,6 +102,11 @@ class RecallSource:
             and set(rest[2 * self.queries :]) <= {FILLER}
         )
         return size + gap if lawful else None
+
+
+def _permutations(count: int, size: int, generator: np.random.Generator) -> np.ndarray:
+    """(count, size): permutations, uniform and independent."""
+    return generator.permuted(np.tile(np.arange(size), (count, 1)), axis=1)
 
 
 def _check(pairs: int, queries: int, keys: int, values: int, min_distance: int, max_distance: int) -> None:
