@@ -67,10 +67,11 @@ def test_the_law_sums_to_one_and_its_entropy_is_exact(queries: int) -> None:
 
 
 def test_other_text_is_impossible_and_has_no_answers() -> None:
-    source = RecallSource(3, 2, 5, 4, 6, 20)
+    source = RecallSource(3, 3, 5, 4, 6, 20)
     text = source.sample(1, 0)[0]
-    wrong = text[:1] + text[3:4] + text[2:]  # the first value is another's
-    for other in (text[1:], b"a" * len(text), b"." * len(text), text + b".", wrong if wrong != text else b""):
+    another = next(value for value in source.values.tolist() if value != text[1])
+    contradicted = text[:1] + bytes([another]) + text[2:]  # the first pair is asked for with its old value
+    for other in (text[1:], b"a" * len(text), b"." * len(text), text + b".", contradicted):
         assert source.nats(other) == math.inf and not source.answers(other).any()
 
 
