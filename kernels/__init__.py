@@ -144,7 +144,10 @@ KERNELS: dict[str, Kernel] = {
     "causal_conv1d": Kernel(
         "kernels.causal_conv1d:causal_conv1d",
         description="short convolution over tokens, channel by channel",
-        implementations={REFERENCE: Implementation("kernels.causal_conv1d.reference:reference")},
+        implementations={
+            REFERENCE: Implementation("kernels.causal_conv1d.reference:reference"),
+            CLOSED_FORM: Implementation("kernels.causal_conv1d.closed_form:closed_form", devices=("cpu",)),
+        },
         compiled_with_neighbours=True,
     ),
     "ssd": Kernel(

@@ -54,13 +54,14 @@ def _sample(size: Size, device: torch.device, dtype: torch.dtype, generator: tor
         return drawn(*shape, device=device, dtype=dtype, generator=generator, grad=grad)
 
     fused = draw(batch, tokens, 2 * channels, grad=False)  # as mamba projects: the gate beside it
-    documents = ids(5, batch, tokens, device=device, generator=generator) if size.get("documents") else None
+    length = int(size.get("documents", 0))  # of one, on the average
+    documents = ids(length, batch, tokens, device=device, generator=generator) if length else None
     tensors = {
         "x": fused[..., :channels].requires_grad_(),
         "weight": draw(channels, 1, taps),
         "bias": draw(channels) if size.get("bias", True) else None,
         "initial": draw(batch, taps - 1, channels) if size.get("initial") else None,
-        "doc_ids": None if documents is None else (documents == 0).cumsum(1),  # of 5 tokens on the average
+        "doc_ids": None if documents is None else (documents == 0).cumsum(1),
     }
     return Sample(tensors, {"activation": bool(size.get("activation", True))})
 
@@ -81,32 +82,32 @@ def _bytes(size: Size, itemsize: int) -> tuple[float, float]:
     return 2 * moved, 3 * moved
 
 
-def _size(batch: int, tokens: int, channels: int, taps: int = 4, **more: bool) -> Size:
+def _size(batch: int, tokens: int, channels: int, taps: int = 4, **more: int) -> Size:
     return {"batch": batch, "tokens": tokens, "channels": channels, "taps": taps, **more}
 
 
 SPEC = Spec(
     sample=_sample,
     small={
-        "2 x 13 x 24, documents, initial": _size(2, 13, 24, documents=True, initial=True),
+        "2 x 13 x 24, documents, initial": _size(2, 13, 24, documents=5, initial=True),
         "plain": _size(2, 7, 20),
         "no bias, no silu": _size(1, 9, 8, bias=False, activation=False),
-        "documents": _size(3, 21, 5, documents=True),
+        "documents": _size(3, 21, 5, documents=5),
         "two taps": _size(2, 6, 16, 2, initial=True),
-        "three taps": _size(2, 6, 16, 3, documents=True),
+        "three taps": _size(2, 6, 16, 3, documents=5),
         "one token": _size(3, 1, 8, initial=True),
-        "fewer tokens than taps": _size(2, 2, 8, initial=True, documents=True),
-        "no rows": _size(0, 4, 8, documents=True),
-        "more than a tile": _size(2, 70, 130, documents=True),
+        "fewer tokens than taps": _size(2, 2, 8, initial=True, documents=5),
+        "no rows": _size(0, 4, 8, documents=5),
+        "more than a tile": _size(2, 70, 130, documents=5),
     },
     large={
         "8 x 2,048 x 1,536": _size(8, 2_048, 1_536),
-        "8 x 2,048 x 1,536, documents": _size(8, 2_048, 1_536, documents=True),
+        "8 x 2,048 x 1,536, documents": _size(8, 2_048, 1_536, documents=300),
         "8 x 2,048 x 1,792, initial": _size(8, 2_048, 1_792, initial=True),
     },
     timed_on_cpu={
         "16 x 256 x 384": _size(16, 256, 384),
-        "16 x 256 x 384, documents": _size(16, 256, 384, documents=True),
+        "16 x 256 x 384, documents": _size(16, 256, 384, documents=100),
     },
     flops=_flops,
     bytes=_bytes,
