@@ -49,6 +49,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         "discrete diffusion (Austin et al. 2021)",
     ),
     "gpt2": Architecture("models.gpt2:GPT2", description="GPT-2 (Radford et al. 2019)"),
+    "mamba": Architecture(
+        "models.mamba:Mamba",
+        description="state-space models: Mamba (Gu and Dao 2023) and Mamba-2 (Dao and Gu 2024)",
+        aliases={"mamba1": {"version": 1}, "mamba2": {"version": 2}},
+    ),
     "mdl": Architecture(
         "models.mdl:MDL", "adapters.diffusion.mdl:MDLAdapter", "masked diffusion (Sahoo et al. 2024)"
     ),

@@ -17,10 +17,10 @@ __all__ = ["byte_level_json", "huggingface_files", "merges_of"]
 CLASS = "PreTrainedTokenizerFast"
 
 
-def huggingface_files(tokenizer: Tokenizer, model_max_length: int) -> dict[str, dict[str, Any]] | None:
+def huggingface_files(tokenizer: Tokenizer, model_max_length: int | None) -> dict[str, dict[str, Any]] | None:
     """The JSON files of a tokenizer by name, as `AutoTokenizer` opens them; None where it has no such form.
 
-    `model_max_length`: the context of the model in tokens.
+    `model_max_length`: the context of the model in tokens; None where there is no end to it.
     """
     content = tokenizer.to_huggingface()
     if content is None:
@@ -28,7 +28,7 @@ def huggingface_files(tokenizer: Tokenizer, model_max_length: int) -> dict[str, 
     config = {
         "clean_up_tokenization_spaces": False,  # text comes out as the model wrote it
         **tokenizer.huggingface_config,
-        "model_max_length": model_max_length,
+        **({} if model_max_length is None else {"model_max_length": model_max_length}),
         "tokenizer_class": CLASS,
     }
     return {"tokenizer.json": content, "tokenizer_config.json": config}

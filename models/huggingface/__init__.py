@@ -28,6 +28,36 @@ _OF_EXPERTS = {
     "gate_norm_factor": "factor",
 }
 
+_STATES = {"d_state": "states", "time_step_rank": "rank"}
+# Of initialisation; how it is computed; what other programs wrote.
+_OF_MAMBA = {
+    *("time_step_scale", "time_step_min", "time_step_max", "time_step_floor", "time_step_init_scheme"),
+    *("rescale_prenorm_residual", "use_mambapy", "use_associative_scan", "fused_add_norm"),
+    *("pad_vocab_size_multiple", "layer_types"),
+}
+
+
+def _mamba(defaults: Mapping[str, Any]) -> dict[str, Field]:
+    """Entries that both versions have; `defaults` where they differ."""
+    return {
+        "vocab_size": Field("vocab_size", int, defaults["vocab_size"]),
+        "hidden_size": Field("d_model", int, defaults["hidden_size"]),
+        "num_hidden_layers": Field("n_layers", int, defaults["num_hidden_layers"]),
+        "state_size": Field("d_state", int, defaults["state_size"]),
+        "expand": Field("expand", int, 2),
+        "conv_kernel": Field("d_conv", int, 4),
+        "use_bias": Field("use_bias", bool, False),
+        "use_conv_bias": Field("use_conv_bias", bool, True),
+        "layer_norm_epsilon": Field("norm_eps", float, 1e-5),
+        "residual_in_fp32": Field("residual_in_fp32", bool, True),
+        "tie_word_embeddings": Field("tie_embeddings", bool, defaults["tie_word_embeddings"]),
+    }
+
+
+def _rank(entries: Mapping[str, Any]) -> int:
+    return -(-entries.get("hidden_size", 768) // 16)
+
+
 # `model_type` in config.json -> row. Defaults are those of the classes of transformers 5, which leave out of the file
 # what has its default.
 ROWS: dict[str, Row] = {
@@ -99,6 +129,54 @@ ROWS: dict[str, Row] = {
         dropouts=("attention_dropout",),
         # How many pieces a product is computed in; what some published files repeat.
         ignored={"pretraining_tp", "is_llama_config", "max_sequence_length"},
+    ),
+    "mamba": Row(
+        type="mamba",
+        name="Mamba",
+        classes=("MambaForCausalLM", "MambaModel"),
+        fields={
+            **_mamba(
+                {
+                    **{"vocab_size": 50280, "hidden_size": 768, "num_hidden_layers": 32},
+                    **{"state_size": 16, "tie_word_embeddings": True},
+                }
+            ),
+            "time_step_rank": Field("time_step_rank", int, _rank),
+        },
+        required={
+            "hidden_act": ("silu", "swish"),
+            "intermediate_size": lambda fields: (None, fields["expand"] * fields["d_model"]),
+            "rms_norm": lambda fields: (True,),
+        },
+        ours={"version": 1, "d_intermediate": 0},
+        in_force=_STATES,
+        spellings={"d_model": "hidden_size", "n_layer": "num_hidden_layers", "d_inner": "intermediate_size"},
+        ignored=_OF_MAMBA,
+    ),
+    "mamba2": Row(
+        type="mamba",
+        name="Mamba-2",
+        classes=("Mamba2ForCausalLM", "Mamba2Model"),
+        fields={
+            **_mamba(
+                {
+                    **{"vocab_size": 32768, "hidden_size": 4096, "num_hidden_layers": 64},
+                    **{"state_size": 128, "tie_word_embeddings": False},
+                }
+            ),
+            "head_dim": Field("headdim", int, 64),
+            "n_groups": Field("ngroups", int, 8),
+        },
+        required={
+            "hidden_act": ("silu", "swish"),
+            "num_heads": lambda fields: (fields["expand"] * fields["d_model"] // fields["headdim"],),
+            "time_step_limit": lambda fields: ([0.0, float("inf")], (0.0, float("inf"))),
+            "rms_norm": lambda fields: (True,),
+        },
+        derived={"num_heads": "heads"},
+        ours={"version": 2, "d_intermediate": 0},
+        in_force=_STATES,
+        ignored={*_OF_MAMBA, "time_step_rank", "chunk_size"},
     ),
     "mixtral": Row(
         type="moe",

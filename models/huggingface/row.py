@@ -23,7 +23,8 @@ class Field:
     """A field of `model_cfg` that an entry of config.json decides.
 
     `default`: what the entry means where it is absent; a text names another entry, whose value it then has, as it also
-    has where it is null. `least` whole number; `nullable`: null is a value too, ours as theirs.
+    has where it is null; a function makes it of the entries, where the entry is "auto" too. `least` whole number;
+    `nullable`: null is a value too, ours as theirs.
     """
 
     name: str
@@ -52,7 +53,8 @@ class Row:
 
     `classes`: its class with a language-model head in transformers, then the one without. `fields`: entry -> field;
     where two entries are one field, they must agree. `required`: entry -> the values that are computed here, the one
-    that counts where the entry is absent first; or a function of the fields read. `ours`: field -> the value that it
+    that counts where the entry is absent first; or a function of the fields read. `derived`: entry of these ->
+    attribute of our Config that is written there. `ours`: field -> the value that it
     has in every such file; a model with another has no such form. `in_force`: field that may be null -> attribute of
     our Config with what it then is. `dropouts`: entries that say what `dropout` does, which stays the run's.
     `spellings`: other names of entries. `ignored`: entries that change nothing, besides those of all rows. `rotated`:
@@ -67,6 +69,7 @@ class Row:
     required: Mapping[str, tuple[Any, ...] | Callable[[Mapping[str, Any]], tuple[Any, ...]]]
     ours: Mapping[str, Any]
     in_force: Mapping[str, str] = attribute(default_factory=dict)
+    derived: Mapping[str, str] = attribute(default_factory=dict)
     dropouts: tuple[str, ...] = ()
     spellings: Mapping[str, str] = attribute(default_factory=dict)
     ignored: set[str] = attribute(default_factory=set)
@@ -102,6 +105,7 @@ class Row:
             "architectures": [self.classes[0]],
             **{entry: self._own(model_cfg, field.name) for entry, field in self.fields.items()},
             **fixed,
+            **{entry: getattr(model_cfg, name) for entry, name in self.derived.items()},
             **dict.fromkeys(self.dropouts, getattr(model_cfg, "dropout", 0.0)),
         }
 
@@ -126,6 +130,9 @@ class Row:
 
     def _value(self, entry: str, entries: Mapping[str, Any]) -> Any:
         default = self.fields[entry].default
+        if callable(default):
+            value = entries.get(entry, "auto")
+            return default(entries) if value == "auto" else value
         if isinstance(default, str):  # null, as that entry
             value = entries.get(entry)
             return self._value(default, entries) if value is None else value

@@ -6,6 +6,8 @@ import transformers
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek_v3
 from transformers.models.glm4_moe import modeling_glm4_moe as glm4_moe
 from transformers.models.llama import modeling_llama as llama
+from transformers.models.mamba import modeling_mamba as mamba
+from transformers.models.mamba2 import modeling_mamba2 as mamba2
 from transformers.models.mixtral import modeling_mixtral as mixtral
 
 from configs.messages import ConfigError
@@ -32,7 +34,7 @@ class TorchInFp64:
 @pytest.fixture(autouse=True)
 def _they_round_nowhere(monkeypatch):
     # Their norms, rotary tables and gates are cast to fp32, which alone makes differences of 1e-7.
-    for module in (llama, mixtral, glm4_moe, deepseek_v3):
+    for module in (llama, mixtral, glm4_moe, deepseek_v3, mamba, mamba2):
         monkeypatch.setattr(module, "torch", TorchInFp64())
     monkeypatch.setattr(torch.Tensor, "float", lambda t: t.to(at_least_fp32(t.dtype)))
 
@@ -111,6 +113,24 @@ def hf_glm(tie=False, qk_norm=False, **entries):
     return randomised(transformers.Glm4MoeForCausalLM(config))
 
 
+STATES = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2}
+
+
+def hf_mamba(tie=True, **entries):
+    config = transformers.MambaConfig(**STATES, state_size=5, tie_word_embeddings=tie, **entries)
+    return randomised(transformers.MambaForCausalLM(config))
+
+
+def hf_mamba2(groups=1, tie=True, **entries):
+    config = transformers.Mamba2Config(
+        **STATES,
+        **{"num_heads": 4, "head_dim": 8, "n_groups": groups, "state_size": 6, "chunk_size": 16},
+        **{"tie_word_embeddings": tie},
+        **entries,
+    )
+    return randomised(transformers.Mamba2ForCausalLM(config))
+
+
 EXPERTS = {"n_kv_heads": 2, "d_ff_expert": 24, "tie_embeddings": False}
 MIXTRAL = {**EXPERTS, "num_experts": 3, "top_k": 2}
 GLM = {
@@ -118,6 +138,7 @@ GLM = {
     **{"gate_type": "deepseek_v3", "num_experts": 8, "top_k": 3, "n_shared_experts": 2, "first_k_dense": 1},
     **{"ffn_hidden": 40, "gate_norm_factor": 2.5},
 }
+MAMBA2 = {"version": 2, "headdim": 8, "d_state": 6}
 PAIRS = {
     "gpt2": (lambda: hf_gpt2(), "gpt2", {}),
     "gpt2-untied": (lambda: hf_gpt2(tie=False), "gpt2", {"tie_embeddings": False}),
@@ -132,6 +153,21 @@ PAIRS = {
     "mixtral": (lambda: hf_mixtral(), "moe", MIXTRAL),
     "mixtral-window": (lambda: hf_mixtral(window=7), "moe", {**MIXTRAL, "sliding_window": 7}),
     "glm": (lambda: hf_glm(), "moe", GLM),
+    "mamba": (lambda: hf_mamba(), "mamba", {"d_state": 5}),
+    "mamba-untied-bias": (
+        lambda: hf_mamba(False, use_bias=True, use_conv_bias=False, conv_kernel=3, time_step_rank=3),
+        "mamba",
+        {
+            **{"d_state": 5, "tie_embeddings": False, "use_bias": True, "use_conv_bias": False},
+            **{"d_conv": 3, "time_step_rank": 3},
+        },
+    ),
+    "mamba2": (lambda: hf_mamba2(), "mamba", MAMBA2),
+    "mamba2-groups-untied": (
+        lambda: hf_mamba2(2, False, use_bias=True),
+        "mamba",
+        {**MAMBA2, "ngroups": 2, "tie_embeddings": False, "use_bias": True},
+    ),
     "glm-groups-tied-norms": (
         lambda: hf_glm(True, True, n_group=4, topk_group=2),
         "moe",
@@ -272,6 +308,8 @@ def test_the_table_knows_every_entry_of_their_config_and_its_default(model_type)
         ("gpt2", {}),
         ("vanilla", {"n_kv_heads": 2, "rope_theta": 500.0}),
         ("moe", {"d_ff_expert": None, "rope_theta": 500.0}),
+        ("mamba", {"d_state": 5, "time_step_rank": 3}),
+        ("mamba", {**MAMBA2, "ngroups": 2, "tie_embeddings": False}),
         ("moe", {"gate_type": "deepseek_v3", "qk_norm": True, "gate_norm_factor": 1.5}),
     ],
 )

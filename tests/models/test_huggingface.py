@@ -27,7 +27,12 @@ GLM = {
     **{**LLAMA, "model_type": "glm4_moe", "num_key_value_heads": 2, "partial_rotary_factor": 1.0},
     **{"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "n_shared_experts": 2},
 }
-PLAIN = {"gpt2": GPT2, "llama": LLAMA, "mixtral": MIXTRAL, "glm4_moe": GLM}
+MAMBA = {"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8, "vocab_size": 300}
+MAMBA2 = {**MAMBA, "model_type": "mamba2", "num_heads": 4, "head_dim": 32, "n_groups": 2, "use_bias": False}
+PLAIN = {
+    **{"gpt2": GPT2, "llama": LLAMA, "mixtral": MIXTRAL, "glm4_moe": GLM},
+    **{"mamba": MAMBA, "mamba2": MAMBA2},
+}
 
 
 def fields(model_type, **entries):
@@ -64,6 +69,18 @@ def test_experts_are_read():
     assert read | {"num_experts": 8, "top_k": 3, "d_ff_expert": 24, "n_shared_experts": 2} == read
     assert read | {"ffn_hidden": 96, "first_k_dense": 0, "gate_norm_factor": 2.5, "qk_norm": False} == read
     assert read | {"gate_type": "deepseek_v3", "n_group": 4, "topk_group": 2} == read
+
+
+def test_states_are_read():
+    read = fields("mamba", time_step_rank="auto", conv_kernel=3)
+    assert read | {"d_state": 8, "time_step_rank": 4, "d_conv": 3, "version": 1, "d_intermediate": 0} == read
+    assert fields("mamba", time_step_rank=7)["time_step_rank"] == 7
+    read = fields("mamba2")
+    assert read | {"version": 2, "headdim": 32, "ngroups": 2, "tie_embeddings": False, "expand": 2} == read
+    assert refusals("mamba2", num_heads=8) == [
+        "config.json: num_heads is 8: Mamba-2 is computed with 4 here",
+    ]
+    assert refusals("mamba", hidden_act="gelu") and refusals("mamba2", time_step_limit=[0.1, 0.2])
 
 
 @pytest.mark.parametrize("entries", [{}, {"num_key_value_heads": None}])
@@ -128,6 +145,15 @@ PUBLISHED = {
         "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
     }),
     "distilgpt2": ("gpt2", {"_num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}),
+    "mamba-130m-hf": ("mamba", {
+        "architectures": ["MambaForCausalLM"], "bos_token_id": 0, "conv_kernel": 4, "d_inner": 128, "d_model": 64,
+        "eos_token_id": 0, "expand": 2, "fused_add_norm": True, "hidden_act": "silu", "initializer_range": 0.1,
+        "intermediate_size": 128, "layer_norm_epsilon": 1e-05, "n_layer": 2, "pad_token_id": 0,
+        "pad_vocab_size_multiple": 8, "rescale_prenorm_residual": False, "residual_in_fp32": True, "rms_norm": True,
+        "ssm_cfg": {}, "time_step_floor": 0.0001, "time_step_init_scheme": "random", "time_step_max": 0.1,
+        "time_step_min": 0.001, "time_step_rank": 4, "time_step_scale": 1.0, "torch_dtype": "float32",
+        "transformers_version": "4.39.0.dev0", "use_bias": False, "use_cache": True, "use_conv_bias": True,
+    }),
     "gpt2-xl": ("gpt2", {"output_past": True}),
     "Llama-2-7b": ("llama", {
         "_name_or_path": "meta-llama/Llama-2-7b-hf", "architectures": ["LlamaForCausalLM"], "bos_token_id": 1,
@@ -204,7 +230,7 @@ def test_all_refusals_come_together():
 
 
 def test_an_unknown_model_type_lists_what_there_is():
-    known = "gpt2, llama, mixtral, glm4_moe"
+    known = "gpt2, llama, mamba, mamba2, mixtral, glm4_moe"
     with pytest.raises(
         ConfigError, match=f"c.json: model_type: 'gpt3' is not one of {known}. Did you mean 'gpt2'"
     ):
@@ -272,7 +298,8 @@ def test_what_has_no_form_there_is_refused_by_field():
     with pytest.raises(ValueError, match="Llama has no counterpart of use_rope: false, attn_softcap: 5.0"):
         to_config("vanilla", cfg)
     with pytest.raises(
-        ValueError, match="type mdl has no form in Hugging Face transformers; gpt2, vanilla, moe have one"
+        ValueError,
+        match="type mdl has no form in Hugging Face transformers; gpt2, vanilla, mamba, moe have one",
     ):
         to_config("mdl", cfg)
 

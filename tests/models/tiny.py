@@ -24,7 +24,8 @@ VARIANT_NAMES = [type_ + "".join(f"-{key}" for key in kw) for type_, kw in VARIA
 def build(type_, dtype=torch.float64, seed=0, std=0.3, **fields):
     """A model in eval mode with all parameters N(0, std^2); `std` None: its own initialisation."""
     model_class = load(resolve(type_).model)
-    model = model_class(model_class.Config(**{**SIZES, **fields})).to(dtype).eval()
+    sizes = {name: size for name, size in SIZES.items() if name in model_class.Config.model_fields}
+    model = model_class(model_class.Config(**{**sizes, **fields})).to(dtype).eval()
     generator = torch.Generator().manual_seed(seed)
     model.init_weights(generator)
     if std is not None:

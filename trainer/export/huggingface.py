@@ -47,7 +47,7 @@ class HuggingFace(Form):
         ids = {"bos_token_id": tokenizer.eot, "eos_token_id": ends[0]}
         dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         config = to_config(cfg.type, model_cfg, **ids, dtype=dtype)
-        files = huggingface_files(tokenizer, model_cfg.n_ctx)
+        files = huggingface_files(tokenizer, getattr(model_cfg, "n_ctx", None))
         return Contents(
             tensors,
             {
