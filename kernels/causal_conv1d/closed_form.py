@@ -107,7 +107,7 @@ def _ways(taps: Tensor, length: int, tokens: int, run: Tensor | None) -> list[_W
         if first < tokens:
             token, source = slice(first, tokens), slice(first + before - distance, length - distance)
             same = None
-            if run is not None and run.any():
+            if run is not None:
                 same = (run[:, token] == F.pad(run, (before, 0))[:, source])[..., None].to(taps.dtype)
             found.append(_Way(len(taps) - 1 - distance, token, source, same))
     return found
