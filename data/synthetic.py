@@ -58,8 +58,9 @@ def load(cfg: SyntheticConfig) -> Corpus:
             f"{cfg.synthetic_max_distance} bytes"
         )
         notes = (
-            f"recall_accuracy, the share of right answers, is at best {source.best_accuracy:g}, and "
-            f"{source.chance_accuracy:.3g} of a model that does not see the pairs",
+            f"recall_accuracy, the share of right answers, is at best {source.best_accuracy:g}; "
+            f"{source.chance_accuracy:.2g} of a model that does not see the pairs, about "
+            f"{source.values_accuracy:.2f} of one that knows the values but not their keys",
         )
         marks = {"recall": source.answers}
     else:

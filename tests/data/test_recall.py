@@ -66,6 +66,18 @@ def test_the_law_sums_to_one_and_its_entropy_is_exact(queries: int) -> None:
     assert set(source.sample(400, 0)) == set(lawful)
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ((1, 1, 5, 10, 2, 20), 1.0),  # the only value
+        ((2, 1, 5, 2, 2, 20), 0.75),  # alike in half of the documents, else a guess between two
+        ((2, 2, 5, 2, 2, 20), 0.875),  # and the second is what is left
+    ],
+)
+def test_knowing_the_values_alone(settings: tuple[int, ...], expected: float) -> None:
+    assert abs(RecallSource(*settings).values_accuracy - expected) < 0.03
+
+
 def test_other_text_is_impossible_and_has_no_answers() -> None:
     source = RecallSource(3, 3, 5, 4, 6, 20)
     text = source.sample(1, 0)[0]
