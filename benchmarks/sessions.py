@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from configs.compose import compose
+from configs.validate import architecture_config
 from trainer.distributed import World, choose_device
 from trainer.optim.optimizers import clip_gradients
 from trainer.run.files import write_atomically
@@ -19,10 +20,19 @@ __all__ = ["opened", "step", "write"]
 
 
 def opened(type_: str, words: list[str]) -> Session:
-    """A session of the architecture's own file under the words of a command line."""
+    """A session of the architecture's own file under the words of a command line. They are sizes for all architectures:
+    what of them is no field of this one, such as heads where nothing attends, is left out, as of a preset."""
     file = f"--hydra_model_cfg=configs/{type_}.yaml"
-    cfg, model_cfg = compose([file, "resume=none", "batch_stages=null", *words], notify=lambda text: None)
+    fields = architecture_config(type_, None, lambda key: "").model_fields
+    sizes = [word for word in words if _field(word) is None or _field(word) in fields]
+    cfg, model_cfg = compose([file, "resume=none", "batch_stages=null", *sizes], notify=lambda text: None)
     return open_session(cfg, model_cfg, World(choose_device(cfg.device)))
+
+
+def _field(word: str) -> str | None:
+    """Of `model_cfg.<field>=<value>`; None of another word."""
+    key = word.partition("=")[0]
+    return key.removeprefix("model_cfg.") if key.startswith("model_cfg.") else None
 
 
 def step(s: Session, index: int) -> None:

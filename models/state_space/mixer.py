@@ -45,17 +45,17 @@ class Mixer(UsesKernels):
     def forward(
         self, x: Tensor, documents: Documents | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define forward")
 
     def empty(self, rows: int) -> State:
         """Before the first token."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define empty")
 
     def init_weights(self, generator: torch.Generator) -> None:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define init_weights")
 
     def flops(self, seq_len: int) -> Flops:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define flops")
 
     def convolved(
         self, inputs: Tensor, documents: Documents | None, state: State | None
