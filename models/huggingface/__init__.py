@@ -37,7 +37,7 @@ _OF_MAMBA = {
 }
 
 
-def _mamba(defaults: Mapping[str, Any]) -> dict[str, Field]:
+def _mamba(**defaults: Any) -> dict[str, Field]:
     """Entries that both versions have; `defaults` where they differ."""
     return {
         "vocab_size": Field("vocab_size", int, defaults["vocab_size"]),
@@ -136,10 +136,11 @@ ROWS: dict[str, Row] = {
         classes=("MambaForCausalLM", "MambaModel"),
         fields={
             **_mamba(
-                {
-                    **{"vocab_size": 50280, "hidden_size": 768, "num_hidden_layers": 32},
-                    **{"state_size": 16, "tie_word_embeddings": True},
-                }
+                vocab_size=50280,
+                hidden_size=768,
+                num_hidden_layers=32,
+                state_size=16,
+                tie_word_embeddings=True,
             ),
             "time_step_rank": Field("time_step_rank", int, _rank),
         },
@@ -159,10 +160,11 @@ ROWS: dict[str, Row] = {
         classes=("Mamba2ForCausalLM", "Mamba2Model"),
         fields={
             **_mamba(
-                {
-                    **{"vocab_size": 32768, "hidden_size": 4096, "num_hidden_layers": 64},
-                    **{"state_size": 128, "tie_word_embeddings": False},
-                }
+                vocab_size=32768,
+                hidden_size=4096,
+                num_hidden_layers=64,
+                state_size=128,
+                tie_word_embeddings=False,
             ),
             "head_dim": Field("headdim", int, 64),
             "n_groups": Field("ngroups", int, 8),

@@ -202,9 +202,7 @@ def test_a_tokenizer_from_elsewhere_goes_out_as_it_came(command, tmp_path):
 
 @pytest.mark.parametrize("name", ["d3pm", "mdl", "sedd", "bd3lm"])
 def test_architectures_that_transformers_lacks(name):
-    told = (
-        f"to: type {name} has no form.*gpt2, vanilla, moe have one. --to safetensors takes every architecture"
-    )
+    told = f"to: type {name} has no form.*gpt2, vanilla, mamba, moe have one. --to safetensors takes every architecture"
     with pytest.raises(ValueError, match=told):
         HuggingFace().check(*config(name))
 

@@ -171,7 +171,8 @@ def test_no_folder_at_all(gpt2, monkeypatch):
         ({"model_type": None}, "config.json: no model_type. Architectures that are read: gpt2, llama"),
         (
             {"model_type": "lama"},
-            "config.json: model_type: 'lama' is not one of gpt2, llama, mixtral, glm4_moe. Did you mean 'llama'?",
+            "config.json: model_type: 'lama' is not one of gpt2, llama, mamba, mamba2, mixtral, glm4_moe. "
+            "Did you mean 'llama'?",
         ),
         ({"n_inner": 5}, "config.json: n_inner is 5: GPT-2 is computed with null or 64 here"),
     ],
