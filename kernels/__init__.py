@@ -208,6 +208,16 @@ KERNELS: dict[str, Kernel] = {
         },
         rule="kernels.selective_scan:choose",
     ),
+    "linear_scan": Kernel(
+        "kernels.linear_scan:linear_scan",
+        description="recurrence whose decay is one number a step, for H-Net",
+        implementations={
+            REFERENCE: Implementation("kernels.linear_scan.reference:reference"),
+            CHUNKED: Implementation("kernels.linear_scan.chunked:chunked"),
+            TRITON: by_triton("kernels.linear_scan.triton:linear_scan"),
+        },
+        rule="kernels.linear_scan:choose",
+    ),
     "unit_norm": Kernel(
         "kernels.unit_norm:unit_norm",
         description="normalisation to length 1",
