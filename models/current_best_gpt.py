@@ -28,7 +28,7 @@ from models.current_best.gates import SCALE, Gates, Mudd, Wanted
 from models.current_best.records import RECORDS
 from models.current_best.rules import rules
 from models.current_best.stages import rotation_of, shares
-from models.layers.cache import KVCache, StateCache
+from models.layers.cache import StateCache, WindowedKVCache
 from models.layers.decoder import Decoder, padded_vocabulary
 from models.layers.flops import Flops, decoder_flops, mean_keys
 from models.layers.init import normal_
@@ -262,6 +262,7 @@ class CurrentBestGPT(Decoder):
             heads, past, tokens = heads // 2, 2 * past, tokens.repeat_interleave(2, 1)
             doc_ids = None if doc_ids is None else doc_ids.repeat_interleave(2, 1)
             cu_seqlens = None if cu_seqlens is None else 2 * cu_seqlens
+        past = past if window is None else min(past, window - 1)  # what the cache still has
         visible = Visible.causally(tokens, past, window=window, doc_ids=doc_ids, cu_seqlens=cu_seqlens)
         return plan_attention(
             visible,
@@ -293,14 +294,17 @@ class CurrentBestGPT(Decoder):
             self.score_scale.copy_(torch.tensor(scale, dtype=torch.float64))
 
     def init_cache(self, rows: int) -> StateCache:
-        """Keys and values of layers, those of paired heads by themselves, as they have two for each token; the last
-        token, and in layers whose keys are offset its key."""
-        like = self.embed_tokens.weight
+        """Keys and values of layers, as many as their windows and composed heads see, those of paired heads by
+        themselves, as they have two for each token; the last token, and in layers whose keys are offset its key."""
+        like, cfg, layout = self.embed_tokens.weight, self.cfg, self.layout
+        short, long = self.windows
+        windows = [long if layer in layout.long else short for layer in range(cfg.depth)]
+        plain = [max(w, cfg.dc_window) if w and n in layout.composed else w for n, w in enumerate(windows)]
         key = like.new_zeros(rows, 1, self.cfg.n_heads, self.cfg.head_width)
         offset = {f"key_{n}": key for n, block in enumerate(self.layers) if block.offsets_keys}
         return StateCache(
-            keys=KVCache(self.cfg.depth, rows),
-            pairs=KVCache(self.cfg.depth, rows),
+            keys=WindowedKVCache(plain, rows),
+            pairs=WindowedKVCache(windows, rows),
             token=torch.zeros(rows, 1, dtype=torch.int64, device=like.device),
             **offset,
         )

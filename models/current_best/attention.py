@@ -164,7 +164,9 @@ class Attention(UsesKernels):
         q, keys, values = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, h)
         if cache is not None:
             keys, values = cache["keys"].append(self.layer, keys, values)
-        y = attention(q, keys, values, shared.plan(False, self.long))
+        plan = shared.plan(False, self.long)
+        attended = slice(keys.shape[2] - plan.visible.keys, None)  # composed heads may see more
+        y = attention(q, keys[:, :, attended], values[:, :, attended], plan)
         if "read" in gates:
             read, write = (gates[name].expand(*v.shape[:2], self.heads) for name in ("read", "write"))
             y = y + compose(q, keys, values, read, write, self.window, shared.doc_ids)

@@ -8,13 +8,21 @@ Shapes: B rows, G key/value heads, T tokens, h head width; R rows of which M tok
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Cache", "Entering", "KVCache", "PartlyRaggedCache", "RaggedCache", "StateCache"]
+__all__ = [
+    "Cache",
+    "Entering",
+    "KVCache",
+    "PartlyRaggedCache",
+    "RaggedCache",
+    "StateCache",
+    "WindowedKVCache",
+]
 
 
 class Cache(Protocol):
@@ -83,6 +91,63 @@ class KVCache:
 
     def restore(self, snapshot: int) -> None:
         self.truncate(snapshot)
+
+
+class WindowedKVCache:
+    """Keys and values of layers whose tokens see the last `windows[layer]` tokens, themselves included (None: all), and
+    no more of them than that: what no later token can see is dropped. As `KVCache` otherwise."""
+
+    def __init__(self, windows: Sequence[int | None], rows: int) -> None:
+        self.windows, self.rows, self.length = list(windows), rows, 0
+        self._layers: list[tuple[Tensor, int] | None] = [None] * len(self.windows)
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, G, T, h); returns those that the first of these tokens sees, and all behind it: of a window of w,
+        (B, G, min(length, w - 1) + T, h)."""
+        end = self.length + keys.shape[2]
+        first = self._first(layer)
+        stored, start = self._with_room(layer, keys, first, end)
+        stored[0, :, :, self.length - start : end - start] = keys
+        stored[1, :, :, self.length - start : end - start] = values
+        seen = stored[:, :, :, first - start : end - start]
+        return seen[0], seen[1]
+
+    def _first(self, layer: int) -> int:
+        """The first token that the next one sees."""
+        window = self.windows[layer]
+        return 0 if window is None else max(0, self.length - (window - 1))
+
+    def _with_room(self, layer: int, keys: Tensor, first: int, end: int) -> tuple[Tensor, int]:
+        """The storage (2, B, G, capacity, h) and the token that its first entry is of. A full one is never shifted in
+        place, so that a snapshot stays what it was."""
+        batch, heads, _, width = keys.shape
+        if batch != self.rows:
+            raise ValueError(f"the cache was made for {self.rows} rows, got {batch}")
+        held = self._layers[layer]
+        if held is None or held[1] + held[0].shape[3] < end:
+            grown = keys.new_empty(2, batch, heads, 1 << (end - first).bit_length(), width)
+            if held is not None:
+                stored, start = held
+                grown[:, :, :, : self.length - first] = stored[:, :, :, first - start : self.length - start]
+            self._layers[layer] = held = grown, first
+        return held
+
+    def advance(self, tokens: int) -> None:
+        """Count `tokens` as seen, after every layer has appended them."""
+        self.length += tokens
+
+    def select(self, rows: Tensor) -> None:
+        self.rows = len(rows)
+        self._layers = [
+            None if held is None else (held[0].index_select(1, rows), held[1]) for held in self._layers
+        ]
+
+    def snapshot(self) -> tuple[int, list[tuple[Tensor, int] | None]]:
+        return self.length, list(self._layers)
+
+    def restore(self, snapshot: tuple[int, list[tuple[Tensor, int] | None]]) -> None:
+        self.length, layers = snapshot
+        self._layers = list(layers)
 
 
 class RaggedCache:

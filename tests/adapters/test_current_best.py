@@ -239,6 +239,24 @@ def test_what_goes_on_behind_a_window_equals_the_whole_after_tokens_were_taken_b
     torch.testing.assert_close(rest, whole[:, 11:], rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("composed", ["[]", "[1]"])
+def test_a_cache_holds_what_windows_see_and_no_more(composed):
+    """Token by token, far beyond the windows; composed heads see more than the window of their layer."""
+    words = ("model_cfg.window_unit=1", f"model_cfg.dc_layers={composed}", "model_cfg.dc_window=9")
+    adapter = adapter_of(TYPE, *words, "model_cfg.window_pattern=SS", dtype=torch.float64).eval()
+    move_away_from_uniform(adapter)
+    model = adapter.model
+    tokens = torch.randint(60, (1, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole, cache = model.logits(model(tokens)), model.init_cache(1)
+        found = torch.cat([model.logits(model(token, cache=cache)) for token in tokens.split(1, 1)], 1)
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-9)
+    assert model.windows[0] == 7
+    paired, other = cache["pairs"]._layers[0], cache["keys"]._layers[1]
+    assert paired[0].shape[3] == 16, "room for 7 places and the two of a token"
+    assert other[0].shape[3] == (16 if composed == "[1]" else 8)
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
