@@ -562,6 +562,11 @@ class ModelAdapter(nn.Module):
         twins = getattr(self.model, "twins", ())
         return [(name, p) for name, p in self.named_model_parameters() if name not in twins]
 
+    @property
+    def parameter_count(self) -> int:
+        """Numbers in `counted_parameters`."""
+        return sum(p.numel() for _, p in self.counted_parameters())
+
     def is_external(self, name: str) -> bool:
         """Whether a parameter or buffer of the model belongs to a part that comes from elsewhere."""
         return any(name.startswith(f"{path}.") for path in self.external())

@@ -163,10 +163,9 @@ class Loaded:
         self.device, self.precision = restored.device, restored.precision
 
     def __repr__(self) -> str:
-        parameters = sum(p.numel() for p in self.model.parameters())
         return (
-            f"Loaded({self.config.type}, {parameters:,} parameters, {self.weights} weights of {str(self.path)!r}, "
-            f"tokenizer {self.tokenizer.name}, {self.device}, precision {self.precision})"
+            f"Loaded({self.config.type}, {self.adapter.parameter_count:,} parameters, {self.weights} weights of "
+            f"{str(self.path)!r}, tokenizer {self.tokenizer.name}, {self.device}, precision {self.precision})"
         )
 
     def score(self, text: str | bytes) -> TextScore:

@@ -314,6 +314,7 @@ def test_what_is_not_the_records_depth_is_said_and_what_is_looked_up_apart():
     looked_up = sum(p.numel() for n, p in named.items() if "table" in n)
     counted = dict(adapter.counted_parameters())
     assert set(named) - set(counted) == {"lm_head.weight"}, "with the embedding, once"
+    assert adapter.parameter_count == sum(p.numel() for p in counted.values())
     assert f"{looked_up:,} of the parameters are looked up alone" in text
     assert adapter.active_parameters() == sum(p.numel() for p in counted.values()) - looked_up
     apart = adapter_of("current_best_gpt", "model_cfg.tie_until=0.0")

@@ -119,7 +119,7 @@ def _manifest(s: Session) -> dict[str, Any]:
 def parameters_of(s: Session) -> dict[str, int]:
     """`total`, and `active` where not all of them act on a token."""
     active = s.adapter.active_parameters()
-    total = sum(p.numel() for _, p in s.adapter.counted_parameters())
+    total = s.adapter.parameter_count
     return {"total": total, **({} if active is None else {"active": active})}
 
 

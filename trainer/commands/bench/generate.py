@@ -165,7 +165,7 @@ def _about(found: Restored, args: argparse.Namespace) -> dict[str, Any]:
     adapter = found.adapter
     return {
         "type": found.cfg.type,
-        "parameters": sum(p.numel() for p in adapter.model.parameters()),
+        "parameters": adapter.parameter_count,
         "weights": str(found.checkpoint or found.weights),
         "overrides": args.overrides,
         "precision": found.precision,
