@@ -34,7 +34,7 @@ def ssd(
     initial: Tensor | None = None,
     doc_ids: Tensor | None = None,
     *,
-    chunk: int | None = None,
+    chunk: int,
     kernels: Kernels,
 ) -> tuple[Tensor, Tensor]:
     """-> y (B, T, H, P) in x's dtype, and the states behind the last token (B, H, P, N), in at least fp32. Decays and
@@ -42,7 +42,7 @@ def ssd(
 
     x (B, T, H, P), delta (B, T, H), B and C (B, T, G, N), of T >= 1; A (H,), negative; D and delta_bias (H,); initial
     (B, H, P, N): states before the first token, of its document (None: zeros). No state crosses a change of doc_ids
-    (B, T), any integers. chunk: tokens of one product (None: by the device); results do not depend on it. ValueError
+    (B, T), any integers. chunk: tokens of one product; results do not depend on it. ValueError
     where shapes do not fit.
     """
     _check(x, delta, A, B, C, D, delta_bias, initial, doc_ids, chunk)
@@ -69,7 +69,7 @@ def _check(
     delta_bias: Tensor | None,
     initial: Tensor | None,
     doc_ids: Tensor | None,
-    chunk: int | None,
+    chunk: int,
 ) -> None:
     if x.ndim != 4 or B.ndim != 4 or not x.shape[1]:
         raise ValueError(
@@ -92,7 +92,7 @@ def _check(
             raise ValueError(f"{name} must be {shape} beside x {tuple(x.shape)}, got {tuple(given.shape)}")
     if heads % groups:
         raise ValueError(f"{heads} heads cannot share {groups} groups of B and C")
-    if chunk is not None and chunk < 1:
+    if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
 
 

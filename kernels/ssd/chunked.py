@@ -21,8 +21,6 @@ from kernels.precision import at_least_fp32, own_dtypes
 
 __all__ = ["chunked"]
 
-CPU_CHUNK, CHUNK = 64, 256  # where nobody says; the paper's on a GPU
-
 
 def chunked(
     x: Tensor,
@@ -35,12 +33,12 @@ def chunked(
     initial: Tensor | None,
     doc_ids: Tensor | None,
     *,
-    chunk: int | None,
+    chunk: int,
 ) -> tuple[Tensor, Tensor]:
     """Arguments and results as `reference`."""
     rows, tokens, heads, width = x.shape
     exact = at_least_fp32(x.dtype)
-    length = min(tokens, chunk or (CPU_CHUNK if x.device.type == "cpu" else CHUNK))
+    length = min(tokens, chunk)
     if initial is None:
         initial = x.new_zeros(rows, heads, width, B.shape[-1], dtype=exact)
     with own_dtypes(x.device):

@@ -22,7 +22,7 @@ def of_mamba_ssm(
     initial: Tensor | None,
     doc_ids: Tensor | None,
     *,
-    chunk: int | None,
+    chunk: int,
 ) -> tuple[Tensor, Tensor]:
     """The authors' Triton kernels."""
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
@@ -33,7 +33,7 @@ def of_mamba_ssm(
         A,
         B,
         C,
-        chunk or 256,
+        chunk,
         D=D,
         dt_bias=delta_bias,
         initial_states=initial,
@@ -54,7 +54,7 @@ def of_fla(
     initial: Tensor | None,
     doc_ids: Tensor | None,
     *,
-    chunk: int | None,
+    chunk: int,
 ) -> tuple[Tensor, Tensor]:
     """fla-core's linear attention with one decay a head, B and C repeated for every head."""
     from fla.ops.simple_gla import chunk_simple_gla

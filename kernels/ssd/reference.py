@@ -23,7 +23,7 @@ def reference(
     initial: Tensor | None,
     doc_ids: Tensor | None,
     *,
-    chunk: int | None,
+    chunk: int,
 ) -> tuple[Tensor, Tensor]:
     """x (B, T, H, P), delta (B, T, H), A (H,), B and C (B, T, G, N), D and delta_bias (H,), initial (B, H, P, N),
     doc_ids (B, T) -> y (B, T, H, P) in x's dtype, the last states (B, H, P, N); in at least fp32. There are no chunks.

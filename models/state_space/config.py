@@ -49,7 +49,9 @@ class MambaConfig(ModelConfig):
     ] = "random"
     headdim: Positive = 64  # channels that share one rate of decay and one step size
     ngroups: Positive = 1  # of heads that share what leads into states and out of them
-    chunk_size: Free[Positive] = 256  # tokens between which states are computed as attention is
+    # Tokens between which states are computed as attention is. The paper's kernels take 256; 64 are fewer operations,
+    # and faster on a CPU: 92 : 210 ms (16 x 256 tokens, 6 heads of 64, 128 states, one thread, forward and backward).
+    chunk_size: Free[Positive] = 64
     A_init_range: Annotated[list[Rate], Field(min_length=2, max_length=2)] = [1.0, 16.0]  # of rates of decay
 
     tiny = {"d_model": 64, "n_layers": 2}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.against import deviation, deviations, gradients, in_fp64, upstream
 from kernels.choose import Call, Kernels
+from kernels.selective_scan import selective_scan
 from kernels.spec import Sample, drawn
 from kernels.ssd import SPEC, ssd
 from kernels.ssd.chunked import chunked
@@ -53,6 +54,18 @@ def test_chunks_give_what_the_recurrence_does(size, dtype):
     spec, sample = samples.drawn("ssd", size, getattr(torch, dtype))
     found = compared(sample)
     assert max(found.values()) <= spec.tolerance[dtype], found
+
+
+def test_a_head_of_one_channel_is_a_selective_scan():
+    """Version 1 with one rate of decay for all states of a channel, and step sizes of its own."""
+    sample = call_of(21, heads=6, width=1, rows=2)
+    t = sample.tensors
+    y, last = sample.call(reference)
+    rates = t["A"][:, None].expand(6, t["B"].shape[-1])
+    given = (t["x"][..., 0], t["delta"], rates, t["B"][:, :, 0], t["C"][:, :, 0], t["D"], None)
+    scanned, state = selective_scan(*given, t["delta_bias"], t["initial"][:, :, 0], None, kernels=Kernels())
+    torch.testing.assert_close(scanned, y[..., 0], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(state, last[:, :, 0], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 8, 64])
@@ -233,12 +246,12 @@ def test_choice():
     assert choice("cpu", ssd="reference")[0] == "reference"
     kernels = Kernels()
     for tokens in (1, 5):
-        ssd(**call_of(tokens).tensors, kernels=kernels)
+        ssd(**call_of(tokens).tensors, chunk=4, kernels=kernels)
     assert set(kernels.used["ssd"]) == {"reference", "chunked"}
 
 
 def test_shapes_that_do_not_fit():
-    given = call_of(5).tensors
+    given = {**call_of(5).tensors, "chunk": 4}
     for wrong, message in (
         ({"delta": given["delta"][:, 1:]}, r"delta must be \(1, 5, 2\)"),
         ({"initial": given["initial"].mT}, r"initial must be \(1, 2, 3, 4\)"),

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from configs import compose
 from kernels.choose import Kernels
@@ -84,6 +85,30 @@ def test_operations_of_the_published_size():
     mixer = 2 * (2 * 768 * 1536 + 1536 * (48 + 32) + 48 * 1536 + 1536 * 768) + 2 * 4 * 1536 + 9 * 1536 * 16
     assert flops.forward_per_token == 24 * mixer + 2 * 768 * 50304
     assert flops.training_per_token == 3 * flops.forward_per_token
+
+
+def test_operations_of_version_2_are_those_of_its_products():
+    """Of whole chunks, counted by torch; the convolution is no product of matrices to it."""
+    model = build("mamba", torch.float32, **DUAL, vocab_size=64)
+    tokens = tokens_of(rows=2, length=12)
+    said, conv = model.flops(12), 2 * 4 * model.layers[0].mixer.channels * len(model.layers)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.logits(model(tokens))
+    assert counter.get_total_flops() == tokens.numel() * (said.forward_per_token - conv)
+    with FlopCounterMode(display=False) as counter:
+        model.logits(model(tokens)).sum().backward()
+    whole = tokens.numel() * (said.training_per_token - 3 * conv)
+    assert counter.get_total_flops() == pytest.approx(whole, rel=0.01)  # some products are made again
+
+
+def test_operations_of_the_published_size_of_version_2():
+    """By hand, at the paper's chunks of 256: 297 million."""
+    flops = counted(version=2, vocab_size=50288, chunk_size=256).flops(1024)
+    projections = 2 * 768 * (2 * 1536 + 2 * 128 + 24 + 1536)
+    chunks = 2 * 256 * (128 + 1536) + 4 * 1536 * 128
+    mixer = projections + 2 * 4 * (1536 + 2 * 128) + chunks
+    assert flops.forward_per_token == 24 * mixer + 2 * 768 * 50304
+    assert round(flops.forward_per_token / 1e6) == 297
 
 
 # -- fields ------------------------------------------------------------------------------------------------------------
