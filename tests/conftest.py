@@ -52,6 +52,8 @@ def pytest_configure(config):
 
 
 def pytest_runtest_setup(item):
+    if "torch" in sys.modules:  # what a test draws without a seed is the same in any order of tests
+        sys.modules["torch"].manual_seed(0)
     if item.get_closest_marker("gpu"):
         import torch
 
