@@ -205,6 +205,7 @@ KERNELS: dict[str, Kernel] = {
         implementations={
             REFERENCE: Implementation("kernels.selective_scan.reference:reference"),
             CHUNKED: Implementation("kernels.selective_scan.chunked:chunked"),
+            TRITON: by_triton("kernels.selective_scan.triton:selective_scan"),
         },
         rule="kernels.selective_scan:choose",
     ),

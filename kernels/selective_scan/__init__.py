@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels import CHUNKED, REFERENCE
+from kernels import CHUNKED, REFERENCE, TRITON
 from kernels.choose import Call, Kernels
 from kernels.selective_scan.reference import reference
 from kernels.spec import Sample, Size, Spec, drawn
@@ -89,11 +89,16 @@ def _mismatch(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *others
 
 
 def choose(call: Call, lacking: Callable[[str], str]) -> tuple[str, str]:
-    """In pieces: the definition keeps the states of all steps for its gradients, and needs many operations a step. Of a
-    few steps, as text is written, it is the faster one."""
+    """On a GPU by a kernel. Elsewhere in pieces: the definition keeps the states of all steps for its gradients, and
+    needs many operations a step. Of a few steps, as text is written, it is the faster one."""
+    because = ""
+    if call.device.type == "cuda":
+        if not (why_not := lacking(TRITON)):
+            return TRITON, "states stay in registers"
+        because = f"; not {TRITON}: {why_not}"
     if FEW_STEPS in call.facts:
-        return REFERENCE, f"the plain definition, of at most {FEW} steps"
-    return CHUNKED, "in blocks of steps, whose states are computed again in the backward pass"
+        return REFERENCE, f"the plain definition, of at most {FEW} steps{because}"
+    return CHUNKED, f"in blocks of steps, whose states are computed again in the backward pass{because}"
 
 
 def _sample(size: Size, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Sample:

@@ -86,13 +86,13 @@ def part_of_a_row(t: Tensor) -> Tensor:
 
 
 def rows_far_apart(t: Tensor) -> Tensor:
-    """Rows (of more than two axes: what the last two hold) so far from each other that the offset of the sixth does not
-    fit into 31 bits. The memory in between is never touched and costs nothing."""
-    far = 2**29
+    """Rows (of more than two axes: what the last two hold) so far from each other that the offset of the last does not
+    fit into 31 bits. The memory in between is never touched and costs nothing; of fewer than five it is too much."""
     lead = max(1, t.ndim - 2)
     count = t.shape[:lead].numel()
-    if t.ndim < 2 or not t.numel() or count * far * t.element_size() > 2**36:
+    if t.ndim < 2 or not t.numel() or count < 5:
         return t
+    far = -(-(2**31) // (count - 1))
     apart = torch.empty_strided(
         (count, *t.shape[lead:]), (far, *t[0].contiguous().stride()[lead - 1 :]), dtype=t.dtype
     )
