@@ -26,7 +26,7 @@ from kernels.selective_scan.operation import Gradients, operation
 __all__ = ["chunked"]
 
 STEPS = 16  # of a block
-TILE = 8192  # states of a tile, about: what a step works on
+TILE = 16384  # states of a tile, about: what a step works on
 LANES_BELOW = 4096  # states of all rows: fewer run in lanes
 
 
