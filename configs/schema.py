@@ -264,11 +264,11 @@ class RunConfig(BaseModel):
     synthetic_symbols: Annotated[int, Field(ge=2, le=95)] = 32
     synthetic_order: Positive = 1
     synthetic_pairs: Positive = 8
-    synthetic_queries: Positive = 4
+    synthetic_rounds: Positive = 5
     synthetic_keys: Positive = 26
     synthetic_values: Annotated[int, Field(ge=2)] = 10
-    synthetic_min_distance: Annotated[int, Field(ge=2)] = 64
-    synthetic_max_distance: Annotated[int, Field(ge=2)] = 253
+    synthetic_min_distance: Annotated[int, Field(ge=2)] = 32
+    synthetic_max_distance: Annotated[int, Field(ge=2)] = 61
     tokenizer: FilePath = "auto"
 
     # rows, batches, steps

@@ -18,7 +18,7 @@ _WINS = [
     ("val_tokens", "val_steps"),
 ]
 _OF_RECALL = (
-    *("synthetic_pairs", "synthetic_queries", "synthetic_keys", "synthetic_values"),
+    *("synthetic_pairs", "synthetic_rounds", "synthetic_keys", "synthetic_values"),
     *("synthetic_min_distance", "synthetic_max_distance"),
 )
 # Where a field has this value, these others mean nothing.

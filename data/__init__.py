@@ -85,7 +85,7 @@ SOURCES: dict[str, Source] = {
         (
             *("synthetic", "synthetic_bytes", "synthetic_symbols", "synthetic_order", "synthetic_pairs"),
             *(
-                "synthetic_queries",
+                "synthetic_rounds",
                 "synthetic_keys",
                 "synthetic_values",
                 "synthetic_min_distance",

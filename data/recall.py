@@ -1,11 +1,13 @@
-"""Associative recall: pairs of a key and a value, and far behind them some keys again, whose values are to be told.
+"""Associative recall: pairs of a key and a value, and behind them, round after round, all keys again in other orders,
+whose values are to be told.
 
-A document is `pairs` pairs, filler, `queries` of the pairs again in any order, and filler to its end:
+A document is `pairs` pairs, then `rounds` times filler and the pairs in any order, and filler to its end:
 
-    c4h1a9f4................h1f4....
+    c4h1a9f4......h1f4c4a9.....a9c4f4h1..
 
 Behind a repeated key the value is certain to whoever remembers the pair; without, it is one of `values` equally
-likely ones. Each key is asked for once, so no later copy of a pair stands nearer than `min_distance`.
+likely ones. No earlier copy of a pair stands nearer than `min_distance`. Rounds are what models learn from: with one
+alone a document has few answers beside its filler, and small models were not seen to learn it in thousands of steps.
 
 Well above chance is not yet recall: whoever knows which values a document has, but not whose they are, says the
 commonest that is left (`values_accuracy`). Small transformers learn that first and may stay with it. (Arora et al.
@@ -30,11 +32,12 @@ VALUES_STREAM = 2  # besides those of the training and the held-out text
 
 
 class RecallSource:
-    """The law of such documents. `distance` of a value is that between the two places where it stands, in bytes.
+    """The law of such documents. `distance` of a value is that between the place where it is to be told and the nearest
+    before where it stands, in bytes.
 
-    pairs P, queries Q <= P, keys K >= P and values V >= 2 of an alphabet of 93 printable bytes. Keys of a document are
-    drawn without replacement, values with, the queries uniformly in their order, the filler's length uniformly among
-    all that keep every distance in [min_distance, max_distance]. Every document has `max_distance` + 2 bytes.
+    pairs P, keys K >= P and values V >= 2 of an alphabet of 93 printable bytes. Keys of a document are drawn without
+    replacement, values with, the order of every round uniformly, the filler's length before it uniformly among all
+    that keep every distance in [min_distance, max_distance]. Every document is of one length.
 
     Raises:
         DataError: the settings contradict each other; says the nearest that do not.
@@ -42,21 +45,17 @@ class RecallSource:
 
     best_accuracy = 1.0  # of the answers, where a model sees the whole document
 
-    def __init__(
-        self, pairs: int, queries: int, keys: int, values: int, min_distance: int, max_distance: int
-    ):
-        _check(pairs, queries, keys, values, min_distance, max_distance)
-        self.pairs, self.queries, self.n_keys, self.n_values = pairs, queries, keys, values
+    def __init__(self, pairs: int, rounds: int, keys: int, values: int, min_distance: int, max_distance: int):
+        _check(pairs, keys, values, min_distance, max_distance)
+        self.pairs, self.rounds, self.n_keys, self.n_values = pairs, rounds, keys, values
         self.keys = np.frombuffer(SYMBOLS[:keys].encode(), dtype=np.uint8)
         self.values = np.frombuffer(SYMBOLS[len(SYMBOLS) - values :].encode(), dtype=np.uint8)
-        self.document_bytes = max_distance + 2
-        # The last pair may be asked for first, the first one last.
-        self.shortest, self.longest = min_distance - 2, max_distance + 2 - 2 * (pairs + queries)
+        # The last pair of a round may be the first of the next, the first one the last.
+        self.shortest, self.longest = min_distance - 2, max_distance + 2 - 4 * pairs
+        self.document_bytes = 2 * pairs + rounds * (self.longest + 2 * pairs)
+        of_a_round = math.log2(math.factorial(pairs)) + math.log2(self.longest - self.shortest + 1)
         self.bits_per_document = (
-            math.log2(math.perm(keys, pairs))
-            + math.log2(math.perm(pairs, queries))
-            + pairs * math.log2(values)
-            + math.log2(self.longest - self.shortest + 1)
+            math.log2(math.perm(keys, pairs)) + pairs * math.log2(values) + rounds * of_a_round
         )
         self.entropy_bits_per_byte = self.bits_per_document / self.document_bytes
         self.chance_accuracy = 1 / values  # of a model that does not see the pairs
@@ -66,11 +65,13 @@ class RecallSource:
         """Of a model that knows a document's values but not their keys; estimated from documents, to about 0.01."""
         right = 0
         for text in (texts := self.sample(4000, VALUES_STREAM)):
-            left = Counter(text[1 : 2 * self.pairs : 2])
-            for place in np.flatnonzero(self.answers(text)):
-                right += left.most_common(1)[0][0] == text[place]
-                left[text[place]] -= 1
-        return right / (len(texts) * self.queries)
+            told = Counter(text[1 : 2 * self.pairs : 2])
+            for places in np.flatnonzero(self.answers(text)).reshape(self.rounds, self.pairs):
+                left = told.copy()
+                for place in places:
+                    right += left.most_common(1)[0][0] == text[place]
+                    left[text[place]] -= 1
+        return right / (len(texts) * self.rounds * self.pairs)
 
     def sample(self, n_documents: int, stream: int) -> list[bytes]:
         """Documents of `document_bytes`; different streams are independent."""
@@ -78,12 +79,16 @@ class RecallSource:
         keys = self.keys[_permutations(n_documents, self.n_keys, generator)[:, : self.pairs]]
         values = self.values[generator.integers(self.n_values, size=keys.shape)]
         pairs = np.stack([keys, values], axis=2)  # (N, P, 2)
-        chosen = _permutations(n_documents, self.pairs, generator)[:, : self.queries]
-        queries = np.take_along_axis(pairs, chosen[:, :, None], axis=1)  # (N, Q, 2)
-        asked = 2 * self.pairs + generator.integers(self.shortest, self.longest + 1, size=(n_documents, 1))
         text = np.full((n_documents, self.document_bytes), FILLER, dtype=np.uint8)
         text[:, : 2 * self.pairs] = pairs.reshape(n_documents, -1)
-        np.put_along_axis(text, asked + np.arange(2 * self.queries), queries.reshape(n_documents, -1), axis=1)
+        end = np.full((n_documents, 1), 2 * self.pairs)
+        for _ in range(self.rounds):
+            order = _permutations(n_documents, self.pairs, generator)
+            asked = np.take_along_axis(pairs, order[:, :, None], axis=1).reshape(n_documents, -1)
+            places = end + generator.integers(self.shortest, self.longest + 1, size=end.shape)
+            places = places + np.arange(2 * self.pairs)
+            np.put_along_axis(text, places, asked, axis=1)
+            end = places[:, -1:] + 1
         return [row.tobytes() for row in text]
 
     def nats(self, text: bytes) -> float:
@@ -94,29 +99,31 @@ class RecallSource:
         """(bytes of the text,) bool: the values that are certain from what stands before them; none in text that is no
         document."""
         found = np.zeros(len(text), dtype=bool)
-        if (asked := self._asked(text)) is not None:
-            found[asked + 1 : asked + 2 * self.queries : 2] = True
+        for asked in self._asked(text) or ():
+            found[asked + 1 : asked + 2 * self.pairs : 2] = True
         return found
 
-    def _asked(self, text: bytes) -> int | None:
-        """Where the first question stands; None if the text is no document."""
+    def _asked(self, text: bytes) -> list[int] | None:
+        """Where each round begins; None if the text is no document."""
         size = 2 * self.pairs
-        told, rest = text[:size], text[size:].lstrip(bytes([FILLER]))
-        asked, gap = rest[: 2 * self.queries], len(text) - size - len(rest)
-        pairs = {told[place : place + 2] for place in range(0, size, 2)}
-        repeated = {asked[place : place + 2] for place in range(0, len(asked), 2)}
+        told, end, begins = text[:size], size, []
         lawful = (
             len(text) == self.document_bytes
-            and self.shortest <= gap <= self.longest
-            and len(asked) == 2 * self.queries
-            and len(repeated) == self.queries
-            and repeated <= pairs
             and set(told[::2]) <= set(self.keys.tolist())
             and set(told[1::2]) <= set(self.values.tolist())
             and len(set(told[::2])) == self.pairs
-            and set(rest[2 * self.queries :]) <= {FILLER}
         )
-        return size + gap if lawful else None
+        for _ in range(self.rounds if lawful else 0):
+            begin = len(text) - len(text[end:].lstrip(bytes([FILLER])))
+            gap, end = begin - end, begin + size
+            lawful &= self.shortest <= gap <= self.longest and _pairs(text[begin:end]) == _pairs(told)
+            begins.append(begin)
+        return begins if lawful and set(text[end:]) <= {FILLER} else None
+
+
+def _pairs(text: bytes) -> list[bytes]:
+    """In an order that says nothing of theirs in the text."""
+    return sorted(text[place : place + 2] for place in range(0, len(text), 2))
 
 
 def _permutations(count: int, size: int, generator: np.random.Generator) -> np.ndarray:
@@ -124,12 +131,7 @@ def _permutations(count: int, size: int, generator: np.random.Generator) -> np.n
     return generator.permuted(np.tile(np.arange(size), (count, 1)), axis=1)
 
 
-def _check(pairs: int, queries: int, keys: int, values: int, min_distance: int, max_distance: int) -> None:
-    if queries > pairs:
-        raise DataError(
-            f"synthetic_queries is {queries}, more than synthetic_pairs={pairs}, each asked for at most once. "
-            f"Nearest: synthetic_queries={pairs}."
-        )
+def _check(pairs: int, keys: int, values: int, min_distance: int, max_distance: int) -> None:
     if keys < pairs:
         raise DataError(
             f"synthetic_keys is {keys}, too few for synthetic_pairs={pairs} different keys. "
@@ -144,9 +146,9 @@ def _check(pairs: int, queries: int, keys: int, values: int, min_distance: int, 
         )
     if min_distance < 2:
         raise DataError(f"synthetic_min_distance is {min_distance}; it must be at least 2.")
-    if max_distance < (least := min_distance + 2 * (pairs + queries) - 4):
+    if max_distance < (least := min_distance + 4 * pairs - 4):
         raise DataError(
-            f"synthetic_max_distance is {max_distance}, too little for {pairs} pairs and {queries} queries from "
+            f"synthetic_max_distance is {max_distance}, too little for {pairs} pairs from "
             f"synthetic_min_distance={min_distance} on, as any pair may be asked for first. "
             f"Nearest: synthetic_max_distance={least}."
         )

@@ -26,8 +26,8 @@ class SyntheticConfig(Protocol):
     synthetic_bytes: int
     synthetic_symbols: int  # alphabet and
     synthetic_order: int  # memory of the Markov chain
-    synthetic_pairs: int  # to be recalled, of
-    synthetic_queries: int
+    synthetic_pairs: int  # to be recalled, in each of
+    synthetic_rounds: int
     synthetic_keys: int
     synthetic_values: int
     synthetic_min_distance: int  # bytes from a value to where it is asked for
@@ -54,7 +54,7 @@ def load(cfg: SyntheticConfig) -> Corpus:
         source = _recall(cfg)
         per_document = source.document_bytes
         name = (
-            f"recall of {source.queries} of {source.pairs} pairs at {cfg.synthetic_min_distance} to "
+            f"recall of {source.pairs} pairs in {source.rounds} rounds at {cfg.synthetic_min_distance} to "
             f"{cfg.synthetic_max_distance} bytes"
         )
         notes = (
@@ -74,7 +74,7 @@ def load(cfg: SyntheticConfig) -> Corpus:
 def _recall(cfg: SyntheticConfig) -> RecallSource:
     source = RecallSource(
         cfg.synthetic_pairs,
-        cfg.synthetic_queries,
+        cfg.synthetic_rounds,
         cfg.synthetic_keys,
         cfg.synthetic_values,
         cfg.synthetic_min_distance,
@@ -82,9 +82,10 @@ def _recall(cfg: SyntheticConfig) -> RecallSource:
     )
     if source.document_bytes >= cfg.train_seq_len:
         raise DataError(
-            f"synthetic_max_distance={cfg.synthetic_max_distance} makes documents of {source.document_bytes} "
-            f"bytes and their end, of which rows of train_seq_len={cfg.train_seq_len} hold none whole. "
-            f"Set train_seq_len={source.document_bytes + 1}, or synthetic_max_distance={cfg.train_seq_len - 3} or less."
+            f"synthetic_rounds={cfg.synthetic_rounds} and synthetic_max_distance={cfg.synthetic_max_distance} make "
+            f"documents of {source.document_bytes} bytes and their end, of which rows of "
+            f"train_seq_len={cfg.train_seq_len} hold none whole. Set train_seq_len={source.document_bytes + 1}, or "
+            "fewer rounds or a smaller distance."
         )
     return source
 

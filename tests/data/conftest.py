@@ -69,7 +69,7 @@ def config():
             "synthetic_symbols": 8,
             "synthetic_order": 1,
             "synthetic_pairs": 3,
-            "synthetic_queries": 3,
+            "synthetic_rounds": 1,
             "synthetic_keys": 5,
             "synthetic_values": 4,
             "synthetic_min_distance": 6,

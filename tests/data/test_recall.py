@@ -17,61 +17,68 @@ SETTINGS = {"data": "synthetic", "synthetic": "recall"}
 
 
 def answers(text: bytes) -> list[tuple[int, int]]:
-    """(place of the pair's value, place of its repetition), found by reading alone: a pair's key stands twice."""
-    first: dict[int, int] = {}
+    """(place of a value, place where it stands next behind the same key), found by reading alone."""
+    last: dict[int, int] = {}
     found = []
     for place, byte in enumerate(text[:-1]):
         if byte == FILLER or byte in b"0123456789":
             continue
-        if byte in first:
-            found.append((first[byte] + 1, place + 1))
-        first.setdefault(byte, place)
+        if byte in last:
+            found.append((last[byte] + 1, place + 1))
+        last[byte] = place
     return found
 
 
-def test_documents_hold_each_pair_twice_at_the_distances_asked_for() -> None:
-    source = RecallSource(8, 8, 26, 10, 64, 253)
+def test_documents_ask_for_each_pair_at_the_distances_asked_for() -> None:
+    source = RecallSource(8, 5, 26, 10, 32, 61)
     distances = []
     for text in source.sample(300, 0):
         found = answers(text)
-        assert len(text) == 255 and len(found) == 8
+        assert len(text) == 251 and len(found) == 40
         assert all(text[told] == text[asked] for told, asked in found)  # an oracle is right always
         assert np.flatnonzero(source.answers(text)).tolist() == [asked for _, asked in found]
         distances += [asked - told for told, asked in found]
-    assert 64 <= min(distances) < 76 and 242 < max(distances) <= 253
+    assert (min(distances), max(distances)) == (32, 61)
 
 
 def test_values_say_nothing_of_each_other() -> None:
     """Without the pair, no rule is right more often than one of so many values."""
-    source = RecallSource(8, 8, 26, 10, 64, 253)
+    source = RecallSource(8, 1, 26, 10, 64, 253)
     told = np.array([[text[asked] for _, asked in answers(text)] for text in source.sample(400, 1)])
     for guess in (np.full_like(told, ord("0")), np.roll(told, 1, axis=1)):
         assert abs((guess == told).mean() - source.chance_accuracy) < 4 * math.sqrt(0.09 / told.size)
 
 
-@pytest.mark.parametrize("queries", [1, 2])
-def test_the_law_sums_to_one_and_its_entropy_is_exact(queries: int) -> None:
+def test_the_law_sums_to_one_and_its_entropy_is_exact() -> None:
     """All texts of the document's length over its alphabet; equally likely ones, so the count is the entropy."""
-    source = RecallSource(2, queries, 2, 2, 2, 7)
+    source = RecallSource(2, 1, 2, 2, 2, 7)
     a, b = source.keys
     alphabet = [a, b, *source.values, FILLER]
     pairs = ((x, v, y, w) for x, y in ((a, b), (b, a)) for v in source.values for w in source.values)
-    texts = (bytes([*told, *rest]) for told in pairs for rest in itertools.product(alphabet, repeat=5))
+    rest_of_all = list(itertools.product(alphabet, repeat=source.document_bytes - 4))
+    texts = (bytes([*told, *rest]) for told in pairs for rest in rest_of_all)
     lawful = [text for text in texts if math.isfinite(source.nats(text))]
-    assert (
-        source.nats(bytes([a, source.values[0]] * 4 + [FILLER])) == math.inf
-    )  # a key twice: not among those
+    twice = bytes([a, source.values[0]] * source.document_bytes)[: source.document_bytes]
+    assert source.nats(twice) == math.inf  # a key that is told twice: not among those
     assert math.isclose(sum(math.exp(-source.nats(text)) for text in lawful), 1, rel_tol=1e-9)
     assert math.isclose(source.entropy_bits_per_byte, math.log2(len(lawful)) / source.document_bytes)
     assert set(source.sample(400, 0)) == set(lawful)
+
+
+def test_the_entropy_of_several_rounds_is_that_of_all_that_they_may_be() -> None:
+    """Two orders and two lengths of filler in each of three rounds, four values of two keys in two orders."""
+    source = RecallSource(2, 3, 2, 2, 2, 7)
+    texts = set(source.sample(8000, 0))
+    assert len(texts) == 8 * 4**3 == round(2**source.bits_per_document)
+    assert all(math.isfinite(source.nats(text)) for text in texts)
 
 
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
         ((1, 1, 5, 10, 2, 20), 1.0),  # the only value
-        ((2, 1, 5, 2, 2, 20), 0.75),  # alike in half of the documents, else a guess between two
-        ((2, 2, 5, 2, 2, 20), 0.875),  # and the second is what is left
+        ((2, 1, 5, 2, 2, 20), 0.875),  # alike in half of the documents; else a guess, and what is left
+        ((2, 3, 5, 2, 2, 20), 0.875),
     ],
 )
 def test_knowing_the_values_alone(settings: tuple[int, ...], expected: float) -> None:
@@ -79,7 +86,7 @@ def test_knowing_the_values_alone(settings: tuple[int, ...], expected: float) ->
 
 
 def test_other_text_is_impossible_and_has_no_answers() -> None:
-    source = RecallSource(3, 3, 5, 4, 6, 20)
+    source = RecallSource(3, 2, 5, 4, 6, 20)
     text = source.sample(1, 0)[0]
     another = next(value for value in source.values.tolist() if value != text[1])
     contradicted = text[:1] + bytes([another]) + text[2:]  # the first pair is asked for with its old value
@@ -91,7 +98,6 @@ def test_other_text_is_impossible_and_has_no_answers() -> None:
     ("settings", "message"),
     [
         ((8, 8, 7, 10, 64, 253), "Nearest: synthetic_keys=8"),
-        ((8, 9, 26, 10, 64, 253), "Nearest: synthetic_queries=8"),
         ((8, 8, 26, 1, 64, 253), "at least 2"),
         ((8, 8, 80, 20, 64, 253), "there are 93"),
         ((8, 8, 26, 10, 1, 253), "at least 2"),
@@ -101,11 +107,11 @@ def test_other_text_is_impossible_and_has_no_answers() -> None:
 def test_contradictions_are_refused_with_the_nearest(settings: tuple[int, ...], message: str) -> None:
     with pytest.raises(DataError, match=message):
         RecallSource(*settings)
-    assert RecallSource(8, 8, 26, 10, 64, 92).document_bytes == 94
+    assert RecallSource(8, 1, 26, 10, 64, 92).document_bytes == 94
 
 
 def test_a_document_that_no_row_holds_is_refused(config) -> None:
-    with pytest.raises(DataError, match=r"Set train_seq_len=23, or synthetic_max_distance=19 or less"):
+    with pytest.raises(DataError, match=r"documents of 22 bytes .* Set train_seq_len=23, or fewer rounds"):
         synthetic.load(config(**SETTINGS, train_seq_len=22))
     synthetic.load(config(**SETTINGS, train_seq_len=23))
 
@@ -130,7 +136,7 @@ def test_rows_mark_the_answers_whatever_the_tokens(config, tmp_path, tokenizer: 
 
 def test_windows_mark_their_own_targets(config, tmp_path) -> None:
     """A document longer than the window of a score: its answers are marked once, in whichever window they stand."""
-    store = load_dataset(config(**SETTINGS), cache_dir=tmp_path).heldout
+    store = load_dataset(config(**SETTINGS, synthetic_rounds=1), cache_dir=tmp_path).heldout
     for seq_len in (32, 7):
         rows = HeldoutRows(store, 256, seq_len)
         batch = rows.batch(np.arange(rows.n_rows))
