@@ -367,6 +367,12 @@ class ModelAdapter(nn.Module):
         process before the micro-batches of a step are run, and again where a step is replayed. Steps are prepared
         ahead of time: what `prepare` needs to know of its step it takes from its own `ctx`."""
 
+    @property
+    def cost_changes(self) -> tuple[float, ...]:
+        """Shares of a run behind which a step costs otherwise than before, as where windows grow: `time_budget` times
+        what lies between by itself."""
+        return ()
+
     def add_up(self, values: Tensor) -> Tensor:
         """Sum of `values` over all processes, on each of them; `values` itself where there is one process. Every
         process must call it in the same order. Set by the trainer (`World.attach`)."""

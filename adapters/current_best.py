@@ -17,7 +17,7 @@ from torch import Tensor
 from adapters.base import Context, DataSpec, LossTerm, Prepared, StepOutput
 from adapters.default import DefaultModelAdapter, nth
 from kernels.linear_cross_entropy import IGNORED
-from models.current_best.stages import nearest_to_mean, prefix_weight, stage_at, target_weights
+from models.current_best.stages import prefix_weight, stage_at, target_weights
 from models.layers.decoder import Hidden
 
 if TYPE_CHECKING:
@@ -41,6 +41,15 @@ class CurrentBestAdapter(DefaultModelAdapter):
     def notes(self) -> tuple[str, ...]:
         return self.model.notes
 
+    @property
+    def cost_changes(self) -> tuple[float, ...]:
+        """Where windows grow that are not cut to the context before and after."""
+        cfg = self.model_cfg
+        seen = [() if cfg.dense else (cfg.window(s.short), cfg.window(s.long)) for s in cfg.stages]
+        return tuple(
+            s.start for s, old, new in zip(cfg.stages[1:], seen, seen[1:], strict=False) if new != old
+        )
+
     @cached_property
     def prefix_table(self) -> Tensor:
         """(V,) int64, on the CPU."""
@@ -62,12 +71,7 @@ class CurrentBestAdapter(DefaultModelAdapter):
     def on_step_start(self, ctx: Context, total_steps: int) -> None:
         super().on_step_start(ctx, total_steps)
         cfg, self.done = self.model_cfg, ctx.step / total_steps
-        stages = cfg.stages
-        stage = {
-            "drawn": stage_at(stages, self.done),
-            "mean": nearest_to_mean(stages),
-            "most": len(stages) - 1,
-        }[ctx.of_draws]
+        stage = len(cfg.stages) - 1 if ctx.of_draws == "most" else stage_at(cfg.stages, self.done)
         if stage != self.stage:
             self.model.set_stage(stage)
             self.stage = stage

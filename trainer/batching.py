@@ -138,7 +138,7 @@ class StepBatch:
 class StepLoader:
     """Prepares the steps in order, in a background thread, a few ahead. A step's content is a function of its number
     and of where the run last (re)started, so resuming is starting at another number. `stages`: the rows of every step;
-    None = those of the plan."""
+    None = those of the plan. `every`: the step of the run that all of them stand for; None = each for itself."""
 
     def __init__(
         self,
@@ -148,14 +148,17 @@ class StepLoader:
         rank: int,
         seed: int,
         stages: Stages | None = None,
+        every: int | None = None,
     ) -> None:
         self.rows, self.adapter, self.plan, self.rank, self.seed = rows, adapter, plan, rank, seed
         self.stages = stages or Stages((1,), (plan.rows,), (1.0,))
+        self.every = every
         self._first_step, self._first_row = 0, 0
 
-    def of(self, rows: int) -> StepLoader:
-        """One whose steps all have so many rows."""
-        return StepLoader(self.rows, self.adapter, self.plan.of(rows), self.rank, self.seed)
+    def like(self, step: int) -> StepLoader:
+        """One whose steps are all what this step is, of other text."""
+        plan = self.plan.of(self.stages.rows_at(step))
+        return StepLoader(self.rows, self.adapter, plan, self.rank, self.seed, every=step)
 
     def start_at(self, step: int, position: int) -> None:
         """Step `step` begins at `position`, in tokens served before. With another batch size than before no text is
@@ -178,7 +181,8 @@ class StepLoader:
         """`of_draws`: see `Context`; what trains takes the draws."""
         plan = self.plan.of(self.stages.rows_at(step))
         start = self.row_of(step) + self.rank * plan.rows_per_process
-        ctx = Context(self.seed, step, "train", rows_in_step=plan.rows, of_draws=of_draws)
+        stands_for = step if self.every is None else self.every
+        ctx = Context(self.seed, stands_for, "train", rows_in_step=plan.rows, of_draws=of_draws)
         out = StepBatch(ctx, [], [], {}, 0, 0)
         for micro in range(plan.accumulation):
             first = start + micro * plan.micro_rows

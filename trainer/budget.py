@@ -140,19 +140,19 @@ def measure(s: Session, should_stop: Callable[[], bool]) -> Costs:
 
 
 def _seconds_per_step(s: Session, should_stop: Callable[[], bool]) -> float:
-    """Of the stages of the run, each by its part of it."""
-    parts = s.loader.stages.parts(s.total_steps)
-    return sum(part * _seconds_of(s, rows, len(parts), should_stop) for rows, part in parts)
+    """Of the stages of the run, those of its batches and those of its architecture, each by its part of it."""
+    parts = s.loader.stages.parts(s.total_steps, s.adapter.cost_changes)
+    return sum(part * _seconds_of(s, first, len(parts), should_stop) for first, part in parts)
 
 
-def _seconds_of(s: Session, rows: int, stages: int, should_stop: Callable[[], bool]) -> float:
-    """Median of a few steps as training does them, their batches prepared in the loader's thread."""
+def _seconds_of(s: Session, step: int, stages: int, should_stop: Callable[[], bool]) -> float:
+    """Median of a few steps as training does this one, their batches prepared in the loader's thread."""
     allowed = TIMED_SHARE * 60 * (s.cfg.time_budget or 0.0) / stages
     warm_up = WARM_UP if s.compiled or s.world.device.type != "cpu" else 1
     seconds: list[float] = []
     started = time.perf_counter()
     s.adapter.train()
-    for batch in s.loader.of(rows).steps(0, warm_up + TIMED[1], of_draws="mean"):
+    for batch in s.loader.like(step).steps(0, warm_up + TIMED[1], of_draws="mean"):
         names = sorted(batch.denominators)
         everywhere = s.world.add_up([batch.denominators[n] for n in names])
         _throw_away_step(s, batch, dict(zip(names, everywhere, strict=True)))

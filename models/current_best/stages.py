@@ -11,7 +11,6 @@ from models.current_best.records import Stage
 
 __all__ = [
     "frequencies",
-    "nearest_to_mean",
     "prefix_weight",
     "rotation_of",
     "shares",
@@ -76,9 +75,3 @@ def target_weights(starts: Sequence[float], done: float) -> list[float]:
 def prefix_weight(start: float, done: float) -> float:
     """Of the prefix: whole in the first third, evenly to 0 in the second."""
     return start * min(1.0, max(0.0, 2 - 3 * done))
-
-
-def nearest_to_mean(stages: Sequence[Stage]) -> int:
-    """The stage whose long window is nearest to the mean over the run."""
-    mean = sum(stage.long * share for stage, share in zip(stages, shares(stages), strict=True))
-    return min(range(len(stages)), key=lambda n: abs(stages[n].long - mean))

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from tests.contract.pair import Pair
-from tests.contract.tiny import config, session_of
+from tests.contract.tiny import adapter_of, config, session_of
 from tests.trainer.one_of_two import steps_that_fit
 from trainer import budget
 from trainer.budget import Costs
@@ -120,7 +120,7 @@ def test_what_a_step_draws_is_planned_where_it_is_timed_or_probed(monkeypatch):
 
 def test_every_stage_weighs_as_much_as_its_part_of_the_run(monkeypatch):
     s = session_of("gpt2", "num_iterations=10", "batch_stages=[{until:0.3,rows:2},{until:1}]")
-    monkeypatch.setattr(budget, "_seconds_of", lambda s, rows, stages, stop: {2: 1.0, 4: 10.0}[rows] / stages)
+    monkeypatch.setattr(budget, "_seconds_of", lambda s, step, stages, stop: {0: 1.0, 3: 10.0}[step] / stages)
     assert budget._seconds_per_step(s, lambda: False) == pytest.approx((0.3 * 1 + 0.7 * 10) / 2)
     monkeypatch.undo()
     timed = []
@@ -128,6 +128,33 @@ def test_every_stage_weighs_as_much_as_its_part_of_the_run(monkeypatch):
     budget._seconds_per_step(s, lambda: False)
     tokens = s.cfg.train_seq_len
     assert set(timed) == {2 * tokens, 4 * tokens} and timed == sorted(timed)
+
+
+def test_every_stage_of_windows_weighs_as_much_as_its_part_of_the_run(monkeypatch):
+    """Each is timed as it is; stages that a context makes the same are one."""
+    words = ["num_iterations=100", "batch_stages=[{until:0.5,rows:2},{until:1}]"]
+    s = session_of("current_best_gpt", *words)
+    timed = {}
+
+    def seen(s, batch, denominators):
+        s.adapter.on_step_start(batch.ctx, s.total_steps)
+        timed.setdefault(batch.step, set()).add((batch.ctx.rows_in_step, s.adapter.model.windows))
+
+    monkeypatch.setattr(budget, "_throw_away_step", seen)
+    budget._seconds_per_step(s, lambda: True)
+    assert timed == {
+        0: {(2, (5, 13))},
+        33: {(2, (13, 29))},
+        50: {(4, (13, 29))},
+        66: {(4, (21, 33))},
+        99: {(4, (25, 33))},
+    }
+    seconds = {0: 1.0, 33: 10.0, 50: 100.0, 66: 1000.0, 99: 10000.0}
+    monkeypatch.setattr(budget, "_seconds_of", lambda s, step, stages, stop: seconds[step])
+    assert budget._seconds_per_step(s, lambda: True) == pytest.approx(0.33 + 1.7 + 16 + 330 + 100)
+    short = adapter_of("current_best_gpt", "model_cfg.n_ctx=16").cost_changes
+    assert short == s.adapter.cost_changes[:2], "(4, 12), (12, 16), (16, 16) twice"
+    assert adapter_of("gpt2").cost_changes == ()
 
 
 def test_stages_are_parts_of_the_steps_that_fit(tmp_path, costs, capsys):

@@ -7,7 +7,9 @@ follow from its number and from the length of the run.
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -43,9 +45,14 @@ class Stages:
         """Rows of the steps 0, ..., step - 1."""
         return sum((end - begin) * rows for begin, end, rows in self._spans(step))
 
-    def parts(self, steps: int) -> list[tuple[int, float]]:
-        """(rows, part of the first so many steps) of every stage that has any of them."""
-        return [(rows, (end - begin) / steps) for begin, end, rows in self._spans(steps) if end > begin]
+    def parts(self, steps: int, changes: Iterable[float] = ()) -> list[tuple[int, float]]:
+        """(first step, part of the first so many steps) of all that lies between the ends of stages and `changes`,
+        shares of these steps."""
+        changed = (
+            bisect.bisect_left(range(steps), share, key=lambda step: step / steps) for share in changes
+        )
+        begins = sorted(step for step in {0, *self.ends[:-1], *changed} if step < steps)
+        return [(begin, (end - begin) / steps) for begin, end in itertools.pairwise([*begins, steps])]
 
     def _spans(self, steps: int) -> list[tuple[int, int, int]]:
         """(begin, end, rows) of every stage within the first so many steps."""

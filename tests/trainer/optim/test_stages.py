@@ -48,13 +48,20 @@ def test_rows_before_a_step_are_those_of_all_steps_before():
 def test_one_stage_is_the_plain_run():
     stages = stages_of(config(None), 30)
     assert [stages.rows_before(step) for step in (0, 7, 99)] == [0, 7 * 192, 99 * 192]
-    assert stages.parts(30) == [(192, 1.0)] and common_rows(config(None)) == 192
+    assert stages.parts(30) == [(0, 1.0)] and common_rows(config(None)) == 192
     assert [steps_of_rows(config(None), rows) for rows in (191, 192, 1000.5)] == [0, 1, 5]
 
 
 def test_parts_are_those_of_steps_that_there_are():
-    assert stages_of(config(), 30).parts(30) == pytest.approx([(64, 1 / 3), (128, 1 / 3), (192, 1 / 3)])
-    assert stages_of(config(), 1).parts(1) == [(128, 1.0)], "the other two have no step"
+    assert stages_of(config(), 30).parts(30) == [(0, 1 / 3), (10, 1 / 3), (20, 1 / 3)]
+    assert stages_of(config(), 1).parts(1) == [(0, 1.0)], "the other two have no step"
+    assert stages_of(config(), 30).parts(30, (1 / 3, 0.5, 0.51)) == [
+        (0, 10 / 30),
+        (10, 5 / 30),
+        (15, 1 / 30),
+        (16, 4 / 30),
+        (20, 10 / 30),
+    ]
 
 
 @pytest.mark.parametrize("rows", [10, 64, 127.9, 128, 1000, 12345.6, 99999])
