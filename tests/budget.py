@@ -13,7 +13,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from pathlib import PurePath
 
 import pytest
@@ -43,15 +43,18 @@ def owners(nodeid: str) -> tuple[str, list[str]]:
     for word in re.findall(r"\w+", name.partition("[")[2]):
         if word in ARCHITECTURES:
             return ("contract" if "contract" in PurePath(path).parts else "own"), [word]
-    words = [w for part in PurePath(path).with_suffix("").parts[1:] for w in part.split("_")]
-    for word in reversed(words):
-        if word in ARCHITECTURES:
-            return "own", [word]
-    for word in reversed(words):
-        members = [t for t, family in _FAMILY_OF.items() if family == _ALSO.get(word, word)]
-        if members:
-            return "family", members
+    if own := _last_named(path, ARCHITECTURES):
+        return "own", [own]
+    if family := _last_named(path, {*_FAMILY_OF.values(), *_ALSO}):
+        return "family", [t for t, f in _FAMILY_OF.items() if f == _ALSO.get(family, family)]
     return "", []
+
+
+def _last_named(path: str, names: Collection[str]) -> str | None:
+    """Of these names, of one word or several, the last that stands in the path."""
+    words = [w for part in PurePath(path).with_suffix("").parts[1:] for w in part.split("_")]
+    spans = ("_".join(words[begin:end]) for end in range(len(words), 0, -1) for begin in range(end))
+    return next((span for span in spans if span in names), None)
 
 
 class Budget:
