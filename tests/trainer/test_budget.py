@@ -68,6 +68,7 @@ def test_what_fits_counts_evaluations_on_the_way():
             "bd3lm",
             ["model_cfg.clip_search=true", "num_iterations=3", "sample_tokens=1"],
         ),
+        pytest.param("current_best_gpt", ["num_iterations=3"], marks=pytest.mark.slow),  # stages of windows
     ],
 )
 def test_timing_leaves_no_trace(tmp_path, monkeypatch, architecture, more):
