@@ -56,7 +56,7 @@ def _compare(type_: str, words: list[str]) -> dict[str, Any]:
     seconds = interleaved(sides, TURNS, s.world.device)
     mine = seconds[type_ + " "]
     speed = s.plan.rows * s.cfg.train_seq_len / statistics.median(mine)
-    parameters = sum(p.numel() for p in s.adapter.model.parameters())
+    parameters = s.adapter.parameter_count
     flops = s.adapter.flops(s.cfg.train_seq_len).training_per_token
     operations = flops * speed
     peak = peak_flops(s.world.device)
