@@ -147,6 +147,7 @@ KERNELS: dict[str, Kernel] = {
         implementations={
             REFERENCE: Implementation("kernels.causal_conv1d.reference:reference"),
             CLOSED_FORM: Implementation("kernels.causal_conv1d.closed_form:closed_form", devices=("cpu",)),
+            TRITON: by_triton("kernels.causal_conv1d.triton:causal_conv1d"),
         },
         compiled_with_neighbours=True,
     ),
