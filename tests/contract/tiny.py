@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -134,12 +133,6 @@ def config(architecture: str, *more: str) -> tuple[RunConfig, Any]:
 def with_dropout(architecture: str) -> list[str]:
     _, model_cfg = config(architecture)
     return ["model_cfg.dropout=0.1"] if "dropout" in type(model_cfg).model_fields else []
-
-
-def environment(architecture: str) -> dict[str, str]:
-    """Of a process that is to run the architecture: one thread that does not spin, its package on the path."""
-    found = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    return found if architecture in ARCHITECTURES else {**found, "PYTHONPATH": str(Path(architecture).parent)}
 
 
 # -- adapters ------------------------------------------------------------------------------------------------
