@@ -220,6 +220,16 @@ KERNELS: dict[str, Kernel] = {
         },
         rule="kernels.linear_scan:choose",
     ),
+    "selected_attention": Kernel(
+        "kernels.selected_attention:selected_attention",
+        description="attention to the blocks that were selected for each query",
+        implementations={
+            REFERENCE: Implementation("kernels.selected_attention.reference:reference"),
+            "masked": Implementation("kernels.selected_attention.masked:masked"),
+            "gathered": Implementation("kernels.selected_attention.gathered:gathered"),
+        },
+        rule="kernels.selected_attention:choose",
+    ),
     "unit_norm": Kernel(
         "kernels.unit_norm:unit_norm",
         description="normalisation to length 1",

@@ -1,0 +1,182 @@
+"""Attention to blocks of tokens that were selected for each query, the same ones for all heads of a group (Yuan et al.
+2025, "Native Sparse Attention", arXiv:2502.11089, equations 9 to 12).
+
+Shapes: B rows, T queries, S keys, H heads in G groups of H / G, h width of keys, w of values, N blocks of L tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kernels import REFERENCE
+from kernels.choose import Call, Kernels
+from kernels.selected_attention.reference import reference
+from kernels.spec import Sample, Size, Spec, drawn, ids
+
+__all__ = ["SPEC", "choose", "reference", "selected_attention"]
+
+GATHERED, MASKED = "gathered", "masked"
+SPARSE = "sparse"  # a fact of calls: many more keys than are selected
+SPARSE_FROM = 8  # keys for each that is selected; see `choose`
+
+
+def selected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    positions: Tensor | None = None,
+    *,
+    block: int,
+    scale: float | None = None,
+    kernels: Kernels,
+) -> Tensor:
+    """o (B, T, H, w) in q's dtype: of every query one softmax, in at least fp32, over all tokens of its blocks that do
+    not lie behind it; 0 where it has none. Differentiable in q, k and v.
+
+    q (B, T, H, h), k (B, S, G, h), v (B, S, G, w). starts (B, T, G, N) int32: where in the row each block begins that
+    was selected for a group, -1 for none; a block is that token and the next block - 1, and blocks of one query do not
+    overlap. positions (B, T) int64: where in the row queries stand (None: they are its last T tokens). Where blocks
+    begin with a document, none reaches into the next one before its query does. scale of the products: 1 / sqrt(h) if
+    None. ValueError where shapes do not fit.
+    """
+    _check(q, k, v, starts, positions, block)
+    rows, queries, _, width = q.shape
+    if positions is None:
+        keys = k.shape[1]
+        positions = torch.arange(keys - queries, keys, device=q.device).expand(rows, queries)
+    facts = (SPARSE,) if k.shape[1] >= SPARSE_FROM * block * starts.shape[3] else ()
+    run = kernels.implementation(
+        "selected_attention", device=q.device, dtype=q.dtype, columns=width, facts=facts
+    )
+    return run(q, k, v, starts, positions, block=block, scale=width**-0.5 if scale is None else scale)
+
+
+def choose(call: Call, lacking: Callable[[str], str]) -> tuple[str, str]:
+    """Keys are fetched for each query where that is far fewer than there are; else products with all of them, most of
+    which do not count, are faster."""
+    if SPARSE in call.facts:
+        return GATHERED, "the selected keys of each query, fetched"
+    return MASKED, f"products with all keys, fewer than {SPARSE_FROM} for each that is selected"
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, positions: Tensor | None, block: int) -> None:
+    fits = q.ndim == k.ndim == v.ndim == starts.ndim == 4 and (
+        k.shape[:3] == v.shape[:3]
+        and q.shape[3] == k.shape[3]
+        and starts.shape[:3] == (*q.shape[:2], k.shape[2])
+        and len(q) == len(k)
+        and q.shape[1] <= k.shape[1]
+        and (positions is None or positions.shape == q.shape[:2])
+    )
+    if not fits or q.shape[2] % k.shape[2]:
+        raise ValueError(
+            "q (B, T, H, h), k (B, S, G, h), v (B, S, G, w), starts (B, T, G, N) and positions (B, T) with T <= S and "
+            f"G a divisor of H are needed, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}, "
+            f"{tuple(starts.shape)}, {None if positions is None else tuple(positions.shape)}"
+        )
+    if starts.dtype != torch.int32 or block < 1:
+        raise ValueError(f"starts must be int32 and block at least 1, got {starts.dtype} and {block}")
+
+
+def _sample(size: Size, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Sample:
+    """Every query has its own block, the first one of its document and others before it, as far as there are any."""
+    batch, queries, heads, groups = (int(size[name]) for name in ("rows", "queries", "heads", "groups"))
+    keys, width, wide = (
+        int(size.get("keys", queries)),
+        int(size["width"]),
+        int(size.get("wide", size["width"])),
+    )
+    block, count, document = int(size["block"]), int(size["count"]), int(size.get("document", keys))
+
+    def draw(*shape: int) -> Tensor:
+        return drawn(*shape, device=device, dtype=dtype, generator=generator)
+
+    where = torch.arange(keys - queries, keys, device=device)  # (T,)
+    begin = where // document * document
+    own = (where - begin) // block  # of the query, counted from its document's start
+    lead = (batch, queries, groups)
+    others = ids(max(1, keys // block), *lead, max(count - 2, 0), device=device, generator=generator)
+    chosen = torch.cat(
+        (
+            own[None, :, None, None].expand(*lead, 1),
+            torch.zeros(*lead, 1, device=device, dtype=torch.int64),
+            others,
+        ),
+        -1,
+    )
+    chosen = torch.where(chosen <= own[None, :, None, None], chosen, own[None, :, None, None])
+    chosen = chosen.sort(-1).values[..., :count]
+    twice = torch.cat(
+        (torch.zeros_like(chosen[..., :1], dtype=torch.bool), chosen[..., 1:] == chosen[..., :-1]), -1
+    )
+    starts = torch.where(twice, -1, begin[None, :, None, None] + block * chosen)
+    if size.get("none"):  # every third query has no block at all
+        starts = torch.where((where % 3 == 0)[None, :, None, None], -1, starts)
+    tensors = {
+        "q": draw(batch, queries, heads, width),
+        "k": draw(batch, keys, groups, width),
+        "v": draw(batch, keys, groups, wide),
+        "starts": starts.to(torch.int32),
+        "positions": where.expand(batch, queries),
+    }
+    return Sample(tensors, {"block": block, "scale": width**-0.5})
+
+
+def _selected(size: Size) -> int:
+    """Products of a query and a key, at most."""
+    keys = int(size.get("keys", size["queries"]))
+    seen = min(int(size["count"]) * int(size["block"]), keys)
+    return int(size["rows"]) * int(size["queries"]) * int(size["heads"]) * seen
+
+
+def _flops(size: Size) -> tuple[float, float]:
+    """Scores and their sums of values; backward these again, and three products more."""
+    width, wide = int(size["width"]), int(size.get("wide", size["width"]))
+    pairs = float(_selected(size))
+    return 2 * pairs * (width + wide), 2 * pairs * (3 * width + 2 * wide)
+
+
+def _bytes(size: Size, itemsize: int) -> tuple[float, float]:
+    """q in, o out; q, o and its gradient in, that of q out; k and v once, and their gradients."""
+    width, wide = int(size["width"]), int(size.get("wide", size["width"]))
+    queries = int(size["rows"]) * int(size["queries"]) * int(size["heads"])
+    keys = int(size["rows"]) * int(size.get("keys", size["queries"])) * int(size["groups"])
+    once = itemsize * keys * (width + wide)
+    return float(itemsize * queries * (width + wide) + once), float(
+        2 * itemsize * queries * (width + wide) + 2 * once
+    )
+
+
+def _size(
+    rows: int, queries: int, heads: int, groups: int, width: int, block: int, count: int, **more: int
+) -> Size:
+    sizes = {"rows": rows, "queries": queries, "heads": heads, "groups": groups, "width": width}
+    return {**sizes, "block": block, "count": count, **more}
+
+
+SPEC = Spec(
+    sample=_sample,
+    small={
+        "2 x 37, 4 heads in 2 groups, documents": _size(2, 37, 4, 2, 8, 4, 3, document=15),
+        "one head": _size(1, 9, 1, 1, 4, 2, 2),
+        "16 heads in a group, wider values": _size(1, 21, 16, 1, 8, 4, 3, wide=12),
+        "queries without blocks": _size(2, 13, 2, 1, 4, 4, 2, none=1),
+        "one query behind others": _size(3, 1, 4, 2, 8, 4, 3, keys=30),
+        "no rows": _size(0, 8, 2, 1, 4, 4, 2),
+    },
+    large={
+        "1 x 8,192, 16 heads, 16 blocks of 64": _size(1, 8_192, 16, 1, 64, 64, 16),
+        "1 x 8,192, 64 heads in 4 groups, documents": _size(1, 8_192, 64, 4, 64, 64, 16, document=3_000),
+    },
+    timed_on_cpu={
+        "16 x 256, 6 heads in 2 groups, 4 blocks of 16": _size(16, 256, 6, 2, 32, 16, 4),
+        "1 x 4,096, 4 heads, 8 blocks of 32": _size(1, 4_096, 4, 1, 32, 32, 8),
+    },
+    flops=_flops,
+    bytes=_bytes,
+    tolerance={"float32": 1e-5, "float16": 5e-3, "bfloat16": 4e-2},
+)

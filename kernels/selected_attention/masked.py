@@ -1,0 +1,40 @@
+"""Products of each query with all keys of its row, by torch's own attention behind a mask: for rows so short that a
+good part of their keys is selected anyway.
+
+Shapes: B rows, T queries, S keys, H heads in G groups, h width of keys, w of values, N blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.precision import own_dtypes
+from kernels.selected_attention.reference import selected_keys
+
+__all__ = ["masked"]
+
+
+def masked(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, positions: Tensor, *, block: int, scale: float
+) -> Tensor:
+    """Arguments and result as `reference`."""
+    may = _allowed(starts, positions, k.shape[1], block).transpose(1, 2)  # (B, G, T, S)
+    none = ~may.any(-1)  # a query without keys looks at the first, and is told 0
+    may[..., 0] |= none
+    share = q.shape[2] // k.shape[2]
+    with own_dtypes(q.device):
+        heads = (t.to(q.dtype).transpose(1, 2) for t in (q, k, v))
+        o = F.scaled_dot_product_attention(
+            *heads, attn_mask=may.repeat_interleave(share, 1), scale=scale, enable_gqa=True
+        )
+    return o.masked_fill(none.repeat_interleave(share, 1)[..., None], 0.0).transpose(1, 2)
+
+
+def _allowed(starts: Tensor, positions: Tensor, keys: int, block: int) -> Tensor:
+    """(B, T, G, S) bool: whether a token lies in a selected block and not behind the query."""
+    where, counts = selected_keys(starts, positions, keys, block)
+    may = torch.zeros(*where.shape[:3], keys + 1, dtype=torch.bool, device=where.device)
+    may.scatter_(3, where.masked_fill(~counts, keys), True)  # what does not count is put behind the last
+    return may[..., :keys]
