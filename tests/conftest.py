@@ -1,5 +1,6 @@
 """Every test process, before torch is imported: the project on the path, one thread that does not spin."""
 
+import gc
 import logging
 import os
 import sys
@@ -49,6 +50,13 @@ def pytest_configure(config):
             tiny.run_on(choose_device(config.option.device))
         except (ValueError, RuntimeError) as error:  # RuntimeError: no device at all
             raise pytest.UsageError(f"--device: {str(error).splitlines()[0]}") from None
+
+
+def pytest_collection_finish():
+    """Modules and tests outlive every test: looking through them for garbage, and so often, is a tenth of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
 
 
 def pytest_runtest_setup(item):
