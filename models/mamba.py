@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.documents import begins
 from kernels.precision import at_least_fp32, compute_dtype
 from models.huggingface import ROWS, Row, model_type_of
 from models.layers.cache import Cache, StateCache
@@ -111,8 +112,7 @@ class Mamba(HuggingFaceDecoder):
         """Where documents begin."""
         if doc_ids is None:
             return (None,)
-        begins = F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0))  # (B, T)
-        return (Documents(doc_ids, begins),)
+        return (Documents(doc_ids, begins(doc_ids)),)
 
     def init_cache(self, rows: int) -> StateCache:
         parts: dict[str, Tensor] = {}

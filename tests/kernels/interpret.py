@@ -62,7 +62,8 @@ def interpreted() -> Iterator[None]:
 
     def touched(self: Any, ptrs: Any, mask: Any, what: str) -> np.ndarray:
         """The addresses; an error if one lies outside of what the kernel was given."""
-        addresses = np.broadcast_to(ptrs.data, mask.data.shape)[mask.data].ravel().astype(np.uint64)
+        wanted = mask.data.astype(bool)  # numbers, where a scalar was part of it
+        addresses = np.broadcast_to(ptrs.data, wanted.shape)[wanted].ravel().astype(np.uint64)
         size = max(1, ptrs.get_element_ty().primitive_bitwidth // 8)
         inside = np.zeros(addresses.shape, dtype=bool)
         for first, end in spans:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,7 +18,7 @@ from tests.kernels.interpret import interpreted
 from tests.kernels.samples import LAYOUTS, close, transposed
 
 CPU = torch.device("cpu")
-EVERY = ("reference", "closed_form")
+EVERY = ("reference", "closed_form", "triton")
 
 
 def call_of(batch=2, tokens=9, channels=6, taps=4, dtype=torch.float32) -> list[Tensor]:
@@ -30,11 +28,14 @@ def call_of(batch=2, tokens=9, channels=6, taps=4, dtype=torch.float32) -> list[
     return [drawn(*shape, device=CPU, dtype=dtype, generator=g) for shape in shapes]
 
 
+@pytest.fixture(autouse=True)
+def without_a_gpu():
+    with interpreted():
+        yield
+
+
 def run(name: str, *args: Tensor | None, activation: bool = True) -> Tensor:
-    with ExitStack() as stack:
-        if name == "triton":
-            stack.enter_context(interpreted())
-        return causal_conv1d(*args, activation=activation, kernels=Kernels({"causal_conv1d": name}))
+    return causal_conv1d(*args, activation=activation, kernels=Kernels({"causal_conv1d": name}))
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -78,7 +79,7 @@ def test_gradients_by_formula_equal_differences():
 @pytest.mark.parametrize("name", EVERY)
 def test_documents_are_alone(name):
     """Also one whose id was there before, shorter than the taps; and the inputs before are the first one's."""
-    x, weight, bias, initial = call_of(batch=1, tokens=12, dtype=torch.float64)
+    x, weight, bias, initial = call_of(batch=1, tokens=12)
     lengths = [2, 1, 5, 4]
     ids = torch.tensor([3, 8, 3, 5]).repeat_interleave(torch.tensor(lengths))[None]
     y = run(name, x, weight, bias, initial, ids)
@@ -105,7 +106,27 @@ def test_another_document_and_what_comes_later_are_not_seen(name):
     assert not torch.equal(y[:, 2], changed[:, 2]) and not torch.equal(y[:, 6], changed[:, 6])
 
 
-@pytest.mark.parametrize("tokens", [63, 64, 65, 129])
+@pytest.mark.parametrize("name", EVERY)
+def test_what_is_no_number_stays_in_its_document(name):
+    """Also in gradients, both ways, and where the inputs before the first token are none."""
+    x, weight, bias, initial = call_of(batch=1, tokens=12)
+    ids = torch.tensor([[0, 0, 1, 1, 1, 1, 2, 3, 3, 3, 3, 3]])
+    dy = torch.ones_like(x)
+    for bad, touched in ((x[:, 2:6], slice(2, 6)), (dy[:, 2:6], slice(2, 6)), (initial, slice(0, 2))):
+        kept = bad.detach().clone()
+        with torch.no_grad():
+            bad.fill_(torch.nan)
+        y = run(name, x, weight, bias, initial, ids)
+        (dx,) = torch.autograd.grad(y, x, dy)
+        for t in (y, dx):
+            beyond = torch.ones(12, dtype=torch.bool)
+            beyond[touched] = False
+            assert t[:, beyond].isfinite().all()
+        with torch.no_grad():
+            bad.copy_(kept)
+
+
+@pytest.mark.parametrize("tokens", [31, 33, 65])
 @pytest.mark.parametrize("name", EVERY)
 def test_ids_behind_the_last_token_are_not_read(name, tokens):
     x, weight, bias, _ = call_of(tokens=tokens, channels=3)
