@@ -8,7 +8,7 @@ Shapes: B rows, T tokens, E channels, k taps; S = T tokens and those before the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,11 +55,11 @@ class _Conv(torch.autograd.Function):
         activation: bool,
     ) -> Tensor:
         y = torch.empty(len(seen), tokens, seen.shape[2], dtype=seen.dtype, device=seen.device)
-        run = None if doc_ids is None else runs(doc_ids)
+        # What is before the first token belongs to its document.
+        run = None if doc_ids is None else F.pad(runs(doc_ids), (seen.shape[1] - tokens, 0))  # (B, S)
         for rows in _blocks(y, taps.dtype):
-            ways = _ways(taps, seen.shape[1], tokens, None if run is None else run[rows])
-            total = _summed(seen[rows].to(taps.dtype), taps, shift, ways, tokens)
-            y[rows] = F.silu(total) if activation else total
+            total = _summed(seen[rows].to(taps.dtype), taps, shift, None if run is None else run[rows], tokens)
+            y[rows] = F.silu(total, inplace=True) if activation else total
         ctx.save_for_backward(seen, taps, shift, run)
         ctx.activation = activation
         return y
@@ -73,11 +73,13 @@ class _Conv(torch.autograd.Function):
         dtaps, dshift = torch.zeros_like(taps), torch.zeros_like(shift)
         for rows in _blocks(dy, taps.dtype):
             inputs, dtotal = seen[rows].to(taps.dtype), dy[rows].to(taps.dtype)
-            ways = _ways(taps, seen.shape[1], dy.shape[1], None if run is None else run[rows])
+            documents = None if run is None else run[rows]
             if ctx.activation:
-                dtotal = torch.ops.aten.silu_backward(dtotal, _summed(inputs, taps, shift, ways, dy.shape[1]))
+                total = _summed(inputs, taps, shift, documents, dy.shape[1])
+                dtotal = torch.ops.aten.silu_backward(dtotal, total)
             dshift += dtotal.sum((0, 1))
-            dseen[rows] = _pulled(inputs, taps, dtotal, ways, dtaps)
+            _add_products(dtaps, inputs, dtotal, documents)
+            dseen[rows] = _pulled(dtotal, taps, documents, seen.shape[1])
         return dseen, dtaps, dshift, None, None, None
 
 
@@ -88,51 +90,69 @@ def _blocks(like: Tensor, dtype: torch.dtype) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-class _Way(NamedTuple):
-    """What one tap does: for which tokens, of which inputs, and a factor (B, ., 1), 0 where it would reach another
-    document (None: nowhere). A product, because torch fills in by a mask at a third of its speed."""
-
-    tap: int
-    token: slice
-    source: slice
-    same: Tensor | None
-
-
-def _ways(taps: Tensor, length: int, tokens: int, run: Tensor | None) -> list[_Way]:
-    """Of all taps but the last, which is for the token itself. run (B, T): numbers of documents; what is before the
-    first token is of its document."""
-    before, found = length - tokens, []
-    for distance in range(len(taps) - 1, 0, -1):
+def _ways(taps: int, before: int, tokens: int) -> Iterator[tuple[int, slice, slice]]:
+    """Of all taps but the last, which is for the token itself: how many tokens it looks back, for which tokens, and
+    where their inputs stand among those seen."""
+    for distance in range(taps - 1, 0, -1):
         first = max(0, distance - before)
         if first < tokens:
-            token, source = slice(first, tokens), slice(first + before - distance, length - distance)
-            same = None
-            if run is not None:
-                same = (run[:, token] == F.pad(run, (before, 0))[:, source])[..., None].to(taps.dtype)
-            found.append(_Way(len(taps) - 1 - distance, token, source, same))
-    return found
+            yield distance, slice(first, tokens), slice(first + before - distance, tokens + before - distance)
 
 
-def _summed(inputs: Tensor, taps: Tensor, shift: Tensor, ways: list[_Way], tokens: int) -> Tensor:
-    """inputs (B, S, E) -> (B, T, E)."""
-    total = torch.addcmul(shift, inputs[:, inputs.shape[1] - tokens :], taps[-1])
-    for tap, token, source, same in ways:
-        met = inputs[:, source]
-        total[:, token].addcmul_(met if same is None else met * same, taps[tap])
+def _summed(inputs: Tensor, taps: Tensor, shift: Tensor, run: Tensor | None, tokens: int) -> Tensor:
+    """inputs (B, S, E), run (B, S) -> (B, T, E)."""
+    before = inputs.shape[1] - tokens
+    total = torch.addcmul(shift, inputs[:, before:], taps[-1])
+    for distance, token, source in _ways(len(taps), before, tokens):
+        total[:, token].addcmul_(inputs[:, source], taps[-1 - distance])
+    if run is not None:
+        rows, places = _beside(run, -(len(taps) - 1), before)
+        total[rows, places - before] = shift + _met(inputs, run, taps, rows, places, -1)
     return total
 
 
-def _pulled(inputs: Tensor, taps: Tensor, dtotal: Tensor, ways: list[_Way], dtaps: Tensor) -> Tensor:
-    """The gradient of inputs (B, S, E); that of taps is added to `dtaps`."""
-    before = inputs.shape[1] - dtotal.shape[1]
-    dinputs = torch.zeros_like(inputs) if before else torch.empty_like(inputs)
+def _pulled(dtotal: Tensor, taps: Tensor, run: Tensor | None, length: int) -> Tensor:
+    """dtotal (B, T, E), run (B, S) -> the gradient of inputs (B, S, E)."""
+    tokens = dtotal.shape[1]
+    before = length - tokens
+    dinputs = dtotal.new_zeros(len(dtotal), length, dtotal.shape[2]) if before else torch.empty_like(dtotal)
     torch.mul(dtotal, taps[-1], out=dinputs[:, before:])
+    for distance, token, source in _ways(len(taps), before, tokens):
+        dinputs[:, source].addcmul_(dtotal[:, token], taps[-1 - distance])
+    if run is not None:
+        rows, places = _beside(run, len(taps) - 1, 0)
+        dinputs[rows, places] = _met(F.pad(dtotal, (0, 0, before, 0)), run, taps, rows, places, 1)
+    return dinputs
+
+
+def _add_products(dtaps: Tensor, inputs: Tensor, dtotal: Tensor, run: Tensor | None) -> None:
+    """inputs (B, S, E), dtotal (B, T, E), run (B, S): the gradient of taps is added to dtaps (k, E)."""
+    before = inputs.shape[1] - dtotal.shape[1]
     product = dtotal * inputs[:, before:]
     dtaps[-1] += product.sum((0, 1))
-    for tap, token, source, same in ways:
-        pull, part = dtotal[:, token], product[:, token]
-        if same is not None:
-            pull = pull * same
-        dinputs[:, source].addcmul_(pull, taps[tap])
-        dtaps[tap] += torch.mul(pull, inputs[:, source], out=part).sum((0, 1))
-    return dinputs
+    for distance, token, source in _ways(len(dtaps), before, dtotal.shape[1]):
+        part = torch.mul(dtotal[:, token], inputs[:, source], out=product[:, token])
+        if run is not None:
+            part[run[:, before:][:, token] != run[:, source]] = 0
+        dtaps[-1 - distance] += part.sum((0, 1))
+
+
+def _beside(run: Tensor, reach: int, first: int) -> tuple[Tensor, Tensor]:
+    """run (B, S) -> rows and places, from place `first` on, from where one of another document is in reach: `reach`
+    places further on, or before where it is negative. They are few, and are computed anew: to leave others out
+    everywhere takes a pass more over everything for each tap."""
+    places = torch.arange(run.shape[1], device=run.device)
+    other = run != run[:, (places + reach).clamp(0, run.shape[1] - 1)]
+    return torch.nonzero(other & (places >= first), as_tuple=True)
+
+
+def _met(t: Tensor, run: Tensor, taps: Tensor, rows: Tensor, places: Tensor, way: int) -> Tensor:
+    """Sums over taps of t (B, S, E) at such places (n,) and after them (way 1) or before (-1), in their documents alone
+    -> (n, E)."""
+    total = taps.new_zeros(len(rows), taps.shape[1])
+    for distance in range(len(taps)):
+        there = places + way * distance
+        near = there.clamp(0, run.shape[1] - 1)
+        same = (there == near) & (run[rows, near] == run[rows, places])
+        total += t[rows, near].masked_fill_(~same[:, None], 0) * taps[-1 - distance]
+    return total
