@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -147,3 +149,24 @@ def test_windows_mark_their_own_targets(config, tmp_path) -> None:
 def test_other_text_marks_nothing(config, tmp_path) -> None:
     dataset = load_dataset(config(data="synthetic"), cache_dir=tmp_path)
     assert HeldoutRows(dataset.heldout, 256, 32).batch(np.array([0])).marked == {}
+
+
+@pytest.mark.slow
+def test_a_state_recalls_what_a_window_does_not_reach(command, tmp_path: Path) -> None:
+    """Two mixers of mamba learn it; two layers of attention see 2 (w - 1) = 6 bytes back, and no value is as near."""
+    load = ("pairs=2", "rounds=6", "keys=8", "values=8", "min_distance=8", "max_distance=12", "bytes=1000000")
+    words = [
+        *("preset=nano", "device=cpu", "model_cfg.n_layers=2", "model_cfg.d_model=64", "num_iterations=500"),
+        *("train_seq_len=65", "cooldown_frac=0.2", "val_loss_every=0", "val_bytes=20000", "sample_tokens=0"),
+        *("data=synthetic", "synthetic=recall", *(f"synthetic_{field}" for field in load), "save_checkpoint=false"),
+    ]
+    accuracy = {}
+    for name, model in {
+        "mamba": ["model=mamba"],
+        "windowed": ["model=vanilla", "model_cfg.n_heads=2", "model_cfg.sliding_window=4"],
+    }.items():
+        command(*model, *words, f"output_dir={tmp_path / name}")
+        last = (tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1]
+        accuracy[name] = json.loads(last)["val_recall_accuracy"]
+    assert accuracy["mamba"] > 0.95, accuracy
+    assert accuracy["windowed"] < 0.2, f"{accuracy}: chance is 1 in 8"
