@@ -11,7 +11,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels import REFERENCE
 from kernels.choose import Call, Kernels
 from kernels.selected_attention.reference import reference
 from kernels.spec import Sample, Size, Spec, drawn, ids

@@ -102,8 +102,8 @@ def _put_back(total: Tensor, where: Tensor, found: Tensor) -> None:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor, scale: float, exact: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """q (..., R, h), k (..., L, h), v (..., L, w), counts (..., 1, L) -> o (..., R, w) in q's dtype, and the logarithm of
-    the sum of exponentials (..., R, 1), in `exact`: -inf where no key counts, and o is 0."""
+    """q (..., R, h), k (..., L, h), v (..., L, w), counts (..., 1, L) -> o (..., R, w) in q's dtype, and the logarithm
+    of the sum of exponentials (..., R, 1), in `exact`: -inf where no key counts, and o is 0."""
     scores = _scores(q, k, counts, scale, exact)
     total = scores.logsumexp(-1, keepdim=True)
     shares = (scores - _finite(total)).exp_().to(q.dtype)
