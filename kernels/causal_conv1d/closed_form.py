@@ -58,7 +58,9 @@ class _Conv(torch.autograd.Function):
         # What is before the first token belongs to its document.
         run = None if doc_ids is None else F.pad(runs(doc_ids), (seen.shape[1] - tokens, 0))  # (B, S)
         for rows in _blocks(y, taps.dtype):
-            total = _summed(seen[rows].to(taps.dtype), taps, shift, None if run is None else run[rows], tokens)
+            total = _summed(
+                seen[rows].to(taps.dtype), taps, shift, None if run is None else run[rows], tokens
+            )
             y[rows] = F.silu(total, inplace=True) if activation else total
         ctx.save_for_backward(seen, taps, shift, run)
         ctx.activation = activation

@@ -158,7 +158,12 @@ def test_a_state_recalls_what_a_window_does_not_reach(command, tmp_path: Path) -
     words = [
         *("preset=nano", "device=cpu", "model_cfg.n_layers=2", "model_cfg.d_model=64", "num_iterations=500"),
         *("train_seq_len=65", "cooldown_frac=0.2", "val_loss_every=0", "val_bytes=20000", "sample_tokens=0"),
-        *("data=synthetic", "synthetic=recall", *(f"synthetic_{field}" for field in load), "save_checkpoint=false"),
+        *(
+            "data=synthetic",
+            "synthetic=recall",
+            *(f"synthetic_{field}" for field in load),
+            "save_checkpoint=false",
+        ),
     ]
     accuracy = {}
     for name, model in {
