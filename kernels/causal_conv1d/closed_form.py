@@ -145,7 +145,8 @@ def _beside(run: Tensor, reach: int, first: int) -> tuple[Tensor, Tensor]:
     everywhere takes a pass more over everything for each tap."""
     places = torch.arange(run.shape[1], device=run.device)
     other = run != run[:, (places + reach).clamp(0, run.shape[1] - 1)]
-    return torch.nonzero(other & (places >= first), as_tuple=True)
+    rows, found = torch.nonzero(other & (places >= first), as_tuple=True)
+    return rows, found
 
 
 def _met(t: Tensor, run: Tensor, taps: Tensor, rows: Tensor, places: Tensor, way: int) -> Tensor:

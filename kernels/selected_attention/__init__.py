@@ -115,7 +115,7 @@ def _sample(size: Size, device: torch.device, dtype: torch.dtype, generator: tor
     starts = torch.where(twice, -1, begin[None, :, None, None] + block * chosen)
     if size.get("none"):  # every third query has no block at all
         starts = torch.where((where % 3 == 0)[None, :, None, None], -1, starts)
-    tensors = {
+    tensors: dict[str, Tensor | None] = {
         "q": draw(batch, queries, heads, width),
         "k": draw(batch, keys, groups, width),
         "v": draw(batch, keys, groups, wide),

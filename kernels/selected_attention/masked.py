@@ -25,9 +25,9 @@ def masked(
     may[..., 0] |= none
     share = q.shape[2] // k.shape[2]
     with own_dtypes(q.device):
-        heads = (t.to(q.dtype).transpose(1, 2) for t in (q, k, v))
+        asked, keys, values = (t.to(q.dtype).transpose(1, 2) for t in (q, k, v))
         o = F.scaled_dot_product_attention(
-            *heads, attn_mask=may.repeat_interleave(share, 1), scale=scale, enable_gqa=True
+            asked, keys, values, attn_mask=may.repeat_interleave(share, 1), scale=scale, enable_gqa=True
         )
     return o.masked_fill(none.repeat_interleave(share, 1)[..., None], 0.0).transpose(1, 2)
 
