@@ -155,16 +155,11 @@ def test_other_text_marks_nothing(config, tmp_path) -> None:
 def test_a_state_recalls_what_a_window_does_not_reach(command, tmp_path: Path) -> None:
     """Two mixers of mamba learn it; two layers of attention see 2 (w - 1) = 6 bytes back, and no value is as near."""
     load = ("pairs=2", "rounds=6", "keys=8", "values=8", "min_distance=8", "max_distance=12", "bytes=1000000")
-    words = [
-        *("preset=nano", "device=cpu", "model_cfg.n_layers=2", "model_cfg.d_model=64", "num_iterations=500"),
-        *("train_seq_len=65", "cooldown_frac=0.2", "val_loss_every=0", "val_bytes=20000", "sample_tokens=0"),
-        *(
-            "data=synthetic",
-            "synthetic=recall",
-            *(f"synthetic_{field}" for field in load),
-            "save_checkpoint=false",
-        ),
-    ]
+    size = ("preset=nano", "model_cfg.n_layers=2", "model_cfg.d_model=64", "train_seq_len=65", "device=cpu")
+    steps = ("num_iterations=500", "cooldown_frac=0.2", "val_loss_every=0", "val_bytes=20000")
+    unwritten = ("sample_tokens=0", "save_checkpoint=false")
+    text = ("data=synthetic", "synthetic=recall", *(f"synthetic_{field}" for field in load))
+    words = (*size, *steps, *unwritten, *text)
     accuracy = {}
     for name, model in {
         "mamba": ["model=mamba"],
