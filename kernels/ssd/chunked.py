@@ -66,26 +66,29 @@ def _cut(t: Tensor, length: int) -> Tensor:
 
 
 class _Decays(NamedTuple):
-    """What is left of something after a while: `within` (B, K, H, Q, Q) from token j (row) to token i (column) of a
-    chunk, 0 where i < j; `since` (B, K, Q, H) from before the chunk to token i; `until` (B, K, Q, H) from token j to
-    the chunk's end. 0 where a document ends in between."""
+    """What is left of something after a while: `within` (B, K, H, Q, Q) from token j (column) to token i (row) of a
+    chunk, where i >= j; `since` (B, K, Q, H) from before the chunk to token i; `until` (B, K, Q, H) from token j to the
+    chunk's end. `met` (B, K, 1, Q, Q) or (Q, Q): 1 where token i sees token j, 0 where j comes later or, as in `since`
+    and `until`, in another document: `within` is for what is 0 there already."""
 
     within: Tensor
     since: Tensor
     until: Tensor
+    met: Tensor
 
 
 def _decays(steps: Tensor, A: Tensor, run: Tensor | None) -> _Decays:
     """steps (B, K, Q, H), A (H,), run (B, K, Q)."""
     logs = (steps * A).transpose(2, 3).contiguous()  # (B, K, H, Q)
-    length = logs.shape[-1]
-    within = logs[..., None, :].expand(*logs.shape[:3], length, length).triu(1).cumsum(-1).exp().triu()
-    since = logs.cumsum(-1).exp().transpose(2, 3)
+    met = torch.ones(logs.shape[-1:] * 2, dtype=logs.dtype, device=logs.device).tril()
+    within = (logs[..., None] * met.tril(-1)).cumsum_(-2).exp_()
+    since, until = logs.cumsum(-1).exp().transpose(2, 3), within[..., -1, :].clone().transpose(2, 3)
     if run is not None:
-        within = within * (run[:, :, None, :, None] == run[:, :, None, None, :])
+        met = met * (run[:, :, None, :, None] == run[:, :, None, None, :])
         before = F.pad(run[:, :-1, -1], (1, 0))  # (B, K); the first document is number 0
         since = since * (run == before[..., None])[..., None]
-    return _Decays(within, since, within[..., -1].transpose(2, 3))
+        until = until * (run == run[..., -1:])[..., None]
+    return _Decays(within, since, until, met)
 
 
 def _by_group(t: Tensor, groups: int) -> Tensor:
@@ -115,11 +118,14 @@ def _from_heads(t: Tensor, like: Tensor) -> Tensor:
 
 
 class _Chunks(torch.autograd.Function):
-    """x (B, K, Q, H, P), steps (B, K, Q, H), A and D (H,), B and C (B, K, Q, G, N), initial (B, H, P, N), run
+    """x (B, K, Q, H, P), steps d (B, K, Q, H), A and D (H,), B and C (B, K, Q, G, N), initial (B, H, P, N), run
     (B, K, Q) -> y like x, the last states.
 
-        y_i = sum over j <= i of within_ji (B_j C_i) v_j + since_i h C_i + D x_i,  v = steps x, h what enters a chunk
-        h' = since_Q h + sum over j of until_j v_j B_j
+        y_i = sum over j <= i of W_ij x_j + since_i h C_i,  W_ij = within_ij (C_i B_j) d_j + D [i = j]
+        h' = since_Q h + sum over j of until_j d_j x_j B_j,  h what enters a chunk
+
+    Passes over what is of the size of x are few, of one dtype, and in place where they can be: on a CPU they take longer
+    than the products, and new memory longer than what is written to it.
     """
 
     @staticmethod
@@ -137,20 +143,15 @@ class _Chunks(torch.autograd.Function):
         (rows, chunks, _, heads, width), groups = x.shape, B.shape[3]
         decays = _decays(steps, A, run)
         into, out = _by_group(B, groups), _by_group(C, groups)  # (B K G, Q, N)
-        weights, _ = _weights(decays, into, out, groups)
-        values = _by_head(x * steps[..., None].to(x.dtype))  # (B K H, Q, P)
-        near = torch.bmm(weights.mT, values)
+        weights = _weights(_products(decays, into, out, groups), decays, steps, D, x.dtype)
+        near = torch.bmm(weights, _by_head(x))
         added = torch.bmm(_by_group(_scaled(x, steps * decays.until), groups).mT, into)  # (B K G, J P, N)
         added = added.view(rows, chunks, heads, width, B.shape[4])
-        entering, last = _carried(added, decays.since[:, :, -1], initial, x.dtype)
+        entering, last = _carried(added, decays.since[:, :, -1], initial)
         far = _from_groups(torch.bmm(out, _states_by_group(entering, groups).mT), x, groups)
-        y = _from_heads(near, x) + far * decays.since[..., None]
-        if D is not None:
-            y = y + x * D[:, None]
+        y = torch.addcmul(_from_heads(near, x), far, decays.since[..., None].to(x.dtype))
         ctx.save_for_backward(x, steps, A, B, C, D, run, entering, far)
-        # A conversion that converts nothing returns its argument: compiled by torch 2.11, the gradient of what
-        # `forward` returned got lost behind it.
-        return (y if y.dtype == x.dtype else y.to(x.dtype)), last
+        return y, last
 
     @staticmethod
     @once_differentiable
@@ -161,80 +162,94 @@ class _Chunks(torch.autograd.Function):
 
 def _scaled(x: Tensor, factors: Tensor) -> Tensor:
     """x (B, K, Q, H, P), factors (B, K, Q, H) -> their product in x's dtype."""
-    return (x * factors[..., None]).to(x.dtype)
+    return x * factors[..., None].to(x.dtype)
 
 
-def _weights(decays: _Decays, into: Tensor, out: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """What token j gives to token i, (B K H, Q, Q) in the dtype of products, and before decay (B, K, G, 1, Q, Q)."""
-    within = decays.within
-    rows, chunks, _, length, _ = within.shape
-    products = torch.bmm(into, out.mT).view(rows, chunks, groups, 1, length, length).to(within.dtype)
-    weights = within.unflatten(2, (groups, -1)) * products
-    return weights.to(into.dtype).flatten(2, 3).flatten(0, 2), products
+def _products(decays: _Decays, into: Tensor, out: Tensor, groups: int) -> Tensor:
+    """C_i B_j where token i sees token j, otherwise 0: (B, K, G, 1, Q, Q) in the dtype of decays."""
+    rows, chunks, _, length, _ = decays.within.shape
+    products = torch.bmm(out, into.mT).view(rows, chunks, groups, length, length)
+    return (products * decays.met)[:, :, :, None]
 
 
-def _carried(added: Tensor, decay: Tensor, initial: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """added (B, K, H, P, N) by each chunk, decay (B, K, H) over it -> states that enter each, in `dtype`, and the last
-    (B, H, P, N)."""
-    entering, state = [], initial
-    for chunk in range(added.shape[1]):
-        entering.append(state.to(dtype))
+def _of_groups(t: Tensor, groups: int) -> Tensor:
+    """(B, K, H, ...) -> (B, K, G, J, ...)."""
+    return t.unflatten(2, (groups, -1))
+
+
+def _weights(products: Tensor, decays: _Decays, steps: Tensor, D: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """W, (B K H, Q, Q) in `dtype`; `decays.within` is used up."""
+    weights = decays.within
+    _of_groups(weights, products.shape[2]).mul_(products)
+    weights.mul_(steps.transpose(2, 3)[..., None, :])
+    if D is not None:
+        weights.diagonal(dim1=-2, dim2=-1).add_(D[:, None])
+    return weights.to(dtype, copy=True).flatten(0, 2)
+
+
+def _carried(added: Tensor, decay: Tensor, state: Tensor, back: bool = False) -> tuple[Tensor, Tensor]:
+    """added (B, K, H, P, N) by each chunk, decay (B, K, H) over it, state (B, H, P, N) before the first, or behind the
+    last if `back` -> states that each chunk meets, in added's dtype, and the one that it ends with."""
+    met, chunks = torch.empty_like(added), range(added.shape[1])
+    for chunk in reversed(chunks) if back else chunks:
+        met[:, chunk] = state
         state = torch.addcmul(added[:, chunk].to(state.dtype), state, decay[:, chunk, :, None, None])
-    return torch.stack(entering, dim=1), state
+    return met, state
 
 
 def _gradients(saved: tuple[Any, ...], dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
     """Of everything. That of a token's log of decay is the sum over all that this decay stands between; as a difference
     of larger sums it would not be 0 where everything is forgotten, and is to be multiplied by a step of 10,000."""
     x, steps, A, B, C, D, run, entering, far = saved
-    groups = B.shape[3]
-    dtype, exact = x.dtype, steps.dtype
+    groups, dtype, exact = B.shape[3], x.dtype, steps.dtype
     decays = _decays(steps, A, run)
     into, out = _by_group(B, groups), _by_group(C, groups)
-    weights, products = _weights(decays, into, out, groups)
-    states = _states_by_group(entering, groups)
+    products = _products(decays, into, out, groups)
+    over = decays.since[:, :, -1]  # (B, K, H), a whole chunk
 
     # Between chunks.
-    reached = _scaled(dy, decays.since)  # what of dy reaches the states that entered
-    pulled = torch.bmm(_by_group(reached, groups).mT, out).view(entering.shape)
-    leaving, dinitial = _carried(pulled.flip(1), decays.since[:, :, -1].flip(1), dlast.to(exact), dtype)
-    leaving = leaving.flip(1)  # gradient of the states behind each chunk
+    reached = _by_group(_scaled(dy, decays.since), groups)  # what of dy reaches the states that entered
+    pulled = torch.bmm(reached.mT, out).view(entering.shape)
+    leaving, dinitial = _carried(pulled, over, dlast.to(exact), back=True)  # of the states behind each chunk
     dstates = _states_by_group(leaving, groups)
-    given = (
-        _from_groups(torch.bmm(into, dstates.mT), x, groups) * decays.until[..., None]
-    )  # to v, by what comes later
-    kept = _scaled(x, steps * decays.until)
-    at_end = (x * given).sum(-1) * steps  # (B, K, Q, H)
-    crossed = (entering.to(exact) * leaving).sum((-2, -1)) * decays.since[:, :, -1]  # (B, K, H)
-    dlogs = _from_here((reached * far).sum(-1, dtype=exact)) + _before(at_end) + crossed[:, :, None]
+    given = _from_groups(torch.bmm(into, dstates.mT), x, groups)  # by what comes later
+    left = steps * decays.until
+    kept = _by_group(_scaled(x, left), groups)
+    space = torch.empty_like(x, memory_format=torch.contiguous_format)
+    at_end = _dotted(x, given, space) * decays.until  # (B, K, Q, H), to steps
+    crossed = (entering * leaving).flatten(3).sum(-1).to(exact) * over
+    dlogs = _from_here(_dotted(dy, far, space) * decays.since) + _before(at_end * steps) + crossed[:, :, None]
 
     # Within.
-    gradients, values = _by_head(dy), _by_head(_scaled(x, steps))
-    dvalues = _from_heads(torch.bmm(weights, gradients), x) + given
-    pairs = torch.bmm(values, gradients.mT).view_as(decays.within) * decays.within  # (B, K, H, Q, Q)
-    dproducts = pairs.unflatten(2, (groups, -1)).sum(3).to(dtype).flatten(0, 2)  # (B K G, Q, Q)
-    pairs = (pairs.unflatten(2, (groups, -1)) * products).flatten(2, 3)
-    dlogs += _across(pairs).transpose(2, 3)
-    dB = torch.baddbmm(torch.bmm(_by_group(kept, groups), dstates), dproducts, out)
-    dC = torch.baddbmm(torch.bmm(_by_group(reached, groups), states), dproducts.mT, into)
-
-    dsteps = dlogs * A + (x * dvalues).sum(-1)
-    dx = dvalues * steps[..., None]
-    dD = None
-    if D is not None:
-        dx = dx + dy * D[:, None]
-        dD = (x * dy).sum((0, 1, 2, 4), dtype=exact)
-    dA = (steps * dlogs).sum((0, 1, 2))
+    gradients = _by_head(dy)
+    pairs = torch.bmm(gradients, _by_head(x).mT).view_as(decays.within).to(exact)  # (B, K, H, Q, Q)
+    dD = None if D is None else pairs.diagonal(dim1=-2, dim2=-1).sum((0, 1, 3))
+    pairs *= decays.within
+    weights = _weights(products, decays, steps, D, dtype)
+    dx = torch.addcmul(_from_heads(torch.bmm(weights.mT, gradients), x), given, left[..., None].to(dtype))
+    of_steps = steps.transpose(2, 3)[..., None, :]
+    scaled = torch.mul(pairs, of_steps, out=decays.within)
+    dproducts = (_of_groups(scaled, groups).sum(3) * decays.met).to(dtype).flatten(0, 2)
+    _of_groups(pairs, groups).mul_(products)
+    dsteps = at_end + pairs.sum(-2).transpose(2, 3)
+    dlogs += _across(pairs.mul_(of_steps)).transpose(2, 3)
+    dB = torch.baddbmm(torch.bmm(kept, dstates), dproducts.mT, out)
+    dC = torch.baddbmm(torch.bmm(reached, _states_by_group(entering, groups)), dproducts, into)
     return (
-        dx.to(dtype),
-        dsteps,
-        dA,
+        dx,
+        dsteps + dlogs * A,
+        (steps * dlogs).sum((0, 1, 2)),
         _from_groups(dB, B, groups),
         _from_groups(dC, C, groups),
         dD,
         dinitial,
         None,
     )
+
+
+def _dotted(a: Tensor, b: Tensor, space: Tensor) -> Tensor:
+    """(B, K, Q, H, P) three times -> (B, K, Q, H), at least fp32."""
+    return torch.mul(a, b, out=space).sum(-1).to(at_least_fp32(a.dtype))
 
 
 def _from_here(t: Tensor) -> Tensor:
@@ -248,5 +263,6 @@ def _before(t: Tensor) -> Tensor:
 
 
 def _across(pairs: Tensor) -> Tensor:
-    """pairs (B, K, H, Q, Q) -> for each token k the sum over all pairs (j, i) with j < k <= i."""
-    return F.pad(pairs[..., :-1, :].cumsum(-2).triu(1).sum(-1), (1, 0))
+    """pairs (B, K, H, Q, Q), used up -> for each token k the sum over all pairs (i, j) with j < k <= i."""
+    later = pairs.new_ones(pairs.shape[-2:]).tril(-1)[:, :-1]
+    return F.pad(pairs.cumsum_(-1)[..., :-1].mul_(later).sum(-2), (1, 0))
