@@ -190,10 +190,11 @@ def _weights(products: Tensor, decays: _Decays, steps: Tensor, D: Tensor | None,
 def _carried(added: Tensor, decay: Tensor, state: Tensor, back: bool = False) -> tuple[Tensor, Tensor]:
     """added (B, K, H, P, N) by each chunk, decay (B, K, H) over it, state (B, H, P, N) before the first, or behind the
     last if `back` -> states that each chunk meets, in added's dtype, and the one that it ends with."""
-    met, chunks = torch.empty_like(added), range(added.shape[1])
+    met, state, wide = torch.empty_like(added), state.clone(), torch.empty_like(state)
+    chunks = range(added.shape[1])
     for chunk in reversed(chunks) if back else chunks:
         met[:, chunk] = state
-        state = torch.addcmul(added[:, chunk].to(state.dtype), state, decay[:, chunk, :, None, None])
+        state.mul_(decay[:, chunk, :, None, None]).add_(wide.copy_(added[:, chunk]))
     return met, state
 
 
@@ -217,7 +218,7 @@ def _gradients(saved: tuple[Any, ...], dy: Tensor, dlast: Tensor) -> tuple[Tenso
     kept = _by_group(_scaled(x, left), groups)
     space = torch.empty_like(x, memory_format=torch.contiguous_format)
     at_end = _dotted(x, given, space) * decays.until  # (B, K, Q, H), to steps
-    crossed = (entering * leaving).flatten(3).sum(-1).to(exact) * over
+    crossed = torch.mul(entering, leaving, out=pulled).flatten(3).sum(-1).to(exact) * over
     dlogs = _from_here(_dotted(dy, far, space) * decays.since) + _before(at_end * steps) + crossed[:, :, None]
 
     # Within.
