@@ -112,9 +112,20 @@ class Commands:
 
     def against_gpt2(self, types: Iterable[str]) -> list[Part]:
         return [
-            self.driver(f"architectures-{type_}", type_, *self.bf16, *self.compiled)
-            for type_ in sorted(types)
+            self.driver(f"architectures-{group}", group, *self.bf16, *self.compiled)
+            for group in self._apart(sorted(types))
         ]
+
+    def open_points(self) -> list[Part]:
+        words = ("--device", self.device, *(["--tiny"] if self.tiny else []))
+        return [
+            self.driver(f"open_points-{group}", *group.split(","), *words) for group in self._apart(QUESTIONS)
+        ]
+
+    def _apart(self, names: Iterable[str]) -> list[str]:
+        """One to a process, for memory of its own and so that the last alone are lost where time ends; all in one at
+        tiny size, where starting takes longer than all of them."""
+        return [",".join(names)] if self.tiny else list(names)
 
 
 def _python(*words: str | Path) -> list[str]:
@@ -145,7 +156,6 @@ def steps(device: str, tiny: bool, work: Path) -> dict[str, Step]:
     measured = [op for op in KERNELS if spec_of(op) is not None]
     of_losses = [op for op in measured if op.startswith("linear_")][: 1 if tiny else None]
     others = [op for op in measured if not op.startswith("linear_")][: 1 if tiny else None]
-    small = ["--tiny"] if tiny else []
     return {
         "1a": Step(
             "the fp16 scaler, a checkpoint that changes the device, the largest batch",
@@ -189,10 +199,7 @@ def steps(device: str, tiny: bool, work: Path) -> dict[str, Step]:
         "6b": Step(
             "the other architectures against gpt2", run.against_gpt2(ARCHITECTURES.keys() - next_token)
         ),
-        "7": Step(
-            "open points",
-            [run.driver(f"open_points-{name}", name, "--device", device, *small) for name in QUESTIONS],
-        ),
+        "7": Step("open points", run.open_points()),
         "8": Step(
             "generation of gpt2 at 124M",
             [run.ours("generate", "bench", "generate", model, "--device", device, *texts, *decoders)],
