@@ -124,8 +124,8 @@ class _Chunks(torch.autograd.Function):
         y_i = sum over j <= i of W_ij x_j + since_i h C_i,  W_ij = within_ij (C_i B_j) d_j + D [i = j]
         h' = since_Q h + sum over j of until_j d_j x_j B_j,  h what enters a chunk
 
-    Passes over what is of the size of x are few, of one dtype, and in place where they can be: on a CPU they take longer
-    than the products, and new memory longer than what is written to it.
+    Passes over what is of the size of x are few, of one dtype, and in place where they can be: on a CPU they take
+    longer than the products, and new memory longer than what is written to it.
     """
 
     @staticmethod
