@@ -177,7 +177,9 @@ def _of_groups(t: Tensor, groups: int) -> Tensor:
     return t.unflatten(2, (groups, -1))
 
 
-def _weights(products: Tensor, decays: _Decays, steps: Tensor, D: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _weights(
+    products: Tensor, decays: _Decays, steps: Tensor, D: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """W, (B K H, Q, Q) in `dtype`; `decays.within` is used up."""
     weights = decays.within
     _of_groups(weights, products.shape[2]).mul_(products)
