@@ -8,7 +8,7 @@ Shapes: B rows, T tokens, E channels, k taps; S = T tokens and those before the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,10 +57,9 @@ class _Conv(torch.autograd.Function):
         y = torch.empty(len(seen), tokens, seen.shape[2], dtype=seen.dtype, device=seen.device)
         # What is before the first token belongs to its document.
         run = None if doc_ids is None else F.pad(runs(doc_ids), (seen.shape[1] - tokens, 0))  # (B, S)
+        behind = None if run is None else _beside(run, len(taps), -1)
         for rows in _blocks(y, taps.dtype):
-            total = _summed(
-                seen[rows].to(taps.dtype), taps, shift, None if run is None else run[rows], tokens
-            )
+            total = _summed(seen[rows].to(taps.dtype), taps, shift, behind and behind.of(rows), tokens)
             y[rows] = F.silu(total, inplace=True) if activation else total
         ctx.save_for_backward(seen, taps, shift, run)
         ctx.activation = activation
@@ -73,15 +72,16 @@ class _Conv(torch.autograd.Function):
         (dy,) = gradients
         dseen = torch.empty(seen.shape, dtype=seen.dtype, device=seen.device)
         dtaps, dshift = torch.zeros_like(taps), torch.zeros_like(shift)
+        behind, ahead = (None if run is None else _beside(run, len(taps), way) for way in (-1, 1))
         for rows in _blocks(dy, taps.dtype):
             inputs, dtotal = seen[rows].to(taps.dtype), dy[rows].to(taps.dtype)
-            documents = None if run is None else run[rows]
+            near = behind and behind.of(rows)
             if ctx.activation:
-                total = _summed(inputs, taps, shift, documents, dy.shape[1])
+                total = _summed(inputs, taps, shift, near, dy.shape[1])
                 dtotal = torch.ops.aten.silu_backward(dtotal, total)
             dshift += dtotal.sum((0, 1))
-            _add_products(dtaps, inputs, dtotal, documents)
-            dseen[rows] = _pulled(dtotal, taps, documents, seen.shape[1])
+            _add_products(dtaps, inputs, dtotal, near)
+            dseen[rows] = _pulled(dtotal, taps, ahead and ahead.of(rows), seen.shape[1])
         return dseen, dtaps, dshift, None, None, None
 
 
@@ -101,61 +101,73 @@ def _ways(taps: int, before: int, tokens: int) -> Iterator[tuple[int, slice, sli
             yield distance, slice(first, tokens), slice(first + before - distance, tokens + before - distance)
 
 
-def _summed(inputs: Tensor, taps: Tensor, shift: Tensor, run: Tensor | None, tokens: int) -> Tensor:
-    """inputs (B, S, E), run (B, S) -> (B, T, E)."""
+class _Beside(NamedTuple):
+    """Places from where one of another document is in reach of the taps, n of them: their rows and places (n,), rising;
+    where each tap would look, (n, k), the furthest first; and whether it may not, (n, k, 1). They are few, and are
+    computed anew: to leave others out everywhere takes a pass more over everything for each tap."""
+
+    rows: Tensor
+    places: Tensor
+    there: Tensor
+    other: Tensor
+
+    def of(self, rows: slice) -> _Beside:
+        """Those of some rows, counted from the first of these."""
+        ends = torch.tensor([rows.start, rows.stop], device=self.rows.device)
+        first, last = torch.searchsorted(self.rows, ends).tolist()
+        places, there, other = (t[first:last] for t in (self.places, self.there, self.other))
+        return _Beside(self.rows[first:last] - rows.start, places, there, other)
+
+    def met(self, t: Tensor, taps: Tensor) -> Tensor:
+        """Sums over taps of t (B, S, E), in their documents alone -> (n, E)."""
+        return t[self.rows[:, None], self.there].masked_fill_(self.other, 0).mul_(taps).sum(1)
+
+
+def _beside(run: Tensor, taps: int, way: int) -> _Beside:
+    """run (B, S); way -1: taps look back, 1: ahead, as gradients come."""
+    distance = torch.arange(taps - 1, -1, -1, device=run.device)
+    every = torch.arange(run.shape[1], device=run.device)
+    reach = (every + way * (taps - 1)).clamp(0, run.shape[1] - 1)
+    rows, places = torch.nonzero(run != run[:, reach], as_tuple=True)
+    there = places[:, None] + way * distance
+    near = there.clamp(0, run.shape[1] - 1)
+    other = (there != near) | (run[rows[:, None], near] != run[rows, places][:, None])
+    return _Beside(rows, places, near, other[..., None])
+
+
+def _summed(inputs: Tensor, taps: Tensor, shift: Tensor, beside: _Beside | None, tokens: int) -> Tensor:
+    """inputs (B, S, E) -> (B, T, E)."""
     before = inputs.shape[1] - tokens
     total = torch.addcmul(shift, inputs[:, before:], taps[-1])
     for distance, token, source in _ways(len(taps), before, tokens):
         total[:, token].addcmul_(inputs[:, source], taps[-1 - distance])
-    if run is not None:
-        rows, places = _beside(run, -(len(taps) - 1), before)
-        total[rows, places - before] = shift + _met(inputs, run, taps, rows, places, -1)
+    if beside is not None:  # none of these is before the first token: that is of one document
+        total[beside.rows, beside.places - before] = beside.met(inputs, taps).add_(shift)
     return total
 
 
-def _pulled(dtotal: Tensor, taps: Tensor, run: Tensor | None, length: int) -> Tensor:
-    """dtotal (B, T, E), run (B, S) -> the gradient of inputs (B, S, E)."""
+def _pulled(dtotal: Tensor, taps: Tensor, beside: _Beside | None, length: int) -> Tensor:
+    """dtotal (B, T, E) -> the gradient of inputs (B, S, E)."""
     tokens = dtotal.shape[1]
     before = length - tokens
     dinputs = dtotal.new_zeros(len(dtotal), length, dtotal.shape[2]) if before else torch.empty_like(dtotal)
     torch.mul(dtotal, taps[-1], out=dinputs[:, before:])
     for distance, token, source in _ways(len(taps), before, tokens):
         dinputs[:, source].addcmul_(dtotal[:, token], taps[-1 - distance])
-    if run is not None:
-        rows, places = _beside(run, len(taps) - 1, 0)
-        dinputs[rows, places] = _met(F.pad(dtotal, (0, 0, before, 0)), run, taps, rows, places, 1)
+    if beside is not None:
+        padded = F.pad(dtotal, (0, 0, before, 0)) if before else dtotal
+        dinputs[beside.rows, beside.places] = beside.met(padded, taps)
     return dinputs
 
 
-def _add_products(dtaps: Tensor, inputs: Tensor, dtotal: Tensor, run: Tensor | None) -> None:
-    """inputs (B, S, E), dtotal (B, T, E), run (B, S): the gradient of taps is added to dtaps (k, E)."""
+def _add_products(dtaps: Tensor, inputs: Tensor, dtotal: Tensor, beside: _Beside | None) -> None:
+    """inputs (B, S, E), dtotal (B, T, E): the gradient of taps is added to dtaps (k, E)."""
     before = inputs.shape[1] - dtotal.shape[1]
     product = dtotal * inputs[:, before:]
     dtaps[-1] += product.sum((0, 1))
     for distance, token, source in _ways(len(dtaps), before, dtotal.shape[1]):
-        part = torch.mul(dtotal[:, token], inputs[:, source], out=product[:, token])
-        if run is not None:
-            part[run[:, before:][:, token] != run[:, source]] = 0
-        dtaps[-1 - distance] += part.sum((0, 1))
-
-
-def _beside(run: Tensor, reach: int, first: int) -> tuple[Tensor, Tensor]:
-    """run (B, S) -> rows and places, from place `first` on, from where one of another document is in reach: `reach`
-    places further on, or before where it is negative. They are few, and are computed anew: to leave others out
-    everywhere takes a pass more over everything for each tap."""
-    places = torch.arange(run.shape[1], device=run.device)
-    other = run != run[:, (places + reach).clamp(0, run.shape[1] - 1)]
-    rows, found = torch.nonzero(other & (places >= first), as_tuple=True)
-    return rows, found
-
-
-def _met(t: Tensor, run: Tensor, taps: Tensor, rows: Tensor, places: Tensor, way: int) -> Tensor:
-    """Sums over taps of t (B, S, E) at such places (n,) and after them (way 1) or before (-1), in their documents alone
-    -> (n, E)."""
-    total = taps.new_zeros(len(rows), taps.shape[1])
-    for distance in range(len(taps)):
-        there = places + way * distance
-        near = there.clamp(0, run.shape[1] - 1)
-        same = (there == near) & (run[rows, near] == run[rows, places])
-        total += t[rows, near].masked_fill_(~same[:, None], 0) * taps[-1 - distance]
-    return total
+        torch.mul(dtotal[:, token], inputs[:, source], out=product[:, token])
+        if beside is not None:
+            cut = beside.other[:, -1 - distance, 0]
+            product[beside.rows[cut], beside.places[cut] - before] = 0
+        dtaps[-1 - distance] += product[:, token].sum((0, 1))
