@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.choose import UsesKernels
 from kernels.precision import at_least_fp32
+from kernels.rms_norm import rms_norm
 from kernels.ssd import ssd
 from models.layers.flops import Flops, matmul_flops
 from models.state_space.config import MambaConfig
@@ -25,7 +27,7 @@ from models.state_space.mixer import Documents, Mixer, State, begin_step_sizes, 
 __all__ = ["DualMixer", "GatedRMSNorm"]
 
 
-class GatedRMSNorm(nn.Module):
+class GatedRMSNorm(UsesKernels):
     """RMSNorm(y silu(z)) over each of `groups` parts of the last axis, times a gain; at least in fp32."""
 
     def __init__(self, width: int, groups: int, eps: float) -> None:
@@ -35,9 +37,14 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
         exact = at_least_fp32(y.dtype)
-        gated = (y.to(exact) * F.silu(z.to(exact))).unflatten(-1, (self.groups, -1))  # (..., G, E/G)
-        normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + self.eps)
+        gated = y.to(exact) * F.silu(z.to(exact))
+        if self.groups == 1:
+            return rms_norm(gated, self.weight, self.eps, self.kernels, y.dtype)
+        normed = rms_norm(gated.unflatten(-1, (self.groups, -1)), None, self.eps, self.kernels, exact)
         return (normed.flatten(-2) * self.weight.to(exact)).to(y.dtype)
+
+    def kernel_calls(self, seq_len: int) -> dict[str, dict[str, Any]]:
+        return {"rms_norm": {"columns": len(self.weight) // self.groups}}
 
 
 class DualMixer(Mixer):
