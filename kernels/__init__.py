@@ -146,7 +146,9 @@ KERNELS: dict[str, Kernel] = {
         description="short convolution over tokens, channel by channel",
         implementations={
             REFERENCE: Implementation("kernels.causal_conv1d.reference:reference"),
-            CLOSED_FORM: Implementation("kernels.causal_conv1d.closed_form:closed_form", devices=("cpu",)),
+            CLOSED_FORM: Implementation(
+                "kernels.causal_conv1d.closed_form:closed_form", devices=("cpu",), host_syncs=("nonzero",)
+            ),
             TRITON: by_triton("kernels.causal_conv1d.triton:causal_conv1d"),
         },
         compiled_with_neighbours=True,
