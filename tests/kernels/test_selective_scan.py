@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import kernels.selective_scan.chunked as chunked
-from kernels import CHUNKED, KERNELS, REFERENCE
+from kernels import CHUNKED, KERNELS, REFERENCE, TRITON
 from kernels.against import deviations, gradients, in_fp64, upstream
 from kernels.choose import Kernels
 from kernels.selective_scan import SPEC, selective_scan
 from kernels.spec import Sample
 from naming import load
+from tests.kernels.interpret import interpreted
 from trainer.commands.bench.measure import peak_bytes
 from trainer.commands.bench.sides import Inputs, Side
 
-WAYS = [name for name in KERNELS["selective_scan"].implementations if name in (REFERENCE, CHUNKED)]
+EXACT = [REFERENCE, CHUNKED]  # these compute in fp64 too
+WAYS = [*EXACT, pytest.param(TRITON, marks=pytest.mark.slow)]
+
+
+@pytest.fixture(autouse=True)
+def without_a_gpu(request):
+    with interpreted() if TRITON in request.node.name else nullcontext():
+        yield
 
 
 def run_of(name):
@@ -43,8 +52,8 @@ def slow(sample):
     return sample
 
 
-def check(sample, tolerance=1e-5):
-    wrong = {n: d for n, d in deviations(run_of(CHUNKED), run_of(REFERENCE), sample).items() if d > tolerance}
+def check(sample, tolerance=1e-5, name=CHUNKED):
+    wrong = {n: d for n, d in deviations(run_of(name), run_of(REFERENCE), sample).items() if d > tolerance}
     assert not wrong
 
 
@@ -65,6 +74,13 @@ def test_lengths_that_blocks_do_not_divide(length):
         sample.tensors["A"].fill_(-8)
         sample.tensors["A"][:, 0] = -0.01
     check(sample)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [31, 32, 33, 170])
+def test_blocks_of_triton(length):
+    """Six blocks of slow decays in the longest, from states that are not zero."""
+    check(slow(sample_of(1, length, 3, 2, initial=True, reset=length // 2)), 2e-5, TRITON)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -140,7 +156,7 @@ def test_no_step_passes_the_input_on_and_no_memory_forgets(name):
     torch.testing.assert_close(y, step * given["u"] * (given["B"] * given["C"]).sum(-1, keepdim=True))
 
 
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", EXACT)
 def test_gradients_equal_differences(name):
     exact = in_fp64(sample_of(2, 19, 3, 2, initial=True, reset=7))
     names = list(exact.differentiable)
