@@ -39,6 +39,12 @@ __all__ = ["CurrentBestGPT"]
 HEAD_STD, TABLE_STD = 0.005, 0.01
 
 
+def _see_whether_parted(model: CurrentBestGPT, _: Any) -> None:
+    """A run that goes on for longer than it was to go would be before the split again."""
+    embedding, head = model.embed_tokens.weight, model.lm_head.weight
+    model.parted = not embedding.is_meta and not torch.equal(embedding, head)
+
+
 class CurrentBestGPT(Decoder):
     Config = CurrentBestConfig
     cfg: CurrentBestConfig
@@ -70,6 +76,8 @@ class CurrentBestGPT(Decoder):
         self.register_buffer("score_scale", torch.empty(()))
         self.logit_softcap: Softcap | None = SigmoidCap(*cfg.softcap) if cfg.softcap else None
         self.tied = False  # whether this step's embedding and head get the gradients of both
+        self.parted = False  # weights were loaded in which they are not one any more
+        self.register_load_state_dict_post_hook(_see_whether_parted)
         self.stage = 0
 
     def _exit_starts(self) -> list[float]:
@@ -334,7 +342,7 @@ class CurrentBestGPT(Decoder):
     @torch.no_grad()
     def _init_tables(self, generator: torch.Generator) -> None:
         """record89: the head N(0, 0.005^2) and the embedding equal to it, tables of values N(0, 0.01^2); record26: the
-        head 0, tables N(0, 1). A head of its own from the start is not the embedding."""
+        head 0, tables N(0, 1)."""
         old = self.cfg.record == "record26"
         if old:
             nn.init.zeros_(self.lm_head.weight)
@@ -383,8 +391,8 @@ class CurrentBestGPT(Decoder):
         ]
         if until := cfg.of("tie_until"):
             found.append(
-                f"embedding and head are one matrix of {pair:,} for the first {until:.1%} of the steps, and counted "
-                f"so; behind them both learn on: {pair:,} parameters more"
+                f"embedding and head begin as one matrix of {pair:,}, for the first {until:.1%} of a run's steps, and "
+                f"are counted so; behind them both learn on: {pair:,} parameters more"
             )
         if cfg.depth != record["n_layers"]:
             found.append(

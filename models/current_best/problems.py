@@ -89,6 +89,12 @@ def _windows(cfg: CurrentBestConfig, run: RunConfig) -> list[str]:
             f"model_cfg.window_pattern={DENSE}: rows of {longest} tokens are attended to in windows here; below "
             f"{LONGEST_DENSE} they need not be. Nearest: null for the record's"
         )
+    elif not cfg.dense and longest >= LONGEST_DENSE and cfg.window(cfg.stages[-1].short) >= longest - 1:
+        found.append(
+            f"model_cfg.window_unit ({cfg.window_unit}): a short window of {cfg.stages[-1].short} blocks sees all of a "
+            f"row of {longest} tokens; below {LONGEST_DENSE} it may. Nearest: "
+            f"window_unit={max(1, (longest - 2) // cfg.stages[-1].short)}"
+        )
     if pattern not in (None, DENSE) and (len(pattern) != cfg.depth or set(pattern) - set("SL-")):
         nearest = "".join("-" if n in cfg.layout.skipping else "S" for n in range(cfg.depth))
         found.append(
@@ -133,6 +139,11 @@ def _numbers(cfg: CurrentBestConfig) -> list[str]:
 
 def _together(cfg: CurrentBestConfig) -> list[str]:
     layout, found = cfg.layout, []
+    if cfg.record == "record26" and cfg.of("tie_until"):
+        found.append(
+            f"model_cfg.tie_until ({cfg.tie_until}): embedding and head of record26 begin apart and are stepped at "
+            "rates of their own. Nearest: 0, or record=record89"
+        )
     if gone := [n for n in NEED_ATTENTION if set(getattr(cfg, n) or ()) & set(layout.skipping)]:
         found.append(
             f"model_cfg.{gone[0]} ({getattr(cfg, gone[0])}) names a layer without attention (attn_skip_layers: "

@@ -17,6 +17,7 @@ OLD_HEAD, OLD_TABLES, OLD_SCALARS = 0.22, 0.6, 0.04
 def rules(cfg: CurrentBestConfig) -> list[Rule]:
     old = cfg.record == "record26"
     every = cfg.of("adam_every")
+    high = max(1.0, cfg.hidden_width / cfg.d_model) ** 0.5
     gates, mixes = r"(early|late)_gates\.mudd", r"(exit|layers\.\d+\.mix\.mudd)"
 
     def adam(
@@ -38,9 +39,11 @@ def rules(cfg: CurrentBestConfig) -> list[Rule]:
     split = (cfg.d_model,) * 3 if old else (*q_and_k, *q_and_k, cfg.d_model)
     return [
         Rule(r"layers\.\d+\.self_attn\.qkv_proj\.weight", "matrix", split=split),
-        Rule(r"layers\.\d+\.(self_attn\.o|mlp\.up)_proj\.weight", "matrix"),
-        # Lying the other way round, as it is stepped in record89, it is twice as high as wide is the root of.
-        Rule(r"layers\.\d+\.mlp\.down_proj\.weight", "matrix", lr_mult=1.0 if old else 4.0),
+        Rule(r"layers\.\d+\.self_attn\.o_proj\.weight", "matrix"),
+        # In record89 what Muon makes of a matrix higher than wide, sqrt(m / n) of the rate, is made of its decay too.
+        Rule(r"layers\.\d+\.mlp\.up_proj\.weight", "matrix", wd_mult=1.0 if old else high),
+        # And this one is stepped as if it lay the other way round, at twice the rate.
+        Rule(r"layers\.\d+\.mlp\.down_proj\.weight", "matrix", lr_mult=1.0 if old else 2 * high),
         adam(r"embed_tokens\.weight", "embedding", (0.5, 0.95), 1.0, 150.0),
         adam(r"lm_head\.weight", "head", (0.5, 0.95), 1.0, 150.0),
         adam(r"bigrams\.table\.weight|value_tables\.\d+\.weight", "embedding", (0.75, 0.95), 75.0, 5.0),

@@ -161,6 +161,29 @@ def test_embedding_and_head_are_one_until_they_part_and_both_learn_on():
     assert steps[0] == steps[1] == 6
 
 
+def test_what_has_parted_stays_apart_where_a_run_goes_on_for_longer():
+    """Behind the split of four steps, and before that of twelve. What was loaded as one goes on so."""
+    session = session_of(TYPE, "model_cfg.tie_until=0.5", "model_cfg.adam_every=1")
+    batch, states = batch_for(session.adapter), []
+    for step in range(4):
+        states.append({name: value.clone() for name, value in session.adapter.model.state_dict().items()})
+        train_on(session, batch, range(step, step + 1), total=4)
+    states.append(session.adapter.model.state_dict())
+    for state, tied in ((states[1], True), (states[4], False)):
+        resumed = session_of(TYPE, "model_cfg.tie_until=0.5", "model_cfg.adam_every=1").adapter
+        resumed.model.load_state_dict(state)
+        resumed.on_step_start(context(step=4), 12)
+        assert resumed.model.tied == tied
+
+
+def test_the_split_spares_both_steps_of_one_of_adams():
+    adapter, tied = adapter_of(TYPE, "model_cfg.tie_until=0.5", "model_cfg.adam_every=2"), []
+    for step in range(8):
+        adapter.on_step_start(context(step=step), 10)
+        tied.append(adapter.model.tied)
+    assert tied == [True] * 6 + [False] * 2
+
+
 def test_both_gradients_are_the_sum_and_two_tensors():
     adapter = adapter_of(TYPE, dtype=torch.float64)
     batch, ctx = batch_for(adapter), context()
@@ -273,6 +296,8 @@ def test_a_cache_holds_what_windows_see_and_no_more(composed):
         (["model_cfg.logit_softcap=[0.0,5.0,7.5]"], "A and C positive"),
         (["model_cfg.mtp_weights=[]"], "begin with the next token's"),
         (["model_cfg.d_model=24"], "multiple of 4"),
+        (["model_cfg.record=record26", "model_cfg.tie_until=0.5"], "record26 begin apart"),
+        (["model_cfg.window_unit=1024", "model_cfg.n_ctx=4096", "train_seq_len=2048"], "window_unit=341"),
         (["model_cfg.use_fp8=true"], "FP8|fp8"),
         (["model_cfg.fp8_mlp=true"], "FP8|fp8"),
     ],
@@ -310,7 +335,8 @@ def test_rates_and_decay_are_those_of_the_record():
     close = pytest.approx
     assert of("embed_tokens.weight") == of("lm_head.weight") == ("adamw", 0.008, close(0.006), 2)
     assert of("bigrams.table.weight") == of("value_tables.3.weight") == ("adamw", close(0.6), close(0.015), 2)
-    assert of("layers.0.mlp.up_proj.weight") == ("normuon", 0.023, close(0.0276), 1)
+    assert of("layers.0.mlp.up_proj.weight") == ("normuon", 0.023, close(0.0552), 1)
+    assert of("layers.0.self_attn.o_proj.weight") == ("normuon", 0.023, close(0.0276), 1)
     assert of("layers.0.mlp.down_proj.weight") == ("normuon", close(0.092), close(0.0276), 1)
     assert of("layers.0.rho") == ("adamw", close(0.04), 0, 2)
     assert of("layers.0.self_attn.lambdas") == ("adamw", close(0.04), 0, 2)
