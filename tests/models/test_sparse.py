@@ -1,0 +1,98 @@
+"""Parts of native sparse attention against the equations."""
+
+import numpy as np
+import pytest
+import torch
+
+from models.sparse.blocks import block_starts, overlap
+from models.sparse.compression import compressed_attention, visible
+from models.sparse.selection import importance, select
+from tests.models import reference_nsa
+
+FORCED = {"first": 1, "local": 2}
+
+
+def begins(lengths):
+    ends = np.cumsum([0, *lengths])
+    return torch.tensor(np.repeat(ends[:-1], lengths))[None]
+
+
+def run(q, k, v, begin, size, stride, block, count, **forced):
+    """Summaries are the first token's key and value, so that they need no weights."""
+    blocks = block_starts(begin, size, stride)
+    selectable = block_starts(begin, block, block)
+    at = blocks[0].clamp(min=0)
+    o, p = compressed_attention(q, k[:, at], v[:, at], visible(blocks, begin, size))
+    scores = importance(p, overlap(blocks, selectable, begin, size, stride, block))
+    return o, select(scores, selectable, begin, block=block, count=count, **(forced or FORCED))
+
+
+def draw(length, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (1, length, 4, 3), (1, length, 2, 3), (1, length, 2, 5)
+    return [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+
+
+@pytest.mark.parametrize("lengths", [[41], *([n, 41 - n] for n in range(15, 25)), [3, 1, 20, 2, 15]])
+def test_documents_one_by_one(lengths):
+    """A document's start stands at every offset in a block; blocks that end behind the query count for nothing."""
+    size, stride, block, count = 4, 2, 8, 4
+    q, k, v = draw(sum(lengths))
+    o, starts = run(q, k, v, begins(lengths), size, stride, block, count)
+    offset = 0
+    for length in lengths:
+        at = np.arange(0, length - size + 1, stride) + offset
+        for t in range(length):
+            for group in range(2):
+                total = 0.0
+                for head in (2 * group, 2 * group + 1):
+                    summaries = k[0, at, group].numpy(), v[0, at, group].numpy()
+                    query = q[0, offset + t, head].numpy()
+                    out, p = reference_nsa.compressed(query, *summaries, t, size, stride)
+                    np.testing.assert_allclose(o[0, offset + t, head], out, atol=1e-12)
+                    total = total + reference_nsa.importance(p, -(-length // block), size, stride, block)
+                expected = [
+                    offset + block * j for j in reference_nsa.select(total, t, block, count, **FORCED)
+                ]
+                got = starts[0, offset + t, group].tolist()
+                assert got == expected + [-1] * (len(got) - len(expected))
+        offset += length
+
+
+@pytest.mark.parametrize("size, stride, block", [(32, 16, 64), (8, 4, 16), (4, 4, 4), (6, 2, 6), (1, 1, 1)])
+def test_weights_are_the_double_sum(size, stride, block):
+    begin = begins([3 * block + 5])
+    blocks, selectable = block_starts(begin, size, stride), block_starts(begin, block, block)
+    count = int((selectable >= 0).sum())
+    got = overlap(blocks, selectable, begin, size, stride, block)[0, :, :count].numpy()
+    for i, row in enumerate(got):
+        one = np.eye(len(got))[i]
+        np.testing.assert_array_equal(row, reference_nsa.importance(one, count, size, stride, block))
+
+
+def test_nothing_later_and_no_gradient_of_selection():
+    q, k, v = (x.requires_grad_() for x in draw(41))
+    o, starts = run(q, k, v, begins([41]), 4, 2, 8, 4)
+    o[:, :20].sum().backward()
+    for x in (q, k, v):
+        assert not x.grad.isnan().any() and not x.grad[:, 20:].any()
+    assert not o[:, :3].any() and o[:, 3].any()
+    changed = [x.detach().clone() for x in (q, k, v)]
+    for x in changed:
+        x[:, 20:] += 1
+    before, chosen = run(*changed, begins([41]), 4, 2, 8, 4)
+    assert torch.equal(before[:, :20], o[:, :20]) and torch.equal(chosen[:, :20], starts[:, :20])
+
+
+def test_of_equal_scores_the_earlier_block():
+    begin = begins([64])
+    starts = block_starts(begin, 8, 8)
+    chosen = select(torch.zeros(1, 64, 1, starts.shape[1]), starts, begin, block=8, count=5, **FORCED)
+    assert chosen[0, 63, 0].tolist() == [0, 8, 16, 48, 56]
+
+
+def test_forced_blocks_need_room():
+    begin = begins([64])
+    with pytest.raises(ValueError, match="at least 3 selected"):
+        starts = block_starts(begin, 8, 8)
+        select(torch.zeros(1, 64, 1, starts.shape[1]), starts, begin, block=8, count=2, **FORCED)
