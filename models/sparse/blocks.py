@@ -32,16 +32,12 @@ def capacity(length: int, size: int, stride: int) -> int:
     return max(0, (length - size) // stride + 1)
 
 
-def overlap(
-    compressed: Tensor, selectable: Tensor, begin: Tensor, size: int, stride: int, block: int
-) -> Tensor:
-    """(B, N, M) int64: how many strides of compressed block i lie in selectable block j, 0 beside another document: the
-    weights that equation 9 sums importance by.
+def overlap(compressed: Tensor, selectable: Tensor, size: int, stride: int, block: int) -> Tensor:
+    """(B, N, M) int64: how many strides of compressed block i lie in selectable block j: the weights that equation 9
+    sums importance by. Whole blocks that share tokens are of one document, so weights to others are 0.
 
-    compressed (B, N) of `size` tokens and selectable (B, M) of `block`, first tokens of `block_starts`; begin (B, T).
+    compressed (B, N) of `size` tokens and selectable (B, M) of `block`: first tokens of `block_starts`, -1 weighs 0.
     """
     i, j = compressed[:, :, None], selectable[:, None, :]
     shared = torch.minimum(i + size, j + block) - torch.maximum(i, j)
-    documents = [begin.gather(1, starts.clamp(min=0)) for starts in (compressed, selectable)]
-    same = (documents[0][:, :, None] == documents[1][:, None, :]) & (i >= 0) & (j >= 0)
-    return (shared.clamp(min=0) // stride).masked_fill(~same, 0)
+    return (shared.clamp(min=0) // stride).masked_fill((i < 0) | (j < 0), 0)

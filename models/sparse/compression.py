@@ -28,7 +28,7 @@ def compressed_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> tuple
     grouped = q.reshape(rows, queries, groups, heads // groups, width)
     scores = torch.einsum("btghd,bngd->btghn", grouped, k) * width**-0.5
     hidden = ~seen[:, :, None, None]
-    # The lowest finite number, not -inf: of a query that sees nothing the softmax and its gradient stay numbers.
+    # The lowest finite number, not -inf: where a query sees nothing, no NaN arises even in between.
     lowest = torch.finfo(scores.dtype).min
     probabilities = scores.masked_fill(hidden, lowest).softmax(-1).masked_fill(hidden, 0.0)
     o = torch.einsum("btghn,bngw->btghw", probabilities, v)

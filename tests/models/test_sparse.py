@@ -23,7 +23,7 @@ def run(q, k, v, begin, size, stride, block, count, **forced):
     selectable = block_starts(begin, block, block)
     at = blocks[0].clamp(min=0)
     o, p = compressed_attention(q, k[:, at], v[:, at], visible(blocks, begin, size))
-    scores = importance(p, overlap(blocks, selectable, begin, size, stride, block))
+    scores = importance(p, overlap(blocks, selectable, size, stride, block))
     return o, select(scores, selectable, begin, block=block, count=count, **(forced or FORCED))
 
 
@@ -64,7 +64,7 @@ def test_weights_are_the_double_sum(size, stride, block):
     begin = begins([3 * block + 5])
     blocks, selectable = block_starts(begin, size, stride), block_starts(begin, block, block)
     count = int((selectable >= 0).sum())
-    got = overlap(blocks, selectable, begin, size, stride, block)[0, :, :count].numpy()
+    got = overlap(blocks, selectable, size, stride, block)[0, :, :count].numpy()
     for i, row in enumerate(got):
         one = np.eye(len(got))[i]
         np.testing.assert_array_equal(row, reference_nsa.importance(one, count, size, stride, block))
@@ -96,3 +96,12 @@ def test_forced_blocks_need_room():
     with pytest.raises(ValueError, match="at least 3 selected"):
         starts = block_starts(begin, 8, 8)
         select(torch.zeros(1, 64, 1, starts.shape[1]), starts, begin, block=8, count=2, **FORCED)
+
+
+def test_documents_share_no_weight():
+    begin = begins([21, 3, 17])
+    blocks, selectable = block_starts(begin, 4, 2), block_starts(begin, 8, 8)
+    weights = overlap(blocks, selectable, 4, 2, 8)[0]
+    assert (blocks < 0).any() and not weights[blocks[0] < 0].any() and not weights[:, selectable[0] < 0].any()
+    for i, j in weights.nonzero().tolist():
+        assert begin[0, blocks[0, i]] == begin[0, selectable[0, j]]
