@@ -70,7 +70,7 @@ def test_weights_are_the_double_sum(size, stride, block):
         np.testing.assert_array_equal(row, reference_nsa.importance(one, count, size, stride, block))
 
 
-def test_nothing_later_and_no_gradient_of_selection():
+def test_nothing_later_reaches_a_query():
     q, k, v = (x.requires_grad_() for x in draw(41))
     o, starts = run(q, k, v, begins([41]), 4, 2, 8, 4)
     o[:, :20].sum().backward()
@@ -105,3 +105,9 @@ def test_documents_share_no_weight():
     assert (blocks < 0).any() and not weights[blocks[0] < 0].any() and not weights[:, selectable[0] < 0].any()
     for i, j in weights.nonzero().tolist():
         assert begin[0, blocks[0, i]] == begin[0, selectable[0, j]]
+
+
+def test_importance_passes_no_gradient_on():
+    probabilities = torch.rand(1, 4, 2, 2, 3, requires_grad=True)
+    scores = importance(probabilities, torch.ones(1, 3, 2, dtype=torch.int64))
+    assert not scores.requires_grad and scores.shape == (1, 4, 2, 2)
