@@ -3,6 +3,8 @@
 Yuan et al. 2025 (arXiv:2502.11089), equations 5 to 12. Of one document; what is packed is taken apart first.
 """
 
+import math
+
 import numpy as np
 
 
@@ -44,3 +46,10 @@ def select(scores, t, block, count, first, local):
     forced = {j for j in range(first) if j <= own} | {own - d for d in range(local) if own >= d}
     rest = sorted((j for j in range(own + 1) if j not in forced), key=lambda j: (-scores[j], j))
     return sorted(forced | set(rest[: count - len(forced)]))
+
+
+def summary(x, places, up, up_bias, down, down_bias):
+    """Equation 7 of one block and group: x and places (l, h), up (o, l h), down (h, o). The MLP's GELU is exact."""
+    hidden = up @ (x + places).reshape(-1) + up_bias
+    gelu = np.array([y * 0.5 * (1 + math.erf(y / math.sqrt(2))) for y in hidden])
+    return down @ gelu + down_bias

@@ -6,7 +6,9 @@ import torch
 
 from models.sparse.blocks import block_starts, overlap
 from models.sparse.compression import compressed_attention, visible
+from models.sparse.gates import Gates
 from models.sparse.selection import importance, select
+from models.sparse.summaries import Summary
 from tests.models import reference_nsa
 
 FORCED = {"first": 1, "local": 2}
@@ -111,3 +113,67 @@ def test_importance_passes_no_gradient_on():
     probabilities = torch.rand(1, 4, 2, 2, 3, requires_grad=True)
     scores = importance(probabilities, torch.ones(1, 3, 2, dtype=torch.int64))
     assert not scores.requires_grad and scores.shape == (1, 4, 2, 2)
+
+
+@pytest.mark.parametrize("lengths", [[21], *([n, 21 - n] for n in range(8, 13)), [2, 1, 9, 3, 6], [3]])
+@pytest.mark.parametrize("size, stride", [(4, 2), (6, 2), (4, 4), (3, 1)])
+def test_summaries_of_documents_one_by_one(lengths, size, stride):
+    torch.manual_seed(0)
+    layer = Summary(3, 5, 2, size, stride).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)  # tables and biases begin at 0, which would hide them
+    begin = begins(lengths)
+    x = torch.randn(1, sum(lengths), 2, 3, dtype=torch.float64)
+    starts = block_starts(begin, size, stride)
+    got = layer(x, begin, starts)
+    expected = [
+        a + i
+        for a, n in zip(np.cumsum([0, *lengths[:-1]]), lengths, strict=True)
+        for i in range(0, n - size + 1, stride)
+    ]
+    assert starts[0, : len(expected)].tolist() == expected and (starts[0, len(expected) :] < 0).all()
+    weights = [
+        w.detach().numpy() for w in (layer.up.weight, layer.up.bias, layer.down.weight, layer.down.bias)
+    ]
+    for n, at in enumerate(expected):
+        for group in range(2):
+            places = layer.places[group].detach().numpy()
+            one = reference_nsa.summary(x[0, at : at + size, group].numpy(), places, *weights)
+            np.testing.assert_allclose(got[0, n, group].detach(), one, atol=1e-12)
+
+
+def test_a_summary_is_of_its_own_tokens():
+    torch.manual_seed(0)
+    layer, begin = Summary(3, 5, 2, 4, 2), begins([9, 12])
+    layer.init_weights(torch.Generator().manual_seed(0))
+    x = torch.randn(1, 21, 2, 3, requires_grad=True)
+    starts = block_starts(begin, 4, 2)
+    at = int(starts[0, 2])
+    (gradient,) = torch.autograd.grad(layer(x, begin, starts)[0, 2, 1].sum(), x)
+    reached = gradient.abs().sum((0, 3)) > 0  # (T, G)
+    assert reached[:, 1].nonzero().flatten().tolist() == list(range(at, at + 4)) and not reached[:, 0].any()
+
+
+def test_summaries_need_whole_strides():
+    with pytest.raises(ValueError, match="divisor of 6"):
+        Summary(3, 5, 2, 6, 4)
+
+
+def test_gates_begin_as_said_and_do_not_compete():
+    gates = Gates(6, 4, 2, [-2.0, -2.0, 2.0])
+    gates.init_weights(torch.Generator().manual_seed(0))
+    x = torch.randn(1, 5, 6)
+    expected = torch.tensor([-2.0, -2.0, 2.0]).sigmoid().expand(1, 5, 2, 3)
+    torch.testing.assert_close(gates(x), expected)
+    torch.nn.init.normal_(gates.out.weight)
+    assert (gates(x) - expected).abs().max() > 1e-3 and (gates(x).sum(-1) - 1).abs().max() > 1e-3
+
+
+def test_parameters_of_the_default_sizes():
+    """A layer of the 124M default: keys' and values' summaries, and gates of 16 heads."""
+
+    def count(module):
+        return sum(p.numel() for p in module.parameters())
+
+    assert 2 * count(Summary(64, 128, 1, 32, 16)) == 545_152
+    assert count(Gates(768, 128, 16, [0.0, 0.0, 0.0])) == 104_624
