@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from kernels.choose import Kernels
+from kernels.selected_attention import selected_attention
 from models.sparse.blocks import block_starts, overlap
 from models.sparse.compression import compressed_attention, visible
 from models.sparse.gates import Gates
@@ -177,3 +179,21 @@ def test_parameters_of_the_default_sizes():
 
     assert 2 * count(Summary(64, 128, 1, 32, 16)) == 545_152
     assert count(Gates(768, 128, 16, [0.0, 0.0, 0.0])) == 104_624
+
+
+@pytest.mark.parametrize("lengths", [[41], *([n, 41 - n] for n in range(15, 24)), [3, 1, 20, 2, 15]])
+def test_what_is_selected_is_attended_to_within_its_document(lengths):
+    """Equations 9 to 12 together: a query's own block, cut short by its document's end, reaches into no other."""
+    size, stride, block, count = 4, 2, 8, 4
+    q, k, v = draw(sum(lengths))
+    begin = begins(lengths)
+    _, starts = run(q, k, v, begin, size, stride, block, count)
+    o = selected_attention(q, k, v, starts, block=block, kernels=Kernels())
+    for t, offset in enumerate(begin[0].tolist()):
+        for head in range(4):
+            chosen = [int(s) for s in starts[0, t, head // 2] if s >= 0]
+            seen = [s for first in chosen for s in range(first, min(first + block, t + 1))]
+            assert min(seen) >= offset and seen == sorted(set(seen)) and seen[-1] == t
+            keys, values = k[0, seen, head // 2].numpy(), v[0, seen, head // 2].numpy()
+            expected = reference_nsa.attend(q[0, t, head].numpy(), keys, values)
+            np.testing.assert_allclose(o[0, t, head], expected, atol=1e-12)
