@@ -75,9 +75,8 @@ class CurrentBestAdapter(DefaultModelAdapter):
         if stage != self.stage:
             self.model.set_stage(stage)
             self.stage = stage
-        pair = ctx.step - ctx.step % cfg.of(
-            "adam_every"
-        )  # gradients of one step of Adam are all tied, or none is
+        # Gradients of one step of Adam are all tied, or none is.
+        pair = ctx.step - ctx.step % cfg.of("adam_every")
         self.model.tied = pair / total_steps < cfg.of("tie_until") and not self.model.parted
 
     stage: int | None = None  # None: what the model was built or loaded with is not known
