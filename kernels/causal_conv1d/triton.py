@@ -1,6 +1,6 @@
-"""The convolution on a GPU: each program a tile of tokens and channels, inputs read once, outputs written once. The
-backward pass computes the sums before silu again; gradients of taps and bias are summed up by tile, and the tiles
-afterwards, so that nothing is added in an order that may change.
+"""The convolution on a GPU: each program a tile of tokens and channels, whose taps find all but the first of their
+inputs in the cache. The backward pass computes the sums before silu again; gradients of taps and bias are summed up by
+tile, and the tiles afterwards, so that nothing is added in an order that may change.
 
 Shapes: B rows, T tokens, E channels, k taps.
 """
