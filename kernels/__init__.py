@@ -14,6 +14,7 @@ __all__ = [
     "AUTO",
     "CHUNKED",
     "CLOSED_FORM",
+    "CPP",
     "KERNELS",
     "REFERENCE",
     "TRITON",
@@ -23,7 +24,7 @@ __all__ = [
 ]
 
 AUTO, REFERENCE, CHUNKED, TRITON = "auto", "reference", "chunked", "triton"
-CLOSED_FORM = "closed_form"
+CLOSED_FORM, CPP = "closed_form", "cpp"
 LIBRARIES = ("flash_attn", "mamba_ssm", "liger", "fla")  # an operation that one of them computes names it so
 
 
@@ -58,6 +59,11 @@ def by_triton(where: str, **more: object) -> Implementation:
         capability=(8, 0),
         **more,  # type: ignore[arg-type]
     )
+
+
+def by_cpp(where: str, refuses: str) -> Implementation:
+    """A kernel of our own for CPUs, compiled on this machine (kernels/cpp.py); `refuses` says where it cannot be."""
+    return Implementation(where, devices=("cpu",), dtypes=("bfloat16", "float32"), refuses=refuses)
 
 
 @dataclass(frozen=True)
@@ -208,6 +214,7 @@ KERNELS: dict[str, Kernel] = {
         implementations={
             REFERENCE: Implementation("kernels.selective_scan.reference:reference"),
             CHUNKED: Implementation("kernels.selective_scan.chunked:chunked"),
+            CPP: by_cpp("kernels.selective_scan.cpp:cpp", refuses="kernels.selective_scan.cpp:refuses"),
             TRITON: by_triton("kernels.selective_scan.triton:selective_scan"),
         },
         rule="kernels.selective_scan:choose",

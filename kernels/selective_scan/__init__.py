@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels import CHUNKED, REFERENCE, TRITON
+from kernels import CHUNKED, CPP, REFERENCE, TRITON
 from kernels.choose import Call, Kernels
 from kernels.selective_scan.reference import reference
 from kernels.spec import Sample, Size, Spec, drawn
@@ -91,13 +91,13 @@ def _mismatch(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *others
 
 
 def choose(call: Call, lacking: Callable[[str], str]) -> tuple[str, str]:
-    """On a GPU by a kernel. Elsewhere in pieces: the definition keeps the states of all steps for its gradients, and
-    needs many operations a step. Of a few steps, as text is written, it is the faster one."""
-    because = ""
-    if call.device.type == "cuda":
-        if not (why_not := lacking(TRITON)):
-            return TRITON, "states stay in registers"
-        because = f"; not {TRITON}: {why_not}"
+    """By a kernel, whose states stay in registers or in the first cache. Elsewhere in pieces: the definition keeps the
+    states of all steps for its gradients, and needs many operations a step. Of a few steps, as text is written, it is
+    the faster one of these two."""
+    kernel = TRITON if call.device.type == "cuda" else CPP
+    if not (why_not := lacking(kernel)):
+        return kernel, "states are never written"
+    because = f"; not {kernel}: {why_not}"
     if FEW_STEPS in call.facts:
         return REFERENCE, f"the plain definition, of at most {FEW} steps{because}"
     return CHUNKED, f"in blocks of steps, whose states are computed again in the backward pass{because}"

@@ -1,0 +1,140 @@
+"""The selective scan on a CPU, compiled: states stay in the first cache, nothing of a step but its results is written.
+
+See scan.cpp. What has no states, step sizes from their softplus and back, is torch's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.choose import Call
+from kernels.cpp import library, missing, pointer
+from kernels.selective_scan.operation import Gradients, operation
+
+__all__ = ["cpp", "refuses"]
+
+SOURCE = "selective_scan/scan.cpp"
+STEPS = 16  # of a block, as in the source
+ITEMS = 16  # into as many pieces a call is cut, at least
+
+
+class Sizes(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("rows", "length", "width", "states", "parts")]
+
+
+class Inputs(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("u", "step", "A", "B", "C", "D", "z", "reset")]
+
+
+class Outputs(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("u", "step", "A", "B", "C", "D", "z", "initial")]
+
+
+def refuses(call: Call) -> str | None:
+    return missing(SOURCE)
+
+
+def kept_shape(batch: int, length: int, width: int, states: int) -> tuple[int, ...]:
+    """Of the states before each block: (blocks, B, N, E)."""
+    return -(-length // STEPS), batch, states, width
+
+
+def sizes_of(u: Tensor, A: Tensor) -> Sizes:
+    rows, length, width = u.shape
+    return Sizes(rows, length, width, A.shape[1], max(1, ITEMS // max(1, rows)))
+
+
+def exact(t: Tensor | None) -> Tensor | None:
+    """As the kernel reads it."""
+    return None if t is None else t.float().contiguous()
+
+
+class Given:
+    """The arguments as the kernel reads them, and kept alive while it does."""
+
+    def __init__(
+        self,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        delta_bias: Tensor | None,
+        initial: Tensor | None,
+        reset: Tensor | None,
+    ) -> None:
+        self.raw = delta.float() if delta_bias is None else delta.float() + delta_bias.float()
+        self.initial = None if initial is None else exact(initial.mT)
+        self.tensors = (
+            u.contiguous(),
+            F.softplus(self.raw),
+            exact(A.mT),
+            exact(B),
+            exact(C),
+            exact(D),
+            None if z is None else z.to(u.dtype).contiguous(),
+            None if reset is None else reset.contiguous(),
+        )
+        self.inputs = Inputs(*map(pointer, self.tensors))
+
+
+def forward(y: Tensor, final: Tensor, kept: Tensor, *given: Tensor | None) -> None:
+    """Fills y, final and kept, which is empty where nothing is to be differentiated."""
+    arguments, sizes = Given(*given), sizes_of(y, given[2])  # type: ignore[arg-type]
+    last = torch.empty(final.mT.shape)
+    library(SOURCE).run(
+        f"forward_{str(y.dtype).removeprefix('torch.')}",
+        sizes.rows * sizes.parts,
+        sizes,
+        arguments.inputs,
+        pointer(arguments.initial),
+        pointer(y),
+        pointer(last),
+        pointer(kept),
+    )
+    final.copy_(last.mT)
+
+
+def backward(made: Gradients, dy: Tensor, dfinal: Tensor | None, *given: Tensor | None) -> None:
+    """Fills the gradients."""
+    *inputs, kept = given
+    arguments, sizes = Given(*inputs), sizes_of(dy, inputs[2])  # type: ignore[arg-type]
+    u, delta, A, B, C, D, z, bias, initial = made
+    of_rows = torch.empty(sizes.rows, *A.mT.shape)
+    of_parts = torch.empty(2, sizes.parts, *B.shape)
+    of_D = torch.empty(sizes.rows, *D.shape)
+    of_initial = torch.empty(initial.mT.shape) if initial.numel() else None
+    steps = torch.empty(delta.shape)
+    outputs = (u, steps, of_rows, of_parts[0], of_parts[1], of_D, z, of_initial)
+    at_last = None if dfinal is None else exact(dfinal.mT)
+    dy = dy.contiguous()
+    library(SOURCE).run(
+        f"backward_{str(dy.dtype).removeprefix('torch.')}",
+        sizes.rows * sizes.parts,
+        sizes,
+        arguments.inputs,
+        pointer(kept),
+        pointer(dy),
+        pointer(at_last),
+        Outputs(*map(pointer, outputs)),
+    )
+    at_raw = steps.mul_(torch.sigmoid(arguments.raw))
+    delta.copy_(at_raw)
+    A.copy_(of_rows.sum(0).mT)
+    torch.sum(of_parts[0], 0, out=B)
+    torch.sum(of_parts[1], 0, out=C)
+    if D.numel():
+        torch.sum(of_D, 0, out=D)
+    if bias.numel():
+        torch.sum(at_raw, (0, 1), out=bias)
+    if of_initial is not None:
+        initial.copy_(of_initial.mT)
+
+
+cpp = operation("cpp", forward, backward, kept_shape)
