@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kernels import AUTO, CHUNKED, CLOSED_FORM, KERNELS, REFERENCE, TRITON, problems
+from kernels import AUTO, CHUNKED, CLOSED_FORM, CPP, KERNELS, REFERENCE, TRITON, problems
 from kernels import device as devices
 from kernels.device import Gpu, gpu_of
 from kernels.precision import at_least_fp32
@@ -190,6 +190,8 @@ class Kernels:
                 if fast or kernel.for_memory:
                     return TRITON, f"auto: {said if fast else 'logits of all rows never exist'}"
                 why_not = said
+        if CPP in kernel.implementations and not self.lacking(op, CPP, call):
+            return CPP, "auto: in one pass over memory"
         if CLOSED_FORM in kernel.implementations and not self.lacking(op, CLOSED_FORM, call):
             return CLOSED_FORM, "auto: its gradient by formula, in fewer passes"
         because = f"; not {TRITON}: {why_not}" if why_not else ""

@@ -24,9 +24,8 @@ from torch import Tensor
 
 from data.cache import cache_root, write_atomic
 
-__all__ = ["DTYPES", "FOLDER", "Library", "library", "missing", "pointer", "shared_out"]
+__all__ = ["Library", "library", "missing", "named", "pointer", "shared_out"]
 
-DTYPES = ("float32", "bfloat16")  # what functions are there for, by name
 FOLDER = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 HEADERS = ("vectors.h",)
@@ -69,6 +68,11 @@ def pointer(t: Tensor | None) -> ctypes.c_void_p:
         return ctypes.c_void_p()
     assert t.is_contiguous()
     return ctypes.c_void_p(t.data_ptr())
+
+
+def named(function: str, t: Tensor) -> str:
+    """Of the functions of a source, the one for numbers of this kind."""
+    return f"{function}_{str(t.dtype).removeprefix('torch.')}"
 
 
 def missing(source: str) -> str | None:

@@ -14,25 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.documents import runs
-from kernels.library import opaque
+from kernels.causal_conv1d.operation import Gradients, operation
 from kernels.tuned import launch
 
 __all__ = ["causal_conv1d"]
-
-
-def causal_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial: Tensor | None,
-    doc_ids: Tensor | None,
-    *,
-    activation: bool,
-) -> Tensor:
-    """Arguments and result as `reference`."""
-    run = None if doc_ids is None else runs(doc_ids).to(torch.int32)
-    return _operation(x, weight, bias, initial, run, activation)
 
 
 @triton.jit
@@ -251,17 +236,14 @@ def _backward_kernel(
 
 
 def _forward(
+    y: Tensor,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     initial: Tensor | None,
     run: Tensor | None,
     activation: bool,
-) -> Tensor:
-    """`run` (B, T) int32: the number of each token's document in its row."""
-    y = _like(x, weight, bias, initial, run, activation)
-    if not y.numel():
-        return y
+) -> None:
     rows, tokens, width = x.shape
     chosen = _launch("causal_conv1d.forward", x, weight)
     grid = triton.cdiv(width, chosen["WIDTH"]), triton.cdiv(tokens, chosen["STEPS"]), rows
@@ -276,10 +258,10 @@ def _forward(
         **_has(bias, initial, run),
         **chosen,
     )
-    return y
 
 
 def _backward(
+    made: Gradients,
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -287,13 +269,8 @@ def _backward(
     initial: Tensor | None,
     run: Tensor | None,
     activation: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> dx, dweight, dbias (without elements where there is none) fp32, dinitial likewise."""
-    dx, dweight, dbias, dinitial = found = _gradients(dy, x, weight, bias, initial, run, activation)
-    if not x.numel():
-        for grad in found:
-            grad.zero_()
-        return found
+) -> None:
+    dx, dweight, dbias, dinitial = made
     (rows, tokens, width), taps = x.shape, weight.shape[2]
     chosen = _launch("causal_conv1d.backward", x, weight)
     tiles = triton.cdiv(tokens + taps - 1, chosen["STEPS"])
@@ -318,7 +295,6 @@ def _backward(
     dweight.copy_(of_taps.sum(0).t()[:, None])
     if bias is not None:
         dbias.copy_(of_shift.sum(0))
-    return found
 
 
 def _launch(kernel: str, x: Tensor, weight: Tensor) -> dict[str, Any]:
@@ -337,48 +313,4 @@ def _has(bias: Tensor | None, initial: Tensor | None, run: Tensor | None) -> dic
     return {"HAS_BIAS": bias is not None, "HAS_INITIAL": initial is not None, "HAS_RUN": run is not None}
 
 
-def _like(x: Tensor, *args: Any) -> Tensor:
-    """What `_forward` returns, without values."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def _gradients(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial: Tensor | None,
-    run: Tensor | None,
-    activation: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `_backward` returns, without values."""
-
-    def like(t: Tensor | None) -> Tensor:
-        return torch.empty((0,) if t is None else t.shape, dtype=torch.float32, device=x.device)
-
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), like(weight), like(bias), like(initial)
-
-
-def _flops(x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
-    return 2 * x[0] * x[1] * x[2] * weight[2]
-
-
-_operation = opaque("causal_conv1d", _forward, _like, flops=_flops)
-_differentiated = opaque(
-    "causal_conv1d_backward", _backward, _gradients, flops=lambda dy, *args, **kwargs: 3 * _flops(*args)
-)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.activation = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, initial, run = ctx.saved_tensors
-    found = _differentiated(dy, x, weight, bias, initial, run, ctx.activation)
-    given = (x, weight, bias, initial)
-    return *(None if t is None else d.to(t.dtype) for t, d in zip(given, found, strict=True)), None, None
-
-
-_operation.register_autograd(_differentiate, setup_context=_save)
+causal_conv1d = operation("triton", _forward, _backward)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.choose import Call
-from kernels.cpp import library, missing, pointer
+from kernels.cpp import library, missing, named, pointer
 from kernels.selective_scan.operation import Gradients, operation
 
 __all__ = ["cpp", "refuses"]
@@ -89,7 +89,7 @@ def forward(y: Tensor, final: Tensor, kept: Tensor, *given: Tensor | None) -> No
     arguments, sizes = Given(*given), sizes_of(y, given[2])  # type: ignore[arg-type]
     last = torch.empty(final.mT.shape)
     library(SOURCE).run(
-        f"forward_{str(y.dtype).removeprefix('torch.')}",
+        named("forward", y),
         sizes.rows * sizes.parts,
         sizes,
         arguments.inputs,
@@ -115,7 +115,7 @@ def backward(made: Gradients, dy: Tensor, dfinal: Tensor | None, *given: Tensor 
     at_last = None if dfinal is None else exact(dfinal.mT)
     dy = dy.contiguous()
     library(SOURCE).run(
-        f"backward_{str(dy.dtype).removeprefix('torch.')}",
+        named("backward", dy),
         sizes.rows * sizes.parts,
         sizes,
         arguments.inputs,
