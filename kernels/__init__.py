@@ -166,6 +166,7 @@ KERNELS: dict[str, Kernel] = {
         implementations={
             REFERENCE: Implementation("kernels.ssd.reference:reference"),
             CHUNKED: Implementation("kernels.ssd.chunked:chunked"),
+            CPP: by_cpp("kernels.ssd.cpp:cpp", refuses="kernels.ssd.cpp:refuses"),
         },
         rule="kernels.ssd:choose",
     ),

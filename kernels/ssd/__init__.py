@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels import CHUNKED, REFERENCE
+from kernels import CHUNKED, CPP, REFERENCE
 from kernels.choose import Call, Kernels
 from kernels.spec import Sample, Size, Spec, drawn, ids
 from kernels.ssd.reference import reference
@@ -56,7 +56,10 @@ def choose(call: Call, lacking: Callable[[str], str]) -> tuple[str, str]:
     """Products of matrices, but of one token."""
     if ONE_TOKEN in call.facts:
         return REFERENCE, "one token is one step"
-    return CHUNKED, "products of chunks"
+    if not (why_not := lacking(CPP)):
+        return CPP, "products of chunks, between which nothing is written"
+    because = "" if call.device.type == "cuda" else f"; not {CPP}: {why_not}"
+    return CHUNKED, f"products of chunks{because}"
 
 
 def _check(

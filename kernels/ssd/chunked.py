@@ -4,12 +4,16 @@ Within a chunk tokens meet as in masked attention; between chunks states do. Wha
 chunk is summed up from j on, for each j by itself: as a difference of two cumulative sums, steps of -0.001 behind one
 of -10,000 would drown in it. No sum asks for documents; what lies in another is multiplied by 0 afterwards.
 
+What is of the size of a chunk squared is worked on by two functions, `Within`, here in torch; kernels/ssd/cpp.py has
+them compiled.
+
 Shapes: B rows, K chunks of Q tokens, H heads of P channels, G groups of J heads, N states.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,41 +23,68 @@ from torch.autograd.function import once_differentiable
 from kernels.documents import runs
 from kernels.precision import at_least_fp32, own_dtypes
 
-__all__ = ["chunked"]
+__all__ = ["Within", "by_products", "chunked"]
 
 
-def chunked(
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    initial: Tensor | None,
-    doc_ids: Tensor | None,
-    *,
-    chunk: int,
-) -> tuple[Tensor, Tensor]:
-    """Arguments and results as `reference`."""
-    rows, tokens, heads, width = x.shape
-    exact = at_least_fp32(x.dtype)
-    length = min(tokens, chunk)
-    if initial is None:
-        initial = x.new_zeros(rows, heads, width, B.shape[-1], dtype=exact)
-    with own_dtypes(x.device):
-        steps = F.softplus(delta.to(exact) + (0.0 if delta_bias is None else delta_bias.to(exact)))
-        y, last = _Chunks.apply(
-            _cut(x, length),
-            _cut(steps, length),
-            A.to(exact),
-            _cut(B.to(x.dtype), length),
-            _cut(C.to(x.dtype), length),
-            None if D is None else D.to(exact),
-            initial.to(exact),
-            None if doc_ids is None else _cut(runs(doc_ids), length),
-        )
-    return y.flatten(1, 2)[:, :tokens], last
+class Within(Protocol):
+    """What happens between the tokens of a chunk. products (B, K, G, Q, Q): C_i B_j for token i (row) and j (column);
+    steps (B, K, Q, H); A, D (H,); run (B, K, Q)."""
+
+    def weights(
+        self, products: Tensor, steps: Tensor, A: Tensor, D: Tensor | None, run: Tensor | None
+    ) -> Tensor:
+        """W, how much of token j's input is in token i's output: (B, K, H, Q, Q) in the dtype of products."""
+
+    def pulled(
+        self,
+        pairs: Tensor,
+        products: Tensor,
+        steps: Tensor,
+        A: Tensor,
+        D: Tensor | None,
+        run: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """pairs (B, K, H, Q, Q): the gradient of W, as a product of outputs' gradients and inputs -> W; the gradients of
+        products, of steps, of logs of decays (B, K, Q, H), and of D (without elements if there is none)."""
+
+
+def by_products(within: Within) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The function of an implementation (`reference` has its arguments and results)."""
+
+    def implementation(
+        x: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        delta_bias: Tensor | None,
+        initial: Tensor | None,
+        doc_ids: Tensor | None,
+        *,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        rows, tokens, heads, width = x.shape
+        exact = at_least_fp32(x.dtype)
+        length = min(tokens, chunk)
+        if initial is None:
+            initial = x.new_zeros(rows, heads, width, B.shape[-1], dtype=exact)
+        with own_dtypes(x.device):
+            steps = F.softplus(delta.to(exact) + (0.0 if delta_bias is None else delta_bias.to(exact)))
+            y, last = _Chunks.apply(
+                _cut(x, length),
+                _cut(steps, length),
+                A.to(exact),
+                _cut(B.to(x.dtype), length),
+                _cut(C.to(x.dtype), length),
+                None if D is None else D.to(exact),
+                initial.to(exact),
+                None if doc_ids is None else _cut(runs(doc_ids), length),
+                within,
+            )
+        return y.flatten(1, 2)[:, :tokens], last
+
+    return implementation
 
 
 def _cut(t: Tensor, length: int) -> Tensor:
@@ -66,29 +97,75 @@ def _cut(t: Tensor, length: int) -> Tensor:
 
 
 class _Decays(NamedTuple):
-    """What is left of something after a while: `within` (B, K, H, Q, Q) from token j (column) to token i (row) of a
-    chunk, where i >= j; `since` (B, K, Q, H) from before the chunk to token i; `until` (B, K, Q, H) from token j to the
-    chunk's end. `met` (B, K, 1, Q, Q) or (Q, Q): 1 where token i sees token j, 0 where j comes later or, as in `since`
-    and `until`, in another document: `within` is for what is 0 there already."""
+    """What is left of something after a while, (B, K, Q, H): `since` from before the chunk to token i, `until` from
+    token j to the chunk's end; 0 from one document to another."""
 
-    within: Tensor
     since: Tensor
     until: Tensor
-    met: Tensor
 
 
 def _decays(steps: Tensor, A: Tensor, run: Tensor | None) -> _Decays:
     """steps (B, K, Q, H), A (H,), run (B, K, Q)."""
-    logs = (steps * A).transpose(2, 3).contiguous()  # (B, K, H, Q)
-    met = torch.ones(logs.shape[-1:] * 2, dtype=logs.dtype, device=logs.device).tril()
-    within = (logs[..., None] * met.tril(-1)).cumsum_(-2).exp_()
-    since, until = logs.cumsum(-1).exp().transpose(2, 3), within[..., -1, :].clone().transpose(2, 3)
+    logs = steps * A
+    since = logs.cumsum(2).exp()
+    until = F.pad(_from_here(logs)[:, :, 1:], (0, 0, 0, 1)).exp()
     if run is not None:
-        met = met * (run[:, :, None, :, None] == run[:, :, None, None, :])
         before = F.pad(run[:, :-1, -1], (1, 0))  # (B, K); the first document is number 0
         since = since * (run == before[..., None])[..., None]
         until = until * (run == run[..., -1:])[..., None]
-    return _Decays(within, since, until, met)
+    return _Decays(since, until)
+
+
+class _Plain:
+    """`Within` in torch, in place where it can be."""
+
+    def weights(
+        self, products: Tensor, steps: Tensor, A: Tensor, D: Tensor | None, run: Tensor | None
+    ) -> Tensor:
+        left, met = self.left(steps, A, run)
+        return self.weighted((products * met)[:, :, :, None], left, steps, D, products.dtype)
+
+    def pulled(
+        self,
+        pairs: Tensor,
+        products: Tensor,
+        steps: Tensor,
+        A: Tensor,
+        D: Tensor | None,
+        run: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        left, met = self.left(steps, A, run)
+        exact, of_steps = steps.dtype, steps.transpose(2, 3)[..., None, :]
+        found = pairs.to(exact)
+        dD = steps.new_empty(0) if D is None else found.diagonal(dim1=-2, dim2=-1).sum((0, 1, 3))
+        found *= left
+        seen, groups = (products * met)[:, :, :, None], products.shape[2]  # (B, K, G, 1, Q, Q)
+        weights = self.weighted(seen, left, steps, D, products.dtype)
+        scaled = torch.mul(found, of_steps, out=left)
+        dproducts = (_of_groups(scaled, groups).sum(3) * met).to(products.dtype)
+        _of_groups(found, groups).mul_(seen)
+        dsteps = found.sum(-2).transpose(2, 3)
+        return weights, dproducts, dsteps, _across(found.mul_(of_steps)).transpose(2, 3), dD
+
+    def left(self, steps: Tensor, A: Tensor, run: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(B, K, H, Q, Q): what is left from token j to token i >= j of a chunk; and (B, K, 1, Q, Q) or (Q, Q): 1 where
+        token i sees token j, 0 where j comes later or in another document. The first is for what is 0 there already."""
+        logs = (steps * A).transpose(2, 3).contiguous()  # (B, K, H, Q)
+        met = torch.ones(logs.shape[-1:] * 2, dtype=logs.dtype, device=logs.device).tril()
+        left = (logs[..., None] * met.tril(-1)).cumsum_(-2).exp_()
+        if run is not None:
+            met = met * (run[:, :, None, :, None] == run[:, :, None, None, :])
+        return left, met
+
+    def weighted(
+        self, products: Tensor, left: Tensor, steps: Tensor, D: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """W in `dtype`, of products (B, K, G, 1, Q, Q); `left` is used up."""
+        _of_groups(left, products.shape[2]).mul_(products)
+        left.mul_(steps.transpose(2, 3)[..., None, :])
+        if D is not None:
+            left.diagonal(dim1=-2, dim2=-1).add_(D[:, None])
+        return left.to(dtype, copy=True)
 
 
 def _by_group(t: Tensor, groups: int) -> Tensor:
@@ -139,25 +216,27 @@ class _Chunks(torch.autograd.Function):
         D: Tensor | None,
         initial: Tensor,
         run: Tensor | None,
+        within: Within,
     ) -> tuple[Tensor, Tensor]:
-        (rows, chunks, _, heads, width), groups = x.shape, B.shape[3]
+        (rows, chunks, length, heads, width), groups = x.shape, B.shape[3]
         decays = _decays(steps, A, run)
         into, out = _by_group(B, groups), _by_group(C, groups)  # (B K G, Q, N)
-        weights = _weights(_products(decays, into, out, groups), decays, steps, D, x.dtype)
-        near = torch.bmm(weights, _by_head(x))
+        products = torch.bmm(out, into.mT).view(rows, chunks, groups, length, length)
+        near = torch.bmm(within.weights(products, steps, A, D, run).flatten(0, 2), _by_head(x))
         added = torch.bmm(_by_group(_scaled(x, steps * decays.until), groups).mT, into)  # (B K G, J P, N)
         added = added.view(rows, chunks, heads, width, B.shape[4])
         entering, last = _carried(added, decays.since[:, :, -1], initial)
         far = _from_groups(torch.bmm(out, _states_by_group(entering, groups).mT), x, groups)
         y = torch.addcmul(_from_heads(near, x), far, decays.since[..., None].to(x.dtype))
         ctx.save_for_backward(x, steps, A, B, C, D, run, entering, far)
+        ctx.within = within
         return y, last
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         with own_dtypes(gradients[0].device):
-            return _gradients(ctx.saved_tensors, *gradients)
+            return *_gradients(ctx.within, ctx.saved_tensors, *gradients), None, None
 
 
 def _scaled(x: Tensor, factors: Tensor) -> Tensor:
@@ -165,28 +244,9 @@ def _scaled(x: Tensor, factors: Tensor) -> Tensor:
     return x * factors[..., None].to(x.dtype)
 
 
-def _products(decays: _Decays, into: Tensor, out: Tensor, groups: int) -> Tensor:
-    """C_i B_j where token i sees token j, otherwise 0: (B, K, G, 1, Q, Q) in the dtype of decays."""
-    rows, chunks, _, length, _ = decays.within.shape
-    products = torch.bmm(out, into.mT).view(rows, chunks, groups, length, length)
-    return (products * decays.met)[:, :, :, None]
-
-
 def _of_groups(t: Tensor, groups: int) -> Tensor:
     """(B, K, H, ...) -> (B, K, G, J, ...)."""
     return t.unflatten(2, (groups, -1))
-
-
-def _weights(
-    products: Tensor, decays: _Decays, steps: Tensor, D: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """W, (B K H, Q, Q) in `dtype`; `decays.within` is used up."""
-    weights = decays.within
-    _of_groups(weights, products.shape[2]).mul_(products)
-    weights.mul_(steps.transpose(2, 3)[..., None, :])
-    if D is not None:
-        weights.diagonal(dim1=-2, dim2=-1).add_(D[:, None])
-    return weights.to(dtype, copy=True).flatten(0, 2)
 
 
 def _carried(added: Tensor, decay: Tensor, state: Tensor, back: bool = False) -> tuple[Tensor, Tensor]:
@@ -200,14 +260,13 @@ def _carried(added: Tensor, decay: Tensor, state: Tensor, back: bool = False) ->
     return met, state
 
 
-def _gradients(saved: tuple[Any, ...], dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(within: Within, saved: tuple[Any, ...], dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
     """Of everything. That of a token's log of decay is the sum over all that this decay stands between; as a difference
     of larger sums it would not be 0 where everything is forgotten, and is to be multiplied by a step of 10,000."""
     x, steps, A, B, C, D, run, entering, far = saved
     groups, dtype, exact = B.shape[3], x.dtype, steps.dtype
     decays = _decays(steps, A, run)
     into, out = _by_group(B, groups), _by_group(C, groups)
-    products = _products(decays, into, out, groups)
     over = decays.since[:, :, -1]  # (B, K, H), a whole chunk
 
     # Between chunks.
@@ -225,28 +284,23 @@ def _gradients(saved: tuple[Any, ...], dy: Tensor, dlast: Tensor) -> tuple[Tenso
 
     # Within.
     gradients = _by_head(dy)
-    pairs = torch.bmm(gradients, _by_head(x).mT).view_as(decays.within).to(exact)  # (B, K, H, Q, Q)
-    dD = None if D is None else pairs.diagonal(dim1=-2, dim2=-1).sum((0, 1, 3))
-    pairs *= decays.within
-    weights = _weights(products, decays, steps, D, dtype)
+    (rows, chunks, length, heads, _) = x.shape
+    pairs = torch.bmm(gradients, _by_head(x).mT).view(rows, chunks, heads, length, length)
+    products = torch.bmm(out, into.mT).view(rows, chunks, groups, length, length)
+    weights, dproducts, dsteps, dwithin, dD = within.pulled(pairs, products, steps, A, D, run)
+    weights, dproducts = weights.flatten(0, 2), dproducts.flatten(0, 2)
     dx = torch.addcmul(_from_heads(torch.bmm(weights.mT, gradients), x), given, left[..., None].to(dtype))
-    of_steps = steps.transpose(2, 3)[..., None, :]
-    scaled = torch.mul(pairs, of_steps, out=decays.within)
-    dproducts = (_of_groups(scaled, groups).sum(3) * decays.met).to(dtype).flatten(0, 2)
-    _of_groups(pairs, groups).mul_(products)
-    dsteps = at_end + pairs.sum(-2).transpose(2, 3)
-    dlogs += _across(pairs.mul_(of_steps)).transpose(2, 3)
+    dlogs = dlogs + dwithin
     dB = torch.baddbmm(torch.bmm(kept, dstates), dproducts.mT, out)
     dC = torch.baddbmm(torch.bmm(reached, _states_by_group(entering, groups)), dproducts, into)
     return (
         dx,
-        dsteps + dlogs * A,
+        dsteps + at_end + dlogs * A,
         (steps * dlogs).sum((0, 1, 2)),
         _from_groups(dB, B, groups),
         _from_groups(dC, C, groups),
-        dD,
+        None if D is None else dD,
         dinitial,
-        None,
     )
 
 
@@ -269,3 +323,6 @@ def _across(pairs: Tensor) -> Tensor:
     """pairs (B, K, H, Q, Q), used up -> for each token k the sum over all pairs (i, j) with j < k <= i."""
     later = pairs.new_ones(pairs.shape[-2:]).tril(-1)[:, :-1]
     return F.pad(pairs.cumsum_(-1)[..., :-1].mul_(later).sum(-2), (1, 0))
+
+
+chunked = by_products(_Plain())

@@ -1,0 +1,122 @@
+"""State-space duality on a CPU: products by torch, what happens between the tokens of a chunk compiled. See within.cpp.
+
+Shapes: B rows, K chunks of Q tokens, H heads, G groups.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.choose import Call
+from kernels.cpp import library, missing, named, pointer
+from kernels.library import opaque
+from kernels.ssd.chunked import by_products
+
+__all__ = ["cpp", "refuses"]
+
+SOURCE = "ssd/within.cpp"
+
+
+class Sizes(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("groups", "heads", "length")]
+
+
+class Inputs(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("steps", "A", "D", "run")]
+
+
+class Outputs(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("weights", "products", "steps", "logs", "D")]
+
+
+def refuses(call: Call) -> str | None:
+    return missing(SOURCE)
+
+
+class Given:
+    """The arguments as the kernel reads them, and kept alive while it does."""
+
+    def __init__(
+        self, products: Tensor, steps: Tensor, A: Tensor, D: Tensor | None, run: Tensor | None
+    ) -> None:
+        rows, chunks, groups, length, _ = products.shape
+        self.items = rows * chunks * groups
+        self.sizes = Sizes(groups, steps.shape[3] // groups, length)
+        self.products = products.contiguous()
+        self.tensors = (
+            steps.transpose(2, 3).contiguous(),  # (B, K, H, Q)
+            A.contiguous(),
+            None if D is None else D.contiguous(),
+            None if run is None else run.to(torch.int32).contiguous(),
+        )
+        self.inputs = Inputs(*map(pointer, self.tensors))
+
+
+def _weights(
+    products: Tensor, steps: Tensor, A: Tensor, D: Tensor | None, run: Tensor | None
+) -> Tensor:
+    given, made = Given(products, steps, A, D, run), _like_weights(products, steps)
+    library(SOURCE).run(
+        named("weights", products),
+        given.items,
+        given.sizes,
+        given.inputs,
+        pointer(given.products),
+        pointer(made),
+    )
+    return made
+
+
+def _like_weights(products: Tensor, steps: Tensor, *args: Any) -> Tensor:
+    rows, chunks, length, heads = steps.shape
+    return products.new_empty(rows, chunks, heads, length, length)
+
+
+def _pulled(
+    pairs: Tensor,
+    products: Tensor,
+    steps: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    run: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    given, pairs = Given(products, steps, A, D, run), pairs.contiguous()
+    weights, dproducts, dsteps, dlogs, dD = made = _like_pulled(pairs, products, steps, A, D)
+    of_chunks = None if D is None else steps.new_empty(*steps.shape[:2], len(D))
+    outputs = Outputs(*map(pointer, (weights, dproducts, dsteps.mT, dlogs.mT, of_chunks)))
+    library(SOURCE).run(
+        named("pulled", products),
+        given.items,
+        given.sizes,
+        given.inputs,
+        pointer(pairs),
+        pointer(given.products),
+        outputs,
+    )
+    if of_chunks is not None:
+        torch.sum(of_chunks, (0, 1), out=dD)
+    return made
+
+
+def _like_pulled(
+    pairs: Tensor, products: Tensor, steps: Tensor, A: Tensor, D: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        torch.empty(pairs.shape, dtype=pairs.dtype, device=pairs.device),
+        torch.empty(products.shape, dtype=products.dtype, device=products.device),
+        steps.new_empty(steps.mT.shape).mT,  # written head by head
+        steps.new_empty(steps.mT.shape).mT,
+        steps.new_empty(0 if D is None else len(D)),
+    )
+
+
+class _Compiled:
+    weights = staticmethod(opaque("ssd_weights", _weights, _like_weights))
+    pulled = staticmethod(opaque("ssd_pulled", _pulled, _like_pulled))
+
+
+cpp = by_products(_Compiled())
