@@ -260,6 +260,15 @@ KERNELS: dict[str, Kernel] = {
         },
         compiled_with_neighbours=True,
     ),
+    "gated_rms_norm": Kernel(
+        "kernels.gated_rms_norm:gated_rms_norm",
+        description="root-mean-square normalisation behind a gate, for version 2 of mamba",
+        implementations={
+            REFERENCE: Implementation("kernels.gated_rms_norm.reference:reference"),
+            CPP: by_cpp("kernels.gated_rms_norm.cpp:cpp", refuses="kernels.gated_rms_norm.cpp:refuses"),
+        },
+        compiled_with_neighbours=True,
+    ),
     # Deterministic where `torch.use_deterministic_algorithms` asks for it, all of them; sdpa then leaves cuDNN out.
     "attention": Kernel(
         "kernels.attention:attention",

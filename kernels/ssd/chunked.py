@@ -4,8 +4,7 @@ Within a chunk tokens meet as in masked attention; between chunks states do. Wha
 chunk is summed up from j on, for each j by itself: as a difference of two cumulative sums, steps of -0.001 behind one
 of -10,000 would drown in it. No sum asks for documents; what lies in another is multiplied by 0 afterwards.
 
-What is of the size of a chunk squared is worked on by two functions, `Within`, here in torch; kernels/ssd/cpp.py has
-them compiled.
+What lies between the products are `Passes` over memory, here in torch; kernels/ssd/cpp.py has them compiled.
 
 Shapes: B rows, K chunks of Q tokens, H heads of P channels, G groups of J heads, N states.
 """
@@ -23,11 +22,11 @@ from torch.autograd.function import once_differentiable
 from kernels.documents import runs
 from kernels.precision import at_least_fp32, own_dtypes
 
-__all__ = ["Within", "by_products", "chunked"]
+__all__ = ["Passes", "by_products", "chunked"]
 
 
-class Within(Protocol):
-    """What happens between the tokens of a chunk. products (B, K, G, Q, Q): C_i B_j for token i (row) and j (column);
+class Passes(Protocol):
+    """products (B, K, G, Q, Q): C_i B_j for token i (row) and j (column);
     steps (B, K, Q, H); A, D (H,); run (B, K, Q)."""
 
     def weights(
@@ -47,8 +46,12 @@ class Within(Protocol):
         """pairs (B, K, H, Q, Q): the gradient of W, as a product of outputs' gradients and inputs -> W; the gradients of
         products, of steps, of logs of decays (B, K, Q, H), and of D (without elements if there is none)."""
 
+    def carried(self, added: Tensor, decay: Tensor, state: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+        """added (B, K, H, P, N) by each chunk, decay (B, K, H) over it, state (B, H, P, N) before the first, or behind
+        the last if `back` -> states that each chunk meets, in added's dtype, and the one that it ends with."""
 
-def by_products(within: Within) -> Callable[..., tuple[Tensor, Tensor]]:
+
+def by_products(passes: Passes) -> Callable[..., tuple[Tensor, Tensor]]:
     """The function of an implementation (`reference` has its arguments and results)."""
 
     def implementation(
@@ -80,7 +83,7 @@ def by_products(within: Within) -> Callable[..., tuple[Tensor, Tensor]]:
                 None if D is None else D.to(exact),
                 initial.to(exact),
                 None if doc_ids is None else _cut(runs(doc_ids), length),
-                within,
+                passes,
             )
         return y.flatten(1, 2)[:, :tokens], last
 
@@ -117,7 +120,7 @@ def _decays(steps: Tensor, A: Tensor, run: Tensor | None) -> _Decays:
 
 
 class _Plain:
-    """`Within` in torch, in place where it can be."""
+    """`Passes` in torch, in place where it can be."""
 
     def weights(
         self, products: Tensor, steps: Tensor, A: Tensor, D: Tensor | None, run: Tensor | None
@@ -146,6 +149,14 @@ class _Plain:
         _of_groups(found, groups).mul_(seen)
         dsteps = found.sum(-2).transpose(2, 3)
         return weights, dproducts, dsteps, _across(found.mul_(of_steps)).transpose(2, 3), dD
+
+    def carried(self, added: Tensor, decay: Tensor, state: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+        met, state, wide = torch.empty_like(added), state.clone(), torch.empty_like(state)
+        chunks = range(added.shape[1])
+        for chunk in reversed(chunks) if back else chunks:
+            met[:, chunk] = state
+            state.mul_(decay[:, chunk, :, None, None]).add_(wide.copy_(added[:, chunk]))
+        return met, state
 
     def left(self, steps: Tensor, A: Tensor, run: Tensor | None) -> tuple[Tensor, Tensor]:
         """(B, K, H, Q, Q): what is left from token j to token i >= j of a chunk; and (B, K, 1, Q, Q) or (Q, Q): 1 where
@@ -216,27 +227,27 @@ class _Chunks(torch.autograd.Function):
         D: Tensor | None,
         initial: Tensor,
         run: Tensor | None,
-        within: Within,
+        passes: Passes,
     ) -> tuple[Tensor, Tensor]:
         (rows, chunks, length, heads, width), groups = x.shape, B.shape[3]
         decays = _decays(steps, A, run)
         into, out = _by_group(B, groups), _by_group(C, groups)  # (B K G, Q, N)
         products = torch.bmm(out, into.mT).view(rows, chunks, groups, length, length)
-        near = torch.bmm(within.weights(products, steps, A, D, run).flatten(0, 2), _by_head(x))
+        near = torch.bmm(passes.weights(products, steps, A, D, run).flatten(0, 2), _by_head(x))
         added = torch.bmm(_by_group(_scaled(x, steps * decays.until), groups).mT, into)  # (B K G, J P, N)
         added = added.view(rows, chunks, heads, width, B.shape[4])
-        entering, last = _carried(added, decays.since[:, :, -1], initial)
+        entering, last = passes.carried(added, decays.since[:, :, -1], initial, False)
         far = _from_groups(torch.bmm(out, _states_by_group(entering, groups).mT), x, groups)
         y = torch.addcmul(_from_heads(near, x), far, decays.since[..., None].to(x.dtype))
         ctx.save_for_backward(x, steps, A, B, C, D, run, entering, far)
-        ctx.within = within
+        ctx.passes = passes
         return y, last
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         with own_dtypes(gradients[0].device):
-            return *_gradients(ctx.within, ctx.saved_tensors, *gradients), None, None
+            return *_gradients(ctx.passes, ctx.saved_tensors, *gradients), None, None
 
 
 def _scaled(x: Tensor, factors: Tensor) -> Tensor:
@@ -249,18 +260,7 @@ def _of_groups(t: Tensor, groups: int) -> Tensor:
     return t.unflatten(2, (groups, -1))
 
 
-def _carried(added: Tensor, decay: Tensor, state: Tensor, back: bool = False) -> tuple[Tensor, Tensor]:
-    """added (B, K, H, P, N) by each chunk, decay (B, K, H) over it, state (B, H, P, N) before the first, or behind the
-    last if `back` -> states that each chunk meets, in added's dtype, and the one that it ends with."""
-    met, state, wide = torch.empty_like(added), state.clone(), torch.empty_like(state)
-    chunks = range(added.shape[1])
-    for chunk in reversed(chunks) if back else chunks:
-        met[:, chunk] = state
-        state.mul_(decay[:, chunk, :, None, None]).add_(wide.copy_(added[:, chunk]))
-    return met, state
-
-
-def _gradients(within: Within, saved: tuple[Any, ...], dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(passes: Passes, saved: tuple[Any, ...], dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
     """Of everything. That of a token's log of decay is the sum over all that this decay stands between; as a difference
     of larger sums it would not be 0 where everything is forgotten, and is to be multiplied by a step of 10,000."""
     x, steps, A, B, C, D, run, entering, far = saved
@@ -272,7 +272,7 @@ def _gradients(within: Within, saved: tuple[Any, ...], dy: Tensor, dlast: Tensor
     # Between chunks.
     reached = _by_group(_scaled(dy, decays.since), groups)  # what of dy reaches the states that entered
     pulled = torch.bmm(reached.mT, out).view(entering.shape)
-    leaving, dinitial = _carried(pulled, over, dlast.to(exact), back=True)  # of the states behind each chunk
+    leaving, dinitial = passes.carried(pulled, over, dlast.to(exact), True)  # of the states behind each chunk
     dstates = _states_by_group(leaving, groups)
     given = _from_groups(torch.bmm(into, dstates.mT), x, groups)  # by what comes later
     left = steps * decays.until
@@ -287,7 +287,7 @@ def _gradients(within: Within, saved: tuple[Any, ...], dy: Tensor, dlast: Tensor
     (rows, chunks, length, heads, _) = x.shape
     pairs = torch.bmm(gradients, _by_head(x).mT).view(rows, chunks, heads, length, length)
     products = torch.bmm(out, into.mT).view(rows, chunks, groups, length, length)
-    weights, dproducts, dsteps, dwithin, dD = within.pulled(pairs, products, steps, A, D, run)
+    weights, dproducts, dsteps, dwithin, dD = passes.pulled(pairs, products, steps, A, D, run)
     weights, dproducts = weights.flatten(0, 2), dproducts.flatten(0, 2)
     dx = torch.addcmul(_from_heads(torch.bmm(weights.mT, gradients), x), given, left[..., None].to(dtype))
     dlogs = dlogs + dwithin

@@ -1,6 +1,6 @@
-"""State-space duality on a CPU: products by torch, what happens between the tokens of a chunk compiled. See within.cpp.
+"""State-space duality on a CPU: products by torch, what lies between them compiled. See passes.cpp.
 
-Shapes: B rows, K chunks of Q tokens, H heads, G groups.
+Shapes: B rows, K chunks of Q tokens, H heads of P channels, G groups, N states.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kernels.ssd.chunked import by_products
 
 __all__ = ["cpp", "refuses"]
 
-SOURCE = "ssd/within.cpp"
+SOURCE = "ssd/passes.cpp"
 
 
 class Sizes(ctypes.Structure):
@@ -27,6 +27,10 @@ class Sizes(ctypes.Structure):
 
 class Inputs(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("steps", "A", "D", "run")]
+
+
+class Carry(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("chunks", "heads", "states", "back")]
 
 
 class Outputs(ctypes.Structure):
@@ -114,9 +118,31 @@ def _like_pulled(
     )
 
 
+def _carried(added: Tensor, decay: Tensor, state: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+    rows, chunks, heads, width, states = added.shape
+    met, last = torch.empty_like(added, memory_format=torch.contiguous_format), state.clone(memory_format=torch.contiguous_format)
+    added, decay = added.contiguous(), decay.contiguous()
+    library(SOURCE).run(
+        named("carried", added),
+        rows * heads,
+        Carry(chunks, heads, width * states, back),
+        pointer(added),
+        pointer(decay),
+        pointer(last),
+        pointer(met),
+    )
+    return met, last
+
+
+def _like_carried(added: Tensor, decay: Tensor, state: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+    made = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (added, state))
+    return next(made), next(made)
+
+
 class _Compiled:
     weights = staticmethod(opaque("ssd_weights", _weights, _like_weights))
     pulled = staticmethod(opaque("ssd_pulled", _pulled, _like_pulled))
+    carried = staticmethod(opaque("ssd_carried", _carried, _like_carried))
 
 
 cpp = by_products(_Compiled())

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.choose import UsesKernels
+from kernels.gated_rms_norm import gated_rms_norm
 from kernels.precision import at_least_fp32
-from kernels.rms_norm import rms_norm
 from kernels.ssd import ssd
 from models.layers.flops import Flops, matmul_flops
 from models.state_space.config import MambaConfig
@@ -36,15 +36,12 @@ class GatedRMSNorm(UsesKernels):
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        exact = at_least_fp32(y.dtype)
-        gated = y.to(exact) * F.silu(z.to(exact))
-        if self.groups == 1:
-            return rms_norm(gated, self.weight, self.eps, self.kernels, y.dtype)
-        normed = rms_norm(gated.unflatten(-1, (self.groups, -1)), None, self.eps, self.kernels, exact)
-        return (normed.flatten(-2) * self.weight.to(exact)).to(y.dtype)
+        return gated_rms_norm(
+            y, z, self.weight, groups=self.groups, eps=self.eps, kernels=self.kernels
+        )
 
     def kernel_calls(self, seq_len: int) -> dict[str, dict[str, Any]]:
-        return {"rms_norm": {"columns": len(self.weight) // self.groups}}
+        return {"gated_rms_norm": {"columns": len(self.weight)}}
 
 
 class DualMixer(Mixer):

@@ -74,7 +74,8 @@ class Mixer(UsesKernels):
         )
         if recent is None:
             recent = inputs.new_zeros(inputs.shape[0], taps - 1, inputs.shape[2])
-        return y, torch.cat((recent, inputs), dim=1)[:, inputs.shape[1] :]
+        last = inputs[:, max(0, inputs.shape[1] - taps + 1) :]  # all that can still be seen
+        return y, torch.cat((recent, last), dim=1)[:, last.shape[1] :]
 
     def kernel_calls(self, seq_len: int) -> dict[str, dict[str, Any]]:
         return {"causal_conv1d": {"columns": self.channels}}

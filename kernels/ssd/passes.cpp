@@ -1,5 +1,5 @@
-// What happens between the tokens of a chunk in state-space duality, on a CPU: `Within` of chunked.py, a head's matrix
-// of tokens and tokens at a time, which stays in the first cache.
+// State-space duality on a CPU, but for the products: `Passes` of chunked.py. Between the tokens of a chunk, a head's
+// matrix of tokens and tokens at a time, which stays in the first cache; between chunks, states.
 //
 // Layouts: products and their gradients (B K, G, Q, Q), pairs and weights (B K, H, Q, Q) in T; steps and gradients of
 // them (B K, H, Q), A and D (H,) in fp32; run (B K, Q). An item of work is a chunk and a group.
@@ -137,16 +137,42 @@ void pulled(const Sizes &sizes, int64_t item, const Inputs &in, const T *pairs, 
             store(out.products + (item * length + i) * length + v * W, dproducts[i * vectors + v], head.count(v));
 }
 
+struct Carry {
+    int64_t chunks, heads, states, back;  // states of a head
+};
+
+// An item of work is a row and a head. added, met (B, K, H, states) in T; decay (B, K, H), state (B, H, states): the
+// one before the first chunk, or behind the last if `back`; it becomes the one at the other end.
+template <typename T>
+void carried(const Carry &sizes, int64_t item, const T *added, const float *decay, float *state, T *met) {
+    const int64_t row = item / sizes.heads, head = item % sizes.heads;
+    float *own = state + item * sizes.states;
+    for (int64_t k = 0; k < sizes.chunks; k++) {
+        const int64_t chunk = sizes.back ? sizes.chunks - 1 - k : k;
+        const int64_t at = (row * sizes.chunks + chunk) * sizes.heads + head;
+        for (int64_t n = 0; n < sizes.states; n += W) {
+            const int count = std::min<int64_t>(W, sizes.states - n);
+            const Floats now = load(own + n, count);
+            store(met + at * sizes.states + n, now, count);
+            store(own + n, now * decay[at] + load(added + at * sizes.states + n, count), count);
+        }
+    }
+}
+
 }  // namespace
 
-#define WITHIN(NAME, T)                                                                                                \
+#define SSD(NAME, T)                                                                                                   \
     extern "C" void weights_##NAME(int64_t from, int64_t to, Sizes sizes, Inputs in, const T *products, T *to_) {      \
         for (int64_t i = from; i < to; i++) weights(sizes, i, in, products, to_);                                      \
     }                                                                                                                  \
     extern "C" void pulled_##NAME(int64_t from, int64_t to, Sizes sizes, Inputs in, const T *pairs, const T *products, \
                                   Outputs<T> out) {                                                                    \
         for (int64_t i = from; i < to; i++) pulled(sizes, i, in, pairs, products, out);                                \
+    }                                                                                                                  \
+    extern "C" void carried_##NAME(int64_t from, int64_t to, Carry sizes, const T *added, const float *decay,          \
+                                   float *state, T *met) {                                                             \
+        for (int64_t i = from; i < to; i++) carried(sizes, i, added, decay, state, met);                               \
     }
 
-WITHIN(float32, float)
-WITHIN(bfloat16, bfloat16)
+SSD(float32, float)
+SSD(bfloat16, bfloat16)
