@@ -74,8 +74,8 @@ class Kernel(Entry):
     has more than its definition. `implementations` by name; `reference` is the plain definition. What `auto` takes:
     where `compiled_with_neighbours`, the reference inside compiled blocks, because the compiler fuses it with what
     surrounds it; on a GPU `triton`, where it is `for_memory` or its measured speed is committed (kernels/tuned.py);
-    then `cpp` and `closed_form`, where they run; then `chunked`, where the logits of all rows are larger than `plain_bytes`; else
-    the reference. `rule`:
+    then `cpp` and `closed_form`, where they run; then `chunked`, where the logits of all rows are larger than
+    `plain_bytes`; else the reference. `rule`:
     "module:function", called with a `Call` and a function that says of an implementation why it cannot run it ("" if it
     can), returns (name, why) in place of all that.
 
@@ -155,7 +155,9 @@ KERNELS: dict[str, Kernel] = {
             CLOSED_FORM: Implementation(
                 "kernels.causal_conv1d.closed_form:closed_form", devices=("cpu",), host_syncs=("nonzero",)
             ),
-            CPP: by_cpp("kernels.causal_conv1d.cpp:causal_conv1d", refuses="kernels.causal_conv1d.cpp:refuses"),
+            CPP: by_cpp(
+                "kernels.causal_conv1d.cpp:causal_conv1d", refuses="kernels.causal_conv1d.cpp:refuses"
+            ),
             TRITON: by_triton("kernels.causal_conv1d.triton:causal_conv1d"),
         },
         compiled_with_neighbours=True,

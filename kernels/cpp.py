@@ -108,7 +108,7 @@ def _compile(compiler: str, source: Path) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         to = Path(folder) / "library.so"
         command = [compiler, *FLAGS, "-march=native", str(source), "-o", str(to)]
-        run = subprocess.run(command, capture_output=True, text=True)
+        run = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
         if run.returncode:
             said = next((line for line in run.stderr.splitlines() if "error" in line), run.stderr.strip())
             raise CompilerError(f"{compiler} cannot compile {source.name}: {said}")
@@ -123,7 +123,7 @@ def _compiler() -> tuple[str, str]:
     if found is None:
         raise CompilerError(f"there is no C++ compiler ({', '.join(wanted)})")
     ask = [found, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
-    answer = subprocess.run(ask, capture_output=True, text=True)
+    answer = subprocess.run(ask, capture_output=True, encoding="utf-8", errors="replace")
     if answer.returncode:
         raise CompilerError(f"{found} does not know -march=native: {answer.stderr.strip()}")
     return found, answer.stdout

@@ -19,7 +19,9 @@ __all__ = ["Gradients", "operation"]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of x, weight, bias, initial
 
 
-def operation(name: str, forward: Callable[..., None], backward: Callable[..., None]) -> Callable[..., Tensor]:
+def operation(
+    name: str, forward: Callable[..., None], backward: Callable[..., None]
+) -> Callable[..., Tensor]:
     """The function of an implementation (`reference` has its arguments and result).
 
     `forward(y, *arguments)` fills y; `backward(made, dy, *arguments)` fills the gradients of all arguments but the

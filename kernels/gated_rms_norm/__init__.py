@@ -39,7 +39,7 @@ def _sample(size: Size, device: torch.device, dtype: torch.dtype, generator: tor
         return drawn(*shape, device=device, dtype=dtype, generator=generator, grad=grad)
 
     fused = draw(rows, width + 8, grad=False)  # as mamba projects: the inputs beside the gate
-    tensors = {
+    tensors: dict[str, Tensor | None] = {
         "y": draw(rows, width),
         "z": fused[:, :width].requires_grad_(),
         "weight": drawn(width, device=device, dtype=torch.float32, generator=generator),

@@ -69,9 +69,7 @@ def _backward(
     dy, dz, dweight = made = _gradients(dout, y, z, weight)
     of_slices = torch.empty(given.items, y.shape[1])
     outputs = Tensors(*map(pointer, (dy, dz, of_slices)))
-    library(SOURCE).run(
-        named("backward", y), given.items, given.sizes, given.inputs, pointer(dout), outputs
-    )
+    library(SOURCE).run(named("backward", y), given.items, given.sizes, given.inputs, pointer(dout), outputs)
     torch.sum(of_slices, 0, out=dweight)
     return made
 

@@ -94,10 +94,11 @@ def choose(call: Call, lacking: Callable[[str], str]) -> tuple[str, str]:
     """By a kernel, whose states stay in registers or in the first cache. Elsewhere in pieces: the definition keeps the
     states of all steps for its gradients, and needs many operations a step. Of a few steps, as text is written, it is
     the faster one of these two."""
-    kernel = TRITON if call.device.type == "cuda" else CPP
-    if not (why_not := lacking(kernel)):
-        return kernel, "states are never written"
-    because = f"; not {kernel}: {why_not}"
+    because = ""
+    if kernel := {"cuda": TRITON, "cpu": CPP}.get(call.device.type):
+        if not (why_not := lacking(kernel)):
+            return kernel, "states stay where they are computed"
+        because = f"; not {kernel}: {why_not}"
     if FEW_STEPS in call.facts:
         return REFERENCE, f"the plain definition, of at most {FEW} steps{because}"
     return CHUNKED, f"in blocks of steps, whose states are computed again in the backward pass{because}"

@@ -73,7 +73,7 @@ class Given:
         self.initial = None if initial is None else exact(initial.mT)
         self.tensors = (
             u.contiguous(),
-            F.softplus(self.raw),
+            F.softplus(self.raw).contiguous(),
             exact(A.mT),
             exact(B),
             exact(C),

@@ -57,8 +57,8 @@ def choose(call: Call, lacking: Callable[[str], str]) -> tuple[str, str]:
     if ONE_TOKEN in call.facts:
         return REFERENCE, "one token is one step"
     if not (why_not := lacking(CPP)):
-        return CPP, "products of chunks, between which nothing is written"
-    because = "" if call.device.type == "cuda" else f"; not {CPP}: {why_not}"
+        return CPP, "products of chunks, and compiled passes between them"
+    because = f"; not {CPP}: {why_not}" if call.device.type == "cpu" else ""
     return CHUNKED, f"products of chunks{because}"
 
 

@@ -26,8 +26,8 @@ __all__ = ["Passes", "by_products", "chunked"]
 
 
 class Passes(Protocol):
-    """products (B, K, G, Q, Q): C_i B_j for token i (row) and j (column);
-    steps (B, K, Q, H); A, D (H,); run (B, K, Q)."""
+    """products (B, K, G, Q, Q): C_i B_j for token i (row) and j (column); steps (B, K, Q, H); A, D (H,); run
+    (B, K, Q)."""
 
     def weights(
         self, products: Tensor, steps: Tensor, A: Tensor, D: Tensor | None, run: Tensor | None
@@ -43,8 +43,8 @@ class Passes(Protocol):
         D: Tensor | None,
         run: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """pairs (B, K, H, Q, Q): the gradient of W, as a product of outputs' gradients and inputs -> W; the gradients of
-        products, of steps, of logs of decays (B, K, Q, H), and of D (without elements if there is none)."""
+        """pairs (B, K, H, Q, Q): the gradient of W, as a product of outputs' gradients and inputs -> W; the gradients
+        of products, of steps, of logs of decays (B, K, Q, H), and of D (without elements if there is none)."""
 
     def carried(self, added: Tensor, decay: Tensor, state: Tensor, back: bool) -> tuple[Tensor, Tensor]:
         """added (B, K, H, P, N) by each chunk, decay (B, K, H) over it, state (B, H, P, N) before the first, or behind
@@ -260,7 +260,9 @@ def _of_groups(t: Tensor, groups: int) -> Tensor:
     return t.unflatten(2, (groups, -1))
 
 
-def _gradients(passes: Passes, saved: tuple[Any, ...], dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(
+    passes: Passes, saved: tuple[Any, ...], dy: Tensor, dlast: Tensor
+) -> tuple[Tensor | None, ...]:
     """Of everything. That of a token's log of decay is the sum over all that this decay stands between; as a difference
     of larger sums it would not be 0 where everything is forgotten, and is to be multiplied by a step of 10,000."""
     x, steps, A, B, C, D, run, entering, far = saved

@@ -60,9 +60,7 @@ class Given:
         self.inputs = Inputs(*map(pointer, self.tensors))
 
 
-def _weights(
-    products: Tensor, steps: Tensor, A: Tensor, D: Tensor | None, run: Tensor | None
-) -> Tensor:
+def _weights(products: Tensor, steps: Tensor, A: Tensor, D: Tensor | None, run: Tensor | None) -> Tensor:
     given, made = Given(products, steps, A, D, run), _like_weights(products, steps)
     library(SOURCE).run(
         named("weights", products),
@@ -120,7 +118,10 @@ def _like_pulled(
 
 def _carried(added: Tensor, decay: Tensor, state: Tensor, back: bool) -> tuple[Tensor, Tensor]:
     rows, chunks, heads, width, states = added.shape
-    met, last = torch.empty_like(added, memory_format=torch.contiguous_format), state.clone(memory_format=torch.contiguous_format)
+    met, last = (
+        torch.empty_like(added, memory_format=torch.contiguous_format),
+        state.clone(memory_format=torch.contiguous_format),
+    )
     added, decay = added.contiguous(), decay.contiguous()
     library(SOURCE).run(
         named("carried", added),

@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.choose import UsesKernels
@@ -36,9 +35,7 @@ class GatedRMSNorm(UsesKernels):
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        return gated_rms_norm(
-            y, z, self.weight, groups=self.groups, eps=self.eps, kernels=self.kernels
-        )
+        return gated_rms_norm(y, z, self.weight, groups=self.groups, eps=self.eps, kernels=self.kernels)
 
     def kernel_calls(self, seq_len: int) -> dict[str, dict[str, Any]]:
         return {"gated_rms_norm": {"columns": len(self.weight)}}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels import KERNELS, REFERENCE, TRITON, tuned
+from kernels import CPP, KERNELS, REFERENCE, TRITON, tuned
 from kernels.against import deviation, gradients, in_fp64, upstream
 from kernels.grouped_linear import GROUPED_MM
 from kernels.spec import Sample, Spec, spec_of
@@ -30,13 +30,11 @@ __all__ = [
     "upstream",
 ]
 
-OURS = (TRITON, GROUPED_MM)  # implementations that are operations of torch.library
-OPERATIONS = {
-    op: name for op, kernel in KERNELS.items() for name in OURS if name in kernel.implementations
-}  # that have one of these, and which
-LAUNCHED = [op for op, name in OPERATIONS.items() if name == TRITON]
-CASES = [(op, size) for op in OPERATIONS for size in spec_of(op).small]
-FIRST = [(op, next(iter(spec_of(op).small))) for op in OPERATIONS]
+OURS = (TRITON, GROUPED_MM, CPP)  # implementations that are operations of torch.library
+OPERATIONS = [(op, name) for op, kernel in KERNELS.items() for name in OURS if name in kernel.implementations]
+LAUNCHED = [op for op, name in OPERATIONS if name == TRITON]
+CASES = [(op, name, size) for op, name in OPERATIONS for size in spec_of(op).small]
+FIRST = [(op, name, next(iter(spec_of(op).small))) for op, name in OPERATIONS]
 
 
 def drawn(op: str, size: str, dtype: torch.dtype = torch.float32) -> tuple[Spec, Sample]:
@@ -45,9 +43,9 @@ def drawn(op: str, size: str, dtype: torch.dtype = torch.float32) -> tuple[Spec,
     return spec, spec.sample(spec.small[size], torch.device("cpu"), dtype, generator)
 
 
-def run_of(op: str, name: str | None = None) -> Callable[..., Tensor | tuple[Tensor, ...]]:
-    """An implementation; by default that which is an operation of torch.library."""
-    return load(KERNELS[op].implementations[name or OPERATIONS[op]].where)
+def run_of(op: str, name: str = TRITON) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+    """An implementation."""
+    return load(KERNELS[op].implementations[name].where)
 
 
 def asked_by(op: str, size: str) -> list[tuned.Asked]:

@@ -174,9 +174,10 @@ def test_recomputed_in_the_backward_pass():
 
 def test_choice():
     def choice(device, **more):
-        return Kernels().foresee("causal_conv1d", Call(torch.device(device), torch.float32, **more))[0]
+        call = Call(torch.device(device), more.pop("dtype", torch.float32), **more)
+        return Kernels().foresee("causal_conv1d", call)[0]
 
-    assert choice("cpu") == "closed_form"
+    assert choice("cpu") == "cpp" and choice("cpu", dtype=torch.float64) == "closed_form"
     assert choice("cpu", compiling=True) == choice("meta") == "reference"
 
 

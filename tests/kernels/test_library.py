@@ -43,22 +43,24 @@ def recorded() -> Iterator[list[tuple]]:
         CustomOpDef.__call__ = call
 
 
-@pytest.mark.parametrize(("op", "size"), FIRST)
-def test_operations_are_registered_as_torch_asks(op, size):
+@pytest.mark.parametrize(("op", "name", "size"), FIRST)
+def test_operations_are_registered_as_torch_asks(op, name, size):
     """Schema, aliases, gradients, and shapes without values, also of unknown sizes."""
     _, sample = drawn(op, size)
     with interpreted():
         with recorded() as calls:
-            found = sample.call(run_of(op))
+            found = sample.call(run_of(op, name))
             gradients(found, sample, upstream(found))
         assert calls
         for operation, args, kwargs in calls:
             torch.library.opcheck(operation, args, kwargs)
 
 
-def both_ways(op: str, sample: Sample, exact: Sample, change: Change = lambda outputs: outputs) -> None:
+def both_ways(
+    op: str, name: str, sample: Sample, exact: Sample, change: Change = lambda outputs: outputs
+) -> None:
     """Outputs and gradients of the compiled call equal those of the eager one, and of the reference (`exact`)."""
-    run, options = run_of(op), sample.options
+    run, options = run_of(op, name), sample.options
 
     def call(tensors: dict[str, Tensor | None]) -> tuple[Tensor, ...]:
         return change(Sample(tensors, options).call(run))
@@ -81,53 +83,57 @@ def both_ways(op: str, sample: Sample, exact: Sample, change: Change = lambda ou
         close(grads[0][name], wanted[name], tolerance, f"gradient of {name}")
 
 
-@pytest.mark.parametrize(("op", "size"), FIRST)
-def test_compiled_without_a_graph_break(op, size):
+@pytest.mark.parametrize(("op", "name", "size"), FIRST)
+def test_compiled_without_a_graph_break(op, name, size):
     _, sample = drawn(op, size)
-    both_ways(op, sample, in_fp64(sample))
+    both_ways(op, name, sample, in_fp64(sample))
 
 
-@pytest.mark.parametrize(("op", "size"), FIRST)
-def test_an_operation_in_place_behind_it(op, size):
+@pytest.mark.parametrize(("op", "name", "size"), FIRST)
+def test_an_operation_in_place_behind_it(op, name, size):
     """Gradients stay right, or torch says that backward needs what was overwritten: never wrong ones."""
     _, sample = drawn(op, size)
     try:
         both_ways(
-            op, sample, in_fp64(sample), lambda ys: tuple(y.mul_(2) if y.requires_grad else y for y in ys)
+            op,
+            name,
+            sample,
+            in_fp64(sample),
+            lambda ys: tuple(y.mul_(2) if y.requires_grad else y for y in ys),
         )
     except RuntimeError as error:
         assert "modified by an inplace operation" in str(error)
 
 
-def alike() -> list[tuple[str, str, str, str]]:
+def alike() -> list[tuple[str, str, str, str, str]]:
     """Operations with two arguments of one shape that gradients are asked of."""
     found = []
-    for op, size in FIRST:
+    for op, name, size in FIRST:
         ways = drawn(op, size)[1].differentiable
         pairs = (
             (a, b)
             for a, b in itertools.combinations(ways, 2)
             if (ways[a].shape, ways[a].dtype) == (ways[b].shape, ways[b].dtype)
         )
-        found += [(op, size, *pair) for pair in pairs]
+        found += [(op, name, size, *pair) for pair in pairs]
     return found
 
 
-@pytest.mark.parametrize(("op", "size", "first", "second"), alike())
-def test_one_tensor_as_two_arguments(op, size, first, second):
+@pytest.mark.parametrize(("op", "name", "size", "first", "second"), alike())
+def test_one_tensor_as_two_arguments(op, name, size, first, second):
     _, sample = drawn(op, size)
     sample.tensors[second] = sample.tensors[first]
     exact = in_fp64(sample)
     exact.tensors[second] = exact.tensors[first]
-    both_ways(op, sample, exact)
+    both_ways(op, name, sample, exact)
 
 
-@pytest.mark.parametrize(("op", "size"), FIRST)
-def test_recomputed_in_the_backward_pass(op, size):
+@pytest.mark.parametrize(("op", "name", "size"), FIRST)
+def test_recomputed_in_the_backward_pass(op, name, size):
     spec, sample = drawn(op, size)
     exact, expected = exactly(op, sample)
     with interpreted():
-        found = checkpoint(lambda: sample.call(run_of(op)), use_reentrant=False)
+        found = checkpoint(lambda: sample.call(run_of(op, name)), use_reentrant=False)
         dy = upstream(found)
         grads = gradients(found, sample, dy)
     wanted = gradients(expected, exact, [g.double() for g in dy])

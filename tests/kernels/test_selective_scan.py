@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels.selective_scan.chunked as chunked
-from kernels import CHUNKED, KERNELS, REFERENCE, TRITON
+from kernels import CHUNKED, CPP, KERNELS, REFERENCE, TRITON
 from kernels.against import deviations, gradients, in_fp64, upstream
 from kernels.choose import Kernels
 from kernels.selective_scan import SPEC, selective_scan
@@ -21,7 +21,7 @@ from trainer.commands.bench.measure import peak_bytes
 from trainer.commands.bench.sides import Inputs, Side
 
 EXACT = [REFERENCE, CHUNKED]  # these compute in fp64 too
-WAYS = [*EXACT, pytest.param(TRITON, marks=pytest.mark.slow)]
+WAYS = [*EXACT, CPP, pytest.param(TRITON, marks=pytest.mark.slow)]
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from kernels.selective_scan import selective_scan
 from kernels.spec import Sample, drawn
 from kernels.ssd import SPEC, ssd
 from kernels.ssd.chunked import chunked
+from kernels.ssd.cpp import cpp
 from kernels.ssd.reference import reference
 from tests.kernels import samples
 from tests.kernels.samples import UPSTREAM, close
@@ -21,6 +22,7 @@ from tests.kernels.samples import UPSTREAM, close
 CPU = torch.device("cpu")
 CHUNKED = Kernels({"ssd": "chunked"})
 EVERY = [Kernels({"ssd": name}) for name in ("reference", "chunked")]
+IN_FP32 = pytest.mark.parametrize("run", [chunked, cpp], ids=["chunked", "cpp"])
 
 
 def call_of(tokens=37, heads=2, width=3, states=4, groups=1, chunk=8, rows=1, dtype=torch.float64) -> Sample:
@@ -44,8 +46,8 @@ def call_of(tokens=37, heads=2, width=3, states=4, groups=1, chunk=8, rows=1, dt
     return Sample(tensors, {"chunk": chunk})
 
 
-def compared(sample: Sample) -> dict[str, float]:
-    return deviations(chunked, reference, sample)
+def compared(sample: Sample, run=chunked) -> dict[str, float]:
+    return deviations(run, reference, sample)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -87,13 +89,22 @@ def test_gradients_that_come_in_any_layout(layout):
     assert all(deviation(found[name], alone[name]) < 1e-13 for name in alone)
 
 
-def test_what_is_carried_from_chunk_to_chunk_is_seen():
+def test_any_chunk_of_any_length_compiled():
+    for tokens in (1, 7, 64, 130):
+        for chunk in (1, 7, 8, 33, 64):
+            sample = call_of(tokens, chunk=chunk, rows=2, heads=4, groups=2, dtype=torch.float32)
+            found = compared(sample, cpp)
+            assert max(found.values()) < 1e-5, (tokens, chunk, found)
+
+
+@IN_FP32
+def test_what_is_carried_from_chunk_to_chunk_is_seen(run):
     """One row, five chunks, decays that keep almost everything; without states of before the result is another."""
     sample = call_of(40, dtype=torch.float32)
-    found = compared(sample)
+    found = compared(sample, run)
     assert max(found.values()) < 1e-5, found
-    y, _ = sample.call(chunked)
-    cut = call_of(40)
+    y, _ = sample.call(run)
+    cut = call_of(40, dtype=torch.float32)
     parts = [
         Sample(
             {
@@ -102,7 +113,7 @@ def test_what_is_carried_from_chunk_to_chunk_is_seen():
             }
             | {"initial": None},
             {"chunk": 8},
-        ).call(chunked)[0]
+        ).call(run)[0]
         for i in range(0, 40, 8)
     ]
     forgetful = torch.cat(parts, 1)
@@ -145,7 +156,7 @@ def test_documents_that_start_inside_a_chunk_are_alone(run):
         close(together[name], total[name], 1e-12, name)
 
 
-@pytest.mark.parametrize("kernels", EVERY)
+@pytest.mark.parametrize("kernels", [*EVERY, Kernels({"ssd": "cpp"})])
 def test_another_document_is_not_seen(kernels):
     sample = call_of(21, dtype=torch.float32)
     first, second = with_documents(sample, [10, 11])
@@ -158,7 +169,8 @@ def test_another_document_is_not_seen(kernels):
     assert not torch.equal(y[:, first], changed[:, first])
 
 
-def test_slow_steps_behind_one_that_forgets_everything():
+@IN_FP32
+def test_slow_steps_behind_one_that_forgets_everything(run):
     """Steps of -10,000 among -0.001, fp32, each gradient by itself: a difference of cumulative sums loses what the slow
     ones are, or is above 0 and overflows."""
     sample = call_of(64, chunk=32, dtype=torch.float32)
@@ -169,13 +181,14 @@ def test_slow_steps_behind_one_that_forgets_everything():
         sample.tensors["delta_bias"].zero_()
         sample.tensors["delta"].copy_(rates + (-torch.expm1(-rates)).log())  # softplus of it
         sample.tensors["x"][:, 5::11] /= 1e4
-    found = compared(sample)
+    found = compared(sample, run)
     assert max(found.values()) < 2e-5, found
-    y, _ = sample.call(chunked)
+    y, _ = sample.call(run)
     assert torch.isfinite(y).all()
 
 
-def test_decay_behind_a_boundary_keeps_its_digits():
+@IN_FP32
+def test_decay_behind_a_boundary_keeps_its_digits(run):
     """39 steps of -0.01 behind a document's start: exp(-0.39) = 0.677, of a state that began there."""
     sample = call_of(60, heads=1, width=1, states=1, chunk=64, dtype=torch.float32)
     with_documents(sample, [20, 40])
@@ -187,7 +200,7 @@ def test_decay_behind_a_boundary_keeps_its_digits():
         sample.tensors["A"].fill_(-0.01)
         sample.tensors["delta"].fill_(math.log(math.e - 1))  # softplus of it: 1
         sample.tensors["x"][:, 21:] = 0
-    y, _ = sample.call(chunked)
+    y, _ = sample.call(run)
     assert y[0, -1].item() == pytest.approx(math.exp(-0.39), rel=1e-6)
 
 
@@ -241,13 +254,14 @@ def test_choice():
         call = Call(torch.device(device), torch.bfloat16, columns=8, facts=facts)
         return Kernels(wanted).foresee("ssd", call)
 
-    assert choice("cpu") == ("chunked", "auto: products of chunks")
+    assert choice("cpu") == ("cpp", "auto: products of chunks, and compiled passes between them")
+    assert choice("meta") == ("chunked", "auto: products of chunks")
     assert choice("cpu", ("one token",)) == ("reference", "auto: one token is one step")
     assert choice("cpu", ssd="reference")[0] == "reference"
     kernels = Kernels()
     for tokens in (1, 5):
         ssd(**call_of(tokens).tensors, chunk=4, kernels=kernels)
-    assert set(kernels.used["ssd"]) == {"reference", "chunked"}
+    assert set(kernels.used["ssd"]) == {"reference", "chunked"}  # these tensors are fp64
 
 
 def test_shapes_that_do_not_fit():

@@ -17,7 +17,7 @@ from tests.kernels.test_triton import check
 from trainer.commands.bench import tune
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
-FIRST_OF = dict(FIRST)
+FIRST_OF = {op: size for op, _, size in FIRST}
 KEY = {"width": 100, "dtype": "torch.float32"}
 
 
@@ -68,7 +68,7 @@ def test_committed_choices_give_right_results(name):
 
 
 def check_choices(content):
-    launched = {op: {a.kernel for a in asked_by(op, size)} for op, size in FIRST}
+    launched = {op: {a.kernel for a in asked_by(op, size)} for op, size in FIRST_OF.items() if op in LAUNCHED}
     for kernel, entries in content["launch"].items():
         users = [op for op in LAUNCHED if kernel in launched[op]]
         assert users, f"nothing launches {kernel}"
