@@ -29,6 +29,7 @@ __all__ = ["Library", "library", "missing", "named", "pointer", "shared_out"]
 FOLDER = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 HEADERS = ("vectors.h",)
+WORTH_A_THREAD = 100_000  # numbers: a thread takes as long to begin as some ten thousand of them
 
 
 class CompilerError(RuntimeError):
@@ -41,20 +42,21 @@ class Library:
     def __init__(self, path: Path) -> None:
         self._loaded = ctypes.CDLL(str(path))
 
-    def run(self, name: str, items: int, *arguments: Any) -> None:
-        """Call `name` on all items, on as many threads as torch computes with. The calls release the interpreter."""
+    def run(self, name: str, items: int, work: int, *arguments: Any) -> None:
+        """Call `name` on all items, on as many threads as torch computes with; on one where `work`, the numbers that it
+        computes, is little. The calls release the interpreter."""
         function = getattr(self._loaded, name)
         function.restype = None
 
         def compute(first: int, last: int) -> None:
             function(ctypes.c_int64(first), ctypes.c_int64(last), *arguments)
 
-        shared_out(compute, items)
+        shared_out(compute, items, work)
 
 
-def shared_out(compute: Callable[[int, int], None], items: int) -> None:
+def shared_out(compute: Callable[[int, int], None], items: int, work: int) -> None:
     """`compute(first, last + 1)` of all items. Threads are begun for each call: a pool would not survive a fork."""
-    threads = min(torch.get_num_threads(), items)
+    threads = min(torch.get_num_threads(), items, work // WORTH_A_THREAD)
     if threads <= 1:
         return compute(0, items)
     borders = [items * i // threads for i in range(threads + 1)]

@@ -81,7 +81,7 @@ def _reach(run: Tensor | None, rows: int, tokens: int, taps: int) -> Tensor:
 
 def _forward(y: Tensor, x: Tensor, *given: Tensor | bool | None) -> None:
     arguments = Given(x, *given)  # type: ignore[arg-type]
-    library(SOURCE).run(named("forward", x), len(x), arguments.sizes, arguments.inputs, pointer(y))
+    library(SOURCE).run(named("forward", x), len(x), x.numel(), arguments.sizes, arguments.inputs, pointer(y))
 
 
 def _backward(made: Gradients, dy: Tensor, x: Tensor, *given: Tensor | bool | None) -> None:
@@ -90,7 +90,9 @@ def _backward(made: Gradients, dy: Tensor, x: Tensor, *given: Tensor | bool | No
     rows, width, taps = len(x), x.shape[2], dweight.shape[2]
     of_taps, of_shift = torch.empty(rows, taps, width), torch.empty(rows, width)
     outputs = Outputs(*map(pointer, (dx, of_taps, of_shift, dinitial)))
-    library(SOURCE).run(named("backward", x), rows, arguments.sizes, arguments.inputs, pointer(dy), outputs)
+    library(SOURCE).run(
+        named("backward", x), rows, x.numel(), arguments.sizes, arguments.inputs, pointer(dy), outputs
+    )
     dweight.copy_(of_taps.sum(0).t()[:, None])
     if dbias.numel():
         torch.sum(of_shift, 0, out=dbias)

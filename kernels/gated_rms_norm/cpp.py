@@ -54,7 +54,7 @@ class Given:
 def _forward(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
     """y, z (N, D) of one dtype."""
     given, out = Given(y, z, weight, groups, eps), _like(y)
-    library(SOURCE).run(named("forward", y), given.items, given.sizes, given.inputs, pointer(out))
+    library(SOURCE).run(named("forward", y), given.items, y.numel(), given.sizes, given.inputs, pointer(out))
     return out
 
 
@@ -69,7 +69,9 @@ def _backward(
     dy, dz, dweight = made = _gradients(dout, y, z, weight)
     of_slices = torch.empty(given.items, y.shape[1])
     outputs = Tensors(*map(pointer, (dy, dz, of_slices)))
-    library(SOURCE).run(named("backward", y), given.items, given.sizes, given.inputs, pointer(dout), outputs)
+    library(SOURCE).run(
+        named("backward", y), given.items, y.numel(), given.sizes, given.inputs, pointer(dout), outputs
+    )
     torch.sum(of_slices, 0, out=dweight)
     return made
 

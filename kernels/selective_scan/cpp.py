@@ -91,6 +91,7 @@ def forward(y: Tensor, final: Tensor, kept: Tensor, *given: Tensor | None) -> No
     library(SOURCE).run(
         named("forward", y),
         sizes.rows * sizes.parts,
+        y.numel() * sizes.states,
         sizes,
         arguments.inputs,
         pointer(arguments.initial),
@@ -117,6 +118,7 @@ def backward(made: Gradients, dy: Tensor, dfinal: Tensor | None, *given: Tensor 
     library(SOURCE).run(
         named("backward", dy),
         sizes.rows * sizes.parts,
+        dy.numel() * sizes.states,
         sizes,
         arguments.inputs,
         pointer(kept),

@@ -65,6 +65,7 @@ def _weights(products: Tensor, steps: Tensor, A: Tensor, D: Tensor | None, run: 
     library(SOURCE).run(
         named("weights", products),
         given.items,
+        made.numel(),
         given.sizes,
         given.inputs,
         pointer(given.products),
@@ -93,6 +94,7 @@ def _pulled(
     library(SOURCE).run(
         named("pulled", products),
         given.items,
+        pairs.numel(),
         given.sizes,
         given.inputs,
         pointer(pairs),
@@ -126,6 +128,7 @@ def _carried(added: Tensor, decay: Tensor, state: Tensor, back: bool) -> tuple[T
     library(SOURCE).run(
         named("carried", added),
         rows * heads,
+        added.numel(),
         Carry(chunks, heads, width * states, back),
         pointer(added),
         pointer(decay),

@@ -105,7 +105,8 @@ def everything(op, size="", dtype=torch.float32):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_results_do_not_depend_on_threads(op):
+def test_results_do_not_depend_on_threads(op, monkeypatch):
+    monkeypatch.setattr(cpp, "WORTH_A_THREAD", 1)
     before = torch.get_num_threads()
     try:
         for size in spec_of(op).small:
@@ -123,7 +124,7 @@ def test_every_item_is_computed_once(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     for items in (0, 1, 2, 3, 7, 64):
         seen = []
-        cpp.shared_out(lambda first, last, seen=seen: seen.extend(range(first, last)), items)
+        cpp.shared_out(lambda first, last, seen=seen: seen.extend(range(first, last)), items, 10**9)
         assert sorted(seen) == [*range(items)]
 
 
@@ -134,12 +135,13 @@ def test_an_error_in_a_thread_is_not_lost(monkeypatch):
         raise RuntimeError(f"of {first}")
 
     with pytest.raises(RuntimeError, match="of 0"):
-        cpp.shared_out(fail, 4)
+        cpp.shared_out(fail, 4, 10**9)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_child_process_computes_too(monkeypatch):
     """With threads of its own: those of the parent are gone in it."""
+    monkeypatch.setattr(cpp, "WORTH_A_THREAD", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     expected = everything("gated_rms_norm")
     child = os.fork()
