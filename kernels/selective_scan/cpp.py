@@ -1,6 +1,6 @@
 """The selective scan on a CPU, compiled: states stay in the first cache, nothing of a step but its results is written.
 
-See scan.cpp. What has no states, step sizes from their softplus and back, is torch's.
+See scan.cpp.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.choose import Call
@@ -27,11 +26,16 @@ class Sizes(ctypes.Structure):
 
 
 class Inputs(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("u", "step", "A", "B", "C", "D", "z", "reset")]
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in ("u", "delta", "z", "A", "B", "C", "D", "bias", "initial", "reset")
+    ]
 
 
 class Outputs(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("u", "step", "A", "B", "C", "D", "z", "initial")]
+    _fields_ = [
+        (name, ctypes.c_void_p) for name in ("u", "delta", "z", "A", "B", "C", "D", "bias", "initial")
+    ]
 
 
 def refuses(call: Call) -> str | None:
@@ -69,16 +73,16 @@ class Given:
         initial: Tensor | None,
         reset: Tensor | None,
     ) -> None:
-        self.raw = delta.float() if delta_bias is None else delta.float() + delta_bias.float()
-        self.initial = None if initial is None else exact(initial.mT)
         self.tensors = (
             u.contiguous(),
-            F.softplus(self.raw).contiguous(),
+            delta.contiguous(),
+            None if z is None else z.contiguous(),
             exact(A.mT),
             exact(B),
             exact(C),
             exact(D),
-            None if z is None else z.to(u.dtype).contiguous(),
+            exact(delta_bias),
+            None if initial is None else exact(initial.mT),
             None if reset is None else reset.contiguous(),
         )
         self.inputs = Inputs(*map(pointer, self.tensors))
@@ -94,7 +98,6 @@ def forward(y: Tensor, final: Tensor, kept: Tensor, *given: Tensor | None) -> No
         y.numel() * sizes.states,
         sizes,
         arguments.inputs,
-        pointer(arguments.initial),
         pointer(y),
         pointer(last),
         pointer(kept),
@@ -107,12 +110,10 @@ def backward(made: Gradients, dy: Tensor, dfinal: Tensor | None, *given: Tensor 
     *inputs, kept = given
     arguments, sizes = Given(*inputs), sizes_of(dy, inputs[2])  # type: ignore[arg-type]
     u, delta, A, B, C, D, z, bias, initial = made
-    of_rows = torch.empty(sizes.rows, *A.mT.shape)
-    of_parts = torch.empty(2, sizes.parts, *B.shape)
-    of_D = torch.empty(sizes.rows, *D.shape)
+    of_A, of_D, of_bias = (torch.empty(sizes.rows, *t.shape) for t in (A.mT, D, bias))
+    of_B, of_C = torch.empty(2, sizes.parts, *B.shape)
     of_initial = torch.empty(initial.mT.shape) if initial.numel() else None
-    steps = torch.empty(delta.shape)
-    outputs = (u, steps, of_rows, of_parts[0], of_parts[1], of_D, z, of_initial)
+    outputs = (u, delta, z, of_A, of_B, of_C, of_D, of_bias, of_initial)
     at_last = None if dfinal is None else exact(dfinal.mT)
     dy = dy.contiguous()
     library(SOURCE).run(
@@ -126,17 +127,31 @@ def backward(made: Gradients, dy: Tensor, dfinal: Tensor | None, *given: Tensor 
         pointer(at_last),
         Outputs(*map(pointer, outputs)),
     )
-    at_raw = steps.mul_(torch.sigmoid(arguments.raw))
-    delta.copy_(at_raw)
-    A.copy_(of_rows.sum(0).mT)
-    torch.sum(of_parts[0], 0, out=B)
-    torch.sum(of_parts[1], 0, out=C)
-    if D.numel():
-        torch.sum(of_D, 0, out=D)
-    if bias.numel():
-        torch.sum(at_raw, (0, 1), out=bias)
+    A.copy_(of_A.sum(0).mT)
+    for total, parts in ((B, of_B), (C, of_C), (D, of_D), (bias, of_bias)):
+        torch.sum(parts, 0, out=total)
     if of_initial is not None:
         initial.copy_(of_initial.mT)
 
 
-cpp = operation("cpp", forward, backward, kept_shape)
+_scan = operation("cpp", forward, backward, kept_shape)
+
+
+def cpp(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial: Tensor | None,
+    reset: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Arguments and results as `reference`; u, delta and z of different dtypes are read as fp32."""
+    dtype = u.dtype
+    if delta.dtype != dtype or (z is not None and z.dtype != dtype):
+        u, delta, z = u.float(), delta.float(), None if z is None else z.float()
+    y, last = _scan(u, delta, A, B, C, D, z, delta_bias, initial, reset)
+    return y.to(dtype), last

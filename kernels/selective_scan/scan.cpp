@@ -1,6 +1,6 @@
 // The selective scan on a CPU: a row's steps in order, a vector of channels at a time, its states in the first cache.
 //
-// Layouts: u, z, y and their gradients (B, T, E) in T; step sizes (B, T, E), A (N, E), states (B, N, E) in fp32; B, C
+// Layouts: u, delta, z, y and their gradients (B, T, E) in T; A (N, E), D and bias (E,), states (B, N, E) in fp32; B, C
 // (B, T, N) in fp32; reset (B, T) bytes or null. The backward pass starts from the states that the forward pass kept
 // every STEPS steps, (blocks, B, N, E); of a block it holds all decays and states of a vector of channels.
 // An item of work is a row, or one of `parts` shares of its channels: what is summed over channels comes in as many
@@ -31,24 +31,22 @@ struct Item {
 };
 
 template <typename T> struct Inputs {
-    const T *u;
-    const float *step, *A, *B, *C, *D;
-    const T *z;
+    const T *u, *delta, *z;
+    const float *A, *B, *C, *D, *bias, *initial;
     const uint8_t *reset;
 };
 
 template <typename T>
-void forward(const Sizes &sizes, const Item &item, const Inputs<T> &in, const float *initial, T *y, float *final,
-             float *kept) {
+void forward(const Sizes &sizes, const Item &item, const Inputs<T> &in, T *y, float *final, float *kept) {
     const int64_t length = sizes.length, width = sizes.width, states = sizes.states;
     std::vector<Floats> h(states), A(states);
     for (int64_t e = item.first; e < item.last; e += W) {
         const int count = std::min<int64_t>(W, item.last - e);
         for (int64_t n = 0; n < states; n++) {
-            h[n] = initial ? load(initial + (item.row * states + n) * width + e, count) : Floats{};
+            h[n] = in.initial ? load(in.initial + (item.row * states + n) * width + e, count) : Floats{};
             A[n] = load(in.A + n * width + e, count) * LOG2_E;
         }
-        const Floats D = in.D ? load(in.D + e, count) : Floats{};
+        const Floats D = in.D ? load(in.D + e, count) : Floats{}, bias = in.bias ? load(in.bias + e, count) : Floats{};
         for (int64_t t = 0; t < length; t++) {
             const int64_t at = item.row * length + t, channel = at * width + e;
             if (kept && t % STEPS == 0) {
@@ -56,7 +54,8 @@ void forward(const Sizes &sizes, const Item &item, const Inputs<T> &in, const fl
                 for (int64_t n = 0; n < states; n++) store(to + n * width, h[n], count);
             }
             if (in.reset && in.reset[at]) std::fill(h.begin(), h.end(), Floats{});
-            const Floats step = load(in.step + channel, count), u = load(in.u + channel, count), x = step * u;
+            const Floats step = softplus(load(in.delta + channel, count) + bias);
+            const Floats u = load(in.u + channel, count), x = step * u;
             const float *B = in.B + at * states, *C = in.C + at * states;
             Floats out = {};
             for (int64_t n = 0; n < states; n++) {
@@ -75,10 +74,8 @@ void forward(const Sizes &sizes, const Item &item, const Inputs<T> &in, const fl
 }
 
 template <typename T> struct Gradients {
-    T *u;
-    float *step, *A, *B, *C, *D;
-    T *z;
-    float *initial;
+    T *u, *delta, *z;
+    float *A, *B, *C, *D, *bias, *initial;  // A, D, bias: (B, ...), of each row
 };
 
 template <typename T>
@@ -86,11 +83,11 @@ void backward(const Sizes &sizes, const Item &item, const Inputs<T> &in, const f
               const float *dfinal, const Gradients<T> &out) {
     const int64_t length = sizes.length, width = sizes.width, states = sizes.states;
     const int64_t vectors = (item.last - item.first + W - 1) / W;
-    // Of all channels: gradients of the states behind a block, and what A and D have gathered.
-    std::vector<Floats> arriving(vectors * states), dA(vectors * states), dD(vectors);
+    // Of all channels: gradients of the states behind a block, and what A, D and bias have gathered.
+    std::vector<Floats> arriving(vectors * states), dA(vectors * states), dD(vectors), dbias(vectors);
     // Of a block: of one vector of channels, but for the two sums over channels, whose lanes are added at its end.
     std::vector<Floats> decay(STEPS * states), h((STEPS + 1) * states), dB(STEPS * states), dC(STEPS * states);
-    std::vector<Floats> before(STEPS), A(states);
+    std::vector<Floats> before(STEPS), step_sizes(STEPS), slopes(STEPS), A(states);
     for (int64_t v = 0; v < vectors && dfinal; v++) {
         const int64_t e = item.first + v * W;
         const int count = std::min<int64_t>(W, item.last - e);
@@ -105,14 +102,17 @@ void backward(const Sizes &sizes, const Item &item, const Inputs<T> &in, const f
             const int64_t e = item.first + v * W;
             const int count = std::min<int64_t>(W, item.last - e);
             const Floats D = in.D ? load(in.D + e, count) : Floats{};
+            const Floats bias = in.bias ? load(in.bias + e, count) : Floats{};
             for (int64_t n = 0; n < states; n++) {
                 A[n] = load(in.A + n * width + e, count);
                 h[n] = load(kept + ((block * sizes.rows + item.row) * states + n) * width + e, count);
             }
             for (int64_t s = 0; s < steps; s++) {
                 const int64_t at = item.row * length + start + s, channel = at * width + e;
-                const Floats step = load(in.step + channel, count), u = load(in.u + channel, count), x = step * u;
-                const Floats scaled = step * LOG2_E;
+                const Floats raw = load(in.delta + channel, count) + bias, step = softplus(raw);
+                const Floats u = load(in.u + channel, count), x = step * u, scaled = step * LOG2_E;
+                step_sizes[s] = step;
+                slopes[s] = sigmoid(raw);
                 const float *B = in.B + at * states, *C = in.C + at * states;
                 Floats *a = &decay[s * states], *old = &h[s * states], *now = old + states;
                 Floats y = {};
@@ -127,7 +127,7 @@ void backward(const Sizes &sizes, const Item &item, const Inputs<T> &in, const f
             Floats *g = &arriving[v * states], *rates = &dA[v * states];
             for (int64_t s = steps - 1; s >= 0; s--) {
                 const int64_t at = item.row * length + start + s, channel = at * width + e;
-                const Floats step = load(in.step + channel, count), u = load(in.u + channel, count), x = step * u;
+                const Floats step = step_sizes[s], u = load(in.u + channel, count), x = step * u;
                 const float *B = in.B + at * states, *C = in.C + at * states;
                 Floats d = load(dy + channel, count);
                 if (in.z) {
@@ -153,7 +153,9 @@ void backward(const Sizes &sizes, const Item &item, const Inputs<T> &in, const f
                         dstep += grown * A[n];
                     }
                 }
-                store(out.step + channel, dstep + dx * u, count);
+                dstep = (dstep + dx * u) * slopes[s];
+                dbias[v] += dstep;
+                store(out.delta + channel, dstep, count);
                 store(out.u + channel, dx * step + d * D, count);
                 dD[v] += d * u;
             }
@@ -175,15 +177,16 @@ void backward(const Sizes &sizes, const Item &item, const Inputs<T> &in, const f
             if (out.initial) store(out.initial + at, arriving[v * states + n], count);
         }
         if (out.D) store(out.D + item.row * width + e, dD[v], count);
+        if (out.bias) store(out.bias + item.row * width + e, dbias[v], count);
     }
 }
 
 }  // namespace
 
 #define SELECTIVE_SCAN(NAME, T)                                                                                        \
-    extern "C" void forward_##NAME(int64_t from, int64_t to, Sizes sizes, Inputs<T> in, const float *initial, T *y,    \
-                                   float *final, float *kept) {                                                        \
-        for (int64_t i = from; i < to; i++) forward(sizes, Item(sizes, i), in, initial, y, final, kept);               \
+    extern "C" void forward_##NAME(int64_t from, int64_t to, Sizes sizes, Inputs<T> in, T *y, float *final,            \
+                                   float *kept) {                                                                      \
+        for (int64_t i = from; i < to; i++) forward(sizes, Item(sizes, i), in, y, final, kept);                        \
     }                                                                                                                  \
     extern "C" void backward_##NAME(int64_t from, int64_t to, Sizes sizes, Inputs<T> in, const float *kept,            \
                                     const T *dy, const float *dfinal, Gradients<T> out) {                              \

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels.selective_scan.chunked as chunked
+import kernels.selective_scan.cpp as cpp
 from kernels import CHUNKED, CPP, KERNELS, REFERENCE, TRITON
 from kernels.against import deviations, gradients, in_fp64, upstream
 from kernels.choose import Kernels
@@ -170,14 +171,27 @@ def test_gradients_equal_differences(name):
 @pytest.mark.parametrize(
     ("size", "dtype"), [("1 x 1,024 x 384", torch.float32), ("16 x 256 x 384", torch.bfloat16)]
 )
-def test_no_tensor_holds_the_states_of_all_steps(size, dtype):
+@pytest.mark.parametrize("name", [CHUNKED, CPP])
+def test_no_tensor_holds_the_states_of_all_steps(name, size, dtype):
     """At most six times what u takes, beside the states that are kept; of states of all steps alone it would be 16."""
     inputs = Inputs(SPEC, SPEC.timed_on_cpu[size], torch.device("cpu"), dtype, 0)
     u = inputs.sample.tensors["u"]
-    kept = 4 * math.prod(chunked.kept_shape(*u.shape, 16))
-    run = run_of(CHUNKED)
-    peak = peak_bytes(Side(CHUNKED, run), inputs.complete(run), torch.device("cpu"))
+    kept = 4 * math.prod({CHUNKED: chunked, CPP: cpp}[name].kept_shape(*u.shape, 16))
+    run = run_of(name)
+    peak = peak_bytes(Side(name, run), inputs.complete(run), torch.device("cpu"))
     assert 2 * u.nbytes < peak - kept <= 6 * u.nbytes  # y and gradients alone are more than two
+
+
+@pytest.mark.parametrize("name", ["delta", "z"])
+def test_steps_and_gates_may_be_more_exact_than_inputs(name):
+    sample = sample_of(2, 20, dtype=torch.bfloat16)
+    sample.tensors[name] = sample.tensors[name].detach().float().add_(1e-4).requires_grad_()
+    found = deviations(run_of(CPP), run_of(REFERENCE), sample)
+    assert max(found.values()) < 3e-2 and found[f"gradient of {name}"] < 5e-3
+    assert (
+        gradients(sample.call(run_of(CPP)), sample, upstream(sample.call(run_of(CPP))))[name].dtype
+        == torch.float32
+    )
 
 
 def test_autocast_leaves_it_alone():
