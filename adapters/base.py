@@ -25,10 +25,16 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adapters.annotation import Annotation, Map, Span, Spans
 from adapters.shaping import Shaping
+from data.corpus import Document
+from data.rows import HeldoutRows
+from data.store import encode_documents
+from data.tokenizers import as_bytes
 from kernels.choose import Kernels, UsesKernels
 from models import ARCHITECTURES
 from models.layers.flops import Flops
@@ -43,6 +49,7 @@ if TYPE_CHECKING:
     from data.tokenizers import Tokenizer
 
 __all__ = [
+    "Annotation",
     "Context",
     "DataSpec",
     "Figures",
@@ -51,6 +58,7 @@ __all__ = [
     "Generation",
     "Likelihood",
     "LossTerm",
+    "Map",
     "Metric",
     "ModelAdapter",
     "OfDraws",
@@ -58,6 +66,8 @@ __all__ = [
     "OnTokens",
     "Prepared",
     "Rule",
+    "Span",
+    "Spans",
     "Speculation",
     "StepOutput",
     "weighted_loss",
@@ -426,6 +436,19 @@ class ModelAdapter(nn.Module):
         raise ValueError(
             f"{type(self).__name__} does not say what its network makes of clean text: it defines no clean_states"
         )
+
+    def annotate(self, text: str | bytes) -> Annotation:
+        """What the network did with a text as it stands: what of it was routed where, what it was cut into, which parts
+        looked at which. For people to see: reports and `eval` draw whatever this returns, by default nothing. Called in
+        evaluation, without gradients; the same text gives the same."""
+        return Annotation()
+
+    def one_row(self, text: str | bytes) -> Batch:
+        """A text as one document in one window: the start token and its L tokens are read, and its end comes last."""
+        store = encode_documents([Document("text", as_bytes(text))], self.tokenizer)
+        seq_len = len(store.tokens) + 1
+        rows = HeldoutRows(store, self.tokenizer.eot, seq_len, lookahead=self.data_spec().lookahead)
+        return rows.batch(np.zeros(1))
 
     def logits(self, states: Tensor) -> Tensor:
         """(..., D) of `clean_states` -> (..., V), without the columns of padding."""

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from adapters.base import Context, LossTerm, Metric, Prepared, StepOutput
+from adapters.base import Annotation, Context, LossTerm, Map, Metric, Prepared, Spans, StepOutput
 from adapters.default import DefaultModelAdapter
 from adapters.randomness import Noise
 from models.layers.decoder import Hidden
-from models.layers.experts import BiasedGate, ExpertLayer, expert_layers
+from models.layers.experts import BiasedGate, Choice, ExpertLayer, expert_layers
 
 if TYPE_CHECKING:
     from data.rows import Batch
@@ -109,6 +109,41 @@ class ExpertsAdapter(DefaultModelAdapter):
         if gates := [layer.gate for layer in self.layers if isinstance(layer.gate, BiasedGate)]:
             for gate, load in zip(gates, self.add_up(self.load), strict=True):
                 gate.balance(load, self.experts_cfg.bias_update_speed, skipped)
+
+    def annotate(self, text: str | bytes) -> Annotation:
+        """Of each layer with experts, by block: which of them weighs most in a token, as Jiang et al. 2024 show it
+        (figure 8); and the weights of all that it uses, experts by tokens."""
+        spans, maps = [], []
+        for block, choice in self._choices(self.one_row(text)).items():
+            weights = torch.zeros_like(choice.shares, dtype=choice.weights.dtype)  # (1, 1 + L, E)
+            weights = weights.scatter(-1, choice.experts, choice.weights)[0, 1:].cpu()  # (L, E)
+            experts = tuple(map(str, range(weights.shape[1])))
+            most = weights.argmax(1).tolist() if len(weights) else []
+            spans.append(
+                Spans.by_token(f"layer {block}: expert that weighs most", [experts[e] for e in most])
+            )
+            if len(weights):
+                name = f"layer {block}: weights of experts"
+                maps.append(Map(name, weights.T, "expert", "token", row_labels=experts))
+        return Annotation(tuple(spans), tuple(maps))
+
+    def _choices(self, batch: Batch) -> dict[int, Choice]:
+        """What gates choose for the tokens of a batch, by the number of the block; those of blocks that run."""
+        found: dict[int, Choice] = {}
+        handles = []
+        for block, path in enumerate(self.blocks()):
+
+            def keep(layer: Any, given: Any, output: Any, block: int = block) -> None:
+                found[block] = layer.gate.choose(layer.gate.logits(given[0], None))
+
+            layers = expert_layers(self.model.get_submodule(path))
+            handles += [layer.register_forward_hook(keep) for layer in layers]
+        try:
+            self.clean_states(batch, Context(seed=0, step=0, phase="eval", rows_in_step=1))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
 
 
 def load_figures(load: Tensor) -> dict[str, float]:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adapters.base import Context, LossTerm, Metric, Prepared, StepOutput
+from adapters.base import Annotation, Context, LossTerm, Metric, Prepared, Spans, StepOutput
 from adapters.default import DefaultModelAdapter
 from adapters.randomness import Noise
 from models.layers.decoder import Hidden
@@ -105,6 +105,18 @@ class MixtureOfDepthsAdapter(DefaultModelAdapter):
             rows = torch.from_numpy(np.flatnonzero(lengths == length)).to(self.device)
             names = ("inputs", "doc_ids", "targets", "weights")
             yield Prepared({name: prepared.tensors[name][rows, :length] for name in names}, {}, host)
+
+    def annotate(self, text: str | bytes) -> Annotation:
+        """The tokens that enter each routed block."""
+        ctx = Context(seed=0, step=0, phase="eval", rows_in_step=1)
+        hidden = self.hidden(self.prepare(self.one_row(text), ctx).to(self.device))
+        entered = hidden.extra["entered"][:, 0, 1:].tolist()  # (R, L)
+        return Annotation(
+            tuple(
+                Spans.by_token(f"layer {layer}: tokens that enter", ["" if e else None for e in of_layer])
+                for layer, of_layer in zip(self.model_cfg.routed_layers, entered, strict=True)
+            )
+        )
 
     def text_metrics(self, hidden: Hidden) -> dict[str, Metric]:
         return {"used_share": _share(hidden.extra["entered"])}

@@ -20,12 +20,13 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from adapters.base import Context, GenerateOptions, Likelihood, ModelAdapter
+from adapters.base import Annotation, Context, GenerateOptions, Likelihood, ModelAdapter
 from data.corpus import Document
 from data.rows import Batch, HeldoutRows
 from data.store import encode_documents
 from data.tokenizers import StreamDecoder, as_bytes
 from naming import expand_path, not_one_of
+from trainer.annotate import annotate
 from trainer.evaluate import Score, evaluating
 from trainer.precision import autocast, tune_host
 from trainer.run.folder import BEST
@@ -234,6 +235,12 @@ class Loaded:
             states = self._clean_states(batch)[0]  # (T, D)
             return torch.cat([self.adapter.logits(part).float().cpu() for part in states.split(LOGIT_ROWS)])
 
+    def annotate(self, text: str | bytes) -> Annotation:
+        """What the model did with a text, where its architecture has something to show: marked stretches of its tokens,
+        and maps (`adapters.base.Annotation`), the start token left out. Others give an empty one."""
+        with self._computing():
+            return annotate(self.adapter, _document(text).text, self.precision)
+
     def generate(self, prompts: str | bytes | Sequence[str | bytes], **options: Any) -> list[str]:
         """Continuations of the prompts ("" is the start of a document), without these, in their order.
 
@@ -280,9 +287,7 @@ class Loaded:
             yield
 
     def _one_row(self, text: str | bytes) -> Batch:
-        """The whole text in one window, its end behind it."""
-        store = encode_documents([_document(text)], self.tokenizer)
-        return self._restored.rows(store, seq_len=len(store.tokens) + 1).batch(np.zeros(1))
+        return self.adapter.one_row(_document(text).text)
 
     def _clean_states(self, batch: Batch) -> Tensor:
         ctx = Context(seed=self.config.seed, step=0, phase="eval", rows_in_step=1)

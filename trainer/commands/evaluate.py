@@ -5,16 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapters.base import ModelAdapter
 from data import SOURCES, readers
 from data.scored import text_to_score
+from models import ARCHITECTURES
+from naming import load
+from trainer.annotate import annotation_of
 from trainer.run.files import output_file, write_atomically
 from trainer.run.lines import refuse_taken_names_of_score
 from trainer.run.restore import add_checkpoint_arguments, restore_named
 from trainer.signals import StopSignal
 from trainer.view.console import Console
 from trainer.view.format import bits_per_byte, ranking_notes, score_lines
+from trainer.view.report import write_picture
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
@@ -40,6 +46,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--val_bytes", type=int, help="score at most this many bytes of whole documents")
     parser.add_argument("--batch_size", type=int, help="rows per forward pass (default: the run's)")
     parser.add_argument("--output", help="also write the result to this JSON file")
+    parser.add_argument(
+        "--picture",
+        help="draw into this HTML file what the model did with a sample of the text; --output keeps its data too",
+    )
     args = parser.parse_args(argv)
     for name in ("val_seq_len", "val_bytes", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -50,9 +60,14 @@ def main(argv: list[str]) -> int:
         those = " or ".join(f"--data {name}" for name in readers("input_file"))
         raise ValueError(f"input_file is read by {those} only. Add {those}")
     output = output_file(args.output) if args.output else None
+    picture = output_file(args.picture, "picture") if args.picture else None
+    if picture and output and picture == output:
+        raise ValueError(f"picture: {picture} is the file of --output too. Give another")
 
     restored = restore_named(args, {"val_seq_len": args.val_seq_len} if args.val_seq_len else {})
     cfg, checkpoint = restored.cfg, restored.checkpoint
+    if picture:
+        _require_annotations(restored.adapter)
     source = restored.source
     trained_on = source.data if source else None
     known = source is None or trained_on is not None
@@ -77,18 +92,50 @@ def main(argv: list[str]) -> int:
         "precision": restored.precision,
         "score": score.as_dict(),
     }
+    drawn, kept = "", result
+    if picture:
+        context = cfg.val_seq_len or cfg.train_seq_len
+        found = annotation_of(restored.adapter, text.store, context, restored.precision)
+        kept = result | {"annotation": found}
+        drawn = _draw(picture, f"{cfg.type} on {text}", found)
     if output:  # before anything is printed: nobody may be reading that to its end
-        write_atomically(output, json.dumps(result, indent=2) + "\n")
+        write_atomically(output, json.dumps(kept, indent=2) + "\n")
     whence = f" of {checkpoint}" if checkpoint and not known else ""
     print(f"{cfg.type} ({restored.weights} weights{whence}) on {text}", file=sys.stderr)
     shown = score.as_dict()
     lines = [("bits per byte", bits_per_byte(shown)), *score_lines(shown)]
+    lines += [("picture", drawn)] if drawn else []
     for name, value in lines:
         print(f"  {name:<18}{value}", file=sys.stderr)
     for note in [*ranking_notes(shown, {}), *text.notes]:
         print(f"  {note}", file=sys.stderr)
     print(json.dumps(result))
     return 0
+
+
+def _annotates(adapter: type[ModelAdapter]) -> bool:
+    return adapter.annotate is not ModelAdapter.annotate
+
+
+def _require_annotations(adapter: ModelAdapter) -> None:
+    if not _annotates(type(adapter)):
+        able = [name for name, row in ARCHITECTURES.items() if _annotates(load(row.adapter))]
+        raise ValueError(
+            f"picture: {type(adapter).__name__} has nothing to draw of a text. Architectures that have: "
+            f"{', '.join(able)}"
+        )
+
+
+def _draw(path: Path, title: str, found: dict[str, Any]) -> str:
+    """Write the page; what is in it, and where it is."""
+    if not found:
+        return "nothing to draw: the model, as it is configured, shows nothing of a text"
+    write_picture(path, title, found)
+    number = len(found["spans"]) + len(found["maps"])
+    first = (found["spans"] or found["maps"])[0]["name"]
+    return (
+        f"{first}{f' and {number - 1} more' if number > 1 else ''}, of {len(found['tokens'])} tokens: {path}"
+    )
 
 
 def _asked(args: argparse.Namespace, run: RunConfig) -> RunConfig:

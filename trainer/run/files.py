@@ -73,11 +73,11 @@ def _as_bytes(content: str | bytes) -> bytes:
     return content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
 
 
-def output_file(given: str) -> Path:
-    """The file that `--output` names. ValueError where it cannot be written: now, not when the work is done."""
+def output_file(given: str, option: str = "output") -> Path:
+    """The file that an option names. ValueError where it cannot be written: now, not when the work is done."""
     path = expand_path(given)
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"output: cannot write {path}. Give a file in an existing folder")
+        raise ValueError(f"{option}: cannot write {path}. Give a file in an existing folder")
     return path
 
 

@@ -1,6 +1,6 @@
 """A run's folder on disk. Process 0 alone touches it, one run at a time.
 
-config.yaml manifest.json metrics.jsonl samples.txt summary.json report.html
+config.yaml manifest.json metrics.jsonl samples.txt summary.json annotation.json report.html
 checkpoint-<step>/  best_model/  final_model/  and links to the newest checkpoint's files
 metrics.dropped.jsonl  samples.dropped.txt  what lives cut short had written beyond the checkpoint that was gone on with
 """

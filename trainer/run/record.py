@@ -3,6 +3,7 @@ process 0 alone writes it: to its folder, and to every sink."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from configs.grammar import word
 from data.yardsticks import NAMES, start_background
 from naming import command_line
+from trainer.annotate import annotation_of
 from trainer.errors import sentence
 from trainer.run.facts import checkpoint_contents, facts_of, kernels_of, summary_of
 from trainer.run.files import beside
@@ -132,6 +134,17 @@ class RunRecord:
             self._manifest["kernels"] = kernels
             self.folder.write_json("manifest.json", self._manifest)
 
+    def _annotate(self, s: Session) -> None:
+        """Of the weights that were scored; what an earlier life found is of others."""
+        with s.averaged_weights():
+            found = annotation_of(
+                s.adapter, s.dataset.heldout, s.cfg.val_seq_len or s.cfg.train_seq_len, s.precision
+            )
+        if found:
+            self.folder.write("annotation.json", json.dumps(found, separators=(",", ":")) + "\n")
+        else:
+            (self.folder.path / "annotation.json").unlink(missing_ok=True)
+
     def _optional(self, what: str, make: Callable[[], object]) -> None:
         """What only shows what is there already costs nobody a finished run, whatever goes wrong in it."""
         try:
@@ -199,6 +212,7 @@ class RunRecord:
         summary = summary_of(s, progress, flops, score, yardsticks, best, stopped_early)
         self.folder.write_json("summary.json", summary)
         self._optional("manifest.json", lambda: self._correct_manifest(s))
+        self._optional("annotation.json", lambda: self._annotate(s))
         self.complete(progress.step, final=not s.cfg.eval_only)
         for sink in self._sinks:
             sink.finish(summary)

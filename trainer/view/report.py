@@ -1,7 +1,7 @@
 """report.html: a run on one page that needs no network, no script library and no running server.
 
 Curves come from metrics.jsonl alone; score and yardsticks from summary.json; the rest is config.yaml,
-manifest.json and samples.txt. What is absent (a run that was cut off) is left out.
+manifest.json, annotation.json and samples.txt. What is absent (a run that was cut off) is left out.
 """
 
 import json
@@ -13,6 +13,7 @@ import yaml
 
 from trainer.run.files import write_atomically
 from trainer.run.metrics import read_metrics
+from trainer.view.annotation import drawn
 from trainer.view.curves import curves
 from trainer.view.format import (
     YARDSTICK_NOTES,
@@ -25,7 +26,7 @@ from trainer.view.format import (
     score_lines,
 )
 
-__all__ = ["write_report"]
+__all__ = ["write_picture", "write_report"]
 
 _ASSETS = Path(__file__).parent / "assets"
 MAX_SAMPLES = 6
@@ -45,27 +46,43 @@ def write_report(run_dir: Path) -> Path:
     kind = summary.get("type") or config.get("type") or run_dir.resolve().name
     score = summary.get("score")
     title = f"{kind}: {bits_per_byte(score)} bits per byte" if score else str(kind)
+    path = run_dir / "report.html"
+    write_atomically(
+        path,
+        _page(
+            title,
+            FACTS=_facts(run_dir, summary, manifest),
+            SCORE=_score(score, summary.get("yardsticks") or {}, summary.get("best")) if score else "",
+            OVERLAP=_overlap(manifest.get("data", {}).get("overlap") or {}),
+            CURVES=curves(metrics),
+            ANNOTATION=drawn(_read_json(run_dir / "annotation.json")),
+            SAMPLES=_samples(run_dir / "samples.txt"),
+            SETTINGS=_table("Settings", "config.yaml", config),
+            MANIFEST=_table("Manifest", "manifest.json", manifest),
+        ),
+    )
+    return path
+
+
+def write_picture(path: Path, title: str, annotation: dict[str, Any]) -> None:
+    """Write a page that has nothing but what `trainer.annotate.annotation_of` made."""
+    write_atomically(path, _page(title, ANNOTATION=drawn(annotation)))
+
+
+def _page(title: str, **parts: str) -> str:
+    """The template with its parts; those that are not given are empty."""
     page = (_ASSETS / "report.html").read_text(encoding="utf-8")
-    parts = {
+    parts |= {
         "TITLE": escape(title),
         "STYLE": (_ASSETS / "report.css").read_text(encoding="utf-8"),
         "SCRIPT": (_ASSETS / "report.js").read_text(encoding="utf-8"),
-        "FACTS": _facts(run_dir, summary, manifest),
-        "SCORE": _score(score, summary.get("yardsticks") or {}, summary.get("best")) if score else "",
-        "OVERLAP": _overlap(manifest.get("data", {}).get("overlap") or {}),
-        "CURVES": curves(metrics),
-        "SAMPLES": _samples(run_dir / "samples.txt"),
-        "SETTINGS": _table("Settings", "config.yaml", config),
-        "MANIFEST": _table("Manifest", "manifest.json", manifest),
     }
     # One pass over the template, so that a placeholder's name inside a sample stays what it is.
     head, *rest = page.split("{{")
     for piece in rest:
         name, _, tail = piece.partition("}}")
-        head += parts[name] + tail
-    path = run_dir / "report.html"
-    write_atomically(path, head)
-    return path
+        head += parts.get(name, "") + tail
+    return head
 
 
 def _read_json(path: Path) -> dict[str, Any]:
