@@ -10,32 +10,34 @@ from collections.abc import Callable
 from html import escape
 from typing import Any
 
-from trainer.view.charts import style
+from trainer.view.charts import MAX_SERIES, style
 from trainer.view.format import printable
 
 __all__ = ["drawn"]
 
 MAX_DRAWN = 12  # of the stretches, and of the maps; of more the first, the last, and some evenly between
 LEVELS = 8  # of a map's values that the eye is to tell apart
-WIDTH, LEFT, BOTTOM = 720, 96, 34  # of a map, with room for labels
-LEAST, MOST, TALLEST = 3.0, 18.0, 360.0  # heights: of a row, and of all rows where they fit
+WIDTH, BOTTOM = 1000, 22  # of a map, and of the room for labels of columns
+CHARACTER = 8  # pixels of a character, at most
+LEAST, MOST, TALLEST = 1.5, 18.0, 360.0  # heights: of a row, and of all rows where they fit
 LABEL = 15  # pixels that a label takes in height, and
 WIDE = 58  # in width
-CUT = 12  # characters of a label
+CUT = 14  # characters of a label, of a row; of a column as many as have room
 
 
-def drawn(found: dict[str, Any]) -> str:
-    """A <section> of what `trainer.annotate.annotation_of` made; "" of nothing."""
+def drawn(found: dict[str, Any], source: str = "") -> str:
+    """A <section> of what `trainer.annotate.annotation_of` made; "" of nothing. `source`: the file that it is in."""
     if not found:
         return ""
     text = found["text"].encode()
     starts = [start for start, _ in found["tokens"]]
-    tokens = [text[start:end] for start, end in found["tokens"]]
+    # A token alone says little of where it stands.
+    tokens = [text[start : start + 4 * CUT].decode("utf-8", errors="ignore") for start in starts]
     pictures = [
         _group(found["spans"], lambda one: _marked(one, text, [*starts, len(text)])),
         _group(found["maps"], lambda of: _map(of, tokens)),
     ]
-    heading = "<h2>What the model did with a text <small>annotation.json</small></h2>"
+    heading = f"<h2>What the model did with a text <small>{escape(source)}</small></h2>"
     about = f"the beginning of a held-out document: {len(tokens):,} tokens, {len(text):,} bytes"
     return f'<section>{heading}<p class="hint">{about}</p>{"".join(pictures)}</section>'
 
@@ -49,7 +51,7 @@ def _group(pictures: list[dict[str, Any]], draw: Callable[[dict[str, Any]], str]
         f"{draw(pictures[place])}</details>"
         for place in places
     )
-    left_out = f'<p class="hint">{count} of {len(pictures)} are drawn; annotation.json has all</p>'
+    left_out = f'<p class="hint">{count} of {len(pictures)} are drawn</p>'
     return shown + (left_out if count < len(pictures) else "")
 
 
@@ -65,6 +67,7 @@ def _marked(one: dict[str, Any], text: bytes, starts: list[int]) -> str:
     and the end of the text."""
     labels = sorted({label for _, _, label in one["spans"] if label}, key=_by_number)
     styles = {label: style(index) for index, label in enumerate(labels)}
+    written = len(labels) > MAX_SERIES  # no two of fewer look alike
     parts, before = [], 0
     for index, (start, end, label) in enumerate(one["spans"]):
         first, last = starts[start], starts[end]
@@ -72,7 +75,8 @@ def _marked(one: dict[str, Any], text: bytes, starts: list[int]) -> str:
         # A line's end has no width of its own.
         marked = escape(printable(text[first:last]).replace("\n", "↵\n"))
         title = f' title="{_line(label)}"' if label else ""
-        parts.append(f'<mark class="{styles.get(label) or style(index % 2)}"{title}>{marked}</mark>')
+        number = f"<sup>{_line(label)}</sup>" if written and label else ""
+        parts.append(f'<mark class="{styles.get(label) or style(index % 2)}"{title}>{number}{marked}</mark>')
         before = last
     parts.append(escape(printable(text[before:])))
     legend = "".join(f'<span><mark class="{styles[label]}">{_line(label)}</mark></span>' for label in labels)
@@ -88,14 +92,17 @@ def _by_number(label: str) -> tuple[bool, int, str]:
 # --- maps -----------------------------------------------------------------------------------------------
 
 
-def _map(of: dict[str, Any], tokens: list[bytes]) -> str:
+def _map(of: dict[str, Any], tokens: list[str]) -> str:
     """Cells of one lightness are one path, and neighbours in a row one rectangle, so that a page with many stays
     small."""
     values = of["values"]
     most = max(max(row) for row in values)
     rows, columns = len(values), len(values[0])
     height = min(MOST, max(LEAST, TALLEST / rows))
-    width = (WIDTH - LEFT) / columns
+    row_names, column_names = of["row_labels"] or tokens, of["column_labels"] or tokens
+    named = {r: _label(row_names[r], CUT) for r in _places(rows, height, LABEL)}
+    left = 8 + CHARACTER * max(len(name) for name in named.values())
+    width = (WIDTH - left) / columns
     paths: dict[int, list[str]] = {}
     for r, row in enumerate(values):
         levels = [math.ceil(LEVELS * value / most) if most else 0 for value in row]
@@ -111,20 +118,19 @@ def _map(of: dict[str, Any], tokens: list[bytes]) -> str:
         f'<path fill-opacity="{level / LEVELS:g}" d="{"".join(paths[level])}"/>' for level in sorted(paths)
     )
     tall = rows * height
-    names = [of["row_labels"] or tokens, of["column_labels"] or tokens]
     parts = [
         f'<svg class="map" viewBox="0 0 {WIDTH} {tall + BOTTOM:.1f}" role="img" '
         f'aria-label="{_line(of["name"])}: {_line(of["rows"])} by {_line(of["columns"])}">',
-        f'<rect class="grid" x="{LEFT}" y="0" width="{WIDTH - LEFT}" height="{tall:.1f}"/>',
-        f'<g class="s0 cells" transform="translate({LEFT} 0) scale({width:.4f} {height:.4f})">{cells}</g>',
+        f'<rect class="grid" x="{left}" y="0" width="{WIDTH - left}" height="{tall:.1f}"/>',
+        f'<g class="s0 cells" transform="translate({left} 0) scale({width:.4f} {height:.4f})">{cells}</g>',
     ]
-    for r in _places(rows, height, LABEL):
-        parts.append(
-            f'<text class="y" x="{LEFT - 8}" y="{(r + 0.5) * height + 4:.1f}">{_label(names[0], r)}</text>'
-        )
+    parts += [
+        f'<text class="y" x="{left - 8}" y="{(r + 0.5) * height + 4:.1f}">{escape(name)}</text>'
+        for r, name in named.items()
+    ]
     for c in _places(columns, width, WIDE):
-        at = LEFT + (c + 0.5) * width
-        parts.append(f'<text class="x" x="{at:.1f}" y="{tall + 16:.1f}">{_label(names[1], c)}</text>')
+        name, at = _label(column_names[c], WIDE // CHARACTER), left + (c + 0.5) * width
+        parts.append(f'<text class="x" x="{at:.1f}" y="{tall + 16:.1f}">{escape(name)}</text>')
     parts.append("</svg>")
     told = (
         f"{rows:,} rows: {_line(of['rows'])}; {columns:,} columns: {_line(of['columns'])}; "
@@ -138,8 +144,7 @@ def _places(count: int, size: float, room: float) -> range:
     return range(0, count, max(1, -int(-room // size)))
 
 
-def _label(names: list[Any], place: int) -> str:
-    name = printable(names[place]).replace("\n", "↵")
-    if isinstance(names[place], bytes):
-        name = name.strip() or "␣"
-    return escape(name if len(name) <= CUT else name[: CUT - 1] + "…")
+def _label(name: str, length: int) -> str:
+    """Of a row or a column: its own, or the text that begins with its token."""
+    shown = printable(name).replace("\n", "↵")
+    return shown if len(shown) <= length else shown[: length - 1] + "…"

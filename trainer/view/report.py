@@ -55,7 +55,7 @@ def write_report(run_dir: Path) -> Path:
             SCORE=_score(score, summary.get("yardsticks") or {}, summary.get("best")) if score else "",
             OVERLAP=_overlap(manifest.get("data", {}).get("overlap") or {}),
             CURVES=curves(metrics),
-            ANNOTATION=drawn(_read_json(run_dir / "annotation.json")),
+            ANNOTATION=drawn(_read_json(run_dir / "annotation.json"), "annotation.json"),
             SAMPLES=_samples(run_dir / "samples.txt"),
             SETTINGS=_table("Settings", "config.yaml", config),
             MANIFEST=_table("Manifest", "manifest.json", manifest),
