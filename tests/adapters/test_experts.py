@@ -6,8 +6,11 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from adapters import build_adapter
 from adapters.experts import load_figures
+from data.tokenizers import ByteTokenizer
 from tests.contract.pair import Pair, train_here
 from tests.contract.test_run import assert_same_state
 from tests.contract.tiny import (
@@ -238,3 +241,35 @@ def test_a_run_goes_on_with_its_bias_and_two_processes_have_one(tmp_path):
     alone = torch.load(whole / "checkpoint-6" / "model.pt", weights_only=True)[name]
     assert alone.any()
     assert torch.equal(torch.from_numpy(first[name]), alone) and (first[name] == second[name]).all()
+
+
+# -- what is drawn -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("words", [(), (*DEEPSEEK, "model_cfg.first_k_dense=1"), ("model_cfg.moe_every=2",)])
+def test_the_experts_that_are_drawn_are_those_that_tokens_use(words):
+    """Against the outputs of single experts, weighed and added up anew."""
+    cfg = config("moe", "model_cfg.vocab_size=null", "model_cfg.n_shared_experts=0", *words)
+    adapter, text = build_adapter(*cfg, ByteTokenizer()).eval(), "whose is \0 which?"
+    through = {}
+    blocks = adapter.model_cfg.expert_layers
+    for block, layer in zip(blocks, adapter.layers, strict=True):
+        layer.gate.weight.mul_(50)  # at their first values all experts weigh alike
+        layer.register_forward_hook(lambda m, x, y, block=block: through.update({block: (x[0][0], y[0][0])}))
+    found = adapter.annotate(text)
+    assert [one.name for one in found.spans] == [f"layer {b}: expert that weighs most" for b in blocks]
+    assert [of.name for of in found.maps] == [f"layer {b}: weights of experts" for b in blocks]
+    for block, layer, one, of in zip(blocks, adapter.layers, found.spans, found.maps, strict=True):
+        x, y = (t[1:] for t in through[block])  # (L, D): without the start token
+        assert of.values.shape == (adapter.model_cfg.experts, len(text)) and one.spans[-1].end == len(text)
+        assert (of.values > 0).sum(0).unique().tolist() == [adapter.model_cfg.chosen]
+        e = layer.experts
+        alone = torch.stack(
+            [
+                (F.silu(x @ g.T) * (x @ u.T)) @ d.T
+                for g, u, d in zip(e.gate_proj, e.up_proj, e.down_proj, strict=True)
+            ]
+        )  # (E, L, D)
+        torch.testing.assert_close((of.values[..., None] * alone).sum(0), y, rtol=1e-4, atol=1e-6)
+        assert [span.label for span in one.spans] == [str(int(w.argmax())) for w in of.values.T]

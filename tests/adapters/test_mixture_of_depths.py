@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from adapters import build_adapter
 from adapters.base import GenerateOptions, Metric
-from tests.contract.tiny import adapter_of, batch_for, batch_of, context, loss_and_gradients, split
+from data.tokenizers import ByteTokenizer
+from tests.contract.tiny import adapter_of, batch_for, batch_of, config, context, loss_and_gradients, split
 
 RANDOM, AUX = "model_cfg.router_type=random", "model_cfg.causal_method=aux_loss"
 DEEPER = "model_cfg.n_layers=4"
@@ -192,3 +194,25 @@ def test_text_through_the_cache_is_text_without(more):
         for use_cache in (True, False)
     ]
     assert texts[0] == texts[1] and len({tuple(text) for text in texts[0]}) > 1
+
+
+# -- what is drawn ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_the_tokens_that_are_drawn_are_those_that_a_block_changes():
+    adapter = build_adapter(*config("mod", DEEPER, "model_cfg.vocab_size=null"), ByteTokenizer()).eval()
+    text = "what of \0 it enters?"
+    changed = {}
+
+    def keep(block, given, output):
+        changed[block.layer] = (output[0] != given[0]).any(-1)[0, 1:].nonzero().flatten().tolist()
+
+    for block in adapter.model.layers:
+        if hasattr(block, "router"):
+            nn.init.normal_(block.router.predictor.down.weight, std=10.0)
+            block.register_forward_hook(keep)
+    found = adapter.annotate(text)
+    assert [one.name for one in found.spans] == [f"layer {i}: tokens that enter" for i in (1, 3)]
+    assert [[span.start for span in one.spans] for one in found.spans] == [changed[1], changed[3]]
+    assert all(0 < len(places) < len(text) for places in changed.values())

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from adapters.base import ModelAdapter
 from models import ARCHITECTURES
 from trainer.loaded import load
 from trainer.run.checkpoint import load_tensors
@@ -106,10 +107,31 @@ def test_the_weights_are_those_that_were_asked_for(loaded, whole_run):
     assert (averaged - average[name]).norm() < 0.1 * (averaged - raw[name]).norm()
 
 
+@pytest.mark.parametrize(
+    "text", ["", "0", "0123 gr\N{LATIN SMALL LETTER O WITH DIAERESIS}\0\N{BUTTERFLY}\n01 <b>&"]
+)
+def test_what_is_drawn_of_a_text_fits_it_and_is_the_same_each_time(loaded, text):
+    found, again = loaded.annotate(text), loaded.annotate(text.encode())  # which check that it fits
+    assert found.spans == again.spans
+    for of, other in zip(found.maps, again.maps, strict=True):
+        assert of.name == other.name and of.labels == other.labels and torch.equal(of.values, other.values)
+        assert not of.values.requires_grad
+    names = [one.name for one in (*found.spans, *found.maps)]
+    assert len(set(names)) == len(names), "people are to tell them apart"
+    if type(loaded.adapter).annotate is ModelAdapter.annotate:
+        assert not found
+    assert not any(module._forward_hooks for module in loaded.model.modules())
+
+
 def test_looking_changes_nothing(readable):
     part = readable.model.get_submodule(readable.adapter.blocks()[0]).train()
     generators = torch.get_rng_state(), np.random.get_state()[1]
-    readable.score(SHORT), readable.hidden(SHORT), readable.generate("0", max_new_tokens=2)
+    (
+        readable.score(SHORT),
+        readable.hidden(SHORT),
+        readable.generate("0", max_new_tokens=2),
+        readable.annotate(SHORT),
+    )
     assert part.training and not readable.model.training and torch.is_grad_enabled()
     assert torch.equal(generators[0], torch.get_rng_state())
     assert np.array_equal(generators[1], np.random.get_state()[1])

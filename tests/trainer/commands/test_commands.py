@@ -373,6 +373,9 @@ def test_eval_knows_the_architecture_of_a_checkpoint(command):
         (["--input_file", "no.txt"], "'no.txt' does not exist"),
         (["--data", "synthetic", "--input_file", "no.txt"], "Add --data text"),
         (["--output", "no/such/folder/score.json"], "output: cannot write no/such/folder/score.json"),
+        (["--picture", "no/such/folder/page.html"], "picture: cannot write no/such/folder/page.html"),
+        (["--picture", "one", "--output", "one"], "picture: one is the file of --output too"),
+        (["--picture", "page.html"], "nothing to draw of a text. Architectures that have: mod, moe, mtm"),
     ],
 )
 def test_bad_evaluations_are_refused(command, words, text):
@@ -382,6 +385,40 @@ def test_bad_evaluations_are_refused(command, words, text):
 def test_a_number_format_that_there_is_not_is_refused(command):
     status, out, err = command("eval", "--model_name", "dante", "--mixed_precision", "fp8")
     assert (status, out) == (2, "") and "mixed_precision: 'fp8' is not one of auto, no, bf16, fp16" in err
+
+
+@pytest.fixture(scope="module")
+def router(tmp_path_factory):
+    """A run of an architecture that has something to draw."""
+    run = tmp_path_factory.mktemp("mod")
+    train(*config("mod", "num_iterations=1", "val_loss_every=0", "sample_tokens=0"), run)
+    return run
+
+
+def test_eval_draws_what_the_run_drew_and_keeps_its_data_where_asked(command, router, tmp_path):
+    page, output = tmp_path / "page.html", tmp_path / "score.json"
+    found, err = evaluated(command, "--picture", page, "--output", output, model=("--checkpoint", router))
+    kept = json.loads(output.read_text())
+    assert kept.pop("annotation") == json.loads((router / "annotation.json").read_text())
+    assert kept == found, "of what is printed the picture is no part"
+    (line,) = [line for line in err.splitlines() if str(page) in line]
+    assert line.startswith("  picture           layer 1: tokens that enter, of 31 tokens: ")
+    text = page.read_text(encoding="utf-8")
+    assert "<summary>layer 1: tokens that enter</summary>" in text and "held-out part of markov text" in text
+
+
+def test_eval_draws_the_text_that_it_scores(command, router, tmp_path):
+    (tmp_path / "mine.txt").write_text("<i>0123</i> " * 9, encoding="utf-8")
+    words = ["--picture", tmp_path / "page.html", "--input_file", tmp_path / "mine.txt"]
+    evaluated(command, *words, model=("--checkpoint", router))
+    assert "&lt;i&gt;0123" in re.sub("<.*?>", "", (tmp_path / "page.html").read_text(encoding="utf-8"))
+
+
+def test_eval_says_where_there_is_nothing_to_draw(command, router, monkeypatch, tmp_path):
+    monkeypatch.setattr("trainer.commands.evaluate.annotation_of", lambda *args: {})
+    page = tmp_path / "page.html"
+    _, err = evaluated(command, "--picture", page, model=("--checkpoint", router))
+    assert "picture           nothing to draw" in err and not page.exists()
 
 
 # -- show --------------------------------------------------------------------------------------------------------------

@@ -198,6 +198,16 @@ def test_samples_are_escaped_newest_first(run):
     assert text.index("step 1000") < text.index("step 500")
 
 
+def test_what_was_kept_of_a_text_is_drawn_before_the_samples(run):
+    assert "What the model did with a text" not in write_report(run).read_text()
+    found = {"text": "ab", "tokens": [[0, 1], [1, 2]], "maps": []}
+    found["spans"] = [{"name": "stage 1", "spans": [[0, 1, ""], [1, 2, ""]]}]
+    (run / "annotation.json").write_text(json.dumps(found))
+    text = write_report(run).read_text()
+    assert text.count("<mark") == 2 and "<summary>stage 1</summary>" in text
+    assert text.index("What the model did with a text") < text.index("samples.txt")
+
+
 def test_settings_and_manifest_are_listed(run):
     text = write_report(run).read_text()
     assert "<th>model_cfg.n_layers</th><td>4</td>" in text
