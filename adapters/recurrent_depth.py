@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from adapters.base import Context, Metric, Prepared, StepOutput
+from adapters.base import Annotation, Context, Metric, Prepared, Spans, StepOutput
 from adapters.default import DefaultModelAdapter
 from adapters.randomness import Noise
 from models.layers.decoder import Hidden
@@ -98,3 +98,12 @@ class RecurrentDepthAdapter(DefaultModelAdapter):
             "recurrences": Metric((took * weights).sum(), count),
             "full_depth": Metric((full * weights).sum(), count),
         }
+
+    def annotate(self, text: str | bytes) -> Annotation:
+        """How many recurrences each token took, where tokens may leave."""
+        if self.model_cfg.exit_criterion == "none":
+            return Annotation()
+        ctx = Context(seed=0, step=0, phase="eval", rows_in_step=1)
+        hidden = self.hidden(self.prepare(self.one_row(text), ctx).to(self.device))
+        took = hidden.extra["recurrences"][0, 1:].tolist()  # (L,)
+        return Annotation((Spans.by_token("recurrences", [str(int(turns)) for turns in took]),))

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from adapters import build_adapter
 from adapters.base import GenerateOptions
-from tests.contract.tiny import adapter_of, batch_for, context, move_away_from_uniform
+from data.tokenizers import ByteTokenizer
+from tests.contract.tiny import adapter_of, batch_for, config, context, move_away_from_uniform
 
 GREEDY = GenerateOptions(max_new_tokens=9, temperature=0.0, stop_at_document_end=False)
 PROMPTS = [[5, 6, 7], [], list(range(9))]
@@ -119,3 +121,21 @@ def test_other_depths_are_scored_without_exits():
         for name, nats in other.estimates.items():
             assert np.allclose(nats, found[0].estimates[name], rtol=0, atol=1e-9)
         assert not np.allclose(other.nats, found[0].nats, atol=1e-3)
+
+
+@torch.no_grad()
+def test_the_recurrences_that_are_drawn_are_those_that_are_counted():
+    words = [f"model_cfg.{name}={value}" for name, value in {**SIZES, **EXITS["states"]}.items()]
+    cfg = config("rd", "model_cfg.vocab_size=null", *words)
+    adapter = build_adapter(*cfg, ByteTokenizer()).double().eval()
+    move_away_from_uniform(adapter, std=0.5)
+
+    def counted(text):  # of the start token and all but the last
+        found = adapter.likelihood(adapter.one_row(text), context(1, phase="eval")).metrics["recurrences"]
+        return float(found.sum)
+
+    text = "to be, or"
+    drawn = [int(span.label) for span in adapter.annotate(text).spans[0].spans]
+    assert len(drawn) == len(text) and len(set(drawn)) > 1
+    assert drawn[:-1] == [counted(text[: i + 1]) - counted(text[:i]) for i in range(1, len(text))]
+    assert not build_adapter(*config("rd", "model_cfg.vocab_size=null"), ByteTokenizer()).annotate(text)

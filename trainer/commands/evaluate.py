@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 from adapters.base import ModelAdapter
 from data import SOURCES, readers
 from data.scored import text_to_score
-from models import ARCHITECTURES
-from naming import load
 from trainer.annotate import annotation_of
 from trainer.run.files import output_file, write_atomically
 from trainer.run.lines import refuse_taken_names_of_score
@@ -66,8 +64,12 @@ def main(argv: list[str]) -> int:
 
     restored = restore_named(args, {"val_seq_len": args.val_seq_len} if args.val_seq_len else {})
     cfg, checkpoint = restored.cfg, restored.checkpoint
-    if picture:
-        _require_annotations(restored.adapter)
+    adapter = type(restored.adapter)
+    if picture and adapter.annotate is ModelAdapter.annotate:
+        raise ValueError(
+            f"picture: {adapter.__name__} of type={cfg.type} has nothing to draw of a text (it defines no annotate). "
+            f"Leave picture out"
+        )
     source = restored.source
     trained_on = source.data if source else None
     known = source is None or trained_on is not None
@@ -111,19 +113,6 @@ def main(argv: list[str]) -> int:
         print(f"  {note}", file=sys.stderr)
     print(json.dumps(result))
     return 0
-
-
-def _annotates(adapter: type[ModelAdapter]) -> bool:
-    return adapter.annotate is not ModelAdapter.annotate
-
-
-def _require_annotations(adapter: ModelAdapter) -> None:
-    if not _annotates(type(adapter)):
-        able = [name for name, row in ARCHITECTURES.items() if _annotates(load(row.adapter))]
-        raise ValueError(
-            f"picture: {type(adapter).__name__} has nothing to draw of a text. Architectures that have: "
-            f"{', '.join(able)}"
-        )
 
 
 def _draw(path: Path, title: str, found: dict[str, Any]) -> str:

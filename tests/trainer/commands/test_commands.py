@@ -375,7 +375,7 @@ def test_eval_knows_the_architecture_of_a_checkpoint(command):
         (["--output", "no/such/folder/score.json"], "output: cannot write no/such/folder/score.json"),
         (["--picture", "no/such/folder/page.html"], "picture: cannot write no/such/folder/page.html"),
         (["--picture", "one", "--output", "one"], "picture: one is the file of --output too"),
-        (["--picture", "page.html"], "nothing to draw of a text. Architectures that have: mod, moe, mtm"),
+        (["--picture", "page.html"], "DefaultModelAdapter of type=gpt2 has nothing to draw"),
     ],
 )
 def test_bad_evaluations_are_refused(command, words, text):
