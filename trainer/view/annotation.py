@@ -5,9 +5,11 @@ Every mark and cell is told apart by more than its colour: marks by their lines 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from html import escape
+from itertools import groupby
 from typing import Any
 
 from trainer.view.charts import MAX_SERIES, style
@@ -39,7 +41,17 @@ def drawn(found: dict[str, Any], source: str = "") -> str:
     ]
     heading = f"<h2>What the model did with a text <small>{escape(source)}</small></h2>"
     about = f"the beginning of a held-out document: {len(tokens):,} tokens, {len(text):,} bytes"
-    return f'<section>{heading}<p class="hint">{about}</p>{"".join(pictures)}</section>'
+    shown = f'{heading}<p class="hint">{about}</p>{"".join(pictures)}'
+    return (
+        f"<section data-tokens='{_names(tokens)}'>{shown}</section>"
+        if found["maps"]
+        else f"<section>{shown}</section>"
+    )
+
+
+def _names(names: list[str]) -> str:
+    """For the page's script, within single quotes."""
+    return escape(json.dumps([_label(name, CUT) for name in names], ensure_ascii=False))
 
 
 def _group(pictures: list[dict[str, Any]], draw: Callable[[dict[str, Any]], str]) -> str:
@@ -93,8 +105,7 @@ def _by_number(label: str) -> tuple[bool, int, str]:
 
 
 def _map(of: dict[str, Any], tokens: list[str]) -> str:
-    """Cells of one lightness are one path, and neighbours in a row one rectangle, so that a page with many stays
-    small."""
+    """The values as cells, with as many names of rows and columns as have room; the page's script tells the others."""
     values = of["values"]
     most = max(max(row) for row in values)
     rows, columns = len(values), len(values[0])
@@ -103,26 +114,19 @@ def _map(of: dict[str, Any], tokens: list[str]) -> str:
     named = {r: _label(row_names[r], CUT) for r in _places(rows, height, LABEL)}
     left = 8 + CHARACTER * max(len(name) for name in named.values())
     width = (WIDTH - left) / columns
-    paths: dict[int, list[str]] = {}
-    for r, row in enumerate(values):
-        levels = [math.ceil(LEVELS * value / most) if most else 0 for value in row]
-        c = 0
-        while c < columns:
-            end = c
-            while end < columns and levels[end] == levels[c]:
-                end += 1
-            if levels[c]:
-                paths.setdefault(levels[c], []).append(f"M{c} {r}h{end - c}v1h{c - end}z")
-            c = end
-    cells = "".join(
-        f'<path fill-opacity="{level / LEVELS:g}" d="{"".join(paths[level])}"/>' for level in sorted(paths)
-    )
     tall = rows * height
+    own = "".join(
+        f" data-{what}='{_names(of[labels])}'"
+        for what, labels in (("rows", "row_labels"), ("columns", "column_labels"))
+        if of[labels]
+    )
     parts = [
         f'<svg class="map" viewBox="0 0 {WIDTH} {tall + BOTTOM:.1f}" role="img" '
-        f'aria-label="{_line(of["name"])}: {_line(of["rows"])} by {_line(of["columns"])}">',
+        f'aria-label="{_line(of["name"])}: {_line(of["rows"])} by {_line(of["columns"])}" '
+        f'data-frame="{left} {tall:.1f}" data-size="{rows} {columns}"{own}>',
         f'<rect class="grid" x="{left}" y="0" width="{WIDTH - left}" height="{tall:.1f}"/>',
-        f'<g class="s0 cells" transform="translate({left} 0) scale({width:.4f} {height:.4f})">{cells}</g>',
+        f'<g class="s0 cells" transform="translate({left} 0) scale({width:.4f} {height:.4f})">'
+        f"{_cells(values, most)}</g>",
     ]
     parts += [
         f'<text class="y" x="{left - 8}" y="{(r + 0.5) * height + 4:.1f}">{escape(name)}</text>'
@@ -136,7 +140,24 @@ def _map(of: dict[str, Any], tokens: list[str]) -> str:
         f"{rows:,} rows: {_line(of['rows'])}; {columns:,} columns: {_line(of['columns'])}; "
         f"from 0 (empty) to {most:g} (full)"
     )
-    return f'<figure><p class="hint">{told}</p>{"".join(parts)}</figure>'
+    return f'<figure><p class="hint">{told}</p><output></output>{"".join(parts)}</figure>'
+
+
+def _cells(values: list[list[float]], most: float) -> str:
+    """Cells of one lightness are one path, and neighbours in a row one rectangle, so that a page with many stays
+    small."""
+    paths: dict[int, list[str]] = {}
+    for r, row in enumerate(values):
+        levels = [math.ceil(LEVELS * value / most) if most else 0 for value in row]
+        c = 0
+        for level, run in groupby(levels):
+            length = len([*run])
+            if level:
+                paths.setdefault(level, []).append(f"M{c} {r}h{length}v1h{-length}z")
+            c += length
+    return "".join(
+        f'<path fill-opacity="{level / LEVELS:g}" d="{"".join(paths[level])}"/>' for level in sorted(paths)
+    )
 
 
 def _places(count: int, size: float, room: float) -> range:

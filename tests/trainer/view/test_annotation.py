@@ -1,5 +1,6 @@
 """What is drawn of a text: marks and maps, whatever the text is."""
 
+import json
 import re
 
 import pytest
@@ -107,6 +108,18 @@ def test_rows_and_columns_have_their_names_or_those_of_the_text():
     html = drawn(mapped([[1.0, 0.0]] * 2, "ab", row_labels=["first", "second and more of it"]))
     assert re.findall(r'<text class="y"[^>]*>(.*?)<', html) == ["first", "second and mo…"]
     assert re.findall(r'<text class="x"[^>]*>(.*?)<', html) == ["ab", "b"]
+
+
+def test_the_page_s_script_is_given_all_names():
+    names = [f"<{i}>'\"" for i in range(40)]
+    page = Page(drawn(mapped([[1.0] * 3] * 40, "a'\n", row_labels=names)))
+    (section,) = [attrs for tag, attrs in page.tags if tag == "section"]
+    (image,) = [attrs for tag, attrs in page.tags if tag == "svg"]
+    assert json.loads(image["data-rows"]) == names and "data-columns" not in image
+    assert json.loads(section["data-tokens"]) == ["a'↵", "'↵", "↵"]
+    assert image["data-size"] == "40 3"
+    alone = Page(drawn(marked("ab", (0, 1, ""))))
+    assert [attrs for tag, attrs in alone.tags if tag == "section"] == [{}], "no names where no map is"
 
 
 def test_names_have_room():

@@ -38,3 +38,22 @@ for (const svg of document.querySelectorAll("svg[data-axis]")) {
   });
   svg.addEventListener("pointerleave", () => { out.textContent = ""; });
 }
+
+// Pointing at a map names the row and the column: its own labels, or what begins at the token.
+for (const svg of document.querySelectorAll("svg.map")) {
+  const width = Number(svg.getAttribute("viewBox").split(" ")[2]);
+  const [left, tall] = svg.dataset.frame.split(" ").map(Number);
+  const [rows, columns] = svg.dataset.size.split(" ").map(Number);
+  const names = (own) => JSON.parse(own ?? svg.closest("section").dataset.tokens);
+  const [ofRows, ofColumns] = [names(svg.dataset.rows), names(svg.dataset.columns)];
+  const out = svg.closest("figure").querySelector("output");
+  svg.addEventListener("pointermove", (event) => {
+    const box = svg.getBoundingClientRect();
+    const scale = width / box.width;
+    const r = Math.floor((((event.clientY - box.top) * scale) / tall) * rows);
+    const c = Math.floor((((event.clientX - box.left) * scale - left) / (width - left)) * columns);
+    const inside = r >= 0 && r < rows && c >= 0 && c < columns;
+    out.textContent = inside ? `row ${r}: ${ofRows[r]} · column ${c}: ${ofColumns[c]}` : "";
+  });
+  svg.addEventListener("pointerleave", () => { out.textContent = ""; });
+}
