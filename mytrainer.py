@@ -187,6 +187,7 @@ def load(
         `score(text)`: how likely the text is, in nats per token where that is known;
         `hidden(text)`: the last states (T, D), or those of a layer;
         `logits(text)`: what is expected at each place, (T, V);
+        `annotate(text)`: what was routed, cut or selected in it, where the architecture shows that;
         `generate(prompts, ...)`: texts that go on from prompts.
 
     Raises:

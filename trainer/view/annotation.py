@@ -40,7 +40,7 @@ def drawn(found: dict[str, Any], source: str = "") -> str:
         _group(found["maps"], lambda of: _map(of, tokens)),
     ]
     heading = f"<h2>What the model did with a text <small>{escape(source)}</small></h2>"
-    about = f"the beginning of a held-out document: {len(tokens):,} tokens, {len(text):,} bytes"
+    about = f"the beginning of a document of the scored text: {len(tokens):,} tokens, {len(text):,} bytes"
     shown = f'{heading}<p class="hint">{about}</p>{"".join(pictures)}'
     return (
         f"<section data-tokens='{_names(tokens)}'>{shown}</section>"

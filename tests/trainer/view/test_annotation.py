@@ -95,9 +95,9 @@ def test_tokens_that_are_cut_characters_are_shown_as_bytes():
 
 
 def test_a_map_is_darker_where_a_value_is_greater():
-    html = drawn(mapped([[0.0, 1.0, 1.0], [0.5, 1e-9, 0.0]], "abc"))
-    assert cells(html) == {1.0: {(0, 1), (0, 2)}, 0.5: {(1, 0)}, 0.125: {(1, 1)}}
-    assert "2 rows: expert; 3 columns: token; from 0 (empty) to 1 (full)" in html
+    html = drawn(mapped([[0.0, 0.0, 1.0, 1.0, 0.5], [0.5, 1e-9, 0.0, 0.0, 1.0]], "abcde"))
+    assert cells(html) == {1.0: {(0, 2), (0, 3), (1, 4)}, 0.5: {(0, 4), (1, 0)}, 0.125: {(1, 1)}}
+    assert "2 rows: expert; 5 columns: token; from 0 (empty) to 1 (full)" in html
 
 
 def test_a_map_of_zeros_is_empty():
