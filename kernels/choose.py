@@ -190,11 +190,13 @@ class Kernels:
                 if fast or kernel.for_memory:
                     return TRITON, f"auto: {said if fast else 'logits of all rows never exist'}"
                 why_not = said
-        if CPP in kernel.implementations and not self.lacking(op, CPP, call):
-            return CPP, "auto: in one pass over memory"
-        if CLOSED_FORM in kernel.implementations and not self.lacking(op, CLOSED_FORM, call):
-            return CLOSED_FORM, "auto: its gradient by formula, in fewer passes"
         because = f"; not {TRITON}: {why_not}" if why_not else ""
+        if CPP in kernel.implementations and call.device.type == "cpu":
+            if not (why_not := self.lacking(op, CPP, call)):
+                return CPP, "auto: in one pass over memory"
+            because = f"; not {CPP}: {why_not}"
+        if CLOSED_FORM in kernel.implementations and not self.lacking(op, CLOSED_FORM, call):
+            return CLOSED_FORM, f"auto: its gradient by formula, in fewer passes{because}"
         if CHUNKED not in kernel.implementations:
             return REFERENCE, f"auto: the plain definition{because}"
         assert call.dtype is not None, "auto chooses for calls, and these have one"

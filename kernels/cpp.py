@@ -10,11 +10,13 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -90,42 +92,56 @@ def missing(source: str) -> str | None:
 def library(source: str) -> Library:
     """`source`, a file below kernels/, compiled: once for every version of it, compiler and kind of processor."""
     compiler, target = _compiler()
+    says = " ".join(compiler)
     files = [FOLDER / source, *(FOLDER / header for header in HEADERS)]
     text = b"".join(file.read_bytes() for file in files)
-    name = hashlib.sha256("\n".join((compiler, target, *FLAGS)).encode() + text).hexdigest()[:20]
+    name = hashlib.sha256("\n".join((*compiler, target, *FLAGS)).encode() + text).hexdigest()[:20]
     built = cache_root() / "cpp" / f"{Path(source).stem}-{name}.so"
-    if not built.exists():
-        try:
-            made = _compile(compiler, files[0])
-            write_atomic(built, lambda file: file.write(made))
-        except OSError as e:
-            raise CompilerError(f"no library can be written to {built.parent} ({e})") from e
+    with suppress(OSError):  # not there, or cut short
+        return Library(built)
+    made = _compile(compiler, files[0])
+    try:
+        write_atomic(built, lambda file: file.write(made))
+    except OSError as e:
+        raise CompilerError(f"no library can be written to {built.parent} ({e})") from e
     try:
         return Library(built)
     except OSError as e:
-        raise CompilerError(f"what {compiler} made of {source} cannot be loaded ({e})") from e
+        raise CompilerError(f"what {says} made of {source} cannot be loaded ({e})") from e
 
 
-def _compile(compiler: str, source: Path) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        to = Path(folder) / "library.so"
-        command = [compiler, *FLAGS, "-march=native", str(source), "-o", str(to)]
-        run = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
-        if run.returncode:
-            said = next((line for line in run.stderr.splitlines() if "error" in line), run.stderr.strip())
-            raise CompilerError(f"{compiler} cannot compile {source.name}: {said}")
-        return to.read_bytes()
+def _compile(compiler: tuple[str, ...], source: Path) -> bytes:
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            to = Path(folder) / "library.so"
+            run = _run(*compiler, *FLAGS, "-march=native", str(source), "-o", str(to))
+            if not run.returncode:
+                return to.read_bytes()
+    except OSError as e:
+        raise CompilerError(f"{' '.join(compiler)} made no library of {source.name} ({e})") from e
+    said = next((line for line in run.stderr.splitlines() if "error" in line), run.stderr.strip())
+    raise CompilerError(f"{' '.join(compiler)} cannot compile {source.name}: {said}")
 
 
 @cache
-def _compiler() -> tuple[str, str]:
-    """(its path, what it says of this processor and itself): $CXX, or the system's."""
-    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    found = next(filter(None, map(shutil.which, wanted)), None)
+def _compiler() -> tuple[tuple[str, ...], str]:
+    """(its path and arguments, what it says of this processor and itself): $CXX, or the system's."""
+    wanted = (
+        [shlex.split(os.environ["CXX"])]
+        if os.environ.get("CXX", "").strip()
+        else [["c++"], ["g++"], ["clang++"]]
+    )
+    found = next(((path, *words[1:]) for words in wanted if (path := shutil.which(words[0]))), None)
     if found is None:
-        raise CompilerError(f"there is no C++ compiler ({', '.join(wanted)})")
-    ask = [found, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
-    answer = subprocess.run(ask, capture_output=True, encoding="utf-8", errors="replace")
+        raise CompilerError(f"there is no C++ compiler ({', '.join(map(' '.join, wanted))})")
+    try:
+        answer = _run(*found, "-march=native", "-dM", "-E", "-x", "c++", os.devnull)
+    except OSError as e:
+        raise CompilerError(f"{' '.join(found)} cannot be run ({e})") from e
     if answer.returncode:
-        raise CompilerError(f"{found} does not know -march=native: {answer.stderr.strip()}")
+        raise CompilerError(f"{' '.join(found)} does not know -march=native: {answer.stderr.strip()}")
     return found, answer.stdout
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")

@@ -43,6 +43,7 @@ def test_without_a_compiler_others_run_and_say_why(op, fresh, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     name, why = Kernels().foresee(op, CPU)
     assert name in KERNELS[op].implementations and name != CPP
+    assert "there is no C++ compiler (no-such-compiler)" in why
     asked_for = (
         f"kernels.{op}={CPP} is not possible here: there is no C\\+\\+ compiler \\(no-such-compiler\\)"
     )
@@ -68,6 +69,31 @@ def test_what_is_no_library_is_not_loaded(fresh, monkeypatch):
         "CXX", compiler_that(fresh, 'for to; do :; done; echo text > "$to" 2>&1; echo "#define A 1"')
     )
     assert "cannot be loaded" in cpp.missing("selective_scan/scan.cpp")
+
+
+def test_a_compiler_may_have_arguments(fresh, monkeypatch):
+    """As make and cmake read $CXX."""
+    launcher = compiler_that(fresh, 'exec "$@"')
+    monkeypatch.setenv("CXX", f"{launcher} c++ -DWITH='a b'")
+    assert cpp.missing("gated_rms_norm/norm.cpp") is None
+    assert len([*(fresh / "cpp").iterdir()]) == 1
+
+
+def test_what_cannot_be_run_is_no_compiler(fresh, monkeypatch):
+    path = fresh / "compiler"
+    path.write_bytes(b"\x7fELF of another machine")
+    path.chmod(0o755)
+    monkeypatch.setenv("CXX", str(path))
+    assert "cannot be run" in cpp.missing("selective_scan/scan.cpp")
+
+
+def test_a_library_that_was_cut_short_is_made_again(fresh, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(cpp, "_compile", lambda *args: b"cut sh")
+        assert "cannot be loaded" in cpp.missing("gated_rms_norm/norm.cpp")
+    (built,) = (fresh / "cpp").iterdir()
+    assert cpp.missing("gated_rms_norm/norm.cpp") is None
+    assert built.stat().st_size > 1000
 
 
 def test_a_source_is_compiled_once(fresh, monkeypatch):
