@@ -13,8 +13,8 @@ import kernels.selective_scan.chunked as chunked
 import kernels.selective_scan.cpp as cpp
 from kernels import CHUNKED, CPP, KERNELS, REFERENCE, TRITON
 from kernels.against import deviations, gradients, in_fp64, upstream
-from kernels.choose import Kernels
-from kernels.selective_scan import SPEC, selective_scan
+from kernels.choose import Call, Kernels
+from kernels.selective_scan import FEW_STEPS, ONE_STEP, SPEC, selective_scan
 from kernels.spec import Sample
 from naming import load
 from tests.kernels.interpret import interpreted
@@ -208,3 +208,21 @@ def test_shapes_that_do_not_fit_are_refused():
         selective_scan(**{**tensors, "B": torch.zeros(2, 4, 4)}, kernels=Kernels())
     with pytest.raises(ValueError, match="reset must be bool"):
         selective_scan(**{**tensors, "reset": torch.zeros(2, 5)}, kernels=Kernels())
+
+
+def test_choice():
+    def choice(device="cpu", dtype=torch.float32, facts=()):
+        return Kernels().foresee("selective_scan", Call(torch.device(device), dtype, columns=8, facts=facts))[
+            0
+        ]
+
+    assert choice() == choice(facts=(FEW_STEPS,)) == CPP and choice(facts=(ONE_STEP, FEW_STEPS)) == REFERENCE
+    assert (
+        choice(dtype=torch.float64) == CHUNKED
+        and choice(dtype=torch.float64, facts=(FEW_STEPS,)) == REFERENCE
+    )
+    with torch.no_grad():
+        for length, name in ((1, REFERENCE), (2, CPP)):
+            run = Kernels()
+            selective_scan(**sample_of(2, length).tensors, kernels=run)
+            assert [*run.used["selective_scan"]] == [name]
