@@ -60,11 +60,11 @@ static inline float sum(Floats x) {
     return total;
 }
 
-// 2^x to 1e-7 of it; 2^-126 for what is smaller, 2^127 for what is larger; NaN for NaN. Of x + SHIFT the last bits are
-// the nearest integer, with the bias of an exponent already added.
+// 2^x to 1e-7 of it; 0 for x < -126.5, for denormal numbers are slow, 2^127 for x > 127; NaN for NaN. Of x + SHIFT the
+// last bits are the nearest integer, with the bias of an exponent already added: none of them for -127.
 static inline Floats exp2(Floats x) {
     const float SHIFT = 12582912 + 127;
-    x = x < -126 ? all(-126) : x;
+    x = x < -127 ? all(-127) : x;
     x = x > 127 ? all(127) : x;
     const Floats shifted = x + SHIFT;
     const Floats r = x - (shifted - SHIFT);

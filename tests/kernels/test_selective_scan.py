@@ -210,6 +210,15 @@ def test_shapes_that_do_not_fit_are_refused():
         selective_scan(**{**tensors, "reset": torch.zeros(2, 5)}, kernels=Kernels())
 
 
+def test_what_is_forgotten_leaves_nothing():
+    """Decays that underflow are 0: denormal numbers in their place take five times as long."""
+    sample = sample_of(2, 40, initial=True)
+    with torch.no_grad():
+        sample.tensors["u"].zero_()
+        sample.tensors["A"].fill_(-1e9)
+    assert not run_of(CPP)(**sample.tensors)[1].any()
+
+
 def test_choice():
     def choice(device="cpu", dtype=torch.float32, facts=()):
         return Kernels().foresee("selective_scan", Call(torch.device(device), dtype, columns=8, facts=facts))[
