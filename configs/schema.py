@@ -200,6 +200,10 @@ class ModelConfig(BaseModel):
         Subclasses extend the list of their parent. Single-field ranges belong into the annotations."""
         return []
 
+    def remarks(self, run: RunConfig) -> list[str]:
+        """What is legal and yet hardly meant: a sentence each, told before the start. Nothing is stopped."""
+        return []
+
     def unread(self) -> dict[str, str]:
         """Fields that mean nothing because of another one: name -> that one as `name=value`."""
         return {}

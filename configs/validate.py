@@ -50,6 +50,7 @@ def validate(
     fields = drop_removed(fields, config_class.model_fields, where, notices, "model_cfg.")
     model_cfg = _architecture(run.type, config_class, fields, where)
     _raise(_tokens(run, model_cfg) + _objective(run) + model_cfg.problems(run), where)
+    notices += model_cfg.remarks(run)
     if getattr(model_cfg, "dropout", 0.0) == 1.0:
         notices.append("model_cfg.dropout is 1.0: every activation it touches becomes zero")
     return run.model_copy(update={"model_cfg": model_cfg.model_dump(mode="json")}), model_cfg

@@ -83,6 +83,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "ngpt": Architecture(
         "models.ngpt:NGPT", description="normalised transformer, nGPT (Loshchilov et al. 2024)"
     ),
+    "nsa": Architecture(
+        "models.nsa:NSA", description="native sparse attention (Yuan et al. 2025)"
+    ),
     "rd": Architecture(
         "models.rd:RD",
         "adapters.recurrent_depth:RecurrentDepthAdapter",

@@ -12,7 +12,16 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from kernels.library import opaque
 
-__all__ = ["Kept", "recomputing"]
+__all__ = ["Kept", "keep", "recomputing"]
+
+_KEPT_OPERATIONS: list[Any] = []
+
+
+def keep(operation: Any) -> Any:
+    """An operation of torch.library without gradients that is not run again where activations are recomputed: what it
+    returned stays in memory. A block that calls it has a `Kept` among its modules."""
+    _KEPT_OPERATIONS.append(operation._opoverload)
+    return operation
 
 
 class Kept(nn.Module):
@@ -33,9 +42,7 @@ def recomputing(block: nn.Module) -> Callable[..., Any]:
     options: dict[str, Any] = {}
     if any(isinstance(module, Kept) for module in block.modules()):
         # Every operation then goes through Python, which costs a block of the smallest models a fifth of its time.
-        options["context_fn"] = partial(
-            create_selective_checkpoint_contexts, [torch.ops.mytrainer.kept.default]
-        )
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, list(_KEPT_OPERATIONS))
 
     def recomputed(*args: Any, **kwargs: Any) -> Any:
         if block.training and torch.is_grad_enabled():
@@ -53,5 +60,5 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-_kept = opaque("kept", _copy, _like)
+_kept = keep(opaque("kept", _copy, _like))
 _kept.register_autograd(lambda ctx, gradient: gradient)

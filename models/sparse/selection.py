@@ -19,22 +19,31 @@ def importance(probabilities: Tensor, weights: Tensor) -> Tensor:
 
 
 def select(
-    scores: Tensor, starts: Tensor, begin: Tensor, *, block: int, count: int, first: int, local: int
+    scores: Tensor,
+    starts: Tensor,
+    begin: Tensor,
+    *,
+    block: int,
+    count: int,
+    first: int,
+    local: int,
+    past: int = 0,
 ) -> Tensor:
     """(B, T, G, min(count, M + 1)) int32: where the selected blocks begin, ascending, -1 at the end for none.
 
     The first `first` blocks of the query's document and its last `local` >= 1 ones up to its own are always among them
     and count; the others are those of the highest scores, the earlier one where two are equal. scores (B, T, G, M);
-    starts (B, M) of `block_starts`, whole blocks; begin (B, T). ValueError if `count` has no room for those.
+    starts (B, M) of `block_starts`, whole blocks; begin (B, T) of queries, the first of them at `past`. ValueError if
+    `count` has no room for those.
     """
     if local < 1 or first < 0 or count < first + local:
         raise ValueError(
             f"of {count} selected blocks the first {first} and the last {local} cannot all be: at least 1 last block "
             f"and at least {max(first, 0) + max(local, 1)} selected ones are needed"
         )
-    where = torch.arange(begin.shape[1], device=begin.device)
+    where = torch.arange(past, past + begin.shape[1], device=begin.device)
     own = begin + (where - begin) // block * block  # where the query's own block begins
-    none, own, begin, at = begin.shape[1], own[:, :, None], begin[:, :, None], starts[:, None, :]
+    none, own, begin, at = past + begin.shape[1], own[:, :, None], begin[:, :, None], starts[:, None, :]
     legal = (at >= begin) & (at < own)  # (B, T, M); -1 lies before every document
     forced = legal & ((at < begin + first * block) | (at > own - local * block))
     ranks = scores.masked_fill(~legal[:, :, None], -torch.inf).masked_fill(forced[:, :, None], torch.inf)

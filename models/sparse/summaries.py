@@ -1,4 +1,4 @@
-"""Learned summaries of blocks of keys or of values (Yuan et al. 2025, equation 7)."""
+"""Summaries of blocks of keys or of values: learned ones (Yuan et al. 2025, equation 7), or means."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from models.layers.init import normal_
 from models.sparse.blocks import block_starts
 
-__all__ = ["Summary"]
+__all__ = ["Mean", "Summary"]
 
 
 class Summary(nn.Module):
@@ -60,3 +60,21 @@ class Summary(nn.Module):
         hidden = hidden + F.linear(self.places.flatten(1), self.up.weight, self.up.bias)
         out: Tensor = self.down(F.gelu(hidden))
         return out
+
+
+class Mean(nn.Module):
+    """The mean over a block's tokens, of blocks of `size` that do not overlap: without weights. Not what the paper
+    describes, but what `fla` computes."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Nothing to draw."""
+
+    def forward(self, x: Tensor, begin: Tensor, starts: Tensor) -> Tensor:
+        """As of `Summary`."""
+        row = torch.arange(len(x), device=x.device)[:, None, None]
+        inside = torch.arange(self.size, device=x.device)
+        return x[row, starts.clamp(min=0)[:, :, None] + inside].mean(2)
