@@ -84,7 +84,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         "models.ngpt:NGPT", description="normalised transformer, nGPT (Loshchilov et al. 2024)"
     ),
     "nsa": Architecture(
-        "models.nsa:NSA", description="native sparse attention (Yuan et al. 2025)"
+        "models.nsa:NSA",
+        "adapters.sparse:SparseAdapter",
+        "native sparse attention (Yuan et al. 2025)",
     ),
     "rd": Architecture(
         "models.rd:RD",

@@ -1,7 +1,7 @@
 """Native sparse attention: each token reads summaries of all that came before, the few blocks that these rank highest,
 and the last tokens.
 
-Yuan et al. 2025, "Native Sparse Attention: Hardware-Aligned and Natively Trainable Sparse Attention" (arXiv:2502.11089);
+Yuan et al. 2025, "Native Sparse Attention" (arXiv:2502.11089);
 the three branches are in `models/sparse/`. Around them the control: RMSNorm, SwiGLU, rotary positions, no biases.
 Parameters are named as in `fla`, whose model is this one with means for summaries, one projection for all branches, and
 gates of a single matrix (`configs/papers/nsa_fla.yaml`).
@@ -100,7 +100,9 @@ class NSA(Decoder):
         """N(0, initializer_range^2), residual projections smaller by sqrt(2L); of a summary's MLP N(0, 1 / fan-in);
         places 0, and gates as `gate_bias_init` says, whatever the token."""
         std = self.cfg.initializer_range
-        own = {m for module in part.modules() if isinstance(module, Summary | Gates) for m in module.modules()}
+        own = {
+            m for module in part.modules() if isinstance(module, Summary | Gates) for m in module.modules()
+        }
         for name, module in part.named_modules():
             if isinstance(module, Summary | Mean):
                 module.init_weights(generator)
@@ -148,9 +150,7 @@ class NSA(Decoder):
         seen = sum(max(0, seq_len - (i * c.stride + c.compress_block_size - 1)) for i in range(summaries))
         ranked = Flops(2.0 * c.n_heads * key * summaries, 2.0 * c.n_heads * key * summaries)
         keys = [seen / seq_len, self._selected_keys(seq_len), mean_keys(seq_len, c.sliding_window)]
-        attended = decoder_flops(
-            weights, keys, c.n_heads * (key + value) / 2, [summaries, seq_len, seq_len]
-        )
+        attended = decoder_flops(weights, keys, c.n_heads * (key + value) / 2, [summaries, seq_len, seq_len])
         return attended + ranked + self._summary_flops(seq_len)
 
     @property
@@ -211,7 +211,9 @@ class NSA(Decoder):
             "num_init_blocks": (c.num_init_blocks, 0),
             "num_local_blocks": (c.num_local_blocks, 1),
         }
-        if wrong := [f"{name}={theirs} (not {ours})" for name, (ours, theirs) in needed.items() if ours != theirs]:
+        if wrong := [
+            f"{name}={theirs} (not {ours})" for name, (ours, theirs) in needed.items() if ours != theirs
+        ]:
             raise ValueError(f"fla's model needs {', '.join(wrong)}")
         found = {}
         for name, parameter in self.named_parameters():

@@ -32,7 +32,7 @@ from models.sparse.gates import Gates
 from models.sparse.selection import importance, select
 from models.sparse.summaries import Mean, Summary
 
-__all__ = ["Layout", "SparseAttention", "layout_of"]
+__all__ = ["Layout", "Ranking", "SparseAttention", "layout_of"]
 
 SCORES_AT_ONCE = 2**22  # of queries and summaries, while blocks are ranked: what a CPU's cache holds
 
@@ -106,9 +106,7 @@ def layout_of(
             Visible(rows, queries, summed.shape[1], tokens.device, causal=False, mask=mask), **options
         )
     behind = min(past, cfg.sliding_window - 1)
-    last = Visible.causally(
-        tokens, behind, window=cfg.sliding_window, doc_ids=doc_ids, cu_seqlens=cu_seqlens
-    )
+    last = Visible.causally(tokens, behind, window=cfg.sliding_window, doc_ids=doc_ids, cu_seqlens=cu_seqlens)
     index = torch.arange(past, past + queries, device=tokens.device)
     return Layout(
         past=past,
@@ -183,6 +181,34 @@ def _rank_flops(q: tuple[int, ...], k: tuple[int, ...], *args: Any, **kwargs: An
 _select_blocks = keep(opaque("select_blocks", _rank, _like_rank, flops=_rank_flops))
 
 
+class Ranking(Kept):
+    """Which blocks a query attends to. Nothing learns through it."""
+
+    def __init__(self, cfg: NSAConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+
+    def forward(self, q: Tensor, summaries: Tensor, layout: Layout) -> Tensor:  # type: ignore[override]
+        """Where the selected blocks begin (B, T, G, n) int32, ascending, -1 for none; q (B, T, H, h), summaries of keys
+        (B, N, G, h)."""
+        c = self.cfg
+        starts: Tensor = _select_blocks(
+            q.detach(),
+            summaries.detach(),
+            layout.summed,
+            layout.selectable,
+            layout.begin,
+            layout.weights,
+            c.compress_block_size,
+            c.selection_block_size,
+            c.num_selected_blocks,
+            c.num_init_blocks,
+            c.num_local_blocks,
+            layout.past,
+        )
+        return starts
+
+
 class SparseAttention(UsesKernels):
     """`forward` gives what attention adds to the residual stream."""
 
@@ -197,7 +223,7 @@ class SparseAttention(UsesKernels):
         self.o_proj = nn.Linear(cfg.n_heads * value, cfg.d_model, bias=False)
         self.g_proj = Gates(cfg.d_model, cfg.gate_hidden_dim, cfg.n_heads, cfg.gate_bias_init)
         self.compress_k, self.compress_v = self._summary(key), self._summary(value)
-        self.kept = Kept()  # says that this block's recomputation has something to keep: the selection
+        self.ranking = Ranking(cfg)
 
     def _summary(self, width: int) -> Summary | Mean:
         c = self.cfg
@@ -251,35 +277,18 @@ class SparseAttention(UsesKernels):
         values = self.compress_v(v, layout.new_begin, layout.new)
         if cache is not None:
             keys, values = _appended(cache["summaries"], self.layer, keys, values)
-        starts = _select_blocks(
-            q.detach(),
-            keys.detach(),
-            layout.summed,
-            layout.selectable,
-            layout.begin,
-            layout.weights,
-            c.compress_block_size,
-            c.selection_block_size,
-            c.num_selected_blocks,
-            c.num_init_blocks,
-            c.num_local_blocks,
-            layout.past,
-        )
+        starts = self.ranking(q, keys, layout)
         if layout.summaries is None:
             return q.new_zeros(*q.shape[:3], c.value_dim), starts
         o = self._attend(q, keys, values, layout.summaries)
         return o.masked_fill(layout.lonely[..., None, None], 0.0), starts
 
-    def _selected(
-        self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, cache: SparseCache | None
-    ) -> Tensor:
+    def _selected(self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, cache: SparseCache | None) -> Tensor:
         if cache is not None:
             k, v = _appended(cache["selected"], self.layer, k, v)
         return selected_attention(q, k, v, starts, block=self.cfg.selection_block_size, kernels=self.kernels)
 
-    def _window(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, cache: SparseCache | None
-    ) -> Tensor:
+    def _window(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, cache: SparseCache | None) -> Tensor:
         if cache is not None:
             k, v = _appended(cache["window"], self.layer, k, v)
         return self._attend(q, k, v, layout.window)
