@@ -66,11 +66,11 @@ def matmul_flops(weights: float) -> Flops:
 def decoder_flops(
     matmul_weights: float,
     keys_per_layer: Iterable[float],
-    attention_width: int,
+    attention_width: float,
     reference_keys_per_layer: Iterable[float],
 ) -> Flops:
     """`keys_per_layer`: s_l of each layer; `reference_keys_per_layer`: those that the plain path multiplies, all T of a
-    row where it masks; `attention_width`: H h."""
+    row where it masks; `attention_width`: H h, or H (h + w) / 2 where values are w wide."""
     keys, reference_keys = sum(keys_per_layer), sum(reference_keys_per_layer)
     forward = 4.0 * attention_width * keys
     masked = 4.0 * attention_width * (reference_keys - keys)

@@ -297,9 +297,8 @@ class SparseAttention(UsesKernels):
         """Keys and values as wide as each other, as libraries want them: zeros change nothing."""
         wide = max(self.cfg.head_dim, self.cfg.value_dim)
         q, k, v = (F.pad(t, (0, wide - t.shape[3])) if t.shape[3] < wide else t for t in (q, k, v))
-        return attention(*(t.transpose(1, 2) for t in (q, k, v)), plan).transpose(1, 2)[
-            ..., : self.cfg.value_dim
-        ]
+        o = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), plan)
+        return o.transpose(1, 2)[..., : self.cfg.value_dim]
 
     def kernel_calls(self, seq_len: int) -> dict[str, dict[str, Any]]:
         return {
