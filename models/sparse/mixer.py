@@ -308,6 +308,9 @@ class SparseAttention(UsesKernels):
 
 
 def _appended(cache: Any, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """k, v (B, T, G, h) stored -> what is to be seen, (B, S, G, h)."""
+    """k (B, T, G, h), v (B, T, G, w) stored -> what is to be seen, (B, S, G, h) and (B, S, G, w)."""
+    widths = k.shape[3], v.shape[3]
+    # A cache holds keys and values of one width: the narrower ones with zeros behind them.
+    k, v = (F.pad(t, (0, max(widths) - t.shape[3])) if t.shape[3] < max(widths) else t for t in (k, v))
     k, v = cache.append(layer, k.transpose(1, 2), v.transpose(1, 2))
-    return k.transpose(1, 2), v.transpose(1, 2)
+    return k.transpose(1, 2)[..., : widths[0]], v.transpose(1, 2)[..., : widths[1]]
