@@ -80,7 +80,8 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: Option
     batch, heads, queries, width = q.shape
     groups, keys = k.shape[1:3]
     # The query heads of a group stand below each other: one product per key/value head, nothing repeated.
-    q = q.reshape(batch, groups, -1, width)  # (B, G, H/G * T, h)
+    together = heads // groups * queries
+    q = q.reshape(batch, groups, together, width)  # (B, G, H/G * T, h)
     scores = (q @ k.transpose(-1, -2)).view(batch, heads, queries, keys)
     if (softcap := options.softcap) is not None:
         scores = softcap * torch.tanh(scores.to(torch.promote_types(scores.dtype, torch.float32)) / softcap)
@@ -88,7 +89,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: Option
         scores = scores.add_(bias)
     # torch.softmax computes in fp32 also where it reads and writes bf16.
     probabilities = F.dropout(torch.softmax(scores, dim=-1), options.dropout).to(v.dtype)
-    return (probabilities.view(batch, groups, -1, keys) @ v).view(batch, heads, queries, v.shape[-1])
+    return (probabilities.view(batch, groups, together, keys) @ v).view(batch, heads, queries, v.shape[-1])
 
 
 BACKEND = Backend(build, attend)

@@ -1,5 +1,8 @@
-"""Products of each query with all keys of its row, by torch's own attention behind a mask: for rows so short that a
-good part of their keys is selected anyway.
+"""Products of each query with all keys of its row behind a mask, by torch's own attention or, where they are faster, in
+plain operations: for rows so short that a good part of their keys is selected anyway.
+
+Forward and backward of 16 x 256 tokens, 6 heads in 2 groups, one thread, library : plain: 58 : 41 ms in bf16, 47 : 83
+in fp32.
 
 Shapes: B rows, T queries, S keys, H heads in G groups, h width of keys, w of values, N blocks.
 """
@@ -10,6 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.attention import chunked
+from kernels.attention.masks import additive
+from kernels.attention.plan import Options
+from kernels.attention.visible import MAX_PLAIN_KEYS
 from kernels.precision import own_dtypes
 from kernels.selected_attention.reference import selected_keys
 
@@ -26,10 +33,24 @@ def masked(
     share = q.shape[2] // k.shape[2]
     with own_dtypes(q.device):
         asked, keys, values = (t.to(q.dtype).transpose(1, 2) for t in (q, k, v))
-        o = F.scaled_dot_product_attention(
-            asked, keys, values, attn_mask=may.repeat_interleave(share, 1), scale=scale, enable_gqa=True
-        )
+        if chunked.plain_is_faster(q.device, q.dtype) and k.shape[1] <= MAX_PLAIN_KEYS:
+            o = _plain(asked, keys, values, may, scale)
+        else:
+            o = F.scaled_dot_product_attention(
+                asked, keys, values, attn_mask=may.repeat_interleave(share, 1), scale=scale, enable_gqa=True
+            )
     return o.masked_fill(none.repeat_interleave(share, 1)[..., None], 0.0).transpose(1, 2)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, may: Tensor, scale: float) -> Tensor:
+    """q (B, H, T, h), k (B, G, S, h), v (B, G, S, w), may (B, G, T, S) -> (B, H, T, w): each group as a row of its own,
+    as one mask is for all heads of a row there."""
+    rows, groups = k.shape[:2]
+    built = chunked.Built(additive(may.flatten(0, 1)[:, None], q.dtype), causal=False)
+    q = q.unflatten(1, (groups, -1)).flatten(0, 1)  # (B G, H/G, T, h)
+    k, v = (t.flatten(0, 1)[:, None] for t in (k, v))  # (B G, 1, S, .)
+    o = chunked.attend(q, k, v, built, Options(q.dtype, scale=scale))
+    return o.unflatten(0, (rows, groups)).flatten(1, 2)
 
 
 def _allowed(starts: Tensor, positions: Tensor, keys: int, block: int) -> Tensor:
