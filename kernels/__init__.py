@@ -240,6 +240,7 @@ KERNELS: dict[str, Kernel] = {
             REFERENCE: Implementation("kernels.selected_attention.reference:reference"),
             "masked": Implementation("kernels.selected_attention.masked:masked"),
             "gathered": Implementation("kernels.selected_attention.gathered:gathered"),
+            TRITON: by_triton("kernels.selected_attention.triton:selected_attention"),
         },
         rule="kernels.selected_attention:choose",
     ),
