@@ -240,7 +240,10 @@ KERNELS: dict[str, Kernel] = {
             REFERENCE: Implementation("kernels.selected_attention.reference:reference"),
             "masked": Implementation("kernels.selected_attention.masked:masked"),
             "gathered": Implementation("kernels.selected_attention.gathered:gathered"),
-            TRITON: by_triton("kernels.selected_attention.triton:selected_attention"),
+            TRITON: by_triton(
+                "kernels.selected_attention.triton:selected_attention",
+                refuses="kernels.selected_attention:too_wide",
+            ),
         },
         rule="kernels.selected_attention:choose",
     ),

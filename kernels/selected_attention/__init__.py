@@ -11,18 +11,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kernels import TRITON
 from kernels.choose import Call, Kernels
 from kernels.selected_attention.reference import reference
 from kernels.spec import Sample, Size, Spec, drawn, ids
 
-__all__ = ["SPEC", "choose", "reference", "selected_attention"]
+__all__ = ["SPEC", "choose", "reference", "selected_attention", "too_wide"]
 
 GATHERED, MASKED = "gathered", "masked"
 SPARSE = "sparse"  # a fact of calls: many keys, and many more than are selected
-SPARSE_KEYS, SPARSE_RATIO = (
-    2_048,
-    4,
-)  # at least so many keys, and so many for each that is selected; see `choose`
+# At least so many keys, and so many for each that is selected; see `choose`.
+SPARSE_KEYS, SPARSE_RATIO = 2_048, 4
+WIDEST = 256  # heads that a tile of the kernels can hold
 
 
 def selected_attention(
@@ -52,18 +52,31 @@ def selected_attention(
         positions = torch.arange(keys - queries, keys, device=q.device).expand(rows, queries)
     facts = (SPARSE,) if keys >= max(SPARSE_KEYS, SPARSE_RATIO * selected) else ()
     run = kernels.implementation(
-        "selected_attention", device=q.device, dtype=q.dtype, columns=width, facts=facts
+        "selected_attention", device=q.device, dtype=q.dtype, columns=max(width, v.shape[3]), facts=facts
     )
     return run(q, k, v, starts, positions, block=block, scale=width**-0.5 if scale is None else scale)
 
 
 def choose(call: Call, lacking: Callable[[str], str]) -> tuple[str, str]:
-    """Keys are fetched for each query where that is far fewer than there are; else products with all of them, most of
-    which do not count, are faster: one thread, forward and backward, fp32, masked : gathered 178 : 629 ms with 1,024
-    keys and 693 : 1,484 with 2,048, all of them or half selected, 4,757 : 2,798 with 4,096, a quarter."""
+    """On a GPU by kernels. Elsewhere keys are fetched for each query where that is far fewer than there are; else
+    products with all of them, most of which do not count, are faster: one thread, forward and backward, fp32, masked :
+    gathered 178 : 629 ms with 1,024 keys and 693 : 1,484 with 2,048, all of them or half selected, 4,757 : 2,798 with
+    4,096, a quarter."""
+    because = ""
+    if call.device.type == "cuda":
+        if not (why_not := lacking(TRITON)):
+            return TRITON, "blocks of adjacent queries, united in tiles of tensor cores"
+        because = f"; not {TRITON}: {why_not}"
     if SPARSE in call.facts:
-        return GATHERED, "the selected keys of each query, fetched"
-    return MASKED, "products with all keys, as these are few or most of them selected"
+        return GATHERED, f"the selected keys of each query, fetched{because}"
+    return MASKED, f"products with all keys, as these are few or most of them selected{because}"
+
+
+def too_wide(call: Call) -> str | None:
+    """Why a call is beyond the Triton kernels; None if it is not."""
+    if call.columns <= WIDEST:
+        return None
+    return f"keys or values of {call.columns:,} numbers are too wide for its tiles, {WIDEST} fit"
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, positions: Tensor | None, block: int) -> None:
@@ -169,11 +182,21 @@ SPEC = Spec(
         "16 heads in a group, wider values": _size(1, 21, 16, 1, 8, 4, 3, wide=12),
         "queries without blocks": _size(2, 13, 2, 1, 4, 4, 2, none=1),
         "one query behind others": _size(3, 1, 4, 2, 8, 4, 3, keys=30),
+        "some queries behind others": _size(1, 11, 6, 2, 8, 4, 3, keys=30),
+        "70 queries of one head each, documents shorter than blocks": _size(1, 70, 2, 2, 4, 8, 3, document=3),
+        "blocks of more than a tile": _size(1, 100, 3, 1, 4, 40, 2, document=57),
+        "a block that 600 queries select": _size(1, 600, 1, 1, 4, 16, 2),
+        "80 heads in a group": _size(1, 6, 80, 1, 4, 4, 2),
         "no rows": _size(0, 8, 2, 1, 4, 4, 2),
     },
     large={
         "1 x 8,192, 16 heads, 16 blocks of 64": _size(1, 8_192, 16, 1, 64, 64, 16),
-        "1 x 8,192, 64 heads in 4 groups, documents": _size(1, 8_192, 64, 4, 64, 64, 16, document=3_000),
+        "8 x 4,096, 16 heads in 4 groups, documents": _size(8, 4_096, 16, 4, 64, 64, 16, document=1_500),
+        "2 x 4,096, 8 heads in 8 groups, wide": _size(2, 4_096, 8, 8, 128, 64, 16),
+        "1 x 4,096, 64 heads in 4 groups, of unlike widths": _size(
+            1, 4_096, 64, 4, 192, 64, 16, wide=128
+        ),  # the paper's
+        "4 x 2,048, 16 heads, 16 blocks of 32": _size(4, 2_048, 16, 1, 64, 32, 16),
     },
     timed_on_cpu={
         "16 x 256, 6 heads in 2 groups, 4 blocks of 16": _size(16, 256, 6, 2, 32, 16, 4),
@@ -182,4 +205,6 @@ SPEC = Spec(
     flops=_flops,
     bytes=_bytes,
     tolerance={"float32": 1e-5, "float16": 5e-3, "bfloat16": 4e-2},
+    peers={"fla": "kernels.selected_attention.peers:of_fla"},
+    dots=("_forward_kernel", "_queries_kernel", "_keys_kernel"),
 )

@@ -19,8 +19,9 @@ def reference(
     grouped = q.to(exact).unflatten(2, (groups, -1))  # (B, T, G, H/G, h)
     scores = scale * torch.einsum("btgjh,bsgh->btgjs", grouped, k.to(exact))
     tokens = torch.arange(k.shape[1], device=q.device)
-    from_start = tokens - starts[..., None]  # (B, T, G, N, S)
-    within = ((starts[..., None] >= 0) & (from_start >= 0) & (from_start < block)).any(-2)
+    within = torch.zeros(*starts.shape[:3], k.shape[1], dtype=torch.bool, device=q.device)
+    for start in starts[..., None].unbind(-2):  # (B, T, G, 1)
+        within |= (start >= 0) & (tokens >= start) & (tokens < start + block)
     may = (within & (tokens <= positions[:, :, None, None]))[:, :, :, None]
     scores = torch.where(may, scores, -torch.inf)
     # A query without keys: its scores are -inf all, and softmax of them is nothing.

@@ -28,9 +28,8 @@ from kernels.tuned import launch
 
 __all__ = ["selected_attention"]
 
-ROWS = 64  # of a tile: queries times heads. Bits of a word, too
+LARGEST = 64  # rows (queries times heads) and keys of a tile; bits of a word, too
 SMALLEST = 16  # what a tensor core multiplies at once
-LARGEST_KEYS = 64  # of a tile
 UNITED = 1_024  # numbers that a program unites at once
 TOKENS = 16  # whose gradients a program adds up
 SHARES_BYTES = 256 * 2**20  # of sums of segments that exist at once
@@ -149,7 +148,7 @@ def _forward_kernel(
     column, of_value, step = tl.arange(0, WIDTH), tl.arange(0, WIDE), tl.arange(0, KEYS)
     asked = _tile(q, q_strides, batch, query, head, column, real, width)
     at = positions + batch * positions_strides[0] + query * positions_strides[1]
-    position = tl.load(at, mask=real, other=-1)
+    position = tl.load(at, mask=real, other=-1).to(tl.int32)
     if RAISE:
         asked = asked.to(tl.float32)
     largest = tl.full([ROWS], float("-inf"), tl.float32)
@@ -157,16 +156,17 @@ def _forward_kernel(
     found = tl.zeros([ROWS, WIDE], tl.float32)
     for i in tl.range(0, tl.load(counts + union) * PIECES):
         listed = union * capacity + i // PIECES
-        start = tl.load(unions + listed).to(tl.int64)
-        takes = (tl.load(members + listed) >> member) & 1
-        inside = (i % PIECES) * KEYS + step < BLOCK
-        key = start + (i % PIECES) * KEYS + step
-        there = inside & (key < keys)
+        begin = (i % PIECES) * KEYS
+        start = tl.load(unions + listed) + begin
+        takes = ((tl.load(members + listed) >> member) & 1) == 1
+        last = tl.where(takes, tl.minimum(position - start, BLOCK - 1 - begin), -1)
+        there = (step < BLOCK - begin) & (step < keys - start)
+        key = start.to(tl.int64) + step
         of_keys = _tile(k, k_strides, batch, key, group, column, there, width)
         values = _tile(v, v_strides, batch, key, group, of_value, there, wide)
         if RAISE:
             of_keys, values = of_keys.to(tl.float32), values.to(tl.float32)
-        may = (takes == 1)[:, None] & inside[None, :] & (key[None, :] <= position[:, None])
+        may = step[None, :] <= last[:, None]
         scores = scale * tl.dot(asked, tl.trans(of_keys), input_precision="ieee")
         scores = tl.where(may, scores, float("-inf"))
         now = tl.maximum(largest, tl.max(scores, 1))
@@ -239,7 +239,7 @@ def _queries_kernel(
     asked = _tile(q, q_strides, batch, query, head, column, real, width)
     grad = _tile(do, do_strides, batch, query, head, of_value, real, wide)
     at = positions + batch * positions_strides[0] + query * positions_strides[1]
-    position = tl.load(at, mask=real, other=-1)
+    position = tl.load(at, mask=real, other=-1).to(tl.int32)
     place = (batch * queries + query) * groups * share + head
     out = tl.load(
         o + place[:, None] * wide + of_value[None, :],
@@ -255,16 +255,17 @@ def _queries_kernel(
     found = tl.zeros([ROWS, WIDTH], tl.float32)
     for i in tl.range(0, tl.load(counts + union) * PIECES):
         listed = union * capacity + i // PIECES
-        start = tl.load(unions + listed).to(tl.int64)
-        takes = (tl.load(members + listed) >> member) & 1
-        inside = (i % PIECES) * KEYS + step < BLOCK
-        key = start + (i % PIECES) * KEYS + step
-        there = inside & (key < keys)
+        begin = (i % PIECES) * KEYS
+        start = tl.load(unions + listed) + begin
+        takes = ((tl.load(members + listed) >> member) & 1) == 1
+        last = tl.where(takes, tl.minimum(position - start, BLOCK - 1 - begin), -1)
+        there = (step < BLOCK - begin) & (step < keys - start)
+        key = start.to(tl.int64) + step
         of_keys = _tile(k, k_strides, batch, key, group, column, there, width)
         values = _tile(v, v_strides, batch, key, group, of_value, there, wide)
         if RAISE:
             of_keys, values = of_keys.to(tl.float32), values.to(tl.float32)
-        may = (takes == 1)[:, None] & inside[None, :] & (key[None, :] <= position[:, None])
+        may = step[None, :] <= last[:, None]
         scores = scale * tl.dot(asked, tl.trans(of_keys), input_precision="ieee")
         shares = tl.exp2(tl.where(may, scores, float("-inf")) - weight[:, None])
         dshares = tl.dot(grad, tl.trans(values), input_precision="ieee")
@@ -330,7 +331,8 @@ def _keys_kernel(
         return
     column, of_value = tl.arange(0, WIDTH), tl.arange(0, WIDE)
     step = piece * KEYS + tl.arange(0, KEYS)
-    key = tl.load(begins + own) + step
+    begin = tl.load(begins + own)
+    key = begin + step
     there = (step < BLOCK) & (key < keys)
     known = _tile(k, k_strides, batch, key, group, column, there, width)
     values = _tile(v, v_strides, batch, key, group, of_value, there, wide)
@@ -344,10 +346,10 @@ def _keys_kernel(
         pair, of_group = place // HEADS, place % HEADS
         real = (pair < length) & (of_group < share)
         query = tl.load(pairs + listed + pair, mask=real, other=0) // COUNT - row * queries
-        start = tl.load(starts + listed + pair, mask=real, other=0).to(tl.int64)
+        start = tl.load(starts + listed + pair, mask=real, other=0)
         head = group * share + of_group
         at = positions + batch * positions_strides[0] + query * positions_strides[1]
-        position = tl.load(at, mask=real, other=-1)
+        position = tl.load(at, mask=real, other=-1).to(tl.int32)
         asked = _tile(q, q_strides, batch, query, head, column, real, width)
         grad = _tile(do, do_strides, batch, query, head, of_value, real, wide).to(asked.dtype)
         of_query = (batch * queries + query) * groups * share + head
@@ -355,8 +357,9 @@ def _keys_kernel(
         reached = tl.load(delta + of_query, mask=real, other=0.0)
         if RAISE:
             asked, grad = asked.to(tl.float32), grad.to(tl.float32)
-        last = tl.minimum(start + BLOCK - 1, position)
-        may = there[:, None] & (key[:, None] >= start[None, :]) & (key[:, None] <= last[None, :])
+        first = start - begin.to(tl.int32)
+        last = tl.where(real, tl.minimum(start + BLOCK - 1, position) - begin.to(tl.int32), -1)
+        may = (step[:, None] >= first[None, :]) & (step[:, None] <= last[None, :])
         scores = scale * tl.dot(known, tl.trans(asked), input_precision="ieee")  # (KEYS, ROWS)
         shares = tl.exp2(tl.where(may, scores, float("-inf")) - weight[None, :])
         dv = tl.dot(shares.to(grad.dtype), grad, dv, input_precision="ieee")
@@ -414,8 +417,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """-> o, and the logarithm to base 2 of the sum of exponentials."""
     o, lse = _like(q, k, v, starts, positions, block, scale)
-    if not q.numel():
-        return o, lse
+    if not q.numel() or not starts.numel():
+        return o.zero_(), lse.fill_(-torch.inf)
     sizes = _sizes(q, k, v, block)
     unions, programs = _united(starts, sizes)
     _forward_kernel[(programs,)](
@@ -456,8 +459,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dq, dk, dv."""
     dq, dk, dv = _gradients(do, q, k, v, starts, positions, o, lse, block, scale)
-    if not q.numel():
-        return dq, dk.zero_(), dv.zero_()
+    if not q.numel() or not starts.numel():
+        return dq.zero_(), dk.zero_(), dv.zero_()
     sizes = _sizes(q, k, v, block)
     unions, programs = _united(starts, sizes)
     delta = torch.empty_like(lse)
@@ -584,13 +587,14 @@ def _united(starts: Tensor, sizes: dict[str, int]) -> tuple[tuple[Tensor, Tensor
 
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor, block: int) -> dict[str, int]:
-    """Of tiles, and the constant ones of a call."""
+    """Of tiles, and the constant ones of a call. fp32 is multiplied without tensor cores, from registers."""
     least = triton.next_power_of_2
+    largest = LARGEST if q.element_size() <= 2 else LARGEST // 2
     return {
         "BLOCK": block,
         "HEADS": least(q.shape[2] // k.shape[2]),
-        "ROWS": ROWS,
-        "KEYS": max(SMALLEST, min(LARGEST_KEYS, least(block))),
+        "ROWS": largest,
+        "KEYS": max(SMALLEST, min(largest, least(block))),
         "WIDTH": max(SMALLEST, least(k.shape[3])),
         "WIDE": max(SMALLEST, least(v.shape[3])),
     }
@@ -606,8 +610,7 @@ def _numbers(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
 
 
 def _launch(kernel: str, q: Tensor, sizes: dict[str, int], stages: int) -> dict[str, Any]:
-    large = max(sizes["WIDTH"], sizes["WIDE"]) > 64 or q.element_size() > 2
-    default = {"num_warps": 8 if large else 4, "num_stages": 1 if q.element_size() > 2 else stages}
+    default = {"num_warps": 4, "num_stages": stages}
     key: dict[str, int | str] = {
         "block": sizes["BLOCK"],
         "heads": sizes["HEADS"],
