@@ -63,14 +63,15 @@ def _union_kernel(
     unions, members (B G, U, QUERIES COUNT); counts (B G, U)."""
     NOTHING: tl.constexpr = 2147483647
     across = tl.cdiv(tiles, TILES)
-    row = (tl.program_id(0) // across).to(tl.int64)
+    number = tl.program_id(0) // across
+    batch, group = (number // groups).to(tl.int64), (number % groups).to(tl.int64)
+    row = number.to(tl.int64)
     tile = (tl.program_id(0) % across).to(tl.int64) * TILES + tl.arange(0, TILES)
     entry = tl.arange(0, QUERIES * LISTED)
-    member, number = entry // LISTED, entry % LISTED
+    member, place = entry // LISTED, entry % LISTED
     query = tile[:, None] * QUERIES + member[None, :]
-    at = starts + (row // groups) * strides[0] + (row % groups) * strides[2]
-    at += query * strides[1] + number[None, :] * strides[3]
-    listed = tl.load(at, mask=(query < queries) & (number < COUNT)[None, :], other=-1)
+    at = starts + batch * strides[0] + group * strides[2] + query * strides[1] + place[None, :] * strides[3]
+    listed = tl.load(at, mask=(query < queries) & (place < COUNT)[None, :], other=-1)
     listed = tl.where(listed < 0, NOTHING, listed)
     bit = tl.full([QUERIES * LISTED], 1, tl.int64) << member.to(tl.int64)
     out = (row * tiles + tile) * (QUERIES * COUNT)
@@ -137,10 +138,10 @@ def _forward_kernel(
     SPLIT: tl.constexpr = HEADS * QUERIES // ROWS  # tiles of one union: heads of a query may take several
     PIECES: tl.constexpr = (BLOCK + KEYS - 1) // KEYS
     across = united * SPLIT
-    row = (tl.program_id(0) // across).to(tl.int64)
+    number = tl.program_id(0) // across
+    batch, group = (number // groups).to(tl.int64), (number % groups).to(tl.int64)
     tile = (tl.program_id(0) % across).to(tl.int64)
-    batch, group = row // groups, row % groups
-    union = row * united + tile // SPLIT
+    union = number.to(tl.int64) * united + tile // SPLIT
     place = (tile % SPLIT) * ROWS + tl.arange(0, ROWS)
     member, of_group = place // HEADS, place % HEADS
     query, head = (tile // SPLIT) * QUERIES + member, group * share + of_group
@@ -227,10 +228,10 @@ def _queries_kernel(
     SPLIT: tl.constexpr = HEADS * QUERIES // ROWS
     PIECES: tl.constexpr = (BLOCK + KEYS - 1) // KEYS
     across = united * SPLIT
-    row = (tl.program_id(0) // across).to(tl.int64)
+    number = tl.program_id(0) // across
+    batch, group = (number // groups).to(tl.int64), (number % groups).to(tl.int64)
     tile = (tl.program_id(0) % across).to(tl.int64)
-    batch, group = row // groups, row % groups
-    union = row * united + tile // SPLIT
+    union = number.to(tl.int64) * united + tile // SPLIT
     place = (tile % SPLIT) * ROWS + tl.arange(0, ROWS)
     member, of_group = place // HEADS, place % HEADS
     query, head = (tile // SPLIT) * QUERIES + member, group * share + of_group
@@ -249,7 +250,6 @@ def _queries_kernel(
     reached = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     tl.store(delta + place, reached, mask=real)
     weight = _finite(tl.load(lse + place, mask=real, other=0.0))
-    grad = grad.to(asked.dtype)
     if RAISE:
         asked, grad = asked.to(tl.float32), grad.to(tl.float32)
     found = tl.zeros([ROWS, WIDTH], tl.float32)
@@ -321,11 +321,12 @@ def _keys_kernel(
     """of_keys (., M, L, h) and of_values (., M, L, w): what each segment adds to the gradients of its tokens, of lists
     from `before` on."""
     PIECES: tl.constexpr = (BLOCK + KEYS - 1) // KEYS
-    segment = (tl.program_id(0) // PIECES).to(tl.int64)
     piece = tl.program_id(0) % PIECES
-    own = before.to(tl.int64) * segments + segment
-    row = own // segments
-    batch, group = row // groups, row % groups
+    segment = tl.program_id(0) // PIECES
+    number = before + segment // segments
+    batch, group = (number // groups).to(tl.int64), (number % groups).to(tl.int64)
+    row, segment = number.to(tl.int64), segment.to(tl.int64)
+    own = tl.cast(before, tl.int64) * segments + segment
     length = tl.load(lengths + own)
     if length == 0:
         return
@@ -351,7 +352,7 @@ def _keys_kernel(
         at = positions + batch * positions_strides[0] + query * positions_strides[1]
         position = tl.load(at, mask=real, other=-1).to(tl.int32)
         asked = _tile(q, q_strides, batch, query, head, column, real, width)
-        grad = _tile(do, do_strides, batch, query, head, of_value, real, wide).to(asked.dtype)
+        grad = _tile(do, do_strides, batch, query, head, of_value, real, wide)
         of_query = (batch * queries + query) * groups * share + head
         weight = _finite(tl.load(lse + of_query, mask=real, other=0.0))
         reached = tl.load(delta + of_query, mask=real, other=0.0)
@@ -397,9 +398,11 @@ def _sum_kernel(
     WIDTH: tl.constexpr,
 ):
     """out (B, S, G, width): the shares (., M, L, width) of all segments of a token, one after the other."""
+    of_shares = tl.program_id(0) // tiles
+    number = before + of_shares
+    batch, group = (number // groups).to(tl.int64), (number % groups).to(tl.int64)
+    row, of_shares = number.to(tl.int64), of_shares.to(tl.int64)
     tile = (tl.program_id(0) % tiles).to(tl.int64)
-    of_shares = (tl.program_id(0) // tiles).to(tl.int64)
-    row = before.to(tl.int64) + of_shares
     token, column = tile * TOKENS + tl.arange(0, TOKENS), tl.arange(0, WIDTH)
     inside = (token < keys)[:, None] & (column < width)[None, :]
     total = tl.zeros([TOKENS, WIDTH], tl.float32)
@@ -408,7 +411,7 @@ def _sum_kernel(
         at = ((of_shares * segments + segment) * BLOCK + step)[:, None] * width + column[None, :]
         there = inside & ((step >= 0) & (step < BLOCK))[:, None]
         total += tl.load(shares + at, mask=there, other=0.0)
-    at = (((row // groups) * keys + token) * groups + row % groups)[:, None] * width + column[None, :]
+    at = ((batch * keys + token) * groups + group)[:, None] * width + column[None, :]
     tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
 
@@ -513,7 +516,7 @@ def _of_keys(
     some = min(lists, max(1, SHARES_BYTES // each))
     of_keys = torch.empty(some, segments, block, k.shape[3], dtype=torch.float32, device=q.device)
     of_values = torch.empty(some, segments, block, v.shape[3], dtype=torch.float32, device=q.device)
-    chosen = _launch("selected_attention.keys", q, sizes, 2)
+    chosen = {**sizes, **_launch("selected_attention.keys", q, sizes, 2)}
     pieces = triton.cdiv(block, sizes["KEYS"])
     for before in range(0, lists, some):
         here = min(some, lists - before)
@@ -534,7 +537,6 @@ def _of_keys(
             *strides,
             COUNT=starts.shape[3],
             RAISE=devices.interpreting(),
-            **sizes,
             **chosen,
         )
         for shares, out, columns in ((of_keys, dk, sizes["WIDTH"]), (of_values, dv, sizes["WIDE"])):
@@ -590,7 +592,7 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor, block: int) -> dict[str, int]:
     """Of tiles, and the constant ones of a call. fp32 is multiplied without tensor cores, from registers."""
     least = triton.next_power_of_2
     largest = LARGEST if q.element_size() <= 2 else LARGEST // 2
-    return {
+    sizes = {
         "BLOCK": block,
         "HEADS": least(q.shape[2] // k.shape[2]),
         "ROWS": largest,
@@ -598,6 +600,16 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor, block: int) -> dict[str, int]:
         "WIDTH": max(SMALLEST, least(k.shape[3])),
         "WIDE": max(SMALLEST, least(v.shape[3])),
     }
+    gpu = devices.gpu_of(q.device)
+    while gpu and sizes["KEYS"] > SMALLEST and _bytes(q, sizes, 2) > gpu.shared_bytes:
+        sizes["KEYS"] //= 2
+    return sizes
+
+
+def _bytes(q: Tensor, sizes: dict[str, int], stages: int) -> int:
+    """Shared memory of a tile of queries, and some of keys and values."""
+    rows = sizes["ROWS"] + stages * sizes["KEYS"]
+    return rows * (sizes["WIDTH"] + sizes["WIDE"]) * q.element_size()
 
 
 def _queries(sizes: dict[str, int]) -> int:
@@ -610,7 +622,22 @@ def _numbers(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
 
 
 def _launch(kernel: str, q: Tensor, sizes: dict[str, int], stages: int) -> dict[str, Any]:
-    default = {"num_warps": 4, "num_stages": stages}
+    """4 warps multiply 64 rows on Hopper, if results fit into their registers; on Blackwell these lie in a memory of
+    their own. Half of the rows where two results are wide. Chosen so that nothing spills (compiled, not timed)."""
+    wide = max(sizes["WIDTH"], sizes["WIDE"]) > 64
+    of_keys = kernel == "selected_attention.keys"
+    gpu = devices.gpu_of(q.device)
+    capability = gpu.capability if gpu else (9, 0)
+    if q.element_size() > 2:
+        many = wide
+    else:
+        many = capability < (9, 0) or (wide and (of_keys or capability < (10, 0)))
+    default = {"num_warps": 8 if many else 4, "num_stages": stages}
+    if of_keys:
+        default["ROWS"] = sizes["ROWS"] // 2 if wide else sizes["ROWS"]
+    elif gpu:
+        fitting = [n for n in range(2, stages + 1) if _bytes(q, sizes, n) <= gpu.shared_bytes]
+        default["num_stages"] = max(fitting, default=1)
     key: dict[str, int | str] = {
         "block": sizes["BLOCK"],
         "heads": sizes["HEADS"],
@@ -618,7 +645,7 @@ def _launch(kernel: str, q: Tensor, sizes: dict[str, int], stages: int) -> dict[
         "wide": sizes["WIDE"],
         "dtype": str(q.dtype),
     }
-    return launch(kernel, q.device, key, default)
+    return launch(kernel, q.device, key, default, {"ROWS": (16, 32, 64)} if of_keys else None)
 
 
 def _like(
