@@ -18,7 +18,9 @@ def of_fla(
 
     share = q.shape[2] // k.shape[2]
     if share < FEWEST or share & (share - 1):
-        raise NotImplementedError(f"fla needs a power of two of at least {FEWEST} heads in a group, got {share}")
+        raise NotImplementedError(
+            f"fla needs a power of two of at least {FEWEST} heads in a group, got {share}"
+        )
     numbers = starts.long() // block  # -1 stays -1
     return parallel_nsa(
         q, k, v, block_indices=numbers, block_counts=starts.shape[3], block_size=block, scale=scale

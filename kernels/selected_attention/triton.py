@@ -92,7 +92,12 @@ def _union_kernel(
 @triton.jit
 def _tile(t, strides, batch, token, head, column, there, columns):
     """t (B, T, H, h) at some tokens and heads, (tokens, columns), 0 where not there."""
-    at = t + batch * strides[0] + (token * strides[1] + head * strides[2])[:, None] + column[None, :] * strides[3]
+    at = (
+        t
+        + batch * strides[0]
+        + (token * strides[1] + head * strides[2])[:, None]
+        + column[None, :] * strides[3]
+    )
     return tl.load(at, mask=there[:, None] & (column < columns)[None, :], other=0.0)
 
 
@@ -623,7 +628,8 @@ def _numbers(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
 
 def _launch(kernel: str, q: Tensor, sizes: dict[str, int], stages: int) -> dict[str, Any]:
     """4 warps multiply 64 rows on Hopper, if results fit into their registers; on Blackwell these lie in a memory of
-    their own. Half of the rows where two results are wide. Chosen so that nothing spills (compiled, not timed)."""
+    their own. Gradients of keys have two results, and fewer rows at once where these are wide. All of it so that nothing
+    spills: compiled, not timed."""
     wide = max(sizes["WIDTH"], sizes["WIDE"]) > 64
     of_keys = kernel == "selected_attention.keys"
     gpu = devices.gpu_of(q.device)
@@ -634,7 +640,8 @@ def _launch(kernel: str, q: Tensor, sizes: dict[str, int], stages: int) -> dict[
         many = capability < (9, 0) or (wide and (of_keys or capability < (10, 0)))
     default = {"num_warps": 8 if many else 4, "num_stages": stages}
     if of_keys:
-        default["ROWS"] = sizes["ROWS"] // 2 if wide else sizes["ROWS"]
+        least = triton.next_power_of_2(sizes["WIDTH"] + sizes["WIDE"])
+        default["ROWS"] = max(SMALLEST, min(sizes["ROWS"], LARGEST * 128 // least))
     elif gpu:
         fitting = [n for n in range(2, stages + 1) if _bytes(q, sizes, n) <= gpu.shared_bytes]
         default["num_stages"] = max(fitting, default=1)
