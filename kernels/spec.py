@@ -54,8 +54,8 @@ class Spec:
     the least that must be computed and moved. `tolerance`: by name of dtype, the largest deviation from the reference
     in fp64, relative to the largest value of each output and gradient. `peers`: by name, "module:function" of the same
     signature that raises ImportError where the library is not installed; it may return the first outputs alone.
-    `dots`: kernels whose binaries must multiply on tensor cores; `narrow`: by name of a large size those whose tiles have
-    fewer than the 64 rows that newer instructions need. `gradients_in_forward`: implementations and peers
+    `dots`: kernels whose binaries must multiply on tensor cores; `narrow`: by name of a large size those of them whose
+    tiles have fewer than the 64 rows that newer instructions need. `gradients_in_forward`: implementations and peers
     whose forward pass computes gradients already, so that its time compares with no other's.
     """
 

@@ -628,16 +628,15 @@ def _numbers(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
 
 def _launch(kernel: str, q: Tensor, sizes: dict[str, int], stages: int) -> dict[str, Any]:
     """4 warps multiply 64 rows on Hopper, if results fit into their registers; on Blackwell these lie in a memory of
-    their own. Gradients of keys have two results, and fewer rows at once where these are wide. All of it so that nothing
-    spills: compiled, not timed."""
+    their own. Gradients of keys have two results, and fewer rows at once where these are wide. All of it so that
+    nothing spills in bf16: compiled, not timed."""
     wide = max(sizes["WIDTH"], sizes["WIDE"]) > 64
     of_keys = kernel == "selected_attention.keys"
     gpu = devices.gpu_of(q.device)
     capability = gpu.capability if gpu else (9, 0)
-    if q.element_size() > 2:
-        many = wide
-    else:
-        many = capability < (9, 0) or (wide and (of_keys or capability < (10, 0)))
+    many = wide and (of_keys or capability < (10, 0))
+    if q.element_size() <= 2 and capability < (9, 0):
+        many = True
     default = {"num_warps": 8 if many else 4, "num_stages": stages}
     if of_keys:
         least = triton.next_power_of_2(sizes["WIDTH"] + sizes["WIDE"])

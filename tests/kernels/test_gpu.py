@@ -131,6 +131,23 @@ def test_no_offset_overflows(op):
 
 
 @gpu
+def test_selected_attention_is_the_same_bit_for_bit():
+    """Gradients of keys are sums over all who selected them, of which programs come in any order."""
+    spec = spec_of("selected_attention")
+    size = spec.large["8 x 4,096, 16 heads in 4 groups, documents"]
+    sample = spec.sample(size, torch.device("cuda"), HALF, torch.Generator().manual_seed(0))
+    run = load(KERNELS["selected_attention"].implementations[TRITON].where)
+
+    def both() -> tuple[torch.Tensor, ...]:
+        (o,) = sample.call(run)
+        return o, *torch.autograd.grad(o.square().sum(), list(sample.differentiable.values()))
+
+    first = both()
+    for _ in range(3):
+        assert all(map(torch.equal, both(), first))
+
+
+@gpu
 def test_a_stack_beyond_32_bits_is_multiplied():
     """2.1 thousand million numbers, in more matrices than the second axis of a grid has; the last one is compared."""
     from kernels.newton_schulz.triton import newton_schulz

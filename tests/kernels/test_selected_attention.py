@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
-
-from contextlib import nullcontext
 
 from kernels import TRITON
 from kernels.against import deviations, gradients, upstream
@@ -116,7 +116,7 @@ def both(name, sample):
         return o, *torch.autograd.grad(o.square().sum(), list(sample.differentiable.values()))
 
 
-@pytest.mark.parametrize("name", [*WAYS, TRITON])
+@pytest.mark.parametrize("name", WAYS)
 def test_twice_the_same_is_the_same(name):
     _, sample = drawn("selected_attention", next(iter(SPEC.small)))
     for first, second in zip(both(name, sample), both(name, sample), strict=True):
@@ -189,7 +189,7 @@ def test_scores_far_below_zero(name):
 def test_some_lists_at_a_time_give_the_same(monkeypatch):
     from kernels.selected_attention import triton
 
-    _, sample = drawn("selected_attention", next(iter(SPEC.small)))
+    _, sample = drawn("selected_attention", "one query behind others")
     at_once = both(TRITON, sample)
     monkeypatch.setattr(triton, "SHARES_BYTES", 1)
     for first, second in zip(at_once, both(TRITON, sample), strict=True):
