@@ -634,9 +634,9 @@ def _launch(kernel: str, q: Tensor, sizes: dict[str, int], stages: int) -> dict[
     of_keys = kernel == "selected_attention.keys"
     gpu = devices.gpu_of(q.device)
     capability = gpu.capability if gpu else (9, 0)
-    many = wide and (of_keys or capability < (10, 0))
-    if q.element_size() <= 2 and capability < (9, 0):
-        many = True
+    by_cores = q.element_size() <= 2
+    many = wide and (of_keys or capability < (10, 0) or not by_cores)
+    many |= by_cores and capability < (9, 0)
     default = {"num_warps": 8 if many else 4, "num_stages": stages}
     if of_keys:
         least = triton.next_power_of_2(sizes["WIDTH"] + sizes["WIDE"])
