@@ -240,6 +240,7 @@ KERNELS: dict[str, Kernel] = {
             REFERENCE: Implementation("kernels.selected_attention.reference:reference"),
             "masked": Implementation("kernels.selected_attention.masked:masked"),
             "gathered": Implementation("kernels.selected_attention.gathered:gathered"),
+            "by_blocks": Implementation("kernels.selected_attention.by_blocks:by_blocks", devices=("cpu",)),
             TRITON: by_triton(
                 "kernels.selected_attention.triton:selected_attention",
                 refuses="kernels.selected_attention:too_wide",

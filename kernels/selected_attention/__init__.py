@@ -18,11 +18,11 @@ from kernels.spec import Sample, Size, Spec, drawn, ids
 
 __all__ = ["SPEC", "choose", "reference", "selected_attention", "too_wide"]
 
-GATHERED, MASKED = "gathered", "masked"
+BY_BLOCKS, GATHERED, MASKED = "by_blocks", "gathered", "masked"
 SPARSE = "sparse"  # a fact of calls: many keys, and many more than are selected
 # At least so many keys, and so many for each that is selected; see `choose`.
-SPARSE_KEYS, SPARSE_RATIO = 2_048, 4
-WIDEST = 256  # heads that a tile of the kernels can hold
+SPARSE_KEYS, SPARSE_RATIO = 2_048, 2
+WIDEST = 256  # keys and values that a tile of the kernels can hold
 
 
 def selected_attention(
@@ -58,18 +58,21 @@ def selected_attention(
 
 
 def choose(call: Call, lacking: Callable[[str], str]) -> tuple[str, str]:
-    """On a GPU by kernels. Elsewhere keys are fetched for each query where that is far fewer than there are; else
-    products with all of them, most of which do not count, are faster: one thread, forward and backward, fp32, masked :
-    gathered 178 : 629 ms with 1,024 keys and 693 : 1,484 with 2,048, all of them or half selected, 4,757 : 2,798 with
-    4,096, a quarter."""
+    """On a GPU by kernels. On a CPU block after block, where many keys are not selected; else products with all of
+    them are fewer and larger: one thread, forward and backward, fp32, masked : by_blocks, 86 : 181 ms with 16 rows of
+    256 keys, blocks of 16, 267 : 184 with 4 of 1,024, 694 : 280 with one of 2,048, 16 heads, half of it selected, 2,817
+    : 653 with 4,096, a quarter; in bf16 71 : 327, 195 : 320 and 493 : 299. Fetched keys took 3,640 where blocks took
+    653, and are for devices that have to be told numbers before they can be read."""
     because = ""
     if call.device.type == "cuda":
         if not (why_not := lacking(TRITON)):
             return TRITON, "blocks of adjacent queries, united in tiles of tensor cores"
         because = f"; not {TRITON}: {why_not}"
-    if SPARSE in call.facts:
-        return GATHERED, f"the selected keys of each query, fetched{because}"
-    return MASKED, f"products with all keys, as these are few or most of them selected{because}"
+    if SPARSE not in call.facts:
+        return MASKED, f"products with all keys, as these are few or most of them selected{because}"
+    if call.device.type == "cpu":
+        return BY_BLOCKS, "each block with all queries that selected it"
+    return GATHERED, f"the selected keys of each query, fetched{because}"
 
 
 def too_wide(call: Call) -> str | None:
@@ -99,7 +102,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, positions: Tensor | 
 
 
 def _sample(size: Size, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Sample:
-    """Every query has its own block, the first one of its document and others before it, as far as there are any."""
+    """Every query has its own block, the first one of its document and others before it, as far as there are any. If
+    scattered, blocks begin anywhere, its own one so that the query is its last token or the first."""
     batch, queries, heads, groups = (int(size[name]) for name in ("rows", "queries", "heads", "groups"))
     keys, width, wide = (
         int(size.get("keys", queries)),
@@ -112,7 +116,7 @@ def _sample(size: Size, device: torch.device, dtype: torch.dtype, generator: tor
         return drawn(*shape, device=device, dtype=dtype, generator=generator)
 
     where = torch.arange(keys - queries, keys, device=device)  # (T,)
-    begin = where // document * document
+    begin = where % block if size.get("scattered") else where // document * document
     own = (where - begin) // block  # of the query, counted from its document's start
     lead = (batch, queries, groups)
     others = ids(max(1, keys // block), *lead, max(count - 2, 0), device=device, generator=generator)
@@ -184,6 +188,7 @@ SPEC = Spec(
         "one query behind others": _size(3, 1, 4, 2, 8, 4, 3, keys=30),
         "some queries behind others": _size(1, 11, 6, 2, 8, 4, 3, keys=30),
         "70 queries of one head each, documents shorter than blocks": _size(1, 70, 2, 2, 4, 8, 3, document=3),
+        "blocks that begin at every token": _size(1, 45, 2, 1, 4, 4, 3, scattered=1),
         "blocks of more than a tile": _size(1, 100, 3, 1, 4, 40, 2, document=57),
         "a block that 600 queries select": _size(1, 600, 1, 1, 4, 16, 2),
         "80 heads in a group": _size(1, 6, 80, 1, 4, 4, 2),

@@ -40,20 +40,23 @@ class _ByBlocks(torch.autograd.Function):
         o = q.new_empty(batch, queries, heads, v.shape[3])
         totals = q.new_empty(batch, queries, heads, dtype=exact)  # logarithms of sums of exponentials
         for row, group, own in _lists(q, k):
+            asked = q[row, :, own].contiguous()  # what is fetched of it lies in one piece each
             keys, values = k[row, :, group], v[row, :, group]
-            largest = torch.full((queries, heads // k.shape[2]), -torch.inf, dtype=exact)
+            largest = torch.full((queries, own.stop - own.start), -torch.inf, dtype=exact)
             total = torch.zeros_like(largest)
             found = torch.zeros(*largest.shape, v.shape[3], dtype=exact)
             for some, tokens in _selecting(starts[row, :, group], k.shape[1], block, largest.shape[1], exact):
-                scores = _scores(q[row, some, own], keys[tokens], positions[row, some], tokens, scale, exact)
+                scores = _scores(
+                    asked.index_select(0, some), keys[tokens], positions[row, some], tokens, scale, exact
+                )
                 before = largest[some]
                 now = torch.maximum(before, scores.amax(-1))
                 shares = scores.sub_(_finite(now)[..., None]).exp_()
-                left = (before - _finite(now)).exp_()
-                largest[some] = now
-                total[some] = total[some].mul_(left).add_(shares.sum(-1))
-                added = shares.to(q.dtype).flatten(0, 1) @ values[tokens]
-                found[some] = found[some].mul_(left[..., None]).add_(added.view(*left.shape, -1))
+                left = before.sub_(_finite(now)).exp_()
+                largest.index_copy_(0, some, now)
+                total.index_copy_(0, some, total[some].mul_(left).add_(shares.sum(-1)))
+                added = (shares.to(q.dtype).flatten(0, 1) @ values[tokens]).view(*left.shape, -1)
+                found.index_copy_(0, some, found.index_select(0, some).mul_(left[..., None]).add_(added))
             none = total == 0
             o[row, :, own] = found.div_(total.masked_fill(none, 1.0)[..., None])
             totals[row, :, own] = largest.add_(total.masked_fill_(none, 1.0).log_())
@@ -72,18 +75,22 @@ class _ByBlocks(torch.autograd.Function):
             reached = (do.to(exact) * o.to(exact)).sum(-1)  # (B, T, H)
             totals = _finite(totals)
             for row, group, own in _lists(q, k):
+                asked, grads = (t[row, :, own].contiguous() for t in (q, do))
                 keys, values = k[row, :, group], v[row, :, group]
-                of_queries = torch.zeros(q[row, :, own].shape, dtype=exact)
+                total, sums = totals[row, :, own], reached[row, :, own]
+                of_queries = torch.zeros(asked.shape, dtype=exact)
                 of_keys, of_values = (torch.zeros(t.shape, dtype=exact) for t in (keys, values))
-                for some, tokens in _selecting(starts[row, :, group], k.shape[1], ctx.block, of_queries.shape[1], exact):
-                    asked, grad = q[row, some, own], do[row, some, own].flatten(0, 1)
-                    scores = _scores(asked, keys[tokens], positions[row, some], tokens, ctx.scale, exact)
-                    shares = scores.sub_(totals[row, some, own][..., None]).exp_().flatten(0, 1)  # (C R, L)
+                for some, tokens in _selecting(
+                    starts[row, :, group], k.shape[1], ctx.block, asked.shape[1], exact
+                ):
+                    here, grad = asked.index_select(0, some), grads.index_select(0, some).flatten(0, 1)
+                    scores = _scores(here, keys[tokens], positions[row, some], tokens, ctx.scale, exact)
+                    shares = scores.sub_(total[some][..., None]).exp_().flatten(0, 1)  # (C R, L)
                     of_values[tokens] += shares.to(q.dtype).mT @ grad
-                    dshares = (grad @ values[tokens].mT).to(exact).sub_(reached[row, some, own].flatten()[:, None])
+                    dshares = (grad @ values[tokens].mT).to(exact).sub_(sums[some].flatten()[:, None])
                     dscores = shares.mul_(dshares).mul_(ctx.scale).to(q.dtype)
-                    of_keys[tokens] += dscores.mT @ asked.flatten(0, 1)
-                    of_queries[some] = of_queries[some].add_((dscores @ keys[tokens]).view(asked.shape))
+                    of_keys[tokens] += dscores.mT @ here.flatten(0, 1)
+                    of_queries.index_add_(0, some, (dscores @ keys[tokens]).to(exact).view(here.shape))
                 dq[row, :, own], dk[row, :, group], dv[row, :, group] = of_queries, of_keys, of_values
         return dq, dk, dv, None, None, None, None
 

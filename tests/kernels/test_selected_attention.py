@@ -6,17 +6,26 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import TRITON
 from kernels.against import deviations, gradients, upstream
 from kernels.choose import Call, Kernels
 from kernels.device import H100, as_if
-from kernels.selected_attention import SPEC, gathered, inverted, reference, selected_attention
+from kernels.selected_attention import (
+    SPARSE,
+    SPEC,
+    by_blocks,
+    gathered,
+    inverted,
+    reference,
+    selected_attention,
+)
 from kernels.spec import Sample
 from tests.kernels.interpret import interpreted, poisoned
 from tests.kernels.samples import close, drawn, exactly, run_of
 
-WAYS = ("masked", "gathered")
+WAYS = ("masked", "gathered", "by_blocks")
 EVERY = ("reference", *WAYS, TRITON)
 
 
@@ -64,9 +73,10 @@ def test_every_way_gives_what_the_definition_does(name, size, dtype):
     assert max(found.values()) <= spec.tolerance.get(dtype, 1e-12), found
 
 
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", ["gathered", "by_blocks"])
 def test_in_any_number_of_queries_at_a_time(name, monkeypatch):
     monkeypatch.setitem(gathered.CHUNK_BYTES, "cpu", 3000)
+    monkeypatch.setattr(by_blocks, "SCORES_BYTES", 300)
     _, sample = drawn("selected_attention", next(iter(SPEC.small)))
     found = deviations(run_of("selected_attention", name), reference, sample)
     assert max(found.values()) <= SPEC.tolerance["float32"], found
@@ -222,13 +232,23 @@ def test_lists_turned_round(block, every, longest):
             assert sorted(in_segments[token]) == touching.nonzero().flatten().tolist()
 
 
+def test_operations_are_counted():
+    size = "16 heads in a group, wider values"
+    _, sample = drawn("selected_attention", size)
+    with interpreted(), FlopCounterMode(display=False) as counter:
+        (o,) = sample.call(run_of("selected_attention", TRITON))
+        o.sum().backward()
+    assert counter.get_total_flops() == sum(SPEC.flops(SPEC.small[size]))
+
+
 def test_lists_are_turned_round_without_waiting():
     """A tensor without values has no number to wait for."""
     starts = torch.empty(2, 300, 2, 3, dtype=torch.int32, device="meta")
     assert inverted.inverted(starts, 300, 16).begins.shape == (4, 2 * 900 // 256 + 2 * 19)
 
 
-def test_no_score_of_every_query_and_key(monkeypatch):
+@pytest.mark.parametrize("name", ["gathered", "by_blocks"])
+def test_no_score_of_every_query_and_key(name, monkeypatch):
     """Of 512 queries and keys in one chunk after the other, no tensor is larger than what is fetched."""
     largest = 0
     original = torch.Tensor.__matmul__
@@ -240,10 +260,11 @@ def test_no_score_of_every_query_and_key(monkeypatch):
         return found
 
     monkeypatch.setitem(gathered.CHUNK_BYTES, "cpu", 64 * 1024)
+    monkeypatch.setattr(by_blocks, "SCORES_BYTES", 64 * 1024)
     monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
     size = {"rows": 1, "queries": 512, "heads": 2, "groups": 1, "width": 4, "block": 8, "count": 2}
     sample = SPEC.sample(size, torch.device("cpu"), torch.float32, torch.Generator().manual_seed(0))
-    (o,) = sample.call(run_of("selected_attention", "gathered"))
+    (o,) = sample.call(run_of("selected_attention", name))
     o.sum().backward()
     assert 0 < largest <= 64 * 1024
 
@@ -255,7 +276,7 @@ def test_what_is_chosen():
         starts = torch.zeros(1, keys, 1, 2, dtype=torch.int32)
         starts[..., 1] = -1
         selected_attention(q, q[:, :, :1], q[:, :, :1], starts, block=4, kernels=kernels)
-    assert list(kernels.used["selected_attention"]) == ["masked", "gathered"]
+    assert list(kernels.used["selected_attention"]) == ["masked", "by_blocks"]
 
 
 @pytest.mark.parametrize(
@@ -263,12 +284,14 @@ def test_what_is_chosen():
     [
         (torch.bfloat16, 256, TRITON, "united in tiles"),
         (torch.bfloat16, 257, "masked", "257 numbers are too wide"),
-        (torch.float64, 64, "masked", "not triton"),
+        (torch.float64, 64, "gathered", "not triton"),
     ],
 )
 def test_what_is_chosen_on_a_gpu(dtype, width, name, said):
+    facts = (SPARSE,) if name == "gathered" else ()
+    call = Call(torch.device("cuda"), dtype, columns=width, facts=facts)
     with as_if(H100):
-        found, why = Kernels().foresee("selected_attention", Call(torch.device("cuda"), dtype, columns=width))
+        found, why = Kernels().foresee("selected_attention", call)
     assert found == name and said in why
 
 
