@@ -235,7 +235,8 @@ def test_lists_turned_round(block, every, longest):
 def test_operations_are_counted():
     size = "16 heads in a group, wider values"
     _, sample = drawn("selected_attention", size)
-    run = run_of("selected_attention", TRITON)  # loaded before: a counter knows what is registered when it is made
+    # Loaded before: a counter knows what is registered when it is made.
+    run = run_of("selected_attention", TRITON)
     with interpreted(), FlopCounterMode(display=False) as counter:
         (o,) = sample.call(run)
         o.sum().backward()
