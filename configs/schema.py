@@ -166,6 +166,20 @@ def within_context(run: RunConfig, n_ctx: int) -> list[str]:
     return problems
 
 
+def in_whole(run: RunConfig, name: str, size: int) -> list[str]:
+    """Problems of rows that are no multiple of `size`, what `model_cfg.<name>` comes to, such as bytes of a patch."""
+    problems = []
+    for field in ("train_seq_len", "val_seq_len"):
+        length = getattr(run, field)
+        if length is not None and length % size:
+            below = length // size * size
+            nearest = ", ".join(str(v) for v in (below, below + size) if v > 0)
+            problems.append(
+                f"{field} ({length}) must be a multiple of model_cfg.{name} ({size}); nearest: {nearest}"
+            )
+    return problems
+
+
 class ModelConfig(BaseModel):
     """Base of every architecture's `Config`. Field names are canonical (`d_model`, `n_layers`, ...):
     other spellings are folded before validation, so a Config class knows one name per quantity."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ARCHITECTURE = '''
-from configs.schema import DefaultModelConfig, Dropout, within_context
+from configs.schema import DefaultModelConfig, Dropout, in_whole, within_context
 
 
 class Config(DefaultModelConfig):
@@ -23,6 +23,16 @@ class Config(DefaultModelConfig):
 
 class Model:
     Config = Config
+
+
+class Patches:
+    """An architecture that reads patches of bytes."""
+
+    class Config(DefaultModelConfig):
+        unit = "byte"
+
+        def problems(self, run):
+            return super().problems(run) + in_whole(run, "patch", 8)
 
 
 class Headless:

@@ -560,3 +560,18 @@ def test_other_words_for_a_type(work, word, type_, sequential):
                 f"defaults: [training, _self_]\ntype: {word}\nmodel_cfg: {{use_deepseek_mtp: false}}\n"
             )
             compose(["words.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("word", "nearest"),
+    [("train_seq_len=100", "96, 104"), ("val_seq_len=7", "8"), ("val_seq_len=9", "8, 16")],
+)
+def test_rows_of_patches_are_whole(work, word, nearest):
+    words = ["--hydra_model_cfg=mine.yaml", 'type="fake_arch:Patches"', "preset=none", word]
+    length = word.replace("=", " (") + ")"
+    with pytest.raises(ConfigError) as caught:
+        compose(words, notify=lambda text: None)
+    assert caught.value.problems == [
+        f"command line: {length} must be a multiple of model_cfg.patch (8); nearest: {nearest}"
+    ]
+    compose([*words[:-1], "train_seq_len=96", "val_seq_len=8"], notify=lambda text: None)

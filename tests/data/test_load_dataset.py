@@ -16,6 +16,7 @@ import data
 from data import load_dataset
 from data.cache import cache_root, write_atomic
 from data.errors import DataError
+from data.rows import HeldoutRows
 from data.tokenizers import ByteTokenizer
 
 
@@ -40,6 +41,38 @@ def test_text_comes_back_from_its_tokens(config, book, cache) -> None:
         assert sum(store.total_bytes for store in sides) == len(text)
         assert dataset.tokenizer.name == tokenizer and dataset.name == "book.txt"
         assert dataset.entropy_bits_per_byte is None
+
+
+def test_bytes_are_those_of_the_same_documents_as_tokens(config, tmp_path, documents, cache) -> None:
+    """In the same order, and what is scored are the same bytes, all or a part of them."""
+    path = tmp_path / "many.txt"
+    path.write_bytes(b"\n---\n".join(document.text for document in (documents * 4)[::-1]))
+    cfg = config(input_file=str(path), tokenizer="bpe-300", document_separator="---")
+    tokens = load_dataset(cfg, cache_dir=cache)
+    cfg.tokenizer = "auto"
+    bytes_ = load_dataset(cfg, unit="byte", cache_dir=cache)
+    assert (tokens.tokenizer.vocab_size, bytes_.tokenizer.vocab_size, bytes_.tokenizer.eot) == (300, 257, 256)
+    assert bytes_.heldout.n_docs > 2
+    assert [n for n in bytes_.notes if n.startswith("tokenizer")] == [
+        "tokenizer auto: byte, as this architecture reads bytes"
+    ]
+    assert bytes_.identity() == tokens.identity()
+    for side in ("train", "heldout"):
+        mine, theirs = getattr(bytes_, side), getattr(tokens, side)
+        assert [mine.text(i) for i in range(mine.n_docs)] == [theirs.text(i) for i in range(theirs.n_docs)]
+
+    def scored(dataset, **limit) -> tuple[list[bytes], int]:
+        rows = HeldoutRows(dataset.heldout, dataset.tokenizer.eot, 64, **limit)
+        batch = rows.batch(np.arange(rows.n_rows))
+        pieces: dict[int, dict[int, bytes]] = {}
+        for row, (targets, weights) in enumerate(zip(batch.tokens[:, 1:], batch.weights, strict=True)):
+            text = dataset.tokenizer.decode(targets[weights > 0])
+            pieces.setdefault(int(rows.document_of[row]), {})[rows.targets_of(row).start] = text
+        texts = [b"".join(of[start] for start in sorted(of)) for _, of in sorted(pieces.items())]
+        return texts, batch.bytes
+
+    for limit in ({}, {"max_bytes": bytes_.heldout.total_bytes // 2}):
+        assert scored(bytes_, **limit) == scored(tokens, **limit)
 
 
 def test_second_load_maps_the_cache_and_trains_nothing(config, book, cache, monkeypatch) -> None:
