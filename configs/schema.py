@@ -189,6 +189,8 @@ class ModelConfig(BaseModel):
     unit: ClassVar[Literal["token", "byte"]] = (
         "token"  # what the model reads: the run's tokenizer's tokens, or bytes
     )
+    # Sizes of presets that it has under names of its own, which configs/preset/for/ sets.
+    own_sizes: ClassVar[frozenset[str]] = frozenset()
     # For the contract tests (tests/contract). A subclass states its own; those of its bases hold beside them.
     tiny: ClassVar[dict[str, Any]] = {}  # field -> value that makes the architecture small and quick
     # field -> another value, or (another value, what other fields must be for it to mean something), where the tests

@@ -401,7 +401,8 @@ def _drop_preset_extras(
     extras = {
         k for k, v in run.model_cfg.items() if k not in config_class.model_fields and brought.get(k, ...) == v
     }
-    if missed := sorted(k for k in extras if brought[k]):  # what it turns off is missed by nobody
+    # What it turns off is missed by nobody.
+    if missed := sorted(k for k in extras - config_class.own_sizes if brought[k]):
         notices.append(f"preset {run.preset}: {run.type} has no {', '.join(missed)}; left out")
     return {k: v for k, v in run.model_cfg.items() if k not in extras}
 

@@ -57,6 +57,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mdl": Architecture(
         "models.mdl:MDL", "adapters.diffusion.mdl:MDLAdapter", "masked diffusion (Sahoo et al. 2024)"
     ),
+    "megabyte": Architecture(
+        "models.megabyte:Megabyte",
+        "adapters.patches:PatchAdapter",
+        "patches of bytes, MEGABYTE (Yu et al. 2023)",
+    ),
     "mod": Architecture(
         "models.mod:MoD",
         "adapters.mixture_of_depths:MixtureOfDepthsAdapter",
