@@ -5,13 +5,15 @@ Shapes: B rows, S positions, K patches, D width.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from adapters.base import Context, Prepared, StepOutput
 from adapters.default import DefaultModelAdapter
+from data.offsets import document_offsets
 from models.layers.decoder import Hidden
 from models.patches.layout import Layout
 
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PatchAdapter"]
 
-WHOLE, STRIDED = "patches", "strided"
+WHOLE, STRIDED = "whole", "strided"  # passes over a row: from its first place, and half a patch later
+PARTS = ("source", "positions", "documents", "places", "cu_seqlens")
 
 
 class PatchAdapter(DefaultModelAdapter):
@@ -31,9 +34,9 @@ class PatchAdapter(DefaultModelAdapter):
         prepared = super().prepare(batch, ctx)
         doc_ids = prepared.tensors.pop("doc_ids")
         patch = self.model_cfg.patch_size
-        prepared.tensors |= Layout.of(doc_ids, patch).tensors(WHOLE)
+        prepared.tensors |= _tensors(WHOLE, Layout.of(doc_ids, patch))
         if ctx.phase == "eval" and self.model_cfg.strided_inference:
-            prepared.tensors |= Layout.of(doc_ids, patch, patch // 2).tensors(STRIDED)
+            prepared.tensors |= _tensors(STRIDED, Layout.of(doc_ids, patch, patch // 2))
         return prepared
 
     def hidden(self, prepared: Prepared) -> Hidden:
@@ -47,7 +50,8 @@ class PatchAdapter(DefaultModelAdapter):
         return Hidden(states)
 
     def _pass(self, tensors: dict[str, Tensor], name: str, offset: int = 0) -> Tensor:
-        return self.model(tensors["inputs"], layout=Layout.among(tensors, name, offset))
+        parts: dict[str, Any] = {part: tensors[f"{name}_{part}"] for part in PARTS}
+        return self.model(tensors["inputs"], layout=Layout(**parts, offset=offset))
 
     def step_output(self, hidden: Hidden, prepared: Prepared) -> StepOutput:
         output = super().step_output(hidden, prepared)
@@ -59,3 +63,10 @@ class PatchAdapter(DefaultModelAdapter):
     @property
     def width(self) -> int:
         return self.model_cfg.d_global
+
+
+def _tensors(name: str, layout: Layout) -> dict[str, Tensor]:
+    """What a prepared batch carries of a layout."""
+    offsets = torch.from_numpy(document_offsets(layout.documents.numpy()))
+    whole = replace(layout, cu_seqlens=offsets)
+    return {f"{name}_{part}": getattr(whole, part) for part in PARTS}

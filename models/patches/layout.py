@@ -5,14 +5,12 @@ Shapes: B rows, S bytes, P bytes of a patch, K patches, L = K P places.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.offsets import document_offsets
 from models.layers.decoder import document_positions
 
 __all__ = ["Layout"]
@@ -24,16 +22,16 @@ EMPTY = -1
 class Layout:
     """`source` (B, L): which byte of its row stands at a place; `positions` (B, L): the byte's position in its
     document, `EMPTY` where no byte stands; `documents` (B, K): of which document of its row a patch is, `EMPTY` behind
-    the last; `places` (B, S): where each byte stands; `cu_seqlens` (N + 1,): patches at which documents begin, rows
-    laid end to end (data/offsets.py). `offset`: so many places are left empty in front of each document.
+    the last; `places` (B, S): where each byte stands. `offset`: so many places are left empty in front of each
+    document. `cu_seqlens` (N + 1,): the patches at which documents begin, as offsets (data/offsets.py).
     """
 
     source: Tensor
     positions: Tensor
     documents: Tensor
     places: Tensor
-    cu_seqlens: Tensor
     offset: int = 0
+    cu_seqlens: Tensor | None = None
 
     @property
     def patches(self) -> int:
@@ -63,8 +61,7 @@ class Layout:
         placed = torch.full_like(source, EMPTY).scatter_(1, places, positions)
         documents = torch.full((rows, total), EMPTY, dtype=torch.int64)
         documents.scatter_(1, places // patch, starts.cumsum(1) - 1)
-        cu_seqlens = torch.from_numpy(document_offsets(documents.numpy()))
-        return cls(source, placed, documents, places, cu_seqlens, offset)
+        return cls(source, placed, documents, places, offset)
 
     @classmethod
     def of_one(cls, tokens: Tensor, patch: int) -> Layout:
@@ -74,23 +71,5 @@ class Layout:
         index = torch.arange(total * patch, device=device)
         positions = torch.where(index < length, index, EMPTY).expand(rows, -1)
         documents = torch.zeros(rows, total, dtype=torch.int64, device=device)
-        offsets = torch.arange(rows + 1, device=device, dtype=torch.int32) * total
         source = index.clamp(max=length - 1).expand(rows, -1)
-        return cls(source, positions, documents, index[:length].expand(rows, -1), offsets)
-
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """What a prepared batch carries of it."""
-        return {
-            f"{name}_source": self.source,
-            f"{name}_positions": self.positions,
-            f"{name}_documents": self.documents,
-            f"{name}_places": self.places,
-            f"{name}_cu_seqlens": self.cu_seqlens,
-        }
-
-    @classmethod
-    def among(cls, tensors: Mapping[str, Tensor], name: str, offset: int = 0) -> Layout:
-        """The one that `tensors(name)` gave."""
-        source, positions = tensors[f"{name}_source"], tensors[f"{name}_positions"]
-        documents, places = tensors[f"{name}_documents"], tensors[f"{name}_places"]
-        return cls(source, positions, documents, places, tensors[f"{name}_cu_seqlens"], offset)
+        return cls(source, positions, documents, index[:length].expand(rows, -1))

@@ -26,7 +26,7 @@ def test_every_row_names_a_module_with_a_config(type_):
     row = ARCHITECTURES[type_]
     model_class = load(row.model)
     assert issubclass(model_class, nn.Module)
-    assert "d_model" in model_class.Config.model_fields
+    assert "d_model" in {*model_class.Config.model_fields, *model_class.Config.own_sizes}
     assert row.description
 
 
