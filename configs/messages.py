@@ -66,9 +66,11 @@ NO_FIELDS = {
     "dispatch": "how experts are computed is a choice of the run: kernels.grouped_linear=reference loops over them, "
     "auto takes what suits the device",
     "decode": "how text is written is said where it is: generate --speculative",
+    "eos_id": "the token that ends a document is the tokenizer's; of bytes it is 256, and begins the next one too",
     "fp8_mlp": _NO_FP8,
     "memory_efficient": "logits of one head exist at a time in any case. How its loss is computed is a choice of the "
     "run: kernels.linear_cross_entropy",
+    "pad_id": "what fills a row or a patch up stands for no id, and nothing sees it",
     "proj_fp8": _NO_FP8,
     "spec_heads": "how many tokens are drafted is said where text is written: generate --speculative --draft N",
     "use_fp8": _NO_FP8,
