@@ -14,7 +14,11 @@ from kernels.attention.plan import Backend, Options
 from kernels.attention.visible import Visible
 from kernels.device import Gpu, gpu_of
 
-__all__ = ["BACKEND", "order"]
+__all__ = ["BACKEND", "MOST_ROWS", "order"]
+
+MOST_ROWS = (
+    65_535  # of one call: grids of CUDA end there, and torch's kernels have a row of theirs for each of ours
+)
 
 
 class Built(NamedTuple):
@@ -46,6 +50,17 @@ def build(visible: Visible, options: Options) -> Built:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, built: Built, options: Options) -> Tensor:
+    if len(q) <= MOST_ROWS:
+        return _attend(q, k, v, built, options)
+    parts = []
+    for start in range(0, len(q), MOST_ROWS):
+        rows = slice(start, start + MOST_ROWS)
+        bias = built.bias if built.bias is None or len(built.bias) == 1 else built.bias[rows]
+        parts.append(_attend(q[rows], k[rows], v[rows], built._replace(bias=bias), options))
+    return torch.cat(parts)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, built: Built, options: Options) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
     if grouped and built.bias is not None:
         # Fused kernels take a bias or grouped heads, not both. These copies die with this call.

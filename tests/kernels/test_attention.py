@@ -162,6 +162,30 @@ def test_dropout_acts_on_probabilities(path, dropout):
         torch.testing.assert_close(dropped[alive], kept[alive] / (1 - dropout))
 
 
+@pytest.mark.parametrize("masked", ["none", "one for all", "each its own"])
+def test_more_rows_than_a_call_takes_are_split(monkeypatch, masked):
+    """As patches of bytes are, which may be more than a grid of CUDA has rows."""
+    q, k, v = draw(2, 2, 3, 5, rows=8)
+    seen = torch.rand(
+        8 if masked == "each its own" else 1, 1, 3, 5, generator=torch.Generator().manual_seed(1)
+    )
+    mask = None if masked == "none" else (seen < 0.5) | (torch.arange(5) == 2)
+    plan = plan_attention(
+        Visible(8, 3, 5, CPU, causal=True, mask=mask),
+        dtype=q.dtype,
+        heads=(2, 2),
+        width=8,
+        kernels=Kernels({"attention": "sdpa"}),
+    )
+    whole = attention(q, k, v, plan)
+    gradients = torch.autograd.grad(whole.square().sum(), (q, k, v))
+    monkeypatch.setattr(sdpa, "MOST_ROWS", 3)
+    parts = attention(q, k, v, plan)
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-12)
+    for one, other in zip(torch.autograd.grad(parts.square().sum(), (q, k, v)), gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
 def test_layers_of_different_windows_have_a_plan_each():
     """As many descriptions as there are windows, made before the first layer."""
     q, k, v = draw(4, 2, 20, 20)

@@ -160,6 +160,31 @@ def test_a_stack_beyond_32_bits_is_multiplied():
     assert torch.equal(found, newton_schulz(last[None], **options)[0])
 
 
+@gpu
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_more_rows_than_a_grid_has(masked):
+    """65,537 patches of 8 bytes, behind 4 of the patch before: the last one is compared."""
+    rows, device = 2**16 + 1, torch.device("cuda")
+    mask = torch.ones(rows, 1, 8, 12, dtype=torch.bool, device=device) if masked else None
+    if mask is not None:
+        mask[-1, ..., :4] = False
+    tensors = [
+        torch.randn(rows, 2, n, 32, device=device, dtype=HALF, requires_grad=True) for n in (8, 12, 12)
+    ]
+
+    def found(part: slice) -> list[torch.Tensor]:
+        given = [t[part] for t in tensors]
+        seen = None if mask is None else mask[part]
+        visible = Visible(len(given[0]), 8, 12, device, causal=masked, mask=seen)
+        plan = plan_attention(visible, dtype=HALF, heads=(2, 2), width=32, kernels=Kernels())
+        y = attention(*given, plan)
+        return [t[-1] for t in (y, *torch.autograd.grad(y.float().square().sum(), tensors))]
+
+    for one, other in zip(found(slice(None)), found(slice(-1, None)), strict=True):
+        assert torch.isfinite(one).all()
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize(
     ("where", "dtype"),
     [
