@@ -386,6 +386,16 @@ def test_tables_of_positions_pads_and_norms_do_not_decay():
         assert (rule.role == "matrix") is ("_proj" in name or "mixes" in name or "to_local" in name)
 
 
+def test_rates_of_each_stack_follow_its_own_width():
+    model = megabyte()
+    rules, narrow, wide = model.param_roles(), model.cfg.d_local, model.cfg.d_global
+    assert adapter_of("megabyte").width == 4 * 16
+    for name, p in model.named_parameters():
+        if rule_for(rules, name).role == "matrix":
+            reads = wide if name.startswith("global") else narrow if name.startswith("local") else p.shape[1]
+            assert rule_for(rules, name).width == reads, name
+
+
 @pytest.mark.parametrize("preset", [p for p in options("preset") if p != "none"])
 def test_a_preset_gives_its_sizes_to_the_global_stack_and_half_to_the_local_one(preset):
     said: list[str] = []
