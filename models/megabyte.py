@@ -29,7 +29,7 @@ from models.layers.init import normal_, truncated_normal_
 from models.layers.norms import LayerNorm
 from models.layers.roles import Rule
 from models.layers.rotary import rotary_tables
-from models.patches.block import Block, GlobalAttention, LocalAttention, Neighbours, norm
+from models.patches.block import GlobalBlock, LocalBlock, Neighbours, norm
 from models.patches.config import MegabyteConfig
 from models.patches.convolution import WIDTHS, PatchConvolutions
 from models.patches.layout import Layout
@@ -52,18 +52,12 @@ class Megabyte(Decoder):
         self.positions = nn.Embedding(cfg.n_ctx, patch_byte)
         self.convolutions = PatchConvolutions(patch_byte) if cfg.patch_conv else None
         self.global_pad = nn.Parameter(torch.empty(wide))
-        self.global_layers = nn.ModuleList(
-            Block(cfg, GlobalAttention(wide, cfg.global_n_heads, cfg.dropout, layer), wide)
-            for layer in range(cfg.n_layers_d_global)
-        )
+        self.global_layers = nn.ModuleList(GlobalBlock(cfg, layer) for layer in range(cfg.n_layers_d_global))
         self.global_norm = norm(wide)
         self.to_local = nn.Linear(patch_byte, narrow, bias=False)
         self.local_embedding = nn.Embedding(padded_vocabulary(self.vocab_size), narrow)
         self.local_pad = nn.Parameter(torch.empty(narrow))
-        self.local_layers = nn.ModuleList(
-            Block(cfg, LocalAttention(narrow, cfg.local_n_heads, cfg.dropout, layer), narrow)
-            for layer in range(cfg.n_layers_d_local)
-        )
+        self.local_layers = nn.ModuleList(LocalBlock(cfg, layer) for layer in range(cfg.n_layers_d_local))
         self.local_norm = norm(narrow)
 
     @property

@@ -18,7 +18,7 @@ from models.layers.cache import KVCache, StateCache
 from models.layers.norms import LayerNorm
 from models.patches.config import MegabyteConfig
 
-__all__ = ["Block", "GlobalAttention", "LocalAttention", "Neighbours", "norm"]
+__all__ = ["GlobalBlock", "LocalBlock", "Neighbours", "norm"]
 
 NORM_EPS = 1e-5
 
@@ -120,7 +120,7 @@ class MLP(nn.Module):
         return F.dropout(self.down_proj(y), self.dropout, self.training)
 
 
-class Block(nn.Module):
+class _Block(nn.Module):
     def __init__(self, cfg: MegabyteConfig, attention: _Attention, width: int) -> None:
         super().__init__()
         self.attention_norm = norm(width)
@@ -128,7 +128,27 @@ class Block(nn.Module):
         self.mlp_norm = norm(width)
         self.mlp = MLP(cfg, width)
 
-    def forward(self, x: Tensor, shared: Any, cache: Any = None) -> Tensor:
-        """x (..., D), the residual stream."""
+    def run(self, x: Tensor, shared: Any, cache: Any) -> Tensor:
         x, y = self.mlp_norm(x, self.attention(self.attention_norm(x), shared, cache))
         return x + self.mlp(y)
+
+
+# Each has a forward of its own: the compiler takes the widths of two stacks behind one for a size that varies.
+class GlobalBlock(_Block):
+    def __init__(self, cfg: MegabyteConfig, layer: int) -> None:
+        super().__init__(
+            cfg, GlobalAttention(cfg.d_global, cfg.global_n_heads, cfg.dropout, layer), cfg.d_global
+        )
+
+    def forward(self, x: Tensor, plan: Plan, cache: KVCache | None = None) -> Tensor:
+        """x (B, K, D), the residual stream."""
+        return self.run(x, plan, cache)
+
+
+class LocalBlock(_Block):
+    def __init__(self, cfg: MegabyteConfig, layer: int) -> None:
+        super().__init__(cfg, LocalAttention(cfg.d_local, cfg.local_n_heads, cfg.dropout, layer), cfg.d_local)
+
+    def forward(self, x: Tensor, shared: Neighbours, cache: StateCache | None = None) -> Tensor:
+        """x (B, K, N, D), the residual stream."""
+        return self.run(x, shared, cache)
