@@ -49,6 +49,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         "discrete diffusion (Austin et al. 2021)",
     ),
     "gpt2": Architecture("models.gpt2:GPT2", description="GPT-2 (Radford et al. 2019)"),
+    "hnet": Architecture(
+        "models.hnet:HNet",
+        "adapters.hierarchy:HierarchyAdapter",
+        "H-Net: chunks of bytes that the model cuts (Hwang et al. 2025)",
+        aliases={"h-net": {}},
+    ),
     "mamba": Architecture(
         "models.mamba:Mamba",
         description="state-space models: Mamba (Gu and Dao 2023) and Mamba-2 (Dao and Gu 2024)",

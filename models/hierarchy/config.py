@@ -1,0 +1,299 @@
+"""The fields of hnet, and what follows from them for each stage."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
+
+from configs.schema import Execution, Free, Fraction, ModelConfig, NonNegative, Positive, Rate
+from models.hierarchy.layout import Stage, stages_of
+from models.state_space.config import MambaConfig
+
+if TYPE_CHECKING:
+    from configs.schema import RunConfig
+
+__all__ = ["HNetConfig", "StageSizes"]
+
+BYTES_PER_TOKEN = 4.6  # of GPT-2's tokens, which rates are tuned for (Hwang et al. 2025, section 2.3.3)
+FFN_MULTIPLE = 128  # that hidden widths are rounded up to
+
+
+def _layout(value: list[Any]) -> list[Any]:
+    stages_of(value)
+    return value
+
+
+Ratio = Annotated[float, Field(gt=1, allow_inf_nan=False)]
+Layout = Annotated[list[Any], AfterValidator(_layout)]
+Window = Annotated[int, Field(ge=-1)]
+
+
+@dataclass(frozen=True)
+class StageSizes:
+    """One stage. `layers`: kinds of layers of (encoder, decoder), or (main,); `window`: positions that a position sees,
+    itself included (None: all); `ratio`: positions of this stage in a chunk, as aimed at (None of the innermost)."""
+
+    layers: Stage
+    width: int
+    hidden: int
+    heads: int
+    turning: int
+    window: int | None
+    ratio: float | None
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def residuals(self) -> int:
+        """What is added to the residual stream, in all layers."""
+        return sum(2 if kind.isupper() else 1 for stack in self.layers for kind in stack)
+
+
+class HNetConfig(ModelConfig):
+    """Defaults are a model of one stage of 121 million parameters. Lists are of all stages, from the outermost in."""
+
+    unit = "byte"
+
+    vocab_size: Positive | None = None
+    n_ctx: Positive = 8192
+    arch_layout: Layout | None = None  # None: of the next two
+    n_layers: Positive | None = None  # of the innermost stage, attention and feed-forward each; None = 15
+    num_compression_layers: Positive | None = None  # of encoder and decoder, Mamba-2; None = 4
+    d_model: Positive | list[Positive] = 768  # one number: of the innermost, the others 2/3 of it
+    n_heads: Positive | list[Positive] = 12  # one number: of the innermost, the others' as wide
+    d_intermediate: list[NonNegative] | None = None  # None = 8/3 d_model where a layer has one
+    rotary_emb_dim: list[NonNegative] | None = None  # dims of a head that turn; None = half of it
+    window_size: list[Window] | None = None  # positions before a position that it sees, -1 = all
+    d_state: Positive = 128  # of each channel of Mamba-2
+    expand: Positive = 2
+    d_conv: Positive = 4
+    headdim: Positive = 64
+    chunk_size: Free[Positive] = 64  # positions that Mamba-2 computes at once as attention is
+    norm_eps: Rate = 1e-5
+    tie_embeddings: bool = False
+    chunking: Literal["dynamic", "fixed"] = "dynamic"
+    target_ratio: Ratio | list[Ratio] | None = None  # None = 6 of one stage, 3 of each of several
+    compression_ratio: Annotated[float, Field(gt=0, lt=1)] | None = None  # 1 / target_ratio of every stage
+    ratio_loss_weight: Free[Rate] = 0.03
+    ratio_over: Free[Literal["row", "batch"]] = "row"
+    ema_eps: Annotated[Fraction, Field(lt=0.5)] = 1e-4
+    lr_multiplier: Free[Literal["auto"] | list[Rate]] = "auto"
+    chunk_execution: Execution[Literal["auto", "packed", "masked"]] = "auto"
+
+    tiny = {
+        "n_ctx": 32,
+        "d_model": 64,
+        "n_heads": 4,
+        "n_layers": 2,
+        "num_compression_layers": 1,
+        "headdim": 16,
+        "d_state": 8,
+        "target_ratio": 3.0,
+    }
+    examples = {
+        "arch_layout": (["m1", ["t1"], "m1"], {"n_layers": None, "num_compression_layers": None}),
+        "d_model": [64, 64],
+        "n_heads": [3, 8],
+        "d_intermediate": [0, 128],
+        "rotary_emb_dim": [8, 4],
+        "window_size": [-1, 3],
+        "chunk_size": 8,
+        "target_ratio": 2.0,
+        "compression_ratio": (0.25, {"target_ratio": None}),
+        "ratio_over": "batch",
+        "lr_multiplier": [1.0, 2.0],
+        "ema_eps": 0.1,
+    }
+
+    # -- what follows for each stage -------------------------------------------------------------------------------
+
+    @property
+    def layout(self) -> list[Any]:
+        if self.arch_layout is not None:
+            return self.arch_layout
+        outer = f"m{self.num_compression_layers or 4}"
+        return [outer, [f"T{self.n_layers or 15}"], outer]
+
+    @property
+    def kinds(self) -> list[Stage]:
+        return stages_of(self.layout)
+
+    @property
+    def widths(self) -> list[int]:
+        if isinstance(self.d_model, list):
+            return self.d_model
+        outer = max(1, round(2 * self.d_model / (3 * self.headdim))) * self.headdim
+        return [*(min(outer, self.d_model),) * (len(self.kinds) - 1), self.d_model]
+
+    @property
+    def heads(self) -> list[int]:
+        """Of attention."""
+        if isinstance(self.n_heads, list):
+            return self.n_heads
+        width = self.widths[-1] / self.n_heads
+        return [*(max(1, round(outer / width)) for outer in self.widths[:-1]), self.n_heads]
+
+    @property
+    def ratios(self) -> list[float]:
+        """N of each stage that cuts chunks."""
+        outer = len(self.kinds) - 1
+        if isinstance(self.target_ratio, list):
+            return self.target_ratio
+        if self.compression_ratio is not None:
+            return [1 / self.compression_ratio] * outer
+        return [self.target_ratio or (6.0 if outer == 1 else 3.0)] * outer
+
+    @property
+    def stages(self) -> list[StageSizes]:
+        found = []
+        for stage, (layers, width, heads) in enumerate(zip(self.kinds, self.widths, self.heads, strict=True)):
+            last = stage == len(self.kinds) - 1
+            feeds = any(kind.isupper() for stack in layers for kind in stack)
+            hidden = 8 * width / 3 if feeds else 0
+            if self.d_intermediate is not None:
+                hidden = self.d_intermediate[stage]
+            # Half of a head turns, in whole pairs.
+            turning = width // heads // 4 * 2 if self.rotary_emb_dim is None else self.rotary_emb_dim[stage]
+            before = (-1 if last else 1023) if self.window_size is None else self.window_size[stage]
+            found.append(
+                StageSizes(
+                    layers,
+                    width,
+                    FFN_MULTIPLE * math.ceil(hidden / FFN_MULTIPLE),
+                    heads,
+                    turning,
+                    None if before < 0 else before + 1,
+                    None if last else self.ratios[stage],
+                )
+            )
+        return found
+
+    @property
+    def lr_multipliers(self) -> list[float]:
+        """lambda^s = sqrt(N_GPT * prod_{i >= s} N^i / prod_i N^i * D^S / D^s) (Hwang et al. 2025, section 2.3.3)."""
+        if self.lr_multiplier != "auto":
+            return self.lr_multiplier
+        ratios, widths = [*self.ratios, 1.0], self.widths
+        return [
+            math.sqrt(
+                BYTES_PER_TOKEN * math.prod(ratios[stage:]) / math.prod(ratios) * widths[-1] / widths[stage]
+            )
+            for stage in range(len(widths))
+        ]
+
+    def mixer(self, width: int) -> MambaConfig:
+        """Of the Mamba-2 layers of a stage. Weights begin as H-Net's do, which divide by depth elsewhere."""
+        return MambaConfig(
+            version=2,
+            d_model=width,
+            d_state=self.d_state,
+            expand=self.expand,
+            d_conv=self.d_conv,
+            headdim=self.headdim,
+            chunk_size=self.chunk_size,
+            norm_eps=self.norm_eps,
+            rescale_prenorm_residual=False,
+        )
+
+    # -- what does not fit -----------------------------------------------------------------------------------------
+
+    def problems(self, run: RunConfig) -> list[str]:
+        found = super().problems(run) + self._conflicts() + self._lengths()
+        return found or self._of_stages()
+
+    def _conflicts(self) -> list[str]:
+        found = []
+        for name in ("n_layers", "num_compression_layers"):
+            if self.arch_layout is not None and getattr(self, name) is not None:
+                found.append(
+                    f"model_cfg.{name} ({getattr(self, name)}) and model_cfg.arch_layout both say how many layers there "
+                    f"are. Nearest: {name}=null, or arch_layout=null"
+                )
+        if self.compression_ratio is not None and self.target_ratio is not None:
+            found.append(
+                f"model_cfg.compression_ratio ({self.compression_ratio}) and model_cfg.target_ratio "
+                f"({self.target_ratio}) both say how long chunks are to be. Nearest: compression_ratio=null"
+            )
+        if len(self.kinds) == 1:
+            found.append(
+                f"model_cfg.arch_layout ({self.layout}) cuts no chunks: it has one stage. Nearest: "
+                f"['m4', {self.layout}, 'm4']"
+            )
+        return found
+
+    def _lengths(self) -> list[str]:
+        stages, found = len(self.kinds), []
+        lists = ("d_model", "n_heads", "d_intermediate", "rotary_emb_dim", "window_size", "lr_multiplier")
+        for name, wanted in [*((name, stages) for name in lists), ("target_ratio", stages - 1)]:
+            value = getattr(self, name)
+            if isinstance(value, list) and len(value) != wanted:
+                what = "stages that cut chunks" if name == "target_ratio" else "stages"
+                found.append(
+                    f"model_cfg.{name} ({value}) has {len(value)} numbers, and model_cfg.arch_layout {wanted} {what}. "
+                    f"Nearest: {(value + value[-1:] * wanted)[:wanted] if value else 'null'}"
+                )
+        return found
+
+    def _of_stages(self) -> list[str]:
+        found = []
+        if self.widths != sorted(self.widths):
+            found.append(
+                f"model_cfg.d_model ({self.widths}) must not fall from the outermost stage in: chunks are padded, never "
+                f"cut. Nearest: {sorted(self.widths)}"
+            )
+        for number, stage in enumerate(self.stages):
+            kinds = "".join(stage.layers)
+            if set(kinds) & {"m", "M"} and self.expand * stage.width % self.headdim:
+                legal = [
+                    n for n in range(1, self.expand * stage.width + 1) if self.expand * stage.width % n == 0
+                ]
+                nearest = min(legal, key=lambda n: abs(n - self.headdim))
+                found.append(
+                    f"model_cfg.expand times the width of stage {number} ({self.expand} * {stage.width}) must be "
+                    f"divisible by model_cfg.headdim ({self.headdim}). Nearest: headdim={nearest}"
+                )
+            if set(kinds) & {"t", "T"}:
+                found += self._of_attention(number, stage)
+            if kinds.lower() != kinds and not stage.hidden:
+                found.append(
+                    f"model_cfg.d_intermediate of stage {number} is 0, and its layers M and T have a feed-forward layer. "
+                    f"Nearest: {round(8 * stage.width / 3)}, or m and t in model_cfg.arch_layout"
+                )
+            if self.chunking == "fixed" and stage.ratio is not None and stage.ratio != int(stage.ratio):
+                found.append(
+                    f"model_cfg.target_ratio of stage {number} ({stage.ratio}) must be a whole number where "
+                    f"model_cfg.chunking is fixed. Nearest: {max(2, round(stage.ratio))}"
+                )
+        return found
+
+    def _of_attention(self, number: int, stage: StageSizes) -> list[str]:
+        if stage.width % stage.heads:
+            legal = [n for n in range(1, stage.width + 1) if stage.width % n == 0]
+            nearest = min(legal, key=lambda n: abs(n - stage.heads))
+            return [
+                f"the width of stage {number} ({stage.width}) must be divisible by its heads, model_cfg.n_heads "
+                f"({stage.heads}). Nearest: {nearest}"
+            ]
+        if stage.head_width % 2:
+            return [
+                f"heads of stage {number} (model_cfg.d_model / model_cfg.n_heads) are {stage.head_width} wide, which "
+                f"must be even. Nearest: model_cfg.d_model={stage.heads * (stage.head_width + 1)}"
+            ]
+        if stage.turning % 2 or stage.turning > stage.head_width:
+            nearest = min(stage.turning // 2 * 2, stage.head_width // 2 * 2)
+            return [
+                f"model_cfg.rotary_emb_dim of stage {number} ({stage.turning}) must be even and at most the width of a "
+                f"head ({stage.head_width}). Nearest: {nearest}"
+            ]
+        return []
+
+    def unread(self) -> dict[str, str]:
+        found = super().unread()
+        if self.chunking == "fixed":
+            found |= dict.fromkeys(("ratio_loss_weight", "ratio_over"), "chunking=fixed")
+        return found

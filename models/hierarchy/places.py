@@ -1,0 +1,109 @@
+"""Which positions of a stage hold what: those of the outermost are the bytes of rows, those of the next their chunks.
+
+Chunks are laid in one of two ways that give the same to rounding. Packed: all chunks of all rows end to end, as many as
+there are, which the host must be told. Masked: each row has as many places as the stage before has, of which those
+behind its chunks are empty; nothing waits for the device.
+
+Shapes: B rows of the batch, R rows of places, M places in each, W places of the longest row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.documents import runs
+
+__all__ = ["Places", "bytes_of"]
+
+EMPTY = -1  # the document of empty places, which see each other alone
+
+
+@dataclass(frozen=True)
+class ByRow:
+    """Where the chunks of a packed stage stand if each row of the batch has a row of its own."""
+
+    index: Tensor  # (B, W) int64: the place, any where a row has fewer
+    there: Tensor  # (B, W) bool: whether it has so many
+    back: Tensor  # (M,) int64: of each place, where it stands among the B W
+
+
+@dataclass(frozen=True)
+class Places:
+    """`ids` (R, M) int64: documents, neighbours of one number; `valid` (R, M) bool: places that are not empty (None:
+    all); `by_row`: of packed ones (None: the R rows are those of the batch); `longest`: positions of a row at most."""
+
+    ids: Tensor
+    valid: Tensor | None
+    by_row: ByRow | None
+    longest: int
+
+    @property
+    def begins(self) -> Tensor:
+        """(R, M) bool: where a document begins, the first place of a row included."""
+        return F.pad(self.ids[:, 1:] != self.ids[:, :-1], (1, 0), value=True)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """(R, M, ...) -> (B, W, ...): of each row of the batch its own places."""
+        return x if self.by_row is None else x[0][self.by_row.index]
+
+    def back(self, x: Tensor) -> Tensor:
+        """(B, W, ...) -> (R, M, ...)"""
+        return x if self.by_row is None else x.flatten(0, 1)[self.by_row.back][None]
+
+    @property
+    def in_rows(self) -> tuple[Tensor, Tensor | None]:
+        """`ids` and `valid` of `rows`, (B, W)."""
+        if self.by_row is None:
+            return self.ids, self.valid
+        return self.rows(self.ids).where(self.by_row.there, EMPTY), self.by_row.there
+
+    def total(self, x: Tensor) -> Tensor:
+        """(R, M) -> (B,): the sum over each row's places that are not empty. The same whatever the way of laying."""
+        _, valid = self.in_rows
+        x = self.rows(x)
+        return (x if valid is None else x.where(valid, 0)).sum(1)
+
+    def chunks(self, opens: Tensor, packed: bool) -> tuple[Places, Tensor, Tensor]:
+        """Of `opens` (R, M) bool, which is False at empty places: the places of chunks (R', M'), `source` (R', M')
+        int64, the place that opens each, and `chunk` (R, M) int64, which chunk each place belongs to. Packed ones are
+        of R' = 1 row, whose places stand end to end here too."""
+        longest = self.longest
+        if not packed:
+            source, chunk = compacted(opens, opens.shape[1])
+            order = torch.arange(opens.shape[1], device=opens.device)
+            valid = order < opens.sum(1, keepdim=True)
+            ids = self.ids.gather(1, source).where(valid, EMPTY)
+            return Places(ids, valid, None, longest), source, chunk.clamp(min=0)
+        counts = self.total(opens)  # (B,)
+        chunks, most = torch.stack((counts.sum(), counts.max())).tolist()  # waits for the device
+        source, chunk = compacted(opens.flatten()[None], chunks)
+        ids = self.ids.flatten()[source]
+        order = torch.arange(most, device=opens.device)
+        first = counts.cumsum(0) - counts
+        row = torch.arange(len(counts), device=opens.device).repeat_interleave(counts, output_size=chunks)
+        back = row * most + torch.arange(chunks, device=opens.device) - first[row]
+        index = (first[:, None] + order).clamp(max=chunks - 1)
+        by_row = ByRow(index, order < counts[:, None], back)
+        return Places(ids, None, by_row, longest), source, chunk
+
+
+def bytes_of(doc_ids: Tensor | None, rows: int, length: int, device: torch.device) -> Places:
+    """The places of bytes (B, T). `doc_ids` (B, T) None: each row is one document."""
+    row = torch.arange(rows, device=device)[:, None] * length
+    inside = torch.zeros(rows, length, dtype=torch.int64, device=device) if doc_ids is None else runs(doc_ids)
+    return Places(row + inside, None, None, length)
+
+
+def compacted(opens: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
+    """opens (R, M) bool -> (R, `chunks`) int64, the places that are True in their order (0 behind them), and
+    (R, M) int64, how many were True up to each place, less one. By a sum and a scatter: nothing is sorted."""
+    chunk = opens.cumsum(1) - 1
+    slot = chunk.where(opens, chunks)
+    place = torch.arange(opens.shape[1], device=opens.device).expand(opens.shape)
+    # Places that open nothing all write behind the last.
+    source = place.new_zeros(len(opens), chunks + 1).scatter_(1, slot, place)
+    return source[:, :chunks], chunk

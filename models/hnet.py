@@ -1,0 +1,154 @@
+"""H-Net: bytes in, and chunks of them that the model itself cuts (Hwang, Wang and Gu 2025, "Dynamic Chunking for
+End-to-End Hierarchical Sequence Modeling", arXiv:2507.07955).
+
+A small encoder reads every byte; a router opens a chunk where neighbours differ; only what opens a chunk goes through
+the wide network within, which may be such a hierarchy again; a decoder reads every byte once more. `models/hierarchy/`
+has the parts. Parameters are named as in the checkpoints of its authors.
+
+Shapes: B rows, T bytes, D width of the outermost stage, S stages that cut chunks, V vocabulary, V_p padded vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.hierarchy.cache import HierarchyCache
+from models.hierarchy.config import HNetConfig
+from models.hierarchy.places import bytes_of
+from models.hierarchy.stage import Stage, Told
+from models.layers.cache import Cache
+from models.layers.decoder import Decoder, Hidden, padded_vocabulary
+from models.layers.flops import Flops, matmul_flops
+from models.layers.init import INIT_STD, normal_
+from models.layers.roles import Rule
+from models.state_space.dual import DualMixer
+
+__all__ = ["HNet", "HNetConfig"]
+
+
+class HNet(Decoder):
+    Config = HNetConfig
+    cfg: HNetConfig  # type: ignore[assignment]  # its sizes are those of several stages
+
+    def __init__(self, cfg: HNetConfig) -> None:
+        super().__init__(cfg)  # type: ignore[arg-type]
+        rows, width = padded_vocabulary(self.vocab_size), cfg.widths[0]
+        self.embeddings = nn.Embedding(rows, width)
+        self.backbone = Stage(cfg)
+        self.lm_head = None if cfg.tie_embeddings else nn.Linear(width, rows, bias=False)
+
+    @property
+    def embedding_weight(self) -> Tensor:
+        return self.embeddings.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        doc_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Hidden:
+        """tokens (B, T) int64 -> hidden (B, T, D) behind the decoder's norm; with it, of text as a whole, what each stage
+        tells of its chunks, (S, B) each (`models.hierarchy.stage.Told`).
+
+        doc_ids (B, T): neither states nor attention nor chunks cross a change of them. None: one document per row.
+        cu_seqlens (N + 1,): the same as offsets. With a cache the tokens continue what it holds.
+        """
+        self.check_input(tokens, doc_ids, cache, learned=False)
+        x = self.embeddings(tokens)
+        if isinstance(cache, HierarchyCache):
+            x = self.backbone.step(x, cache.all_rows(tokens.device))
+            cache.advance(tokens.shape[1])
+            return Hidden(x)
+        told = Told()
+        places = bytes_of(doc_ids, *tokens.shape, tokens.device)
+        offsets = None if doc_ids is None else cu_seqlens
+        x = self.backbone(x, places, self.packs(tokens), told, offsets)
+        return Hidden(x, told.stacked())
+
+    def packs(self, tokens: Tensor) -> bool:
+        """Whether chunks are packed, of which the host must know how many there are; else each row has as many places
+        for them as bytes, of one shape whatever the text: what compiled blocks, and a device without data, need."""
+        if self.cfg.chunk_execution != "auto":
+            return self.cfg.chunk_execution == "packed" and not tokens.is_meta
+        compiled = torch.compiler.is_compiling() or any(
+            self.get_submodule(path)._compiled_call_impl is not None for path in self.blocks()
+        )
+        return not (tokens.is_meta or compiled)
+
+    def init_cache(self, rows: int) -> HierarchyCache:
+        return HierarchyCache(rows, *self.backbone.empty(rows))
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """As the authors' code begins (`hnet/utils/train.py`): embeddings N(0, 1), all Linears N(0, 0.02^2), what writes
+        to a residual stream smaller by the root of how many do."""
+        normal_(self.embeddings.weight, 1.0, generator)
+        self.backbone.init_weights(generator)
+        if self.lm_head is not None:
+            normal_(self.lm_head.weight, INIT_STD, generator)
+
+    def blocks(self) -> list[str]:
+        return [f"backbone.{path}" for path in self.backbone.blocks()]
+
+    @property
+    def kept_passes(self) -> float:
+        """A block within is passed by chunks, of which a byte has a part."""
+        passes, share = 0.0, 1.0
+        for stage in self.cfg.stages:
+            passes += share * sum(map(len, stage.layers)) * stage.width / self.cfg.widths[-1]
+            share /= stage.ratio or 1.0
+        return passes
+
+    def param_roles(self) -> list[Rule]:
+        """Rates of each stage are lambda^s times the run's; embedding and head have those of the outermost. What is
+        marked in the authors' code as free of decay is, and so are all vectors."""
+        outermost, rules = self.cfg.lr_multipliers[0], []
+        for number, rate in enumerate(self.cfg.lr_multipliers):
+            rules += self._roles_of(number, rate)
+        return [
+            Rule(r"embeddings\.weight", "embedding", outermost),
+            Rule(r"lm_head\.weight", "head", outermost),
+            *rules,
+        ]
+
+    def _roles_of(self, number: int, rate: float) -> list[Rule]:
+        sizes = self.cfg.stages[number]
+        here = re.escape("backbone." + "main_network." * number)
+        layer = here + rf"({'main_network' if sizes.ratio is None else 'encoder|decoder'})\.layers\.\d+\."
+        fused = DualMixer.parts(self.cfg.mixer(sizes.width))
+        return [
+            Rule(layer + r"mixer\.in_proj\.weight", "matrix", rate, split=fused),
+            Rule(layer + r"mixer\.Wqkv\.weight", "matrix", rate, split=3),
+            Rule(layer + r"mlp\.fc1\.weight", "matrix", rate, split=2),
+            Rule(layer + r"(mixer\.out_proj|mlp\.fc2)\.weight", "matrix", rate),
+            Rule(here + r"residual_proj\.weight", "matrix", rate),
+            Rule(here + r"routing_module\.[qk]_proj_layer\.weight", "router", rate),
+            Rule(
+                layer + r"(mixer\.(A_log|D|dt_bias|conv1d\..*|norm\.weight)|norm[12]\.weight)",
+                "scalar",
+                rate,
+                0.0,
+            ),
+            Rule(
+                here + r"((encoder|decoder|main_network)\.rmsnorm\.weight|residual_proj\.bias|pad_dimension)",
+                "scalar",
+                rate,
+                0.0,
+            ),
+        ]
+
+    def flops(self, seq_len: int) -> Flops:
+        """With chunks as long as they are aimed to be."""
+        lengths = [float(seq_len)]
+        for ratio in self.cfg.ratios:
+            lengths.append(lengths[-1] / ratio)
+        return self.flops_of(lengths, seq_len)
+
+    def flops_of(self, lengths: list[Any], longest: int) -> Flops:
+        """Per byte, where rows hold so many places of each stage on average, the first being bytes, of which a row has
+        `longest` at most."""
+        return self.backbone.flops(lengths, longest) + matmul_flops(self.head_weight.numel())
