@@ -66,7 +66,7 @@ class HierarchyAdapter(DefaultModelAdapter):
         output, told = super().step_output(hidden, prepared), hidden.extra
         rows, length = prepared.tensors["inputs"].shape
         output.metrics |= self._figures(told, rows * length)
-        output.flops = self._operations(told, length) * rows * length
+        output.flops = self._operations(told, length)
         if self.model_cfg.chunking == "fixed":
             return output
         losses = self._ratio_losses(told)  # (S,)
@@ -93,7 +93,7 @@ class HierarchyAdapter(DefaultModelAdapter):
     def _figures(self, told: dict[str, Tensor], count: int) -> dict[str, Metric]:
         """Of each stage: `boundary_share`, F; `boundary_probability`, G; `probability_at_boundaries`; and
         `bytes_per_chunk`."""
-        found = {}
+        found: dict[str, Metric] = {}
         for stage in range(len(told["opened"])):
             opened, probability, at, places = (
                 told[name][stage].detach().sum()
@@ -108,9 +108,9 @@ class HierarchyAdapter(DefaultModelAdapter):
         return found
 
     def _operations(self, told: dict[str, Tensor], length: int) -> Tensor:
-        """Of training, per byte, (): as the formula counts them, at the chunks that there were."""
-        lengths = [length, *told["opened"].detach().mean(1)]
-        return self.model.flops_of(lengths, length).training_per_token
+        """Of training, (): as the formula counts them, at the chunks that each row had."""
+        lengths = [length, *told["opened"].detach()]
+        return self.model.flops_of(lengths, length).training_per_token.sum() * length
 
     def heldout_metrics(self, hidden: Hidden, prepared: Prepared) -> dict[str, Metric]:
         found = self._figures(hidden.extra, prepared.tensors["inputs"].numel())

@@ -45,14 +45,14 @@ class HNet(Decoder):
     def embedding_weight(self) -> Tensor:
         return self.embeddings.weight
 
-    def forward(
+    def forward(  # type: ignore[override]  # nothing is drawn
         self,
         tokens: Tensor,
         doc_ids: Tensor | None = None,
         cache: Cache | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Hidden:
-        """tokens (B, T) int64 -> hidden (B, T, D) behind the decoder's norm; with it, of text as a whole, what each stage
+        """tokens (B, T) int64 -> hidden (B, T, D) behind the decoder's norm; of text as a whole also what each stage
         tells of its chunks, (S, B) each (`models.hierarchy.stage.Told`).
 
         doc_ids (B, T): neither states nor attention nor chunks cross a change of them. None: one document per row.
@@ -65,7 +65,7 @@ class HNet(Decoder):
             cache.advance(tokens.shape[1])
             return Hidden(x)
         told = Told()
-        places = bytes_of(doc_ids, *tokens.shape, tokens.device)
+        places = bytes_of(tokens, doc_ids)
         offsets = None if doc_ids is None else cu_seqlens
         x = self.backbone(x, places, self.packs(tokens), told, offsets)
         return Hidden(x, told.stacked())
@@ -84,8 +84,8 @@ class HNet(Decoder):
         return HierarchyCache(rows, *self.backbone.empty(rows))
 
     def init_weights(self, generator: torch.Generator) -> None:
-        """As the authors' code begins (`hnet/utils/train.py`): embeddings N(0, 1), all Linears N(0, 0.02^2), what writes
-        to a residual stream smaller by the root of how many do."""
+        """As the authors' code begins (`hnet/utils/train.py`): embeddings N(0, 1), all Linears N(0, 0.02^2), what
+        writes to a residual stream smaller by the root of how many do."""
         normal_(self.embeddings.weight, 1.0, generator)
         self.backbone.init_weights(generator)
         if self.lm_head is not None:
@@ -149,6 +149,6 @@ class HNet(Decoder):
         return self.flops_of(lengths, seq_len)
 
     def flops_of(self, lengths: list[Any], longest: int) -> Flops:
-        """Per byte, where rows hold so many places of each stage on average, the first being bytes, of which a row has
-        `longest` at most."""
+        """Per byte, where a row holds so many places of each stage, the first being its `longest` bytes: numbers, or
+        tensors of one shape."""
         return self.backbone.flops(lengths, longest) + matmul_flops(self.head_weight.numel())

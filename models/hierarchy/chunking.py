@@ -20,8 +20,8 @@ __all__ = ["confidence", "smoothed", "straight_through"]
 def smoothed(
     z: Tensor, p: Tensor, begins: Tensor | None, eps: float, kernels: Kernels, initial: Tensor | None = None
 ) -> Tensor:
-    """z (R, C, D), p (R, C) of each chunk, begins (R, C) bool -> zbar (R, C, D), in at least fp32: a moving average that
-    starts from 0 where a document begins, or from `initial` (R, D). p is kept eps away from 0 and 1."""
+    """z (R, C, D), p (R, C) of each chunk, begins (R, C) bool -> zbar (R, C, D), in at least fp32: a moving average
+    that starts from 0 where a document begins, or from `initial` (R, D). p is kept eps away from 0 and 1."""
     exact = at_least_fp32(z.dtype)
     with own_dtypes(z.device):
         weight = p.to(exact).clamp(eps, 1 - eps)

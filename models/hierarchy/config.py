@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from configs.schema import Execution, Free, Fraction, ModelConfig, NonNegative, Positive, Rate
+from configs.schema import Execution, Fraction, Free, ModelConfig, NonNegative, Positive, Rate
 from models.hierarchy.layout import Stage, stages_of
 from models.state_space.config import MambaConfig
 
@@ -93,7 +93,7 @@ class HNetConfig(ModelConfig):
         "num_compression_layers": 1,
         "headdim": 16,
         "d_state": 8,
-        "target_ratio": 3.0,
+        "target_ratio": 2.0,
     }
     examples = {
         "arch_layout": (["m1", ["t1"], "m1"], {"n_layers": None, "num_compression_layers": None}),
@@ -103,7 +103,7 @@ class HNetConfig(ModelConfig):
         "rotary_emb_dim": [8, 4],
         "window_size": [-1, 3],
         "chunk_size": 8,
-        "target_ratio": 2.0,
+        "target_ratio": 3.0,
         "compression_ratio": (0.25, {"target_ratio": None}),
         "ratio_over": "batch",
         "lr_multiplier": [1.0, 2.0],
@@ -211,8 +211,8 @@ class HNetConfig(ModelConfig):
         for name in ("n_layers", "num_compression_layers"):
             if self.arch_layout is not None and getattr(self, name) is not None:
                 found.append(
-                    f"model_cfg.{name} ({getattr(self, name)}) and model_cfg.arch_layout both say how many layers there "
-                    f"are. Nearest: {name}=null, or arch_layout=null"
+                    f"model_cfg.{name} ({getattr(self, name)}) and model_cfg.arch_layout both say how many layers "
+                    f"there are. Nearest: {name}=null, or arch_layout=null"
                 )
         if self.compression_ratio is not None and self.target_ratio is not None:
             found.append(
@@ -243,8 +243,8 @@ class HNetConfig(ModelConfig):
         found = []
         if self.widths != sorted(self.widths):
             found.append(
-                f"model_cfg.d_model ({self.widths}) must not fall from the outermost stage in: chunks are padded, never "
-                f"cut. Nearest: {sorted(self.widths)}"
+                f"model_cfg.d_model ({self.widths}) must not fall from the outermost stage in: chunks are padded, "
+                f"never cut. Nearest: {sorted(self.widths)}"
             )
         for number, stage in enumerate(self.stages):
             kinds = "".join(stage.layers)
@@ -261,8 +261,8 @@ class HNetConfig(ModelConfig):
                 found += self._of_attention(number, stage)
             if kinds.lower() != kinds and not stage.hidden:
                 found.append(
-                    f"model_cfg.d_intermediate of stage {number} is 0, and its layers M and T have a feed-forward layer. "
-                    f"Nearest: {round(8 * stage.width / 3)}, or m and t in model_cfg.arch_layout"
+                    f"model_cfg.d_intermediate of stage {number} is 0, and its layers M and T have a feed-forward "
+                    f"layer. Nearest: {round(8 * stage.width / 3)}, or m and t in model_cfg.arch_layout"
                 )
             if self.chunking == "fixed" and stage.ratio is not None and stage.ratio != int(stage.ratio):
                 found.append(

@@ -121,8 +121,7 @@ class Block(nn.Module):
         return x + branch.to(x.dtype)
 
     def flops(self, cfg: HNetConfig, sizes: StageSizes, length: Any, longest: int) -> Flops:
-        """Per place of a stage whose rows hold `length` places on average (a number, or a tensor of one), `longest` at
-        most."""
+        """Per place of a stage whose row holds `length` places (a number, or a tensor of them), `longest` at most."""
         found = matmul_flops(3 * sizes.width * sizes.hidden) if self.mlp is not None else Flops(0, 0)
         if isinstance(self.mixer, DualMixer):
             return found + self.mixer.flops(longest)
@@ -155,6 +154,10 @@ class Stack(UsesKernels):
         self.rmsnorm = RMSNorm(sizes.width, cfg.norm_eps)
 
     @property
+    def _blocks(self) -> list[Block]:
+        return [block for block in self.layers if isinstance(block, Block)]
+
+    @property
     def attends(self) -> bool:
         return "t" in self.kinds.lower()
 
@@ -179,7 +182,8 @@ class Stack(UsesKernels):
         mask = key <= query  # (R, C, S)
         if self.sizes.window is not None:
             mask &= query - key < self.sizes.window
-        visible = Visible(*mask.shape, x.device, causal=False, mask=mask[:, None])
+        rows, queries, keys = mask.shape
+        visible = Visible(rows, queries, keys, x.device, causal=False, mask=mask[:, None])
         around = Around(None, self._plan(visible, x), self._rotation(query[..., 0], x), None, at, slots)
         return self._through(x, around)
 
@@ -202,8 +206,8 @@ class Stack(UsesKernels):
 
     def empty(self, rows: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Of a cache: states before the first place, and counts of places."""
-        states = {}
-        for block in self.layers:
+        states: dict[str, Tensor] = {}
+        for block in self._blocks:
             if isinstance(block.mixer, DualMixer):
                 recent, kept = block.mixer.empty(rows)
                 states |= {f"{block.name}.recent": recent, f"{block.name}.states": kept}
@@ -226,6 +230,6 @@ class Stack(UsesKernels):
     def flops(self, length: Any, longest: int) -> Flops:
         """As `Block.flops`, of all layers."""
         total = Flops(0, 0)
-        for block in self.layers:
+        for block in self._blocks:
             total = total + block.flops(self.cfg, self.sizes, length, longest)
         return total

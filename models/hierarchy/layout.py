@@ -3,8 +3,8 @@
     ["m4", ["T1m4", ["T26"], "m4T1"], "m4"]
 
 An encoder, what lies within, and a decoder; the innermost is one stack alone. `m`: a mixer of Mamba-2; `t`: attention;
-`M`, `T`: the same with a feed-forward layer behind it (Hwang et al. 2025, arXiv:2507.07955, section 2.3, and the configs
-of its authors).
+`M`, `T`: the same with a feed-forward layer behind it (Hwang et al. 2025, arXiv:2507.07955, section 2.3, and the
+configs of its authors).
 """
 
 from __future__ import annotations

@@ -91,10 +91,11 @@ class Places:
         return Places(ids, None, by_row, longest), source, chunk
 
 
-def bytes_of(doc_ids: Tensor | None, rows: int, length: int, device: torch.device) -> Places:
+def bytes_of(tokens: Tensor, doc_ids: Tensor | None) -> Places:
     """The places of bytes (B, T). `doc_ids` (B, T) None: each row is one document."""
-    row = torch.arange(rows, device=device)[:, None] * length
-    inside = torch.zeros(rows, length, dtype=torch.int64, device=device) if doc_ids is None else runs(doc_ids)
+    rows, length = tokens.shape
+    row = torch.arange(rows, device=tokens.device)[:, None] * length
+    inside = torch.zeros_like(tokens) if doc_ids is None else runs(doc_ids)
     return Places(row + inside, None, None, length)
 
 

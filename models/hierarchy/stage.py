@@ -211,8 +211,11 @@ class Stage(UsesKernels):
             *(f"decoder.layers.{i}" for i in range(len(self.decoder.layers))),
         ]
 
+    def kernel_calls(self, seq_len: int) -> dict[str, dict[str, Any]]:
+        return {"linear_scan": {"columns": self.sizes.width}} if self.outer else {}
+
     def flops(self, lengths: list[Any], longest: int) -> Flops:
-        """Per byte, where rows hold `lengths` places on average in this stage and those within, of `longest` bytes."""
+        """Per byte, where rows hold `lengths` places in this stage and those within, of `longest` bytes."""
         if isinstance(self.main_network, Stack):
             return self.main_network.flops(lengths[0], longest)
         weights = self.sizes.width**2 * (3 if isinstance(self.routing_module, Router) else 1)
