@@ -62,8 +62,8 @@ class HNetConfig(ModelConfig):
     vocab_size: Positive | None = None
     n_ctx: Positive = 8192
     arch_layout: Layout | None = None  # None: of the next two
-    n_layers: Positive | None = None  # of the innermost stage, attention and feed-forward each; None = 15
-    num_compression_layers: Positive | None = None  # of encoder and decoder, Mamba-2; None = 4
+    n_layers: Positive | None = 15  # of the innermost stage, attention and feed-forward each
+    num_compression_layers: Positive | None = 4  # of the encoder and of the decoder, Mamba-2
     d_model: Positive | list[Positive] = 768  # one number: of the innermost, the others 2/3 of it
     n_heads: Positive | list[Positive] = 12  # one number: of the innermost, the others' as wide
     d_intermediate: list[NonNegative] | None = None  # None = 8/3 d_model where a layer has one
@@ -96,7 +96,10 @@ class HNetConfig(ModelConfig):
         "target_ratio": 2.0,
     }
     examples = {
-        "arch_layout": (["m1", ["t1"], "m1"], {"n_layers": None, "num_compression_layers": None}),
+        "arch_layout": (
+            ["m1", ["t1"], "m1"],
+            {"arch_layout": ["m1", ["T1"], "m1"], "n_layers": None, "num_compression_layers": None},
+        ),
         "d_model": [64, 64],
         "n_heads": [3, 8],
         "d_intermediate": [0, 128],
@@ -116,8 +119,8 @@ class HNetConfig(ModelConfig):
     def layout(self) -> list[Any]:
         if self.arch_layout is not None:
             return self.arch_layout
-        outer = f"m{self.num_compression_layers or 4}"
-        return [outer, [f"T{self.n_layers or 15}"], outer]
+        outer = f"m{self.num_compression_layers}"
+        return [outer, [f"T{self.n_layers}"], outer]
 
     @property
     def kinds(self) -> list[Stage]:
@@ -203,8 +206,8 @@ class HNetConfig(ModelConfig):
     # -- what does not fit -----------------------------------------------------------------------------------------
 
     def problems(self, run: RunConfig) -> list[str]:
-        found = super().problems(run) + self._conflicts() + self._lengths()
-        return found or self._of_stages()
+        found = super().problems(run) + self._conflicts()
+        return found or self._lengths() or self._of_stages()
 
     def _conflicts(self) -> list[str]:
         found = []
@@ -214,12 +217,18 @@ class HNetConfig(ModelConfig):
                     f"model_cfg.{name} ({getattr(self, name)}) and model_cfg.arch_layout both say how many layers "
                     f"there are. Nearest: {name}=null, or arch_layout=null"
                 )
+            if self.arch_layout is None and getattr(self, name) is None:
+                default = type(self).model_fields[name].default
+                found.append(
+                    f"model_cfg.{name} and model_cfg.arch_layout are both null, and neither says how many layers there "
+                    f"are. Nearest: {name}={default}"
+                )
         if self.compression_ratio is not None and self.target_ratio is not None:
             found.append(
                 f"model_cfg.compression_ratio ({self.compression_ratio}) and model_cfg.target_ratio "
                 f"({self.target_ratio}) both say how long chunks are to be. Nearest: compression_ratio=null"
             )
-        if len(self.kinds) == 1:
+        if self.arch_layout is not None and len(self.kinds) == 1:
             found.append(
                 f"model_cfg.arch_layout ({self.layout}) cuts no chunks: it has one stage. Nearest: "
                 f"['m4', {self.layout}, 'm4']"

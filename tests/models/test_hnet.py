@@ -48,6 +48,9 @@ def tokens_of(rows=2, length=13, seed=1):
     return torch.randint(3, (rows, length), generator=generator).repeat_interleave(2, 1)[:, :length]
 
 
+ALONE = {"n_layers": None, "num_compression_layers": None}  # arch_layout says it all
+
+
 def as_lists(cfg):
     stages = cfg.stages
     return {
@@ -460,14 +463,15 @@ def test_short_words_mean_what_the_lists_say():
     ("fields", "words"),
     [
         (
-            {"arch_layout": ["m1", ["T1"], "m1"], "n_layers": 2},
+            {"arch_layout": ["m1", ["T1"], "m1"], "n_layers": 2, "num_compression_layers": None},
             "both say how many layers .*Nearest: n_layers=null",
         ),
         (
             {"compression_ratio": 0.5, "target_ratio": 2.0},
             "both say how long .*Nearest: compression_ratio=null",
         ),
-        ({"arch_layout": ["T4"]}, "cuts no chunks"),
+        ({**ALONE, "arch_layout": ["T4"]}, "cuts no chunks"),
+        ({"n_layers": None}, "n_layers and model_cfg.arch_layout are both null.*Nearest: n_layers=15"),
         ({"target_ratio": [2.0, 2.0]}, r"2 numbers, and .* 1 stages that cut chunks. Nearest: \[2.0\]"),
         ({"d_model": [512, 512, 768]}, r"has 3 numbers.*Nearest: \[512, 512\]"),
         ({"d_model": [768, 576]}, r"must not fall .*Nearest: \[576, 768\]"),

@@ -100,6 +100,9 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
 # `scheduler=<name>`: `(step, warmup, end, floor, cfg) -> factor`, see trainer/optim/schedules.py
 SCHEDULES: dict[str, Entry] = {
     "cooldown": Entry("trainer.optim.schedules:cooldown", ("cooldown_frac", *_FALL), "flat, then linear"),
+    "cooldown_inverse_sqrt": Entry(
+        "trainer.optim.schedules:cooldown_inverse_sqrt", ("cooldown_frac", *_FALL), "flat, then 1 / sqrt"
+    ),
     "cosine": Entry("trainer.optim.schedules:cosine", _FALL, "half a cosine"),
     "linear": Entry("trainer.optim.schedules:linear", _FALL, "a straight line"),
     "constant": Entry("trainer.optim.schedules:constant", (), "flat"),

@@ -126,6 +126,14 @@ def cooldown(step: int, warmup: int, end: int, floor: float, cfg: RunConfig) -> 
     return 1.0 - (1.0 - floor) * progress(step, start, end)
 
 
+def cooldown_inverse_sqrt(step: int, warmup: int, end: int, floor: float, cfg: RunConfig) -> float:
+    """Flat, then over the last `cooldown_frac` of the run as 1 / sqrt(1 + 10 x) of the part x of it, stretched so as to
+    go from the peak to the floor (Ibrahim et al., arXiv:2403.08763, section 7; the shape that H-Net's recipe names)."""
+    start = max(warmup, end * (1.0 - cfg.cooldown_frac))
+    fallen, whole = (1.0 - (1.0 + 10.0 * x) ** -0.5 for x in (progress(step, start, end), 1.0))
+    return 1.0 - (1.0 - floor) * fallen / whole
+
+
 def inverse_sqrt(step: int, warmup: int, end: int, floor: float, cfg: RunConfig) -> float:
     """sqrt(warm-up / step), after Vaswani et al. (arXiv:1706.03762), eq. 3; not below the floor."""
     warmup = max(warmup, 1)

@@ -28,6 +28,11 @@ GOLDEN = {
         {"scheduler": "cosine"},
         {0: 1, 25: 0.55 + 0.45 * ROOT, 50: 0.55, 75: 0.55 - 0.45 * ROOT, 100: 0.1, 101: 0.1},
     ),
+    # half of the fall behind 40 % is (1 - 1 / sqrt(6)) / (1 - 1 / sqrt(11)) of all of it
+    "cooldown as an inverse square root": (
+        {"scheduler": "cooldown_inverse_sqrt"},
+        {0: 1, 60: 1, 80: 1 - 0.9 * (1 - 6**-0.5) / (1 - 11**-0.5), 100: 0.1, 250: 0.1},
+    ),
     "constant": ({"scheduler": "constant"}, {0: 1, 99: 1, 500: 1}),
     "inverse square root": (
         {"scheduler": "inverse_sqrt", "warmup_steps": 4},
