@@ -56,10 +56,11 @@ class Places:
 
     @property
     def in_rows(self) -> tuple[Tensor, Tensor | None]:
-        """`ids` and `valid` of `rows`, (B, W)."""
+        """`ids` and `valid` of `rows`, (B, W). What stands in empty places is behind a row's chunks, where none of these
+        looks."""
         if self.by_row is None:
             return self.ids, self.valid
-        return self.rows(self.ids).where(self.by_row.there, EMPTY), self.by_row.there
+        return self.rows(self.ids), self.by_row.there
 
     def total(self, x: Tensor) -> Tensor:
         """(R, M) -> (B,): the sum over each row's places that are not empty. The same whatever the way of laying."""

@@ -306,6 +306,17 @@ def test_rows_that_open_unequally_many_chunks_equal_rows_alone():
     assert len(set(together.extra["opened"][0].tolist())) > 1, "the check is blind"
 
 
+def test_empty_places_open_no_chunks_of_chunks():
+    """Of three stages: those within would count them."""
+    three = ["m1", ["m1", ["m1", ["t1"], "m1"], "m1"], "m1"]
+    sizes = {"arch_layout": three, "d_model": [8] * 4, "n_heads": [2] * 4, "target_ratio": 2.0}
+    packed, masked = (built(sizes, chunk_execution=way)(tokens_of(3)) for way in ("packed", "masked"))
+    torch.testing.assert_close(packed.states, masked.states, **EXACT)
+    for name, told in packed.extra.items():
+        torch.testing.assert_close(told, masked.extra[name], **EXACT)
+    assert (packed.extra["opened"][2] < packed.extra["places"][2]).any(), "the check is blind"
+
+
 @pytest.mark.parametrize("fields", [TWO, {**ONE, "headdim": 4}], ids=["two stages", "one stage"])
 def test_a_later_byte_moves_no_boundary_and_no_state_before_it(fields):
     model, tokens = built(fields), tokens_of(1)
