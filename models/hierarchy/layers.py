@@ -190,6 +190,9 @@ class Stack(UsesKernels):
     def _through(self, x: Tensor, around: Around) -> Tensor:
         x = x.to(at_least_fp32(x.dtype))
         for block in self.layers:
+            # Stages of other widths share the code of blocks: a compiler takes the second width for one that varies.
+            if block._compiled_call_impl is not None:
+                torch._dynamo.mark_static(x, x.ndim - 1)
             x = block(x, around)
         return self.rmsnorm(x)
 
