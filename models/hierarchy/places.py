@@ -56,8 +56,8 @@ class Places:
 
     @property
     def in_rows(self) -> tuple[Tensor, Tensor | None]:
-        """`ids` and `valid` of `rows`, (B, W). What stands in empty places is behind a row's chunks, where none of these
-        looks."""
+        """`ids` and `valid` of `rows`, (B, W). What stands in empty places is behind a row's chunks, where none
+        of these looks."""
         if self.by_row is None:
             return self.ids, self.valid
         return self.rows(self.ids), self.by_row.there
