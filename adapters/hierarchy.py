@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from adapters.annotation import Annotation, Span, Spans
 from adapters.base import Context, LossTerm, Metric, Prepared, StepOutput
 from adapters.default import DefaultModelAdapter
 from models.hierarchy.routing import ratio_loss
@@ -111,6 +112,19 @@ class HierarchyAdapter(DefaultModelAdapter):
         """Of training, (): as the formula counts them, at the chunks that each row had."""
         lengths = [length, *told["opened"].detach()]
         return self.model.flops_of(lengths, length).training_per_token.sum() * length
+
+    def annotate(self, text: str | bytes) -> Annotation:
+        """The chunks of each stage, in bytes."""
+        ctx = Context(seed=0, step=0, phase="eval", rows_in_step=1)
+        prepared = self.prepare(self.one_row(text), ctx).to(self.device)
+        found = []
+        for stage, begins in enumerate(self.hidden(prepared).extra["boundaries"][:, 0, 1:].tolist(), 1):
+            # What comes before the first boundary in the text is of the chunk that its start token opened.
+            starts = [place for place, opens in enumerate(begins) if opens or place == 0]
+            ends = [*starts[1:], len(begins)]
+            chunks = tuple(Span(start, end) for start, end in zip(starts, ends, strict=False))
+            found.append(Spans(f"stage {stage}: chunks that the model cut", chunks))
+        return Annotation(tuple(found))
 
     def heldout_metrics(self, hidden: Hidden, prepared: Prepared) -> dict[str, Metric]:
         found = self._figures(hidden.extra, prepared.tensors["inputs"].numel())

@@ -53,7 +53,7 @@ class HNet(Decoder):
         cu_seqlens: Tensor | None = None,
     ) -> Hidden:
         """tokens (B, T) int64 -> hidden (B, T, D) behind the decoder's norm; of text as a whole also what each stage
-        tells of its chunks, (S, B) each (`models.hierarchy.stage.Told`).
+        tells of its chunks (`models.hierarchy.stage.Told`).
 
         doc_ids (B, T): neither states nor attention nor chunks cross a change of them. None: one document per row.
         cu_seqlens (N + 1,): the same as offsets. With a cache the tokens continue what it holds.

@@ -33,10 +33,12 @@ class ByRow:
 
 @dataclass(frozen=True)
 class Places:
-    """`ids` (R, M) int64: documents, neighbours of one number; `valid` (R, M) bool: places that are not empty (None:
+    """`ids` (R, M) int64: documents, neighbours of one number; `bytes` (R, M) int64: the byte that each place begins
+    with, of all rows end to end; `valid` (R, M) bool: places that are not empty (None:
     all); `by_row`: of packed ones (None: the R rows are those of the batch); `longest`: positions of a row at most."""
 
     ids: Tensor
+    bytes: Tensor
     valid: Tensor | None
     by_row: ByRow | None
     longest: int
@@ -68,6 +70,13 @@ class Places:
         x = self.rows(x)
         return (x if valid is None else x.where(valid, 0)).sum(1)
 
+    def at_bytes(self, opens: Tensor) -> Tensor:
+        """opens (R, M) bool, False at empty places -> (B, T) bool: the bytes that begin what opens."""
+        every = self.in_rows[0].shape[0] * self.longest
+        found = opens.new_zeros(every + 1)
+        found.scatter_(0, self.bytes.where(opens, every).flatten(), True)
+        return found[:-1].view(-1, self.longest)
+
     def chunks(self, opens: Tensor, packed: bool) -> tuple[Places, Tensor, Tensor]:
         """Of `opens` (R, M) bool, which is False at empty places: the places of chunks (R', M'), `source` (R', M')
         int64, the place that opens each, and `chunk` (R, M) int64, which chunk each place belongs to. Packed ones are
@@ -78,26 +87,26 @@ class Places:
             order = torch.arange(opens.shape[1], device=opens.device)
             valid = order < opens.sum(1, keepdim=True)
             ids = self.ids.gather(1, source).where(valid, EMPTY)
-            return Places(ids, valid, None, longest), source, chunk.clamp(min=0)
+            return Places(ids, self.bytes.gather(1, source), valid, None, longest), source, chunk.clamp(min=0)
         counts = self.total(opens)  # (B,)
         chunks, most = torch.stack((counts.sum(), counts.max())).tolist()  # waits for the device
         source, chunk = compacted(opens.flatten()[None], chunks)
-        ids = self.ids.flatten()[source]
+        ids, bytes_ = (t.flatten()[source] for t in (self.ids, self.bytes))
         order = torch.arange(most, device=opens.device)
         first = counts.cumsum(0) - counts
         row = torch.arange(len(counts), device=opens.device).repeat_interleave(counts, output_size=chunks)
         back = row * most + torch.arange(chunks, device=opens.device) - first[row]
         index = (first[:, None] + order).clamp(max=chunks - 1)
         by_row = ByRow(index, order < counts[:, None], back)
-        return Places(ids, None, by_row, longest), source, chunk
+        return Places(ids, bytes_, None, by_row, longest), source, chunk
 
 
 def bytes_of(tokens: Tensor, doc_ids: Tensor | None) -> Places:
     """The places of bytes (B, T). `doc_ids` (B, T) None: each row is one document."""
     rows, length = tokens.shape
-    row = torch.arange(rows, device=tokens.device)[:, None] * length
+    every = torch.arange(rows * length, device=tokens.device).view(rows, length)
     inside = torch.zeros_like(tokens) if doc_ids is None else runs(doc_ids)
-    return Places(row + inside, None, None, length)
+    return Places(every[:, :1] + inside, every, None, None, length)
 
 
 def compacted(opens: Tensor, chunks: int) -> tuple[Tensor, Tensor]:

@@ -31,15 +31,16 @@ __all__ = ["Stage", "Told"]
 @dataclass
 class Told:
     """What a stage tells of its places, (B,) each: how many there are, how many opened a chunk, the sum of their
-    probabilities, and that of those which opened one."""
+    probabilities, and that of those which opened one; and the bytes at which chunks begin, (B, T) bool."""
 
     places: list[Tensor] = field(default_factory=list)
     opened: list[Tensor] = field(default_factory=list)
     probability: list[Tensor] = field(default_factory=list)
     probability_opened: list[Tensor] = field(default_factory=list)
+    boundaries: list[Tensor] = field(default_factory=list)
 
     def stacked(self) -> dict[str, Tensor]:
-        """(S, B) each, over the stages that cut chunks, from the outermost in."""
+        """(S, B) each, or (S, B, T), over the stages that cut chunks, from the outermost in."""
         return {name: torch.stack(parts) for name, parts in vars(self).items()}
 
 
@@ -126,6 +127,7 @@ class Stage(UsesKernels):
         told.opened.append(places.total(opens.to(exact)))
         told.probability.append(places.total(p))
         told.probability_opened.append(places.total(p.detach() * opens))
+        told.boundaries.append(places.at_bytes(opens))
 
     # -- behind a cache --------------------------------------------------------------------------------------------
 

@@ -173,6 +173,23 @@ def test_the_baseline_of_fixed_chunks_is_told_apart():
     assert float(output.metrics["bytes_per_chunk_1"].sum / output.metrics["bytes_per_chunk_1"].count) == 4
 
 
+def test_the_picture_of_a_text_is_of_its_chunks():
+    adapter, text = two_stages().eval(), "import os\nimport sys\nÄ = 1\n"
+    tokens = torch.tensor([[adapter.tokenizer.eot, *text.encode()]])
+    with torch.no_grad():
+        found, told = adapter.annotate(text), adapter.model(tokens).extra
+    assert [one.name[:7] for one in found.spans] == ["stage 1", "stage 2"]
+    assert told["boundaries"].sum((1, 2)).tolist() == told["opened"][:, 0].tolist()
+    within, outer = told["boundaries"][1, 0], told["boundaries"][0, 0]
+    assert (outer | ~within).all() and 1 < within.sum() < outer.sum() < len(outer), "chunks of chunks"
+    for one, begins in zip(found.spans, told["boundaries"][:, 0, 1:], strict=True):
+        begins[0] = True  # of what comes before the first of the text
+        assert [span.start for span in one.spans] == begins.nonzero()[:, 0].tolist()
+        assert [span.end for span in one.spans][:-1] == [span.start for span in one.spans][1:]
+        assert one.spans[-1].end == len(text.encode())
+    assert not adapter.annotate("").spans[0].spans
+
+
 def test_rates_scale_with_the_innermost_width():
     adapter = adapter_of("hnet", "model_cfg.d_model=[48,64]")
     assert adapter.width == 64 and "2.477, 1.517" in adapter.notes[0]
