@@ -11,6 +11,7 @@ Shapes: B rows, T bytes, D width of the outermost stage, S stages that cut chunk
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,8 +27,11 @@ from models.layers.flops import Flops, matmul_flops
 from models.layers.init import INIT_STD, normal_
 from models.layers.roles import Rule
 from models.state_space.dual import DualMixer
+from naming import shorten
 
 __all__ = ["HNet", "HNetConfig"]
+
+PUBLISHED_IDS, PUBLISHED_START = 256, 254  # of the authors' files: bytes, and the one that a text begins with
 
 
 class HNet(Decoder):
@@ -152,3 +156,29 @@ class HNet(Decoder):
         """Per byte, where a row holds so many places of each stage, the first being its `longest` bytes: numbers, or
         tensors of one shape."""
         return self.backbone.flops(lengths, longest) + matmul_flops(self.head_weight.numel())
+
+    # -- files of others -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def from_published_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Load weights as the authors publish them, of 256 ids. There a text begins with byte 254, which occurs in no
+        UTF-8; here documents begin with id 256, which takes its rows. ValueError where names or shapes do not fit."""
+        own = self.state_dict()
+        if wrong := sorted(own.keys() ^ state.keys()):
+            raise ValueError(f"names are not those of this model; missing or unknown: {shorten(wrong)}")
+        if self.vocab_size != PUBLISHED_IDS + 1:
+            raise ValueError(
+                f"vocab_size: published weights are of bytes, which are {PUBLISHED_IDS + 1} ids here, got "
+                f"{self.vocab_size}; nearest {PUBLISHED_IDS + 1}"
+            )
+        tables = {"embeddings.weight", "lm_head.weight"}
+        for name, tensor in state.items():
+            wanted = (PUBLISHED_IDS, own[name].shape[1]) if name in tables else tuple(own[name].shape)
+            if tuple(tensor.shape) != wanted:
+                raise ValueError(f"{name}: {wanted} is needed, got {tuple(tensor.shape)}")
+        for name, tensor in state.items():
+            if name in tables:
+                own[name].zero_()[:PUBLISHED_IDS] = tensor
+                own[name][PUBLISHED_IDS] = tensor[PUBLISHED_START]
+            else:
+                own[name].copy_(tensor)

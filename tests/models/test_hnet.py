@@ -150,6 +150,45 @@ def test_names_are_those_of_the_published_checkpoints(fields):
     assert set(model.state_dict()) == {"embeddings.weight", "lm_head.weight"} | inside
 
 
+def published(model):
+    """Weights as their authors lay them: 256 rows in both tables."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = {
+        name: (256 if p.shape[0] == 384 else p.shape[0], *p.shape[1:]) for name, p in model.named_parameters()
+    }
+    return {name: torch.randn(*s, generator=generator, dtype=torch.float64) for name, s in shapes.items()}
+
+
+def test_published_weights_are_loaded_and_their_start_is_our_start():
+    model = built(TWO, vocab_size=257)
+    state = published(model)
+    model.from_published_state_dict(state)
+    for name, p in model.named_parameters():
+        assert torch.equal(p[: len(state[name])], state[name]), name
+    tokens = tokens_of(1)
+    found = model.logits(model(torch.cat((torch.tensor([[256]]), tokens), 1)).states)
+    theirs = reference_hnet.logits(state, [254, *tokens[0].tolist()], as_lists(model.cfg))
+    torch.testing.assert_close(found[0, :, :256], theirs, rtol=1e-8, atol=1e-8)
+    assert torch.equal(found[..., 256], found[..., 254])
+
+
+def test_weights_that_are_none_of_its_own_are_refused():
+    model = built(TWO, vocab_size=257)
+    before, state = {name: p.clone() for name, p in model.state_dict().items()}, published(model)
+    name = "backbone.main_network.residual_proj.bias"
+    for changed, words in (
+        ({n: t for n, t in state.items() if n != name}, "names are not those .*residual_proj.bias"),
+        ({**state, "more": state[name]}, "names are not those .*more"),
+        ({**state, name: state[name][1:]}, r"residual_proj.bias: \(8,\) is needed, got \(7,\)"),
+        ({**state, "lm_head.weight": torch.zeros(257, 8)}, r"lm_head.weight: \(256, 8\) is needed"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            model.from_published_state_dict(changed)
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    with pytest.raises(ValueError, match="nearest 257"):
+        built(TWO).from_published_state_dict(state)
+
+
 def test_rates_of_stages_are_those_of_the_paper():
     assert HNetConfig().lr_multipliers == pytest.approx([2.627, 0.876], abs=1e-3)
     two = HNetConfig(arch_layout=TWO_STAGES)
