@@ -101,10 +101,12 @@ def library(source: str) -> Library:
         return Library(built)
     made = _compile(compiler, files[0])
     try:
-        write_atomic(built, lambda file: file.write(made))
-    except OSError as e:
-        raise CompilerError(f"no library can be written to {built.parent} ({e})") from e
-    try:
+        try:
+            write_atomic(built, lambda file: file.write(made))
+        except OSError:  # nothing can be kept there: for this process alone
+            with tempfile.TemporaryDirectory() as folder:
+                (alone := Path(folder) / built.name).write_bytes(made)
+                return Library(alone)
         return Library(built)
     except OSError as e:
         raise CompilerError(f"what {says} made of {source} cannot be loaded ({e})") from e

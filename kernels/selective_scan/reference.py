@@ -35,8 +35,8 @@ def reference(
     along = (t.unbind(1) for t in (steps[..., None], (steps * inputs)[..., None], to_state, of_state))
     for t, (step, entering, to, of) in enumerate(zip(*along, strict=True)):
         decay = torch.exp(step * rates)  # (B, E, N)
-        if reset is not None:
-            decay = decay * ~reset[:, t, None, None]
+        if reset is not None:  # what is no number before it, too, is gone
+            state = state.masked_fill(reset[:, t, None, None], 0.0)
         state = decay * state + entering * to[:, None]
         outputs.append((state * of[:, None]).sum(-1))
     y = torch.stack(outputs, 1) if outputs else torch.zeros_like(inputs)

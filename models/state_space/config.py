@@ -95,6 +95,12 @@ class MambaConfig(ModelConfig):
                 f"model_cfg.time_step_min ({self.time_step_min}) must not exceed model_cfg.time_step_max "
                 f"({self.time_step_max}). Nearest: time_step_min={self.time_step_max}"
             )
+        if self.time_step_floor > self.time_step_max:
+            found.append(
+                f"model_cfg.time_step_floor ({self.time_step_floor}) must not exceed model_cfg.time_step_max "
+                f"({self.time_step_max}): all step sizes would begin as one. Nearest: "
+                f"time_step_floor={self.time_step_max}"
+            )
         if self.version == 1:
             return found
         low, high = self.A_init_range

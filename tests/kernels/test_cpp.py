@@ -105,6 +105,13 @@ def test_a_source_is_compiled_once(fresh, monkeypatch):
     assert [built] == [*(fresh / "cpp").iterdir()] and built.name.startswith("scan-")
 
 
+def test_where_nothing_can_be_kept_it_is_compiled_for_this_process(fresh, monkeypatch):
+    (fresh / "file").write_text("no folder", encoding="utf-8")
+    monkeypatch.setenv("MYTRAINER_CACHE", str(fresh / "file" / "cache"))
+    assert cpp.missing("gated_rms_norm/norm.cpp") is None
+    assert all(t.isfinite().all() for t in everything("gated_rms_norm"))
+
+
 @pytest.mark.parametrize("setting", ["FLAGS", "source"])
 def test_another_version_is_another_library(setting, fresh, monkeypatch):
     monkeypatch.setattr(cpp, "_compile", lambda *args: b"no library")

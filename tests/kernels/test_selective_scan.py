@@ -132,6 +132,15 @@ def test_a_document_knows_nothing_of_the_one_before(name):
     assert torch.equal(y[:, 19:], other[:, 19:]) and not torch.equal(y[:, 18], other[:, 18])
 
 
+@pytest.mark.parametrize("name", [REFERENCE, CPP])
+def test_what_is_no_number_stays_in_its_document(name):
+    sample = slow(sample_of(2, 50, reset=20, initial=True))
+    with torch.no_grad():
+        sample.tensors["u"][:, 5], sample.tensors["initial"][:, 0] = torch.inf, torch.nan
+    y, last = run_of(name)(**sample.tensors)
+    assert not y[:, 18].isfinite().all() and y[:, 19:].isfinite().all() and last.isfinite().all()
+
+
 @pytest.mark.parametrize("name", WAYS)
 def test_a_state_handed_on_is_as_if_never_left(name):
     sample = slow(sample_of(2, 100, initial=True))

@@ -120,6 +120,7 @@ def test_operations_of_the_published_size_of_version_2():
     ("fields", "words"),
     [
         ({"time_step_min": 0.5}, "time_step_min .0.5. must not exceed .*Nearest: time_step_min=0.1"),
+        ({"time_step_floor": 5.0}, "time_step_floor .5.0. must not exceed .*Nearest: time_step_floor=0.1"),
         ({"version": 2, "headdim": 50}, r"\(1536\) must be divisible by .*Nearest: headdim=48"),
         ({"version": 2, "ngroups": 5}, "24 heads .*Nearest: ngroups=4"),
         ({"version": 2, "A_init_range": [4.0, 2.0]}, r"must rise. Nearest: \[2.0, 4.0\]"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -78,6 +78,9 @@ class RunRecord:
             self.console.note(told)
         if self._config_text:
             self.folder.write("config.yaml", self._config_text(s.cfg))
+        if progress.step:
+            for told in self._other_kernels(facts.manifest["kernels"]):
+                self.console.note(told)
         self._manifest = facts.manifest
         self.folder.write_json("manifest.json", facts.manifest)
         # The file first: what the others show is in it.
@@ -91,6 +94,19 @@ class RunRecord:
             )
         except OSError as error:
             self.console.warn(f"no yardsticks: {error}")
+
+    def _other_kernels(self, kernels: Mapping[str, Mapping[str, str]]) -> list[str]:
+        """Operations that an earlier life of the run computed otherwise: numbers are then rounded otherwise, too."""
+        try:
+            earlier = json.loads((self.folder.path / "manifest.json").read_text(encoding="utf-8"))["kernels"]
+        except (OSError, ValueError, KeyError):
+            return []
+        return [
+            f"{op} is computed by {name} from here on, by {' and '.join(earlier[op])} before ({why})"
+            for op, chosen in kernels.items()
+            for name, why in chosen.items()
+            if earlier.get(op) and name not in earlier[op]
+        ]
 
     def step(
         self, s: Session, progress: Progress, meter: Meter, grad_norm: Tensor, rates: dict[str, float]

@@ -80,3 +80,13 @@ def test_a_resumed_run_may_choose_otherwise_and_says_so(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "changed since the checkpoint: kernels {'default': 'auto'} -> {'default': 'chunked'}\n" in out
     assert manifest(tmp_path) == {OP: {"chunked": "kernels.default"}}
+
+
+def test_a_run_that_goes_on_by_other_implementations_says_so(tmp_path, capsys):
+    start(tmp_path, "save_steps=1", "save_total_limit=9")
+    capsys.readouterr()
+    start(tmp_path, f"resume={tmp_path}", "num_iterations=3", f"kernels.{OP}=chunked")
+    told = f"{OP} is computed by chunked from here on, by reference before (kernels.{OP})"
+    assert told in " ".join(capsys.readouterr().out.split())
+    start(tmp_path, f"resume={tmp_path}", "num_iterations=4", f"kernels.{OP}=chunked")
+    assert "from here on" not in capsys.readouterr().out
