@@ -9,6 +9,8 @@ import torch.nn.functional as F
 
 from configs import compose
 from kernels.choose import Kernels
+from kernels.ssd import ssd
+from models.hierarchy.chunking import smoothed
 from models.hierarchy.config import HNetConfig
 from models.hierarchy.routing import Router
 from models.hnet import HNet
@@ -560,6 +562,29 @@ def test_a_preset_is_that_of_the_innermost_stage(preset):
     inner = cfg.stages[-1]
     assert (len(inner.layers[0]), inner.width) == {"nano": (4, 192), "small": (6, 384)}[preset]
     assert cfg.stages[0].layers == ("mm", "mm") and cfg.widths[0] == 2 * inner.width // 3
+
+
+def test_the_average_is_that_of_a_loop_and_of_state_space_duality():
+    """The last as the authors compute it: step sizes are logarithms of what is left, one state a channel."""
+    generator = torch.Generator().manual_seed(0)
+    z, p = (torch.rand(shape, generator=generator, dtype=torch.float64) for shape in ((2, 70, 5), (2, 70)))
+    found = smoothed(z, p, None, 1e-4, Kernels())
+    weight, state, loop = p.clamp(1e-4, 1 - 1e-4)[..., None], torch.zeros(2, 5, dtype=torch.float64), []
+    for t in range(70):
+        state = weight[:, t] * z[:, t] + (1 - weight[:, t]) * state
+        loop.append(state)
+    torch.testing.assert_close(found, torch.stack(loop, 1), **EXACT)
+    steps = -torch.log(1 - weight)  # (2, 70, 1)
+    dual, _ = ssd(
+        (z / steps)[:, :, None],
+        steps.expm1().log(),  # softplus makes the steps of it
+        -torch.ones(1, dtype=torch.float64),
+        weight[..., None],
+        torch.ones_like(weight)[..., None],
+        chunk=16,
+        kernels=Kernels(),
+    )
+    torch.testing.assert_close(found, dual[:, :, 0], **EXACT)
 
 
 def test_the_ways_of_the_average_agree():
