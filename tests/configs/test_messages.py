@@ -60,7 +60,10 @@ CASES = [
     (["mine.yaml", "learning_rate=nan"], ["learning_rate: must satisfy 0 < learning_rate"]),
     (["mine.yaml", "model_cfg.dropout=1.5"], ["model_cfg.dropout: must satisfy 0 <= dropout <= 1, got 1.5"]),
     (["mine.yaml", "val_bytes=0"], ["val_bytes: must satisfy 1 <= val_bytes, got 0"]),
-    (["mine.yaml", "scheduler=cosin"], ["'cosin' is not one of cooldown, cosine, linear", "mean 'cosine'?"]),
+    (
+        ["mine.yaml", "scheduler=cosin"],
+        ["'cosin' is not one of cooldown, cooldown_inverse_sqrt, cosine, linear", "mean 'cosine'?"],
+    ),
     (["mine.yaml", "kernels=chunkd"], ["kernels.default: 'chunkd' is not one of auto", "mean 'chunked'?"]),
     (["mine.yaml", "kernels.linear_cross_entropi=auto"], ["kernels.linear_cross_entropi: ", "'linear_cross_entropy'?"]),
     (["mine.yaml", "kernels.linear_cross_entropy=3"], ["kernels.linear_cross_entropy: expected str, got 3 (int)"]),
