@@ -35,7 +35,8 @@ class Implementation:
     What it can do is said here and nowhere else: `devices` by type and `dtypes` by name (empty: any), the `package` it
     needs, the least compute `capability`. `adds_in_any_order`: floats are added by atomics, so that two runs differ;
     `deterministic` excludes it. `refuses`: "module:function", called with a `kernels.choose.Call`, returns why that
-    call is beyond it, or None. `host_syncs`: operations in it that wait for an accelerator, by name, as in
+    call is beyond it, or None. `source`: a file below kernels/ that must be compiled on this machine (kernels/cpp.py).
+    `host_syncs`: operations in it that wait for an accelerator, by name, as in
     `ModelAdapter.host_syncs`.
     """
 
@@ -46,6 +47,7 @@ class Implementation:
     capability: tuple[int, int] = (0, 0)
     adds_in_any_order: bool = False
     refuses: str | None = None
+    source: str | None = None
     host_syncs: tuple[str, ...] = ()
 
 
@@ -61,9 +63,9 @@ def by_triton(where: str, **more: object) -> Implementation:
     )
 
 
-def by_cpp(where: str, refuses: str) -> Implementation:
-    """A kernel of our own for CPUs, compiled on this machine (kernels/cpp.py); `refuses` says where it cannot be."""
-    return Implementation(where, devices=("cpu",), dtypes=("bfloat16", "float32"), refuses=refuses)
+def by_cpp(where: str, source: str) -> Implementation:
+    """A kernel of our own for CPUs, in C++."""
+    return Implementation(where, devices=("cpu",), dtypes=("bfloat16", "float32"), source=source)
 
 
 @dataclass(frozen=True)
@@ -155,9 +157,7 @@ KERNELS: dict[str, Kernel] = {
             CLOSED_FORM: Implementation(
                 "kernels.causal_conv1d.closed_form:closed_form", devices=("cpu",), host_syncs=("nonzero",)
             ),
-            CPP: by_cpp(
-                "kernels.causal_conv1d.cpp:causal_conv1d", refuses="kernels.causal_conv1d.cpp:refuses"
-            ),
+            CPP: by_cpp("kernels.causal_conv1d.cpp:causal_conv1d", "causal_conv1d/conv.cpp"),
             TRITON: by_triton("kernels.causal_conv1d.triton:causal_conv1d"),
         },
         compiled_with_neighbours=True,
@@ -168,7 +168,7 @@ KERNELS: dict[str, Kernel] = {
         implementations={
             REFERENCE: Implementation("kernels.ssd.reference:reference"),
             CHUNKED: Implementation("kernels.ssd.chunked:chunked"),
-            CPP: by_cpp("kernels.ssd.cpp:cpp", refuses="kernels.ssd.cpp:refuses"),
+            CPP: by_cpp("kernels.ssd.cpp:cpp", "ssd/passes.cpp"),
         },
         rule="kernels.ssd:choose",
     ),
@@ -218,7 +218,7 @@ KERNELS: dict[str, Kernel] = {
         implementations={
             REFERENCE: Implementation("kernels.selective_scan.reference:reference"),
             CHUNKED: Implementation("kernels.selective_scan.chunked:chunked"),
-            CPP: by_cpp("kernels.selective_scan.cpp:cpp", refuses="kernels.selective_scan.cpp:refuses"),
+            CPP: by_cpp("kernels.selective_scan.cpp:cpp", "selective_scan/scan.cpp"),
             TRITON: by_triton("kernels.selective_scan.triton:selective_scan"),
         },
         rule="kernels.selective_scan:choose",
@@ -272,7 +272,7 @@ KERNELS: dict[str, Kernel] = {
         description="root-mean-square normalisation behind a gate, for version 2 of mamba",
         implementations={
             REFERENCE: Implementation("kernels.gated_rms_norm.reference:reference"),
-            CPP: by_cpp("kernels.gated_rms_norm.cpp:cpp", refuses="kernels.gated_rms_norm.cpp:refuses"),
+            CPP: by_cpp("kernels.gated_rms_norm.cpp:cpp", "gated_rms_norm/norm.cpp"),
         },
         compiled_with_neighbours=True,
     ),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kernels import AUTO, CHUNKED, CLOSED_FORM, CPP, KERNELS, REFERENCE, TRITON, problems
+from kernels import AUTO, CHUNKED, CLOSED_FORM, CPP, KERNELS, REFERENCE, TRITON, cpp, problems
 from kernels import device as devices
 from kernels.device import Gpu, gpu_of
 from kernels.precision import at_least_fp32
@@ -166,6 +166,8 @@ class Kernels:
             return f"it computes {', '.join(way.dtypes)}, and this is {dtype}"
         if way.adds_in_any_order and self.deterministic:
             return "it adds floats in no fixed order, and deterministic=true"
+        if way.source and (missing := cpp.missing(way.source)):
+            return missing
         return (load(way.refuses)(call) if way.refuses else None) or ""
 
     def _require(self, op: str, name: str, call: Call) -> None:

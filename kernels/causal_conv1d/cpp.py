@@ -10,13 +10,13 @@ import ctypes
 import torch
 from torch import Tensor
 
+from kernels import CPP, KERNELS
 from kernels.causal_conv1d.operation import Gradients, operation
-from kernels.choose import Call
-from kernels.cpp import library, missing, named, pointer
+from kernels.cpp import library, named, pointer
 
-__all__ = ["causal_conv1d", "refuses"]
+__all__ = ["causal_conv1d"]
 
-SOURCE = "causal_conv1d/conv.cpp"
+SOURCE = str(KERNELS["causal_conv1d"].implementations[CPP].source)
 
 
 class Sizes(ctypes.Structure):
@@ -34,10 +34,6 @@ class Inputs(ctypes.Structure):
 
 class Outputs(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("x", "weight", "bias", "initial")]
-
-
-def refuses(call: Call) -> str | None:
-    return missing(SOURCE)
 
 
 class Given:

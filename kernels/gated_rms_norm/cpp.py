@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.choose import Call
-from kernels.cpp import library, missing, named, pointer
+from kernels import CPP, KERNELS
+from kernels.cpp import library, named, pointer
 from kernels.library import opaque
 
-__all__ = ["cpp", "refuses"]
+__all__ = ["cpp"]
 
-SOURCE = "gated_rms_norm/norm.cpp"
+SOURCE = str(KERNELS["gated_rms_norm"].implementations[CPP].source)
 SLICES = 64  # of rows
 
 
@@ -32,10 +32,6 @@ class Tensors(ctypes.Structure):
     """Inputs, or their gradients."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in ("y", "z", "weight")]
-
-
-def refuses(call: Call) -> str | None:
-    return missing(SOURCE)
 
 
 class Given:

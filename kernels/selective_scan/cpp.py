@@ -10,13 +10,13 @@ import ctypes
 import torch
 from torch import Tensor
 
-from kernels.choose import Call
-from kernels.cpp import library, missing, named, pointer
+from kernels import CPP, KERNELS
+from kernels.cpp import library, named, pointer
 from kernels.selective_scan.operation import Gradients, operation
 
-__all__ = ["cpp", "refuses"]
+__all__ = ["cpp"]
 
-SOURCE = "selective_scan/scan.cpp"
+SOURCE = str(KERNELS["selective_scan"].implementations[CPP].source)
 STEPS = 16  # of a block, as in the source
 ITEMS = 16  # into as many pieces a call is cut, at least
 
@@ -36,10 +36,6 @@ class Outputs(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_void_p) for name in ("u", "delta", "z", "A", "B", "C", "D", "bias", "initial")
     ]
-
-
-def refuses(call: Call) -> str | None:
-    return missing(SOURCE)
 
 
 def kept_shape(batch: int, length: int, width: int, states: int) -> tuple[int, ...]:

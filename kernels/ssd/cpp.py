@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.choose import Call
-from kernels.cpp import library, missing, named, pointer
+from kernels import CPP, KERNELS
+from kernels.cpp import library, named, pointer
 from kernels.library import opaque
 from kernels.ssd.chunked import by_products
 
-__all__ = ["cpp", "refuses"]
+__all__ = ["cpp"]
 
-SOURCE = "ssd/passes.cpp"
+SOURCE = str(KERNELS["ssd"].implementations[CPP].source)
 
 
 class Sizes(ctypes.Structure):
@@ -35,10 +35,6 @@ class Carry(ctypes.Structure):
 
 class Outputs(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("weights", "products", "steps", "logs", "D")]
-
-
-def refuses(call: Call) -> str | None:
-    return missing(SOURCE)
 
 
 class Given:

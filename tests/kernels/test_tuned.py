@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from kernels import tuned
+from kernels import TRITON, tuned
 from kernels.choose import Call, Kernels
 from kernels.device import A100, H100, as_if
 from kernels.spec import spec_of
@@ -76,7 +76,7 @@ def check_choices(content):
             for op in users:
                 for size in spec_of(op).small:
                     with tuned.forced(kernel, entry["choice"]):
-                        check(op, size)
+                        check(op, TRITON, size)
 
 
 @pytest.mark.slow
@@ -150,6 +150,6 @@ def test_the_tuner_writes_what_is_right_and_fastest_and_the_rule_reads_it(folder
         assert not any('"WIDTH": 64' in name for names in timed for name in names)  # wrong: never timed
         assert Kernels().foresee("rms_norm", Call(CUDA, torch.bfloat16, columns=100))[0] == "triton"
         with tuned.asked() as launches:
-            check("rms_norm", size)
+            check("rms_norm", TRITON, size)
         assert all(tuned.launch(a.kernel, CUDA, a.key, dict(a.default))["num_warps"] == 16 for a in launches)
     assert "auto takes it" in tune.report(found) and list(folder.iterdir()) == [folder / "sm_90.json"]
