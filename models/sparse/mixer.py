@@ -22,6 +22,7 @@ from kernels.library import opaque
 from kernels.precision import at_least_fp32, own_dtypes
 from kernels.qk_norm_rope import qk_norm_rope, rotation_call
 from kernels.selected_attention import selected_attention
+from models.layers.decoder import document_positions
 from models.layers.recompute import Kept, keep
 from models.layers.rotary import rotary_tables
 from models.sparse.blocks import block_starts, capacity, overlap
@@ -65,9 +66,7 @@ def _begin(tokens: int, doc_ids: Tensor | None, like: Tensor) -> Tensor:
     """(B, S): positions of the first tokens of documents."""
     if doc_ids is None:
         return torch.zeros(len(like), tokens, dtype=torch.int64, device=like.device)
-    where = torch.arange(tokens, device=like.device).expand(len(like), tokens)
-    starts = F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0), value=True)
-    return torch.where(starts, where, 0).cummax(1).values
+    return torch.arange(tokens, device=like.device) - document_positions(doc_ids)
 
 
 def layout_of(
