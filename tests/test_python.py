@@ -1,5 +1,6 @@
 """`from mytrainer import load, metrics, train`: what they give, and that the process is as it was before."""
 
+import gc
 import json
 import logging
 import math
@@ -347,12 +348,13 @@ def test_so_does_looking_into_a_run(run):
 
 def test_descriptors_do_not_pile_up(run):
     def opened():
-        return len(os.listdir("/proc/self/fd"))
+        gc.collect()  # what earlier tests left in cycles closes now, not between the two counts
+        return set(os.listdir("/proc/self/fd"))
 
     before = opened()
     train(words("output_dir=out"))
     load("out").score("ab")
-    assert opened() == before
+    assert opened() <= before
 
 
 def test_generators_of_a_gpu_still_begin_at_the_seed_of_the_user(run):
