@@ -1,8 +1,10 @@
-"""Every test process, before torch is imported: the project on the path, one thread that does not spin."""
+"""Every test process, before torch is imported: the project on the path, one thread that does not spin, and signals as
+in a terminal."""
 
 import gc
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from unittest import mock
@@ -15,6 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and so would be what tests send
 
 
 def pytest_addoption(parser):
