@@ -245,6 +245,9 @@ KERNELS: dict[str, Kernel] = {
                 "kernels.selected_attention.triton:selected_attention",
                 refuses="kernels.selected_attention:too_wide",
             ),
+            CPP: by_cpp(
+                "kernels.selected_attention.cpp:selected_attention", "selected_attention/selected.cpp"
+            ),
         },
         rule="kernels.selected_attention:choose",
     ),

@@ -7,21 +7,24 @@ Shapes: B rows, T queries, S keys, H heads in G groups of H / G, h width of keys
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels import TRITON
+from kernels import CPP, TRITON
 from kernels.choose import Call, Kernels
 from kernels.selected_attention.reference import reference
 from kernels.spec import Sample, Size, Spec, drawn, ids
 
-__all__ = ["SPEC", "choose", "reference", "selected_attention", "too_wide"]
+__all__ = ["SPEC", "choose", "reference", "selected_attention", "selected_call", "too_wide"]
 
 BY_BLOCKS, GATHERED, MASKED = "by_blocks", "gathered", "masked"
-SPARSE = "sparse"  # a fact of calls: many keys, and many more than are selected
-# At least so many keys, and so many for each that is selected; see `choose`.
-SPARSE_KEYS, SPARSE_RATIO = 2_048, 2
+# Facts of calls: many keys, and many more than are selected; more of them than a CPU keeps at hand.
+SPARSE, LARGE = "sparse", "large"
+# At least so many keys, so many for each that is selected, and so many numbers of a group's keys and values; see
+# `choose`.
+SPARSE_KEYS, SPARSE_RATIO, LARGE_NUMBERS = 2_048, 2, 2**19
 WIDEST = 256  # keys and values that a tile of the kernels can hold
 
 
@@ -47,31 +50,47 @@ def selected_attention(
     """
     _check(q, k, v, starts, positions, block)
     rows, queries, _, width = q.shape
-    keys, selected = k.shape[1], block * starts.shape[3]
+    keys, wide = k.shape[1], v.shape[3]
     if positions is None:
         positions = torch.arange(keys - queries, keys, device=q.device).expand(rows, queries)
-    facts = (SPARSE,) if keys >= max(SPARSE_KEYS, SPARSE_RATIO * selected) else ()
-    run = kernels.implementation(
-        "selected_attention", device=q.device, dtype=q.dtype, columns=max(width, v.shape[3]), facts=facts
-    )
+    call = selected_call(keys, block * starts.shape[3], width, wide)
+    run = kernels.implementation("selected_attention", device=q.device, dtype=q.dtype, **call)
     return run(q, k, v, starts, positions, block=block, scale=width**-0.5 if scale is None else scale)
 
 
+def selected_call(keys: int, selected: int, width: int, wide: int) -> dict[str, Any]:
+    """What the rule of choice may know of a call (`kernels.choose.Call`): S keys, h and w wide, of which a query
+    selects at most so many."""
+    sparse = keys >= max(SPARSE_KEYS, SPARSE_RATIO * selected)
+    large = keys * (width + wide) >= LARGE_NUMBERS
+    facts = tuple(name for name, holds in ((SPARSE, sparse), (LARGE, large)) if holds)
+    return {"columns": max(width, wide), "facts": facts}
+
+
 def choose(call: Call, lacking: Callable[[str], str]) -> tuple[str, str]:
-    """On a GPU by kernels. On a CPU block after block, where many keys are not selected; else products with all of
-    them are fewer and larger: one thread, forward and backward, fp32, masked : by_blocks, 86 : 181 ms with 16 rows of
-    256 keys, blocks of 16, 267 : 184 with 4 of 1,024, 694 : 280 with one of 2,048, 16 heads, half of it selected, 2,817
-    : 653 with 4,096, a quarter; in bf16 71 : 327, 195 : 320 and 493 : 299. Fetched keys took 3,640 where blocks took
-    653, and are for devices that have to be told numbers before they can be read."""
-    because = ""
-    if call.device.type == "cuda":
-        if not (why_not := lacking(TRITON)):
-            return TRITON, "blocks of adjacent queries, united in tiles of tensor cores"
-        because = f"; not {TRITON}: {why_not}"
+    """By kernels; on a CPU, where these have more keys than stay at hand, block after block, if many are not selected.
+    Without a compiler blocks again, or products with all keys where these are fewer and larger.
+
+    One thread, forward and backward, bf16, ms, masked : by_blocks : cpp: 16 rows of 256 keys, blocks of 16, 6 heads
+    39 : 229 : 10; 4 of 1,024, 16 heads 480 : 257 : 96; one of 2,048, half of it selected 442 : 223 : 152; of 4,096, a
+    quarter, 2,036 : 524 : 526, and with 4 heads of 32 in place of 16 of 64 509 : 156 : 24. In fp32 47 : 130 : 12,
+    762 : 228 : 93, 704 : 224 : 132, 2,817 : 521 : 688 and 616 : 62 : 18. Fetched keys took 3,640 where blocks took 653,
+    and are for devices that have to be told numbers before they can be read."""
+    on_cpu = call.device.type == "cpu"
+    kernel, how = (
+        (CPP, "a query's keys are few, and stay in the first cache")
+        if on_cpu
+        else (TRITON, "blocks of adjacent queries, united in tiles of tensor cores")
+    )
+    if on_cpu and {SPARSE, LARGE} <= {*call.facts}:
+        return BY_BLOCKS, "each block with all queries that selected it"
+    if not (why_not := lacking(kernel)):
+        return kernel, how
+    because = f"; not {kernel}: {why_not}"
     if SPARSE not in call.facts:
         return MASKED, f"products with all keys, as these are few or most of them selected{because}"
-    if call.device.type == "cpu":
-        return BY_BLOCKS, "each block with all queries that selected it"
+    if on_cpu:
+        return BY_BLOCKS, f"each block with all queries that selected it{because}"
     return GATHERED, f"the selected keys of each query, fetched{because}"
 
 

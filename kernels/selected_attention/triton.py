@@ -22,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import device as devices
-from kernels.library import opaque
 from kernels.selected_attention.inverted import inverted
+from kernels.selected_attention.operation import operation
 from kernels.tuned import launch
 
 __all__ = ["selected_attention"]
@@ -34,14 +34,6 @@ UNITED = 1_024  # numbers that a program unites at once
 TOKENS = 16  # whose gradients a program adds up
 SHARES_BYTES = 256 * 2**20  # of sums of segments that exist at once
 LOG2_E = 1.4426950408889634
-
-
-def selected_attention(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, positions: Tensor, *, block: int, scale: float
-) -> Tensor:
-    """Arguments and result as `reference`."""
-    o, _ = _operation(q, k.to(q.dtype), v.to(q.dtype), starts, positions, block, scale)
-    return o
 
 
 @triton.jit
@@ -421,12 +413,17 @@ def _sum_kernel(
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, positions: Tensor, block: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """-> o, and the logarithm to base 2 of the sum of exponentials."""
-    o, lse = _like(q, k, v, starts, positions, block, scale)
-    if not q.numel() or not starts.numel():
-        return o.zero_(), lse.fill_(-torch.inf)
+    made: tuple[Tensor, Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    positions: Tensor,
+    block: int,
+    scale: float,
+) -> None:
+    """Fills o, and the logarithm to base 2 of the sum of exponentials."""
+    o, lse = made
     sizes = _sizes(q, k, v, block)
     unions, programs = _united(starts, sizes)
     _forward_kernel[(programs,)](
@@ -450,10 +447,10 @@ def _forward(
         **sizes,
         **_launch("selected_attention.forward", q, sizes, 3),
     )
-    return o, lse
 
 
 def _backward(
+    made: tuple[Tensor, Tensor, Tensor],
     do: Tensor,
     q: Tensor,
     k: Tensor,
@@ -464,11 +461,9 @@ def _backward(
     lse: Tensor,
     block: int,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dq, dk, dv."""
-    dq, dk, dv = _gradients(do, q, k, v, starts, positions, o, lse, block, scale)
-    if not q.numel() or not starts.numel():
-        return dq.zero_(), dk.zero_(), dv.zero_()
+) -> None:
+    """Fills dq, dk, dv."""
+    dq, dk, dv = made
     sizes = _sizes(q, k, v, block)
     unions, programs = _united(starts, sizes)
     delta = torch.empty_like(lse)
@@ -496,7 +491,6 @@ def _backward(
         **_launch("selected_attention.queries", q, sizes, 2),
     )
     _of_keys(dk, dv, (q, k, v, positions, lse, do, delta), starts, strides, scale, sizes)
-    return dq, dk, dv
 
 
 def _of_keys(
@@ -654,46 +648,4 @@ def _launch(kernel: str, q: Tensor, sizes: dict[str, int], stages: int) -> dict[
     return launch(kernel, q.device, key, default, {"ROWS": (16, 32, 64)} if of_keys else None)
 
 
-def _like(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, positions: Tensor, block: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """What `_forward` returns, without values."""
-    lead = q.shape[:3]
-    return (
-        torch.empty(*lead, v.shape[3], dtype=q.dtype, device=q.device),
-        torch.empty(lead, dtype=torch.float32, device=q.device),
-    )
-
-
-def _gradients(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """What `_backward` returns, without values."""
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    return dq, dk, dv
-
-
-def _flops(q: Any, k: Any, v: Any, starts: Any, positions: Any, block: int, *args: Any, **kwargs: Any) -> int:
-    """As if every list were full."""
-    return 2 * q[0] * q[1] * q[2] * min(starts[3] * block, k[1]) * (k[3] + v[3])
-
-
-def _backward_flops(do: Any, q: Any, k: Any, v: Any, starts: Any, *args: Any, **kwargs: Any) -> int:
-    block = args[3]
-    return 2 * q[0] * q[1] * q[2] * min(starts[3] * block, k[1]) * (3 * k[3] + 2 * v[3])
-
-
-_operation = opaque("selected_attention", _forward, _like, flops=_flops)
-_differentiated = opaque("selected_attention_backward", _backward, _gradients, flops=_backward_flops)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.block, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _differentiate(ctx: Any, do: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    found = _differentiated(do, *ctx.saved_tensors, ctx.block, ctx.scale)
-    return *found, None, None, None, None
-
-
-_operation.register_autograd(_differentiate, setup_context=_save)
+selected_attention = operation("selected_attention", _forward, _backward)

@@ -21,7 +21,7 @@ from kernels.choose import Kernels, UsesKernels
 from kernels.library import opaque
 from kernels.precision import at_least_fp32, own_dtypes
 from kernels.qk_norm_rope import qk_norm_rope, rotation_call
-from kernels.selected_attention import selected_attention
+from kernels.selected_attention import selected_attention, selected_call
 from models.layers.decoder import document_positions
 from models.layers.recompute import Kept, keep
 from models.layers.rotary import rotary_tables
@@ -300,9 +300,12 @@ class SparseAttention(UsesKernels):
         return o.transpose(1, 2)[..., : self.cfg.value_dim]
 
     def kernel_calls(self, seq_len: int) -> dict[str, dict[str, Any]]:
+        c = self.cfg
         return {
-            "qk_norm_rope": rotation_call(self.cfg.head_dim, interleaved=False),
-            "selected_attention": {"columns": max(self.cfg.head_dim, self.cfg.value_dim)},
+            "qk_norm_rope": rotation_call(c.head_dim, interleaved=False),
+            "selected_attention": selected_call(
+                seq_len, c.num_selected_blocks * c.selection_block_size, c.head_dim, c.value_dim
+            ),
         }
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels import TRITON
+from kernels import CPP, TRITON
 from kernels.against import deviations, gradients, upstream
 from kernels.choose import Call, Kernels
 from kernels.device import H100, as_if
@@ -20,13 +20,15 @@ from kernels.selected_attention import (
     inverted,
     reference,
     selected_attention,
+    selected_call,
 )
 from kernels.spec import Sample
 from tests.kernels.interpret import interpreted, poisoned
 from tests.kernels.samples import close, drawn, exactly, run_of
 
 WAYS = ("masked", "gathered", "by_blocks")
-EVERY = ("reference", *WAYS, TRITON)
+KERNELS = (TRITON, CPP)
+EVERY = ("reference", *WAYS, *KERNELS)
 
 
 def runnable(name):
@@ -36,7 +38,7 @@ def runnable(name):
 
 def exact_in(name):
     """The widest number format of an implementation, and what is equal in it."""
-    return (torch.float32, 1e-5) if name == TRITON else (torch.float64, 1e-12)
+    return (torch.float32, 1e-5) if name in KERNELS else (torch.float64, 1e-12)
 
 
 def one_by_one(q, k, v, starts, positions, block, scale):
@@ -126,7 +128,7 @@ def both(name, sample):
         return o, *torch.autograd.grad(o.square().sum(), list(sample.differentiable.values()))
 
 
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", [*WAYS, CPP])
 def test_twice_the_same_is_the_same(name):
     _, sample = drawn("selected_attention", next(iter(SPEC.small)))
     for first, second in zip(both(name, sample), both(name, sample), strict=True):
@@ -168,7 +170,7 @@ def test_documents_side_by_side_are_as_by_themselves(name, lengths):
     assert torch.equal(attended(q, k, v, starts.to(torch.int32))[:, lengths[0] :], together[:, lengths[0] :])
 
 
-@pytest.mark.parametrize("name", [*WAYS, TRITON])
+@pytest.mark.parametrize("name", [*WAYS, *KERNELS])
 def test_scores_far_below_zero(name):
     """Of what is no key, a score is not 0: beside -120 its share would be infinite."""
     dtype, _ = exact_in(name)
@@ -194,6 +196,15 @@ def test_scores_far_below_zero(name):
     close(found[0], expected[0], 1e-5, "output")
     for what, wanted in gradients(expected, exact, [g.double() for g in dy]).items():
         close(grads[what], wanted, 1e-4, what)  # of sums of numbers that cancel
+
+
+@pytest.mark.parametrize("size", SPEC.small)
+def test_in_any_number_of_slices(size, monkeypatch):
+    """Each knows the keys up to its own last query, and adds to the gradients of these."""
+    monkeypatch.setattr("kernels.selected_attention.cpp.SLICE", 5)
+    _, sample = drawn("selected_attention", size)
+    found = deviations(run_of("selected_attention", CPP), reference, sample)
+    assert max(found.values()) <= SPEC.tolerance["float32"], found
 
 
 def test_some_lists_at_a_time_give_the_same(monkeypatch):
@@ -271,14 +282,33 @@ def test_no_score_of_every_query_and_key(name, monkeypatch):
     assert 0 < largest <= 64 * 1024
 
 
-def test_what_is_chosen():
+@pytest.mark.parametrize(
+    ("keys", "selected", "width", "compiler", "name"),
+    [
+        (256, 64, 32, True, CPP),
+        (4_096, 256, 32, True, CPP),
+        (4_096, 1_024, 64, True, "by_blocks"),
+        (4_096, 4_096, 64, True, CPP),
+        (256, 64, 32, False, "masked"),
+        (2_048, 1_024, 32, False, "by_blocks"),
+    ],
+)
+def test_what_is_chosen(keys, selected, width, compiler, name, monkeypatch):
+    if not compiler:
+        monkeypatch.setattr("kernels.cpp.missing", lambda source: "there is none")
+    call = Call(torch.device("cpu"), torch.float32, **selected_call(keys, selected, width, width))
+    found, why = Kernels().foresee("selected_attention", call)
+    assert found == name and ("not cpp: there is none" in why) == (not compiler)
+
+
+def test_a_call_says_what_it_is():
     kernels = Kernels()
-    for keys in (64, 2_048):
-        q = torch.ones(1, keys, 2, 4)
-        starts = torch.zeros(1, keys, 1, 2, dtype=torch.int32)
+    for keys in (64, 16_384):
+        q = torch.ones(1, keys, 1, 32)
+        starts = torch.zeros(1, 1, 1, 2, dtype=torch.int32)
         starts[..., 1] = -1
-        selected_attention(q, q[:, :, :1], q[:, :, :1], starts, block=4, kernels=kernels)
-    assert list(kernels.used["selected_attention"]) == ["masked", "by_blocks"]
+        selected_attention(q[:, -1:], q, q, starts, block=4, kernels=kernels)
+    assert list(kernels.used["selected_attention"]) == [CPP, "by_blocks"]
 
 
 @pytest.mark.parametrize(
