@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from kernels import CHUNKED, REFERENCE
 from kernels.attention import flex, offsets
 from kernels.attention.chunked import plain_is_faster
-from kernels.attention.visible import LONG, MAX_PLAIN_KEYS
+from kernels.attention.visible import LONG, MAX_PLAIN_KEYS, NARROW
 from kernels.choose import Call
 
 __all__ = ["choose", "refused_by_flex", "refused_by_sdpa", "refused_by_varlen"]
@@ -79,6 +79,8 @@ def _elsewhere(call: Call) -> Iterator[tuple[str, str]]:
     decoding = "one query" in facts and "causal" in facts
     if plain_is_faster(call.device, call.dtype) and LONG not in facts and not decoding:
         yield CHUNKED, f"up to {MAX_PLAIN_KEYS} keys plain products are faster"
+    if call.device.type == "cpu" and NARROW in facts and not decoding:
+        yield CHUNKED, "blocks of queries, each with the keys of their windows"
     if call.device.type == "cpu" and "dropout" in facts:
         yield CHUNKED, "with dropout the library writes down all scores at once"
     yield SDPA, "torch's fused attention"

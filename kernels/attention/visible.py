@@ -14,10 +14,13 @@ from torch import Tensor
 from kernels.attention.block_diffusion import OnePass
 from kernels.attention.masks import additive, same
 
-__all__ = ["LONG", "MAX_PLAIN_KEYS", "Visible"]
+__all__ = ["LONG", "MAX_PLAIN_KEYS", "NARROW", "QUERY_BLOCK", "Visible"]
 
-MAX_PLAIN_KEYS = 512  # that plain products on a CPU are good for (kernels/attention/chunked.py)
-LONG = "long"  # the fact that there are more
+# Of chunked.py: queries that are computed at a time, and keys that plain products of them are good for.
+QUERY_BLOCK, MAX_PLAIN_KEYS = 128, 512
+# The facts that there are more, and that most keys are in nobody's window who is computed at the same time.
+LONG, NARROW = "long", "narrow"
+ALL = slice(None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +114,8 @@ class Visible:
             "mask": self.mask is not None,
             "cache": self.queries != self.keys and self.pattern is None,
             "one query": self.queries == 1,
-            LONG: self.keys > MAX_PLAIN_KEYS,
+            LONG: self._keys_at_a_time > MAX_PLAIN_KEYS,
+            NARROW: self.keys >= 2 * self._keys_at_a_time,
         }
         return tuple(name for name, holds in found.items() if holds)
 
@@ -121,9 +125,22 @@ class Visible:
         bare = self.doc_ids is None and self.window is None and self.mask is None and self.pattern is None
         return bare and (not self.causal or self.queries in (self.keys, 1))
 
-    def allowed(self) -> Tensor | None:
-        """(B or 1, 1, T, S) bool, True where a query may look; None where it may look everywhere."""
-        parts = [self._causal(), self._documents(), self.mask]
+    @property
+    def _keys_at_a_time(self) -> int:
+        """Most keys that a block of queries looks at."""
+        return self.keys if self.window is None else min(self.keys, self.window + QUERY_BLOCK - 1)
+
+    def reach(self, queries: slice) -> slice:
+        """The keys at which a causal block of queries, with a start and a stop, looks at all."""
+        past = self.keys - self.queries
+        first = 0 if self.window is None else max(0, past + queries.start - self.window + 1)
+        return slice(first, past + queries.stop)
+
+    def allowed(self, queries: slice = ALL, keys: slice = ALL) -> Tensor | None:
+        """(B or 1, 1, T, S) bool, True where a query may look; None where it may look everywhere. Of some queries and
+        keys, if there is no pattern."""
+        mask = None if self.mask is None else self.mask[..., queries, keys]
+        parts = [self._causal(queries, keys), self._documents(queries, keys), mask]
         if self.pattern is not None:
             parts = [self.pattern.mask(self.doc_ids)]
         given = [part for part in parts if part is not None]
@@ -134,19 +151,19 @@ class Visible:
             found = found & part
         return found
 
-    def _causal(self) -> Tensor | None:
+    def _causal(self, queries: slice, keys: slice) -> Tensor | None:
         if not self.causal or (self.queries == 1 and self.window is None):
             return None
-        query = torch.arange(self.keys - self.queries, self.keys, device=self.device)[:, None]  # (T, 1)
-        key = torch.arange(self.keys, device=self.device)  # (S,)
+        query = torch.arange(self.keys - self.queries, self.keys, device=self.device)[queries, None]  # (T, 1)
+        key = torch.arange(self.keys, device=self.device)[keys]  # (S,)
         allowed = key <= query
         if self.window is not None:
             allowed = allowed & (query - key < self.window)
         return allowed[None, None]
 
-    def _documents(self) -> Tensor | None:
-        return None if self.doc_ids is None else same(self.doc_ids, self.doc_ids)
+    def _documents(self, queries: slice, keys: slice) -> Tensor | None:
+        return None if self.doc_ids is None else same(self.doc_ids[:, queries], self.doc_ids[:, keys])
 
-    def bias(self, dtype: torch.dtype) -> Tensor | None:
+    def bias(self, dtype: torch.dtype, queries: slice = ALL, keys: slice = ALL) -> Tensor | None:
         """What to add to scores, in their dtype: 0 where `allowed`, -inf elsewhere; None where nothing is forbidden."""
-        return additive(self.allowed(), dtype)
+        return additive(self.allowed(queries, keys), dtype)

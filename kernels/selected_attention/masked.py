@@ -46,7 +46,8 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, may: Tensor, scale: float) -> Tensor
     """q (B, H, T, h), k (B, G, S, h), v (B, G, S, w), may (B, G, T, S) -> (B, H, T, w): each group as a row of its own,
     as one mask is for all heads of a row there."""
     rows, groups = k.shape[:2]
-    built = chunked.Built(additive(may.flatten(0, 1)[:, None], q.dtype), causal=False)
+    bias = additive(may.flatten(0, 1)[:, None], q.dtype)
+    built = [chunked.Block(slice(None), slice(None), bias)]
     q = q.unflatten(1, (groups, -1)).flatten(0, 1)  # (B G, H/G, T, h)
     k, v = (t.flatten(0, 1)[:, None] for t in (k, v))  # (B G, 1, S, .)
     o = chunked.attend(q, k, v, built, Options(q.dtype, scale=scale))

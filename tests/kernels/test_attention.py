@@ -18,17 +18,19 @@ from kernels.attention import (
     SPEC,
     Visible,
     attention,
+    attention_call,
     chunked,
     flash_attn,
     flex,
     plan_attention,
     reference,
     sdpa,
+    training_facts,
     varlen,
 )
 from kernels.attention.block_diffusion import OnePass
 from kernels.attention.plan import Options, Plan
-from kernels.choose import Kernels
+from kernels.choose import Call, Kernels
 from kernels.device import A100, H100
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -203,7 +205,9 @@ def test_layers_of_different_windows_have_a_plan_each():
 
 def test_a_plan_is_built_once_for_all_layers(monkeypatch):
     built = []
-    monkeypatch.setattr(Visible, "allowed", lambda self, real=Visible.allowed: built.append(1) or real(self))
+    monkeypatch.setattr(
+        Visible, "allowed", lambda self, *a, real=Visible.allowed: built.append(1) or real(self, *a)
+    )
     visible, kernels = square(doc_ids=DOCUMENTS), Kernels()
     q, k, v = draw(2, 2, 20, 20)
     for _ in range(2):
@@ -212,6 +216,37 @@ def test_a_plan_is_built_once_for_all_layers(monkeypatch):
             attention(q, k, v, plan)
     assert len(built) == 1
     assert not replace(visible, window=2).kept  # what was made for one says nothing of another
+
+
+@pytest.mark.parametrize("queries", [1, 5, 20, 30])
+@pytest.mark.parametrize("window", [1, 7, 29])
+def test_blocks_of_queries_look_at_their_windows_alone(queries, window, monkeypatch):
+    """Behind a cache or not; no block has a number for a key that none of its queries sees."""
+    monkeypatch.setattr(chunked, "QUERY_BLOCK", 8)
+    visible = Visible(2, queries, 30, torch.device("cpu"), window=window)
+    plan = plan_attention(
+        visible, dtype=torch.float64, heads=(2, 2), width=8, kernels=Kernels({"attention": "chunked"})
+    )
+    for block in plan.built:
+        assert block.bias.exp().any(2).all()
+    q, k, v = draw(2, 2, queries, 30)
+    expected = by_definition(q, k, v, visible.allowed())
+    torch.testing.assert_close(attention(q, k, v, plan), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("keys", "window", "dtype", "name"),
+    [
+        (1_278, 512, torch.float32, "chunked"),
+        (1_277, 512, torch.float32, "sdpa"),
+        (1_024, None, torch.float32, "sdpa"),
+        (100_000, 385, torch.bfloat16, "chunked"),
+        (600, 386, torch.bfloat16, "sdpa"),
+    ],
+)
+def test_long_rows_of_windows_go_block_by_block(keys, window, dtype, name):
+    call = Call(torch.device("cpu"), dtype, **attention_call(training_facts(keys, window=window), (2, 2), 8))
+    assert Kernels().foresee("attention", call)[0] == name
 
 
 @pytest.mark.parametrize(
