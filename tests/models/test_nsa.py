@@ -184,6 +184,34 @@ def test_gradients_in_fp64():
     assert torch.autograd.gradcheck(lambda x: run(layer, x), x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_scores_far_below_zero(dtype):
+    """Near -120 in every branch, in rows of two blocks and a token: beside them an exponential of what is no key would
+    be infinite, and a gradient no number."""
+    layer, x = attention_of("window")
+    with torch.no_grad():
+        layer.g_proj.out.bias.zero_()
+        for name, sign in (("q_proj", 1), ("k_proj", -1)):
+            weight = getattr(layer, name).weight
+            weight.mul_(0.01)[:, 0] = sign * 1.72
+        for part in (layer.compress_k.up, layer.compress_k.down):
+            part.weight.zero_()
+        layer.compress_k.down.bias.fill_(-7.75)
+    x = x[:, :9].clone()
+    x[..., 0] = 4.5
+    layer.to(dtype)
+    asked, keys, _ = layer._projected(x.to(dtype))
+    for other in (keys[1], torch.full_like(keys[0], -7.75)):
+        assert -130 < (asked[0, -1, 0] @ other[0, -1, 0]).item() / 2 < -110
+    given = x.to(dtype).requires_grad_()
+    y = run(layer, given)
+    y.square().sum().backward()
+    assert y.isfinite().all() and y.abs().max() > 0
+    for name, p in [("x", given), *layer.named_parameters()]:
+        assert p.grad is None or p.grad.isfinite().all(), name
+    assert given.grad.abs().max() > 0
+
+
 # -- ranking -----------------------------------------------------------------------------------------------------------
 
 
