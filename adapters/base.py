@@ -377,6 +377,10 @@ class ModelAdapter(nn.Module):
         process before the micro-batches of a step are run, and again where a step is replayed. Steps are prepared
         ahead of time: what `prepare` needs to know of its step it takes from its own `ctx`."""
 
+    def on_evaluation_start(self) -> None:
+        """Called on every process before held-out text is scored, and again where that begins again with smaller
+        batches, as memory did not suffice. What an adapter has gathered for `after_evaluation` is to be dropped."""
+
     @property
     def cost_changes(self) -> tuple[float, ...]:
         """Shares of a run behind which a step costs otherwise than before, as where windows grow: `time_budget` times

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from adapters.base import Context, ModelAdapter, OfDraws, Prepared
 from trainer.optim.stages import Stages, common_rows
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from configs.schema import RunConfig
     from data.rows import TrainingRows
 
-__all__ = ["BatchPlan", "StepBatch", "StepLoader", "largest_batch_that_fits", "plan_batch", "plan_run"]
+__all__ = ["BatchPlan", "StepBatch", "StepLoader", "divisors", "plan_batch", "plan_run"]
 
 CPU_TOKENS_PER_MICRO_BATCH = 16_384
 
@@ -105,20 +104,6 @@ def _short(numbers: list[int]) -> str:
     return ", ".join(text if len(text) <= 12 else [*text[:6], "...", *text[-5:]])
 
 
-def largest_batch_that_fits(share: int, try_rows: Callable[[int], None]) -> int:
-    """The largest divisor of a process's rows for which `try_rows` does not run out of device memory."""
-    for rows in reversed(divisors(share)):
-        try:
-            try_rows(rows)
-        except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            continue
-        return rows
-    raise ValueError(
-        "not even one row fits in device memory. Use a smaller preset or a shorter train_seq_len"
-    )
-
-
 @dataclass
 class StepBatch:
     """One process's share of an optimizer step."""
@@ -196,7 +181,9 @@ class StepLoader:
                 out.denominators[name] = out.denominators.get(name, 0.0) + value
         return out
 
-    def steps(self, first: int, end: int, ahead: int = 2, of_draws: OfDraws = "drawn") -> Iterator[StepBatch]:
+    def steps(
+        self, first: int, end: int, ahead: int = 2, of_draws: OfDraws = "drawn"
+    ) -> Generator[StepBatch]:
         """Steps first, ..., end - 1. An error in the thread is raised here, where it can be reported."""
         ready: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=ahead)
         stop = threading.Event()

@@ -24,6 +24,8 @@ from adapters.base import Context
 from configs.schema import STEPS, redacted
 from data.yardsticks import expected_seconds
 from trainer.clock import seconds_since_start
+from trainer.evaluate import try_scoring
+from trainer.memory import with_fewer_rows, work_of_all
 from trainer.optim.optimizers import clip_gradients
 from trainer.optim.schedules import require_room_for_warmup, schedule_factor
 from trainer.precision import autocast
@@ -93,12 +95,17 @@ def _same(cfg: RunConfig, begun: Mapping[str, Any]) -> bool:
     return all(begun.get(k) == v for k, v in redacted(cfg).items() if k not in _NOT_COMPARED)
 
 
-def decide(s: Session, should_stop: Callable[[], bool]) -> str:
+def decide(s: Session, should_stop: Callable[[], bool], note: Callable[[str], object]) -> str:
     """Give the session the number of steps that fits; says which and why. Nothing is decided where a stop was asked
-    for meanwhile. Every process must call it."""
+    for meanwhile. Every process must call it. `note` hears of micro-batches that were too large."""
     minutes, stated = s.cfg.time_budget, s.total_steps
     assert minutes is not None
-    costs = measure(s, should_stop)
+
+    def try_rows(rows: int) -> None:
+        s.try_rows(rows)
+        try_scoring(s.adapter, s.heldout(s.cfg.val_bytes_interim or s.cfg.val_bytes), s.precision, rows)
+
+    costs = with_fewer_rows(s, note, lambda: measure(s, should_stop), try_rows)
     if s.world.agree(should_stop()):
         return "time_budget: nothing decided yet"
     fitting = costs.fitting(60 * minutes, stated)
@@ -205,12 +212,16 @@ def _seconds_per_target(s: Session, scorer: Any, rows: HeldoutRows) -> float:
     """From the second of two batches; every process scores its share."""
     ids = np.arange(min(s.plan.micro_rows, rows.n_rows))
     ctx = Context(seed=s.cfg.seed, step=0, phase="eval", rows_in_step=rows.n_rows)
-    for _ in range(2):
-        started = time.perf_counter()
-        batch = rows.batch(ids)
+
+    def score() -> None:
         with autocast(s.precision, s.world.device):
             scorer.likelihood(batch, ctx)
         _wait_for(s.world.device)
+
+    for _ in range(2):
+        started = time.perf_counter()
+        batch = rows.batch(ids)
+        work_of_all(s.world, score)
         seconds = time.perf_counter() - started
     return seconds / float(batch.weights.sum() + batch.end_weights.sum()) / s.world.size
 

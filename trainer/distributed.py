@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import gc
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,9 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from configs.hardware import process_group, uses_cuda
+from trainer.data_parallel import DataParallel
 from trainer.errors import StopRequested, TrainingError
 
 if TYPE_CHECKING:
@@ -128,6 +127,13 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """What each process has, on all of them, by rank."""
+        found = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, value)
+        return found
+
     def on_main(self, work: Callable[[], Any]) -> Any:
         """Do something on rank 0; its result, or its failure, on every process."""
         outcome: Any = None
@@ -162,29 +168,12 @@ class World:
         adapter.add_up = self.sum_on_device  # type: ignore[method-assign]
 
     def wrap(self, adapter: ModelAdapter) -> nn.Module:
-        """DistributedDataParallel when there is more than one process, else the adapter itself.
-
-        Buffers are not broadcast: every process computes the same ones, from what `add_up` gives. What comes from
-        elsewhere every process has loaded by itself.
-        """
-        if self.size == 1:
-            return adapter
-        names = [n for n, _ in [*adapter.model.named_parameters(), *adapter.model.named_buffers()]]
-        external = [f"model.{n}" for n in names if adapter.is_external(n)]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(adapter, external)
-        with warnings.catch_warnings():
-            # torch 2.13 wants another word for it, one that exchanges buffers at the start.
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            return DistributedDataParallel(
-                adapter,
-                process_group=self._gradient_group,
-                gradient_as_bucket_view=True,
-                broadcast_buffers=False,
-            )
+        """DataParallel when there is more than one process, else the adapter itself."""
+        return adapter if self.size == 1 else DataParallel(adapter, self._gradient_group)
 
     def without_sync(self, wrapped: nn.Module, skip: bool) -> Any:
         """Context in which backward leaves gradients local (`skip`), for all micro-batches but the last."""
-        return wrapped.no_sync() if skip and isinstance(wrapped, DistributedDataParallel) else nullcontext()
+        return wrapped.no_sync() if skip and isinstance(wrapped, DataParallel) else nullcontext()
 
 
 def _local_rank(device: str) -> int:

@@ -19,6 +19,7 @@ from torch import nn
 
 from adapters.base import Context, Likelihood, ModelAdapter
 from data.rows import target_bytes
+from trainer.memory import NoRoom, agree, shortage
 from trainer.meter import Meter
 from trainer.precision import autocast
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from data.rows import Batch, HeldoutRows
     from trainer.distributed import World
 
-__all__ = ["Score", "evaluate", "evaluating"]
+__all__ = ["Score", "evaluate", "evaluating", "try_scoring"]
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def evaluate(
     estimates: bool = False,
 ) -> Score | None:
     """Score `rows`; None when a stop was asked for on any process before the end. ValueError where they hold no token
-    of a text.
+    of a text; NoRoom, on every process, where one has no memory for a batch.
 
     Rows are dealt out to the processes in turn, all getting the same number of batches: what is missing at the
     end is padding that counts nowhere. `hear` is called with each batch of this process and what was found of it.
@@ -107,20 +108,34 @@ def evaluate(
     found: Likelihood | None = None
     metrics = Meter(world.device)
     sums = _Sums(len(rows.documents))
+    adapter.on_evaluation_start()
+
+    def score(batch: Batch) -> None:
+        nonlocal found
+        with autocast(precision, world.device):
+            found = adapter.likelihood(batch, ctx)
+
+    short = ""
     with evaluating(adapter):
         for start in range(0, per_process, batch_rows):
-            if world.agree(should_stop()):
+            stop, no_room = world.maximum([should_stop(), bool(short)])
+            if no_room:
+                break
+            if stop:
                 return None
             ids = mine[start : start + batch_rows]
             ids = np.where(ids < rows.n_rows, ids, -1)
             batch = rows.batch(ids)
-            with autocast(precision, world.device):
-                found = adapter.likelihood(batch, ctx)
+            if short := shortage(lambda batch=batch: score(batch)):  # type: ignore[misc]
+                continue
+            assert found is not None
             metrics.add_metrics(found.metrics)
             width = batch.weights.shape[1]
             sizes = target_bytes(batch.tokens[:, : width + 1], rows.store.tokenizer)
             sums.add(found, batch, rows.document_of[ids], sizes)
             hear(batch, found)
+    if told := agree(world, short):
+        raise NoRoom(told)
     assert found is not None
     sums.add_up(world)
     if rows.complete:  # what tokens say may be less
@@ -152,6 +167,16 @@ def evaluate(
         metrics=metrics.read(world),
         no_accuracy=[name for name in rows.store.marks if f"{name}_accuracy" not in found.metrics],
     )
+
+
+@torch.no_grad()
+def try_scoring(adapter: ModelAdapter, rows: HeldoutRows, precision: str, n: int) -> None:
+    """Score the first `n` rows, to see whether memory suffices. Nothing remains of it."""
+    ctx = Context(seed=0, step=0, phase="eval", rows_in_step=rows.n_rows)
+    ids = np.arange(n)
+    with evaluating(adapter), autocast(precision, adapter.device):
+        adapter.likelihood(rows.batch(np.where(ids < rows.n_rows, ids, -1)), ctx)
+    adapter.on_evaluation_start()
 
 
 class _Sums:

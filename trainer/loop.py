@@ -3,6 +3,7 @@
     for each step:
         agree on denominators and stop/save flags      one small host all-reduce
         for each micro-batch: forward, backward        gradients exchanged in the last one only
+        agree that all had the memory for it           the step begun again with fewer rows at a time where not
         finite check, clip, optimizers, after_step, constrain, EMA
         log, evaluate, checkpoint when due
 
@@ -25,8 +26,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +41,8 @@ from trainer.budget import decide, decided_before
 from trainer.diagnose import explain_non_finite
 from trainer.distributed import World, open_world
 from trainer.errors import StopRequested, TrainingError, sentence
-from trainer.evaluate import Score, evaluate
+from trainer.evaluate import Score, evaluate, try_scoring
+from trainer.memory import NoRoom, begin_again, with_fewer_rows
 from trainer.meter import Meter
 from trainer.optim.optimizers import clip_gradients
 from trainer.optim.schedules import jump, momentum_at, schedule_factor
@@ -121,16 +124,18 @@ def _trainer(
     if source is None and cfg.init_from_checkpoint:
         source = open_source(cfg.init_from_checkpoint, console.warn)
     tokenizer = tokenizer_to_take(cfg, source) if source else None
-    micro_rows = None
+    micro_rows = val_rows = None
     if checkpoint:
         recorded, share = saved["execution"], common_rows(cfg) // world.size
         if recorded["world_size"] == world.size and share % recorded["micro_rows"] == 0:
             micro_rows = recorded["micro_rows"]
+            val_rows = saved.get("val_rows", micro_rows)
     session = open_session(
         cfg,
         model_cfg,
         world,
         micro_rows=micro_rows,
+        val_rows=val_rows,
         tokenizer=tokenizer,
         accept=partial(require_same_tokenizer, cfg, source) if source else None,
         interruptible=stop.at_once,
@@ -138,7 +143,7 @@ def _trainer(
     )
     if cfg.time_budget is not None and not cfg.eval_only:
         tell("timing a few steps")
-        console.note(decide(session, lambda: stop.requested))
+        console.note(decide(session, lambda: stop.requested, console.note))
     trainer = Trainer(session, record, stop)
     if checkpoint:
         trainer.resume(checkpoint, saved)
@@ -181,16 +186,25 @@ class Trainer:
             return self._leave()
         self.s.adapter.train()
         begin = self.progress.step
-        for batch in self.s.loader.steps(begin, begin if self._out_of_patience() else self.total):
+        for batch in self._batches(begin if self._out_of_patience() else self.total):
             started = time.perf_counter()
+            before = replace(self.progress), self.meter.copy()
             denominators, stop, save = self._agree(batch)
             if stop:
                 return self._leave()
+            compiles = self.s.compiled and batch.step == begin
+            told = ""
+            try:
+                with self.console.doing("compiling") if compiles else nullcontext():
+                    self._train_step(batch, denominators)
+            except NoRoom as error:
+                told = str(error)
+            if told:
+                self.progress, self.meter = before
+                begin_again(self.s, told, partial(self._tell, f"step {batch.step}"))
+                continue
             if batch.step in self.s.loader.stages.ends[:-1]:
                 self.console.note(f"step {batch.step}: {self._of_stage(batch.step)}")
-            compiles = self.s.compiled and batch.step == begin
-            with self.console.doing("compiling") if compiles else nullcontext():
-                self._train_step(batch, denominators)
             self.progress.seconds += time.perf_counter() - started
             if self.progress.step % self.cfg.logging_steps == 0 or self.progress.step == self.total:
                 self._log()
@@ -207,6 +221,19 @@ class Trainer:
         self._raise_if_not_finite()
         score = self._final_score()
         return self._finish(score) if score else self._leave()
+
+    def _batches(self, end: int) -> Iterator[StepBatch]:
+        """Those of the steps from here to `end`; of a step that has begun again, another one."""
+        while self.progress.step < end:
+            plan = self.s.plan
+            with closing(self.s.loader.steps(self.progress.step, end)) as batches:
+                for batch in batches:
+                    yield batch
+                    if self.s.plan is not plan:
+                        break
+
+    def _tell(self, where: str, what: str) -> None:
+        self.console.note(f"{where}: {what}")
 
     def _ended(self) -> float | None:
         """The score of a run that was scored to its end and has no step left, having said how to go on."""
@@ -321,25 +348,28 @@ class Trainer:
     def _score(self, rows: Any, averaged: bool = True) -> Score | None:
         """Of the averaged weights where there are some, unless told otherwise."""
         s = self.s
-        swap = s.averaged_weights() if averaged else nullcontext()
+
         # Eager, as in `eval`: the graphs of scoring are not those of training and are compiled anew in each process.
         # gpt2 at nano on one core, rows padded to four widths, 0.65 MB eager : compiled: 15.2 : 14.8 s in fp32, 9.5 :
         # 8.2 in bf16, after 2.6 and 6 CPU seconds of compilation; and what torch 2.13 makes of bf16 on a CPU without
         # gradients scores NaN.
-        with self.console.doing("scoring"), torch.compiler.set_stance("force_eager"), swap:
-            score = evaluate(
-                s.adapter,
-                rows,
-                self.world,
-                batch_rows=s.plan.micro_rows,
-                seed=self.cfg.seed,
-                precision=s.precision,
-                should_stop=lambda: self.stop.requested,
-            )
-            if score and not math.isfinite(score.bits_per_byte):
-                raise TrainingError(
-                    f"the held-out score at step {self.progress.step} is {score.bits_per_byte}"
+        def once() -> Score | None:
+            swap = s.averaged_weights() if averaged else nullcontext()
+            with self.console.doing("scoring"), torch.compiler.set_stance("force_eager"), swap:
+                return evaluate(
+                    s.adapter,
+                    rows,
+                    self.world,
+                    batch_rows=s.plan.micro_rows,
+                    seed=self.cfg.seed,
+                    precision=s.precision,
+                    should_stop=lambda: self.stop.requested,
                 )
+
+        tell = partial(self._tell, f"scoring at step {self.progress.step}")
+        score = with_fewer_rows(s, tell, once, partial(try_scoring, s.adapter, rows, s.precision))
+        if score and not math.isfinite(score.bits_per_byte):
+            raise TrainingError(f"the held-out score at step {self.progress.step} is {score.bits_per_byte}")
         if score:
             self._refuse_taken_names(score)
         return score

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -39,6 +40,13 @@ class Meter:
         self._denominator_of: dict[str, str] = {}
         self._likelihoods: list[str] = []  # terms
         self._totals: dict[str, float] = {}  # global: denominators, tokens, bytes, steps
+
+    def copy(self) -> Meter:
+        """One that what is added to this one does not reach."""
+        new = copy.copy(self)
+        new._sums, new._figures, new._totals = dict(self._sums), dict(self._figures), dict(self._totals)
+        new._denominator_of, new._likelihoods = dict(self._denominator_of), list(self._likelihoods)
+        return new
 
     def add_output(self, output: StepOutput, planned_flops: float = 0.0) -> None:
         """One micro-batch. `planned_flops` counts where the output does not say what it took."""

@@ -20,8 +20,9 @@ from data import Dataset, load_dataset, unheard
 from data.rows import HeldoutRows, TrainingRows
 from kernels.choose import Kernels
 from models.layers.recompute import recomputing
-from trainer.batching import BatchPlan, StepLoader, largest_batch_that_fits, plan_batch, plan_run
+from trainer.batching import BatchPlan, StepLoader, divisors, plan_batch, plan_run
 from trainer.distributed import World
+from trainer.memory import largest_that_fits
 from trainer.optim.ema import EMA
 from trainer.optim.optimizers import Optimizers, build_optimizers
 from trainer.optim.schedules import require_room_for_warmup
@@ -55,12 +56,13 @@ class Session:
     compiled: bool
     not_compiled: str  # why, where it would be
     total_steps: int
+    val_rows: int  # of a batch as `val_steps` counts: those that the run began with
 
     def heldout(self, max_bytes: int | None) -> HeldoutRows:
         cfg = self.cfg
         tokens = cfg.val_tokens
         if cfg.val_steps is not None:
-            tokens = cfg.val_steps * self.plan.micro_rows * (cfg.val_seq_len or cfg.train_seq_len)
+            tokens = cfg.val_steps * self.val_rows * (cfg.val_seq_len or cfg.train_seq_len)
         return HeldoutRows(
             self.dataset.heldout,
             self.dataset.tokenizer.eot,
@@ -85,6 +87,25 @@ class Session:
         """Have the run last so many steps."""
         self.total_steps = steps
         self.loader.stages = stages_of(self.cfg, steps)
+
+    @property
+    def may_take_fewer_rows(self) -> bool:
+        """Whether the size of a micro-batch is ours to choose."""
+        return self.cfg.batch_size == "auto" and self.cfg.gradient_accumulation_steps is None
+
+    def smaller_sizes(self) -> list[int]:
+        """Micro-batches below the present ones that fit into the steps of all stages."""
+        share = common_rows(self.cfg) // self.world.size
+        return [rows for rows in divisors(share) if rows < self.plan.micro_rows]
+
+    def take_fewer_rows(self) -> None:
+        """The next smaller micro-batches, from the next step on that is loaded."""
+        self.plan = plan_run(self.cfg, self.smaller_sizes()[-1], self.world.size)
+        self.loader.plan = self.plan
+
+    def try_rows(self, rows: int) -> None:
+        """Forward and backward pass of a micro-batch of so many rows, by this process alone."""
+        _try_rows(self.cfg, self.world, self.rows, self.adapter, self.precision, rows)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -128,13 +149,15 @@ def open_session(
     world: World,
     *,
     micro_rows: int | None = None,
+    val_rows: int | None = None,
     tokenizer: Tokenizer | None = None,
     accept: Callable[[Tokenizer], None] | None = None,
     interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
     tell: Callable[[str], object] = unheard,
 ) -> Session:
-    """`micro_rows` and `tokenizer`: what a resumed run used, where the configuration leaves them open. `accept` is told
-    of the tokenizer before a model is built for it, and raises ValueError where the weights to come know another.
+    """`micro_rows`, `val_rows` and `tokenizer`: what a resumed run used, where the configuration leaves them open.
+    `accept` is told of the tokenizer before a model is built for it, and raises ValueError where the weights to come
+    know another.
 
     `interruptible`: around reading and tokenising the text on the first process, which may raise StopRequested there;
     the others wait for it, and raise it too. `tell` is called with what is being done, as it changes.
@@ -199,6 +222,7 @@ def open_session(
         compiled=compiled,
         not_compiled=not_compiled,
         total_steps=steps,
+        val_rows=(val_rows if cfg.batch_size == "auto" else None) or plan.micro_rows,
     )
 
 
@@ -229,19 +253,23 @@ def _probe(
 ) -> BatchPlan:
     """Find the largest micro-batch that fits beside the optimizer state; every process takes the smallest found."""
     optimizers.allocate()
-
-    def try_rows(n: int) -> None:
-        plan = plan_batch(n * world.size, n, None, world.size, cfg.train_seq_len)
-        batch = StepLoader(rows, adapter, plan, world.rank, cfg.seed).load(0, "most")
-        adapter.on_step_start(batch.ctx, total_steps(cfg, rows))
-        try:
-            with autocast(precision, world.device):
-                output = adapter(batch.micro[0].to(world.device))
-            weighted_loss(output.terms, batch.denominators).backward()
-        finally:
-            adapter.zero_grad(set_to_none=True)
-
     share = common_rows(cfg) // world.size
-    fits = largest_batch_that_fits(share, try_rows)
+    fits = largest_that_fits(divisors(share), lambda n: _try_rows(cfg, world, rows, adapter, precision, n))
     fits = int(-world.maximum([-float(fits)])[0])
-    return plan_run(cfg, fits, world.size)
+    return plan_run(
+        cfg, fits or 1, world.size
+    )  # the first step says what can be done about a row that does not fit
+
+
+def _try_rows(
+    cfg: RunConfig, world: World, rows: TrainingRows, adapter: ModelAdapter, precision: str, n: int
+) -> None:
+    plan = plan_batch(n * world.size, n, None, world.size, cfg.train_seq_len)
+    batch = StepLoader(rows, adapter, plan, world.rank, cfg.seed).load(0, "most")
+    adapter.on_step_start(batch.ctx, total_steps(cfg, rows))
+    try:
+        with autocast(precision, world.device):
+            output = adapter(batch.micro[0].to(world.device))
+        weighted_loss(output.terms, batch.denominators).backward()
+    finally:
+        adapter.zero_grad(set_to_none=True)

@@ -331,6 +331,11 @@ class BD3LMAdapter(DiffusionAdapter):
         process.clip = self.clip_at(step)  # type: ignore[attr-defined]
         return process
 
+    def on_evaluation_start(self) -> None:
+        super().on_evaluation_start()
+        if self.search:
+            self.search.take()
+
     def after_evaluation(self, step: int) -> None:
         if not self.search:
             return

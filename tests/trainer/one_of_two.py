@@ -19,7 +19,7 @@ def steps_that_fit(minutes: float) -> int:
         budget.seconds_since_start = lambda: 0.0  # of the test's own process
         budget._seconds_per_step = lambda s, should_stop: 5.0 * (1 + world.rank)
         budget._scoring_and_sample = lambda s, should_stop: (20.0, 0.0, 0.0)
-        budget.decide(s, lambda: False)
+        budget.decide(s, lambda: False, print)
         return s.total_steps
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from adapters.base import Prepared
-from trainer.batching import BatchPlan, StepLoader, largest_batch_that_fits, plan_batch
+from trainer.batching import BatchPlan, StepLoader, plan_batch
 from trainer.optim.stages import Stages
 
 
@@ -29,20 +29,6 @@ def test_inconsistent_numbers_name_the_nearest_legal(args, words):
     with pytest.raises(ValueError) as error:
         plan_batch(*args)
     assert all(word in str(error.value) for word in words)
-
-
-def test_out_of_memory_recovery_picks_divisors_only():
-    tried = []
-
-    def fits(rows):
-        tried.append(rows)
-        if rows > 5:
-            raise torch.cuda.OutOfMemoryError
-
-    assert largest_batch_that_fits(12, fits) == 4
-    assert tried == [12, 6, 4]
-    with pytest.raises(ValueError, match="not even one row"):
-        largest_batch_that_fits(2, lambda rows: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError()))
 
 
 class FakeRows:

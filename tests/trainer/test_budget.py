@@ -199,7 +199,9 @@ def test_a_budget_that_cannot_be_kept_says_so(tmp_path, costs, capsys):
 def test_a_tenth_of_the_budget_goes_to_training_whatever_the_rest_takes(costs, monkeypatch):
     monkeypatch.setattr(budget, "measure", lambda s, should_stop: replace(COSTS, spent=400.0))
     s = session_of("gpt2", "num_iterations=500", "time_budget=5")
-    assert "not enough; 15 steps take about 7.8" in budget.decide(s, lambda: False)  # of 2 s: 30 of 300
+    assert "not enough; 15 steps take about 7.8" in budget.decide(
+        s, lambda: False, print
+    )  # of 2 s: 30 of 300
     assert s.total_steps == 15
 
 
@@ -227,7 +229,7 @@ def test_another_run_in_that_folder_decides_for_itself(tmp_path, costs, monkeypa
 
 def test_a_stop_while_timing_leaves_the_budget_to_the_next_start(costs):
     s = session_of("gpt2", "num_iterations=500", "time_budget=1")
-    assert budget.decide(s, lambda: True) == "time_budget: nothing decided yet"
+    assert budget.decide(s, lambda: True, print) == "time_budget: nothing decided yet"
     assert (s.cfg.time_budget, s.cfg.num_iterations, s.total_steps) == (1, 500, 500)
 
 

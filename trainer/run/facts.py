@@ -210,6 +210,7 @@ def checkpoint_contents(
         "position": s.loader.position(progress.step),
         "optimizer_file": "optimizer.pt",
         "progress": progress.to_json(),
+        "val_rows": s.val_rows,
         "execution": execution(s),
         "data": {**s.dataset.identity(), "tokenizer_digest": s.dataset.tokenizer.digest},
         "training_config": redacted(s.cfg),

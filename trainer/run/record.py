@@ -15,7 +15,7 @@ from data.yardsticks import NAMES, start_background
 from naming import command_line
 from trainer.annotate import annotation_of
 from trainer.errors import sentence
-from trainer.run.facts import checkpoint_contents, facts_of, kernels_of, summary_of
+from trainer.run.facts import checkpoint_contents, execution, facts_of, kernels_of, summary_of
 from trainer.run.files import beside
 from trainer.run.folder import RunFolder
 from trainer.run.lines import evaluation_line, raw_evaluation_line, training_line
@@ -145,9 +145,10 @@ class RunRecord:
         progress.peak_memory_bytes = max(progress.peak_memory_bytes, peak_memory_bytes(s.world.device))
 
     def _correct_manifest(self, s: Session) -> None:
-        """It was written before the first step; by now operations have run."""
-        if (kernels := kernels_of(s)) != self._manifest["kernels"]:
-            self._manifest["kernels"] = kernels
+        """It was written before the first step; by now operations have run, and micro-batches may be smaller."""
+        now = {"kernels": kernels_of(s), "execution": execution(s)}
+        if any(self._manifest[key] != value for key, value in now.items()):
+            self._manifest |= now
             self.folder.write_json("manifest.json", self._manifest)
 
     def _annotate(self, s: Session) -> None:

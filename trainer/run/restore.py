@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,9 @@ from configs.removed import REMOVED
 from data.rows import HeldoutRows
 from naming import did_you_mean, not_one_of
 from trainer.distributed import World, choose_device
-from trainer.evaluate import Score, evaluate
+from trainer.errors import TrainingError
+from trainer.evaluate import Score, evaluate, try_scoring
+from trainer.memory import NoRoom, largest_that_fits
 from trainer.precision import choose_precision, tune_host
 from trainer.run.checkpoint import load_tensors
 from trainer.run.source import Source, load_weights, open_source
@@ -79,17 +82,39 @@ class Restored:
         )
 
     def score(self, rows: HeldoutRows, batch_rows: int | None = None, **more: Any) -> Score | None:
-        """Score `rows`. With the run's own batch its score comes out to the last digit, as the same shapes round alike.
-        `more`: `should_stop`, `hear` and `estimates` of `evaluate`."""
-        return evaluate(
-            self.adapter,
-            rows,
-            World(self.device, alone=True),
-            batch_rows=batch_rows or self.micro_rows,
-            seed=self.cfg.seed,
-            precision=self.precision,
-            **more,
-        )
+        """Score `rows`. With the run's own batch its score comes out to the last digit, as the same shapes round alike;
+        where memory does not suffice for that one, smaller ones are taken, which is said.
+
+        `more`: `should_stop`, `hear` and `estimates` of `evaluate`. Rows may be heard of again then. TrainingError
+        where memory does not suffice for `batch_rows`, or for one row.
+        """
+        size = batch_rows or self.micro_rows
+        while True:
+            try:
+                return evaluate(
+                    self.adapter,
+                    rows,
+                    World(self.device, alone=True),
+                    batch_rows=size,
+                    seed=self.cfg.seed,
+                    precision=self.precision,
+                    **more,
+                )
+            except NoRoom as error:
+                told = str(error)
+            smaller = [n for n in range(1, size) if size % n == 0]
+            fits = largest_that_fits(smaller, partial(try_scoring, self.adapter, rows, self.precision))
+            if not fits:
+                raise TrainingError(
+                    f"out of memory with a single row of {rows.seq_len} tokens ({told}). Less takes a shorter "
+                    "val_seq_len, or mixed_precision=bf16"
+                )
+            if batch_rows:
+                raise TrainingError(
+                    f"out of memory with {size} rows at a time ({told}). batch_size={fits} fits"
+                )
+            say(f"out of memory with {size} rows at a time ({told}), begun again with {fits}")
+            size = fits
 
 
 def say(text: str) -> None:
