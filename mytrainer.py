@@ -51,6 +51,7 @@ COMMANDS = {
     "show": "trainer.commands.show:main",
     "show_configs": "trainer.commands.show:main",
     "bench": "trainer.commands.bench:main",
+    "doctor": "trainer.commands.doctor:main",
     "worker": "trainer.commands.launch:worker_main",  # started by us: one process of a run
 }
 RUNS = ("train", "worker")  # they go on where nobody reads what they print
@@ -238,7 +239,8 @@ def _import_paths() -> None:
 def main(argv: list[str]) -> int:
     """Run one command; the exit status is 0, 1 (a run failed), or 2 (the configuration is wrong)."""
     _import_paths()
-    if missing := [name for name in REQUIRED if importlib.util.find_spec(name) is None]:
+    missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
+    if missing and argv[:1] != ["doctor"]:  # which says more of it
         print(
             f"error: {sys.executable} has no {', '.join(missing)}. In {ROOT}: pip install -e .",
             file=sys.stderr,

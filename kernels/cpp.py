@@ -26,7 +26,7 @@ from torch import Tensor
 
 from data.cache import cache_root, write_atomic
 
-__all__ = ["Library", "library", "missing", "named", "pointer", "shared_out"]
+__all__ = ["Library", "compiler", "library", "missing", "named", "pointer", "shared_out"]
 
 FOLDER = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
@@ -86,6 +86,11 @@ def missing(source: str) -> str | None:
     except CompilerError as e:
         return str(e)
     return None
+
+
+def compiler() -> str:
+    """The one that compiles, with its arguments. CompilerError where there is none."""
+    return " ".join(_compiler()[0])
 
 
 @cache

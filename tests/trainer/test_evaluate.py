@@ -64,9 +64,9 @@ class Rank(World):
         self.rank, self.size, self.others = rank, size, others
         self.agreements = 0
 
-    def agree(self, flag):
+    def maximum(self, values):
         self.agreements += 1
-        return flag
+        return list(values)
 
     def add_up(self, values):
         self.others.append(list(values))
@@ -234,7 +234,7 @@ def test_a_stop_leaves_at_once_and_restores_the_mode(dataset):
 
 def test_a_stop_on_another_process_is_a_stop(dataset, monkeypatch):
     world = World(CPU)
-    monkeypatch.setattr(world, "agree", lambda flag: True)
+    monkeypatch.setattr(world, "maximum", lambda values: [1.0, *values[1:]])
     assert score(TableAdapter(random_table(257), dataset.tokenizer), rows_of(dataset), world=world) is None
 
 
