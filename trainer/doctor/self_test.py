@@ -24,12 +24,11 @@ if TYPE_CHECKING:
 
     from trainer.session import Session
 
-__all__ = ["STEPS", "alone", "check", "shared"]
+__all__ = ["alone", "check", "shared"]
 
 SECONDS = 55.0  # for everything
 COMMAND = [sys.executable, "-m", "trainer.doctor.self_test"]
 ALONE = ("forward", "backward", "save", "load")
-STEPS = (*ALONE, "two processes (gloo)")  # and nccl, where there are two GPUs
 RIGHT = 0.02  # of the largest gradient: GPUs multiply with 10 bits of mantissa
 REMEDIES = {
     "forward": "see devices and kernels above; CUDA_VISIBLE_DEVICES= tries the CPU alone, kernels=reference (of a run) "
@@ -83,11 +82,12 @@ def _gpus() -> int:
 
 def _lines(steps: tuple[str, ...], found: dict[str, dict[str, str]], ended: str) -> Iterator[Line]:
     """Of each step; behind the first that failed nothing was tried."""
+    first = ""
     for step in steps:
-        result = found.get(step, {"failed": ended})
+        result = found.get(step, {"failed": f"not tried, as {first} failed" if first else ended})
         if "failed" in result:
+            first = first or step
             yield problem(step, result["failed"], REMEDIES[step])
-            ended = f"not tried, as {step} failed"
         else:
             yield ok(step, result["said"])
 
@@ -102,44 +102,46 @@ def _two(backend: str, found: dict[str, str], ended: str) -> Line:
 def _run(
     folder: Path, works: list[list[str]], until: float
 ) -> tuple[list[dict[str, dict[str, str]]], list[str]]:
-    """Start a process for each; what they found by step, and how each ended. All are ended after that."""
+    """A process for each: what they found by step, and how each ended, by itself or at `until`."""
     results = [folder / f"{'-'.join(work)}.jsonl" for work in works]
-    errors = [path.with_suffix(".err") for path in results]
-    processes = []
-    port = _free_port()
-    for rank, (work, result, said) in enumerate(zip(works, results, errors, strict=True)):
-        result.touch()
-        here = {"MYTRAINER_CACHE": str(folder / "cache")}  # nothing of it depends on what was cached
-        if len(works) > 1:
-            here |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(works))}
-            here |= {
-                "LOCAL_WORLD_SIZE": str(len(works)),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            }
-        with open(said, "wb") as err:
-            processes.append(
-                subprocess.Popen(
-                    [*COMMAND, str(result), *work],
-                    cwd=ROOT,
-                    env={**os.environ, **here},
-                    stdin=subprocess.DEVNULL,
-                    stdout=err,
-                    stderr=err,
-                )
-            )
+    logs = [path.with_suffix(".log") for path in results]
+    processes: list[subprocess.Popen[bytes]] = []
     ended = []
-    for process, said in zip(processes, errors, strict=True):
-        try:
-            status = process.wait(max(0.1, until - time.monotonic()))
-            last = (said.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""])[-1]
-            ended.append(f"the process ended with exit status {status}{last and f': {last}'}")
-        except subprocess.TimeoutExpired:
-            ended.append(f"not done after {SECONDS:.0f} s, all steps together")
-    for process in processes:
-        process.kill()
-        process.wait()
+    try:
+        group = {"WORLD_SIZE": str(len(works)), "LOCAL_WORLD_SIZE": str(len(works))}
+        group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        for rank, (work, result, log) in enumerate(zip(works, results, logs, strict=True)):
+            result.touch()
+            here = {"MYTRAINER_CACHE": str(folder / "cache")}  # nothing of it depends on what was cached
+            here |= {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with open(log, "wb") as out:
+                command = [*COMMAND, str(result), *work]
+                processes.append(
+                    subprocess.Popen(
+                        command,
+                        cwd=ROOT,
+                        env={**os.environ, **here},
+                        stdin=subprocess.DEVNULL,
+                        stdout=out,
+                        stderr=out,
+                    )
+                )
+        for process, log in zip(processes, logs, strict=True):
+            ended.append(_end_of(process, log, until))
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
     return [_read(path) for path in results], ended
+
+
+def _end_of(process: subprocess.Popen[bytes], log: Path, until: float) -> str:
+    try:
+        status = process.wait(max(0.1, until - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return f"not done after {SECONDS:.0f} s, all steps together"
+    last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""])[-1]
+    return f"the process ended with exit status {status}{last and f': {last}'}"
 
 
 def _read(path: Path) -> dict[str, dict[str, str]]:
