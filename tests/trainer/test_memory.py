@@ -11,6 +11,7 @@ import torch
 from tests.contract.pair import Pair
 from tests.contract.test_run import assert_same_state, losses
 from tests.contract.tiny import config, session_of
+from tests.trainer import short_of_memory
 from tests.trainer.short_of_memory import SAID, refused, run_out, short, train_short
 from trainer.budget import decide
 from trainer.errors import TrainingError
@@ -244,6 +245,24 @@ def test_eval_takes_fewer_rows_too(tmp_path, capsys):
             restored.score(rows, 4)
     with short("likelihood", {0: 0}), pytest.raises(TrainingError, match="single row"):
         restored.score(rows)
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_runs_out(tmp_path, monkeypatch, capsys):
+    """What torch itself raises there, at a petabyte."""
+
+    def too_much(gradient=None):
+        torch.empty(2**50, dtype=torch.uint8, device="cuda")
+
+    monkeypatch.setattr(short_of_memory, "run_out", too_much)
+    for where in ("forward", "backward"):
+        again, smaller = tmp_path / where, tmp_path / f"{where} smaller"
+        words = ["device=cuda", "torch_compile=false", "deterministic=true"]
+        with short(where, {4: 2}) as failed:
+            trained(again, *words)
+        assert failed == [4] and micro_rows(again) == 2
+        go_on(again, 4, smaller, *words, "batch_size=2")
+        assert_same_state(again / "checkpoint-6", smaller / "checkpoint-6")
 
 
 # -- two processes -------------------------------------------------------------------------------------------------

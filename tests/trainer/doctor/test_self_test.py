@@ -95,7 +95,7 @@ def test_one_that_hangs(monkeypatch):
 def test_processes_that_do_not_meet(monkeypatch):
     steps = "[say(s, said='fine') for s in ('forward', 'backward', 'save', 'load')]"
     bad = "say('shared', failed='RuntimeError: connection refused') if sys.argv[-1] == '1' else say('shared', said='x')"
-    found = instead(monkeypatch, f"{OK} {steps} if sys.argv[2] == 'alone' else {bad}")
+    found = instead(monkeypatch, f"{OK}{steps} if sys.argv[2] == 'alone' else {bad}")
     assert all(found[step].state == "ok" for step in self_test.ALONE)
     line = found["two processes (gloo)"]
     assert (line.state, line.text) == (
