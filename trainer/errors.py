@@ -21,7 +21,7 @@ def of_the_machine(error: BaseException) -> str:
     cause: BaseException | None = error
     while cause is not None:
         kind = type(cause)
-        memory = isinstance(cause, MemoryError) or kind.__name__ == "OutOfMemoryError"
+        memory = isinstance(cause, MemoryError) or "OutOfMemoryError" in [k.__name__ for k in kind.__mro__]
         if memory or "DefaultCPUAllocator" in str(cause):
             return (
                 f"out of memory ({sentence(cause)}). Less takes a smaller batch_size (rows at a time: results do not "

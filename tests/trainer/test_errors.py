@@ -12,6 +12,7 @@ from tests.contract.tiny import config
 from trainer import loop
 from trainer.commands import launch
 from trainer.errors import TrainingError, of_the_machine
+from trainer.memory import NoRoom
 
 
 def raised(function):
@@ -30,7 +31,13 @@ def wrapped(cause):
 def test_too_little_memory():
     refused = raised(lambda: torch.empty(10**15))
     assert type(refused) is RuntimeError
-    for error in (refused, MemoryError(), torch.OutOfMemoryError("CUDA"), raised(lambda: wrapped(refused))):
+    for error in (
+        refused,
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA"),
+        NoRoom("CUDA"),
+        raised(lambda: wrapped(refused)),
+    ):
         assert of_the_machine(error).startswith("out of memory (")
         assert "smaller batch_size" in of_the_machine(error)
 
