@@ -3,6 +3,8 @@ the others are not taken."""
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -48,13 +50,15 @@ def _compiler() -> Line:
 
 
 def _triton(wanted: bool) -> Line:
+    install = f'{sys.executable} -m pip install "triton>=3.6,<3.8"'
+    if importlib.util.find_spec("triton") is None:
+        text = "not installed; kernels for GPUs need it, and torch with CUDA brings it"
+        return problem("triton", text, install) if wanted else note("triton", text)
     try:
         import triton
-    except Exception as error:
-        text = f"kernels for GPUs need it, and it cannot be imported: {said_by(error)}"
-        if not wanted:
-            return note("triton", text)
-        return problem("triton", text, 'pip install "triton>=3.6,<3.8" (torch with CUDA brings it)')
+    except Exception as error:  # torch imports it where it is there
+        remedy = f"{install} --force-reinstall, or without a GPU: {sys.executable} -m pip uninstall triton"
+        return problem("triton", f"cannot be imported: {said_by(error)}", remedy)
     return ok("triton", str(triton.__version__))
 
 

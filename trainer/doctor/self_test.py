@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.doctor.lines import ROOT, Line, ok, problem, said_by
+from trainer.doctor.lines import ROOT, Line, note, ok, problem, said_by
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,7 @@ def check() -> Iterator[Line]:
         found, ended = _run(Path(folder), [["alone"]], until)
         yield from _lines(ALONE, found[0], ended[0])
         if "backward" not in found[0] or found[0]["backward"].get("failed"):
-            yield _two("gloo", {}, "not tried, as one process does not get that far")
+            yield note("two processes (gloo)", "not tried, as one process does not get that far")
             return
         for backend in ["gloo", *(["nccl"] if _gpus() > 1 else [])]:
             found, ended = _run(Path(folder), [["shared", backend, str(rank)] for rank in range(2)], until)
@@ -82,14 +82,16 @@ def _gpus() -> int:
 
 def _lines(steps: tuple[str, ...], found: dict[str, dict[str, str]], ended: str) -> Iterator[Line]:
     """Of each step; behind the first that failed nothing was tried."""
-    first = ""
+    failed = ""
     for step in steps:
-        result = found.get(step, {"failed": f"not tried, as {first} failed" if first else ended})
-        if "failed" in result:
-            first = first or step
-            yield problem(step, result["failed"], REMEDIES[step])
-        else:
+        result = found.get(step, {"failed": ended})
+        if "said" in result:
             yield ok(step, result["said"])
+        elif failed:
+            yield note(step, f"not tried, as {failed} failed")
+        else:
+            failed = step
+            yield problem(step, result["failed"], REMEDIES[step])
 
 
 def _two(backend: str, found: dict[str, str], ended: str) -> Line:

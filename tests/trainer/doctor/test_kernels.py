@@ -46,8 +46,19 @@ def test_no_triton(monkeypatch, wanted, state):
     """Where there is a GPU it is missed."""
     monkeypatch.setitem(sys.modules, "triton", None)
     line = kernels._triton(wanted)
-    assert line.state == state and "cannot be imported" in line.text
+    assert line.state == state and "not installed" in line.text
     assert wanted == ("pip install" in line.remedy)
+
+
+def test_a_broken_triton(monkeypatch, tmp_path):
+    """Torch imports it too."""
+    (tmp_path / "triton.py").write_text("raise RuntimeError('broken')", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "triton"]:
+        monkeypatch.delitem(sys.modules, name)
+    line = kernels._triton(False)
+    assert (line.state, line.text) == ("problem", "cannot be imported: RuntimeError: broken")
+    assert "uninstall triton" in line.remedy
 
 
 @pytest.mark.parametrize("how", ["wrong", "failing"])
