@@ -4,6 +4,7 @@ off, so that the others are not left waiting for it."""
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,10 @@ class _MicroBatch(nn.Module):
 
     def forward(self, prepared: Prepared | None) -> Any:
         return None if prepared is None else self.adapter(prepared)
+
+
+def _note(arrived: set[int], parameter: Tensor) -> None:
+    arrived.add(id(parameter))
 
 
 class DataParallel(DistributedDataParallel):
@@ -53,10 +58,7 @@ class DataParallel(DistributedDataParallel):
         self._arrived: set[int] = set()  # parameters whose gradient this backward pass has found
         self._trained = [p for p in adapter.parameters() if p.requires_grad]
         for parameter in self._trained:
-            parameter.register_post_accumulate_grad_hook(self._note)
-
-    def _note(self, parameter: Tensor) -> None:
-        self._arrived.add(id(parameter))
+            parameter.register_post_accumulate_grad_hook(partial(_note, self._arrived))
 
     def forward(self, prepared: Prepared | None) -> Any:
         self._exchanging = False

@@ -104,7 +104,9 @@ class Session:
         self.loader.plan = self.plan
 
     def try_rows(self, rows: int) -> None:
-        """Forward and backward pass of a micro-batch of so many rows, by this process alone."""
+        """Forward and backward pass of a micro-batch of so many rows beside the optimizers' state, by this process
+        alone."""
+        self.optimizers.allocate()
         _try_rows(self.cfg, self.world, self.rows, self.adapter, self.precision, rows)
 
     @property

@@ -218,6 +218,12 @@ def test_a_size_that_was_asked_for_stays_and_what_fits_is_said(tmp_path, words, 
         trained(tmp_path / "run", *words)
 
 
+def test_sizes_are_tried_beside_the_optimizers_state():
+    s = session_of("gpt2")
+    s.try_rows(2)
+    assert s.optimizers._members and all(p.grad is None for p in s.parameters)
+
+
 def test_so_it_is_where_scoring_takes_more(tmp_path):
     with short("likelihood", {0: 1}), pytest.raises(TrainingError, match="batch_size=1 fits"):
         trained(tmp_path / "run", "batch_size=4")

@@ -27,9 +27,13 @@ def main(argv: list[str]) -> int:
     for section, where in SECTIONS.items():
         if not args.json:
             print(section, flush=True)
-        found[section] = lines_of(section, where)
+        found[section] = []
+        for line in lines_of(section, where):
+            found[section].append(line)
+            if not args.json:
+                print(shown(line), flush=True)
         if not args.json:
-            print("".join(f"{shown(line)}\n" for line in found[section]), flush=True)
+            print()
     problems = [line for lines in found.values() for line in lines if line.state == "problem"]
     passed = not any(line.state == "problem" for line in found[SELF_TEST])
     if args.json:

@@ -42,9 +42,9 @@ def problem(about: str, text: str, remedy: str) -> Line:
     return Line("problem", about, text, remedy)
 
 
-def lines_of(section: str, where: str) -> list[Line]:
-    """The lines that "module:function" yields."""
-    return list(tried(section, lambda: load(where)()))
+def lines_of(section: str, where: str) -> Iterator[Line]:
+    """The lines that "module:function" yields, as they come."""
+    yield from tried(section, lambda: load(where)())
 
 
 def tried(about: str, look: Callable[..., Line | Iterable[Line]], *args: Any) -> Iterator[Line]:

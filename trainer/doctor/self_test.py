@@ -166,6 +166,8 @@ def _free_port() -> int:
 
 
 def _session(device: str, *more: str, alone: bool) -> Session:
+    import torch
+
     from configs.compose import compose
     from trainer.distributed import World, choose_device
     from trainer.session import open_session
@@ -173,6 +175,8 @@ def _session(device: str, *more: str, alone: bool) -> Session:
     cfg, model_cfg = compose([*WORDS, f"device={device}", *more])
     local = 0 if alone else int(os.environ["LOCAL_RANK"])
     chosen = choose_device(cfg.device, local)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
     return open_session(cfg, model_cfg, World(chosen, cfg.ddp_backend, alone=alone))
 
 
