@@ -251,7 +251,7 @@ def restore(
         raise ValueError(f"raw: {source.path} holds the average (EMA) of the weights alone")
     cfg, model_cfg = source.config(note)
     model_cfg = with_free_fields(cfg, model_cfg, [*overrides], note)
-    cfg = _changed(cfg, changes)
+    cfg = _changed(cfg, model_cfg, changes)
     tune_host(cfg, where)
     adapter = build_adapter(cfg, model_cfg, source.tokenizer, where)
     source.fill(adapter)
@@ -268,17 +268,21 @@ def restore(
     return Restored(cfg, adapter.eval(), source.tokenizer, where, precision, source, weights, source.rows)
 
 
-def _changed(cfg: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
-    """`cfg` with other values of generic fields, which are checked as those of a run are."""
+def _changed(cfg: RunConfig, model_cfg: ModelConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """`cfg` with other values of generic fields, which are checked as those of a run are, also by its architecture."""
     from configs.explain import explain
 
     if not changes:
         return cfg
     kind, values = type(cfg), {**cfg.model_dump(mode="json"), **changes}
     try:
-        return kind.model_validate(values)
+        changed = kind.model_validate(values)
     except ValidationError as error:
         raise ConfigError([p for _, p in explain(error, kind, values, lambda key: "")]) from None
+    # Sizes are those of the weights, as in a run that goes on: no message is to propose others.
+    if problems := model_cfg.problems(changed.model_copy(update={"resume": "auto"})):
+        raise ConfigError(problems)
+    return changed
 
 
 def restore_named(args: argparse.Namespace, changes: dict[str, Any] | None = None) -> Restored:
@@ -300,7 +304,7 @@ def _untrained(args: argparse.Namespace, changes: dict[str, Any]) -> Restored:
 
     device = _device(args.device)
     cfg, model_cfg = compose([f"--hydra_model_cfg={args.hydra_model_cfg}", *args.overrides])
-    cfg = _changed(cfg, changes)
+    cfg = _changed(cfg, model_cfg, changes)
     tune_host(cfg, device)
     tokenizer = load_dataset(cfg, unit=adapter_class(cfg).unit(model_cfg)).tokenizer
     adapter = build_adapter(cfg, model_cfg, tokenizer, device)

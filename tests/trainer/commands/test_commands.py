@@ -16,11 +16,14 @@ import torch
 import mytrainer
 from adapters import build_adapter
 from adapters.base import Generation, Metric
+from configs.messages import ConfigError
 from data.tokenizers import ByteTokenizer
+from models.patches.config import MegabyteConfig
 from tests.contract.tiny import config
 from trainer.commands import evaluate
 from trainer.commands.bench import step as bench_step
 from trainer.commands.generate import _Printer
+from trainer.loaded import load
 from trainer.loop import train
 from trainer.run.restore import Restored
 
@@ -367,7 +370,6 @@ def test_eval_knows_the_architecture_of_a_checkpoint(command):
     [
         (["--batch_size", 0], "batch_size: must be at least 1, got 0"),
         (["--val_seq_len", -3], "val_seq_len: must be at least 1, got -3"),
-        (["--val_seq_len", 64], "exceeds n_ctx (32)"),
         (["--data", "text"], "needs input_file"),
         (["--data", "text", "--input_file", "no.txt"], "'no.txt' does not exist"),
         (["--input_file", "no.txt"], "'no.txt' does not exist"),
@@ -380,6 +382,50 @@ def test_eval_knows_the_architecture_of_a_checkpoint(command):
 )
 def test_bad_evaluations_are_refused(command, words, text):
     refused(command("eval", "--model_name", "dante", "--device", "cpu", *words), text)
+
+
+def not_started(result, *words):
+    """One line for what is wrong, before anything is read or written."""
+    status, out, err = result
+    assert (status, out) == (2, "") and err.endswith("1 problem; nothing was started\n"), err
+    for word in words:
+        assert word in err
+
+
+def test_a_context_is_checked_as_that_of_a_run_is(command, tmp_path):
+    """By whatever way it comes, and with the model's sizes as they are."""
+    words = ("eval", "--device", "cpu", "--input_file", "no.txt", "--val_seq_len")
+    too_long = "val_seq_len (64) must not exceed model_cfg.n_ctx (32): positions are learned. Nearest: val_seq_len=32\n"
+    not_started(command(*words, 64, "--model_name", "dante"), too_long)
+    run, sizes = tmp_path / "run", [f"model_cfg.{k}={v}" for k, v in MegabyteConfig.tiny.items()]
+    once = [
+        "preset=none",
+        "train_seq_len=32",
+        "global_batch_size=2",
+        "data=synthetic",
+        "synthetic_bytes=20000",
+    ]
+    once += [
+        "num_iterations=1",
+        "save_steps=1",
+        "val_loss_every=0",
+        "val_bytes=500",
+        "sample_tokens=0",
+        "device=cpu",
+    ]
+    assert command("--config", ROOT / "configs/megabyte.yaml", f"output_dir={run}", *sizes, *once)[0] == 0
+    in_parts = "val_seq_len (30) must be a multiple of model_cfg.patch_size (4); nearest: 28, 32"
+    not_started(command(*words, 30, "--checkpoint", run), in_parts)
+    with pytest.raises(ConfigError, match=re.escape(in_parts)):
+        load(run, device="cpu", val_seq_len=30)
+    not_started(command(f"resume={run}", "val_seq_len=30", "num_iterations=2"), in_parts)
+    not_started(
+        command(*words, 30, "--config", ROOT / "configs/megabyte.yaml"),
+        "val_seq_len (30) must be a multiple of model_cfg.patch_size (8); nearest: 24, 32",
+    )
+    found, _ = evaluated(command, "--val_seq_len", 28, model=("--checkpoint", run))
+    assert found["score"]["context_tokens"] == 28
+    assert len(load(run, device="cpu", val_seq_len=28).score("a" * 31).nats) == 31, "text is of any length"
 
 
 def test_a_number_format_that_there_is_not_is_refused(command):
