@@ -1,10 +1,12 @@
 """Each model of next tokens learns text of known entropy as far as it can be learned, and no further."""
 
 import math
+import random
 
 import pytest
 import torch
 
+import mytrainer
 from adapters.default import DefaultModelAdapter
 from data import load_dataset
 from models import ARCHITECTURES
@@ -67,3 +69,30 @@ def test_the_score_reaches_that_of_the_source_itself_and_not_less(words, tmp_pat
     assert true.sum() > 10 * error, "the text is long enough to tell"
     assert mine.sum() > true.sum() - 3 * error
     assert mine.sum() < 1.05 * true.sum()
+
+
+@pytest.mark.slow
+def test_chunks_come_to_be_as_long_as_they_are_aimed_to_be_and_tell_of_the_text(tmp_path):
+    """Words of six letters, the space included, of which the first says all: half a bit for each byte. At first every
+    other byte or so opens a chunk."""
+    source, words = random.Random(0), ["alpha", "bravo", "carol", "delta", "ember", "frost", "grape", "hotel"]
+    text = " ".join(source.choice(words) for _ in range(40_000))
+    (tmp_path / "text.txt").write_text(text)
+    fields = [
+        "data=text",
+        f"input_file={tmp_path / 'text.txt'}",
+        "near_copies=keep",
+        "model_cfg.target_ratio=6.0",
+    ]
+    fields += [*RUN[1:], f"model_cfg.n_ctx={WIDTH}", "num_iterations=200"]
+    train(*config("hnet", *fields), tmp_path / "run")
+    model = mytrainer.load(tmp_path / "run", device="cpu")
+    held_out = text[-3000:]
+    scored = model.score(held_out)
+    assert 0.49 < scored.bits_per_byte < 0.6
+    (chunks,) = model.annotate(held_out).spans
+    opened = [span.start for span in chunks.spans]
+    assert len(opened) == pytest.approx(len(held_out) / 6, rel=0.4)
+    with torch.no_grad():
+        model.model.backbone.main_network.main_network.rmsnorm.weight.zero_()
+    assert model.score(held_out).bits_per_byte > scored.bits_per_byte + 0.05, "the chunks were of no use"
