@@ -94,6 +94,83 @@ def test_in_pieces_as_in_one():
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-12, atol=1e-12)
 
 
+SLOW = {"chunked": chunked, "reference": reference, "triton": TRITON.linear_scan}
+in_fp32 = pytest.mark.parametrize("way", SLOW)
+
+
+def slow_call(steps, generator_seed=0):
+    """One row whose decays keep almost everything, and what comes before it."""
+    generator = torch.Generator().manual_seed(generator_seed)
+    x, initial = (torch.randn(*shape, generator=generator) for shape in ((1, steps, 3), (1, 3)))
+    decay = torch.exp(-0.02 * torch.rand(1, steps, generator=generator))
+    return x, decay, initial
+
+
+def with_gradients(way, x, decay, initial, dy=None):
+    """y, and the gradients of a sum weighted by `dy`."""
+    given = [t.detach().clone().requires_grad_() for t in (x, decay, initial)]
+    with interpreted(), poisoned():
+        y = way(*given)
+        dy = torch.ones_like(y) if dy is None else dy.to(y.dtype)
+        return [y, *torch.autograd.grad(y, given, dy)]
+
+
+@in_fp32
+def test_what_is_carried_from_chunk_to_chunk_is_seen(way):
+    """Five chunks of one row: without what comes before it, or before each chunk, the result is another."""
+    given = slow_call(5 * CHUNK)
+    found = with_gradients(SLOW[way], *given)
+    for a, b in zip(found, with_gradients(reference, *(t.double() for t in given)), strict=True):
+        assert deviation(a, b) < 1e-5
+    x, decay, initial = given
+    forgetful = torch.cat(
+        [
+            reference(x[:, i : i + CHUNK], decay[:, i : i + CHUNK], torch.zeros_like(initial))
+            for i in range(0, 5 * CHUNK, CHUNK)
+        ],
+        1,
+    )
+    assert (found[0] - forgetful).norm() > 0.1 * found[0].norm(), "the test is blind"
+    assert (found[0] - reference(x, decay, None)).norm() > 0.1 * initial.norm(), "the test is blind"
+
+
+@in_fp32
+def test_documents_that_start_inside_a_chunk_are_alone(way):
+    """Values and every gradient, of documents short and long; beside slow decays, which sums of logarithms would lose."""
+    lengths = [20, 1, 43, 64, 5]
+    x, decay, initial = slow_call(sum(lengths))
+    dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+    decay[:, starts[1:]] = 0
+    y, dx, ddecay, dinitial = with_gradients(SLOW[way], x, decay, initial, dy)
+    for number, (start, n) in enumerate(zip(starts.tolist(), lengths, strict=True)):
+        part = slice(start, start + n)
+        before = torch.zeros_like(initial) if number else initial
+        alone = with_gradients(
+            reference, *(t.double() for t in (x[:, part], decay[:, part], before)), dy[:, part]
+        )
+        for a, b in zip(
+            (y[:, part], dx[:, part], ddecay[:, part][:, 1:]), (*alone[:2], alone[2][:, 1:]), strict=True
+        ):
+            assert not b.numel() or deviation(a, b) < 1e-5
+        assert number or deviation(dinitial, alone[3]) < 1e-5
+
+
+@in_fp32
+def test_slow_steps_behind_some_that_forget_everything(way):
+    """exp(-10,000) among exp(-0.001): each gradient by itself."""
+    x, decay, initial = slow_call(2 * CHUNK + 1)
+    decay = torch.full_like(decay, -1e-3)
+    decay[:, [3, CHUNK - 1, CHUNK, CHUNK + 9]] = -1e4
+    given = x, decay.exp(), initial
+    for a, b in zip(
+        with_gradients(SLOW[way], *given),
+        with_gradients(reference, *(t.double() for t in given)),
+        strict=True,
+    ):
+        assert deviation(a, b) < 1e-5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("initial", [True, False])
 def test_segments_of_a_long_row(initial):
