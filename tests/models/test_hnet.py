@@ -374,6 +374,31 @@ def test_a_later_byte_moves_no_boundary_and_no_state_before_it(fields):
     assert not x.grad[0, 6:].any() and x.grad[0, 5].any()
 
 
+@pytest.mark.parametrize("execution", ["packed", "masked"])
+@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
+def test_the_last_byte_of_a_document_changes_nothing_of_the_next_one(fields, execution):
+    """Bit for bit where as many chunks are opened, else to rounding: those of the next one stand elsewhere. Text that
+    is continued has one document, and says so."""
+    model, tokens = built(fields, chunk_execution=execution), tokens_of(1)
+    doc_ids, alike = torch.tensor([[3] * 5 + [0] * 8]), 0
+    with torch.no_grad():
+        before = model(tokens, doc_ids)
+        for byte in range(11):
+            changed = tokens.clone()
+            changed[0, 4] = byte
+            after = model(changed, doc_ids)
+            torch.testing.assert_close(after.states[:, 5:], before.states[:, 5:], **EXACT)
+            assert torch.equal(after.extra["boundaries"][..., 5:], before.extra["boundaries"][..., 5:])
+            moved = not torch.equal(after.states[:, 4], before.states[:, 4])
+            assert moved == (byte != tokens[0, 4])
+            if moved and torch.equal(after.extra["opened"], before.extra["opened"]):
+                assert torch.equal(after.states[:, 5:], before.states[:, 5:])
+                alike += 1
+    assert alike, "the check is blind"
+    with pytest.raises(ValueError, match="doc_ids"):
+        model(tokens, doc_ids, cache=model.init_cache(1))
+
+
 def test_two_stages_are_one_around_another():
     """The stage within, given the outer's chunks as bytes of its own, makes the same of them."""
     model, tokens = built(TWO), tokens_of(1)
@@ -408,21 +433,41 @@ def test_an_untrained_router_compares_neighbours_as_they_are():
     torch.testing.assert_close(p[0, 1:], expected[0], **EXACT)
 
 
-def test_boundaries_are_decided_once_where_activations_are_recomputed():
-    """Computed anew, a near-tie may fall the other way."""
-    model = built({**ONE, "headdim": 4}).train()
-    tokens, calls = tokens_of(2), []
-    model(tokens).states.square().sum().backward()
-    plain = {name: p.grad.clone() for name, p in model.backbone.named_parameters()}
-    model.zero_grad()
-    for path in model.blocks():
-        block = model.get_submodule(path)
-        block.forward = recomputing(block)
-    model.backbone.routing_module.register_forward_hook(lambda *given: calls.append(1))
-    model(tokens).states.square().sum().backward()
-    assert len(calls) == 1
-    for name, p in model.backbone.named_parameters():
-        torch.testing.assert_close(p.grad, plain[name], rtol=1e-10, atol=1e-10, msg=name)
+class NearTies(torch.nn.Module):
+    """A router whose every decision hangs on the last digit, and falls the other way whenever it is made again."""
+
+    def __init__(self, router):
+        super().__init__()
+        self.router, self.calls = router, 0
+
+    def forward(self, x, begins, places, last=None):
+        p, last = self.router(x, begins, places, last)
+        self.calls += 1
+        half = torch.tensor(0.5, dtype=p.dtype)
+        above = torch.nextafter(half, half + 1)
+        opens = (p > 0.5) if self.calls == 1 else (p <= 0.5)
+        return torch.where(opens, above, half).masked_fill(begins, 1.0) + (p - p.detach()), last
+
+
+@pytest.mark.parametrize("execution", ["packed", "masked"])
+def test_boundaries_are_decided_once_where_activations_are_recomputed(execution):
+    """In every stage; of what is computed anew nothing asks a router again."""
+    tokens, found = tokens_of(2), []
+    for recompute in (False, True):
+        model = built(TWO, chunk_execution=execution).train()
+        stages = [model.backbone, model.backbone.main_network]
+        for stage in stages:
+            stage.routing_module = NearTies(stage.routing_module)
+        for path in model.blocks() if recompute else ():
+            block = model.get_submodule(path)
+            block.forward = recomputing(block)
+        out = model(tokens)
+        assert all(1 < n < 13 for n in out.extra["opened"].flatten().tolist()), "the check is blind"
+        out.states.square().sum().backward()
+        assert [stage.routing_module.calls for stage in stages] == [1, 1]
+        found.append({name: p.grad for name, p in model.backbone.named_parameters()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-10, atol=1e-10, msg=name)
 
 
 def test_three_ways_lead_back_to_the_router_and_no_other():
