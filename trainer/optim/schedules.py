@@ -128,7 +128,10 @@ def cooldown(step: int, warmup: int, end: int, floor: float, cfg: RunConfig) -> 
 
 def cooldown_inverse_sqrt(step: int, warmup: int, end: int, floor: float, cfg: RunConfig) -> float:
     """Flat, then over the last `cooldown_frac` of the run as 1 / sqrt(1 + 10 x) of the part x of it, stretched so as to
-    go from the peak to the floor (Ibrahim et al., arXiv:2403.08763, section 7; the shape that H-Net's recipe names)."""
+    go from the peak to the floor: h(x) / h(1) of the fall, h(x) = 1 / sqrt(1 + alpha x) - 1 (Ibrahim et al.,
+    arXiv:2403.08763, section 7; the authors' code has alpha = 10). H-Net's recipe names an inverse square root and no
+    alpha. Another shape is 1 - sqrt(x) (Hägele et al., arXiv:2405.18392): after a quarter it has left half of the peak,
+    this one a third."""
     start = max(warmup, end * (1.0 - cfg.cooldown_frac))
     fallen, whole = (1.0 - (1.0 + 10.0 * x) ** -0.5 for x in (progress(step, start, end), 1.0))
     return 1.0 - (1.0 - floor) * fallen / whole

@@ -33,6 +33,11 @@ GOLDEN = {
         {"scheduler": "cooldown_inverse_sqrt"},
         {0: 1, 60: 1, 80: 1 - 0.9 * (1 - 6**-0.5) / (1 - 11**-0.5), 100: 0.1, 250: 0.1},
     ),
+    # after a quarter of it a third is left, of a fall by 1 - sqrt(x) half would be
+    "inverse square root to zero": (
+        {"scheduler": "cooldown_inverse_sqrt", "min_lr_ratio": 0.0},
+        {60: 1, 70: (3.5**-0.5 - 11**-0.5) / (1 - 11**-0.5), 100: 0},
+    ),
     "constant": ({"scheduler": "constant"}, {0: 1, 99: 1, 500: 1}),
     "inverse square root": (
         {"scheduler": "inverse_sqrt", "warmup_steps": 4},
