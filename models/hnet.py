@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from models.hierarchy.cache import HierarchyCache
 from models.hierarchy.config import HNetConfig
-from models.hierarchy.places import bytes_of
+from models.hierarchy.places import BUCKET, bytes_of
 from models.hierarchy.stage import Stage, Told
 from models.layers.cache import Cache
 from models.layers.decoder import Decoder, Hidden, padded_vocabulary
@@ -69,20 +69,23 @@ class HNet(Decoder):
             cache.advance(tokens.shape[1])
             return Hidden(x)
         told = Told()
-        places = bytes_of(tokens, doc_ids)
+        laid = self.laid(tokens)
+        places = bytes_of(tokens, doc_ids, BUCKET if laid == "padded" else None)
         offsets = None if doc_ids is None else cu_seqlens
-        x = self.backbone(x, places, self.packs(tokens), told, offsets)
+        x = self.backbone(x, places, laid == "packed", told, offsets)
         return Hidden(x, told.stacked())
 
-    def packs(self, tokens: Tensor) -> bool:
-        """Whether chunks are packed, of which the host must know how many there are; else each row has as many places
-        for them as bytes, of one shape whatever the text: what compiled blocks, and a device without data, need."""
+    def laid(self, tokens: Tensor) -> str:
+        """How chunks are laid (`models/hierarchy/places.py`): packed, but padded where blocks are compiled, which are to
+        see few shapes, and masked where nothing can be told the host: without data, or compiled as a whole."""
+        if tokens.is_meta:
+            return "masked"
         if self.cfg.chunk_execution != "auto":
-            return self.cfg.chunk_execution == "packed" and not tokens.is_meta
-        compiled = torch.compiler.is_compiling() or any(
-            self.get_submodule(path)._compiled_call_impl is not None for path in self.blocks()
-        )
-        return not (tokens.is_meta or compiled)
+            return self.cfg.chunk_execution
+        if torch.compiler.is_compiling():
+            return "masked"
+        compiled = any(self.get_submodule(path)._compiled_call_impl is not None for path in self.blocks())
+        return "padded" if compiled else "packed"
 
     def init_cache(self, rows: int) -> HierarchyCache:
         return HierarchyCache(rows, *self.backbone.empty(rows))

@@ -83,7 +83,7 @@ class HNetConfig(ModelConfig):
     ratio_over: Free[Literal["row", "batch"]] = "row"
     ema_eps: Annotated[Fraction, Field(lt=0.5)] = 1e-4
     lr_multiplier: Free[Literal["auto"] | list[Rate]] = "auto"
-    chunk_execution: Execution[Literal["auto", "packed", "masked"]] = "auto"
+    chunk_execution: Execution[Literal["auto", "packed", "padded", "masked"]] = "auto"
 
     tiny = {
         "n_ctx": 32,

@@ -1,8 +1,9 @@
 """Which positions of a stage hold what: those of the outermost are the bytes of rows, those of the next their chunks.
 
-Chunks are laid in one of two ways that give the same to rounding. Packed: all chunks of all rows end to end, as many as
-there are, which the host must be told. Masked: each row has as many places as the stage before has, of which those
-behind its chunks are empty; nothing waits for the device.
+Chunks are laid in one of three ways that give the same to rounding. Packed: all chunks of all rows end to end, as many
+as there are, which the host must be told. Masked: each row has as many places as the stage before has, of which those
+behind its chunks are empty; nothing waits for the device. Padded: the same, but for as many places as the row with most
+chunks needs, in whole buckets, so that there are few shapes; this too the host must be told.
 
 Shapes: B rows of the batch, R rows of places, M places in each, W places of the longest row.
 """
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from kernels.documents import runs
 
-__all__ = ["Places", "bytes_of"]
+__all__ = ["BUCKET", "Places", "bytes_of"]
 
 EMPTY = -1  # the document of empty places, which see each other alone
+BUCKET = 128  # places of padded rows are a multiple of it
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,16 @@ class ByRow:
 @dataclass(frozen=True)
 class Places:
     """`ids` (R, M) int64: documents, neighbours of one number; `bytes` (R, M) int64: the byte that each place begins
-    with, of all rows end to end; `valid` (R, M) bool: places that are not empty (None:
-    all); `by_row`: of packed ones (None: the R rows are those of the batch); `longest`: positions of a row at most."""
+    with, of all rows end to end; `valid` (R, M) bool: places that are not empty (None: all); `by_row`: of packed ones
+    (None: the R rows are those of the batch); `longest`: positions of a row at most; `bucket`: of how many places rows
+    of chunks that are not packed are a multiple (None: they have as many as this stage's)."""
 
     ids: Tensor
     bytes: Tensor
     valid: Tensor | None
     by_row: ByRow | None
     longest: int
+    bucket: int | None = None
 
     @property
     def begins(self) -> Tensor:
@@ -83,11 +87,16 @@ class Places:
         of R' = 1 row, whose places stand end to end here too."""
         longest = self.longest
         if not packed:
-            source, chunk = compacted(opens, opens.shape[1])
-            order = torch.arange(opens.shape[1], device=opens.device)
+            room = opens.shape[1]
+            if self.bucket is not None:
+                most = int(opens.sum(1).max())  # waits for the device
+                room = min(room, -(-most // self.bucket) * self.bucket)
+            source, chunk = compacted(opens, room)
+            order = torch.arange(room, device=opens.device)
             valid = order < opens.sum(1, keepdim=True)
             ids = self.ids.gather(1, source).where(valid, EMPTY)
-            return Places(ids, self.bytes.gather(1, source), valid, None, longest), source, chunk.clamp(min=0)
+            within = Places(ids, self.bytes.gather(1, source), valid, None, longest, self.bucket)
+            return within, source, chunk.clamp(min=0)
         counts = self.total(opens)  # (B,)
         chunks, most = torch.stack((counts.sum(), counts.max())).tolist()  # waits for the device
         source, chunk = compacted(opens.flatten()[None], chunks)
@@ -101,12 +110,12 @@ class Places:
         return Places(ids, bytes_, None, by_row, longest), source, chunk
 
 
-def bytes_of(tokens: Tensor, doc_ids: Tensor | None) -> Places:
-    """The places of bytes (B, T). `doc_ids` (B, T) None: each row is one document."""
+def bytes_of(tokens: Tensor, doc_ids: Tensor | None, bucket: int | None = None) -> Places:
+    """The places of bytes (B, T). `doc_ids` (B, T) None: each row is one document. `bucket` as in `Places`."""
     rows, length = tokens.shape
     every = torch.arange(rows * length, device=tokens.device).view(rows, length)
     inside = torch.zeros_like(tokens) if doc_ids is None else runs(doc_ids)
-    return Places(every[:, :1] + inside, every, None, None, length)
+    return Places(every[:, :1] + inside, every, None, None, length, bucket)
 
 
 def compacted(opens: Tensor, chunks: int) -> tuple[Tensor, Tensor]:

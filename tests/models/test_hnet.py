@@ -6,6 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs import compose
 from kernels.choose import Kernels
@@ -16,6 +18,7 @@ from models.hierarchy.routing import Router
 from models.hnet import HNet
 from models.layers.recompute import recomputing
 from models.layers.roles import rule_for
+from tests.contract.test_devices import WAITING
 from tests.models import reference_hnet
 from tests.models.tiny import build
 
@@ -38,6 +41,13 @@ VARIANTS = {
     "two stages, fixed": {**TWO, "chunking": "fixed", "target_ratio": [2.0, 3.0]},
 }
 EXACT = {"rtol": 0, "atol": 1e-10}
+WAYS = ("packed", "padded", "masked")
+
+
+@pytest.fixture(autouse=True)
+def short_buckets(monkeypatch):
+    """Rows are short here: padded ones would be masked ones."""
+    monkeypatch.setattr("models.hnet.BUCKET", 4)
 
 
 def built(fields, **more):
@@ -75,7 +85,7 @@ def by_hand(model, row, ends=(), told=None):
     return p, torch.cat(parts)[:, : model.vocab_size]
 
 
-@pytest.mark.parametrize("execution", ["packed", "masked"])
+@pytest.mark.parametrize("execution", WAYS)
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 def test_logits_and_every_gradient_are_those_of_the_equations(fields, execution):
     """Of two documents in a row, whose chunks share stages and see nothing of each other."""
@@ -318,11 +328,12 @@ PATTERNS = {
 }
 
 
+@pytest.mark.parametrize("way", WAYS[1:])
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
-def test_packed_and_masked_chunks_agree(pattern):
+def test_all_ways_of_laying_chunks_agree(pattern, way):
     p = torch.tensor(pattern) * 0.3 + 0.4
     tokens = tokens_of(2, len(pattern))
-    found = [with_boundaries(p, chunk_execution=way) for way in ("packed", "masked")]
+    found = [with_boundaries(p, chunk_execution=of) for of in ("packed", way)]
     for model in found:
         model(tokens).states.square().sum().backward()
     one, other = (model(tokens) for model in found)
@@ -333,10 +344,46 @@ def test_packed_and_masked_chunks_agree(pattern):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-9, msg=name)
 
 
+@pytest.mark.parametrize(("way", "places"), list(zip(WAYS, [(1, 6), (2, 4), (2, 13)], strict=True)))
+def test_there_is_room_for_the_chunks_that_there_are(way, places):
+    """Three in each row of 13 bytes: end to end, in whole fours, or one a byte."""
+    model, shapes = with_boundaries([1.0, *[0] * 7, 1, 1, 0, 0, 0], chunk_execution=way), []
+    model.backbone.main_network.register_forward_pre_hook(lambda m, given: shapes.append(given[0].shape[:2]))
+    model(tokens_of(2))
+    assert shapes == [places]
+
+
+@pytest.mark.parametrize(("way", "waits"), list(zip(WAYS, [1, 1, 0], strict=True)))
+@pytest.mark.parametrize("fields", [ONE, TWO], ids=["one stage", "two stages"])
+def test_the_host_is_told_once_for_each_stage_how_many_chunks_there_are(fields, way, waits, monkeypatch):
+    """In forward and backward; and nothing is done byte by byte."""
+    model = built({**fields, "n_ctx": 1024, "chunk_size": 64}, headdim=4, chunk_execution=way)
+    found, as_list = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: found.append("tolist") or as_list(t))
+    operations = []
+    for module in model.modules():  # on a CPU the convolution looks for where documents begin
+        if hasattr(module, "kernels"):
+            module.kernels = Kernels({"causal_conv1d": "reference"})
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            found.append(operation._schema.name.removeprefix("aten::"))
+            return operation(*args, **(kwargs or {}))
+
+    for length in (256, 512):
+        found.clear()
+        with Recorded():
+            model(tokens_of(1, length).clone()).states.sum().backward()
+        told = [name for name in found if name == "tolist" or name in WAITING]
+        assert len(told) == waits * len(model.cfg.ratios), told
+        operations.append(len(found))
+    assert operations[1] - operations[0] < 2 * 256, "one loop over bytes has more"
+
+
 def test_rows_that_open_unequally_many_chunks_equal_rows_alone():
     """A run of one byte beside others, in two stages: of a trained model it may open a chunk at every byte."""
     model, tokens = built(TWO), torch.cat((tokens_of(2), torch.full((1, 13), 7), torch.arange(13)[None] % 11))
-    for way in ("packed", "masked"):
+    for way in WAYS:
         model.cfg = model.cfg.model_copy(update={"chunk_execution": way})
         together = model(tokens)
         for row in range(4):
@@ -351,10 +398,11 @@ def test_empty_places_open_no_chunks_of_chunks():
     """Of three stages: those within would count them."""
     three = ["m1", ["m1", ["m1", ["t1"], "m1"], "m1"], "m1"]
     sizes = {"arch_layout": three, "d_model": [8] * 4, "n_heads": [2] * 4, "target_ratio": 2.0}
-    packed, masked = (built(sizes, chunk_execution=way)(tokens_of(3)) for way in ("packed", "masked"))
-    torch.testing.assert_close(packed.states, masked.states, **EXACT)
-    for name, told in packed.extra.items():
-        torch.testing.assert_close(told, masked.extra[name], **EXACT)
+    packed, *others = (built(sizes, chunk_execution=way)(tokens_of(3)) for way in WAYS)
+    for other in others:
+        torch.testing.assert_close(packed.states, other.states, **EXACT)
+        for name, told in packed.extra.items():
+            torch.testing.assert_close(told, other.extra[name], **EXACT)
     assert (packed.extra["opened"][2] < packed.extra["places"][2]).any(), "the check is blind"
 
 
@@ -374,7 +422,7 @@ def test_a_later_byte_moves_no_boundary_and_no_state_before_it(fields):
     assert not x.grad[0, 6:].any() and x.grad[0, 5].any()
 
 
-@pytest.mark.parametrize("execution", ["packed", "masked"])
+@pytest.mark.parametrize("execution", WAYS)
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 def test_the_last_byte_of_a_document_changes_nothing_of_the_next_one(fields, execution):
     """Bit for bit where as many chunks are opened, else to rounding: those of the next one stand elsewhere. Text that
@@ -449,7 +497,7 @@ class NearTies(torch.nn.Module):
         return torch.where(opens, above, half).masked_fill(begins, 1.0) + (p - p.detach()), last
 
 
-@pytest.mark.parametrize("execution", ["packed", "masked"])
+@pytest.mark.parametrize("execution", WAYS)
 def test_boundaries_are_decided_once_where_activations_are_recomputed(execution):
     """In every stage; of what is computed anew nothing asks a router again."""
     tokens, found = tokens_of(2), []
@@ -641,3 +689,45 @@ def test_the_ways_of_the_average_agree():
                 module.kernels = Kernels({"linear_scan": name})
         found.append(model(tokens).states)
     torch.testing.assert_close(*found, **EXACT)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_take_padded_chunks_in_few_shapes(monkeypatch):
+    """Room for chunks in whole 128s: texts of other numbers of chunks compile a block once more, with sizes that vary,
+    and then no more. Values and gradients are the eager ones."""
+    monkeypatch.setattr("models.hnet.BUCKET", 128)
+    model = built({**ONE, "headdim": 4, "chunk_size": 64}, n_ctx=1024)
+    router, graphs, rooms = Spaced(), [], []
+    model.backbone.routing_module = router
+    model.backbone.main_network.register_forward_pre_hook(lambda m, given: rooms.append(given[0].shape[1]))
+
+    def states_and_gradients(tokens):
+        model.zero_grad()
+        states = model(tokens).states
+        states.square().sum().backward()
+        return [states, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    tokens, eager = tokens_of(2, 600), []
+    for router.every in (2, 3, 6, 20):
+        eager.append(states_and_gradients(tokens))
+    assert rooms == [600, 400, 200, 60], "packed: of two rows"
+    rooms.clear()
+    for path in model.blocks():
+        model.get_submodule(path).compile(backend="aot_eager", fullgraph=True)
+    counters.clear()
+    for router.every, expected in zip((2, 3, 6, 20), eager, strict=True):
+        for a, b in zip(states_and_gradients(tokens), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert rooms == [384, 256, 128, 128]
+    assert graphs[0] < graphs[1] == graphs[2] == graphs[3], graphs
+
+
+class Spaced(torch.nn.Module):
+    """A router that opens every so many places."""
+
+    every = 1
+
+    def forward(self, x, begins, places, last=None):
+        p = 0.4 + 0.3 * (torch.arange(x.shape[1]) % self.every == 0).to(x.dtype)
+        return p.expand(x.shape[:2]), x[:, -1]
