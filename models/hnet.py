@@ -76,8 +76,8 @@ class HNet(Decoder):
         return Hidden(x, told.stacked())
 
     def laid(self, tokens: Tensor) -> str:
-        """How chunks are laid (`models/hierarchy/places.py`): packed, but padded where blocks are compiled, which are to
-        see few shapes, and masked where nothing can be told the host: without data, or compiled as a whole."""
+        """How chunks are laid (`models/hierarchy/places.py`): packed; padded where blocks are compiled, which are to
+        see few shapes; masked where nothing can be told the host, without data or compiled as a whole."""
         if tokens.is_meta:
             return "masked"
         if self.cfg.chunk_execution != "auto":

@@ -136,7 +136,7 @@ def test_what_is_carried_from_chunk_to_chunk_is_seen(way):
 
 @in_fp32
 def test_documents_that_start_inside_a_chunk_are_alone(way):
-    """Values and every gradient, of documents short and long; beside slow decays, which sums of logarithms would lose."""
+    """Values and every gradient, of documents short and long; among slow decays, which sums of logarithms lose."""
     lengths = [20, 1, 43, 64, 5]
     x, decay, initial = slow_call(sum(lengths))
     dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
