@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from models.hierarchy.cache import HierarchyCache
 from models.hierarchy.config import HNetConfig
-from models.hierarchy.places import BUCKET, bytes_of
+from models.hierarchy.places import bytes_of
 from models.hierarchy.stage import Stage, Told
 from models.layers.cache import Cache
 from models.layers.decoder import Decoder, Hidden, padded_vocabulary
@@ -70,7 +70,7 @@ class HNet(Decoder):
             return Hidden(x)
         told = Told()
         laid = self.laid(tokens)
-        places = bytes_of(tokens, doc_ids, BUCKET if laid == "padded" else None)
+        places = bytes_of(tokens, doc_ids, padded=laid == "padded")
         offsets = None if doc_ids is None else cu_seqlens
         x = self.backbone(x, places, laid == "packed", told, offsets)
         return Hidden(x, told.stacked())

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels.documents import runs
 
-__all__ = ["BUCKET", "Places", "bytes_of"]
+__all__ = ["Places", "bytes_of"]
 
 EMPTY = -1  # the document of empty places, which see each other alone
 BUCKET = 128  # places of padded rows are a multiple of it
@@ -110,12 +110,13 @@ class Places:
         return Places(ids, bytes_, None, by_row, longest), source, chunk
 
 
-def bytes_of(tokens: Tensor, doc_ids: Tensor | None, bucket: int | None = None) -> Places:
-    """The places of bytes (B, T). `doc_ids` (B, T) None: each row is one document. `bucket` as in `Places`."""
+def bytes_of(tokens: Tensor, doc_ids: Tensor | None, padded: bool = False) -> Places:
+    """The places of bytes (B, T). `doc_ids` (B, T) None: each row is one document. `padded`: whether chunks that are not
+    packed are."""
     rows, length = tokens.shape
     every = torch.arange(rows * length, device=tokens.device).view(rows, length)
     inside = torch.zeros_like(tokens) if doc_ids is None else runs(doc_ids)
-    return Places(every[:, :1] + inside, every, None, None, length, bucket)
+    return Places(every[:, :1] + inside, every, None, None, length, BUCKET if padded else None)
 
 
 def compacted(opens: Tensor, chunks: int) -> tuple[Tensor, Tensor]:

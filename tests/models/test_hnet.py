@@ -47,7 +47,7 @@ WAYS = ("packed", "padded", "masked")
 @pytest.fixture(autouse=True)
 def short_buckets(monkeypatch):
     """Rows are short here: padded ones would be masked ones."""
-    monkeypatch.setattr("models.hnet.BUCKET", 4)
+    monkeypatch.setattr("models.hierarchy.places.BUCKET", 4)
 
 
 def built(fields, **more):
@@ -695,7 +695,7 @@ def test_the_ways_of_the_average_agree():
 def test_compiled_blocks_take_padded_chunks_in_few_shapes(monkeypatch):
     """Room for chunks in whole 128s: texts of other numbers of chunks compile a block once more, with sizes that vary,
     and then no more. Values and gradients are the eager ones."""
-    monkeypatch.setattr("models.hnet.BUCKET", 128)
+    monkeypatch.setattr("models.hierarchy.places.BUCKET", 128)
     model = built({**ONE, "headdim": 4, "chunk_size": 64}, n_ctx=1024)
     router, graphs, rooms = Spaced(), [], []
     model.backbone.routing_module = router
