@@ -111,8 +111,8 @@ class Places:
 
 
 def bytes_of(tokens: Tensor, doc_ids: Tensor | None, padded: bool = False) -> Places:
-    """The places of bytes (B, T). `doc_ids` (B, T) None: each row is one document. `padded`: whether chunks that are not
-    packed are."""
+    """The places of bytes (B, T). `doc_ids` (B, T) None: each row is one document. `padded`: where chunks
+    are not packed."""
     rows, length = tokens.shape
     every = torch.arange(rows * length, device=tokens.device).view(rows, length)
     inside = torch.zeros_like(tokens) if doc_ids is None else runs(doc_ids)
