@@ -377,7 +377,8 @@ def test_the_host_is_told_once_for_each_stage_how_many_chunks_there_are(fields, 
         told = [name for name in found if name == "tolist" or name in WAITING]
         assert len(told) == waits * len(model.cfg.ratios), told
         operations.append(len(found))
-    assert operations[1] - operations[0] < 2 * 256, "one loop over bytes has more"
+    # Of chunks and blocks there are some; one loop over places, forward and backward, has nine for each.
+    assert operations[1] - operations[0] < 4 * 256
 
 
 def test_rows_that_open_unequally_many_chunks_equal_rows_alone():
