@@ -56,13 +56,16 @@ class TokenizerKind(Entry):
 
     - `vocabulary_size(size)`: the number of ids; DataError with the nearest legal size,
     - `from_content(content)`: one from the mapping that its `save` wrote,
-    - `train(documents, size)` if `trained`, else a constructor without arguments,
+    - `train(documents, size)` if `trained`, `fetch(cache)` if `published`, else a constructor without arguments,
 
-    that meets `data.tokenizers.Tokenizer`. A trained kind is written `<kind>-<size>`, and cached. One that is not
-    `named` comes from a file alone and needs `from_content` only.
+    that meets `data.tokenizers.Tokenizer`. A trained kind is cached, and written `<kind>-<size>` where it is `sized`. A
+    published one is a file that is looked for and else downloaded. One that is not `named` comes from a file alone and
+    needs `from_content` only.
     """
 
     trained: bool = False
+    sized: bool = False
+    published: bool = False
     named: bool = True
 
 
@@ -98,12 +101,19 @@ SOURCES: dict[str, Source] = {
         near_copies=None,
     ),
 }
-# `tokenizer=<kind>` or `<kind>-<N>`; besides them `auto` and the path of a saved one
+# `tokenizer=<kind>`, or `<kind>-<N>` where it is sized; besides them `auto` and the path of a saved one
 TOKENIZERS: dict[str, TokenizerKind] = {
     "byte": TokenizerKind("data.tokenizers:ByteTokenizer", (), "the 256 bytes"),
     "bpe": TokenizerKind(
-        "data.bpe:BpeTokenizer", (), "byte-level BPE of N ids, trained on your text", trained=True
+        "data.bpe:BpeTokenizer", (), "byte-level BPE of N ids, trained on your text", trained=True, sized=True
     ),
+    "char": TokenizerKind(
+        "data.char:CharTokenizer", (), "the characters of your text; bytes for all others", trained=True
+    ),
+    "gpt2": TokenizerKind("data.published:Gpt2", (), "GPT-2's, 50,257 ids", published=True),
+    "r50k_base": TokenizerKind("data.published:Gpt2", (), "another name of gpt2", published=True),
+    "cl100k_base": TokenizerKind("data.published:Cl100kBase", (), "GPT-4's, 100,277 ids", published=True),
+    "o200k_base": TokenizerKind("data.published:O200kBase", (), "GPT-4o's, 200,019 ids", published=True),
     "huggingface": TokenizerKind(
         "data.huggingface.tokenizer:HuggingFaceTokenizer",
         (),

@@ -10,7 +10,7 @@ import base64
 import binascii
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,12 +44,20 @@ class BpeTokenizer(TableTokenizer):
     """
 
     kind = "bpe"
+    cuts: re.Pattern[bytes] | None = None  # a piece of a long text ends behind a match, where there is one
 
-    def __init__(self, ranks: list[bytes], pattern: str = SPLIT_PATTERN):
+    def __init__(
+        self,
+        ranks: list[bytes],
+        pattern: str = SPLIT_PATTERN,
+        name: str | None = None,
+        special: Mapping[str, int] | None = None,
+    ):
         import tiktoken
 
         self.pattern = pattern
-        super().__init__(f"bpe-{len(ranks) + 1}", ranks)
+        self._ranks = ranks
+        super().__init__(name or f"bpe-{len(ranks) + 1}", ranks, special)
         by_token = {token: index for index, token in enumerate(ranks)}
         if len(by_token) != len(ranks):
             raise DataError("a BPE tokenizer cannot hold the same bytes twice.")
@@ -59,7 +67,7 @@ class BpeTokenizer(TableTokenizer):
         self._byte_ids = np.array([by_token[bytes([value])] for value in range(256)], dtype=self.dtype)
         try:
             self._encoding = tiktoken.Encoding(
-                self.name, pat_str=pattern, mergeable_ranks=by_token, special_tokens={END_OF_TEXT: self.eot}
+                self.name, pat_str=pattern, mergeable_ranks=by_token, special_tokens=self.special_tokens
             )
         except ValueError as error:
             raise DataError(f"tiktoken does not accept pat_str {pattern!r}: {error}.") from error
@@ -100,16 +108,16 @@ class BpeTokenizer(TableTokenizer):
         return cls(ranks)
 
     def _content(self) -> dict[str, Any]:
-        ranks = [base64.b64encode(token).decode() for token in self._tokens[:-1]]
+        ranks = [base64.b64encode(token).decode() for token in self._ranks]
         return {**super()._content(), "pat_str": self.pattern, "ranks": ranks}
 
     def to_huggingface(self) -> dict[str, Any]:
-        return byte_level_json(self._tokens[:-1], END_OF_TEXT, self.pattern)
+        return byte_level_json(self._ranks, self.special_tokens, self.pattern)
 
     def encode(self, text: str | bytes) -> np.ndarray:
         raw = as_bytes(text)
         parts: list[np.ndarray] = []
-        for start, stop in _pieces(raw):
+        for start, stop in _pieces(raw, self.cuts):
             parts.extend(self._encode_piece(raw[start:stop]))
         return np.concatenate(parts) if parts else np.zeros(0, dtype=self.dtype)
 
@@ -145,14 +153,29 @@ def _ranks(content: dict[str, Any]) -> list[bytes]:
         raise DataError(f"ranks must be a list of base64 strings: {error}.") from error
 
 
-def _pieces(raw: bytes) -> Iterable[tuple[int, int]]:
+def _pieces(raw: bytes, cuts: re.Pattern[bytes] | None = None) -> Iterable[tuple[int, int]]:
     start = 0
     while start < len(raw):
         stop = min(start + PIECE_BYTES, len(raw))
-        if stop < len(raw):
+        if stop < len(raw) and cuts is not None and (cut := _last_cut(raw, start, stop, cuts)):
+            stop = cut
+        elif stop < len(raw):
             stop = raw.rfind(b"\n", start + PIECE_BYTES // 2, stop) + 1 or character_start(raw, stop)
         yield start, stop
         start = stop
+
+
+def _last_cut(raw: bytes, start: int, stop: int, cuts: re.Pattern[bytes]) -> int:
+    """Behind the last match between `start` and `stop`, 0 where there is none. Text is looked at from its end on."""
+    reach = 64
+    while start < stop:
+        found = [match.end() for match in cuts.finditer(raw, max(start, stop - reach), stop)]
+        if found:
+            return found[-1]
+        if stop - reach <= start:
+            break
+        reach *= 16
+    return 0
 
 
 def character_start(raw: bytes, position: int) -> int:

@@ -22,7 +22,7 @@ BYTE = "byte"
 
 @dataclass(frozen=True)
 class Choice:
-    """`kind`: a row of `TOKENIZERS`, trained to `size` ids if it is a trained one. None: `spec` is a file."""
+    """`kind`: a row of `TOKENIZERS`, trained to `size` ids if it is a sized one. None: `spec` is a file."""
 
     spec: str
     kind: str | None
@@ -77,16 +77,16 @@ def make_tokenizer(cfg: DataConfig, unit: Unit, corpus: Corpus, cache: Path, not
 def _parse(spec: str) -> Choice:
     named = {kind: row for kind, row in TOKENIZERS.items() if row.named}
     name, _, size = spec.rpartition("-")
-    if spec in named and not named[spec].trained:
+    if spec in named and not named[spec].sized:
         return Choice(spec, spec)
-    if name in named and named[name].trained and size.isdecimal():
+    if name in named and named[name].sized and size.isdecimal():
         named[name].load().vocabulary_size(int(size))  # refuses a size that it cannot have
         return Choice(spec, name, int(size))
     if _file(spec).is_file():
         return Choice(spec, None)
     digits = re.search(r"\d*$", spec)
     size = digits[0] if digits and digits[0] else "1024"
-    spellings = [f"{kind}-<N>" if row.trained else kind for kind, row in named.items()]
+    spellings = [f"{kind}-<N>" if row.sized else kind for kind, row in named.items()]
     near = did_you_mean(spec.lower(), [AUTO, *(s.replace("<N>", size) for s in spellings)])
     raise DataError(
         f"tokenizer: '{spec}' is not one of {', '.join([AUTO, *spellings])}, and there is no such file.{near}"
@@ -96,8 +96,11 @@ def _parse(spec: str) -> Choice:
 def _make(choice: Choice, corpus: Corpus, cache: Path, notes: list[str]) -> Tokenizer:
     if choice.kind is None:
         return _load(choice)
-    factory = TOKENIZERS[choice.kind].load()
-    if choice.size is None:
+    row = TOKENIZERS[choice.kind]
+    factory = row.load()
+    if row.published:
+        return factory.fetch(cache)
+    if not row.trained:
         return factory()
     from data.tokenizers import load_tokenizer
 
@@ -105,7 +108,7 @@ def _make(choice: Choice, corpus: Corpus, cache: Path, notes: list[str]) -> Toke
     if path.exists():
         try:
             tokenizer = load_tokenizer(path)
-            if tokenizer.vocab_size == choice.size:
+            if choice.size in (None, tokenizer.vocab_size):
                 return tokenizer
         except DataError as error:
             notes.append(f"rebuilt a damaged cache file: {error}")

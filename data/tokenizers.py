@@ -11,7 +11,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -25,6 +25,7 @@ from naming import not_one_of
 
 END_OF_TEXT = "<|endoftext|>"
 FORMAT_VERSION = 1
+RANKS = (".tiktoken", ".bpe")  # how files end that hold the ranks of a tokenizer known by name
 
 
 @runtime_checkable
@@ -79,7 +80,7 @@ class Tokenizer(Protocol):
 
 
 class TableTokenizer:
-    """What kinds share that are a table of byte strings with end-of-text behind it."""
+    """What kinds share that are a table of byte strings with end-of-text behind it, or the tokens of `special`, by id."""
 
     kind: str
     lead = b""
@@ -90,14 +91,14 @@ class TableTokenizer:
         "split_special_tokens": True,
     }
 
-    def __init__(self, name: str, tokens: list[bytes]):
+    def __init__(self, name: str, tokens: list[bytes], special: Mapping[str, int] | None = None):
         self.name = name
-        self.eot = len(tokens)
+        self.special_tokens = {END_OF_TEXT: len(tokens)} if special is None else dict(special)
+        self.eot = self.special_tokens[END_OF_TEXT]
         self.ends = frozenset({self.eot})
-        self.special_tokens = {END_OF_TEXT: self.eot}
-        self.vocab_size = len(tokens) + 1
+        self.vocab_size = max(self.special_tokens.values()) + 1
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
-        self._tokens = [*tokens, b""]
+        self._tokens = [*tokens, *[b""] * (self.vocab_size - len(tokens))]
         self.token_bytes = np.array([len(token) for token in self._tokens], dtype=np.int64)
         canonical = json.dumps(self._content(), sort_keys=True, separators=(",", ":"))
         self.digest = hashlib.sha256(canonical.encode()).hexdigest()
@@ -155,7 +156,7 @@ class ByteTokenizer(TableTokenizer):
         return np.frombuffer(as_bytes(text), dtype=np.uint8).astype(self.dtype)
 
     def to_huggingface(self) -> dict[str, Any]:
-        return byte_level_json(self._tokens[:-1], END_OF_TEXT)
+        return byte_level_json(self._tokens[:-1], self.special_tokens)
 
 
 class StreamDecoder:
@@ -208,8 +209,12 @@ def check_ids(ids: np.ndarray, vocab_size: int) -> None:
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a tokenizer JSON written by `save`, or that of a folder of transformers, whose other files say which token
-    starts a document; DataError says what is wrong with any other file."""
+    starts a document, or the ranks of one that is known by name; DataError says what is wrong with any other file."""
     path = Path(path)
+    if path.suffix in RANKS:
+        from data.published import read_ranks
+
+        return read_ranks(path)
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from data.huggingface.alphabet import spelled
@@ -34,22 +34,27 @@ def huggingface_files(tokenizer: Tokenizer, model_max_length: int | None) -> dic
     return {"tokenizer.json": content, "tokenizer_config.json": config}
 
 
-def byte_level_json(tokens: Sequence[bytes], end_of_text: str, pattern: str | None = None) -> dict[str, Any]:
-    """The content of a tokenizer.json with these byte strings as ids 0, 1, ..., and the token between documents behind
-    them.
+def byte_level_json(
+    tokens: Sequence[bytes], special_tokens: Mapping[str, int], pattern: str | None = None
+) -> dict[str, Any]:
+    """The content of a tokenizer.json with these byte strings as ids 0, 1, ..., and the special tokens
+    behind them.
 
     `pattern` splits text into words, None not at all; in each the pair whose joint is the earliest token is merged,
     until there is none.
     """
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     alphabet = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    vocabulary = {spelled(token): index for index, token in enumerate(tokens)}
+    if sorted(special_tokens.values()) != list(range(len(tokens), len(tokens) + len(special_tokens))):
+        vocabulary |= special_tokens  # the library numbers added tokens on, unless the vocabulary has them
     steps = [alphabet] if pattern is None else [split, alphabet]
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": len(tokens), "content": end_of_text, **special}],
+        "added_tokens": [{"id": i, "content": token, **special} for token, i in special_tokens.items()],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
         "post_processor": None,
@@ -63,7 +68,7 @@ def byte_level_json(tokens: Sequence[bytes], end_of_text: str, pattern: str | No
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": True,  # as tiktoken: a word that is a token is that token
-            "vocab": {spelled(token): index for index, token in enumerate(tokens)},
+            "vocab": vocabulary,
             "merges": [[spelled(left), spelled(right)] for left, right in merges_of(tokens)],
         },
     }
