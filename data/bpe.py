@@ -83,7 +83,7 @@ class BpeTokenizer(TableTokenizer):
 
     @classmethod
     def from_content(cls, content: dict[str, Any]) -> BpeTokenizer:
-        return cls(_ranks(content), _pattern(content))
+        return cls(saved_ranks(content), _pattern(content))
 
     @classmethod
     def train(cls, documents: Sequence[Document], size: int) -> BpeTokenizer:
@@ -143,7 +143,8 @@ def _pattern(content: dict[str, Any]) -> str:
     return pattern
 
 
-def _ranks(content: dict[str, Any]) -> list[bytes]:
+def saved_ranks(content: dict[str, Any]) -> list[bytes]:
+    """The byte strings by rank that a saved tokenizer holds."""
     ranks = content.get("ranks")
     if not isinstance(ranks, list):
         raise DataError("ranks must be a list of base64 strings.")

@@ -19,7 +19,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from data.bpe import BpeTokenizer
+from data.bpe import BpeTokenizer, saved_ranks
 from data.cache import write_atomic
 from data.errors import DataError
 from data.huggingface.alphabet import ALPHABET, byte_string
@@ -73,7 +73,7 @@ class PublishedTokenizer(BpeTokenizer):
     @classmethod
     def from_content(cls, content: dict[str, Any]) -> PublishedTokenizer:
         # Other ranks or another pattern would be another tokenizer: the digest says so.
-        return cls(super().from_content(content)._ranks)
+        return cls(saved_ranks(content))
 
     @classmethod
     def fetch(cls, cache: Path) -> PublishedTokenizer:

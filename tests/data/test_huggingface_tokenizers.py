@@ -278,7 +278,7 @@ def test_saved_in_a_run_and_loaded(foreign, name: str, tmp_path) -> None:
 
 def test_it_comes_from_a_file_and_has_no_name_to_ask_for(tmp_path, foreign, monkeypatch) -> None:
     assert "huggingface" in TOKENIZERS
-    with pytest.raises(DataError, match=r"'huggingface' is not one of auto, byte, bpe-<N>, and there"):
+    with pytest.raises(DataError, match=r"'huggingface' is not one of auto, byte, bpe-<N>, .*, and there"):
         _parse("huggingface")
     foreign["llama"].save(tmp_path / "t.json")
     assert _parse(str(tmp_path / "t.json")).kind is None
