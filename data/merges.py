@@ -14,6 +14,7 @@ import numpy as np
 
 MIN_COUNT = 2  # a pair seen once is a quotation, not a regularity
 GONE = -1  # a place whose symbol is part of the one before it; the neighbour of a word's end
+AT_A_TIME = 1 << 20  # places
 
 Pair = tuple[int, int]
 
@@ -56,12 +57,18 @@ class _PairTable:
         bounds = np.searchsorted(self.symbol[order], np.arange(257))
         self.places = {byte: order[bounds[byte] : bounds[byte + 1]] for byte in range(256)}
         self.counts: dict[Pair, int] = {}
-        first = np.flatnonzero(self.behind != GONE)
-        pairs = self.symbol[first] * 256 + self.symbol[first + 1]
-        for pair, count in _add_up(pairs, self.weight[first]).items():
+        for pair, count in self._pairs_of_bytes().items():
             self.counts[divmod(pair, 256)] = count
         self.heap = [self._entry(pair) for pair in self.counts]
         heapq.heapify(self.heap)
+
+    def _pairs_of_bytes(self) -> dict[int, int]:
+        """Counts of 256 * first + second, some places at a time: what `_add_up` sorts takes many times their memory."""
+        counts = np.zeros(1 << 16, dtype=np.int64)
+        for start in range(0, len(self.symbol), AT_A_TIME):
+            place = start + np.flatnonzero(self.behind[start : start + AT_A_TIME] != GONE)
+            np.add.at(counts, self.symbol[place] * 256 + self.symbol[place + 1], self.weight[place])
+        return {int(pair): int(counts[pair]) for pair in np.flatnonzero(counts)}
 
     def _entry(self, pair: Pair) -> tuple[int, bytes, bytes, Pair]:
         return -self.counts[pair], self.vocabulary[pair[0]], self.vocabulary[pair[1]], pair

@@ -11,7 +11,6 @@ import base64
 import binascii
 import hashlib
 import os
-import re
 import tempfile
 import urllib.request
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from data.bpe import BpeTokenizer, saved_ranks
+from data.bpe import WORD_BEGINS, BpeTokenizer, saved_ranks
 from data.cache import write_atomic
 from data.errors import DataError
 from data.huggingface.alphabet import ALPHABET, byte_string
@@ -28,9 +27,6 @@ from data.tokenizers import END_OF_TEXT
 
 HOST = "https://openaipublic.blob.core.windows.net"
 TIMEOUT = 30  # seconds without an answer
-# In every pattern here a blank behind what is none begins a word, and so does what follows the end of a line, but for a
-# slash: pieces cut there have the ids that the whole has. Of bytes beyond ASCII those that no blank ends with.
-_CUT = re.compile(rb"[!-~\x8b-\x9e\xa1-\xa7\xaa-\xae\xb0-\xbf](?= )|[!-~]\n(?=[!-.0-~])")
 
 
 class RanksFile(NamedTuple):
@@ -61,7 +57,7 @@ class PublishedTokenizer(BpeTokenizer):
     portable_pattern: ClassVar[str]
     special: ClassVar[dict[str, int]]
 
-    cuts = _CUT
+    cuts = WORD_BEGINS
 
     def __init__(self, ranks: list[bytes]):
         super().__init__(ranks, self.split_pattern, self.kind, self.special)

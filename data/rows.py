@@ -28,12 +28,14 @@ class Batch:
     end_weights: np.ndarray  # (B, S) float32, 1 = a document-end target (held-out rows only)
     rows: np.ndarray  # (B,) int64 global row ids
     bytes: int  # UTF-8 bytes of the targets that count
+    sizes: np.ndarray | None = None  # (B, S) int64, those bytes by target (held-out rows only)
     # By the name of a mark: (B, S) bool, the targets that it marks (held-out rows only).
     marked: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def target_bytes(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-    """Bytes (B, S) of the targets of rows (B, S + 1); what a tokenizer puts in front of a text is none of it."""
+    """Bytes (B, S) that the targets of rows (B, S + 1) say; what a tokenizer puts in front of a text is none of it.
+    `TokenStore.raw_sizes` makes them bytes of the text."""
     sizes = tokenizer.token_bytes[tokens[:, 1:]]
     first = tokens[:, :-1] == tokenizer.eot
     return np.where(first, np.maximum(sizes - len(tokenizer.lead), 0), sizes)
@@ -70,14 +72,19 @@ class TrainingRows:
         rows = np.asarray(rows, dtype=np.int64)
         shape = (len(rows), self.seq_len + self.lookahead)
         tokens, doc_ids = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int32)
+        places = np.empty(shape, dtype=np.int64)
         epochs = rows // self.rows_per_epoch
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
-            tokens[chosen], doc_ids[chosen] = self._gather(
+            tokens[chosen], doc_ids[chosen], places[chosen] = self._gather(
                 int(epoch), reading_place(rows[chosen] % self.rows_per_epoch, self.rows_per_epoch)
             )
         weights = np.ones((len(rows), self.seq_len), dtype=np.float32)
-        scored = int(target_bytes(tokens[:, : self.seq_len + 1], self.store.tokenizer).sum())
+        sizes = target_bytes(tokens[:, : self.seq_len + 1], self.store.tokenizer)
+        of_text = places[:, 1 : self.seq_len + 1] >= 0
+        scored = int(
+            self.store.raw_sizes(places[:, 1 : self.seq_len + 1][of_text], sizes[of_text]).sum()
+        )
         return Batch(tokens, doc_ids, weights, np.zeros_like(weights), rows, scored)
 
     def changed_length(self, seq_len: int, position: int) -> tuple[float, float]:
@@ -104,7 +111,8 @@ class TrainingRows:
         read = visits * seq_len + len(rest) * self.seq_len
         return twice / targets, (targets - read + twice) / targets
 
-    def _gather(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _gather(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens, document ids, and places in the text, -1 at a start token: each (B, S + n)."""
         permutation, starts = self._epoch(epoch)
         span = np.arange(self.seq_len + self.lookahead)
         positions = rows[:, None] * self.seq_len + span  # (B, S + n)
@@ -118,7 +126,7 @@ class TrainingRows:
         tokens = self.store.tokens[np.where(is_start, 0, index)].astype(np.int64)
         tokens[is_start] = self.eot
         nth = nth + beyond
-        return tokens, (nth - nth[:, :1]).astype(np.int32)
+        return tokens, (nth - nth[:, :1]).astype(np.int32), np.where(is_start, -1, index)
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Permutation (n_docs,) and the stream position of each document's start token (n_docs,)."""
@@ -217,6 +225,8 @@ class HeldoutRows:
         doc_ids = np.maximum(positions - total[:, None], 0).astype(np.int32)
         counts = np.arange(width) < length[:, None]
         scored = counts & is_text[:, 1 : width + 1]
+        sizes = np.where(scored, target_bytes(tokens[:, : width + 1], self.store.tokenizer), 0)
+        sizes[scored] = self.store.raw_sizes(index[:, 1 : width + 1][scored], sizes[scored])
         marked = {name: np.zeros(scored.shape, dtype=bool) for name in self.store.marked}
         for name, where in marked.items():
             where[scored] = self.store.marked[name][index[:, 1 : width + 1][scored]]
@@ -226,6 +236,7 @@ class HeldoutRows:
             weights=scored.astype(np.float32),
             end_weights=(counts & ~scored).astype(np.float32),
             rows=rows,
-            bytes=int(target_bytes(tokens[:, : width + 1], self.store.tokenizer)[scored].sum()),
+            bytes=int(sizes.sum()),
+            sizes=sizes,
             marked=marked,
         )

@@ -67,6 +67,25 @@ class TokenStore:
         """Indices (k,) of the documents of which the tokens do not give the text back."""
         return np.zeros(0, dtype=np.int64) if self.lossy is None else np.flatnonzero(self.lossy)
 
+    def raw_sizes(self, places: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """Raw bytes (n,) of the tokens at `places` (n,), which are `sizes` (n,) but for those of lossy documents. There
+        each token has that share of the document's bytes which it has of what the tokens say: together they are all."""
+        if self.lossy is None:
+            return sizes
+        document = np.searchsorted(self.offsets, places, side="right") - 1
+        found = sizes.copy()
+        for index in np.unique(document[self.lossy[document]]):
+            here = document == index
+            found[here] = self._shares(int(index))[places[here] - self.offsets[index]]
+        return found
+
+    def _shares(self, index: int) -> np.ndarray:
+        """Bytes (tokens of the document,) int64."""
+        said = self.tokenizer.token_bytes[self.tokens[self.offsets[index] : self.offsets[index + 1]]]
+        total = max(int(said.sum()), 1)
+        ends = np.cumsum(said) * int(self.doc_bytes[index]) // total
+        return np.diff(ends, prepend=0)
+
     @functools.cached_property
     def marked(self) -> dict[str, np.ndarray]:
         """By the name of a mark, the tokens (L,) bool all of whose bytes it marks; none of a lossy document."""

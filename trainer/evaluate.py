@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from adapters.base import Context, Likelihood, ModelAdapter
-from data.rows import target_bytes
 from trainer.memory import NoRoom, agree, shortage
 from trainer.meter import Meter
 from trainer.precision import autocast
@@ -130,16 +129,12 @@ def evaluate(
                 continue
             assert found is not None
             metrics.add_metrics(found.metrics)
-            width = batch.weights.shape[1]
-            sizes = target_bytes(batch.tokens[:, : width + 1], rows.store.tokenizer)
-            sums.add(found, batch, rows.document_of[ids], sizes)
+            sums.add(found, batch, rows.document_of[ids])
             hear(batch, found)
     if told := agree(world, short):
         raise NoRoom(told)
     assert found is not None
     sums.add_up(world)
-    if rows.complete:  # what tokens say may be less
-        sums.document_bytes = rows.store.doc_bytes[rows.documents].astype(float)
     total = sums.values
     if not total["tokens"]:
         raise ValueError("the text has no tokens, so that there is nothing to score")
@@ -186,8 +181,9 @@ class _Sums:
         self.values: dict[str, float] = {}
         self.document_nats, self.document_bytes = np.zeros(documents), np.zeros(documents)
 
-    def add(self, found: Likelihood, batch: Batch, document: np.ndarray, sizes: np.ndarray) -> None:
-        """document (B,): of each row; sizes (B, S): bytes of each target."""
+    def add(self, found: Likelihood, batch: Batch, document: np.ndarray) -> None:
+        """document (B,): of each row."""
+        assert batch.sizes is not None
         one = {
             "nats": found.nats,
             "end_nats": found.end_nats,
@@ -201,7 +197,7 @@ class _Sums:
             sum_ = 0.0 if value is None else float(np.asarray(value, dtype=np.float64).sum())
             self.values[name] = self.values.get(name, 0.0) + sum_
         np.add.at(self.document_nats, document, found.nats.numpy())
-        np.add.at(self.document_bytes, document, (sizes * batch.weights).sum(1))
+        np.add.at(self.document_bytes, document, batch.sizes.sum(1))
 
     def add_up(self, world: World) -> None:
         """Over all processes."""

@@ -99,6 +99,27 @@ def test_rows_know_of_which_documents_they_score_less_than_the_bytes(small_lette
     assert some.lossy_documents == int(1 in some.documents)
 
 
+def test_rows_count_bytes_of_the_raw_text_whatever_the_tokens_say() -> None:
+    """A letter and its accent (three bytes) become one (two), as with Qwen's tokenizers."""
+    library = byte_level()
+    library.normalizer = normalizers.NFC()
+    tokenizer = HuggingFaceTokenizer(json.loads(library.to_str()), 0, [0], {})
+    store = encode_documents(documents("e\u0301cole " * 40, "\u00e9cole " * 40, "cafe\u0301"), tokenizer)
+    assert store.lossy_documents.tolist() == [1, 3] and store.said(1) == store.text(2)
+    rows = HeldoutRows(store, tokenizer.eot, 16)
+    found = np.zeros(store.n_docs, dtype=np.int64)
+    for row in range(rows.n_rows):
+        batch = rows.batch(np.arange(row, row + 1))
+        assert batch.sizes is not None and batch.bytes == batch.sizes.sum() and (batch.sizes >= 0).all()
+        assert not batch.sizes[batch.weights == 0].any()
+        found[rows.documents[rows.document_of[row]]] += batch.bytes
+    assert found.tolist() == store.doc_bytes.tolist()
+    training = TrainingRows(store, tokenizer.eot, 1)  # leaves out no target
+    assert training.batch(np.arange(training.rows_per_epoch)).bytes == store.total_bytes
+    part = HeldoutRows(store, tokenizer.eot, 16, max_tokens=200)
+    assert not part.complete and part.total_bytes == part.batch(np.arange(part.n_rows)).bytes
+
+
 def test_a_blank_in_front_counts_no_byte() -> None:
     tokenizer = HuggingFaceTokenizer(json.loads(llama().to_str()), 1, [2], {})
     store = encode_documents([Document("a", LINE.encode() * 3), Document("b", b"x" * 60)], tokenizer)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
+import sys
 from collections import Counter
 
 import numpy as np
 import pytest
+import regex
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -132,6 +135,52 @@ def test_of_a_document_longer_than_the_sample_its_beginning_is_read(monkeypatch)
     begins, goes_on = b"ab ab cd cd\n" * 90, b"xy xy zz zz\n" * 10_000
     whole = BpeTokenizer.train([Document("a", begins + goes_on)], 260)
     assert whole.digest == BpeTokenizer.train([Document("a", begins)], 260).digest
+
+
+blanks = st.sampled_from(["\n", " ", "  ", "\t", "\r\n", "\x0b", "\x1c", "\x85", "\u00a0", "\u2003", "\u2028", "\u3000"])
+pieces_of_text = st.lists(blanks | st.sampled_from(["a", "é", "漢", "Я", "7", "/", ".", "'s", "x1"]), max_size=30)
+
+
+@given(text=pieces_of_text.map("".join) | st.text(max_size=40))
+@example(text="a.\n/b \n  \n\n c \u2003 d  e\n'll 漢 字")
+@settings(deadline=None, max_examples=200)
+def test_words_counted_in_stretches_are_those_of_the_whole(text: str) -> None:
+    raw, stretch = text.encode(), bpe_module.STRETCH_BYTES
+    bpe_module.STRETCH_BYTES = 1
+    try:
+        parts = list(bpe_module._stretches([raw]))
+        counted = count_words([raw, raw])
+    finally:
+        bpe_module.STRETCH_BYTES = stretch
+    assert b"".join(parts) == raw
+    assert counted == Counter(regex.findall(bpe_module.SPLIT_PATTERN, text) * 2)
+
+
+def test_words_are_counted_up_to_what_fits_into_memory(monkeypatch) -> None:
+    """Reading ends behind a stretch, wherever texts begin, so that ids depend on the text alone."""
+    monkeypatch.setattr(bpe_module, "STRETCH_BYTES", 100)
+    texts = [b" ".join(b"%d%c" % (n, 97 + n % 26) for n in range(start, start + 200)) for start in (0, 200)]
+    monkeypatch.setattr(bpe_module, "WORD_MEMORY", 60 * (bpe_module.PER_WORD + 2 * bpe_module.PER_BYTE))
+    few = count_words(texts)
+    assert 60 < len(few) < 120 and few == count_words(texts[:1])
+    monkeypatch.setattr(bpe_module, "WORD_MEMORY", 1 << 30)
+    assert few.keys() < count_words(texts).keys()
+
+
+def test_merges_do_not_depend_on_how_many_places_are_counted_at_a_time(merging_text, monkeypatch) -> None:
+    words = count_words([merging_text])
+    whole = learn_merges(words, 340)
+    monkeypatch.setattr("data.merges.AT_A_TIME", 7)
+    assert learn_merges(Counter(dict(reversed(words.items()))), 340) == whole
+
+
+def test_ids_are_fixed_whatever_is_installed(merging_text, monkeypatch) -> None:
+    """The same merges without any package that could train or count; their digest is that of every machine."""
+    for package in ("rustbpe", "tokenizers", "torch"):
+        monkeypatch.setitem(sys.modules, package, None)
+    tokenizer = BpeTokenizer.train([Document("a", merging_text)], 320)
+    assert hashlib.sha256(b"\0".join(tokenizer._ranks[256:])).hexdigest()[:16] == "426a0ee13102d79f"
+    assert [tokenizer._ranks[index] for index in (256, 257, 258, 318)] == [b' o', b' s', b'at', b'es']
 
 
 def test_training_is_deterministic_and_sees_the_sample_only(
