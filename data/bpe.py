@@ -21,7 +21,7 @@ from data.corpus import Document, path_hash
 from data.errors import DataError
 from data.huggingface.written import byte_level_json
 from data.merges import learn_merges
-from data.tokenizers import END_OF_TEXT, TableTokenizer, as_bytes
+from data.tokenizers import TableTokenizer, as_bytes
 
 SMALLEST = 257  # the bytes and end-of-text: no merge at all
 LARGEST = 131_072
@@ -35,14 +35,15 @@ SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
     r"|\s*[\r\n]|\s+(?!\S)|\s+"
 )
-# Behind each match a word begins, in this pattern and in those of tokenizers that are known by name: a blank behind what
-# is none begins one, and so does what follows the end of a line, but for a slash. Of bytes beyond ASCII those that no
-# blank ends with.
+# Behind each match a word begins, in this pattern and in those of tokenizers that are known by name: a blank behind
+# what is none begins one, and so does what follows the end of a line, but for a slash. Of bytes beyond ASCII those that
+# no blank ends with.
 WORD_BEGINS = re.compile(rb"[!-~\x8b-\x9e\xa1-\xa7\xaa-\xae\xb0-\xbf](?= )|[!-~]\n(?=[!-.0-~])")
-STRETCH_BYTES = 4 << 20  # of a text whose words are counted at a time
+STRETCH_BYTES, LONGEST_STRETCH = 4 << 20, 16 << 20  # of a text whose words are counted at a time
+WORDS_AT_A_TIME = 1 << 16
 # What distinct words may take while merges are learned, and what they take: arrays by byte (`data/merges.py`), objects.
-# Prose and source code stay far below it in all of a sample; of text without blanks, 20 MB are read.
-WORD_MEMORY, PER_BYTE, PER_WORD = 640 << 20, 32, 160
+# Prose and source code stay below it in all of a sample; of text without blanks, 16 MiB are read.
+WORD_MEMORY, PER_BYTE, PER_WORD = 500 << 20, 32, 160
 _NOT_UTF8 = re.compile("[\udc80-\udcff]+")
 
 
@@ -210,21 +211,26 @@ def count_words(texts: Iterable[bytes]) -> Counter[str]:
     words: Counter[str] = Counter()
     memory = 0
     for stretch in _stretches(texts):
-        before = len(words)
         # One by one: a list of all words of a long text would take many times its memory.
-        words.update(match[0] for match in pattern.finditer(stretch.decode("utf-8")))
-        memory += sum(PER_BYTE * len(word.encode()) + PER_WORD for word in islice(words, before, None))
-        if memory > WORD_MEMORY:
-            break
+        found = (match[0] for match in pattern.finditer(stretch.decode("utf-8")))
+        while some := list(islice(found, WORDS_AT_A_TIME)):
+            memory += sum(PER_BYTE * len(word.encode()) + PER_WORD for word in set(some) - words.keys())
+            words.update(some)
+            if memory > WORD_MEMORY:
+                return words
     return words
 
 
 def _stretches(texts: Iterable[bytes]) -> Iterator[bytes]:
-    """Texts cut where words begin, in about `STRETCH_BYTES`: together they have the words of the whole."""
+    """Texts cut where words begin, in about `STRETCH_BYTES`: together they have the words of the whole. Text in which
+    none begins for long is cut all the same."""
     for text in texts:
         start = 0
         while start < len(text):
-            cut = WORD_BEGINS.search(text, start + STRETCH_BYTES)
-            stop = cut.end() if cut else len(text)
+            stop = min(start + LONGEST_STRETCH, len(text))
+            if cut := WORD_BEGINS.search(text, start + STRETCH_BYTES, stop):
+                stop = cut.end()
+            elif stop < len(text):
+                stop = character_start(text, stop)
             yield text[start:stop]
             start = stop

@@ -99,9 +99,7 @@ class PublishedTokenizer(BpeTokenizer):
         try:
             write_atomic(target, lambda out: out.write(raw))
         except OSError as error:
-            raise DataError(
-                f"tokenizer={cls.kind}: {target} cannot be written: {error.strerror}."
-            ) from error
+            raise DataError(f"tokenizer={cls.kind}: {target} cannot be written: {error.strerror}.") from error
         return cls(_ranks(raw, file))
 
     @classmethod

@@ -82,9 +82,7 @@ class TrainingRows:
         weights = np.ones((len(rows), self.seq_len), dtype=np.float32)
         sizes = target_bytes(tokens[:, : self.seq_len + 1], self.store.tokenizer)
         of_text = places[:, 1 : self.seq_len + 1] >= 0
-        scored = int(
-            self.store.raw_sizes(places[:, 1 : self.seq_len + 1][of_text], sizes[of_text]).sum()
-        )
+        scored = int(self.store.raw_sizes(places[:, 1 : self.seq_len + 1][of_text], sizes[of_text]).sum())
         return Batch(tokens, doc_ids, weights, np.zeros_like(weights), rows, scored)
 
     def changed_length(self, seq_len: int, position: int) -> tuple[float, float]:

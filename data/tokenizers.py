@@ -25,6 +25,7 @@ from naming import not_one_of
 
 END_OF_TEXT = "<|endoftext|>"
 FORMAT_VERSION = 1
+AT_A_TIME = 1 << 20  # ids that are decoded at a time: some arrays of numbers by byte
 RANKS = (".tiktoken", ".bpe")  # how files end that hold the ranks of a tokenizer known by name
 
 
@@ -80,7 +81,7 @@ class Tokenizer(Protocol):
 
 
 class TableTokenizer:
-    """What kinds share that are a table of byte strings with end-of-text behind it, or the tokens of `special`, by id."""
+    """What kinds share that are a table of byte strings with end-of-text behind it, or with tokens by id (`special`)."""
 
     kind: str
     lead = b""
@@ -100,6 +101,8 @@ class TableTokenizer:
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
         self._tokens = [*tokens, *[b""] * (self.vocab_size - len(tokens))]
         self.token_bytes = np.array([len(token) for token in self._tokens], dtype=np.int64)
+        self._spelled = np.frombuffer(b"".join(self._tokens), dtype=np.uint8)  # token by token
+        self._places = np.cumsum(self.token_bytes) - self.token_bytes  # (V,) where each begins there
         canonical = json.dumps(self._content(), sort_keys=True, separators=(",", ":"))
         self.digest = hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -118,8 +121,17 @@ class TableTokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray) -> bytes:
         array = np.asarray(ids, dtype=np.int64).reshape(-1)
         check_ids(array, self.vocab_size)
-        table = self._tokens
-        return b"".join([table[index] for index in array.tolist()])
+        return b"".join(
+            self._say(array[start : start + AT_A_TIME]) for start in range(0, len(array), AT_A_TIME)
+        )
+
+    def _say(self, array: np.ndarray) -> bytes:
+        sizes = self.token_bytes[array]
+        ends = np.cumsum(sizes)
+        begins = np.repeat(
+            self._places[array] - (ends - sizes), sizes
+        )  # of each byte's token, less what is before it
+        return self._spelled[begins + np.arange(len(begins))].tobytes()
 
     def save(self, path: str | Path) -> None:
         write_atomic(Path(path), lambda file: file.write(self.to_json().encode()))
@@ -154,6 +166,9 @@ class ByteTokenizer(TableTokenizer):
 
     def encode(self, text: str | bytes) -> np.ndarray:
         return np.frombuffer(as_bytes(text), dtype=np.uint8).astype(self.dtype)
+
+    def _say(self, array: np.ndarray) -> bytes:
+        return array[array != self.eot].astype(np.uint8).tobytes()
 
     def to_huggingface(self) -> dict[str, Any]:
         return byte_level_json(self._tokens[:-1], self.special_tokens)

@@ -129,7 +129,9 @@ def test_in_the_form_of_hugging_face(published, name: str) -> None:
     mine, _ = published[name]
     theirs = Tokenizer.from_str(json.dumps(mine.to_huggingface()))
     theirs.encode_special_tokens = True
-    text = "Don't stop  at 12345:\n\n\n  ÉCOLE's 漢字\u3000\u2028x.\n/y <|endoftext|>\t\tdef f():\n    pass  \n"
+    text = (
+        "Don't stop  at 12345:\n\n\n  ÉCOLE's 漢字\u3000\u2028x.\n/y <|endoftext|>\t\tdef f():\n    pass  \n"
+    )
     assert theirs.encode(text).ids == mine.encode(text).tolist()
     assert theirs.decode(mine.encode(text).tolist()) == text
     assert all(theirs.token_to_id(token) == index for token, index in mine.special_tokens.items())
@@ -170,7 +172,9 @@ def test_gpt2_and_r50k_base_are_one(published, folder, alone, monkeypatch) -> No
 
 @pytest.mark.parametrize("variable", ["TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR", None])
 @pytest.mark.parametrize("which", [0, 1])
-def test_found_in_a_folder_under_either_name(published, alone, monkeypatch, tmp_path, variable, which) -> None:
+def test_found_in_a_folder_under_either_name(
+    published, alone, monkeypatch, tmp_path, variable, which
+) -> None:
     home = tmp_path / "seeded" if variable else tmp_path / "temporary" / "data-gym-cache"
     if variable:
         monkeypatch.setenv(variable, str(home))
@@ -179,7 +183,9 @@ def test_found_in_a_folder_under_either_name(published, alone, monkeypatch, tmp_
     assert Gpt2.fetch(alone).digest == published["gpt2"][0].digest
 
 
-def test_without_file_and_network_the_message_names_both_ways_out(alone, config, tmp_path, monkeypatch) -> None:
+def test_without_file_and_network_the_message_names_both_ways_out(
+    alone, config, tmp_path, monkeypatch
+) -> None:
     (tmp_path / "book.txt").write_text("the cat sat on a mat\n" * 50)
     cfg = config(tokenizer="cl100k_base", input_file=str(tmp_path / "book.txt"))
     both = (

@@ -50,6 +50,13 @@ def test_long_texts_are_cut_into_pieces_without_loss(raw: bytes, bpe: BpeTokeniz
     assert all(0 < stop - start <= 16 for start, stop in spans)
 
 
+def test_decoding_some_ids_at_a_time_changes_nothing(bpe: BpeTokenizer, monkeypatch) -> None:
+    monkeypatch.setattr("data.tokenizers.AT_A_TIME", 3)
+    for tokenizer in (bpe, ByteTokenizer()):
+        ids = [*tokenizer.encode("the café on a mat"), tokenizer.eot, *tokenizer.encode("while rain")]
+        assert tokenizer.decode(ids) == "the café on a matwhile rain".encode() and tokenizer.decode([]) == b""
+
+
 def test_pieces_never_cut_a_character() -> None:
     raw = "é€𝄞".encode() * 100_000
     for start, stop in bpe_module._pieces(raw):
@@ -137,8 +144,12 @@ def test_of_a_document_longer_than_the_sample_its_beginning_is_read(monkeypatch)
     assert whole.digest == BpeTokenizer.train([Document("a", begins)], 260).digest
 
 
-blanks = st.sampled_from(["\n", " ", "  ", "\t", "\r\n", "\x0b", "\x1c", "\x85", "\u00a0", "\u2003", "\u2028", "\u3000"])
-pieces_of_text = st.lists(blanks | st.sampled_from(["a", "é", "漢", "Я", "7", "/", ".", "'s", "x1"]), max_size=30)
+blanks = st.sampled_from(
+    ["\n", " ", "  ", "\t", "\r\n", "\x0b", "\x1c", "\x85", "\u00a0", "\u2003", "\u2028", "\u3000"]
+)
+pieces_of_text = st.lists(
+    blanks | st.sampled_from(["a", "é", "漢", "Я", "7", "/", ".", "'s", "x1"]), max_size=30
+)
 
 
 @given(text=pieces_of_text.map("".join) | st.text(max_size=40))
@@ -157,14 +168,21 @@ def test_words_counted_in_stretches_are_those_of_the_whole(text: str) -> None:
 
 
 def test_words_are_counted_up_to_what_fits_into_memory(monkeypatch) -> None:
-    """Reading ends behind a stretch, wherever texts begin, so that ids depend on the text alone."""
-    monkeypatch.setattr(bpe_module, "STRETCH_BYTES", 100)
+    monkeypatch.setattr(bpe_module, "WORDS_AT_A_TIME", 25)
     texts = [b" ".join(b"%d%c" % (n, 97 + n % 26) for n in range(start, start + 200)) for start in (0, 200)]
     monkeypatch.setattr(bpe_module, "WORD_MEMORY", 60 * (bpe_module.PER_WORD + 2 * bpe_module.PER_BYTE))
     few = count_words(texts)
     assert 60 < len(few) < 120 and few == count_words(texts[:1])
     monkeypatch.setattr(bpe_module, "WORD_MEMORY", 1 << 30)
     assert few.keys() < count_words(texts).keys()
+
+
+def test_a_text_without_blanks_is_counted_in_parts_of_whole_characters(monkeypatch) -> None:
+    monkeypatch.setattr(bpe_module, "STRETCH_BYTES", 5)
+    monkeypatch.setattr(bpe_module, "LONGEST_STRETCH", 10)
+    text = "漢字" * 7 + " a b"
+    parts = list(bpe_module._stretches([text.encode()]))
+    assert b"".join(parts).decode() == text and [len(part) for part in parts] == [9, 9, 9, 9, 6, 4]
 
 
 def test_merges_do_not_depend_on_how_many_places_are_counted_at_a_time(merging_text, monkeypatch) -> None:
@@ -180,7 +198,7 @@ def test_ids_are_fixed_whatever_is_installed(merging_text, monkeypatch) -> None:
         monkeypatch.setitem(sys.modules, package, None)
     tokenizer = BpeTokenizer.train([Document("a", merging_text)], 320)
     assert hashlib.sha256(b"\0".join(tokenizer._ranks[256:])).hexdigest()[:16] == "426a0ee13102d79f"
-    assert [tokenizer._ranks[index] for index in (256, 257, 258, 318)] == [b' o', b' s', b'at', b'es']
+    assert [tokenizer._ranks[index] for index in (256, 257, 258, 318)] == [b" o", b" s", b"at", b"es"]
 
 
 def test_training_is_deterministic_and_sees_the_sample_only(
