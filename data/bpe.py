@@ -47,27 +47,20 @@ WORD_MEMORY, PER_BYTE, PER_WORD = 500 << 20, 32, 160
 _NOT_UTF8 = re.compile("[\udc80-\udcff]+")
 
 
-class BpeTokenizer(TableTokenizer):
-    """Byte-level BPE over `ranks` (id = merge priority), run by tiktoken.
+class RankTokenizer(TableTokenizer):
+    """A byte-level BPE over `ranks` (id = merge priority), run by tiktoken.
 
     Bytes that are not UTF-8 become single-byte tokens, so decoding returns them unchanged.
     """
 
-    kind = "bpe"
     cuts: re.Pattern[bytes] | None = None  # a piece of a long text ends behind a match, where there is one
 
-    def __init__(
-        self,
-        ranks: list[bytes],
-        pattern: str = SPLIT_PATTERN,
-        name: str | None = None,
-        special: Mapping[str, int] | None = None,
-    ):
+    def __init__(self, name: str, ranks: list[bytes], pattern: str, special: Mapping[str, int] | None = None):
         import tiktoken
 
         self.pattern = pattern
-        self._ranks = ranks
-        super().__init__(name or f"bpe-{len(ranks) + 1}", ranks, special)
+        self.ranks = ranks
+        super().__init__(name, ranks, special)
         by_token = {token: index for index, token in enumerate(ranks)}
         if len(by_token) != len(ranks):
             raise DataError("a BPE tokenizer cannot hold the same bytes twice.")
@@ -81,6 +74,43 @@ class BpeTokenizer(TableTokenizer):
             )
         except ValueError as error:
             raise DataError(f"tiktoken does not accept pat_str {pattern!r}: {error}.") from error
+
+    def _content(self) -> dict[str, Any]:
+        ranks = [base64.b64encode(token).decode() for token in self.ranks]
+        return {**super()._content(), "pat_str": self.pattern, "ranks": ranks}
+
+    def to_huggingface(self) -> dict[str, Any]:
+        return byte_level_json(self.ranks, self.special_tokens, self.pattern)
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        raw = as_bytes(text)
+        parts: list[np.ndarray] = []
+        for start, stop in _pieces(raw, self.cuts):
+            parts.extend(self._encode_piece(raw[start:stop]))
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=self.dtype)
+
+    def _encode_piece(self, raw: bytes) -> Iterable[np.ndarray]:
+        text = raw.decode("utf-8", "surrogateescape")
+        position = 0
+        for bad in _NOT_UTF8.finditer(text):
+            yield self._encode_text(text[position : bad.start()])
+            yield self._byte_ids[np.frombuffer(bad[0].encode("utf-8", "surrogateescape"), dtype=np.uint8)]
+            position = bad.end()
+        yield self._encode_text(text[position:])
+
+    def _encode_text(self, text: str) -> np.ndarray:
+        # No special token is allowed and none is refused: "<|endoftext|>" in a text stays text.
+        ids = self._encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
+        return ids.astype(self.dtype)
+
+
+class BpeTokenizer(RankTokenizer):
+    """One that is trained here, or was."""
+
+    kind = "bpe"
+
+    def __init__(self, ranks: list[bytes], pattern: str = SPLIT_PATTERN):
+        super().__init__(f"bpe-{len(ranks) + 1}", ranks, pattern)
 
     @staticmethod
     def vocabulary_size(size: int) -> int:
@@ -116,34 +146,6 @@ class BpeTokenizer(TableTokenizer):
                 f"bpe-{len(ranks) + 1}. Use that, or tokenizer=byte."
             )
         return cls(ranks)
-
-    def _content(self) -> dict[str, Any]:
-        ranks = [base64.b64encode(token).decode() for token in self._ranks]
-        return {**super()._content(), "pat_str": self.pattern, "ranks": ranks}
-
-    def to_huggingface(self) -> dict[str, Any]:
-        return byte_level_json(self._ranks, self.special_tokens, self.pattern)
-
-    def encode(self, text: str | bytes) -> np.ndarray:
-        raw = as_bytes(text)
-        parts: list[np.ndarray] = []
-        for start, stop in _pieces(raw, self.cuts):
-            parts.extend(self._encode_piece(raw[start:stop]))
-        return np.concatenate(parts) if parts else np.zeros(0, dtype=self.dtype)
-
-    def _encode_piece(self, raw: bytes) -> Iterable[np.ndarray]:
-        text = raw.decode("utf-8", "surrogateescape")
-        position = 0
-        for bad in _NOT_UTF8.finditer(text):
-            yield self._encode_text(text[position : bad.start()])
-            yield self._byte_ids[np.frombuffer(bad[0].encode("utf-8", "surrogateescape"), dtype=np.uint8)]
-            position = bad.end()
-        yield self._encode_text(text[position:])
-
-    def _encode_text(self, text: str) -> np.ndarray:
-        # No special token is allowed and none is refused: "<|endoftext|>" in a text stays text.
-        ids = self._encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
-        return ids.astype(self.dtype)
 
 
 def _pattern(content: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from data.bpe import WORD_BEGINS, BpeTokenizer, saved_ranks
+from data.bpe import WORD_BEGINS, RankTokenizer, saved_ranks
 from data.cache import write_atomic
 from data.errors import DataError
 from data.huggingface.alphabet import ALPHABET, byte_string
@@ -45,7 +45,7 @@ class RanksFile(NamedTuple):
         return self.name, hashlib.sha1(self.url.encode()).hexdigest()
 
 
-class PublishedTokenizer(BpeTokenizer):
+class PublishedTokenizer(RankTokenizer):
     """A byte-level BPE whose pattern and special tokens are known by its name; some ids are none of a token.
 
     `files`: those that hold its ranks, the first of them the one to download. `portable_pattern` splits as `pattern`
@@ -60,7 +60,7 @@ class PublishedTokenizer(BpeTokenizer):
     cuts = WORD_BEGINS
 
     def __init__(self, ranks: list[bytes]):
-        super().__init__(ranks, self.split_pattern, self.kind, self.special)
+        super().__init__(self.kind, ranks, self.split_pattern, self.special)
 
     @classmethod
     def vocabulary_size(cls, size: None = None) -> int:
@@ -112,7 +112,7 @@ class PublishedTokenizer(BpeTokenizer):
         )
 
     def to_huggingface(self) -> dict[str, Any]:
-        return byte_level_json(self._ranks, self.special_tokens, self.portable_pattern)
+        return byte_level_json(self.ranks, self.special_tokens, self.portable_pattern)
 
 
 class Gpt2(PublishedTokenizer):

@@ -81,7 +81,7 @@ class Tokenizer(Protocol):
 
 
 class TableTokenizer:
-    """What kinds share that are a table of byte strings with end-of-text behind it, or with tokens by id (`special`)."""
+    """What kinds share that are a table of byte strings with end-of-text behind it, or with the tokens of `special`."""
 
     kind: str
     lead = b""

@@ -157,7 +157,7 @@ def test_saved_with_its_ranks_and_loaded_without_the_file(published, alone, tmp_
 
 def as_ranks(tokenizer: PublishedTokenizer) -> bytes:
     """A .tiktoken file of its ranks, byte for byte as published."""
-    lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokenizer._ranks)]
+    lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokenizer.ranks)]
     return b"".join(lines)
 
 

@@ -197,8 +197,8 @@ def test_ids_are_fixed_whatever_is_installed(merging_text, monkeypatch) -> None:
     for package in ("rustbpe", "tokenizers", "torch"):
         monkeypatch.setitem(sys.modules, package, None)
     tokenizer = BpeTokenizer.train([Document("a", merging_text)], 320)
-    assert hashlib.sha256(b"\0".join(tokenizer._ranks[256:])).hexdigest()[:16] == "426a0ee13102d79f"
-    assert [tokenizer._ranks[index] for index in (256, 257, 258, 318)] == [b" o", b" s", b"at", b"es"]
+    assert hashlib.sha256(b"\0".join(tokenizer.ranks[256:])).hexdigest()[:16] == "426a0ee13102d79f"
+    assert [tokenizer.ranks[index] for index in (256, 257, 258, 318)] == [b" o", b" s", b"at", b"es"]
 
 
 def test_training_is_deterministic_and_sees_the_sample_only(
