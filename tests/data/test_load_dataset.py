@@ -14,6 +14,7 @@ import pytest
 
 import data
 from data import load_dataset
+from data.bpe import BpeTokenizer
 from data.cache import cache_root, write_atomic
 from data.errors import DataError
 from data.rows import HeldoutRows
@@ -41,6 +42,19 @@ def test_text_comes_back_from_its_tokens(config, book, cache) -> None:
         assert sum(store.total_bytes for store in sides) == len(text)
         assert dataset.tokenizer.name == tokenizer and dataset.name == "book.txt"
         assert dataset.entropy_bits_per_byte is None
+
+
+def test_another_tokenizer_under_the_same_path_makes_its_own_tokens(
+    config, book, cache, bpe, tmp_path
+) -> None:
+    path = tmp_path / "tokenizer.json"
+    cfg, found = config(input_file=book, tokenizer=str(path)), []
+    for ranks in (bpe.ranks, [*bpe.ranks[:-2], bpe.ranks[-1], bpe.ranks[-2]]):
+        BpeTokenizer(ranks).save(path)
+        found.append(load_dataset(cfg, cache_dir=cache))
+    first, second = found
+    assert first.fingerprint == second.fingerprint and first.cache_path != second.cache_path
+    assert not np.array_equal(first.train.tokens, second.train.tokens)
 
 
 def test_bytes_are_those_of_the_same_documents_as_tokens(config, tmp_path, documents, cache) -> None:

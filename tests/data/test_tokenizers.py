@@ -278,4 +278,7 @@ def test_dtype_follows_the_vocabulary() -> None:
     assert ByteTokenizer().dtype == np.uint16
     ranks = [bytes([value]) for value in range(256)]
     ranks += [bytes([first, second]) for first in range(256) for second in range(256)]
-    assert BpeTokenizer(ranks).dtype == np.uint32
+    for vocab_size, dtype in ((65_536, np.uint16), (65_537, np.uint32)):
+        tokenizer = BpeTokenizer(ranks[: vocab_size - 1])
+        assert (tokenizer.vocab_size, tokenizer.dtype) == (vocab_size, dtype)
+        assert tokenizer.encode(ranks[-1]).tolist() == list(ranks[-1])
