@@ -50,7 +50,8 @@ def test_vocabulary(char: CharTokenizer) -> None:
     beyond = sorted(c for c in KNOWN if c > "\x7f")
     assert char.vocab_size == 256 + len(beyond) + 1 == char.eot + 1 and char.name == "char"
     assert [char.decode([256 + n]).decode() for n in range(len(beyond))] == beyond
-    assert CharTokenizer.train([Document("a", b"only ASCII\n")]).vocab_size == 257
+    for raw in (b"only ASCII\n", b"and a byte that is none \xff", b""):
+        assert CharTokenizer.train([Document("a", raw)]).vocab_size == 257
     assert CharTokenizer("".join(map(chr, range(0x4E00, 0x4E00 + 20_000)))).dtype == np.uint16
 
 
