@@ -22,13 +22,13 @@ from kernels.attention import attention_call, training_facts
 from kernels.precision import compute_dtype
 from models.layers.cache import Cache
 from models.layers.decoder import Decoder, padded_vocabulary
-from models.layers.flops import Flops, decoder_flops, matmul_flops, mean_keys
+from models.layers.flops import Flops, matmul_flops
 from models.layers.init import normal_
 from models.layers.norms import RMSNorm
 from models.layers.roles import Rule
-from models.sparse.blocks import capacity
 from models.sparse.cache import SparseCache
-from models.sparse.config import BRANCHES, NSAConfig
+from models.sparse.config import NSAConfig
+from models.sparse.flops import sparse_attention_flops
 from models.sparse.gates import Gates
 from models.sparse.mixer import Layout, SparseAttention, layout_of
 from models.sparse.summaries import Mean, Summary
@@ -140,44 +140,9 @@ class NSA(Decoder):
     # -- operations ----------------------------------------------------------------------------------------------
 
     def block_flops(self, seq_len: int) -> Flops:
-        """Of one block, per token. Summaries are seen from their last token on; to rank blocks, their scores are made
-        again, which passes no gradient on."""
-        c = self.cfg
-        groups, key, value = c.n_kv_heads, c.head_dim, c.value_dim
-        weights = c.d_model * (c.n_heads * (key + value) + c.projections * groups * (key + value))
-        weights += 3 * c.d_model * c.hidden_width + self._gate_weights
-        summaries = capacity(seq_len, c.compress_block_size, c.stride)
-        seen = sum(max(0, seq_len - (i * c.stride + c.compress_block_size - 1)) for i in range(summaries))
-        ranked = Flops(2.0 * c.n_heads * key * summaries, 2.0 * c.n_heads * key * summaries)
-        keys = [seen / seq_len, self._selected_keys(seq_len), mean_keys(seq_len, c.sliding_window)]
-        attended = decoder_flops(weights, keys, c.n_heads * (key + value) / 2, [summaries, seq_len, seq_len])
-        return attended + ranked + self._summary_flops(seq_len)
-
-    @property
-    def _gate_weights(self) -> int:
-        c = self.cfg
-        width = c.gate_hidden_dim or c.d_model
-        return width * BRANCHES * c.n_heads + c.d_model * c.gate_hidden_dim
-
-    def _selected_keys(self, seq_len: int) -> float:
-        """Tokens of a document's selected blocks, mean over a row that is one."""
-        c = self.cfg
-        block = c.selection_block_size
-        whole = [min(c.num_selected_blocks - 1, t // block) * block + t % block + 1 for t in range(seq_len)]
-        return sum(whole) / seq_len
-
-    def _summary_flops(self, seq_len: int) -> Flops:
-        """Of the MLPs that sum up blocks: each token is in the products of as many as overlap there."""
-        c = self.cfg
-        if c.compression == "mean":
-            return Flops(0.0, 0.0)
-        total = 0.0
-        for width in (c.head_dim, c.value_dim):
-            hidden = c.compress_mlp_ratio * width
-            up = c.compress_block_size * width * hidden * (seq_len // c.stride)
-            down = hidden * width * capacity(seq_len, c.compress_block_size, c.stride)
-            total += c.n_kv_heads * (up + down) / seq_len
-        return matmul_flops(total)
+        """Of one block, per token."""
+        mlp = matmul_flops(3 * self.cfg.d_model * self.cfg.hidden_width)
+        return sparse_attention_flops(self.cfg, seq_len) + mlp
 
     def flops(self, seq_len: int) -> Flops:
         return self.block_flops(seq_len) * self.cfg.n_layers + matmul_flops(self.head_weight.numel())

@@ -77,6 +77,11 @@ class NSAConfig(DefaultModelConfig):
         return self.v_head_dim or self.head_dim
 
     @property
+    def turning(self) -> int:
+        """Dims of a head that turn with positions."""
+        return self.head_dim
+
+    @property
     def stride(self) -> int:
         return self.compress_stride or self.compress_block_size
 
@@ -93,7 +98,17 @@ class NSAConfig(DefaultModelConfig):
 
     def problems(self, run: RunConfig) -> list[str]:
         # Heads are as wide as head_dim says, whatever d_model / n_heads is.
-        found = self.head_problems()
+        found = self.head_problems() + self.block_problems()
+        block = self.selection_block_size
+        if run.train_seq_len >= FULL_SIZE and block < LEAST_BLOCK:
+            found.append(
+                f"model_cfg.selection_block_size ({block}) must be at least {LEAST_BLOCK} where train_seq_len "
+                f"({run.train_seq_len}) is {FULL_SIZE} or more: smaller blocks fill no tile. Nearest: {LEAST_BLOCK}"
+            )
+        return found
+
+    def block_problems(self) -> list[str]:
+        found = []
         size, stride, block = self.compress_block_size, self.stride, self.selection_block_size
         if size % stride or block % stride:
             legal = [n for n in range(1, min(size, block) + 1) if size % n == block % n == 0]
@@ -117,11 +132,6 @@ class NSAConfig(DefaultModelConfig):
             found.append(
                 f"model_cfg.compress_stride ({stride}) must be model_cfg.compress_block_size ({size}) where "
                 f"model_cfg.compression is mean; nearest: {size}, or null"
-            )
-        if run.train_seq_len >= FULL_SIZE and block < LEAST_BLOCK:
-            found.append(
-                f"model_cfg.selection_block_size ({block}) must be at least {LEAST_BLOCK} where train_seq_len "
-                f"({run.train_seq_len}) is {FULL_SIZE} or more: smaller blocks fill no tile. Nearest: {LEAST_BLOCK}"
             )
         return found
 

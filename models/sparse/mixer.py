@@ -119,7 +119,7 @@ def layout_of(
         summaries=summaries,
         lonely=lonely,
         window=plan_attention(last, **options),
-        rotation=rotary_tables(index, cfg.head_dim, cfg.rope_theta, dtype),
+        rotation=rotary_tables(index, cfg.turning, cfg.rope_theta, dtype),
     )
 
 
@@ -232,14 +232,27 @@ class SparseAttention(UsesKernels):
 
     def forward(self, x: Tensor, layout: Layout, cache: SparseCache | None = None) -> Tensor:
         """(B, T, D) of x (B, T, D), already normalised."""
-        q, keys, values = self._projected(x)
+        return self._joined(x, self._branches(*self._projected(x), layout, cache))
+
+    def _branches(
+        self,
+        q: Tensor,
+        keys: list[Tensor],
+        values: list[Tensor],
+        layout: Layout,
+        cache: SparseCache | None = None,
+    ) -> tuple[Tensor, ...]:
+        """What each branch sees (B, T, H, w), of `_projected`."""
         turned, turned_keys = self._turned(q, keys, layout)
         asks, summed = (turned, turned_keys[0]) if self.cfg.compress_rope else (q, keys[0])
         compressed, starts = self._compressed(asks, summed, values[0], layout, cache)
         selected = self._selected(turned, turned_keys[1], values[1], starts, cache)
         window = self._window(turned, turned_keys[2], values[2], layout, cache)
+        return compressed, selected, window
+
+    def _joined(self, x: Tensor, branches: tuple[Tensor, ...]) -> Tensor:
+        """(B, T, D)"""
         gates = self.g_proj(x)  # (B, T, H, 3)
-        branches = (compressed, selected, window)
         o = sum(g[..., None] * branch for g, branch in zip(gates.unbind(-1), branches, strict=True))
         assert isinstance(o, Tensor)
         return self.o_proj(o.flatten(2))
