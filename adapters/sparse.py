@@ -2,56 +2,62 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from adapters.base import Annotation, Context, Map
+from adapters.base import Annotation, Context, Map, ModelAdapter
 from adapters.default import DefaultModelAdapter
 from models.sparse.mixer import Ranking
 
-__all__ = ["SparseAdapter"]
+__all__ = ["SparseAdapter", "rankings", "selected"]
 
 
 class SparseAdapter(DefaultModelAdapter):
     def annotate(self, text: str | bytes) -> Annotation:
         """Of each layer and group: the blocks of keys that the tokens selected, queries by blocks."""
-        found: dict[int, Tensor] = {}
-        handles = []
-        for layer, path in enumerate(self.blocks()):
-            for module in self.model.get_submodule(path).modules():
-                if isinstance(module, Ranking):
-
-                    def keep(ranking: Any, given: Any, starts: Tensor, layer: int = layer) -> None:
-                        found[layer] = starts[0]  # (1 + L, G, n)
-
-                    handles.append(module.register_forward_hook(keep))
-        try:
+        with rankings(self) as found:
             self.clean_states(self.one_row(text), Context(seed=0, step=0, phase="eval", rows_in_step=1))
-        finally:
-            for handle in handles:
-                handle.remove()
         size = self.model_cfg.selection_block_size
         return Annotation(
             maps=tuple(
                 Map(
                     f"layer {layer}, group {group}: selected blocks",
-                    _selected(starts[:, group], size),
+                    selected(starts[:, group], size),
                     "query",
                     f"block of {size} keys",
                     column_labels=tuple(
                         f"{max(0, block * size - 1)}" for block in range(-(-len(starts) // size))
                     ),
                 )
-                for layer, starts in found.items()
+                for layer, starts in enumerate(found)
                 for group in range(starts.shape[1])
                 if len(starts) > 1
             )
         )
 
 
-def _selected(starts: Tensor, size: int) -> Tensor:
+@contextmanager
+def rankings(adapter: ModelAdapter) -> Iterator[list[Tensor]]:
+    """Of each layer that ranks blocks, in the order in which they run, what it selects for the first row: where blocks
+    begin, (1 + L, G, n)."""
+    found: list[Tensor] = []
+    handles = [
+        module.register_forward_hook(lambda ranking, given, starts: found.append(starts[0]))
+        for path in adapter.blocks()
+        for module in adapter.model.get_submodule(path).modules()
+        if isinstance(module, Ranking)
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def selected(starts: Tensor, size: int) -> Tensor:
     """starts (1 + L, n) of a document, the start token its first -> (L, blocks): 1 where a token selected one."""
     blocks = -(-len(starts) // size)
     marks = torch.zeros(len(starts), blocks + 1)

@@ -55,6 +55,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         "H-Net: chunks of bytes that the model cuts (Hwang et al. 2025)",
         aliases={"h-net": {}},
     ),
+    "hnet_x_nsa": Architecture(
+        "models.hnet_x_nsa:HNetXNSA",
+        "adapters.sparse_hierarchy:SparseHierarchyAdapter",
+        "H-Net with native sparse attention to its chunks (Hwang et al. 2025, Yuan et al. 2025)",
+        aliases={"hnet-x-nsa": {}},
+    ),
     "mamba": Architecture(
         "models.mamba:Mamba",
         description="state-space models: Mamba (Gu and Dao 2023) and Mamba-2 (Dao and Gu 2024)",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from models.hierarchy.cache import HierarchyCache
-from models.hierarchy.config import HNetConfig
+from models.hierarchy.config import HierarchyConfig, HNetConfig
 from models.hierarchy.places import bytes_of
 from models.hierarchy.stage import Stage, Told
 from models.layers.cache import Cache
@@ -35,10 +35,10 @@ PUBLISHED_IDS, PUBLISHED_START = 256, 254  # of the authors' files: bytes, and t
 
 
 class HNet(Decoder):
-    Config = HNetConfig
-    cfg: HNetConfig  # type: ignore[assignment]  # its sizes are those of several stages
+    Config: type[HierarchyConfig] = HNetConfig
+    cfg: HierarchyConfig  # type: ignore[assignment]  # its sizes are those of several stages
 
-    def __init__(self, cfg: HNetConfig) -> None:
+    def __init__(self, cfg: HierarchyConfig) -> None:
         super().__init__(cfg)  # type: ignore[arg-type]
         rows, width = padded_vocabulary(self.vocab_size), cfg.widths[0]
         self.embeddings = nn.Embedding(rows, width)
@@ -122,10 +122,16 @@ class HNet(Decoder):
             *rules,
         ]
 
+    def layers_in(self, number: int) -> str:
+        """A pattern of what stands before the names in a layer of this stage."""
+        here = re.escape("backbone." + "main_network." * number)
+        innermost = self.cfg.stages[number].ratio is None
+        return here + rf"({'main_network' if innermost else 'encoder|decoder'})\.layers\.\d+\."
+
     def _roles_of(self, number: int, rate: float) -> list[Rule]:
         sizes = self.cfg.stages[number]
         here = re.escape("backbone." + "main_network." * number)
-        layer = here + rf"({'main_network' if sizes.ratio is None else 'encoder|decoder'})\.layers\.\d+\."
+        layer = self.layers_in(number)
         fused = DualMixer.parts(self.cfg.mixer(sizes.width))
         return [
             Rule(layer + r"mixer\.in_proj\.weight", "matrix", rate, split=fused),

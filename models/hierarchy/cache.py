@@ -29,11 +29,13 @@ class HierarchyCache:
         return RowsOf(self, everything, everything.to(device))
 
     def store(
-        self, name: str, at: RowsOf, slots: Tensor, keys: Tensor, values: Tensor
+        self, name: str, at: RowsOf, slots: Tensor, keys: Tensor, values: Tensor, held: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Put keys and values (R, H, C, h) into slots (R, C) int64 on the CPU; returns what these rows hold up to the
-        last slot, (R, H, S, h) each."""
-        held = int(slots.max()) + 1
+        last slot, (R, H, S, h) each. `held`: S, of rows that hold equally many and may get none."""
+        held = int(slots.max()) + 1 if held is None else held
+        if not held:
+            return keys, values
         stored, row, slot = self._with_room(name, keys, held), at.rows, slots.to(keys.device)
         stored[:, row[:, None], :, slot] = torch.stack((keys, values)).permute(1, 3, 0, 2, 4)
         found = stored[:, row, :, :held]

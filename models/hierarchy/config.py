@@ -1,21 +1,22 @@
-"""The fields of hnet, and what follows from them for each stage."""
+"""The fields of hierarchies that cut chunks, those of hnet, and what follows from them for each stage."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
 from configs.schema import Execution, Fraction, Free, ModelConfig, NonNegative, Positive, Rate
 from models.hierarchy.layout import Stage, stages_of
+from models.sparse.config import NSAConfig
 from models.state_space.config import MambaConfig
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
 
-__all__ = ["HNetConfig", "StageSizes"]
+__all__ = ["HNetConfig", "HierarchyConfig", "StageSizes"]
 
 BYTES_PER_TOKEN = 4.6  # of GPT-2's tokens, which rates are tuned for (Hwang et al. 2025, section 2.3.3)
 FFN_MULTIPLE = 128  # that hidden widths are rounded up to
@@ -34,7 +35,8 @@ Window = Annotated[int, Field(ge=-1)]
 @dataclass(frozen=True)
 class StageSizes:
     """One stage. `layers`: kinds of layers of (encoder, decoder), or (main,); `window`: positions that a position sees,
-    itself included (None: all); `ratio`: positions of this stage in a chunk, as aimed at (None of the innermost)."""
+    itself included (None: all); `ratio`: positions of this stage in a chunk, as aimed at (None of the innermost);
+    `sparse`: what its attention is, where that is sparse: heads, positions and window of its own."""
 
     layers: Stage
     width: int
@@ -43,6 +45,7 @@ class StageSizes:
     turning: int
     window: int | None
     ratio: float | None
+    sparse: NSAConfig | None = None
 
     @property
     def head_width(self) -> int:
@@ -54,21 +57,15 @@ class StageSizes:
         return sum(2 if kind.isupper() else 1 for stack in self.layers for kind in stack)
 
 
-class HNetConfig(ModelConfig):
-    """Defaults are a model of one stage of 121 million parameters. Lists are of all stages, from the outermost in."""
+class HierarchyConfig(ModelConfig):
+    """What every such hierarchy has. Lists are of all stages, from the outermost in."""
 
     unit = "byte"
 
     vocab_size: Positive | None = None
     n_ctx: Positive = 8192
-    arch_layout: Layout | None = None  # None: of the next two
-    n_layers: Positive | None = 15  # of the innermost stage, attention and feed-forward each
-    num_compression_layers: Positive | None = 4  # of the encoder and of the decoder, Mamba-2
     d_model: Positive | list[Positive] = 768  # one number: of the innermost, the others 2/3 of it
-    n_heads: Positive | list[Positive] = 12  # one number: of the innermost, the others' as wide
     d_intermediate: list[NonNegative] | None = None  # None = 8/3 d_model where a layer has one
-    rotary_emb_dim: list[NonNegative] | None = None  # dims of a head that turn; None = half of it
-    window_size: list[Window] | None = None  # positions before a position that it sees, -1 = all
     d_state: Positive = 128  # of each channel of Mamba-2
     expand: Positive = 2
     d_conv: Positive = 4
@@ -77,50 +74,58 @@ class HNetConfig(ModelConfig):
     norm_eps: Rate = 1e-5
     tie_embeddings: bool = False
     chunking: Literal["dynamic", "fixed"] = "dynamic"
-    target_ratio: Ratio | list[Ratio] | None = None  # None = 6 of one stage, 3 of each of several
-    compression_ratio: Annotated[float, Field(gt=0, lt=1)] | None = None  # 1 / target_ratio of every stage
     ratio_loss_weight: Free[Rate] = 0.03
     ratio_over: Free[Literal["row", "batch"]] = "row"
     ema_eps: Annotated[Fraction, Field(lt=0.5)] = 1e-4
     lr_multiplier: Free[Literal["auto"] | list[Rate]] = "auto"
     chunk_execution: Execution[Literal["auto", "packed", "padded", "masked"]] = "auto"
 
-    tiny = {
-        "n_ctx": 32,
-        "d_model": 64,
-        "n_heads": 4,
-        "n_layers": 2,
-        "num_compression_layers": 1,
-        "headdim": 16,
-        "d_state": 8,
-        "target_ratio": 2.0,
-    }
+    tiny = {"n_ctx": 32, "d_model": 64, "headdim": 16, "d_state": 8}
     examples = {
-        "arch_layout": (
-            ["m1", ["t1"], "m1"],
-            {"arch_layout": ["m1", ["T1"], "m1"], "n_layers": None, "num_compression_layers": None},
-        ),
         "d_model": [64, 64],
-        "n_heads": [3, 8],
         "d_intermediate": [0, 128],
-        "rotary_emb_dim": [8, 4],
-        "window_size": [-1, 3],
         "chunk_size": 8,
-        "target_ratio": 3.0,
-        "compression_ratio": (0.25, {"target_ratio": None}),
         "ratio_over": "batch",
         "lr_multiplier": [1.0, 2.0],
         "ema_eps": 0.1,
     }
 
-    # -- what follows for each stage -------------------------------------------------------------------------------
+    # -- what a subclass says ----------------------------------------------------------------------------------------
+
+    stage_lists: ClassVar[tuple[str, ...]] = ("d_model", "d_intermediate", "lr_multiplier")
+    counted_by: ClassVar[str] = "model_cfg.arch_layout"  # the field that says how many stages there are
 
     @property
     def layout(self) -> list[Any]:
-        if self.arch_layout is not None:
-            return self.arch_layout
-        outer = f"m{self.num_compression_layers}"
-        return [outer, [f"T{self.n_layers}"], outer]
+        raise NotImplementedError
+
+    @property
+    def heads(self) -> list[int]:
+        """Of attention that is not sparse, of each stage."""
+        raise NotImplementedError
+
+    @property
+    def ratios(self) -> list[float]:
+        """N of each stage that cuts chunks."""
+        raise NotImplementedError
+
+    def turning(self, stage: int) -> int | None:
+        """Dims of a head that turn, of attention that is not sparse. None: half of it, in whole pairs."""
+        return None
+
+    def before(self, stage: int) -> int:
+        """Positions before a position that attention sees which is not sparse, -1 = all."""
+        return -1 if stage == len(self.kinds) - 1 else 1023
+
+    def sparse(self, stage: int) -> NSAConfig | None:
+        """What attention of a stage is, where it is sparse."""
+        return None
+
+    def ratio_problem(self, number: int, ratio: float) -> str:
+        """What to say of chunks that are to be of one length, which is not whole."""
+        raise NotImplementedError
+
+    # -- what follows for each stage -------------------------------------------------------------------------------
 
     @property
     def kinds(self) -> list[Stage]:
@@ -134,24 +139,6 @@ class HNetConfig(ModelConfig):
         return [*(min(outer, self.d_model),) * (len(self.kinds) - 1), self.d_model]
 
     @property
-    def heads(self) -> list[int]:
-        """Of attention."""
-        if isinstance(self.n_heads, list):
-            return self.n_heads
-        width = self.widths[-1] / self.n_heads
-        return [*(max(1, round(outer / width)) for outer in self.widths[:-1]), self.n_heads]
-
-    @property
-    def ratios(self) -> list[float]:
-        """N of each stage that cuts chunks."""
-        outer = len(self.kinds) - 1
-        if isinstance(self.target_ratio, list):
-            return self.target_ratio
-        if self.compression_ratio is not None:
-            return [1 / self.compression_ratio] * outer
-        return [self.target_ratio or (6.0 if outer == 1 else 3.0)] * outer
-
-    @property
     def stages(self) -> list[StageSizes]:
         found = []
         for stage, (layers, width, heads) in enumerate(zip(self.kinds, self.widths, self.heads, strict=True)):
@@ -160,18 +147,17 @@ class HNetConfig(ModelConfig):
             hidden = 8 * width / 3 if feeds else 0
             if self.d_intermediate is not None:
                 hidden = self.d_intermediate[stage]
-            # Half of a head turns, in whole pairs.
-            turning = width // heads // 4 * 2 if self.rotary_emb_dim is None else self.rotary_emb_dim[stage]
-            before = (-1 if last else 1023) if self.window_size is None else self.window_size[stage]
+            turning, before = self.turning(stage), self.before(stage)
             found.append(
                 StageSizes(
                     layers,
                     width,
                     FFN_MULTIPLE * math.ceil(hidden / FFN_MULTIPLE),
                     heads,
-                    turning,
+                    width // heads // 4 * 2 if turning is None else turning,
                     None if before < 0 else before + 1,
                     None if last else self.ratios[stage],
+                    self.sparse(stage) if set("".join(layers)) & {"t", "T"} else None,
                 )
             )
         return found
@@ -206,44 +192,22 @@ class HNetConfig(ModelConfig):
     # -- what does not fit -----------------------------------------------------------------------------------------
 
     def problems(self, run: RunConfig) -> list[str]:
-        found = super().problems(run) + self._conflicts()
+        found = super().problems(run) + self.conflicts()
         return found or self._lengths() or self._of_stages()
 
-    def _conflicts(self) -> list[str]:
-        found = []
-        for name in ("n_layers", "num_compression_layers"):
-            if self.arch_layout is not None and getattr(self, name) is not None:
-                found.append(
-                    f"model_cfg.{name} ({getattr(self, name)}) and model_cfg.arch_layout both say how many layers "
-                    f"there are. Nearest: {name}=null, or arch_layout=null"
-                )
-            if self.arch_layout is None and getattr(self, name) is None:
-                default = type(self).model_fields[name].default
-                found.append(
-                    f"model_cfg.{name} and model_cfg.arch_layout are both null, and neither says how many layers there "
-                    f"are. Nearest: {name}={default}"
-                )
-        if self.compression_ratio is not None and self.target_ratio is not None:
-            found.append(
-                f"model_cfg.compression_ratio ({self.compression_ratio}) and model_cfg.target_ratio "
-                f"({self.target_ratio}) both say how long chunks are to be. Nearest: compression_ratio=null"
-            )
-        if self.arch_layout is not None and len(self.kinds) == 1:
-            found.append(
-                f"model_cfg.arch_layout ({self.layout}) cuts no chunks: it has one stage. Nearest: "
-                f"['m4', {self.layout}, 'm4']"
-            )
-        return found
+    def conflicts(self) -> list[str]:
+        """Fields that say the same, or nothing, of how many layers there are; the others are looked at only without."""
+        return []
 
     def _lengths(self) -> list[str]:
         stages, found = len(self.kinds), []
-        lists = ("d_model", "n_heads", "d_intermediate", "rotary_emb_dim", "window_size", "lr_multiplier")
-        for name, wanted in [*((name, stages) for name in lists), ("target_ratio", stages - 1)]:
+        for name in self.stage_lists:
             value = getattr(self, name)
+            wanted = stages - (name == "target_ratio")
             if isinstance(value, list) and len(value) != wanted:
                 what = "stages that cut chunks" if name == "target_ratio" else "stages"
                 found.append(
-                    f"model_cfg.{name} ({value}) has {len(value)} numbers, and model_cfg.arch_layout {wanted} {what}. "
+                    f"model_cfg.{name} ({value}) has {len(value)} numbers, and {self.counted_by} {wanted} {what}. "
                     f"Nearest: {(value + value[-1:] * wanted)[:wanted] if value else 'null'}"
                 )
         return found
@@ -266,7 +230,7 @@ class HNetConfig(ModelConfig):
                     f"model_cfg.expand times the width of stage {number} ({self.expand} * {stage.width}) must be "
                     f"divisible by model_cfg.headdim ({self.headdim}). Nearest: headdim={nearest}"
                 )
-            if set(kinds) & {"t", "T"}:
+            if set(kinds) & {"t", "T"} and stage.sparse is None:
                 found += self._of_attention(number, stage)
             if kinds.lower() != kinds and not stage.hidden:
                 found.append(
@@ -274,10 +238,7 @@ class HNetConfig(ModelConfig):
                     f"layer. Nearest: {round(8 * stage.width / 3)}, or m and t in model_cfg.arch_layout"
                 )
             if self.chunking == "fixed" and stage.ratio is not None and stage.ratio != int(stage.ratio):
-                found.append(
-                    f"model_cfg.target_ratio of stage {number} ({stage.ratio}) must be a whole number where "
-                    f"model_cfg.chunking is fixed. Nearest: {max(2, round(stage.ratio))}"
-                )
+                found.append(self.ratio_problem(number, stage.ratio))
         return found
 
     def _of_attention(self, number: int, stage: StageSizes) -> list[str]:
@@ -306,3 +267,96 @@ class HNetConfig(ModelConfig):
         if self.chunking == "fixed":
             found |= dict.fromkeys(("ratio_loss_weight", "ratio_over"), "chunking=fixed")
         return found
+
+
+class HNetConfig(HierarchyConfig):
+    """Defaults are a model of one stage of 121 million parameters. Lists are of all stages, from the outermost in."""
+
+    arch_layout: Layout | None = None  # None: of the next two
+    n_layers: Positive | None = 15  # of the innermost stage, attention and feed-forward each
+    num_compression_layers: Positive | None = 4  # of the encoder and of the decoder, Mamba-2
+    n_heads: Positive | list[Positive] = 12  # one number: of the innermost, the others' as wide
+    rotary_emb_dim: list[NonNegative] | None = None  # dims of a head that turn; None = half of it
+    window_size: list[Window] | None = None  # positions before a position that it sees, -1 = all
+    target_ratio: Ratio | list[Ratio] | None = None  # None = 6 of one stage, 3 of each of several
+    compression_ratio: Annotated[float, Field(gt=0, lt=1)] | None = None  # 1 / target_ratio of every stage
+
+    tiny = {"n_heads": 4, "n_layers": 2, "num_compression_layers": 1, "target_ratio": 2.0}
+    examples = {
+        "arch_layout": (
+            ["m1", ["t1"], "m1"],
+            {"arch_layout": ["m1", ["T1"], "m1"], "n_layers": None, "num_compression_layers": None},
+        ),
+        "n_heads": [3, 8],
+        "rotary_emb_dim": [8, 4],
+        "window_size": [-1, 3],
+        "target_ratio": 3.0,
+        "compression_ratio": (0.25, {"target_ratio": None}),
+    }
+    stage_lists = (
+        *("d_model", "n_heads", "d_intermediate", "rotary_emb_dim", "window_size", "lr_multiplier"),
+        "target_ratio",
+    )
+
+    @property
+    def layout(self) -> list[Any]:
+        if self.arch_layout is not None:
+            return self.arch_layout
+        outer = f"m{self.num_compression_layers}"
+        return [outer, [f"T{self.n_layers}"], outer]
+
+    @property
+    def heads(self) -> list[int]:
+        """Of attention."""
+        if isinstance(self.n_heads, list):
+            return self.n_heads
+        width = self.widths[-1] / self.n_heads
+        return [*(max(1, round(outer / width)) for outer in self.widths[:-1]), self.n_heads]
+
+    @property
+    def ratios(self) -> list[float]:
+        """N of each stage that cuts chunks."""
+        outer = len(self.kinds) - 1
+        if isinstance(self.target_ratio, list):
+            return self.target_ratio
+        if self.compression_ratio is not None:
+            return [1 / self.compression_ratio] * outer
+        return [self.target_ratio or (6.0 if outer == 1 else 3.0)] * outer
+
+    def turning(self, stage: int) -> int | None:
+        return None if self.rotary_emb_dim is None else self.rotary_emb_dim[stage]
+
+    def before(self, stage: int) -> int:
+        return super().before(stage) if self.window_size is None else self.window_size[stage]
+
+    def conflicts(self) -> list[str]:
+        found = []
+        for name in ("n_layers", "num_compression_layers"):
+            if self.arch_layout is not None and getattr(self, name) is not None:
+                found.append(
+                    f"model_cfg.{name} ({getattr(self, name)}) and model_cfg.arch_layout both say how many layers "
+                    f"there are. Nearest: {name}=null, or arch_layout=null"
+                )
+            if self.arch_layout is None and getattr(self, name) is None:
+                default = type(self).model_fields[name].default
+                found.append(
+                    f"model_cfg.{name} and model_cfg.arch_layout are both null, and neither says how many layers there "
+                    f"are. Nearest: {name}={default}"
+                )
+        if self.compression_ratio is not None and self.target_ratio is not None:
+            found.append(
+                f"model_cfg.compression_ratio ({self.compression_ratio}) and model_cfg.target_ratio "
+                f"({self.target_ratio}) both say how long chunks are to be. Nearest: compression_ratio=null"
+            )
+        if self.arch_layout is not None and len(self.kinds) == 1:
+            found.append(
+                f"model_cfg.arch_layout ({self.layout}) cuts no chunks: it has one stage. Nearest: "
+                f"['m4', {self.layout}, 'm4']"
+            )
+        return found
+
+    def ratio_problem(self, number: int, ratio: float) -> str:
+        return (
+            f"model_cfg.target_ratio of stage {number} ({ratio}) must be a whole number where model_cfg.chunking is "
+            f"fixed. Nearest: {max(2, round(ratio))}"
+        )

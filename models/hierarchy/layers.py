@@ -18,12 +18,18 @@ from kernels.choose import UsesKernels
 from kernels.precision import at_least_fp32, compute_dtype
 from kernels.qk_norm_rope import qk_norm_rope, rotation_call
 from models.hierarchy.cache import RowsOf
-from models.hierarchy.config import HNetConfig, StageSizes
+from models.hierarchy.config import HierarchyConfig, StageSizes
 from models.hierarchy.places import Places
+from models.hierarchy.sparse import ChunkAttention, Chunks
 from models.layers.flops import Flops, matmul_flops
 from models.layers.init import INIT_STD, normal_
 from models.layers.norms import RMSNorm
 from models.layers.rotary import rotary_tables
+from models.sparse.config import NSAConfig
+from models.sparse.flops import sparse_attention_flops
+from models.sparse.gates import Gates
+from models.sparse.mixer import layout_of
+from models.sparse.summaries import Mean, Summary
 from models.state_space.dual import DualMixer
 from models.state_space.mixer import Documents, State
 
@@ -35,7 +41,7 @@ ROPE_THETA = 10000.0
 @dataclass(frozen=True)
 class Around:
     """What the layers of a stack share. Of text as a whole `places`; behind a cache `at`, and `slots` (R, C) on the
-    CPU where keys and values go."""
+    CPU where keys and values go. `sparse`: what sparse attention is told in their place."""
 
     documents: Documents | None = None
     plan: Plan | None = None
@@ -43,6 +49,7 @@ class Around:
     places: Places | None = None
     at: RowsOf | None = None
     slots: Tensor | None = None
+    sparse: Chunks | None = None
 
 
 class Attention(UsesKernels):
@@ -93,12 +100,17 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """One layer; `kind` as in `models/hierarchy/layout.py`. The residual stream is at least fp32."""
 
-    def __init__(self, cfg: HNetConfig, sizes: StageSizes, kind: str, name: str) -> None:
+    def __init__(self, cfg: HierarchyConfig, sizes: StageSizes, kind: str, name: str) -> None:
         super().__init__()
         self.name = name
         self.norm1 = RMSNorm(sizes.width, cfg.norm_eps)
-        self.mixer: DualMixer | Attention
-        self.mixer = DualMixer(cfg.mixer(sizes.width)) if kind in "mM" else Attention(sizes, name)
+        self.mixer: DualMixer | Attention | ChunkAttention
+        if kind in "mM":
+            self.mixer = DualMixer(cfg.mixer(sizes.width))
+        elif sizes.sparse is not None:
+            self.mixer = ChunkAttention(sizes.sparse, name)
+        else:
+            self.mixer = Attention(sizes, name)
         self.norm2 = RMSNorm(sizes.width, cfg.norm_eps) if kind.isupper() else None
         self.mlp = SwiGLU(sizes.width, sizes.hidden) if kind.isupper() else None
 
@@ -107,6 +119,8 @@ class Block(nn.Module):
         y, at = self.norm1(x), around.at
         if isinstance(self.mixer, Attention):
             branch = self.mixer(y, around)
+        elif isinstance(self.mixer, ChunkAttention):
+            branch = self.mixer(y, around.sparse)
         else:
             state = (
                 None if at is None else State(at.read(f"{self.name}.recent"), at.read(f"{self.name}.states"))
@@ -120,11 +134,13 @@ class Block(nn.Module):
             branch = self.mlp(y)
         return x + branch.to(x.dtype)
 
-    def flops(self, cfg: HNetConfig, sizes: StageSizes, length: Any, longest: int) -> Flops:
+    def flops(self, cfg: HierarchyConfig, sizes: StageSizes, length: Any, longest: int) -> Flops:
         """Per place of a stage whose row holds `length` places (a number, or a tensor of them), `longest` at most."""
         found = matmul_flops(3 * sizes.width * sizes.hidden) if self.mlp is not None else Flops(0, 0)
         if isinstance(self.mixer, DualMixer):
             return found + self.mixer.flops(longest)
+        if isinstance(self.mixer, ChunkAttention):
+            return found + sparse_attention_flops(self.mixer.cfg, length)
         keys = seen(length, sizes.window, longest)
         forward, masked = 4.0 * sizes.width * keys, 4.0 * sizes.width * (length - keys)
         weights = matmul_flops(4 * sizes.width**2)
@@ -145,7 +161,7 @@ def seen(length: Any, window: int | None, longest: int) -> Any:
 class Stack(UsesKernels):
     """Layers of one width, and the norm of what comes out of them."""
 
-    def __init__(self, cfg: HNetConfig, sizes: StageSizes, kinds: str, name: str) -> None:
+    def __init__(self, cfg: HierarchyConfig, sizes: StageSizes, kinds: str, name: str) -> None:
         super().__init__()
         self.cfg, self.sizes, self.kinds, self.name = cfg, sizes, kinds, name
         self.layers = nn.ModuleList(
@@ -165,19 +181,26 @@ class Stack(UsesKernels):
         """x (R, M, D) -> the same, in the format of matrix products. `cu_seqlens`: of the outermost stage's rows, the
         same as offsets."""
         ids, _ = places.in_rows
-        plan = rotation = None
-        if self.attends:
+        plan = rotation = sparse = None
+        if self.sizes.sparse is not None:
+            layout = layout_of(
+                self.sizes.sparse, ids, 0, ids, cu_seqlens, compute_dtype(self.rmsnorm.weight), self.kernels
+            )
+            sparse = Chunks(layout, places)
+        elif self.attends:
             visible = Visible.causally(ids, window=self.sizes.window, doc_ids=ids, cu_seqlens=cu_seqlens)
             plan = self._plan(visible, x)
             rotation = self._rotation(torch.arange(ids.shape[1], device=x.device), x)
         documents = Documents(places.ids, F.pad(places.begins[:, 1:], (1, 0)))
-        return self._through(x, Around(documents, plan, rotation, places))
+        return self._through(x, Around(documents, plan, rotation, places, sparse=sparse))
 
     def step(self, x: Tensor, at: RowsOf) -> Tensor:
         """x (R, C, D), which follows what the cache holds of these rows."""
         if not self.attends:
             return self._through(x, Around(at=at))
         slots = at.slots(self.name, x.shape[1])
+        if self.sizes.sparse is not None:
+            return self._sparse_step(self.sizes.sparse, x, at, slots)
         query, key = slots.to(x.device)[..., None], torch.arange(int(slots.max()) + 1, device=x.device)
         mask = key <= query  # (R, C, S)
         if self.sizes.window is not None:
@@ -186,6 +209,17 @@ class Stack(UsesKernels):
         visible = Visible(rows, queries, keys, x.device, causal=False, mask=mask[:, None])
         around = Around(None, self._plan(visible, x), self._rotation(query[..., 0], x), None, at, slots)
         return self._through(x, around)
+
+    def _sparse_step(self, cfg: NSAConfig, x: Tensor, at: RowsOf, slots: Tensor) -> Tensor:
+        """Rows that hold equally many places go together: blocks, summaries and windows of others end elsewhere."""
+        found, dtype = torch.empty_like(x), compute_dtype(self.rmsnorm.weight)
+        for past in sorted(set(slots[:, 0].tolist())):
+            chosen = (slots[:, 0] == past).nonzero()[:, 0]
+            rows, here = chosen.to(x.device), at.among(chosen)
+            layout = layout_of(cfg, slots[chosen].to(x.device), past, None, None, dtype, self.kernels)
+            y = self._through(x[rows], Around(at=here, sparse=Chunks(layout, at=here, past=past)))
+            found = found.to(y.dtype).index_copy(0, rows, y)
+        return found
 
     def _through(self, x: Tensor, around: Around) -> Tensor:
         x = x.to(at_least_fp32(x.dtype))
@@ -214,20 +248,27 @@ class Stack(UsesKernels):
             if isinstance(block.mixer, DualMixer):
                 recent, kept = block.mixer.empty(rows)
                 states |= {f"{block.name}.recent": recent, f"{block.name}.states": kept}
+            elif isinstance(block.mixer, ChunkAttention):
+                states |= block.mixer.empty(rows)
         counts = {self.name: torch.zeros(rows, dtype=torch.int64, device="cpu")} if self.attends else {}
         return states, counts
 
     def init_weights(self, generator: torch.Generator, residuals: int) -> None:
         """N(0, 0.02^2); what writes to the residual stream, N(0, 0.02^2 / residuals): additions to the stream up to
-        here, from the outermost stage in."""
+        here, from the outermost stage in. Summaries and gates of sparse attention as `nsa` begins."""
+        own: set[nn.Module] = set()
         for module in self.modules():
-            if isinstance(module, DualMixer):
+            if isinstance(module, DualMixer | Summary | Mean):
                 module.init_weights(generator)
+            elif isinstance(module, Gates):
+                module.init_weights(generator, INIT_STD)
             elif isinstance(module, RMSNorm):
                 module.init_weights()
+            if isinstance(module, Summary | Mean | Gates):
+                own |= set(module.modules())
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                writes = name.endswith(("out_proj", "fc2"))
+            if isinstance(module, nn.Linear) and module not in own:
+                writes = name.endswith(("out_proj", "o_proj", "fc2"))
                 normal_(module.weight, INIT_STD / residuals**0.5 if writes else INIT_STD, generator)
 
     def flops(self, length: Any, longest: int) -> Flops:

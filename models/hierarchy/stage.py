@@ -18,7 +18,7 @@ from kernels.choose import UsesKernels
 from kernels.precision import at_least_fp32, own_dtypes
 from models.hierarchy.cache import RowsOf
 from models.hierarchy.chunking import confidence, smoothed, straight_through
-from models.hierarchy.config import HNetConfig
+from models.hierarchy.config import HierarchyConfig
 from models.hierarchy.layers import Stack
 from models.hierarchy.places import Places, compacted
 from models.hierarchy.routing import FixedRouter, Router
@@ -45,7 +45,7 @@ class Told:
 
 
 class Stage(UsesKernels):
-    def __init__(self, cfg: HNetConfig, number: int = 0) -> None:
+    def __init__(self, cfg: HierarchyConfig, number: int = 0) -> None:
         super().__init__()
         self.cfg, self.number = cfg, number
         stages = cfg.stages
