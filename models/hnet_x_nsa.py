@@ -1,5 +1,5 @@
-"""An H-Net whose innermost stage has native sparse attention, to chunks: positions, blocks and windows count chunks that
-the model cuts, not bytes.
+"""An H-Net whose innermost stage has native sparse attention, to chunks: its positions, blocks and windows count these,
+not bytes.
 
 H-Net: Hwang, Wang and Gu 2025 (arXiv:2507.07955), `models/hnet.py`. Native sparse attention: Yuan et al. 2025
 (arXiv:2502.11089), `models/sparse/`. No paper has both; this is each as its own paper has it. Parameters are named as
@@ -69,7 +69,8 @@ class ChunkNSAConfig(NSAConfig):
 
 
 class HNetXNSAConfig(HierarchyConfig):
-    """Defaults are a model of 128 million parameters that cuts chunks three times. Lists are from the outermost stage in."""
+    """Defaults are a model of 128 million parameters that cuts chunks of chunks of chunks. Lists are of all stages, from the
+    outermost in."""
 
     n_compress_decompress_layers: Positive = 3  # stages that cut chunks, each within the one before
     compression_decompress_size: Annotated[float, Field(gt=1, allow_inf_nan=False)] = (

@@ -78,6 +78,8 @@ def stack(x, p, code, cfg, stage):
         y, mixer = norm(x, w["norm1.weight"], cfg["norm_eps"]), below(w, "mixer.")
         if kind in "mM":
             x = x + mamba2(y, mixer, cfg["d_state"], cfg["norm_eps"])
+        elif stage in cfg.get("attention", {}):
+            x = x + cfg["attention"][stage](y, mixer)
         else:
             of_stage = (cfg[name][stage] for name in ("n_heads", "rotary_emb_dim", "window_size"))
             x = x + attention(y, mixer, *of_stage)
@@ -130,8 +132,9 @@ def stage_of(x, p, layout, cfg, stage, told):
 
 
 def logits(p, tokens, cfg, told=None):
-    """tokens: numbers of one document -> (T, V). `cfg`: every field as a list of stages, nothing left out. `told`:
-    of each stage (probabilities, places that opened a chunk)."""
+    """tokens: numbers of one document -> (T, V). `cfg`: every field as a list of stages, nothing left out; `attention`:
+    of stages that have another than H-Net's, by number, a function of (x, weights). `told`: of each stage
+    (probabilities, places that opened a chunk)."""
     told = {} if told is None else told
     x = stage_of(p["embeddings.weight"][tokens], below(p, "backbone."), cfg["arch_layout"], cfg, 0, told)
     return x @ p.get("lm_head.weight", p["embeddings.weight"]).T
