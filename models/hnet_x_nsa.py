@@ -69,8 +69,7 @@ class ChunkNSAConfig(NSAConfig):
 
 
 class HNetXNSAConfig(HierarchyConfig):
-    """Defaults are a model of 128 million parameters that cuts chunks of chunks of chunks. Lists are of all stages, from the
-    outermost in."""
+    """Defaults are a model of 128 million parameters, whose bytes are cut into chunks three times over."""
 
     n_compress_decompress_layers: Positive = 3  # stages that cut chunks, each within the one before
     compression_decompress_size: Annotated[float, Field(gt=1, allow_inf_nan=False)] = (
@@ -174,8 +173,8 @@ class HNetXNSAConfig(HierarchyConfig):
         ]
         if wrong := [name for name in self.nsa_stages if name not in attending]:
             found.append(
-                f"model_cfg.nsa_stages ({self.nsa_stages}) names {shorten(map(str, wrong))}, and stages with attention "
-                f"(T or t in model_cfg.stage_layout, {self.stage_layout}) are {shorten(map(str, attending))}. Nearest: "
+                f"model_cfg.nsa_stages ({self.nsa_stages}) names {shorten([*map(str, wrong)])}, and stages with attention "
+                f"(T or t in model_cfg.stage_layout, {self.stage_layout}) are {shorten([*map(str, attending)])}. Nearest: "
                 f"{attending}"
             )
         return found

@@ -1,5 +1,5 @@
-"""H-Net with native sparse attention to its chunks: both papers' equations, a dense H-Net's weights, documents that begin
-anywhere, text whose rows open chunks at different times."""
+"""H-Net with native sparse attention to its chunks: both papers' equations, a dense H-Net's weights, documents that
+begin anywhere, text whose rows open chunks at different times."""
 
 import re
 
@@ -146,7 +146,8 @@ def test_all_blocks_selected_and_nothing_else_are_a_dense_h_net(turning):
     for name in changed:
         if name.endswith(("k_proj.weight", "v_proj.weight")) and "mixer" in name:
             same = [
-                torch.equal(*pair) for pair in zip(sparse.state_dict()[name].chunk(3), fresh[name].chunk(3))
+                torch.equal(*pair)
+                for pair in zip(sparse.state_dict()[name].chunk(3), fresh[name].chunk(3), strict=True)
             ]
             assert same == [True, False, True], name
     only_selected(sparse)
