@@ -107,6 +107,9 @@ def layout_of(
     behind = min(past, cfg.sliding_window - 1)
     last = Visible.causally(tokens, behind, window=cfg.sliding_window, doc_ids=doc_ids, cu_seqlens=cu_seqlens)
     index = torch.arange(past, past + queries, device=tokens.device)
+    if cfg.compress_rope and doc_ids is not None:
+        # A summary of turned keys is no function of distances alone.
+        index = index - own
     return Layout(
         past=past,
         begin=own,

@@ -111,7 +111,7 @@ def test_a_later_token_changes_nothing_earlier(fields):
 
 
 @pytest.mark.parametrize("lengths", [*([n, 29 - n] for n in range(9, 18)), [2, 1, 14, 3, 9], [28, 1]])
-@pytest.mark.parametrize("fields", [{}, FLA], ids=["paper", "fla"])
+@pytest.mark.parametrize("fields", [{}, FLA, {"compress_rope": True}], ids=["paper", "fla", "turned"])
 def test_packed_documents_are_what_they_are_alone(fields, lengths):
     """The second begins at every place in a block."""
     model, tokens = sparse(**fields), tokens_of(rows=1, length=29)
