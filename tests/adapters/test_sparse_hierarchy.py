@@ -1,0 +1,50 @@
+"""What is drawn of a text whose chunks select blocks of chunks, and what a hierarchy reports, of this one too."""
+
+import torch
+
+from adapters.sparse import rankings
+from tests.contract.tiny import adapter_of, batch_for, context, move_away_from_uniform
+
+
+def test_the_picture_of_a_text_is_of_its_chunks_and_of_what_they_selected():
+    """Of blocks of 2 chunks, 4 at most: a chunk's own is among them, and none behind it."""
+    adapter, text = adapter_of("hnet_x_nsa", dtype=torch.float64), "import os\nimport sys\nÄ = 1\n"
+    move_away_from_uniform(adapter.eval(), std=0.1)
+    with torch.no_grad(), rankings(adapter) as chosen:
+        found = adapter.annotate(text)
+    found.check(len(text.encode()))
+    chunks = len(chosen[0])
+    assert [one.name[:7] for one in found.spans] == ["stage 1"]
+    # The first boundary in the text may stand on its first byte; what comes before is of the start token's chunk.
+    assert len(found.spans[0].spans) in (chunks, chunks - 1) and 2 < chunks < len(text.encode())
+    assert [one.name for one in found.maps] == [
+        f"sparse layer {layer}, group {group}: selected blocks" for layer in range(2) for group in range(2)
+    ]
+    for number, drawn in enumerate(found.maps):
+        starts = chosen[number // 2][1:, number % 2]
+        assert drawn.values.shape == (chunks - 1, -(-chunks // 2))
+        for chunk, (row, of) in enumerate(zip(drawn.values, starts.tolist(), strict=True), start=1):
+            assert row.nonzero().flatten().tolist() == [start // 2 for start in of if start >= 0]
+            assert row[chunk // 2] == 1 and not row[chunk // 2 + 1 :].any()
+    assert not adapter.annotate("").maps
+
+
+def test_the_ratio_loss_of_every_stage_is_added():
+    adapter = adapter_of("hnet_x_nsa", "model_cfg.n_compress_decompress_layers=2", dtype=torch.float64)
+    output = adapter(adapter.prepare(batch_for(adapter), context()))
+    assert list(output.terms) == ["ce", "ratio"]
+    assert {"ratio_loss_1", "ratio_loss_2", "bytes_per_chunk_2"} <= output.metrics.keys()
+    output.terms["ratio"].sum.backward()
+    moved = {name for name, p in adapter.named_model_parameters() if p.grad is not None and p.grad.any()}
+    assert {name for name, _ in adapter.named_model_parameters() if "routing_module" in name} <= moved
+
+
+def test_operations_are_those_of_the_chunks_that_there_were():
+    adapter = adapter_of("hnet_x_nsa", dtype=torch.float64)
+    move_away_from_uniform(adapter, std=0.1)
+    prepared = adapter.prepare(batch_for(adapter), context())
+    output, told = adapter(prepared), adapter.hidden(prepared).extra
+    length, model = prepared.tensors["inputs"].shape[1], adapter.model
+    each = [model.flops_of([length, float(n)], length).training_per_token for n in told["opened"][0]]
+    torch.testing.assert_close(float(output.flops), length * sum(each))
+    assert len(set(told["opened"][0].tolist())) > 1, "the check is blind"
