@@ -171,11 +171,11 @@ class HNetXNSAConfig(HierarchyConfig):
             for number, stage in enumerate(self.kinds)
             if set("".join(stage)) & {"t", "T"}
         ]
-        if wrong := [name for name in self.nsa_stages if name not in attending]:
+        if wrong := [str(name) for name in self.nsa_stages if name not in attending]:
             found.append(
-                f"model_cfg.nsa_stages ({self.nsa_stages}) names {shorten([*map(str, wrong)])}, and stages with attention "
-                f"(T or t in model_cfg.stage_layout, {self.stage_layout}) are {shorten([*map(str, attending)])}. Nearest: "
-                f"{attending}"
+                f"model_cfg.nsa_stages ({self.nsa_stages}) names {shorten(wrong)}; stages with attention (T or t in "
+                f"model_cfg.stage_layout, {self.stage_layout}) are {shorten([str(name) for name in attending])}. "
+                f"Nearest: {attending}"
             )
         return found
 

@@ -44,7 +44,7 @@ class ChunkAttention(SparseAttention):
             # Each row of the batch attends by itself.
             q, *both = (chunks.places.rows(t) for t in (q, *keys, *values))  # (B, W, ...)
             keys, values = both[: len(keys)], both[len(keys) :]
-        cache = None if chunks.at is None else _RowsCache(self, chunks.at, chunks.past)
+        cache: Any = None if chunks.at is None else _RowsCache(self, chunks.at, chunks.past)
         branches = self._branches(q, keys, values, chunks.layout, cache)
         if chunks.places is not None:
             branches = tuple(chunks.places.back(branch) for branch in branches)

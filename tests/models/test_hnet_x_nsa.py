@@ -376,7 +376,7 @@ def test_selected_blocks_are_chosen_once_where_activations_are_recomputed():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"nsa_stages": [0]}, r"nsa_stages.*names 0.*Nearest: \['main'\]"),
+        ({"nsa_stages": [0]}, r"nsa_stages.*names 0;.*Nearest: \['main'\]"),
         ({"nsa_stages": ["main", 4], "stage_layout": "T1"}, r"Nearest: \[0, 1, 2, 'main'\]"),
         ({"chunking": "fixed", "compression_decompress_size": 10.0}, "to the power of .*Nearest: 8"),
         ({"d_model": [512, 768]}, r"2 numbers, and model_cfg.n_compress_decompress_layers 4 stages"),
