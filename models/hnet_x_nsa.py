@@ -102,7 +102,7 @@ class HNetXNSAConfig(HierarchyConfig):
         **{name: NSAConfig.tiny[name] for name in ("n_kv_heads", "head_dim", "gate_hidden_dim")},
         "n_compress_decompress_layers": 1,
         "compression_decompress_size": 2.0,
-        "n_inner_layers": 2,
+        "n_inner_layers": 1,
         "stage_layout": "m1",
         "n_heads": 4,
         "sliding_window": 3,
