@@ -224,9 +224,14 @@ def test_a_later_byte_changes_nothing_before_it(fields, way):
     ids=[*VARIANTS, "one stage, masked"],
 )
 def test_packed_documents_are_what_they_are_alone(fields, way):
-    """The second begins at every place of a chunk and of a block of chunks; some are shorter than any block."""
+    """Of chunks of one length the second begins at every place of a block of them; some are shorter than any block."""
     model, tokens = built(fields, chunk_execution=way), tokens_of()
-    for lengths in [*([n, LENGTH - n] for n in range(12, 16)), [2, 1, 14, 3, 11], [30, 1]]:
+    whole = model.cfg.chunking == "fixed"
+    for lengths in [
+        *([n, LENGTH - n] for n in (range(10, 18) if whole else range(12, 16))),
+        [2, 1, 14, 3, 11],
+        [30, 1],
+    ]:
         alone = torch.cat([logits_of(model, part) for part in tokens.split(lengths, 1)], 1)
         torch.testing.assert_close(with_documents(model, tokens, lengths), alone, **EXACT)
 
@@ -256,13 +261,12 @@ def test_rows_with_unequally_many_chunks_are_rows_alone():
 
 
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
-@pytest.mark.parametrize("sizes", [[1] * LENGTH, [9, 1, 1, 20]], ids=["bytes", "some"])
-def test_text_in_pieces_equals_text_as_a_whole(fields, sizes):
+def test_text_in_pieces_equals_text_as_a_whole(fields):
     """Rows open their chunks, end their blocks and make their summaries at different times."""
     model, tokens = built(fields), torch.cat((tokens_of(3), torch.full((1, LENGTH), 4)))
     cache = model.init_cache(4)
     with torch.no_grad():
-        found = [model(piece, cache=cache).states for piece in tokens.split(sizes, 1)]
+        found = [model(piece, cache=cache).states for piece in tokens.split([6] + [1] * 18 + [7], 1)]
         whole = model(tokens)
     torch.testing.assert_close(torch.cat(found, 1), whole.states, **EXACT)
     if model.cfg.chunking == "dynamic":
@@ -415,7 +419,7 @@ def test_a_row_whose_chunks_are_all_selected_is_told_of():
     assert "about 64 chunks" in many.remarks(run)[0]
 
 
-@pytest.mark.parametrize("preset", ["nano", "tiny", "small", "150M", "200M", "250M"])
+@pytest.mark.parametrize("preset", ["nano", "tiny", "250M"])
 def test_a_preset_is_that_of_the_innermost_stage(preset):
     _, cfg = compose(["model=hnet_x_nsa", f"preset={preset}"], notify=lambda text: None)
     _, plain = compose(["model=gpt2", f"preset={preset}"], notify=lambda text: None)
