@@ -154,17 +154,22 @@ def _models(request: Request) -> tuple[list[Node], str]:
 
 
 def _imply_source(request: Request, nodes: list[Node]) -> None:
-    """`input_file=F` alone means the source of text that reads it; no file has to say so, nor the command line."""
-    from data import readers
+    """`input_file=F` or `train_files=F` alone means the source of text that reads it; no file has to say so, nor the
+    command line."""
+    from data import source_of
 
     stated = [n for node in nodes for n in node.chain() if n.path != BASE and n.values.get("data")]
-    given = "input_file" in request.keys or any(node.stated("input_file") for node in nodes)
-    if not given or "data" in request.keys or stated:
+    if "data" in request.keys or stated:
         return
-    source = readers("input_file")[0]
-    request.values["data"] = source
-    request.overrides.append(f"configs/data={source}")
-    request.notices.append(f"input_file is given: data={source}")
+    for field in ("input_file", "train_files"):
+        value = request.values.get(field) or next((v for n in nodes if (v := n.stated(field))), None)
+        if value is None and field not in request.keys:
+            continue
+        source = source_of(field, value)
+        request.values["data"] = source
+        request.overrides.append(f"configs/data={source}")
+        request.notices.append(f"{field} is given: data={source}")
+        return
 
 
 def _option(node: Node, request: Request, registry: Registry) -> Model:

@@ -84,10 +84,16 @@ def quoted(key: str, value: str) -> str:
             return value
         if key.startswith("env.") and isinstance(parsed.value(), list | dict):
             return value  # for the typed check to refuse
+        if isinstance(parsed.value(), list) and key in GENERIC_FIELDS and _takes_lists(key):
+            return value
     except HydraException:
         pass
     escaped = value.replace("\\'", "\\\\'").replace("'", "\\'")
     return f"'{escaped}'" if not escaped.endswith("\\") else value
+
+
+def _takes_lists(field: str) -> bool:
+    return any(typing.get_origin(kind) is list for kind in field_types(field))
 
 
 def field_types(field: str) -> set[Any]:

@@ -276,7 +276,9 @@ class RunConfig(BaseModel):
     data: Annotated[str, OneOf("data:SOURCES")] = "embedded"
     input_file: FilePath | None = None
     data_root: FilePath | None = None
+    train_files: FilePath | list[FilePath] | None = None
     val_files: FilePath | list[FilePath] | None = None
+    text_field: str = "text"
     document_separator: Annotated[str, AfterValidator(one_line)] | None = None
     near_copies: Literal["drop", "keep"] | None = None
     synthetic: Literal["markov", "grammar", "recall"] = "markov"

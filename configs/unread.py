@@ -133,7 +133,7 @@ def _by_place(run: RunConfig, explicit: set[str]) -> dict[str, str]:
     reasons = {}
     if run.output_dir and "output_dir" in explicit:
         reasons["model_name"] = _said(run, "output_dir")
-    if run.input_file and Path(run.input_file).is_absolute():
+    if run.input_file and Path(run.input_file).is_absolute() and not run.train_files:
         reasons["data_root"] = _said(run, "input_file")
     return reasons
 

@@ -152,11 +152,14 @@ def _source(run: RunConfig) -> list[str]:
 
     source = SOURCES[run.data]
     problems = [
-        f"data={run.data} needs {need}" for need in source.needs if not getattr(run, need.partition("=")[0])
+        f"data={run.data} needs {need}"
+        for need in source.needs
+        if not any(getattr(run, name) for name in re.findall(r"(\w+)=", need))
     ]
-    if run.input_file and "input_file" not in source.reads:
-        those = " or ".join(f"data={name}" for name in readers("input_file"))
-        problems.append(f"input_file is read by {those} only, and data is '{run.data}'. Add {those}")
+    for field in ("input_file", "train_files"):
+        if getattr(run, field) and field not in source.reads:
+            those = " or ".join(f"data={name}" for name in readers(field))
+            problems.append(f"{field} is read by {those} only, and data is '{run.data}'. Add {those}")
     return problems
 
 
@@ -288,16 +291,16 @@ def _trackers(run: RunConfig) -> list[str]:
 
 def _files(run: RunConfig) -> list[str]:
     """Problems with what the run is to read, found before anything starts."""
-    from data.text import val_paths
+    from data import SOURCES
     from data.tokenizer_choice import choose
 
     problems = []
-    if run.input_file:
-        path = Path(run.data_root or "", run.input_file)
-        if not path.exists():
-            problems.append(f"input_file: no such file or folder: {path} (looked from {Path.cwd()})")
-        elif run.val_files:
-            problems += _problem(lambda: val_paths(run))
+    source = SOURCES[run.data]
+    path = Path(run.data_root or "", run.input_file) if run.input_file else None
+    if path and not path.exists():
+        problems.append(f"input_file: no such file or folder: {path} (looked from {Path.cwd()})")
+    elif source.absolute:
+        problems += _problem(lambda: load(source.absolute)(run))
     # A run that goes on does not read what it began from.
     if run.init_from_checkpoint and run.resume == "none":
         problems += [f"init_from_checkpoint: {p}" for p in [not_weights(Path(run.init_from_checkpoint))] if p]

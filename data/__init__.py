@@ -31,20 +31,27 @@ __all__ = [
     "load_corpus",
     "load_dataset",
     "readers",
+    "source_of",
     "unheard",
 ]
 
 
 @dataclass(frozen=True)
 class Source(Entry):
-    """Where text comes from. `factory` is `(cfg) -> Corpus`.
+    """Where text comes from. `factory` is `(cfg) -> Corpus`, or `(cfg) -> Stream` where the text may be larger than
+    memory (`data/stream.py`).
 
-    `needs` are those of its fields that must be set, each with what it takes: "input_file=<file or folder>".
+    `needs` are those of its fields that must be set, each with what it takes: "input_file=<file or folder>"; where one
+    of several will do, all stand in one entry. `absolute` is `(cfg) -> {field: value}`, the fields with paths that mean
+    the same from any folder; DataError where there is nothing. `suffixes`: how the names of its files end, where they
+    are of one kind.
     `tokenizer` is what `auto` means for it, and `tokenizer_why` says why. `near_copies` is what that field means where
     it is not set; None: held-out text is not compared with the training text, as both are drawn independently.
     """
 
     needs: tuple[str, ...] = ()
+    absolute: str = ""
+    suffixes: tuple[str, ...] = ()
     tokenizer: str = "bpe-1024"
     tokenizer_why: str = "trained on the training split"
     near_copies: Literal["drop", "keep"] | None = "keep"
@@ -82,6 +89,15 @@ SOURCES: dict[str, Source] = {
         ("input_file", "data_root", "val_files", "document_separator"),
         "your own text",
         needs=("input_file=<file or folder>",),
+        absolute="data.text:absolute",
+    ),
+    "jsonl": Source(
+        "data.jsonl:load",
+        ("train_files", "input_file", "data_root", "val_files", "text_field"),
+        "files of JSON lines, also compressed, of any size",
+        needs=("train_files=<files> or input_file=<file or folder>",),
+        absolute="data.jsonl:absolute",
+        suffixes=(".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".ndjson.gz", ".ndjson.zst"),
     ),
     "synthetic": Source(
         "data.synthetic:load",
@@ -127,6 +143,14 @@ CACHE_FORMAT = 1  # part of every cache key: raise it when tokens or tokenizers 
 def readers(field: str) -> list[str]:
     """Names of the sources that read a generic field."""
     return [name for name, source in SOURCES.items() if field in source.reads]
+
+
+def source_of(field: str, value: object) -> str:
+    """The source that a generic field alone means: the one whose files what it names is called like, else the first
+    that reads the field."""
+    named = str(value[0] if isinstance(value, list | tuple) and value else value).lower()
+    those = readers(field)
+    return next((name for name in those if named.endswith(SOURCES[name].suffixes or ("\0",))), those[0])
 
 
 @dataclass(frozen=True)
@@ -186,7 +210,6 @@ def load_dataset(
     Raises:
         DataError: the text or tokenizer cannot be used as asked, or the text is too short for one row.
     """
-    from data.corpus import content
     from data.lost import lost_text
     from data.rows import TrainingRows
     from data.tokenizer_choice import make_tokenizer
@@ -206,7 +229,7 @@ def load_dataset(
         train=stores["train"],
         heldout=stores["heldout"],
         fingerprint=corpus.fingerprint,
-        content=content(corpus.train, corpus.heldout),
+        content=corpus.content,
         name=corpus.name,
         entropy_bits_per_byte=corpus.truth.entropy_bits_per_byte if corpus.truth else None,
         truth=corpus.truth,
@@ -222,12 +245,16 @@ def load_corpus(
     cfg: DataConfig, cache: Path, tell: Callable[[str], object] = unheard
 ) -> tuple[Corpus, Overlap | None]:
     """The text that `cfg.data` names, as `cfg.near_copies` wants it, and what was measured for that."""
+    from data.kept import keep_text
     from data.near_copies import heed
+    from data.stream import Stream
 
     if cfg.data not in SOURCES:
         raise DataError(f"data: {not_one_of(cfg.data, SOURCES)}")
     tell("reading the text")
-    corpus: Corpus = SOURCES[cfg.data].load()(cfg)
+    corpus: Corpus | Stream = SOURCES[cfg.data].load()(cfg)
+    if isinstance(corpus, Stream):
+        corpus = keep_text(corpus, cache, tell)
     default = SOURCES[cfg.data].near_copies
     tell("looking for held-out text in the training text")
     return heed(corpus, cfg.near_copies or default, cache) if default else (corpus, None)
@@ -236,7 +263,8 @@ def load_corpus(
 def _stores(
     corpus: Corpus, tokenizer: Tokenizer, cache: Path, notes: list[str]
 ) -> tuple[dict[str, TokenStore], Path | None]:
-    from data.store import encode_documents, load_stores, save_stores
+    from data.corpus import Texts
+    from data.store import encode_documents, load_stores, write_stores
 
     sides = {"train": corpus.train, "heldout": corpus.heldout}
     folder = cache / "tokens" / f"{corpus.fingerprint[:16]}-{tokenizer.digest[:16]}-v{CACHE_FORMAT}"
@@ -245,11 +273,15 @@ def _stores(
             return load_stores(folder, list(sides), tokenizer), folder
         except DataError as error:
             notes.append(f"rebuilt: {error}")
-    stores = {side: encode_documents(documents, tokenizer) for side, documents in sides.items()}
     try:
         tokenizer.save(folder / "tokenizer.json")
-        save_stores(folder, stores)
+        write_stores(folder, sides, tokenizer)
+        return load_stores(folder, list(sides), tokenizer, check=False), folder
     except OSError as error:
+        if isinstance(corpus.train, Texts):  # more than memory holds, perhaps
+            raise DataError(
+                f"the tokens of {corpus.name} cannot be written to {folder}: {error.strerror or error}. Set "
+                f"MYTRAINER_CACHE=<folder with room>, or make room there"
+            ) from error
         notes.append(f"tokens could not be cached: {error}")
-        return stores, None
-    return stores, folder
+    return {side: encode_documents(documents, tokenizer) for side, documents in sides.items()}, None

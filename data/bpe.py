@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import regex
 
-from data.corpus import Document, path_hash
+from data.corpus import Document, in_hash_order
 from data.errors import DataError
 from data.huggingface.written import byte_level_json
 from data.merges import learn_merges
@@ -134,7 +134,7 @@ class BpeTokenizer(RankTokenizer):
         A text with too few repeated pairs is a DataError that names the largest size it supports.
         """
         sample, read, enough = [], 0, SAMPLE_BYTES_PER_TOKEN * size
-        for document in sorted(documents, key=lambda document: (path_hash(document.name), document.name)):
+        for document in in_hash_order(documents):
             if read >= enough:
                 break
             sample.append(_beginning(document.text, enough))

@@ -1,17 +1,20 @@
 """A corpus: named documents, already split into what is trained on and what is held out.
 
-The split is a function of a document's name alone (files) or its place (one long file), never of a random
-state, so two machines with the same files hold out the same text.
+The split is a function of a document's name alone (files), its place (one long file) or its text (streams), never of
+a random state, so two machines with the same files hold out the same text.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
+
+_TOGETHER = 4096  # digests that are looked at at once
 
 # Of a whole document: (its bytes,) bool, those that are told apart in a score.
 Marker = Callable[[bytes], np.ndarray]
@@ -22,6 +25,24 @@ class Document(NamedTuple):
 
     name: str
     text: bytes
+
+
+class Texts(Sequence[Document]):
+    """Documents that are not in memory: each is read when it is asked for. They are told by their text alone, as how
+    they lie in files says nothing of what they are; their names are for people.
+
+    sizes (n,) int64: raw UTF-8 bytes. digests (n, 32) uint8: sha256 of each text.
+    """
+
+    sizes: np.ndarray
+    digests: np.ndarray
+
+    @abstractmethod
+    def select(self, indices: np.ndarray) -> Texts:
+        """Those of them (k,), in this order."""
+
+    def __len__(self) -> int:
+        return len(self.sizes)
 
 
 class TrueModel(Protocol):
@@ -45,12 +66,17 @@ class Corpus:
     """
 
     name: str
-    train: list[Document]
-    heldout: list[Document]
+    train: Sequence[Document]
+    heldout: Sequence[Document]
     fingerprint: str
     notes: tuple[str, ...] = ()
     truth: TrueModel | None = None
     marks: Mapping[str, Marker] = field(default_factory=dict)
+
+    @property
+    def content(self) -> str:
+        """As `fingerprint`, whatever the documents are called."""
+        return self.fingerprint if isinstance(self.train, Texts) else content(self.train, self.heldout)
 
 
 def is_held_out(path: str) -> bool:
@@ -64,19 +90,53 @@ def path_hash(path: str) -> int:
 
 
 def fingerprint(train: Sequence[Document], heldout: Sequence[Document]) -> str:
-    """sha256 over side, name and content digest of every document, in order."""
+    """sha256 over side, name (none of `Texts`) and content digest of every document, in order."""
     digest = hashlib.sha256()
     for side, documents in (("train", train), ("heldout", heldout)):
-        for name, text in documents:
-            content = hashlib.sha256(text).hexdigest()
+        for name, content in _told(documents):
             digest.update(f"{side}\0{name}\0{content}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
 def content(train: Sequence[Document], heldout: Sequence[Document]) -> str:
     """As `fingerprint`, whatever the documents are called: a run reads places and bytes, not names."""
-    nameless = ([document._replace(name="") for document in side] for side in (train, heldout))
+    nameless = (
+        side if isinstance(side, Texts) else [document._replace(name="") for document in side]
+        for side in (train, heldout)
+    )
     return fingerprint(*nameless)
+
+
+def _told(documents: Sequence[Document]) -> Iterator[tuple[str, str]]:
+    """Name and content digest of each."""
+    if not isinstance(documents, Texts):
+        yield from ((name, hashlib.sha256(text).hexdigest()) for name, text in documents)
+        return
+    for start in range(0, len(documents), _TOGETHER):
+        digests = documents.digests[start : start + _TOGETHER].tobytes().hex()
+        yield from (("", digests[place : place + 64]) for place in range(0, len(digests), 64))
+
+
+def in_hash_order(documents: Sequence[Document]) -> Iterable[Document]:
+    """Spread evenly over the text, whatever its order: by a hash of their names, that of their text for `Texts`."""
+    if not isinstance(documents, Texts):
+        return sorted(documents, key=lambda document: (path_hash(document.name), document.name))
+    first = np.ascontiguousarray(documents.digests[:, :8]).view(">u8")[:, 0]
+    return (documents[int(place)] for place in np.argsort(first, kind="stable"))
+
+
+def selected(documents: Sequence[Document], indices: Sequence[int]) -> Sequence[Document]:
+    """Those of them, in this order."""
+    if isinstance(documents, Texts):
+        return documents.select(np.array(indices, dtype=np.int64))
+    return [documents[index] for index in indices]
+
+
+def sizes(documents: Sequence[Document]) -> list[int]:
+    """Raw UTF-8 bytes of each."""
+    if isinstance(documents, Texts):
+        return [int(size) for size in documents.sizes]
+    return [len(document.text) for document in documents]
 
 
 def drop_duplicates(documents: Sequence[Document]) -> tuple[list[Document], int]:
@@ -89,4 +149,6 @@ def drop_duplicates(documents: Sequence[Document]) -> tuple[list[Document], int]
 
 def total_bytes(documents: Sequence[Document]) -> int:
     """Raw UTF-8 bytes of the documents together."""
+    if isinstance(documents, Texts):
+        return int(documents.sizes.sum())
     return sum(len(document.text) for document in documents)

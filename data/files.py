@@ -127,7 +127,12 @@ def _convert(encoding: str, path: Path) -> str:
 
 
 def find_text(root: Path) -> tuple[list[str], list[str]]:
-    """Relative POSIX paths of the text files below a folder, sorted; and sentences about what else is there.
+    """`find_files` of text."""
+    return find_files(root, TEXT_SUFFIXES, "text")
+
+
+def find_files(root: Path, suffixes: tuple[str, ...], what: str) -> tuple[list[str], list[str]]:
+    """Relative POSIX paths of the files below a folder that end so, sorted; and sentences about what else is there.
 
     Raises:
         DataError: a folder in it cannot be read.
@@ -145,7 +150,7 @@ def find_text(root: Path) -> tuple[list[str], list[str]]:
             relative = (here / name).relative_to(root).as_posix()
             if why := _why_not(here / name, root):
                 left_out[why].append(relative)
-            elif name in files and Path(name).suffix.lower() in TEXT_SUFFIXES:
+            elif name in files and name.lower().endswith(suffixes):
                 found.append(relative)
             elif name in files:
                 ignored[Path(name).suffix.lower()] += 1
@@ -153,7 +158,10 @@ def find_text(root: Path) -> tuple[list[str], list[str]]:
         subfolders[:] = [
             name for name in subfolders if (here / name).relative_to(root).as_posix() not in gone
         ]
-    return sorted(found), [*_by_suffix(ignored), *(_listed(why, names) for why, names in left_out.items())]
+    return sorted(found), [
+        *_by_suffix(ignored, what),
+        *(_listed(why, names) for why, names in left_out.items()),
+    ]
 
 
 def _why_not(path: Path, root: Path) -> str:
@@ -195,10 +203,10 @@ def _is_printed_to(path: Path) -> bool:
     return False
 
 
-def _by_suffix(ignored: Counter[str]) -> Iterable[str]:
+def _by_suffix(ignored: Counter[str], what: str) -> Iterable[str]:
     if ignored:
         common = ", ".join(f"{suffix or 'no suffix'} ({count})" for suffix, count in ignored.most_common(5))
-        yield f"ignored {ignored.total():,} files that are not text by suffix: {shown(common)}"
+        yield f"ignored {ignored.total():,} files that are not {what} by suffix: {shown(common)}"
 
 
 def _listed(why: str, names: list[str]) -> str:

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from data.cache import write_atomic
-from data.corpus import Corpus, Document, fingerprint, total_bytes
+from data.corpus import Corpus, Document, fingerprint, selected, sizes
 from data.errors import DataError
 from data.files import shown
 
@@ -91,45 +91,45 @@ def heed(corpus: Corpus, choice: str, cache: Path) -> tuple[Corpus, Overlap]:
     notes = list(corpus.notes)
     shares, estimate = _shares(corpus, cache, notes)
     copies = [share >= NEAR_COPY for share in shares]
-    kept = [d for d, copy in zip(corpus.heldout, copies, strict=True) if choice == "keep" or not copy]
+    kept = [index for index, copy in enumerate(copies) if choice == "keep" or not copy]
     if not kept:
         raise DataError(
             f"near_copies=drop would leave nothing held out: of each of the {len(copies)} held-out documents half or "
             f"more stands in the training text. Set near_copies=keep, or hold out other text"
         )
-    overlap = _overlap(corpus.heldout, kept, dict(zip(corpus.heldout, shares, strict=True)), choice, estimate)
+    overlap = _overlap(corpus.heldout, kept, shares, choice, estimate)
     if choice == "drop":
         notes.append(f"held-out near copies of training text dropped: {_dropped(overlap)}")
     notes += noted(overlap, "the held-out text", _mend(len(copies), sum(copies), overlap.dropped))
     if overlap.dropped:
-        corpus = replace(corpus, heldout=kept, fingerprint=fingerprint(corpus.train, kept))
+        heldout = selected(corpus.heldout, kept)
+        corpus = replace(corpus, heldout=heldout, fingerprint=fingerprint(corpus.train, heldout))
     return replace(corpus, notes=tuple(notes)), overlap
 
 
-def _share_of(documents: Sequence[Document], of: dict[Document, float]) -> float:
-    return sum(of[d] * len(d.text) for d in documents) / total_bytes(documents)
-
-
 def _overlap(
-    documents: list[Document], kept: list[Document], of: dict[Document, float], choice: str, estimate: bool
+    documents: Sequence[Document], kept: Sequence[int], shares: Sequence[float], choice: str, estimate: bool
 ) -> Overlap:
-    """`of`: the share of each document."""
-    order = sorted(documents, key=lambda document: -of[document] * len(document.text))
+    """`kept`: their places; `shares`: of each document."""
+    size = sizes(documents)
+    order = sorted(range(len(size)), key=lambda place: -shares[place] * size[place])
     return Overlap(
         choice=choice,
-        share=_share_of(kept, of),
-        before=_share_of(documents, of),
-        dropped=len(documents) - len(kept),
-        dropped_bytes=total_bytes(documents) - total_bytes(kept),
-        worst=tuple((d.name, len(d.text), of[d]) for d in order[:WORST] if of[d]),
+        share=sum(shares[place] * size[place] for place in kept) / sum(size[place] for place in kept),
+        before=sum(share * bytes_ for share, bytes_ in zip(shares, size, strict=True)) / sum(size),
+        dropped=len(size) - len(kept),
+        dropped_bytes=sum(size) - sum(size[place] for place in kept),
+        worst=tuple(
+            (documents[place].name, size[place], shares[place]) for place in order[:WORST] if shares[place]
+        ),
         estimate=estimate,
     )
 
 
-def compare(train: Sequence[Document], documents: list[Document]) -> Overlap:
+def compare(train: Sequence[Document], documents: Sequence[Document]) -> Overlap:
     """What other text than the held-out shares with a training text."""
     shares, estimate = shares_in_training(train, documents)
-    return _overlap(documents, documents, dict(zip(documents, shares, strict=True)), "keep", estimate)
+    return _overlap(documents, range(len(documents)), shares, "keep", estimate)
 
 
 def _dropped(overlap: Overlap) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from data import load_corpus, load_dataset
 from data.cache import cache_root
 from data.config import DataConfig
-from data.corpus import Document, content, fingerprint
+from data.corpus import Document, fingerprint
 from data.errors import DataError
 from data.lost import lost_text
 from data.near_copies import Overlap, compare, noted
@@ -104,7 +104,7 @@ def _is_own(run: ScoredConfig, given: ScoredConfig, trained_on: Mapping[str, str
         return False  # not even two parts can be made of it
     recorded = trained_on or {}
     named = corpus.fingerprint == recorded.get("fingerprint")
-    return named or content(corpus.train, corpus.heldout) == recorded.get("content")
+    return named or corpus.content == recorded.get("content")
 
 
 def _shared_with(run: ScoredConfig, documents: list[Document]) -> tuple[Overlap | None, tuple[str, ...]]:

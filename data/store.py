@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from data.arrays import ArrayWriter, map_array
 from data.cache import file_digest, write_atomic
 from data.corpus import Document, Marker
 from data.errors import DataError
@@ -17,6 +19,7 @@ from data.tokenizers import Tokenizer, spans_of, text_of
 
 _ARRAYS = ("tokens", "offsets", "doc_bytes")
 _OF_LOSSY = ("lossy", "raw")
+MAPPED = 1 << 20  # bytes from which the other arrays are mapped, as tokens are
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class TokenStore:
     @property
     def lengths(self) -> np.ndarray:
         """Tokens per document (n_docs,) int64."""
-        return np.diff(self.offsets)
+        return np.diff(np.asarray(self.offsets))
 
     def text(self, index: int) -> bytes:
         """The raw text of one document."""
@@ -123,36 +126,92 @@ def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> Tok
 
 def save_stores(folder: Path, stores: dict[str, TokenStore]) -> None:
     """Write `<side>.<array>.npy` files and, last, `meta.json` with their digests. Raises OSError."""
-    digests = {}
+    names = []
     for side, store in stores.items():
         for name in _ARRAYS if store.lossy is None else (*_ARRAYS, *_OF_LOSSY):
-            path = folder / f"{side}.{name}.npy"
-            write_atomic(path, functools.partial(np.save, arr=getattr(store, name), allow_pickle=False))
-            digests[path.name] = file_digest(path)
-    meta = json.dumps({"sha256": digests}, indent=1)
+            names.append(f"{side}.{name}.npy")
+            write = functools.partial(np.save, arr=getattr(store, name), allow_pickle=False)
+            write_atomic(folder / names[-1], write)
+    _write_meta(folder, names)
+
+
+def write_stores(folder: Path, sides: Mapping[str, Sequence[Document]], tokenizer: Tokenizer) -> None:
+    """The same of documents that are encoded one by one, in the order given, and held in memory no longer than that.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    names = []
+    for side, documents in sides.items():
+        names += [f"{side}.{name}.npy" for name in _ARRAYS]
+        if _write_encoded(folder, side, documents, tokenizer):
+            raw = functools.partial(_write_raw, documents=documents)
+            write_atomic(folder / f"{side}.raw.npy", raw)
+            names += [f"{side}.{name}.npy" for name in _OF_LOSSY]
+    _write_meta(folder, names)
+
+
+def _write_encoded(folder: Path, side: str, documents: Sequence[Document], tokenizer: Tokenizer) -> bool:
+    """Whether the tokens of some document do not give its text back, in which case `lossy` is written too."""
+    offsets = np.zeros(len(documents) + 1, dtype=np.int64)
+    doc_bytes = np.zeros(len(documents), dtype=np.int64)
+    lossy = np.zeros(len(documents), dtype=bool)
+
+    def encode(file: BinaryIO) -> None:
+        tokens = ArrayWriter(file, tokenizer.dtype)
+        for index, document in enumerate(documents):
+            ids = tokenizer.encode(document.text)
+            tokens.append(ids)
+            offsets[index + 1], doc_bytes[index] = tokens.length, len(document.text)
+            lossy[index] = text_of(tokenizer, ids) != document.text
+        tokens.close()
+
+    write_atomic(folder / f"{side}.tokens.npy", encode)
+    small = {"offsets": offsets, "doc_bytes": doc_bytes, **({"lossy": lossy} if lossy.any() else {})}
+    for name, array in small.items():
+        path = folder / f"{side}.{name}.npy"
+        write_atomic(path, functools.partial(np.save, arr=array, allow_pickle=False))
+    return bool(lossy.any())
+
+
+def _write_raw(file: BinaryIO, documents: Sequence[Document]) -> None:
+    raw = ArrayWriter(file, np.uint8)
+    for document in documents:
+        raw.append(np.frombuffer(document.text, dtype=np.uint8))
+    raw.close()
+
+
+def _write_meta(folder: Path, names: Sequence[str]) -> None:
+    meta = json.dumps({"sha256": {name: file_digest(folder / name) for name in names}}, indent=1)
     write_atomic(folder / "meta.json", lambda file: file.write(meta.encode()))
 
 
-def load_stores(folder: Path, sides: Sequence[str], tokenizer: Tokenizer) -> dict[str, TokenStore]:
-    """Map the arrays of `save_stores` read-only.
+def load_stores(
+    folder: Path, sides: Sequence[str], tokenizer: Tokenizer, *, check: bool = True
+) -> dict[str, TokenStore]:
+    """Map the arrays of `save_stores` or `write_stores` read-only. `check`: their bytes too.
 
     Raises:
         DataError: a file is missing or its bytes are not those that were written. The caller rebuilds.
     """
     try:
         digests = json.loads((folder / "meta.json").read_bytes())["sha256"]
+        if check:
+            for name, digest in digests.items():
+                if file_digest(folder / name) != digest:
+                    raise DataError(f"{name} has changed since it was written")
         return {side: _load_store(folder, side, digests, tokenizer) for side in sides}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"token cache {folder} is incomplete or damaged: {error}") from error
 
 
-def _load_store(folder: Path, side: str, digests: dict[str, str], tokenizer: Tokenizer) -> TokenStore:
-    arrays = {}
-    kept = [name for name in (*_ARRAYS, *_OF_LOSSY) if name in _ARRAYS or f"{side}.{name}.npy" in digests]
-    for name in kept:
+def _load_store(folder: Path, side: str, names: Container[str], tokenizer: Tokenizer) -> TokenStore:
+    arrays: dict[str, Any] = {}
+    for name in (*_ARRAYS, *_OF_LOSSY):
         path = folder / f"{side}.{name}.npy"
-        if file_digest(path) != digests[path.name]:
-            raise DataError(f"{path.name} has changed since it was written")
-        # An empty array has no bytes to map; the small ones are better in memory.
-        arrays[name] = np.load(path, mmap_mode="r" if name in ("tokens", "raw") else None, allow_pickle=False)
+        if path.name not in names:
+            continue
+        array = map_array(path)
+        # The small ones are better in memory.
+        arrays[name] = array if name in ("tokens", "raw") or array.nbytes > MAPPED else np.array(array)
     return TokenStore(**arrays, tokenizer=tokenizer)

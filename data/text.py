@@ -88,6 +88,11 @@ def val_paths(cfg: TextConfig) -> list[Path]:
     ]
 
 
+def absolute(cfg: TextConfig) -> dict[str, list[str]]:
+    """The fields with paths that mean the same from any folder. DataError where nothing is there."""
+    return {"val_files": [str(path.absolute()) for path in val_paths(cfg)]} if cfg.val_files else {}
+
+
 def _below(cfg: TextConfig, name: str) -> Path:
     return expand_path(cfg.data_root or "") / expand_path(name)
 

@@ -124,11 +124,11 @@ CASES = [
         ["muon_momentum_ends has no effect while muon_momentum_rise and muon_momentum_fall are 0"],
     ),
     (["mine.yaml", "data=text"], ["data=text needs input_file=<file or folder>"]),
-    (["mine.yaml", "data=embedded", "input_file=a.txt"], ["input_file is read by data=text only", "Add data=text"]),
+    (["mine.yaml", "data=embedded", "input_file=a.txt"], ["input_file is read by data=text or data=jsonl only"]),
     (["mine.yaml", "data=text", "input_file=mine.yaml", "val_files=mina.yaml"], ["'mina.yaml' does not exist. Did"]),
     (["mine.yaml", "document_separator=' '"], ["document_separator: ", "a line of its own"]),
     (["mine.yaml", "data=text", "input_file=no.txt"], ["input_file: no such file or folder: no.txt"]),
-    (["mine.yaml", "data=txt"], ["no data 'txt'. Did you mean 'text'? Available: embedded, synthetic, text"]),
+    (["mine.yaml", "data=txt"], ["no data 'txt'. Did you mean 'text'? Available: embedded, jsonl, synthetic, text"]),
     (["mine.yaml", "preset=huge"], ["no preset 'huge'", "Available: 150M, 200M, 250M, nano, none, small, tiny"]),
     (["mine.yaml", "tokenizer=gpt3"], ["tokenizer: 'gpt3' is not one of auto, byte, bpe-<N>"]),
     (["mine.yaml", "tokenizer=bpe-100"], ["tokenizer: 'bpe-100' is too small"]),
@@ -349,8 +349,31 @@ def test_a_file_of_text_alone_means_data_text(work, write):
     write("own.yaml", "defaults: [mine, _self_]\ninput_file: a.txt\n")
     assert compose(["own.yaml"], notes.append)[0].data == "text"
     write("other.yaml", "defaults: [mine, _self_]\ndata: synthetic\n")
-    with pytest.raises(ConfigError, match="input_file is read by data=text only, and data is 'synthetic'"):
+    with pytest.raises(
+        ConfigError, match="input_file is read by data=text or data=jsonl only, and data is 'synthetic'"
+    ):
         compose(["other.yaml", "input_file=a.txt"])
+
+
+def test_files_of_json_lines_alone_mean_data_jsonl(work, write):
+    notes: list[str] = []
+    for name in ("a.jsonl", "b.jsonl"):
+        write(name, '{"text": "hello"}\n')
+    for words, field in (
+        (["input_file=a.jsonl"], "input_file"),
+        (["train_files=[a.jsonl,b.jsonl]"], "train_files"),
+    ):
+        cfg, _ = compose(["mine.yaml", *words], notes.append)
+        assert cfg.data == "jsonl" and f"{field} is given: data=jsonl" in notes
+    assert cfg.train_files == ["a.jsonl", "b.jsonl"]
+    assert compose(["mine.yaml", "train_files=[ab].jsonl"], notes.append)[0].train_files == "[ab].jsonl"
+    assert compose(["mine.yaml", "input_file=a.jsonl", "val_files=[]"], notes.append)[0].val_files == []
+    with pytest.raises(ConfigError, match="train_files is read by data=jsonl only, and data is 'text'"):
+        compose(["mine.yaml", "data=text", "input_file=a.jsonl", "train_files=a.jsonl"])
+    with pytest.raises(ConfigError, match="data=jsonl needs train_files=<files> or input_file="):
+        compose(["mine.yaml", "data=jsonl"])
+    with pytest.raises(ConfigError, match="train_files: 'c.*' matches no file"):
+        compose(["mine.yaml", "train_files=c*.jsonl"])
 
 
 def test_started_processes_must_match(work, monkeypatch):

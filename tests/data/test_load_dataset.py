@@ -93,7 +93,7 @@ def test_second_load_maps_the_cache_and_trains_nothing(config, book, cache, monk
     cfg = config(input_file=book, tokenizer="bpe-300")
     first = load_dataset(cfg, cache_dir=cache)
     monkeypatch.setattr("data.bpe.BpeTokenizer.train", lambda *_: pytest.fail("trained twice"))
-    monkeypatch.setattr("data.store.encode_documents", lambda *_: pytest.fail("encoded twice"))
+    monkeypatch.setattr("data.store.write_stores", lambda *_: pytest.fail("encoded twice"))
     second = load_dataset(cfg, cache_dir=cache)
     assert isinstance(second.train.tokens, np.memmap) and not second.train.tokens.flags.writeable
     assert (second.train.tokens == first.train.tokens).all()

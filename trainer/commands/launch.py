@@ -33,7 +33,8 @@ from configs.messages import REDACTED, ConfigError
 from configs.runs import OUTPUTS
 from configs.schema import ModelConfig, RunConfig, redacted
 from configs.validate import validate
-from data.text import val_paths
+from data import SOURCES
+from naming import load
 from trainer.errors import TrainingError, of_the_machine, sentence
 from trainer.signals import hold_stop_signals, pass_on, stop_signals
 
@@ -103,9 +104,8 @@ def config_text(cfg: RunConfig, origin: str = "", *, of_this_start: bool = False
 
 def with_absolute_paths(cfg: RunConfig) -> RunConfig:
     """Relative paths mean the start directory; a run can be gone on with from any other."""
-    changes: dict[str, Any] = {}
-    if cfg.input_file and cfg.val_files:
-        changes["val_files"] = [str(path.absolute()) for path in val_paths(cfg)]
+    absolute = SOURCES[cfg.data].absolute
+    changes: dict[str, Any] = load(absolute)(cfg) if absolute else {}
     if cfg.data_root is not None:
         changes["data_root"] = os.path.abspath(cfg.data_root)
     elif cfg.input_file is not None:

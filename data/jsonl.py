@@ -1,0 +1,188 @@
+"""`data=jsonl`: files of JSON objects, one a line, whose `text_field` is the text of a document; also gzip- and
+zstd-compressed, in one member or several.
+
+A line ends at a line feed alone. A row whose text is null or empty is left out and counted; one without the field, with
+something else than a string in it, or that is no JSON ends the reading: it is named by file and line. Other fields are
+not looked at.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from data import named
+from data.errors import DataError
+from data.named import KINDS, FilesConfig, named_files
+from data.stream import FilePart, Row, Stream, utf8
+from naming import did_you_mean, shorten
+
+GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+# Bytes of a zstd file that are unpacked together: what comes of them is not bounded, and usually ten times as much.
+ZSTD_BLOCK = 4096
+_WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+class _Number(str):
+    """A number as it is written: some in other fields are longer than Python reads."""
+
+
+_DECODER = json.JSONDecoder(parse_int=_Number, parse_float=_Number, parse_constant=_Number)
+_WHAT = {_Number: "a number", bool: "true or false", list: "a list", dict: "an object", str: "a string"}
+
+
+class _BadZstd(Exception):
+    """What the optional package raises has no place in an except clause where it is not installed."""
+
+
+class JsonlConfig(FilesConfig, Protocol):
+    text_field: str
+
+
+def load(cfg: JsonlConfig) -> Stream:
+    """The files that `train_files` or `input_file`, and `val_files`, name.
+
+    Raises:
+        DataError: no such files, or nothing says which of them are held out.
+    """
+    files = named_files(cfg, KINDS["jsonl"])
+    sides = [
+        None if side is None else [JsonlPart(name, path, cfg.text_field) for name, path in side]
+        for side in (files.train, files.heldout)
+    ]
+    return Stream(
+        files.name,
+        sides[0] or [],
+        sides[1],
+        {"source": "jsonl", "text_field": cfg.text_field},
+        by_hash=cfg.val_files is not None,
+        notes=files.notes,
+    )
+
+
+def absolute(cfg: JsonlConfig) -> dict[str, list[str]]:
+    """As `data.named.absolute`."""
+    return named.absolute(cfg, KINDS["jsonl"])
+
+
+@dataclass(frozen=True)
+class JsonlPart(FilePart):
+    """One file."""
+
+    field: str
+
+    def rows(self) -> Iterator[Row]:
+        line = 0
+        try:
+            with open(self.path, "rb") as file, closing(_unpacked(file, self.path)) as lines:
+                for line, raw in enumerate(lines, start=1):
+                    if line == 1:
+                        raw = self._without_mark(raw)
+                    if raw.strip():
+                        yield Row(line, self._text(raw, line))
+        except (EOFError, gzip.BadGzipFile, zlib.error, _BadZstd) as error:
+            raise DataError(
+                f"{str(self.path)!r} is damaged or cut off behind line {line:,}: {error}. Fetch it again"
+            ) from error
+        except OSError as error:
+            raise DataError(f"{str(self.path)!r} cannot be read: {error.strerror or error}.") from error
+
+    def _without_mark(self, raw: bytes) -> bytes:
+        if raw.startswith(_WIDE):
+            raise DataError(
+                f"{str(self.path)!r} is utf-16 text (byte order mark at byte 0), and JSON lines are UTF-8. Convert it: "
+                f"iconv -f utf-16 -t utf-8 {self.path.name} > {self.path.stem}-utf8{self.path.suffix}"
+            )
+        return raw.removeprefix(codecs.BOM_UTF8)
+
+    def _text(self, raw: bytes, line: int) -> bytes | None:
+        where = f"{str(self.path)!r}, line {line:,}"
+        try:
+            row = _DECODER.decode(raw.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{where} is not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start} of it."
+            ) from None
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from None
+        except RecursionError:
+            raise DataError(f"{where} is nested too deeply to be read.") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{where} is {_WHAT.get(type(row), 'null')}, not a JSON object.")
+        if self.field not in row:
+            has = f"it has {shorten([repr(name) for name in row])}" if row else "it is empty"
+            raise DataError(
+                f"{where} lacks the field {self.field!r} ({has}). Set text_field=<the one with the text>."
+                f"{did_you_mean(self.field, row)}"
+            )
+        text = row[self.field]
+        if text is not None and type(text) is not str:
+            raise DataError(
+                f"{where}: {self.field!r} is {_WHAT[type(text)]}, and the text of a document is a string."
+            )
+        return None if text is None else utf8(text)
+
+
+# -- compressed files ----------------------------------------------------------------------------------------------
+
+
+def _unpacked(file: IO[bytes], path: Path) -> IO[bytes] | io.BufferedIOBase:
+    """What a file holds, by how it begins and not by its name."""
+    start = file.read(4)
+    file.seek(0)
+    if start.startswith(GZIP):
+        return gzip.GzipFile(fileobj=file, mode="rb")
+    if start == ZSTD:
+        return io.BufferedReader(_Frames(file, path))
+    return file
+
+
+class _Frames(io.RawIOBase):
+    """The frames of a zstd file, one behind the other."""
+
+    def __init__(self, file: IO[bytes], path: Path):
+        self._file, self._path = file, path
+        self._chunks = self._unpack()
+        self._rest = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            if (chunk := next(self._chunks, None)) is None:
+                return 0
+            self._rest = chunk
+        count = min(len(buffer), len(self._rest))
+        buffer[:count] = self._rest[:count]
+        self._rest = self._rest[count:]
+        return count
+
+    def _unpack(self) -> Iterator[bytes]:
+        try:
+            import zstandard
+        except ImportError:
+            raise DataError(
+                f"{str(self._path)!r} is zstd-compressed, and the package zstandard is not installed: "
+                f"pip install -e '.[data]', or unpack it: unzstd {self._path.name}"
+            ) from None
+        whole = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        frame = None
+        try:
+            while packed := self._file.read(ZSTD_BLOCK):
+                while packed:
+                    frame = frame or whole.decompressobj()
+                    yield frame.decompress(packed)
+                    packed, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+        except zstandard.ZstdError as error:
+            raise _BadZstd(str(error)) from error
+        if frame is not None:
+            raise _BadZstd("it ends inside a zstd frame")
