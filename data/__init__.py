@@ -99,6 +99,14 @@ SOURCES: dict[str, Source] = {
         absolute="data.jsonl:absolute",
         suffixes=(".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".ndjson.gz", ".ndjson.zst"),
     ),
+    "parquet": Source(
+        "data.parquet:load",
+        ("train_files", "input_file", "data_root", "val_files", "text_field"),
+        "files of Apache Parquet, of any size",
+        needs=("train_files=<files> or input_file=<file or folder>",),
+        absolute="data.parquet:absolute",
+        suffixes=(".parquet",),
+    ),
     "synthetic": Source(
         "data.synthetic:load",
         (

@@ -54,18 +54,7 @@ def load(cfg: JsonlConfig) -> Stream:
         DataError: no such files, or nothing says which of them are held out.
     """
     files = named_files(cfg, KINDS["jsonl"])
-    sides = [
-        None if side is None else [JsonlPart(name, path, cfg.text_field) for name, path in side]
-        for side in (files.train, files.heldout)
-    ]
-    return Stream(
-        files.name,
-        sides[0] or [],
-        sides[1],
-        {"source": "jsonl", "text_field": cfg.text_field},
-        by_hash=cfg.val_files is not None,
-        notes=files.notes,
-    )
+    return files.stream(lambda name, path: JsonlPart(name, path, cfg.text_field), cfg.text_field)
 
 
 def absolute(cfg: JsonlConfig) -> dict[str, list[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +13,7 @@ from typing import Protocol
 from data import SOURCES
 from data.errors import DataError
 from data.files import existing_path, find_files, looks_held_out, shown
+from data.stream import Part, Stream
 from naming import expand_path, shorten
 
 __all__ = ["KINDS", "FilesConfig", "Kind", "Named", "absolute", "named_files"]
@@ -44,6 +45,16 @@ class Named:
     heldout: list[tuple[str, Path]] | None
     name: str
     notes: tuple[str, ...]
+    kind: Kind
+    by_hash: bool
+
+    def stream(self, part: Callable[[str, Path], Part], text_field: str) -> Stream:
+        """Their text, each read by what `part` makes of a name and a path."""
+        train, heldout = (
+            None if side is None else [part(*file) for file in side] for side in (self.train, self.heldout)
+        )
+        read_as = {"source": self.kind.source, "text_field": text_field}
+        return Stream(self.name, train or [], heldout, read_as, self.by_hash, self.notes)
 
 
 def named_files(cfg: FilesConfig, kind: Kind) -> Named:
@@ -69,7 +80,12 @@ def named_files(cfg: FilesConfig, kind: Kind) -> Named:
         _require_no_held_out([name for name, _ in named[0]])
     name = Path(training[0]).name if len(training) == 1 and not glob.has_magic(training[0]) else base.name
     return Named(
-        named[0], named[1] if cfg.val_files else None, name or str(base), tuple(dict.fromkeys(notes))
+        train=named[0],
+        heldout=named[1] if cfg.val_files else None,
+        name=name or str(base),
+        notes=tuple(dict.fromkeys(notes)),
+        kind=kind,
+        by_hash=cfg.val_files is not None,
     )
 
 

@@ -124,11 +124,11 @@ CASES = [
         ["muon_momentum_ends has no effect while muon_momentum_rise and muon_momentum_fall are 0"],
     ),
     (["mine.yaml", "data=text"], ["data=text needs input_file=<file or folder>"]),
-    (["mine.yaml", "data=embedded", "input_file=a.txt"], ["input_file is read by data=text or data=jsonl only"]),
+    (["mine.yaml", "data=embedded", "input_file=a.txt"], ["input_file is read by data=text or data=jsonl or"]),
     (["mine.yaml", "data=text", "input_file=mine.yaml", "val_files=mina.yaml"], ["'mina.yaml' does not exist. Did"]),
     (["mine.yaml", "document_separator=' '"], ["document_separator: ", "a line of its own"]),
     (["mine.yaml", "data=text", "input_file=no.txt"], ["input_file: no such file or folder: no.txt"]),
-    (["mine.yaml", "data=txt"], ["no data 'txt'. Did you mean 'text'? Available: embedded, jsonl, synthetic, text"]),
+    (["mine.yaml", "data=txt"], ["no data 'txt'. Did you mean 'text'? Available: embedded, jsonl, parquet,"]),
     (["mine.yaml", "preset=huge"], ["no preset 'huge'", "Available: 150M, 200M, 250M, nano, none, small, tiny"]),
     (["mine.yaml", "tokenizer=gpt3"], ["tokenizer: 'gpt3' is not one of auto, byte, bpe-<N>"]),
     (["mine.yaml", "tokenizer=bpe-100"], ["tokenizer: 'bpe-100' is too small"]),
@@ -350,7 +350,8 @@ def test_a_file_of_text_alone_means_data_text(work, write):
     assert compose(["own.yaml"], notes.append)[0].data == "text"
     write("other.yaml", "defaults: [mine, _self_]\ndata: synthetic\n")
     with pytest.raises(
-        ConfigError, match="input_file is read by data=text or data=jsonl only, and data is 'synthetic'"
+        ConfigError,
+        match="input_file is read by data=text or data=jsonl or data=parquet only, and data is 'synthetic'",
     ):
         compose(["other.yaml", "input_file=a.txt"])
 
@@ -368,7 +369,9 @@ def test_files_of_json_lines_alone_mean_data_jsonl(work, write):
     assert cfg.train_files == ["a.jsonl", "b.jsonl"]
     assert compose(["mine.yaml", "train_files=[ab].jsonl"], notes.append)[0].train_files == "[ab].jsonl"
     assert compose(["mine.yaml", "input_file=a.jsonl", "val_files=[]"], notes.append)[0].val_files == []
-    with pytest.raises(ConfigError, match="train_files is read by data=jsonl only, and data is 'text'"):
+    with pytest.raises(
+        ConfigError, match="train_files is read by data=jsonl or data=parquet only, and data is 'text'"
+    ):
         compose(["mine.yaml", "data=text", "input_file=a.jsonl", "train_files=a.jsonl"])
     with pytest.raises(ConfigError, match="data=jsonl needs train_files=<files> or input_file="):
         compose(["mine.yaml", "data=jsonl"])

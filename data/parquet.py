@@ -1,0 +1,99 @@
+"""`data=parquet`: files of Apache Parquet, whose column `text_field` is the text of documents, a row each.
+
+A file is read one row group after the other and of that one batch of rows, and no other column of it. Rows whose text
+is null or empty are left out and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+from data import named
+from data.errors import DataError
+from data.named import KINDS, FilesConfig, named_files
+from data.stream import FilePart, Row, Stream, utf8
+from naming import did_you_mean, shorten
+
+BATCH_ROWS = 256  # decoded together
+BUFFER = 1 << 20  # bytes of a column that are read together
+
+
+class ParquetConfig(FilesConfig, Protocol):
+    text_field: str
+
+
+def load(cfg: ParquetConfig) -> Stream:
+    """The files that `train_files` or `input_file`, and `val_files`, name.
+
+    Raises:
+        DataError: no such files, nothing says which of them are held out, or pyarrow is not installed.
+    """
+    files = named_files(cfg, KINDS["parquet"])
+    _require_package()
+    return files.stream(lambda name, path: ParquetPart(name, path, cfg.text_field), cfg.text_field)
+
+
+def absolute(cfg: ParquetConfig) -> dict[str, list[str]]:
+    """As `data.named.absolute`."""
+    _require_package()
+    return named.absolute(cfg, KINDS["parquet"])
+
+
+def _require_package() -> None:
+    if find_spec("pyarrow") is None:
+        raise DataError("data=parquet needs the package pyarrow: pip install -e '.[data]'")
+
+
+@dataclass(frozen=True)
+class ParquetPart(FilePart):
+    """One file."""
+
+    field: str
+
+    def rows(self) -> Iterator[Row]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        row = 0
+        try:
+            # Read and not mapped: a mapped file that is cut off meanwhile ends the process.
+            with pq.ParquetFile(self.path, memory_map=False, pre_buffer=False, buffer_size=BUFFER) as file:
+                self._require_text(file.schema_arrow)
+                for group in range(file.num_row_groups):
+                    for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[self.field]):
+                        for value in batch.column(0):
+                            row += 1
+                            text = value.as_py()
+                            yield Row(row, None if text is None else utf8(text))
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{str(self.path)!r}, row {row:,} is not UTF-8: byte 0x{error.object[error.start]:02x} at byte "
+                f"{error.start} of its text."
+            ) from None
+        except (pa.ArrowException, OSError) as error:
+            where = f"behind row {row:,}" if row else "from its start"
+            raise DataError(
+                f"{str(self.path)!r} cannot be read as parquet {where}: {' '.join(str(error).split()).rstrip('.')}. "
+                f"Fetch it again if it is damaged or cut off"
+            ) from error
+
+    def _require_text(self, schema: Any) -> None:
+        import pyarrow.types as types
+
+        names = schema.names
+        if self.field not in names:
+            has = f"it has {shorten([repr(name) for name in names])}" if names else "it has none"
+            raise DataError(
+                f"{str(self.path)!r} lacks the column {self.field!r} ({has}). Set text_field=<the one with the text>."
+                f"{did_you_mean(self.field, names)}"
+            )
+        kind = schema.field(self.field).type
+        value = kind.value_type if types.is_dictionary(kind) else kind
+        strings = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+        if not any(is_one(value) for is_one in strings):
+            raise DataError(
+                f"{str(self.path)!r}: column {self.field!r} is of type {kind}, and the text of a document is a string."
+            )
