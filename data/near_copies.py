@@ -192,7 +192,9 @@ def shares_in_training(
     seen: set[bytes] = set()
     for document in train:
         for units in _units(document.text):
-            seen.update(wanted.intersection(_told(units)))
+            found = wanted.intersection(_told(units))
+            wanted -= found  # once is enough, and each is in memory once
+            seen |= found
     return [_share(document.text, seen, one_in) for document in heldout], one_in > 1
 
 

@@ -10,7 +10,7 @@ Contexts stop at a document's start: its first bytes are predicted from as many 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -45,38 +45,60 @@ class Texts:
 
 def witten_bell(train: Texts, heldout: Texts, orders: Sequence[int]) -> dict[int, np.ndarray]:
     """Probability of every held-out byte (n,) under the model of each order (an n-gram's n) asked for."""
-    assert max(orders) <= LONGEST
     probability = np.full(len(heldout.bytes), 1 / 256)
-    result = {}
-    for n in range(1, max(orders) + 1):
-        _interpolate(train, heldout, n, probability)
-        if n in orders:
-            result[n] = probability.copy()
-    return result
+    raised = by_order(train, lambda: [heldout], probability, max(orders))
+    return {n: probability.copy() for n in raised if n in orders}
 
 
-def _interpolate(train: Texts, heldout: Texts, n: int, probability: np.ndarray) -> None:
-    """Raise `probability` from order n - 1 to order n, in place."""
-    keys = train.grams(n)
-    if not len(keys):
-        return
-    keys.sort()
-    grams, first = _runs(keys)
-    counts = np.diff(first)
-    contexts, first_gram = _runs(grams >> np.uint64(8))
-    types = np.diff(first_gram)
-    totals = np.add.reduceat(counts, first_gram[:-1])
+def by_order(
+    train: Texts, blocks: Callable[[], Iterable[Texts]], probability: np.ndarray, longest: int
+) -> Iterator[int]:
+    """Each order, once `probability` (n,) is that of the held-out bytes under its model; 1 / 256 of each to begin with.
 
-    wanted, last = heldout.grams(n), heldout.ends(n)
-    context, known = _find(contexts, wanted >> np.uint64(8))
-    wanted, last, context = wanted[known], last[known], context[known]
-    gram, seen = _find(grams, wanted)
-    count = np.where(seen, counts[gram], 0)
-    probability[last] = (count + types[context] * probability[last]) / (totals[context] + types[context])
+    `blocks` gives held-out text block by block, the same each time: only counts of the training text are in memory.
+    """
+    assert longest <= LONGEST
+    for n in range(1, longest + 1):
+        table = _Table(train, n)
+        start = 0
+        for block in blocks():
+            stop = start + len(block.bytes)
+            table.interpolate(block, probability[start:stop])
+            start = stop
+        yield n
+
+
+class _Table:
+    """Counts of the n-grams of a text, by context."""
+
+    def __init__(self, train: Texts, n: int):
+        self.n = n
+        keys = train.grams(n)
+        keys.sort()
+        self.grams, first = _runs(keys)
+        del keys
+        self.counts = np.diff(first)
+        self.contexts, first_gram = _runs(self.grams >> np.uint64(8))
+        self.types = np.diff(first_gram)
+        empty = not len(self.grams)
+        self.totals = self.counts if empty else np.add.reduceat(self.counts, first_gram[:-1])
+
+    def interpolate(self, heldout: Texts, probability: np.ndarray) -> None:
+        """Raise `probability` from order n - 1 to order n, in place."""
+        if not len(self.grams):
+            return
+        wanted, last = heldout.grams(self.n), heldout.ends(self.n)
+        context, known = _find(self.contexts, wanted >> np.uint64(8))
+        wanted, last, context = wanted[known], last[known], context[known]
+        gram, seen = _find(self.grams, wanted)
+        count, types = np.where(seen, self.counts[gram], 0), self.types[context]
+        probability[last] = (count + types * probability[last]) / (self.totals[context] + types)
 
 
 def _runs(ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Distinct values (m,) of a sorted array, and where each begins, with the length behind (m + 1,)."""
+    if not len(ordered):
+        return ordered, np.zeros(1, dtype=np.int64)
     first = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1], [True])))
     return ordered[first[:-1]], first
 

@@ -19,6 +19,7 @@ from data.tokenizers import Tokenizer, spans_of, text_of
 
 _ARRAYS = ("tokens", "offsets", "doc_bytes")
 _OF_LOSSY = ("lossy", "raw")
+BLOCK = 1 << 20  # tokens that are counted together
 MAPPED = 1 << 20  # bytes from which the other arrays are mapped, as tokens are
 
 
@@ -53,6 +54,13 @@ class TokenStore:
     def lengths(self) -> np.ndarray:
         """Tokens per document (n_docs,) int64."""
         return np.diff(np.asarray(self.offsets))
+
+    def counts(self, size: int) -> np.ndarray:
+        """How often each of `size` ids occurs (size,) int64, a block of the tokens at a time."""
+        counts = np.zeros(size, dtype=np.int64)
+        for start in range(0, len(self.tokens), BLOCK):
+            counts += np.bincount(self.tokens[start : start + BLOCK], minlength=size)
+        return counts
 
     def text(self, index: int) -> bytes:
         """The raw text of one document."""

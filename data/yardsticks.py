@@ -20,17 +20,17 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from data.cache import write_atomic
 from data.errors import DataError
-from data.ngrams import Texts, witten_bell
+from data.ngrams import Texts, by_order
 from data.rows import select_heldout
 from data.store import TokenStore, load_stores, save_stores
 from data.tokenizers import load_tokenizer
@@ -43,6 +43,7 @@ NAMES = ("uniform", "unigram", "3-gram", "6-gram", *COMPRESSORS)
 # The n-gram counts take about 25 bytes of memory per byte of text; more text than this is sampled by
 # document.
 NGRAM_TRAINING_BYTES = 32_000_000
+BLOCK = 16_000_000  # bytes of held-out text that are scored together
 FORMAT = 1
 
 
@@ -65,34 +66,76 @@ def yardsticks(dataset: Dataset, max_bytes: int | None = None) -> dict[str, floa
 def compute(train: TokenStore, heldout: TokenStore, max_bytes: int | None = None) -> dict[str, float]:
     """As `yardsticks`, without the cache."""
     scored = select_heldout(heldout, max_bytes)
-    documents = [heldout.text(int(index)) for index in scored]
     sample = _ngram_sample(train)
-    text = b"".join(documents)
-    probabilities = witten_bell(Texts([train.text(int(index)) for index in sample]), Texts(documents), (3, 6))
+    size = int(heldout.doc_bytes[scored].sum())
+    ngrams = _ngram_bits(Texts([train.text(int(index)) for index in sample]), heldout, scored, (3, 6))
     result = {
         "uniform": 8.0,
-        "unigram": _unigram_bits(train, heldout, scored) / len(text),
-        "3-gram": float(-np.log2(probabilities[3]).mean()),
-        "6-gram": float(-np.log2(probabilities[6]).mean()),
-        **{name: 8 * len(compress(text)) / len(text) for name, compress in compressors().items()},
+        "unigram": _unigram_bits(train, heldout, scored) / size,
+        **{f"{n}-gram": bits / size for n, bits in ngrams.items()},
+        **{name: 8 * measure(_texts(heldout, scored)) / size for name, measure in compressors().items()},
     }
     if len(sample) < train.n_docs:
         result["ngram_training_bytes"] = int(train.doc_bytes[sample].sum())
     return result
 
 
-def compressors() -> dict[str, Callable[[bytes], bytes]]:
-    """`xz` and `bz2`, those of them that this Python was built with."""
-    found: dict[str, Callable[[bytes], bytes]] = {}
+def _texts(store: TokenStore, documents: np.ndarray) -> Iterator[bytes]:
+    return (store.text(int(index)) for index in documents)
+
+
+def compressors() -> dict[str, Callable[[Iterable[bytes]], int]]:
+    """`xz` and `bz2`, those of them that this Python was built with: bytes of what a text, in pieces, comes to."""
+    found: dict[str, Callable[[Iterable[bytes]], int]] = {}
     with suppress(ImportError):
         import lzma
 
-        found["xz"] = lambda text: lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
+        extreme = 9 | lzma.PRESET_EXTREME
+        found["xz"] = lambda text: _compressed(lzma.LZMACompressor(preset=extreme), text)
     with suppress(ImportError):
         import bz2
 
-        found["bz2"] = lambda text: bz2.compress(text, 9)
+        found["bz2"] = lambda text: _compressed(bz2.BZ2Compressor(9), text)
     return found
+
+
+def _compressed(compressor: Any, text: Iterable[bytes]) -> int:
+    return sum(len(compressor.compress(piece)) for piece in text) + len(compressor.flush())
+
+
+def _ngram_bits(
+    train: Texts, heldout: TokenStore, scored: np.ndarray, orders: Sequence[int]
+) -> dict[int, float]:
+    """Bits of the scored documents under the n-grams of each order. What is known of each byte may lie in a file."""
+    ends = np.cumsum(heldout.doc_bytes[scored])
+    # The documents that begin in each BLOCK of the text.
+    block_of = (ends - heldout.doc_bytes[scored]) // BLOCK
+    groups = np.split(scored, np.flatnonzero(np.diff(block_of)) + 1)
+
+    def blocks() -> Iterator[Texts]:
+        return (Texts(list(_texts(heldout, group))) for group in groups)
+
+    with _probabilities(int(ends[-1])) as probability:
+        places = [slice(start, start + BLOCK) for start in range(0, len(probability), BLOCK)]
+        for place in places:
+            probability[place] = 1 / 256
+        bits = {}
+        for n in by_order(train, blocks, probability, max(orders)):
+            if n in orders:
+                bits[n] = -sum(float(np.log2(probability[place]).sum()) for place in places)
+        return bits
+
+
+@contextmanager
+def _probabilities(size: int) -> Iterator[np.ndarray]:
+    """Room for (size,) float64, in a file where that is much."""
+    if size <= BLOCK:
+        yield np.empty(size)
+        return
+    with tempfile.TemporaryFile() as file:
+        if hasattr(os, "posix_fallocate"):  # a full disk says so here, and not by SIGBUS
+            os.posix_fallocate(file.fileno(), 0, 8 * size)
+        yield np.memmap(file, dtype=np.float64, mode="w+", shape=(size,))
 
 
 def _ngram_sample(train: TokenStore) -> np.ndarray:
@@ -104,7 +147,7 @@ def _ngram_sample(train: TokenStore) -> np.ndarray:
 def _unigram_bits(train: TokenStore, heldout: TokenStore, scored: np.ndarray) -> float:
     """Bits of the scored documents under add-one frequencies of the tokens that stand for text."""
     tokenizer = train.tokenizer
-    counts = np.bincount(train.tokens, minlength=tokenizer.vocab_size) + (tokenizer.token_bytes > 0)
+    counts = train.counts(tokenizer.vocab_size) + (tokenizer.token_bytes > 0)
     bits = math.log2(counts.sum()) - np.log2(np.maximum(counts, 1))
     spans = zip(heldout.offsets[scored], heldout.offsets[scored + 1], strict=True)
     return float(sum(bits[heldout.tokens[start:stop]].sum() for start, stop in spans))

@@ -100,7 +100,7 @@ class DiffusionAdapter(ModelAdapter):
     def on_training_text(self, store: TokenStore) -> None:
         """A reserved token that occurs in the text is found before the first step, not at the step that meets it."""
         reserved = self.model_cfg.absorbing_state_idx
-        if reserved >= 0 and bool((store.tokens[:] == reserved).any()):
+        if reserved >= 0 and store.counts(self.model.V)[reserved]:
             raise ValueError(
                 f"model_cfg.absorbing_state_idx ({reserved}) is a token that occurs in the training text. Name one "
                 f"that never does, or set it to -1 to append a mask id"

@@ -364,7 +364,7 @@ class D3PMAdapter(DiffusionAdapter):
     def on_training_text(self, store: TokenStore) -> None:
         super().on_training_text(store)
         if needs_unigram(self.model_cfg):
-            counts = torch.bincount(torch.from_numpy(store.tokens[:].astype("int64")), minlength=self.model.V)
+            counts = torch.from_numpy(store.counts(self.model.V))
             counts[self.tokenizer.eot] += store.n_docs
             self.model.unigram.copy_(counts / counts.sum())
 

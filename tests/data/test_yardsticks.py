@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import Dataset, yardsticks
+from data import Dataset, load_dataset, yardsticks
 from data.ngrams import Texts, witten_bell
 from data.rows import select_heldout
 from data.store import save_stores
@@ -55,6 +55,36 @@ def test_witten_bell_restated(train: list[bytes], heldout: list[bytes]) -> None:
     found = witten_bell(Texts(train), Texts(heldout), orders)
     for order in orders:
         assert np.allclose(found[order], plain_witten_bell(train, heldout, order), rtol=1e-12)
+
+
+def test_text_in_blocks_scores_as_text_in_one(config, tmp_path, monkeypatch) -> None:
+    dataset = load_dataset(config(data="synthetic", tokenizer="byte"), cache_dir=tmp_path)
+    for max_bytes in (None, 1500):
+        whole = yardsticks.compute(dataset.train, dataset.heldout, max_bytes)
+        with monkeypatch.context() as patch:
+            patch.setattr(yardsticks, "BLOCK", 700)
+            patch.setattr("data.store.BLOCK", 999)
+            blocks = yardsticks.compute(dataset.train, dataset.heldout, max_bytes)
+        assert blocks.keys() == whole.keys()
+        for name, bits in whole.items():
+            assert math.isclose(blocks[name], bits, rel_tol=1e-12), name
+            assert name in ("3-gram", "6-gram") or blocks[name] == bits
+
+
+def test_compressors_see_one_text_however_it_comes(documents) -> None:
+    pieces = [document.text for document in documents]
+    found = {name: measure(iter(pieces)) for name, measure in yardsticks.compressors().items()}
+    whole = b"".join(pieces)
+    extreme = 9 | lzma.PRESET_EXTREME
+    assert found == {"xz": len(lzma.compress(whole, preset=extreme)), "bz2": len(bz2.compress(whole, 9))}
+
+
+def test_counts_are_those_of_all_tokens(bpe_store, bpe, monkeypatch) -> None:
+    monkeypatch.setattr("data.store.BLOCK", 97)
+    expected = np.bincount(bpe_store.tokens, minlength=bpe.vocab_size + 5)
+    assert np.array_equal(bpe_store.counts(bpe.vocab_size + 5), expected) and expected.sum() == len(
+        bpe_store.tokens
+    )
 
 
 def test_a_python_without_a_compressor(monkeypatch, tmp_path):

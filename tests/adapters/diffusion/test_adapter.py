@@ -1,7 +1,6 @@
 """The diffusion adapters behind the trainer's contract: rows, invariance, likelihood, text."""
 
 import math
-import types
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 import torch
 
 from adapters.base import GenerateOptions
+from data.store import TokenStore
 from tests.adapters.diffusion.processes import WITHOUT_SUBS
 from tests.adapters.diffusion.tiny import (
     EVAL,
@@ -178,7 +178,7 @@ def test_given_text_with_the_reserved_mask_token_is_refused():
 
 
 def test_a_reserved_token_in_the_training_text_is_found_before_the_first_step():
-    store = types.SimpleNamespace(tokens=np.array([1, 2, 5, 1], dtype=np.uint16), n_docs=1)
+    store = TokenStore(np.array([1, 2, 5, 1], dtype=np.uint16), np.array([0, 4]), np.array([4]), TOKENIZER)
     build("mdl", absorbing_state_idx=4).on_training_text(store)
     for kind in ("mdl", "d3pm"):
         with pytest.raises(ValueError, match="occurs in the training text"):

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import types
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from adapters.diffusion.process import Draw, Sampling
 from adapters.diffusion.reverse import log_reverse, reverse_kl
 from adapters.diffusion.schedules import absorbing_mutual_info_betas, cosine_betas
 from adapters.randomness import Noise
+from data.store import TokenStore
 from models.d3pm import D3PMConfig
 from tests.adapters.diffusion.matrices import T, cumulative
 from tests.adapters.diffusion.processes import (
@@ -32,7 +32,16 @@ from tests.adapters.diffusion.processes import (
     toy_texts,
     window,
 )
-from tests.adapters.diffusion.tiny import EVAL, V, assert_changes, batch, build, fingerprint, train_context
+from tests.adapters.diffusion.tiny import (
+    EVAL,
+    TOKENIZER,
+    V,
+    assert_changes,
+    batch,
+    build,
+    fingerprint,
+    train_context,
+)
 from tests.adapters.diffusion.toy import (
     CHI_SQUARE_LIMIT,
     F64,
@@ -105,7 +114,8 @@ def test_a_schedule_fitted_to_the_text_travels_with_the_weights():
     fields = {"transition_type": "uniform", "noise_schedule": "mutual_info", "auxiliary_loss_weight": 0.0}
     adapter = build("d3pm", **fields)
     flat = adapter.process.chain.alpha_bar.clone()
-    store = types.SimpleNamespace(tokens=np.repeat([1, 2, 3], [90, 9, 1]).astype(np.uint16), n_docs=2)
+    tokens = np.repeat([1, 2, 3], [90, 9, 1]).astype(np.uint16)
+    store = TokenStore(tokens, np.array([0, 50, 100]), np.array([50, 50]), TOKENIZER)
     adapter.on_training_text(store)
     fitted = adapter.process.chain.alpha_bar
     assert not torch.allclose(flat, fitted)
