@@ -279,6 +279,11 @@ class RunConfig(BaseModel):
     train_files: FilePath | list[FilePath] | None = None
     val_files: FilePath | list[FilePath] | None = None
     text_field: str = "text"
+    dataset_name: FilePath | None = None
+    dataset_subset: str | None = None
+    dataset_split: str = "train"
+    eval_split: str | None = "test"
+    dataset_bytes: Positive | None = None
     document_separator: Annotated[str, AfterValidator(one_line)] | None = None
     near_copies: Literal["drop", "keep"] | None = None
     synthetic: Literal["markov", "grammar", "recall"] = "markov"

@@ -156,7 +156,7 @@ def _source(run: RunConfig) -> list[str]:
         for need in source.needs
         if not any(getattr(run, name) for name in re.findall(r"(\w+)=", need))
     ]
-    for field in ("input_file", "train_files"):
+    for field in ("input_file", "train_files", "dataset_name"):
         if getattr(run, field) and field not in source.reads:
             those = " or ".join(f"data={name}" for name in readers(field))
             problems.append(f"{field} is read by {those} only, and data is '{run.data}'. Add {those}")

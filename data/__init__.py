@@ -107,6 +107,16 @@ SOURCES: dict[str, Source] = {
         absolute="data.parquet:absolute",
         suffixes=(".parquet",),
     ),
+    "hf": Source(
+        "data.huggingface.sets:load",
+        (
+            *("dataset_name", "data_root", "dataset_subset", "dataset_split", "eval_split"),
+            *("dataset_bytes", "text_field"),
+        ),
+        "data sets of Hugging Face: a folder, or a name of the hub",
+        needs=("dataset_name=<folder or name>",),
+        absolute="data.huggingface.sets:absolute",
+    ),
     "synthetic": Source(
         "data.synthetic:load",
         (

@@ -128,7 +128,7 @@ CASES = [
     (["mine.yaml", "data=text", "input_file=mine.yaml", "val_files=mina.yaml"], ["'mina.yaml' does not exist. Did"]),
     (["mine.yaml", "document_separator=' '"], ["document_separator: ", "a line of its own"]),
     (["mine.yaml", "data=text", "input_file=no.txt"], ["input_file: no such file or folder: no.txt"]),
-    (["mine.yaml", "data=txt"], ["no data 'txt'. Did you mean 'text'? Available: embedded, jsonl, parquet,"]),
+    (["mine.yaml", "data=txt"], ["no data 'txt'. Did you mean 'text'? Available: embedded, hf, jsonl,"]),
     (["mine.yaml", "preset=huge"], ["no preset 'huge'", "Available: 150M, 200M, 250M, nano, none, small, tiny"]),
     (["mine.yaml", "tokenizer=gpt3"], ["tokenizer: 'gpt3' is not one of auto, byte, bpe-<N>"]),
     (["mine.yaml", "tokenizer=bpe-100"], ["tokenizer: 'bpe-100' is too small"]),
@@ -373,6 +373,10 @@ def test_files_of_json_lines_alone_mean_data_jsonl(work, write):
         ConfigError, match="train_files is read by data=jsonl or data=parquet only, and data is 'text'"
     ):
         compose(["mine.yaml", "data=text", "input_file=a.jsonl", "train_files=a.jsonl"])
+    with pytest.raises(ConfigError, match="data=hf needs dataset_name=<folder or name>"):
+        compose(["mine.yaml", "data=hf"])
+    with pytest.raises(ConfigError, match="dataset_name is read by data=hf only"):
+        compose(["mine.yaml", "data=jsonl", "train_files=a.jsonl", "dataset_name=x"])
     with pytest.raises(ConfigError, match="data=jsonl needs train_files=<files> or input_file="):
         compose(["mine.yaml", "data=jsonl"])
     with pytest.raises(ConfigError, match="train_files: 'c.*' matches no file"):
