@@ -32,6 +32,7 @@ __all__ = [
     "load_dataset",
     "readers",
     "source_of",
+    "token_stores",
     "unheard",
 ]
 
@@ -239,7 +240,7 @@ def load_dataset(
         tell(f"making the tokenizer ({cfg.tokenizer})")
         tokenizer = make_tokenizer(cfg, unit, corpus, cache, notes)
     tell("turning the text into tokens")
-    stores, folder = _stores(corpus, tokenizer, cache, notes)
+    stores, folder = token_stores(corpus, tokenizer, cache, notes)
     notes += lost_text(stores)
     stores["heldout"] = replace(stores["heldout"], marks=corpus.marks)
     dataset = Dataset(
@@ -278,9 +279,10 @@ def load_corpus(
     return heed(corpus, cfg.near_copies or default, cache) if default else (corpus, None)
 
 
-def _stores(
+def token_stores(
     corpus: Corpus, tokenizer: Tokenizer, cache: Path, notes: list[str]
 ) -> tuple[dict[str, TokenStore], Path | None]:
+    """The tokens of both sides, from the cache or written there, and their folder; None where there is no cache."""
     from data.corpus import Texts
     from data.store import encode_documents, load_stores, write_stores
 

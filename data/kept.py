@@ -24,6 +24,7 @@ from typing import Any, overload
 import filelock
 import numpy as np
 
+from data import unheard
 from data.arrays import ArrayWriter, map_array
 from data.cache import write_atomic
 from data.corpus import Corpus, Document, Texts, fingerprint
@@ -106,7 +107,7 @@ class KeptText(Texts):
         return f"{self._parts[part][0]}:{self._places[document]}"
 
 
-def keep_text(stream: Stream, cache: Path, tell: Callable[[str], object]) -> Corpus:
+def keep_text(stream: Stream, cache: Path, tell: Callable[[str], object] = unheard) -> Corpus:
     """The corpus of a stream, whose text is written to the cache unless it is there.
 
     Raises:
@@ -319,7 +320,7 @@ class _Reading:
         left_out = f" ({'; '.join(notes)})" if (notes := self.left_out()) else ""
         if not len(heldout):
             raise DataError(f"val_files: there is no text in them{left_out}. Name files with text")
-        if not len(train):
+        if not len(train) and self.stream.train:
             raise DataError(f"{self.stream.name} has no text to train on{left_out}.")
         if self.stream.heldout is None and not self.stream.by_hash and heldout.bytes > train.bytes:
             raise DataError(

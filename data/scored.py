@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from data import load_corpus, load_dataset
+from data import SOURCES, load_corpus, load_dataset, token_stores
 from data.cache import cache_root
 from data.config import DataConfig
 from data.corpus import Document, fingerprint
 from data.errors import DataError
+from data.kept import keep_text
 from data.lost import lost_text
+from data.named import KINDS, FilesConfig, named_files
 from data.near_copies import Overlap, compare, noted
 from data.store import TokenStore, encode_documents
+from data.stream import Stream
 from data.text import TextConfig, input_path, read_whole
 
 if TYPE_CHECKING:
@@ -24,7 +27,7 @@ __all__ = ["Scored", "text_to_score"]
 UNKNOWN = "what these weights were trained on is not known here; this text may have been among it"
 
 
-class ScoredConfig(DataConfig, TextConfig, Protocol):
+class ScoredConfig(DataConfig, TextConfig, FilesConfig, Protocol):
     """A run whose text may be its user's own."""
 
 
@@ -58,20 +61,39 @@ def text_to_score(
     Raises:
         DataError: the text cannot be read or is empty.
     """
-    if given.data != "text" or given is run or (run and _is_own(run, given, trained_on)):
+    if (
+        "input_file" not in SOURCES[given.data].reads
+        or given is run
+        or (run and _is_own(run, given, trained_on))
+    ):
         recorded = trained_on if run and given.data == run.data else None
-        return _held_out(given, tokenizer, recorded, [] if run else [UNKNOWN])
-    documents = read_whole(given)
-    overlap, notes = _shared_with(run, documents) if run else (None, (UNKNOWN,))
-    store = encode_documents(documents, tokenizer)
+        # Files of the run are read as the run reads them: others may be held out of it by name.
+        own = run if run and _same_files(run, given) else given
+        return _held_out(own, tokenizer, recorded, [] if run else [UNKNOWN])
+    documents, store, name, notes = _whole(given, tokenizer)
+    overlap, shared = _shared_with(run, documents) if run else (None, (UNKNOWN,))
     return Scored(
         store=store,
-        name=input_path(given).name,
+        name=name,
         whole=True,
         fingerprint=fingerprint([], documents),
         overlap=overlap,
-        notes=(*notes, *lost_text({"scored": store})),
+        notes=(*notes, *shared, *lost_text({"scored": store})),
     )
+
+
+def _whole(
+    given: ScoredConfig, tokenizer: Tokenizer
+) -> tuple[Sequence[Document], TokenStore, str, Sequence[str]]:
+    """All documents of the files, as tokens too; their name, and notes about them."""
+    if given.data == "text":
+        documents = read_whole(given)
+        return documents, encode_documents(documents, tokenizer), input_path(given).name, ()
+    stream: Stream = SOURCES[given.data].load()(given)
+    corpus = keep_text(stream.whole(), cache_root())
+    notes = list(corpus.notes)
+    stores, _ = token_stores(corpus, tokenizer, cache_root(), notes)
+    return corpus.heldout, stores["heldout"], corpus.name, notes
 
 
 def _held_out(
@@ -98,6 +120,8 @@ def _is_own(run: ScoredConfig, given: ScoredConfig, trained_on: Mapping[str, str
             return True
     except DataError:
         pass  # the run's own text is gone
+    if _same_files(run, given):
+        return True
     try:
         corpus, _ = load_corpus(given, cache_root())
     except DataError:
@@ -107,7 +131,21 @@ def _is_own(run: ScoredConfig, given: ScoredConfig, trained_on: Mapping[str, str
     return named or corpus.content == recorded.get("content")
 
 
-def _shared_with(run: ScoredConfig, documents: list[Document]) -> tuple[Overlap | None, tuple[str, ...]]:
+def _same_files(run: ScoredConfig, given: ScoredConfig) -> bool:
+    """Whether both name the same files of one kind, whatever is held out of them."""
+    if run.data != given.data or run.data not in KINDS:
+        return False
+    try:
+        ours, theirs = (
+            {path.resolve() for _, path in [*files.train, *(files.heldout or ())]}
+            for files in (named_files(cfg, KINDS[cfg.data]) for cfg in (run, given))
+        )
+    except DataError:
+        return False  # the run's own text is gone, or of the files given some are called as held-out text is
+    return ours == theirs
+
+
+def _shared_with(run: ScoredConfig, documents: Sequence[Document]) -> tuple[Overlap | None, tuple[str, ...]]:
     try:
         train = load_corpus(run, cache_root())[0].train
     except DataError as error:

@@ -8,7 +8,7 @@ its end.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -41,7 +41,8 @@ class Part(Protocol):
 
 @dataclass(frozen=True)
 class Stream:
-    """`heldout` None: documents are held out by a hash of their text. `by_hash`: even where that holds out most of it.
+    """`heldout` None: documents are held out by a hash of their text; `whole` holds out all.
+    `by_hash`: even where that holds out most of it.
 
     `read_as` is what decides, beside the parts, what text they give, as JSON. `notes` are sentences for the user.
     """
@@ -51,7 +52,11 @@ class Stream:
     heldout: Sequence[Part] | None
     read_as: Mapping[str, Any]
     by_hash: bool = False
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+
+    def whole(self) -> Stream:
+        """All of it as held-out text."""
+        return replace(self, train=(), heldout=[*(self.heldout or ()), *self.train])
 
 
 @dataclass(frozen=True)

@@ -341,3 +341,10 @@ def test_tokens_are_those_of_the_documents_in_their_order(config, tmp_path) -> N
         ids = [dataset.tokenizer.encode(document.text) for document in documents]
         assert np.array_equal(store.tokens, np.concatenate(ids))
     assert dataset.content == dataset.fingerprint == corpus.fingerprint
+    other = load_dataset(
+        config(data="jsonl", train_files=str(path)), unit="byte", cache_dir=tmp_path / "cache"
+    )
+    assert other.fingerprint == dataset.fingerprint
+    for ours, theirs in ((other.train, dataset.train), (other.heldout, dataset.heldout)):
+        assert np.array_equal(ours.doc_bytes, theirs.doc_bytes)
+        assert all(ours.text(index) == theirs.text(index) for index in range(ours.n_docs))

@@ -98,3 +98,46 @@ def test_what_the_tokenizer_loses_of_the_text_is_said(run, tmp_path) -> None:
     given = SimpleNamespace(**{**vars(run.cfg), "input_file": "b.txt", "data_root": None})
     found = text_to_score(run.cfg, given, tokenizer, vars(run.recorded))
     assert all_text(found) == b"A Text" and "1 of 1 scored documents (6 of 6 bytes)" in found.notes[-1]
+
+
+@pytest.fixture
+def lines(config, tmp_path, monkeypatch):
+    """A run on x/a.jsonl and x/b.jsonl, of which it holds out x/val.jsonl."""
+    monkeypatch.setenv("MYTRAINER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
+    for name, numbers in (("a", range(200)), ("b", range(200, 400)), ("val", range(400, 440))):
+        write_lines(tmp_path / f"x/{name}.jsonl", numbers)
+    cfg = config(data="jsonl", train_files=["x/a.jsonl", "x/b.jsonl"], val_files="x/val.jsonl")
+    return SimpleNamespace(cfg=cfg, recorded=load_dataset(cfg))
+
+
+def write_lines(path: Path, numbers) -> None:
+    path.write_text("".join(json.dumps({"text": f"line {n} of the book"}) + "\n" for n in numbers))
+
+
+def test_files_of_json_lines_are_scored_whole_but_for_the_run_s_own(lines, tmp_path) -> None:
+    asked = {"train_files": None, "val_files": None, "data_root": None}
+    write_lines(tmp_path / "new.jsonl", range(900, 903))
+    new = scored(lines, input_file="new.jsonl", **asked)
+    assert new.whole and str(new) == "all of new.jsonl" and new.overlap.share == 0
+    assert all_text(new) == b"".join(b"line %d of the book" % n for n in range(900, 903))
+    part = scored(lines, input_file="x/a.jsonl", **asked)
+    assert part.whole and part.overlap.share == 1
+    assert any("100.0% of this text also stands in the training text" in note for note in part.notes)
+    own = all_text(scored(lines))
+    assert own == b"".join(b"line %d of the book" % n for n in range(400, 440))
+    for given in (
+        {**asked, "input_file": "x", "val_files": "val.jsonl"},
+        {"train_files": lines.cfg.train_files},
+    ):
+        found = scored(lines, **given)
+        assert not found.whole and all_text(found) == own
+
+
+def test_a_copy_of_the_run_s_json_lines_is_not_scored_whole(lines, config, tmp_path) -> None:
+    cfg = config(data="jsonl", train_files="x/a.jsonl")
+    run = SimpleNamespace(cfg=cfg, recorded=load_dataset(cfg))
+    shutil.copy(tmp_path / "x/a.jsonl", tmp_path / "copy.jsonl")
+    found = scored(run, train_files=None, input_file="copy.jsonl")
+    assert not found.whole and all_text(found) == all_text(scored(run))

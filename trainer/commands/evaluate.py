@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.base import ModelAdapter
-from data import SOURCES, readers
+from data import SOURCES, readers, source_of
 from data.scored import text_to_score
 from trainer.annotate import annotation_of
 from trainer.run.files import output_file, write_atomically
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"{name}: must be at least 1, got {getattr(args, name)}")
     if args.input_file and args.data is None:
-        args.data = "text"
+        args.data = source_of("input_file", args.input_file)
     if args.input_file and args.data not in readers("input_file"):
         those = " or ".join(f"--data {name}" for name in readers("input_file"))
         raise ValueError(f"input_file is read by {those} only. Add {those}")
@@ -133,6 +133,7 @@ def _asked(args: argparse.Namespace, run: RunConfig) -> RunConfig:
     if args.data:
         changes["data"] = args.data
     if args.input_file:
+        changes |= dict.fromkeys(("train_files", "val_files") if args.data != "text" else ())
         changes |= {"input_file": args.input_file, "data_root": None}
     if args.near_copies or args.data not in (None, run.data):
         changes["near_copies"] = args.near_copies
