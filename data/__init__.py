@@ -296,7 +296,11 @@ def token_stores(
     try:
         tokenizer.save(folder / "tokenizer.json")
         write_stores(folder, sides, tokenizer)
-        return load_stores(folder, list(sides), tokenizer, check=False), folder
+        stores = load_stores(folder, list(sides), tokenizer, check=False)
+        if isinstance(corpus.train, Texts):
+            size = sum(store.tokens.nbytes for store in stores.values())
+            notes.append(f"tokens written to the cache: {size:,} bytes in {folder}")
+        return stores, folder
     except OSError as error:
         if isinstance(corpus.train, Texts):  # more than memory holds, perhaps
             raise DataError(

@@ -268,6 +268,8 @@ def test_the_split_is_by_text_whatever_it_is_packed_in_and_copies_are_on_one_sid
     one, two = load(train_files="a.jsonl"), load(train_files=["b.jsonl.gz", "c.jsonl"])
     assert one.fingerprint == two.fingerprint == one.content
     assert [d.text for d in one.heldout] == [d.text for d in two.heldout] and 2 <= len(one.heldout) <= 25
+    write(tmp_path / "back.jsonl", packed(LINES[::-1]))
+    assert {d.text for d in load(train_files="back.jsonl").heldout} == {d.text for d in one.heldout}
     write(tmp_path / "twice.jsonl", packed([*LINES, *LINES]))
     twice = load(train_files="twice.jsonl")
     assert {d.text for d in twice.heldout} == {d.text for d in one.heldout}
@@ -335,6 +337,8 @@ def test_tokens_are_those_of_the_documents_in_their_order(config, tmp_path) -> N
     path = write(tmp_path / "a.jsonl", packed(LINES))
     cfg = config(data="jsonl", train_files=str(path), tokenizer="bpe-270")
     dataset = load_dataset(cfg, cache_dir=tmp_path / "cache")
+    size = sum(store.tokens.nbytes for store in (dataset.train, dataset.heldout))
+    assert f"tokens written to the cache: {size:,} bytes in {dataset.cache_path}" in dataset.notes
     corpus = load_corpus(cfg, tmp_path / "cache")[0]
     for store, documents in ((dataset.train, corpus.train), (dataset.heldout, corpus.heldout)):
         assert [store.text(index) for index in range(store.n_docs)] == [d.text for d in documents]

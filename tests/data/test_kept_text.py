@@ -142,6 +142,13 @@ def test_what_is_damaged_in_the_cache_is_read_again(tmp_path, cache, how) -> Non
     assert [len(part.reads) for part in parts] == [2, 2, 2]
 
 
+def test_a_read_may_give_less_than_was_asked_for(tmp_path, cache, monkeypatch) -> None:
+    corpus = keep_text(stream(write(tmp_path)), cache, lambda text: None)
+    documents, read = list(corpus.train), os.pread
+    monkeypatch.setattr("data.kept.os.pread", lambda file, size, start: read(file, min(size, 1000), start))
+    assert list(corpus.train) == documents
+
+
 def test_text_that_vanishes_from_an_open_file_is_named(tmp_path, cache) -> None:
     corpus = keep_text(stream(write(tmp_path)), cache, lambda text: None)
     (path,) = (cache / "texts").glob("*/train.text")

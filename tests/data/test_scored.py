@@ -102,13 +102,13 @@ def test_what_the_tokenizer_loses_of_the_text_is_said(run, tmp_path) -> None:
 
 @pytest.fixture
 def lines(config, tmp_path, monkeypatch):
-    """A run on x/a.jsonl and x/b.jsonl, of which it holds out x/val.jsonl."""
+    """A run on x/a.jsonl and x/b.jsonl, of which it holds out x/rest.jsonl."""
     monkeypatch.setenv("MYTRAINER_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x").mkdir()
-    for name, numbers in (("a", range(200)), ("b", range(200, 400)), ("val", range(400, 440))):
+    for name, numbers in (("a", range(200)), ("b", range(200, 400)), ("rest", range(400, 440))):
         write_lines(tmp_path / f"x/{name}.jsonl", numbers)
-    cfg = config(data="jsonl", train_files=["x/a.jsonl", "x/b.jsonl"], val_files="x/val.jsonl")
+    cfg = config(data="jsonl", train_files=["x/a.jsonl", "x/b.jsonl"], val_files="x/rest.jsonl")
     return SimpleNamespace(cfg=cfg, recorded=load_dataset(cfg))
 
 
@@ -128,7 +128,7 @@ def test_files_of_json_lines_are_scored_whole_but_for_the_run_s_own(lines, tmp_p
     own = all_text(scored(lines))
     assert own == b"".join(b"line %d of the book" % n for n in range(400, 440))
     for given in (
-        {**asked, "input_file": "x", "val_files": "val.jsonl"},
+        {**asked, "input_file": "x"},
         {"train_files": lines.cfg.train_files},
     ):
         found = scored(lines, **given)
