@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 LONGEST = 8  # bytes packed into one 64-bit key
+CHUNK = 1 << 20  # places that are packed together
+PARTS = 4  # of a text, that are counted one after the other
 
 
 class Texts:
@@ -29,14 +31,23 @@ class Texts:
             self.before[start : start + reach] = np.arange(reach)
             start += len(document)
 
-    def grams(self, n: int) -> np.ndarray:
-        """Packed n-grams inside documents (m,) uint64, by place."""
+    def grams(self, n: int, low: int = 0, high: int = 256) -> np.ndarray:
+        """Packed n-grams inside documents (m,) uint64, by place; those whose first byte is `low` to `high` - 1."""
         count = max(len(self.bytes) - n + 1, 0)
-        keys = np.zeros(count, dtype=np.uint64)
-        for place in range(n):
-            keys <<= np.uint64(8)
-            keys |= self.bytes[place : place + count]
-        return keys[self.before[n - 1 :] >= n - 1]
+        parts = [np.zeros(0, dtype=np.uint64)]
+        for start in range(0, count, CHUNK):
+            stop = min(start + CHUNK, count)
+            inside = self.before[start + n - 1 : stop + n - 1] >= n - 1
+            if (low, high) != (0, 256):
+                first = self.bytes[start:stop]
+                inside &= (first >= low) & (first < high)
+            begins = np.flatnonzero(inside) + start
+            keys = np.zeros(len(begins), dtype=np.uint64)
+            for place in range(n):
+                keys <<= np.uint64(8)
+                keys |= self.bytes[begins + place]
+            parts.append(keys)
+        return np.concatenate(parts)
 
     def ends(self, n: int) -> np.ndarray:
         """Index (m,) of the last byte of each of `grams(n)`."""
@@ -69,19 +80,24 @@ def by_order(
 
 
 class _Table:
-    """Counts of the n-grams of a text, by context."""
+    """Counts of the n-grams of a text, by context. They are sorted in parts, by first byte, as all keys of a text at
+    once take many times what is left of them."""
 
     def __init__(self, train: Texts, n: int):
         self.n = n
-        keys = train.grams(n)
-        keys.sort()
-        self.grams, first = _runs(keys)
-        del keys
-        self.counts = np.diff(first)
+        grams, counts = [], []
+        for low, high in _parts(train.bytes):
+            keys = train.grams(n, low, high)
+            keys.sort()
+            distinct, first = _runs(keys)
+            grams.append(distinct)
+            counts.append(np.diff(first).astype(np.uint32))
+        self.grams, self.counts = np.concatenate(grams), np.concatenate(counts)
+        del grams, counts
         self.contexts, first_gram = _runs(self.grams >> np.uint64(8))
-        self.types = np.diff(first_gram)
-        empty = not len(self.grams)
-        self.totals = self.counts if empty else np.add.reduceat(self.counts, first_gram[:-1])
+        self.types = np.diff(first_gram).astype(np.uint32)
+        sums = np.add.reduceat(self.counts, first_gram[:-1]) if len(self.grams) else self.counts
+        self.totals = sums.astype(np.uint32)
 
     def interpolate(self, heldout: Texts, probability: np.ndarray) -> None:
         """Raise `probability` from order n - 1 to order n, in place."""
@@ -93,6 +109,13 @@ class _Table:
         gram, seen = _find(self.grams, wanted)
         count, types = np.where(seen, self.counts[gram], 0), self.types[context]
         probability[last] = (count + types * probability[last]) / (self.totals[context] + types)
+
+
+def _parts(text: np.ndarray) -> list[tuple[int, int]]:
+    """About PARTS ranges of byte values, each (low, high), with equal shares of the text."""
+    share = np.cumsum(np.bincount(text, minlength=256)) * PARTS // max(len(text), 1)
+    bounds = [0, *(int(value) + 1 for value in np.flatnonzero(np.diff(share)) if value < 255), 256]
+    return list(zip(bounds[:-1], bounds[1:], strict=True))
 
 
 def _runs(ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,7 @@
 uniform   8 bits, by definition
 unigram   token frequencies of the training split, add-one, document ends left out
 3-gram, 6-gram   interpolated Witten-Bell over bytes, trained on the training split
-xz, bz2   compressors on the held-out text alone: they see the whole file, a model does not
+xz, bz2   compressors on the held-out text alone: they see the whole file (xz the last 16 MiB), a model does not
 
 A few seconds of work, so a run starts it in a child process at low priority (`start_background`) and reads
 the result at its end. By hand: `python -m data.yardsticks <token cache folder>`.
@@ -40,10 +40,11 @@ if TYPE_CHECKING:
 
 COMPRESSORS = ("xz", "bz2")
 NAMES = ("uniform", "unigram", "3-gram", "6-gram", *COMPRESSORS)
-# The n-gram counts take about 25 bytes of memory per byte of text; more text than this is sampled by
+# The n-gram counts take about 16 bytes of memory per byte of text; more text than this is sampled by
 # document.
 NGRAM_TRAINING_BYTES = 32_000_000
-BLOCK = 16_000_000  # bytes of held-out text that are scored together
+BLOCK = 1_000_000  # bytes of held-out text that are scored together
+XZ_REACH = 16 << 20  # bytes back that xz sees of a longer text: it takes eleven times as much memory
 FORMAT = 1
 
 
@@ -73,7 +74,9 @@ def compute(train: TokenStore, heldout: TokenStore, max_bytes: int | None = None
         "uniform": 8.0,
         "unigram": _unigram_bits(train, heldout, scored) / size,
         **{f"{n}-gram": bits / size for n, bits in ngrams.items()},
-        **{name: 8 * measure(_texts(heldout, scored)) / size for name, measure in compressors().items()},
+        **{
+            name: 8 * measure(_texts(heldout, scored), size) / size for name, measure in compressors().items()
+        },
     }
     if len(sample) < train.n_docs:
         result["ngram_training_bytes"] = int(train.doc_bytes[sample].sum())
@@ -84,18 +87,23 @@ def _texts(store: TokenStore, documents: np.ndarray) -> Iterator[bytes]:
     return (store.text(int(index)) for index in documents)
 
 
-def compressors() -> dict[str, Callable[[Iterable[bytes]], int]]:
-    """`xz` and `bz2`, those of them that this Python was built with: bytes of what a text, in pieces, comes to."""
-    found: dict[str, Callable[[Iterable[bytes]], int]] = {}
+def compressors() -> dict[str, Callable[[Iterable[bytes], int], int]]:
+    """`xz` and `bz2`, those of them that this Python was built with: what a text (in pieces, and its size) comes to."""
+    found: dict[str, Callable[[Iterable[bytes], int], int]] = {}
     with suppress(ImportError):
         import lzma
 
-        extreme = 9 | lzma.PRESET_EXTREME
-        found["xz"] = lambda text: _compressed(lzma.LZMACompressor(preset=extreme), text)
+        extreme = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}
+
+        def xz(text: Iterable[bytes], size: int) -> int:
+            reach = {"dict_size": XZ_REACH} if size > XZ_REACH else {}
+            return _compressed(lzma.LZMACompressor(filters=[{**extreme, **reach}]), text)
+
+        found["xz"] = xz
     with suppress(ImportError):
         import bz2
 
-        found["bz2"] = lambda text: _compressed(bz2.BZ2Compressor(9), text)
+        found["bz2"] = lambda text, size: _compressed(bz2.BZ2Compressor(9), text)
     return found
 
 

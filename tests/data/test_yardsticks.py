@@ -73,10 +73,17 @@ def test_text_in_blocks_scores_as_text_in_one(config, tmp_path, monkeypatch) -> 
 
 def test_compressors_see_one_text_however_it_comes(documents) -> None:
     pieces = [document.text for document in documents]
-    found = {name: measure(iter(pieces)) for name, measure in yardsticks.compressors().items()}
     whole = b"".join(pieces)
+    found = {name: measure(iter(pieces), len(whole)) for name, measure in yardsticks.compressors().items()}
     extreme = 9 | lzma.PRESET_EXTREME
     assert found == {"xz": len(lzma.compress(whole, preset=extreme)), "bz2": len(bz2.compress(whole, 9))}
+
+
+def test_xz_sees_a_long_text_in_bounded_memory(monkeypatch) -> None:
+    far = np.random.default_rng(0).bytes(20_000)
+    xz = yardsticks.compressors()["xz"]
+    monkeypatch.setattr(yardsticks, "XZ_REACH", 16_384)
+    assert xz([far, far], 16_000) < 21_000 < 39_000 < xz([far, far], 40_000)
 
 
 def test_counts_are_those_of_all_tokens(bpe_store, bpe, monkeypatch) -> None:
