@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -99,6 +100,15 @@ def test_files_are_read_once_and_again_only_when_they_change(tmp_path, cache) ->
     for part in parts:
         part.path.unlink()
     assert len(list(first.train)) == len(first.train)
+
+
+def test_of_several_at_once_one_reads_and_all_have_the_text(tmp_path, cache) -> None:
+    parts = write(tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: keep_text(stream(parts), cache), range(4)))
+    assert {corpus.fingerprint for corpus in found} == {found[0].fingerprint}
+    assert [len(part.reads) for part in parts] == [1, 1, 1]
+    assert all(list(corpus.train) == list(found[0].train) for corpus in found)
 
 
 def test_what_was_changed_just_now_is_not_trusted(tmp_path, cache) -> None:
