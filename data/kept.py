@@ -330,6 +330,8 @@ class _Reading:
             )
 
     def notes(self) -> list[str]:
+        if not self.stream.train:
+            return self.left_out()
         heldout = self.sides["heldout"]
         total = len(heldout) + len(self.sides["train"])
         if self.stream.heldout is not None:

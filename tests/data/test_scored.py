@@ -121,6 +121,7 @@ def test_files_of_json_lines_are_scored_whole_but_for_the_run_s_own(lines, tmp_p
     write_lines(tmp_path / "new.jsonl", range(900, 903))
     new = scored(lines, input_file="new.jsonl", **asked)
     assert new.whole and str(new) == "all of new.jsonl" and new.overlap.share == 0
+    assert not any("held out" in note for note in new.notes)
     assert all_text(new) == b"".join(b"line %d of the book" % n for n in range(900, 903))
     part = scored(lines, input_file="x/a.jsonl", **asked)
     assert part.whole and part.overlap.share == 1
