@@ -75,7 +75,7 @@ def _chunks(k: Tensor, starts: Tensor, block: int) -> Iterator[tuple[int, slice]
     """Rows, and queries of them that are computed at once."""
     rows, queries, groups, count = starts.shape
     budget = CHUNK_BYTES.get(k.device.type, CHUNK_BYTES["cuda"])
-    some = max(1, budget // (groups * count * block * k.shape[3] * k.element_size()))
+    some = max(1, budget // max(1, groups * count * block * k.shape[3] * k.element_size()))
     for row in range(rows):
         for first in range(0, queries, some):
             yield row, slice(first, min(first + some, queries))

@@ -207,6 +207,36 @@ def test_in_any_number_of_slices(size, monkeypatch):
     assert max(found.values()) <= SPEC.tolerance["float32"], found
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_queries_stand_anywhere(name):
+    """Also the last one before the others; and the gradient from above has any strides."""
+    dtype, atol = exact_in(name)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, n, 1, 4, dtype=dtype, generator=generator, requires_grad=True) for n in (3, 50, 50)
+    )
+    starts = torch.tensor([40, 8, 0], dtype=torch.int32).view(1, 3, 1, 1)
+    positions = torch.tensor([[44, 9, 3]])
+    with runnable(name):
+        found = run_of("selected_attention", name)(q, k, v, starts, positions, block=8, scale=0.5)
+        grads = torch.autograd.grad(found.sum(), (q, k, v))
+    exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    expected = reference(*exact, starts, positions, block=8, scale=0.5)
+    wanted = torch.autograd.grad(expected.sum(), exact)
+    for a, b in zip((found, *grads), (expected, *wanted), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=10 * atol)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_lists_without_a_place(name):
+    q = torch.ones(1, 3, 2, 4)
+    starts = torch.empty(1, 3, 1, 0, dtype=torch.int32)
+    with runnable(name):
+        run = run_of("selected_attention", name)
+        found = run(q, q[:, :, :1], q[:, :, :1], starts, torch.arange(3)[None], block=4, scale=0.5)
+    assert found.shape == q.shape and not found.any()
+
+
 def test_some_lists_at_a_time_give_the_same(monkeypatch):
     from kernels.selected_attention import triton
 
