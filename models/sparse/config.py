@@ -15,6 +15,7 @@ __all__ = ["NSAConfig"]
 
 FULL_SIZE = 1024  # tokens of a row from which on blocks must fill tiles
 LEAST_BLOCK = 16
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 BRANCHES = 3  # compressed, selected, window
 
 
@@ -45,7 +46,7 @@ class NSAConfig(DefaultModelConfig):
     compress_rope: bool = False  # whether queries and keys of the compressed branch turn
     share_branch_kv: bool = False  # one projection of keys and of values for all branches
     gate_hidden_dim: NonNegative = 128  # of the gates' MLP; 0 = one matrix without a bias
-    gate_bias_init: Annotated[list[float], Field(min_length=BRANCHES, max_length=BRANCHES)] = [0.0, 0.0, 0.0]
+    gate_bias_init: Annotated[list[Finite], Field(min_length=BRANCHES, max_length=BRANCHES)] = [0.0, 0.0, 0.0]
 
     use_swiglu: ClassVar[bool] = True  # of what is vanilla's
     bias: ClassVar[bool] = False

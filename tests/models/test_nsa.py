@@ -377,6 +377,12 @@ def test_what_does_not_fit_is_refused(fields, words):
     assert len(problems) == 1 and re.search(words, problems[0]), problems
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_gates_begin_at_numbers(number):
+    with pytest.raises(ValueError, match="finite"):
+        NSAConfig(gate_bias_init=[0.0, number, 0.0])
+
+
 def test_small_blocks_are_for_short_rows():
     small = NSAConfig(selection_block_size=8, compress_block_size=8, compress_stride=4)
     assert not small.problems(SimpleNamespace(train_seq_len=256))
