@@ -64,6 +64,8 @@ def _message(
         return f"unknown key '{name}'.{did_you_mean(word, inner.model_fields)}"
     annotation, metadata = _declared(model, key)
     bounds = _bounds(annotation, metadata)
+    if "finite_number" in kinds and not bounds:
+        return f"{name}: must be a finite number, got {given}"
     if any(k.startswith(("greater_than", "less_than", "finite")) for k in kinds):
         return f"{name}: must satisfy {_range(key, bounds)}, got {given}"
     if "multiple_of" in kinds and isinstance(given, int):
@@ -74,6 +76,11 @@ def _message(
         return f"{name}: {given!r} does not match {pattern}"
     if "string_unicode" in kinds:
         return f"{name}: {given!r} is not UTF-8 text. Where it is and the locale is not, set PYTHONUTF8=1"
+    if of_length := next((i for i in items if i["type"] in ("too_short", "too_long")), None):
+        least, most = (of_length["ctx"].get(bound) for bound in ("min_length", "max_length"))
+        if most is not None or least > 1:
+            wanted = f"at least {least}" if most is None else f"at most {most}"
+            return f"{name}: must have {wanted} entries, got {len(given)}"
     if {"string_too_short", "too_short"} & kinds:
         return f"{name}: must not be empty"
     choices = _choices(annotation)

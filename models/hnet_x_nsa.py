@@ -21,7 +21,7 @@ from models.hierarchy.layout import layers_of
 from models.hierarchy.sparse import ChunkAttention
 from models.hnet import HNet
 from models.layers.roles import Rule
-from models.sparse.config import BRANCHES, NSAConfig
+from models.sparse.config import Biases, NSAConfig
 from naming import require_fit, shapes, shorten
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class HNetXNSAConfig(HierarchyConfig):
     compress_rope: bool = False  # whether queries and keys of the compressed branch turn
     share_branch_kv: bool = False  # one projection of keys and of values for all branches
     gate_hidden_dim: NonNegative = 128  # of the gates' MLP; 0 = one matrix without a bias
-    gate_bias_init: Annotated[list[float], Field(min_length=BRANCHES, max_length=BRANCHES)] = [0.0, 0.0, 0.0]
+    gate_bias_init: Biases = [0.0, 0.0, 0.0]
 
     tiny = {
         **{name: NSAConfig.tiny[name] for name in ("n_kv_heads", "head_dim", "gate_hidden_dim")},

@@ -18,7 +18,8 @@ __all__ = ["LONG", "MAX_PLAIN_KEYS", "NARROW", "QUERY_BLOCK", "Visible"]
 
 # Of chunked.py: queries that are computed at a time, and keys that plain products of them are good for.
 QUERY_BLOCK, MAX_PLAIN_KEYS = 128, 512
-# The facts that there are more, and that most keys are in nobody's window who is computed at the same time.
+# The facts that there are more, or more queries where these go all at once; and that most keys are in nobody's window
+# who is computed at the same time.
 LONG, NARROW = "long", "narrow"
 ALL = slice(None)
 
@@ -114,7 +115,7 @@ class Visible:
             "mask": self.mask is not None,
             "cache": self.queries != self.keys and self.pattern is None,
             "one query": self.queries == 1,
-            LONG: self._keys_at_a_time > MAX_PLAIN_KEYS,
+            LONG: max(self._keys_at_a_time, 0 if self.causal else self.queries) > MAX_PLAIN_KEYS,
             NARROW: self.keys >= 2 * self._keys_at_a_time,
         }
         return tuple(name for name, holds in found.items() if holds)

@@ -240,7 +240,6 @@ void differentiate(const Sizes &sizes, const Inputs<T> &in, const Given<T> &give
             products += load(o + e, std::min<int64_t>(W, sizes.wide - e)) * load(&b.grads[r * wide + e], W);
         const float mean = sum(products), total = given.totals[at + r];
         Floats *shares = &b.shares[r * spans.size()], *reached = &b.reached[r * spans.size()];
-        hide(spans, shares);
         for (size_t i = 0; i < spans.size(); i++) {
             shares[i] = exp2(shares[i] - total);
             reached[i] = shares[i] * (reached[i] - mean);

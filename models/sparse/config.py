@@ -11,12 +11,14 @@ from configs.schema import DefaultModelConfig, Dropout, Free, NonNegative, Posit
 if TYPE_CHECKING:
     from configs.schema import RunConfig
 
-__all__ = ["NSAConfig"]
+__all__ = ["BRANCHES", "Biases", "NSAConfig"]
 
 FULL_SIZE = 1024  # tokens of a row from which on blocks must fill tiles
 LEAST_BLOCK = 16
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 BRANCHES = 3  # compressed, selected, window
+Biases = Annotated[
+    list[Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=BRANCHES, max_length=BRANCHES)
+]
 
 
 class NSAConfig(DefaultModelConfig):
@@ -46,7 +48,7 @@ class NSAConfig(DefaultModelConfig):
     compress_rope: bool = False  # whether queries and keys of the compressed branch turn
     share_branch_kv: bool = False  # one projection of keys and of values for all branches
     gate_hidden_dim: NonNegative = 128  # of the gates' MLP; 0 = one matrix without a bias
-    gate_bias_init: Annotated[list[Finite], Field(min_length=BRANCHES, max_length=BRANCHES)] = [0.0, 0.0, 0.0]
+    gate_bias_init: Biases = [0.0, 0.0, 0.0]
 
     use_swiglu: ClassVar[bool] = True  # of what is vanilla's
     bias: ClassVar[bool] = False

@@ -218,6 +218,15 @@ def test_a_plan_is_built_once_for_all_layers(monkeypatch):
     assert not replace(visible, window=2).kept  # what was made for one says nothing of another
 
 
+@pytest.mark.parametrize(("queries", "name"), [(512, "chunked"), (513, "sdpa")])
+def test_many_queries_of_few_keys_keep_no_probabilities(queries, name):
+    """As those of summaries: without causality they go all at once."""
+    mask = torch.ones(1, 1, queries, 40, dtype=torch.bool)
+    visible = Visible(1, queries, 40, torch.device("cpu"), causal=False, mask=mask)
+    call = Call(torch.device("cpu"), torch.bfloat16, **attention_call(visible.facts, (2, 2), 8))
+    assert Kernels().foresee("attention", call)[0] == name
+
+
 @pytest.mark.parametrize("queries", [1, 5, 20, 30])
 @pytest.mark.parametrize("window", [1, 7, 29])
 def test_blocks_of_queries_look_at_their_windows_alone(queries, window, monkeypatch):

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 
+from configs.explain import explain
 from kernels.selected_attention import selected_attention
 from models.layers.recompute import recomputing
 from models.layers.roles import rule_for
@@ -377,10 +379,19 @@ def test_what_does_not_fit_is_refused(fields, words):
     assert len(problems) == 1 and re.search(words, problems[0]), problems
 
 
-@pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_gates_begin_at_numbers(number):
-    with pytest.raises(ValueError, match="finite"):
-        NSAConfig(gate_bias_init=[0.0, number, 0.0])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([0.0, float("nan"), 0.0], "gate_bias_init.1: must be a finite number, got nan"),
+        ([0.0], "gate_bias_init: must have at least 3 entries, got 1"),
+        ([0.0] * 4, "gate_bias_init: must have at most 3 entries, got 4"),
+    ],
+)
+def test_gates_that_begin_at_no_number_are_explained(given, said):
+    with pytest.raises(ValidationError) as error:
+        NSAConfig(gate_bias_init=given)
+    ((_, message),) = explain(error.value, NSAConfig, {"gate_bias_init": given}, lambda key: "")
+    assert message == said
 
 
 def test_small_blocks_are_for_short_rows():
