@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adapters.base import Annotation, Context, Map, ModelAdapter
 from adapters.default import DefaultModelAdapter
-from models.sparse.mixer import Ranking
+from models.sparse.mixer import Layout, Ranking
 
 __all__ = ["SparseAdapter", "rankings", "selected"]
 
@@ -41,11 +41,16 @@ class SparseAdapter(DefaultModelAdapter):
 
 @contextmanager
 def rankings(adapter: ModelAdapter) -> Iterator[list[Tensor]]:
-    """Of each layer that ranks blocks, in the order in which they run, what it selects for the first row: where blocks
-    begin, (1 + L, G, n)."""
+    """Of each layer that ranks blocks, in the order in which they run, what it selects for the first row, which is one
+    document: where blocks begin, (1 + L, G, n)."""
     found: list[Tensor] = []
+
+    def look(ranking: Ranking, given: tuple[Tensor, Tensor, Layout], starts: Tensor) -> None:
+        # Places of a hierarchy that hold nothing stand behind the document, as one of their own.
+        found.append(starts[0][given[2].begin[0] == 0])
+
     handles = [
-        module.register_forward_hook(lambda ranking, given, starts: found.append(starts[0]))
+        module.register_forward_hook(look)
         for path in adapter.blocks()
         for module in adapter.model.get_submodule(path).modules()
         if isinstance(module, Ranking)

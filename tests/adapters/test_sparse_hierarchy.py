@@ -1,5 +1,6 @@
 """What is drawn of a text whose chunks select blocks of chunks, and what a hierarchy reports, of this one too."""
 
+import pytest
 import torch
 
 from adapters.sparse import rankings
@@ -49,3 +50,30 @@ def test_operations_are_those_of_the_chunks_that_there_were():
     each = [model.flops_of([length, float(n)], length).training_per_token for n in told["opened"][0]]
     torch.testing.assert_close(float(output.flops), length * sum(each))
     assert len(set(told["opened"][0].tolist())) > 1, "the check is blind"
+
+
+@pytest.mark.parametrize("way", ["padded", "masked"])
+def test_places_that_hold_nothing_are_not_drawn(way):
+    """As packed ones are, which are as many as there are; `padded` is what compiled blocks take."""
+    text, found = "import os\nimport sys\nÄ = 1\n", []
+    for execution in ("packed", way):
+        adapter = adapter_of("hnet_x_nsa", f"model_cfg.chunk_execution={execution}", dtype=torch.float64)
+        move_away_from_uniform(adapter.eval(), std=0.1)
+        with torch.no_grad():
+            found.append(adapter.annotate(text))
+    for packed, other in zip(*(one.maps for one in found), strict=True):
+        assert torch.equal(packed.values, other.values) and len(packed.values) < len(text.encode())
+
+
+def test_stages_of_bytes_select_blocks_of_bytes():
+    words = ["nsa_stages=[0,main]", "stage_layout=T1"]
+    adapter = adapter_of("hnet_x_nsa", *(f"model_cfg.{word}" for word in words), dtype=torch.float64)
+    move_away_from_uniform(adapter.eval(), std=0.1)
+    with torch.no_grad():
+        maps = adapter.annotate("import os\nimport sys\n").maps[::2]  # of the first group
+    assert [(one.rows, one.columns) for one in maps] == [
+        ("byte", "block of 2 bytes"),
+        ("chunk", "block of 2 chunks"),
+        ("byte", "block of 2 bytes"),
+    ]
+    assert len(maps[0].values) == 21 > len(maps[1].values)
