@@ -126,6 +126,7 @@ class HNetXNSAConfig(HierarchyConfig):
     }
     own_sizes = frozenset({"n_layers"})
     counted_by = "model_cfg.n_compress_decompress_layers"
+    laid_out_by = "stage_layout"
 
     # -- what follows for each stage -------------------------------------------------------------------------------
 

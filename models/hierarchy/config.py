@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
-from configs.schema import Execution, Fraction, Free, ModelConfig, NonNegative, Positive, Rate
+from configs.schema import Execution, Free, ModelConfig, NonNegative, Positive, Rate
 from models.hierarchy.layout import Stage, stages_of
 from models.sparse.config import NSAConfig
 from models.state_space.config import MambaConfig
@@ -76,7 +76,7 @@ class HierarchyConfig(ModelConfig):
     chunking: Literal["dynamic", "fixed"] = "dynamic"
     ratio_loss_weight: Free[Rate] = 0.03
     ratio_over: Free[Literal["row", "batch"]] = "row"
-    ema_eps: Annotated[Fraction, Field(lt=0.5)] = 1e-4
+    ema_eps: Annotated[float, Field(ge=0, lt=0.5)] = 1e-4
     lr_multiplier: Free[Literal["auto"] | list[Rate]] = "auto"
     chunk_execution: Execution[Literal["auto", "packed", "padded", "masked"]] = "auto"
 
@@ -94,6 +94,7 @@ class HierarchyConfig(ModelConfig):
 
     stage_lists: ClassVar[tuple[str, ...]] = ("d_model", "d_intermediate", "lr_multiplier")
     counted_by: ClassVar[str] = "model_cfg.arch_layout"  # the field that says how many stages there are
+    laid_out_by: ClassVar[str] = "arch_layout"  # the one that says of which layers the outer ones are
 
     @property
     def layout(self) -> list[Any]:
@@ -206,9 +207,10 @@ class HierarchyConfig(ModelConfig):
             wanted = stages - (name == "target_ratio")
             if isinstance(value, list) and len(value) != wanted:
                 what = "stages that cut chunks" if name == "target_ratio" else "stages"
+                nearest = (value + value[-1:] * wanted)[:wanted] or type(self).model_fields[name].default
                 found.append(
                     f"model_cfg.{name} ({value}) has {len(value)} numbers, and {self.counted_by} {wanted} {what}. "
-                    f"Nearest: {(value + value[-1:] * wanted)[:wanted] if value else 'null'}"
+                    f"Nearest: {'null' if nearest is None else nearest}"
                 )
         return found
 
@@ -266,7 +268,18 @@ class HierarchyConfig(ModelConfig):
         found = super().unread()
         if self.chunking == "fixed":
             found |= dict.fromkeys(("ratio_loss_weight", "ratio_over"), "chunking=fixed")
+        if "m" not in self._codes.lower():
+            found |= dict.fromkeys(("d_state", "expand", "d_conv", "chunk_size"), self._without("Mamba-2"))
         return found
+
+    @property
+    def _codes(self) -> str:
+        """Kinds of all layers, of whatever stage."""
+        return "".join(stack for stage in self.kinds for stack in stage)
+
+    def _without(self, what: str) -> str:
+        field = self.laid_out_by
+        return f"{field}={getattr(self, field)}, which has no {what}"
 
 
 class HNetConfig(HierarchyConfig):
@@ -355,7 +368,21 @@ class HNetConfig(HierarchyConfig):
             )
         return found
 
+    def unread(self) -> dict[str, str]:
+        found = super().unread()
+        if "t" not in self._codes.lower():
+            unread = ("n_heads", "rotary_emb_dim", "window_size")
+            found |= dict.fromkeys(unread, self._without("attention"))
+        if self._codes == self._codes.lower():
+            found["d_intermediate"] = self._without("feed-forward layer")
+        return found
+
     def ratio_problem(self, number: int, ratio: float) -> str:
+        if self.compression_ratio is not None:
+            return (
+                f"1 / model_cfg.compression_ratio ({self.compression_ratio}) must be a whole number where "
+                f"model_cfg.chunking is fixed. Nearest: target_ratio={max(2, round(ratio))} and compression_ratio=null"
+            )
         return (
             f"model_cfg.target_ratio of stage {number} ({ratio}) must be a whole number where model_cfg.chunking is "
             f"fixed. Nearest: {max(2, round(ratio))}"

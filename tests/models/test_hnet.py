@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs import compose
+from configs.messages import ConfigError
 from kernels.choose import Kernels
 from kernels.ssd import ssd
 from models.hierarchy.chunking import smoothed
@@ -628,7 +629,13 @@ def test_short_words_mean_what_the_lists_say():
         ({"n_heads": [8, 11]}, "divisible by its heads.*Nearest: 12"),
         ({"rotary_emb_dim": [0, 66]}, "at most the width of a head .*Nearest: 64"),
         ({"d_intermediate": [0, 0]}, "d_intermediate of stage 1 is 0.*Nearest: 2048"),
-        ({"chunking": "fixed", "target_ratio": 2.5}, "must be a whole number.*Nearest: 2"),
+        ({"chunking": "fixed", "target_ratio": 2.5}, "target_ratio of stage 0.* whole number.*Nearest: 2"),
+        (
+            {"chunking": "fixed", "compression_ratio": 0.3},
+            "compression_ratio .0.3. must .* whole number.*Nearest: target_ratio=3 and compression_ratio=null",
+        ),
+        ({"n_heads": []}, "has 0 numbers.*Nearest: 12"),
+        ({"window_size": []}, "has 0 numbers.*Nearest: null"),
     ],
 )
 def test_what_does_not_fit_is_refused(fields, words):
@@ -640,6 +647,33 @@ def test_what_does_not_fit_is_refused(fields, words):
 def test_a_layout_that_is_none_is_refused(layout):
     with pytest.raises(ValueError, match="such as"):
         HNetConfig(arch_layout=layout)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("ema_eps=0.5", "model_cfg.ema_eps: must satisfy 0 <= ema_eps < 0.5, got 0.5"),
+        ("target_ratio=1", "model_cfg.target_ratio: must satisfy 1 < target_ratio, got 1"),
+        ("lr_multiplier=1", "model_cfg.lr_multiplier: expected 'auto' or list, got 1"),
+        ("d_model=[0,64]", "model_cfg.d_model.0: must satisfy 1 <= d_model.0, got 0"),
+    ],
+)
+def test_what_is_out_of_range_is_refused_by_its_name(word, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        compose(["model=hnet", f"model_cfg.{word}"], notify=lambda text: None)
+
+
+@pytest.mark.parametrize(
+    ("layout", "fields"),
+    [
+        (["t1", ["T1"], "t1"], {"d_state", "expand", "d_conv", "chunk_size"}),
+        (["m1", ["M1"], "m1"], {"n_heads", "rotary_emb_dim", "window_size"}),
+        (["m1", ["t1"], "m1"], {"d_intermediate"}),
+        (["m1", ["T1"], "m1"], set()),
+    ],
+)
+def test_what_no_layer_reads_is_told_of(layout, fields):
+    assert HNetConfig(**ALONE, arch_layout=layout).unread().keys() == fields
 
 
 def test_fixed_chunks_have_no_router_and_no_loss():

@@ -414,6 +414,21 @@ def test_a_field_that_does_nothing_is_refused():
         compose(["model=hnet_x_nsa", "model_cfg.dummy=1"], notify=lambda text: None)
 
 
+@pytest.mark.parametrize(("named", "sparse"), [(["main"], [3]), ([1], [1]), (["main", 0], [0, 3])])
+def test_attention_is_sparse_where_it_is_asked_for(named, sparse):
+    """Elsewhere it has heads about as wide as those, in a window but of the main stage."""
+    cfg = HNetXNSAConfig(stage_layout="T1", nsa_stages=named, n_heads=12)
+    assert not cfg.problems(None)
+    assert [number for number, stage in enumerate(cfg.stages) if stage.sparse is not None] == sparse
+    assert [stage.heads for stage in cfg.stages] == [8, 8, 8, 12]
+    assert [stage.window for stage in cfg.stages] == [1024, 1024, 1024, None]
+
+
+def test_what_no_layer_reads_is_told_of():
+    assert {"d_state", "expand", "d_conv", "chunk_size"} <= HNetXNSAConfig(stage_layout="T1").unread().keys()
+    assert not HNetXNSAConfig().unread()
+
+
 def test_a_row_whose_chunks_are_all_selected_is_told_of():
     run, cfg = compose(["model=hnet_x_nsa", "preset=nano"], notify=lambda text: None)
     assert not cfg.remarks(run)
