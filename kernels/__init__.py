@@ -233,6 +233,14 @@ KERNELS: dict[str, Kernel] = {
         },
         rule="kernels.linear_scan:choose",
     ),
+    "upsample": Kernel(
+        "kernels.upsample:upsample",
+        description="chunks over their places, with what goes past them, for H-Net",
+        implementations={
+            REFERENCE: Implementation("kernels.upsample.reference:reference"),
+            TRITON: by_triton("kernels.upsample.triton:upsample"),
+        },
+    ),
     "selected_attention": Kernel(
         "kernels.selected_attention:selected_attention",
         description="attention to the blocks that were selected for each query",

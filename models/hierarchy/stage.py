@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kernels.choose import UsesKernels
 from kernels.precision import at_least_fp32, own_dtypes
+from kernels.upsample import taken, upsample
 from models.hierarchy.cache import RowsOf
 from models.hierarchy.chunking import confidence, smoothed, straight_through
 from models.hierarchy.config import HierarchyConfig
@@ -85,27 +86,28 @@ class Stage(UsesKernels):
         flat = (lambda t: t.flatten(0, 1)[None]) if packed else (lambda t: t)
         inner = self.main_network(taken(flat(encoded), source), within, packed, told)
         z = smoothed(inner, taken(flat(p), source), within.begins, self.cfg.ema_eps, self.kernels)
-        return self._decode(taken(z, chunk).view(*p.shape, -1), encoded, p, opens, places, cu_seqlens)[
-            ..., :width
-        ]
+        return self._decode(z, chunk, encoded, p, opens, places, cu_seqlens)[..., :width]
 
     def _decode(
         self,
         z: Tensor,
+        chunk: Tensor,
         encoded: Tensor,
         p: Tensor,
         opens: Tensor,
         places: Places | RowsOf,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """z (R, M, D): of each place its chunk's."""
+        """z (R', C, D), and the chunk of each place, (R, M), or of all of them end to end, (1, R M)."""
         exact = z.dtype
         with own_dtypes(z.device):
             residual = F.linear(
                 encoded.to(exact), self.residual_proj.weight.to(exact), self.residual_proj.bias.to(exact)
             )
-            x = straight_through(confidence(p, opens))[..., None] * z + residual
-        x = x.to(encoded.dtype)
+        one = straight_through(confidence(p, opens)).reshape(chunk.shape)
+        residual = residual.reshape(*chunk.shape, -1)
+        x = upsample(z, chunk, one, residual, dtype=encoded.dtype, kernels=self.kernels)
+        x = x.view(encoded.shape)
         if isinstance(places, RowsOf):
             return self.decoder.step(x, places)
         return self.decoder(x, places, cu_seqlens)
@@ -146,10 +148,10 @@ class Stage(UsesKernels):
         at.write(f"{name}.places", past[:, -1] + 1)
         at.write(f"{name}.routed", last)
         z = self._chunks(encoded, p, opens, at, f"{name}.smoothed")
-        return self._decode(z, encoded, p, opens, at)[..., :width]
+        return self._decode(z, opens.cumsum(1), encoded, p, opens, at)[..., :width]
 
     def _chunks(self, encoded: Tensor, p: Tensor, opens: Tensor, at: RowsOf, name: str) -> Tensor:
-        """(R, M, D): of each place its chunk's, those of before included."""
+        """(R, 1 + C, D): the chunk that goes on from before, and those that open here."""
         counts = opens.sum(1).cpu()
         before = at.read(name)
         most = int(counts.max())
@@ -162,8 +164,7 @@ class Stage(UsesKernels):
             inner = self.main_network.step(taken(encoded[rows], source), at.among(chosen))
             new = smoothed(inner, taken(p[rows], source), None, self.cfg.ema_eps, self.kernels, before[rows])
             z[rows, 1 : 1 + count] = new
-        z = taken(z, opens.cumsum(1))
-        at.write(name, z[:, -1])
+        at.write(name, taken(z, opens.sum(1, keepdim=True))[:, 0])
         return z
 
     def empty(self, rows: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -214,7 +215,8 @@ class Stage(UsesKernels):
         ]
 
     def kernel_calls(self, seq_len: int) -> dict[str, dict[str, Any]]:
-        return {"linear_scan": {"columns": self.sizes.width}} if self.outer else {}
+        call = {"columns": self.sizes.width}
+        return {"linear_scan": call, "upsample": call} if self.outer else {}
 
     def flops(self, lengths: list[Any], longest: int) -> Flops:
         """Per byte, where rows hold `lengths` places in this stage and those within, of `longest` bytes."""
@@ -224,10 +226,3 @@ class Stage(UsesKernels):
         own = self.encoder.flops(lengths[0], longest) + self.decoder.flops(lengths[0], longest)
         within = self.main_network.flops(lengths[1:], longest)
         return own + matmul_flops(weights) + within * (lengths[1] / lengths[0])
-
-
-def taken(x: Tensor, index: Tensor) -> Tensor:
-    """x (R, M, ...) at index (R, C) -> (R, C, ...)"""
-    if len(x) == 1:
-        return x[0][index]
-    return x[torch.arange(len(x), device=x.device)[:, None], index]
