@@ -279,6 +279,7 @@ class RunConfig(BaseModel):
     train_files: FilePath | list[FilePath] | None = None
     val_files: FilePath | list[FilePath] | None = None
     text_field: str = "text"
+    shards_tokenizer: str | None = None
     dataset_name: FilePath | None = None
     dataset_subset: str | None = None
     dataset_split: str = "train"

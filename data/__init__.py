@@ -46,8 +46,9 @@ class Source(Entry):
     of several will do, all stand in one entry. `absolute` is `(cfg) -> {field: value}`, the fields with paths that mean
     the same from any folder; DataError where there is nothing. `suffixes`: how the names of its files end, where they
     are of one kind.
-    `tokenizer` is what `auto` means for it, and `tokenizer_why` says why. `near_copies` is what that field means where
-    it is not set; None: held-out text is not compared with the training text, as both are drawn independently.
+    `tokenizer` is what `auto` means for it, and `tokenizer_why` says why; `tokenizer_field` names a field of its own
+    that says so instead where it is set. `near_copies` is what that field means where it is not set; None: held-out
+    text is not compared with the training text, as both are drawn independently.
     """
 
     needs: tuple[str, ...] = ()
@@ -55,6 +56,7 @@ class Source(Entry):
     suffixes: tuple[str, ...] = ()
     tokenizer: str = "bpe-1024"
     tokenizer_why: str = "trained on the training split"
+    tokenizer_field: str = ""
     near_copies: Literal["drop", "keep"] | None = "keep"
 
 
@@ -107,6 +109,17 @@ SOURCES: dict[str, Source] = {
         needs=("train_files=<files> or input_file=<file or folder>",),
         absolute="data.parquet:absolute",
         suffixes=(".parquet",),
+    ),
+    "bin": Source(
+        "data.bin:load",
+        ("train_files", "input_file", "data_root", "val_files", "shards_tokenizer"),
+        "token shards of llm.c, modded-nanogpt, nanoGPT and Megatron",
+        needs=("train_files=<files> or input_file=<file or folder>",),
+        absolute="data.bin:absolute",
+        suffixes=(".bin",),
+        tokenizer="gpt2",
+        tokenizer_why="as the shards have it",
+        tokenizer_field="shards_tokenizer",
     ),
     "hf": Source(
         "data.huggingface.sets:load",
@@ -284,10 +297,14 @@ def token_stores(
 ) -> tuple[dict[str, TokenStore], Path | None]:
     """The tokens of both sides, from the cache or written there, and their folder; None where there is no cache."""
     from data.corpus import Texts
+    from data.shard_text import ShardText
     from data.store import encode_documents, load_stores, write_stores
 
     sides = {"train": corpus.train, "heldout": corpus.heldout}
-    folder = cache / "tokens" / f"{corpus.fingerprint[:16]}-{tokenizer.digest[:16]}-v{CACHE_FORMAT}"
+    # Ids that stay in their files are of these files.
+    keys = [s.key for s in sides.values() if isinstance(s, ShardText) and s.is_of(tokenizer)]
+    shards = f"-{'-'.join(keys)}" if keys else ""
+    folder = cache / "tokens" / f"{corpus.fingerprint[:16]}-{tokenizer.digest[:16]}{shards}-v{CACHE_FORMAT}"
     if (folder / "meta.json").exists():
         try:
             return load_stores(folder, list(sides), tokenizer), folder
@@ -299,7 +316,8 @@ def token_stores(
         stores = load_stores(folder, list(sides), tokenizer, check=False)
         if isinstance(corpus.train, Texts):
             size = sum(store.tokens.nbytes for store in stores.values())
-            notes.append(f"tokens written to the cache: {size:,} bytes in {folder}")
+            written = f"written to the cache: {size:,} bytes in {folder}"
+            notes.append("tokens are read from their shards" if keys else f"tokens {written}")
         return stores, folder
     except OSError as error:
         if isinstance(corpus.train, Texts):  # more than memory holds, perhaps

@@ -9,6 +9,7 @@ key is made of the files' paths, sizes and times of change.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, BinaryIO, Self, overload
 
 import filelock
 import numpy as np
@@ -30,7 +31,7 @@ from data.cache import write_atomic
 from data.corpus import Corpus, Document, Texts, fingerprint
 from data.errors import DataError
 from data.files import shown
-from data.stream import Part, Stream
+from data.stream import Part, Row, Stream
 
 FORMAT = 1  # part of every key: raise it when other text would be kept
 SIDES = ("train", "heldout")
@@ -43,25 +44,30 @@ NAMED = 3  # documents that a note names
 
 
 class KeptText(Texts):
-    """One side of a text in the cache. `parts`: the name of each file and its first document; `chosen` (k,): which
-    documents, None: all."""
+    """One side of a text in the cache. `parts`: the name of each file and its first document; `read`: these files."""
 
-    def __init__(
-        self, folder: Path, side: str, parts: Sequence[tuple[str, int]], chosen: np.ndarray | None = None
-    ):
-        self._folder, self._side, self._parts, self._chosen = folder, side, parts, chosen
+    holds = "text"  # what of each document is written beside the arrays: its text, or its "lengths" in ids
+
+    def __init__(self, folder: Path, side: str, parts: Sequence[tuple[str, int]], read: Sequence[Part]):
+        self._parts = parts
+        self._chosen: np.ndarray | None = None  # (k,): which documents, None: all
         self._ends = _load(folder, side, "ends")
         self._places = _load(folder, side, "places")
         self.sizes = np.diff(self._ends, prepend=0)
         self.digests = _load(folder, side, "digests")
-        if chosen is not None:
-            self.sizes, self.digests = self.sizes[chosen], self.digests[chosen]
+        self._open(folder, side, read)
+
+    def _open(self, folder: Path, side: str, read: Sequence[Part]) -> None:
         # Kept open: the folder may be deleted meanwhile.
         self._file = open(folder / f"{side}.text", "rb", buffering=0)  # noqa: SIM115
+        if os.fstat(self._file.fileno()).st_size != self.sizes.sum():
+            raise ValueError(f"{self._file.name} has another size than its documents")
 
-    def select(self, indices: np.ndarray) -> KeptText:
-        chosen = indices if self._chosen is None else self._chosen[indices]
-        return KeptText(self._folder, self._side, self._parts, chosen)
+    def select(self, indices: np.ndarray) -> Self:
+        found = copy.copy(self)
+        found._chosen = indices if self._chosen is None else self._chosen[indices]
+        found.sizes, found.digests = self.sizes[indices], self.digests[indices]
+        return found
 
     @overload
     def __getitem__(self, index: int) -> Document: ...
@@ -74,8 +80,11 @@ class KeptText(Texts):
             raise IndexError(index)
         index %= len(self)
         document = int(index if self._chosen is None else self._chosen[index])
-        size = int(self.sizes[index])
-        return Document(self._name(document), self._read(int(self._ends[document]) - size, size))
+        return Document(self._name(document), self._text(document, int(self.sizes[index])))
+
+    def _text(self, document: int, size: int) -> bytes:
+        """Of one of all documents, whichever are chosen."""
+        return self._read(int(self._ends[document]) - size, size)
 
     def __iter__(self) -> Iterator[Document]:
         if self._chosen is not None:
@@ -151,18 +160,29 @@ def _kept(stream: Stream, folder: Path, *, fresh: bool = False) -> Corpus | None
         meta = json.loads((folder / "meta.json").read_bytes())
         if not (fresh or meta["settled"]):
             return None
-        sides = {
-            side: KeptText(folder, side, [tuple(part) for part in meta["parts"][side]]) for side in SIDES
-        }
-        if any((folder / f"{side}.text").stat().st_size != sides[side].sizes.sum() for side in SIDES):
-            return None
+        sides = _sides_kept(stream, folder, meta["parts"])
     except (OSError, ValueError, KeyError, TypeError):
         if fresh:
             raise
         return None
-    place = f"text kept in the cache: {meta['bytes']:,} bytes in {folder}"
+    if _class(stream).holds == "text":
+        place = f"text kept in the cache: {meta['bytes']:,} bytes in {folder}"
+    else:
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        place = f"where the documents lie kept in the cache: {size:,} bytes in {folder}"
     notes = (*stream.notes, *meta["notes"], place)
     return Corpus(stream.name, sides["train"], sides["heldout"], meta["fingerprint"], notes)
+
+
+def _class(stream: Stream) -> type[KeptText]:
+    return stream.kept or KeptText
+
+
+def _sides_kept(stream: Stream, folder: Path, parts: Any) -> dict[str, KeptText]:
+    """`parts`: by side."""
+    read = [part for _, side in _sides(stream) for part in side]
+    kept = _class(stream)
+    return {side: kept(folder, side, [(name, first) for name, first in parts[side]], read) for side in SIDES}
 
 
 def _load(folder: Path, side: str, name: str) -> np.ndarray:
@@ -210,7 +230,7 @@ def _write_sides(stream: Stream, folder: Path, tell: Callable[[str], object]) ->
             raise DataError(_too_few(read, len(order)))
         read = _Reading(stream, folder, set(order[-max(1, len(order) // 10) :]), tell)
     read.require_fair()
-    text = {side: KeptText(folder, side, read.sides[side].parts) for side in SIDES}
+    text = _sides_kept(stream, folder, {side: read.sides[side].parts for side in SIDES})
     return {
         "fingerprint": fingerprint(text["train"], text["heldout"]),
         "bytes": sum(side.bytes for side in read.sides.values()),
@@ -232,13 +252,18 @@ def _too_few(read: _Reading, documents: int) -> str:
 class _Side:
     """Files of one side that are being written."""
 
-    def __init__(self, folder: Path, side: str):
+    def __init__(self, folder: Path, side: str, holds: str):
         self.folder, self.side = folder, side
         self.parts: list[tuple[str, int]] = []
         self.bytes = 0
         self._open = ExitStack()
-        text = open(folder / f"{side}.text", "wb")  # noqa: SIM115 (`_open` closes it)
-        self._text = self._open.enter_context(text)
+        self._text: BinaryIO | None = None
+        self._lengths: ArrayWriter | None = None
+        if holds == "text":
+            text = open(folder / f"{side}.text", "wb")  # noqa: SIM115 (`_open` closes it)
+            self._text = self._open.enter_context(text)
+        else:
+            self._lengths = self._array(holds, np.int64)
         self._ends = self._array("ends", np.int64)
         self._places = self._array("places", np.int64)
         self._digests = self._array("digests", np.uint8, (32,))
@@ -260,11 +285,14 @@ class _Side:
     def begin(self, part: Part) -> None:
         self.parts.append((part.name, len(self)))
 
-    def add(self, place: int, text: bytes, digest: bytes) -> None:
-        self._text.write(text)
+    def add(self, row: Row, text: bytes, digest: bytes) -> None:
+        if self._text is not None:
+            self._text.write(text)
+        if self._lengths is not None:
+            self._lengths.append(np.array([row.length]))
         self.bytes += len(text)
         self._ends.append(np.array([self.bytes]))
-        self._places.append(np.array([place]))
+        self._places.append(np.array([row.place]))
         self._digests.append(np.frombuffer(digest, dtype=np.uint8)[None])
 
 
@@ -279,7 +307,8 @@ class _Reading:
         self.stream, self._chosen, self._tell = stream, chosen, tell
         self.left: Counter[str] = Counter()  # why a row is in neither side
         self.copies: list[str] = []
-        with _Side(folder, "heldout") as heldout, _Side(folder, "train") as train:
+        holds = _class(stream).holds
+        with _Side(folder, "heldout", holds) as heldout, _Side(folder, "train", holds) as train:
             self.sides = {"heldout": heldout, "train": train}
             if stream.heldout is None:
                 self._read(stream.train, self._by_hash, ())
@@ -302,17 +331,18 @@ class _Reading:
             self._tell(f"reading the text ({shown(part.name)}, {number + 1} of {len(parts)})")
             for side in self.sides.values():
                 side.begin(part)
-            for place, text in part.rows():
+            for row in part.rows():
+                text = row.text
                 if text is None or not text.strip():
                     self.left["null" if text is None else "empty"] += 1
                     continue
                 digest = hashlib.sha256(text).digest()
                 if digest not in held:
-                    side_of(digest).add(place, text, digest)
+                    side_of(digest).add(row, text, digest)
                     continue
                 self.left["copy"] += 1
                 if len(self.copies) < NAMED:
-                    self.copies.append(f"{shown(part.name)}:{place}")
+                    self.copies.append(f"{shown(part.name)}:{row.place}")
 
     def require_fair(self) -> None:
         """DataError where there is nothing to train on or to score, or the hash held out most of the text."""

@@ -15,9 +15,12 @@ from data.arrays import ArrayWriter, map_array
 from data.cache import file_digest, write_atomic
 from data.corpus import Document, Marker
 from data.errors import DataError
+from data.shard_text import ShardText
+from data.shards import ShardTokens
 from data.tokenizers import Tokenizer, spans_of, text_of
 
 _ARRAYS = ("tokens", "offsets", "doc_bytes")
+_OF_SHARDS = ("begins", "offsets", "doc_bytes")
 _OF_LOSSY = ("lossy", "raw")
 BLOCK = 1 << 20  # tokens that are counted together
 MAPPED = 1 << 20  # bytes from which the other arrays are mapped, as tokens are
@@ -27,13 +30,14 @@ MAPPED = 1 << 20  # bytes from which the other arrays are mapped, as tokens are
 class TokenStore:
     """Documents as ids, one behind the other, without end-of-text.
 
-    tokens (L,) uint16 or uint32; offsets (n_docs + 1,) int64: document i is offsets[i] to offsets[i + 1];
-    doc_bytes (n_docs,) int64: raw UTF-8 bytes. Where the tokens give back every text, the text itself is not kept; else
-    raw (sum of doc_bytes,) uint8 is all of it, and lossy (n_docs,) bool says of which documents they do not.
+    tokens (L,) uint16 or uint32, `ShardTokens` where they stay in their shards; offsets (n_docs + 1,) int64: document
+    i is offsets[i] to offsets[i + 1]; doc_bytes (n_docs,) int64: raw UTF-8 bytes. Where the tokens give back
+    every text, the text itself is not kept; else raw (sum of doc_bytes,) uint8 is all of it, and lossy (n_docs,) bool
+    says of which documents they do not.
     `marks` are those of the corpus.
     """
 
-    tokens: np.ndarray
+    tokens: np.ndarray | ShardTokens
     offsets: np.ndarray
     doc_bytes: np.ndarray
     tokenizer: Tokenizer
@@ -151,6 +155,9 @@ def write_stores(folder: Path, sides: Mapping[str, Sequence[Document]], tokenize
     """
     names = []
     for side, documents in sides.items():
+        if isinstance(documents, ShardText) and documents.is_of(tokenizer):
+            names += _write_places(folder, side, documents)
+            continue
         names += [f"{side}.{name}.npy" for name in _ARRAYS]
         if _write_encoded(folder, side, documents, tokenizer):
             raw = functools.partial(_write_raw, documents=documents)
@@ -180,6 +187,17 @@ def _write_encoded(folder: Path, side: str, documents: Sequence[Document], token
         path = folder / f"{side}.{name}.npy"
         write_atomic(path, functools.partial(np.save, arr=array, allow_pickle=False))
     return bool(lossy.any())
+
+
+def _write_places(folder: Path, side: str, documents: ShardText) -> list[str]:
+    """Of documents whose ids stay where they are: names of the files that say where."""
+    content = json.dumps(documents.tokens.to_json(), indent=1)
+    write_atomic(folder / f"{side}.shards.json", lambda file: file.write(content.encode()))
+    arrays = {"begins": documents.begins, "offsets": documents.offsets, "doc_bytes": documents.sizes}
+    for name in _OF_SHARDS:
+        write = functools.partial(np.save, arr=arrays[name], allow_pickle=False)
+        write_atomic(folder / f"{side}.{name}.npy", write)
+    return [f"{side}.shards.json", *(f"{side}.{name}.npy" for name in _OF_SHARDS)]
 
 
 def _write_raw(file: BinaryIO, documents: Sequence[Document]) -> None:
@@ -215,11 +233,14 @@ def load_stores(
 
 def _load_store(folder: Path, side: str, names: Container[str], tokenizer: Tokenizer) -> TokenStore:
     arrays: dict[str, Any] = {}
-    for name in (*_ARRAYS, *_OF_LOSSY):
+    for name in (*_ARRAYS, *_OF_LOSSY, "begins"):
         path = folder / f"{side}.{name}.npy"
         if path.name not in names:
             continue
         array = map_array(path)
         # The small ones are better in memory.
         arrays[name] = array if name in ("tokens", "raw") or array.nbytes > MAPPED else np.array(array)
+    if (begins := arrays.pop("begins", None)) is not None:
+        content = json.loads((folder / f"{side}.shards.json").read_bytes())
+        arrays["tokens"] = ShardTokens.from_json(content, begins, arrays["offsets"])
     return TokenStore(**arrays, tokenizer=tokenizer)

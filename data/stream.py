@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from data.errors import DataError
+
+if TYPE_CHECKING:
+    from data.kept import KeptText
 
 __all__ = ["FilePart", "Part", "Row", "Stream", "utf8"]
 
@@ -20,10 +23,12 @@ Stamp = tuple[str, int, int]  # absolute path, bytes, modification time in ns
 
 
 class Row(NamedTuple):
-    """`place` is where a part has it, counted from 1 (a line, a row); `text` None where there is null for it."""
+    """`place` is where a part has it, counted from 1 (a line, a row, an id); `text` None where there is null for it.
+    `length`: of how many ids, where parts hold ids."""
 
     place: int
     text: bytes | None
+    length: int = 0
 
 
 class Part(Protocol):
@@ -45,6 +50,7 @@ class Stream:
     `by_hash`: even where that holds out most of it.
 
     `read_as` is what decides, beside the parts, what text they give, as JSON. `notes` are sentences for the user.
+    `kept`: how the text is kept, if not as it is: a class derived from `data.kept.KeptText`.
     """
 
     name: str
@@ -53,6 +59,7 @@ class Stream:
     read_as: Mapping[str, Any]
     by_hash: bool = False
     notes: tuple[str, ...] = ()
+    kept: type[KeptText] | None = None
 
     def whole(self) -> Stream:
         """All of it as held-out text."""

@@ -46,7 +46,22 @@ def choose(cfg: DataConfig, unit: Unit = "token") -> tuple[Choice, str]:
     if unit == "byte":
         return _parse(BYTE), "as this architecture reads bytes"
     source = SOURCES[cfg.data]
-    return _parse(source.tokenizer), source.tokenizer_why
+    said = getattr(cfg, source.tokenizer_field) if source.tokenizer_field else None
+    return _parse(said or source.tokenizer), source.tokenizer_why
+
+
+def tokenizer_of(spec: str, cache: Path) -> Tokenizer:
+    """The one that a spec names by itself, without a text that it is trained on.
+
+    Raises:
+        DataError: no such kind or file, or one that is trained on a text.
+    """
+    choice = _parse(spec)
+    if choice.kind is not None and TOKENIZERS[choice.kind].trained:
+        raise DataError(
+            f"tokenizer: '{spec}' is trained on a text. Name the file of one: a run holds its own"
+        )
+    return _untrained(choice, cache)
 
 
 def vocabulary_size(cfg: DataConfig, unit: Unit = "token") -> int:
@@ -94,14 +109,9 @@ def _parse(spec: str) -> Choice:
 
 
 def _make(choice: Choice, corpus: Corpus, cache: Path, notes: list[str]) -> Tokenizer:
-    if choice.kind is None:
-        return _load(choice)
-    row = TOKENIZERS[choice.kind]
-    factory = row.load()
-    if row.published:
-        return factory.fetch(cache)
-    if not row.trained:
-        return factory()
+    if choice.kind is None or not TOKENIZERS[choice.kind].trained:
+        return _untrained(choice, cache)
+    factory = TOKENIZERS[choice.kind].load()
     from data.tokenizers import load_tokenizer
 
     path = cache / "tokenizers" / f"{choice.spec}-{corpus.fingerprint[:16]}-v{CACHE_FORMAT}.json"
@@ -118,6 +128,13 @@ def _make(choice: Choice, corpus: Corpus, cache: Path, notes: list[str]) -> Toke
     except OSError as error:
         notes.append(f"the tokenizer could not be cached: {error}")
     return trained
+
+
+def _untrained(choice: Choice, cache: Path) -> Tokenizer:
+    if choice.kind is None:
+        return _load(choice)
+    row = TOKENIZERS[choice.kind]
+    return row.load().fetch(cache) if row.published else row.load()()
 
 
 def _load(choice: Choice) -> Tokenizer:

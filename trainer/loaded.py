@@ -186,7 +186,7 @@ class Loaded:
         assert score is not None
         return TextScore(
             document.text,
-            ids=rows.store.tokens.astype(np.int64),
+            ids=rows.store.tokens[:].astype(np.int64),
             spans=self.tokenizer.spans(document.text),
             nats=by_token.nats,
             seed=self.config.seed,

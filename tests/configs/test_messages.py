@@ -351,7 +351,7 @@ def test_a_file_of_text_alone_means_data_text(work, write):
     write("other.yaml", "defaults: [mine, _self_]\ndata: synthetic\n")
     with pytest.raises(
         ConfigError,
-        match="input_file is read by data=text or data=jsonl or data=parquet only, and data is 'synthetic'",
+        match="input_file is read by data=text or data=jsonl or data=parquet or data=bin only, and data is 'synthetic'",
     ):
         compose(["other.yaml", "input_file=a.txt"])
 
@@ -370,7 +370,8 @@ def test_files_of_json_lines_alone_mean_data_jsonl(work, write):
     assert compose(["mine.yaml", "train_files=[ab].jsonl"], notes.append)[0].train_files == "[ab].jsonl"
     assert compose(["mine.yaml", "input_file=a.jsonl", "val_files=[]"], notes.append)[0].val_files == []
     with pytest.raises(
-        ConfigError, match="train_files is read by data=jsonl or data=parquet only, and data is 'text'"
+        ConfigError,
+        match="train_files is read by data=jsonl or data=parquet or data=bin only, and data is 'text'",
     ):
         compose(["mine.yaml", "data=text", "input_file=a.jsonl", "train_files=a.jsonl"])
     with pytest.raises(ConfigError, match="data=hf needs dataset_name=<folder or name>"):

@@ -65,6 +65,7 @@ def config():
             "train_files": None,
             "val_files": None,
             "text_field": "text",
+            "shards_tokenizer": None,
             "dataset_name": None,
             "dataset_subset": None,
             "dataset_split": "train",

@@ -4,11 +4,14 @@ import gzip
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 
 from data.errors import DataError
+from data.tokenizers import load_tokenizer
 from tests.contract.tiny import config
+from tests.data.shard_files import headerless
 from trainer.loaded import load
 from trainer.loop import train
 
@@ -64,3 +67,48 @@ def test_a_run_goes_on_exactly_and_not_on_other_text(work, tmp_path):
     text.write_bytes(lines(TEXTS[::-1]))
     with pytest.raises((ValueError, DataError), match="not what the run was trained on|Restore the data"):
         run(tmp_path / "run", f"train_files={text}", *words, steps=6)
+
+
+def shards_of(work, folder, texts=TEXTS):
+    """Shards of the text in the ids of the run on it, cut anywhere; the words of a run on them."""
+    tokenizer = load_tokenizer(work / "run/tokenizer.json")
+    ids = np.concatenate([np.append(tokenizer.encode(text), tokenizer.eot) for text in texts])
+    for number, start in enumerate(range(0, len(ids), 500)):
+        path = headerless(folder / f"text_{number:03}.bin", ids[start : start + 500])
+        os.utime(path, (1e9, 1e9))
+    return "data=bin", f"train_files={folder}/*.bin", f"tokenizer={work}/run/tokenizer.json"
+
+
+def test_shards_of_a_text_train_its_weights_and_go_on_exactly(work, tmp_path):
+    shards = shards_of(work, tmp_path / "shards")
+    run(tmp_path / "whole", *shards)
+    assert same(weights(tmp_path / "whole"), weights(work / "run"))
+    scores = [
+        json.loads((path / "summary.json").read_text())["score"]
+        for path in (tmp_path / "whole", work / "run")
+    ]
+    assert scores[0] == scores[1]
+    words = ("learning_rate=0.001", "scheduler=constant")
+    run(tmp_path / "long", *shards, *words)
+    run(tmp_path / "cut", *shards, *words, steps=2)
+    run(tmp_path / "cut", *shards, *words, f"resume={tmp_path}/cut")
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "long"))
+
+
+def test_a_shard_that_changes_ends_the_run_with_its_name(work, tmp_path, monkeypatch):
+    shards = shards_of(work, tmp_path / "shards")
+    path = tmp_path / "shards/text_000.bin"
+    from trainer.loop import Trainer
+
+    save = Trainer._save
+
+    def touch(self):
+        save(self)
+        os.utime(path, (2e9, 2e9))
+
+    monkeypatch.setattr(Trainer, "_save", touch)
+    with pytest.raises(DataError, match=r"text_000.bin' has changed since it was first read. Restore it"):
+        run(tmp_path / "run", *shards, steps=40)
+    os.utime(path, (1e9, 1e9))
+    monkeypatch.undo()
+    run(tmp_path / "run", *shards, f"resume={tmp_path}/run", steps=6)
