@@ -121,6 +121,24 @@ SOURCES: dict[str, Source] = {
         tokenizer_why="as the shards have it",
         tokenizer_field="shards_tokenizer",
     ),
+    "fineweb10B": Source(
+        "data.bin:load_public",
+        ("data_root", "shards_tokenizer"),
+        "FineWeb's public shards of GPT-2 ids",
+        absolute="data.bin:absolute_public",
+        tokenizer="gpt2",
+        tokenizer_why="as the shards have it",
+        tokenizer_field="shards_tokenizer",
+    ),
+    "finewebedu10B": Source(
+        "data.bin:load_public",
+        ("data_root", "shards_tokenizer"),
+        "FineWeb-Edu's",
+        absolute="data.bin:absolute_public",
+        tokenizer="gpt2",
+        tokenizer_why="as the shards have it",
+        tokenizer_field="shards_tokenizer",
+    ),
     "hf": Source(
         "data.huggingface.sets:load",
         (

@@ -12,6 +12,7 @@ have the same documents as the text that the ids say.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -48,12 +49,18 @@ from naming import expand_path
 __all__ = ["Chain", "ShardPart", "absolute", "load"]
 
 WIDTH = np.dtype(np.uint16)  # of ids in files that do not say it, before there is a tokenizer
+PUBLIC = {"fineweb10B": "fineweb", "finewebedu10B": "finewebedu"}  # how the names of their shards begin
 # Steps of a normalizer that other text than was there comes back from.
 _NORMALIZES = re.compile(r'"type": "(NF[CDK]+|Lowercase|StripAccents|BertNormalizer|Strip|Nmt|Precompiled)"')
 
 
-class BinConfig(FilesConfig, DataConfig, Protocol):
+class PublicConfig(DataConfig, Protocol):
+    data_root: str | None
     shards_tokenizer: str | None
+
+
+class BinConfig(FilesConfig, PublicConfig, Protocol):
+    """Of `data=bin`."""
 
 
 def load(cfg: BinConfig) -> Stream:
@@ -66,7 +73,7 @@ def load(cfg: BinConfig) -> Stream:
     return stream_of(cfg, named_files(cfg, KINDS["bin"]))
 
 
-def stream_of(cfg: BinConfig, files: Named) -> Stream:
+def stream_of(cfg: PublicConfig, files: Named) -> Stream:
     """The documents of the shards that were found."""
     kind = _require_alike([open_shard(path, WIDTH) for _, path in _all(files)])
     tokenizer = _tokenizer(cfg, kind)
@@ -88,7 +95,40 @@ def absolute(cfg: BinConfig) -> dict[str, Any]:
     return {**named.absolute(cfg, KINDS["bin"]), **tokenizer_path(cfg)}
 
 
-def tokenizer_path(cfg: BinConfig) -> dict[str, str]:
+def load_public(cfg: PublicConfig) -> Stream:
+    """FineWeb's shards under the names that `data` and modded-nanogpt give them, in `data_root`, or a folder
+    `<data>` of it; without one in data/<data>.
+
+    Raises:
+        DataError: as `load`; where they are not there it says how to have them.
+    """
+    start = PUBLIC[cfg.data]
+    folder = _public_folder(cfg)
+    there = {side: glob.glob(f"{glob.escape(str(folder))}/{start}_{side}_*.bin") for side in ("train", "val")}
+    if lacking := [side for side, found in there.items() if not found]:
+        missing = " and ".join(f"{start}_{side}_*.bin" for side in lacking)
+        raise DataError(
+            f"data={cfg.data}: there is no {missing} in {str(folder)!r}. Fetch them where there is a network: "
+            f"hf download kjj0/{cfg.data.lower()}-gpt2 --repo-type dataset --local-dir <folder>; then set "
+            f"data_root=<folder>. With other shards: data=bin train_files=<files> val_files=<files>"
+        )
+    train, heldout = (sorted(map(Path, there[side])) for side in ("train", "val"))
+    named_ = [[(path.name, path) for path in side] for side in (train, heldout)]
+    return stream_of(cfg, Named(named_[0], named_[1], cfg.data, (), KINDS["bin"], False))
+
+
+def absolute_public(cfg: PublicConfig) -> dict[str, str]:
+    """The folder of the shards, from anywhere."""
+    return {"data_root": os.path.abspath(_public_folder(cfg)), **tokenizer_path(cfg)}
+
+
+def _public_folder(cfg: PublicConfig) -> Path:
+    root = expand_path(cfg.data_root or "data")
+    below = root / cfg.data
+    return below if below.is_dir() or cfg.data_root is None else root
+
+
+def tokenizer_path(cfg: PublicConfig) -> dict[str, str]:
     """`shards_tokenizer` as it means the same from any folder, where it is a path."""
     path = expand_path(cfg.shards_tokenizer or "")
     return {"shards_tokenizer": os.path.abspath(path)} if cfg.shards_tokenizer and path.exists() else {}
@@ -113,7 +153,7 @@ def _require_alike(shards: Sequence[Shard]) -> str:
 # -- their tokenizer -----------------------------------------------------------------------------------------------
 
 
-def _spec(cfg: BinConfig, kind: str) -> str:
+def _spec(cfg: PublicConfig, kind: str) -> str:
     """What names the tokenizer of the shards."""
     if cfg.shards_tokenizer:
         return cfg.shards_tokenizer
@@ -128,7 +168,7 @@ def _spec(cfg: BinConfig, kind: str) -> str:
     return own.spec
 
 
-def _tokenizer(cfg: BinConfig, kind: str) -> Tokenizer:
+def _tokenizer(cfg: PublicConfig, kind: str) -> Tokenizer:
     spec = _spec(cfg, kind)
     try:
         tokenizer = tokenizer_of(spec, cache_root())

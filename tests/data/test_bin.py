@@ -470,3 +470,33 @@ def test_documents_are_read_when_they_are_asked_for(config, fields, bpe, ids, tm
     assert listed[3] == corpus.train[3] == corpus.train.select(np.array([3]))[0]
     assert isinstance(listed[0], Document) and listed[0].name == "t.bin:2"
     assert corpus.train.sizes.tolist() == [len(document.text) for document in listed]
+
+
+# -- the public ones -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("data", "start"), [("fineweb10B", "fineweb"), ("finewebedu10B", "finewebedu")])
+def test_public_shards_are_found_by_name(config, bpe, ids, tmp_path, monkeypatch, data, start) -> None:
+    from data.bin import absolute_public
+
+    bpe.save(tmp_path / "bpe.json")
+    monkeypatch.chdir(tmp_path)
+    stream = before(ids, bpe.eot)
+    folder = tmp_path / "data" / data
+    llm_c(folder / f"{start}_train_000001.bin", stream[:400])
+    llm_c(folder / f"{start}_train_000002.bin", stream[400:])
+    fields = {"data": data, "tokenizer": "auto", "shards_tokenizer": "bpe.json"}
+    with pytest.raises(
+        DataError, match=rf"no {start}_val_\*.bin in .*hf download kjj0/{data.lower()}-gpt2.*data=bin"
+    ):
+        load_dataset(config(**fields), cache_dir=tmp_path / "cache")
+    llm_c(folder / f"{start}_val_000000.bin", before([bpe.encode(b"held out")], bpe.eot))
+    for root in (None, "data", str(folder)):
+        cfg = config(**fields, data_root=root)
+        assert absolute_public(cfg) == {
+            "data_root": str(folder),
+            "shards_tokenizer": str(tmp_path / "bpe.json"),
+        }
+        assert both(load_dataset(cfg, cache_dir=tmp_path / "cache")) == [TEXTS, [b"held out"]]
+    with pytest.raises(DataError, match=rf"no {start}_train_\*.bin and {start}_val_\*.bin in '.*cache'"):
+        load_dataset(config(**fields, data_root="cache"), cache_dir=tmp_path / "cache")
