@@ -13,6 +13,7 @@ import argparse
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,10 +81,19 @@ def _compose(*words: str) -> RunConfig:
 
 
 def _needed(data: str) -> list[str]:
-    """Overrides without which a source of text is refused; any file will do."""
+    """Overrides without which a source of text is refused; any file will do, and any name where it may be one."""
     from data import SOURCES
 
-    return [f"{need.partition('=')[0]}={CONFIGS / 'training.yaml'}" for need in SOURCES[data].needs]
+    needs = [need.partition("=") for need in SOURCES[data].needs]
+    return [
+        f"{field}={'any/name' if what.endswith('name>') else CONFIGS / 'training.yaml'}"
+        for field, _, what in needs
+    ]
+
+
+def _composes(data: str) -> bool:
+    """Whether it can be asked for here: data sets of Hugging Face need a package that not everyone has."""
+    return data != "hf" or find_spec("datasets") is not None
 
 
 def check_model_file(
@@ -99,7 +109,7 @@ def check_model_file(
     assert isinstance(primary, dict)
     primary_tree = {**{str(k): v for k, v in primary.items()}, "preset": "none"}
     assert validate(grouped)[0] == validate(primary_tree)[0], "group and primary differ"
-    for data in sources or choices("data"):
+    for data in filter(_composes, sources or choices("data")):
         assert _compose(str(path), f"data={data}", *_needed(data)).data == data
     for preset in presets or options("preset"):
         cfg = _compose(str(path), f"preset={preset}")
@@ -199,7 +209,7 @@ def checks(build: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     for path in other_files(CONFIGS):
         yield f"configs/{path.relative_to(CONFIGS)}", functools.partial(check_own_file, path, build)
     for group in GROUPS:
-        for name in options(group):
+        for name in filter(_composes, options(group)):
             yield f"configs/{group}/{name}.yaml", functools.partial(check_option, group, name)
     for path in sorted((CONFIGS / "preset" / "for").glob("*.yaml")):
         yield f"configs/{path.relative_to(CONFIGS)}", functools.partial(read, path)

@@ -159,6 +159,17 @@ def test_a_query_that_sees_no_summary_is_told_nothing():
     assert not run(layer, x[:, :3]).any()  # no block at all
 
 
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("fields", [{}, {"compress_block_size": 2, "compress_stride": 2}], ids=str)
+def test_every_parameter_has_a_gradient_in_rows_without_summaries(fields, length):
+    """A step refuses parameters that it does not use, and processes wait for each other's gradients of all."""
+    model = sparse(**fields)
+    model(tokens_of(rows=1, length=length)).square().sum().backward()
+    without = [name for name, p in model.layers.named_parameters() if p.grad is None]
+    assert not without
+    assert any(p.grad.any() for p in model.layers.parameters())
+
+
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_gates_let_one_branch_through(branch):
     layer, x = attention_of(branch)
