@@ -12,7 +12,7 @@ from trainer.commands import train
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("python mytrainer.py sh", ["show"]),
+        ("python mytrainer.py sho", ["show"]),
         ("python mytrainer.py --hydra_model_cfg=gp", ["--hydra_model_cfg=gpt2"]),
         ("python /some/where/mytrainer.py --hydra_model_cfg van", ["vanilla"]),
         ("python mytrainer.py model=mi", ["model=mine.yaml"]),
