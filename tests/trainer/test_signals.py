@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,18 @@ def wait_for(condition, seconds=10):
         time.sleep(0.005)
 
 
+@contextmanager
+def stderr_in(path):
+    kept = os.dup(2)
+    with open(path, "wb") as file:
+        os.dup2(file.fileno(), 2)
+    try:
+        yield path
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 @pytest.fixture
 def ended(monkeypatch):
     """Exit statuses that the process would have ended with."""
@@ -42,21 +55,16 @@ def ended(monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_request_is_heard_and_gets_its_word(name, capfd):
+def test_a_request_is_heard_and_gets_its_word(name, tmp_path):
     number = getattr(signal, name)
     before = signal.getsignal(number)
-    with StopSignal("saving, then leaving") as stop:
+    # In a file, as capfd empties what it has read, and loses what the thread writes in between.
+    with stderr_in(tmp_path / "said") as told, StopSignal("saving, then leaving") as stop:
         assert not stop.requested
         send(number)
         assert (stop.requested, stop.name) == (True, name)
-        said = ""
-
-        def told():
-            nonlocal said
-            said += capfd.readouterr().err
-            return said
-
-        wait_for(told)
+        wait_for(lambda: told.read_text().endswith("\n"))
+    said = told.read_text()
     assert said.startswith(f"{name} received: saving, then leaving")
     assert ("Ctrl-C again" in said) == (name == "SIGINT")
     assert signal.getsignal(number) == before and signal.set_wakeup_fd(-1) == -1
