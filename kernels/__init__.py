@@ -241,6 +241,14 @@ KERNELS: dict[str, Kernel] = {
             TRITON: by_triton("kernels.upsample.triton:upsample"),
         },
     ),
+    "boundaries": Kernel(
+        "kernels.boundaries:boundaries",
+        description="where neighbours are unlike, and how sure that is, for H-Net",
+        implementations={
+            REFERENCE: Implementation("kernels.boundaries.reference:reference"),
+            TRITON: by_triton("kernels.boundaries.triton:boundaries"),
+        },
+    ),
     "selected_attention": Kernel(
         "kernels.selected_attention:selected_attention",
         description="attention to the blocks that were selected for each query",

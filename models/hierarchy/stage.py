@@ -18,11 +18,11 @@ from kernels.choose import UsesKernels
 from kernels.precision import at_least_fp32, own_dtypes
 from kernels.upsample import taken, upsample
 from models.hierarchy.cache import RowsOf
-from models.hierarchy.chunking import confidence, smoothed, straight_through
+from models.hierarchy.chunking import smoothed, straight_through
 from models.hierarchy.config import HierarchyConfig
 from models.hierarchy.layers import Stack
 from models.hierarchy.places import Places, compacted
-from models.hierarchy.routing import FixedRouter, Router
+from models.hierarchy.routing import FixedRouter, Routed, Router
 from models.layers.decoder import document_positions
 from models.layers.flops import Flops, matmul_flops
 
@@ -75,26 +75,22 @@ class Stage(UsesKernels):
         if isinstance(self.main_network, Stack):
             return self.main_network(x, places, cu_seqlens)[..., :width]
         encoded = self.encoder(x, places, cu_seqlens)
-        first = places.begins
-        p, _ = self.routing_module(encoded, first, self._positions(places))
-        opens = p > 0.5
-        if places.valid is not None:
-            opens = opens & places.valid
+        routed = self.routing_module(encoded, places.begins, self._positions(places), places.valid)
+        p, opens = routed.p, routed.opens
         self._tell(told, places, p, opens)
         within, source, chunk = places.chunks(opens, packed)
         # Packed chunks are of all places end to end.
         flat = (lambda t: t.flatten(0, 1)[None]) if packed else (lambda t: t)
         inner = self.main_network(taken(flat(encoded), source), within, packed, told)
         z = smoothed(inner, taken(flat(p), source), within.begins, self.cfg.ema_eps, self.kernels)
-        return self._decode(z, chunk, encoded, p, opens, places, cu_seqlens)[..., :width]
+        return self._decode(z, chunk, encoded, routed.confidence, places, cu_seqlens)[..., :width]
 
     def _decode(
         self,
         z: Tensor,
         chunk: Tensor,
         encoded: Tensor,
-        p: Tensor,
-        opens: Tensor,
+        confidence: Tensor,
         places: Places | RowsOf,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
@@ -104,7 +100,7 @@ class Stage(UsesKernels):
             residual = F.linear(
                 encoded.to(exact), self.residual_proj.weight.to(exact), self.residual_proj.bias.to(exact)
             )
-        one = straight_through(confidence(p, opens)).reshape(chunk.shape)
+        one = straight_through(confidence).reshape(chunk.shape)
         residual = residual.reshape(*chunk.shape, -1)
         x = upsample(z, chunk, one, residual, dtype=encoded.dtype, kernels=self.kernels)
         x = x.view(encoded.shape)
@@ -143,15 +139,15 @@ class Stage(UsesKernels):
         encoded = self.encoder.step(x, at)
         name = f"{self.number}"
         past = at.read(f"{name}.places")[:, None] + torch.arange(x.shape[1], device=x.device)  # (R, M)
-        p, last = self.routing_module(encoded, past == 0, past, at.read(f"{name}.routed"))
-        opens = p > 0.5
+        routed = self.routing_module(encoded, past == 0, past, None, at.read(f"{name}.routed"))
         at.write(f"{name}.places", past[:, -1] + 1)
-        at.write(f"{name}.routed", last)
-        z = self._chunks(encoded, p, opens, at, f"{name}.smoothed")
-        return self._decode(z, opens.cumsum(1), encoded, p, opens, at)[..., :width]
+        at.write(f"{name}.routed", routed.last)
+        z = self._chunks(encoded, routed, at, f"{name}.smoothed")
+        return self._decode(z, routed.opens.cumsum(1), encoded, routed.confidence, at)[..., :width]
 
-    def _chunks(self, encoded: Tensor, p: Tensor, opens: Tensor, at: RowsOf, name: str) -> Tensor:
+    def _chunks(self, encoded: Tensor, routed: Routed, at: RowsOf, name: str) -> Tensor:
         """(R, 1 + C, D): the chunk that goes on from before, and those that open here."""
+        p, opens = routed.p, routed.opens
         counts = opens.sum(1).cpu()
         before = at.read(name)
         most = int(counts.max())

@@ -15,7 +15,7 @@ from kernels.choose import Kernels
 from kernels.ssd import ssd
 from models.hierarchy.chunking import smoothed
 from models.hierarchy.config import HNetConfig
-from models.hierarchy.routing import Router
+from models.hierarchy.routing import Routed, Router
 from models.hnet import HNet
 from models.layers.recompute import recomputing
 from models.layers.roles import rule_for
@@ -279,8 +279,8 @@ class Given(torch.nn.Module):
         super().__init__()
         self.p = p
 
-    def forward(self, x, begins, places, last=None):
-        return self.p.expand(x.shape[:2]), x[:, -1]
+    def forward(self, x, begins, places, valid=None, last=None):
+        return Routed.by(self.p.expand(x.shape[:2]), valid, x[:, -1])
 
 
 def with_boundaries(p, **fields):
@@ -477,7 +477,7 @@ def test_an_untrained_router_compares_neighbours_as_they_are():
     router.init_weights()
     begins = torch.zeros(2, 7, dtype=torch.bool)
     begins[:, 0] = begins[1, 3] = True
-    p, _ = router(x, begins, None)
+    p = router(x, begins, None).p
     expected = (1 - F.cosine_similarity(x[:, :-1], x[:, 1:], dim=-1)) / 2
     assert p[0, 0] == 1 and p[1, 3] == 1
     torch.testing.assert_close(p[0, 1:], expected[0], **EXACT)
@@ -490,13 +490,14 @@ class NearTies(torch.nn.Module):
         super().__init__()
         self.router, self.calls = router, 0
 
-    def forward(self, x, begins, places, last=None):
-        p, last = self.router(x, begins, places, last)
+    def forward(self, x, begins, places, valid=None, last=None):
+        p, _, _, last = self.router(x, begins, places, valid, last)
         self.calls += 1
         half = torch.tensor(0.5, dtype=p.dtype)
         above = torch.nextafter(half, half + 1)
         opens = (p > 0.5) if self.calls == 1 else (p <= 0.5)
-        return torch.where(opens, above, half).masked_fill(begins, 1.0) + (p - p.detach()), last
+        p = torch.where(opens, above, half).masked_fill(begins, 1.0) + (p - p.detach())
+        return Routed.by(p, valid, last)
 
 
 @pytest.mark.parametrize("execution", WAYS)
@@ -765,6 +766,6 @@ class Spaced(torch.nn.Module):
 
     every = 1
 
-    def forward(self, x, begins, places, last=None):
+    def forward(self, x, begins, places, valid=None, last=None):
         p = 0.4 + 0.3 * (torch.arange(x.shape[1]) % self.every == 0).to(x.dtype)
-        return p.expand(x.shape[:2]), x[:, -1]
+        return Routed.by(p.expand(x.shape[:2]), valid, x[:, -1])
