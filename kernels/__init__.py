@@ -233,6 +233,27 @@ KERNELS: dict[str, Kernel] = {
         },
         rule="kernels.linear_scan:choose",
     ),
+    "compaction": Kernel(
+        "kernels.compaction:compaction",
+        description="numbers of chunks and of the places that open them, for H-Net",
+        implementations={
+            REFERENCE: Implementation("kernels.compaction.reference:reference"),
+            TRITON: Implementation(
+                "kernels.compaction.triton:compaction",
+                devices=("cuda",),
+                package="triton",
+                capability=(8, 0),
+            ),
+        },
+    ),
+    "downsample": Kernel(
+        "kernels.downsample:downsample",
+        description="what opens chunks, picked out of all places, for H-Net",
+        implementations={
+            REFERENCE: Implementation("kernels.downsample.reference:reference"),
+            TRITON: by_triton("kernels.downsample.triton:downsample"),
+        },
+    ),
     "upsample": Kernel(
         "kernels.upsample:upsample",
         description="chunks over their places, with what goes past them, for H-Net",

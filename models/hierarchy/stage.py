@@ -15,13 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.choose import UsesKernels
+from kernels.compaction import compaction
+from kernels.downsample import downsample
 from kernels.precision import at_least_fp32, own_dtypes
 from kernels.upsample import taken, upsample
 from models.hierarchy.cache import RowsOf
 from models.hierarchy.chunking import smoothed, straight_through
 from models.hierarchy.config import HierarchyConfig
 from models.hierarchy.layers import Stack
-from models.hierarchy.places import Places, compacted
+from models.hierarchy.places import Places
 from models.hierarchy.routing import FixedRouter, Routed, Router
 from models.layers.decoder import document_positions
 from models.layers.flops import Flops, matmul_flops
@@ -78,11 +80,12 @@ class Stage(UsesKernels):
         routed = self.routing_module(encoded, places.begins, self._positions(places), places.valid)
         p, opens = routed.p, routed.opens
         self._tell(told, places, p, opens)
-        within, source, chunk = places.chunks(opens, packed)
+        within, source, chunk = places.chunks(opens, packed, self.kernels)
         # Packed chunks are of all places end to end.
         flat = (lambda t: t.flatten(0, 1)[None]) if packed else (lambda t: t)
-        inner = self.main_network(taken(flat(encoded), source), within, packed, told)
-        z = smoothed(inner, taken(flat(p), source), within.begins, self.cfg.ema_eps, self.kernels)
+        x, weight = downsample(flat(encoded), flat(p), flat(opens), source, chunk, kernels=self.kernels)
+        inner = self.main_network(x, within, packed, told)
+        z = smoothed(inner, weight, within.begins, self.cfg.ema_eps, self.kernels)
         return self._decode(z, chunk, encoded, routed.confidence, places, cu_seqlens)[..., :width]
 
     def _decode(
@@ -156,9 +159,10 @@ class Stage(UsesKernels):
             # Rows that open equally many go on together: none is padded.
             chosen = (counts == count).nonzero()[:, 0]
             rows = chosen.to(z.device)
-            source, _ = compacted(opens[rows], count)
-            inner = self.main_network.step(taken(encoded[rows], source), at.among(chosen))
-            new = smoothed(inner, taken(p[rows], source), None, self.cfg.ema_eps, self.kernels, before[rows])
+            numbers = compaction(opens[rows], count, kernels=self.kernels)
+            x, weight = downsample(encoded[rows], p[rows], opens[rows], *numbers, kernels=self.kernels)
+            inner = self.main_network.step(x, at.among(chosen))
+            new = smoothed(inner, weight, None, self.cfg.ema_eps, self.kernels, before[rows])
             z[rows, 1 : 1 + count] = new
         at.write(name, taken(z, opens.sum(1, keepdim=True))[:, 0])
         return z
@@ -212,7 +216,9 @@ class Stage(UsesKernels):
 
     def kernel_calls(self, seq_len: int) -> dict[str, dict[str, Any]]:
         call = {"columns": self.sizes.width}
-        return {"linear_scan": call, "upsample": call} if self.outer else {}
+        if not self.outer:
+            return {}
+        return {"compaction": {}, "downsample": call, "linear_scan": call, "upsample": call}
 
     def flops(self, lengths: list[Any], longest: int) -> Flops:
         """Per byte, where rows hold `lengths` places in this stage and those within, of `longest` bytes."""
