@@ -288,6 +288,18 @@ KERNELS: dict[str, Kernel] = {
         },
         rule="kernels.selected_attention:choose",
     ),
+    "patch_attention": Kernel(
+        "kernels.patch_attention:patch_attention",
+        description="attention within patches and to the end of the one before, for megabyte",
+        implementations={
+            REFERENCE: Implementation("kernels.patch_attention.reference:BACKEND"),
+            "library": Implementation("kernels.patch_attention.library:BACKEND"),
+            TRITON: by_triton(
+                "kernels.patch_attention.triton:BACKEND", refuses="kernels.patch_attention:refused_by_triton"
+            ),
+        },
+        rule="kernels.patch_attention:choose",
+    ),
     "unit_norm": Kernel(
         "kernels.unit_norm:unit_norm",
         description="normalisation to length 1",
