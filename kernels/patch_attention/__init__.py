@@ -81,11 +81,14 @@ def refused_by_triton(call: Call) -> str | None:
 
 
 def choose(call: Call, lacking: Callable[[str], str]) -> tuple[str, str]:
-    """The kernel where its gain on that GPU is measured, else the library's rows."""
+    """The kernel where its gain on that GPU is measured, in 16 bits: what it masks costs as much as what it keeps where
+    no tensor core multiplies. Else the library's rows."""
     because = ""
     if call.device.type == "cuda":
         if not (why_not := lacking(TRITON)):
             fast, why_not = verdict("patch_attention", TRITON, call.gpu)
+            if call.dtype == torch.float32:
+                fast, why_not = False, "tensor cores multiply no fp32"
             if fast:
                 return TRITON, why_not
         because = f"; not {TRITON}: {why_not}"

@@ -342,8 +342,10 @@ def _launch(kernel: str, q: Tensor, patch: int, reach: int) -> tuple[dict[str, A
     gpu = devices.gpu_of(q.device)
     capability = gpu.capability if gpu else (9, 0)
     many = capability < (9, 0) or (columns > 64 and capability < (10, 0))
-    few_rows = kernel == "patch_attention.backward" and many
-    default = {"ROWS": 32 if few_rows else 64, "num_warps": 8 if columns > 64 else 4}
+    rows = 32 if kernel == "patch_attention.backward" and many else 64
+    if q.element_size() > 2:  # no tensor core multiplies these: masked scores cost as much as others
+        rows = SMALLEST
+    default = {"ROWS": rows, "num_warps": 8 if columns > 64 else 4}
     key: dict[str, int | str] = {"width": width, "patch": patch, "reach": reach, "dtype": str(q.dtype)}
     chosen = launch(kernel, q.device, key, default, {"ROWS": (16, 32, 64, 128)})
     rows = max(chosen["ROWS"], triton.next_power_of_2(patch))

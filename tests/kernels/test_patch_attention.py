@@ -227,8 +227,8 @@ def test_what_does_not_fit_the_plan():
         plan_patches(patches, dtype=q.dtype, heads=2, width=8, dropout=1.5, kernels=Kernels())
 
 
-def test_what_is_chosen():
-    """The library's rows, unless a GPU's gain was measured there; of these, what `attention` takes."""
+def test_what_is_chosen(monkeypatch):
+    """The library's rows, unless a GPU's gain was measured there, in 16 bits; of these, what `attention` takes."""
     kernels = Kernels()
     patches = Patches(4, 2, torch.zeros(2, 3))
     plan_patches(patches, dtype=torch.float32, heads=2, width=8, kernels=kernels)
@@ -237,5 +237,10 @@ def test_what_is_chosen():
     with as_if(H100):
         call = Call(torch.device("cuda"), torch.bfloat16, **patch_call(4, 8))
         name, why = Kernels().foresee("patch_attention", call)
-    assert (name, "not triton: not measured on sm_90" in why) == ("library", True)
+        assert (name, "not triton: not measured on sm_90" in why) == ("library", True)
+        monkeypatch.setattr("kernels.patch_attention.verdict", lambda *asked: (True, "measured"))
+        assert Kernels().foresee("patch_attention", call) == ("triton", "auto: measured")
+        single = Call(call.device, torch.float32, **patch_call(4, 8))
+        name, why = Kernels().foresee("patch_attention", single)
+    assert (name, "tensor cores multiply no fp32" in why) == ("library", True)
     assert set(KERNELS["patch_attention"].implementations) == {"reference", "library", "triton"}
