@@ -3,7 +3,8 @@ not bytes.
 
 H-Net: Hwang, Wang and Gu 2025 (arXiv:2507.07955), `models/hnet.py`. Native sparse attention: Yuan et al. 2025
 (arXiv:2502.11089), `models/sparse/`. No paper has both; this is each as its own paper has it. Parameters are named as
-in hnet, but those of sparse attention, which are named as in nsa.
+in hnet, but those of sparse attention, which are named as in nsa. `chunking: fixed` is a baseline and no H-Net: every
+stage makes chunks of N places by an MLP, each told to what is behind it alone (`models/hierarchy/pooling.py`).
 """
 
 from __future__ import annotations
@@ -125,6 +126,7 @@ class HNetXNSAConfig(HierarchyConfig):
         "compression": ("mean", {"compress_stride": 2}),
     }
     own_sizes = frozenset({"n_layers"})
+    pools = True
     counted_by = "model_cfg.n_compress_decompress_layers"
     laid_out_by = "stage_layout"
 
@@ -212,6 +214,8 @@ class HNetXNSAConfig(HierarchyConfig):
 
     def unread(self) -> dict[str, str]:
         found = super().unread()
+        if self.chunking == "fixed":
+            found["ema_eps"] = "chunking=fixed"
         if self.compression == "mean":
             found["compress_mlp_ratio"] = "compression=mean"
         if self.gate_hidden_dim == 0:

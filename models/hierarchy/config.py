@@ -92,6 +92,7 @@ class HierarchyConfig(ModelConfig):
 
     # -- what a subclass says ----------------------------------------------------------------------------------------
 
+    pools: ClassVar[bool] = False  # whether chunks of one length are made of all that they hold
     stage_lists: ClassVar[tuple[str, ...]] = ("d_model", "d_intermediate", "lr_multiplier")
     counted_by: ClassVar[str] = "model_cfg.arch_layout"  # the field that says how many stages there are
     laid_out_by: ClassVar[str] = "arch_layout"  # the one that says of which layers the outer ones are

@@ -1,13 +1,13 @@
 """One stage of a hierarchy around the next (Hwang et al. 2025, arXiv:2507.07955, section 2): every place is encoded, a
 router opens chunks, what opens one goes into the stage within, and what comes out is smoothed, laid over the places of
-its chunk, added to what was encoded, and decoded.
+its chunk, added to what was encoded, and decoded. The baseline of `models/hierarchy/pooling.py` makes chunks otherwise.
 
 Shapes: B rows of the batch, R rows, M places, C chunks, D width of this stage, E width of the one within.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from models.hierarchy.chunking import confidence, smoothed, straight_through
 from models.hierarchy.config import HierarchyConfig
 from models.hierarchy.layers import Stack
 from models.hierarchy.places import Places, compacted
+from models.hierarchy.pooling import EndRouter, Pooling, one_empty
 from models.hierarchy.routing import FixedRouter, Router
 from models.layers.decoder import document_positions
 from models.layers.flops import Flops, matmul_flops
@@ -62,8 +63,14 @@ class Stage(UsesKernels):
         self.main_network = Stage(cfg, number + 1)
         self.decoder = Stack(cfg, sizes, sizes.layers[1], f"{number}.decoder")
         self.routing_module: Router | FixedRouter
-        dynamic = cfg.chunking == "dynamic"
-        self.routing_module = Router(sizes.width) if dynamic else FixedRouter(int(sizes.ratio or 0))
+        self.pooling: Pooling | None = None
+        every = int(sizes.ratio or 0)
+        if cfg.chunking == "dynamic":
+            self.routing_module = Router(sizes.width)
+        elif cfg.pools:
+            self.routing_module, self.pooling = EndRouter(every), Pooling(sizes.width, every)
+        else:
+            self.routing_module = FixedRouter(every)
         self.residual_proj = nn.Linear(sizes.width, sizes.width)
 
     def forward(
@@ -75,38 +82,45 @@ class Stage(UsesKernels):
         if isinstance(self.main_network, Stack):
             return self.main_network(x, places, cu_seqlens)[..., :width]
         encoded = self.encoder(x, places, cu_seqlens)
-        first = places.begins
-        p, _ = self.routing_module(encoded, first, self._positions(places))
+        positions = self._positions(places)
+        p, _ = self.routing_module(encoded, places.begins, positions)
         opens = p > 0.5
         if places.valid is not None:
             opens = opens & places.valid
-        self._tell(told, places, p, opens)
+        self._tell(told, places, p, opens, positions)
         within, source, chunk = places.chunks(opens, packed)
         # Packed chunks are of all places end to end.
         flat = (lambda t: t.flatten(0, 1)[None]) if packed else (lambda t: t)
-        inner = self.main_network(taken(flat(encoded), source), within, packed, told)
-        z = smoothed(inner, taken(flat(p), source), within.begins, self.cfg.ema_eps, self.kernels)
-        return self._decode(z, chunk, encoded, p, opens, places, cu_seqlens)[..., :width]
+        if self.pooling is None:
+            inner = self.main_network(taken(flat(encoded), source), within, packed, told)
+            z = smoothed(inner, taken(flat(p), source), within.begins, self.cfg.ema_eps, self.kernels)
+            scale = straight_through(confidence(p, opens))
+        else:
+            if not source.shape[1]:
+                within, source = one_empty(places, packed)
+            within = replace(within, bytes=taken(flat(places.bytes), self.pooling.held(source)[..., 0]))
+            z = self.main_network(self.pooling(flat(encoded), source), within, packed, told).to(p.dtype)
+            chunk = chunk.clamp(min=0)
+            scale = (positions >= self.pooling.every - 1).to(p.dtype)  # before a document's first chunk 0
+        return self._decode(z, chunk, scale, encoded, places, cu_seqlens)[..., :width]
 
     def _decode(
         self,
         z: Tensor,
         chunk: Tensor,
+        scale: Tensor,
         encoded: Tensor,
-        p: Tensor,
-        opens: Tensor,
         places: Places | RowsOf,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """z (R', C, D), and the chunk of each place, (R, M), or of all of them end to end, (1, R M)."""
+        """z (R', C, D), and the chunk of each place, (R, M), or of all of them end to end, (1, R M); scale (R, M)."""
         exact = z.dtype
         with own_dtypes(z.device):
             residual = F.linear(
                 encoded.to(exact), self.residual_proj.weight.to(exact), self.residual_proj.bias.to(exact)
             )
-        one = straight_through(confidence(p, opens)).reshape(chunk.shape)
-        residual = residual.reshape(*chunk.shape, -1)
-        x = upsample(z, chunk, one, residual, dtype=encoded.dtype, kernels=self.kernels)
+        scale, residual = scale.reshape(chunk.shape), residual.reshape(*chunk.shape, -1)
+        x = upsample(z, chunk, scale, residual, dtype=encoded.dtype, kernels=self.kernels)
         x = x.view(encoded.shape)
         if isinstance(places, RowsOf):
             return self.decoder.step(x, places)
@@ -119,17 +133,20 @@ class Stage(UsesKernels):
         padding = self.pad_dimension.to(x.dtype).expand(*x.shape[:-1], -1)
         return torch.cat((x, padding), dim=-1)
 
-    def _positions(self, places: Places) -> Tensor | None:
-        """(R, M), where the router asks for them."""
-        return document_positions(places.ids) if isinstance(self.routing_module, FixedRouter) else None
+    def _positions(self, places: Places) -> Tensor:
+        """(R, M), where the router asks for them; elsewhere nobody looks at what this is."""
+        return document_positions(places.ids) if isinstance(self.routing_module, FixedRouter) else places.ids
 
-    def _tell(self, told: Told, places: Places, p: Tensor, opens: Tensor) -> None:
-        exact = p.dtype
+    def _tell(self, told: Told, places: Places, p: Tensor, opens: Tensor, positions: Tensor) -> None:
+        exact, begins = p.dtype, opens
+        if self.pooling is not None:  # chunks stand at their last places, and begin at their first
+            begins = positions % self.pooling.every == 0
+            begins = begins if places.valid is None else begins & places.valid
         told.places.append(places.total(torch.ones_like(p)))
         told.opened.append(places.total(opens.to(exact)))
         told.probability.append(places.total(p))
         told.probability_opened.append(places.total(p.detach() * opens))
-        told.boundaries.append(places.at_bytes(opens))
+        told.boundaries.append(places.at_bytes(begins))
 
     # -- behind a cache --------------------------------------------------------------------------------------------
 
@@ -147,24 +164,34 @@ class Stage(UsesKernels):
         opens = p > 0.5
         at.write(f"{name}.places", past[:, -1] + 1)
         at.write(f"{name}.routed", last)
-        z = self._chunks(encoded, p, opens, at, f"{name}.smoothed")
-        return self._decode(z, opens.cumsum(1), encoded, p, opens, at)[..., :width]
+        z = self._chunks(encoded, p, opens, at, name)
+        scale = torch.ones_like(p) if self.pooling else straight_through(confidence(p, opens))
+        return self._decode(z, opens.cumsum(1), scale, encoded, at)[..., :width]
 
     def _chunks(self, encoded: Tensor, p: Tensor, opens: Tensor, at: RowsOf, name: str) -> Tensor:
-        """(R, 1 + C, D): the chunk that goes on from before, and those that open here."""
+        """(R, 1 + C, D): the chunk that goes on from before (0 where there was none), and those that open here."""
         counts = opens.sum(1).cpu()
-        before = at.read(name)
+        before = at.read(f"{name}.smoothed")
         most = int(counts.max())
         z = torch.cat((before[:, None], before.new_zeros(len(before), most, before.shape[1])), dim=1)
+        held = encoded
+        if self.pooling is not None:
+            held = torch.cat((at.read(f"{name}.unpooled").to(encoded.dtype), encoded), dim=1)
+            at.write(f"{name}.unpooled", held[:, encoded.shape[1] :])
         for count in sorted(set(counts.tolist()) - {0}):
             # Rows that open equally many go on together: none is padded.
             chosen = (counts == count).nonzero()[:, 0]
             rows = chosen.to(z.device)
             source, _ = compacted(opens[rows], count)
-            inner = self.main_network.step(taken(encoded[rows], source), at.among(chosen))
-            new = smoothed(inner, taken(p[rows], source), None, self.cfg.ema_eps, self.kernels, before[rows])
+            if self.pooling is None:
+                inner = self.main_network.step(taken(encoded[rows], source), at.among(chosen))
+                eps = self.cfg.ema_eps
+                new = smoothed(inner, taken(p[rows], source), None, eps, self.kernels, before[rows])
+            else:
+                ends = source + self.pooling.every - 1  # among what is held
+                new = self.main_network.step(self.pooling(held[rows], ends), at.among(chosen)).to(z.dtype)
             z[rows, 1 : 1 + count] = new
-        at.write(name, taken(z, opens.sum(1, keepdim=True))[:, 0])
+        at.write(f"{name}.smoothed", taken(z, opens.sum(1, keepdim=True))[:, 0])
         return z
 
     def empty(self, rows: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -180,6 +207,8 @@ class Stage(UsesKernels):
             f"{name}.routed": like.new_zeros(rows, width, dtype=exact),
             f"{name}.smoothed": like.new_zeros(rows, width, dtype=exact),
         }
+        if self.pooling is not None:
+            states[f"{name}.unpooled"] = like.new_zeros(rows, self.pooling.every - 1, width, dtype=exact)
         for stack in (self.encoder, self.decoder):
             more, held = stack.empty(rows)
             states, counts = states | more, counts | held
@@ -201,6 +230,8 @@ class Stage(UsesKernels):
         self.decoder.init_weights(generator, residuals)
         if isinstance(self.routing_module, Router):
             self.routing_module.init_weights()
+        if self.pooling is not None:
+            self.pooling.init_weights(generator)
         nn.init.zeros_(self.residual_proj.weight)
         nn.init.zeros_(self.residual_proj.bias)
 
@@ -216,7 +247,9 @@ class Stage(UsesKernels):
 
     def kernel_calls(self, seq_len: int) -> dict[str, dict[str, Any]]:
         call = {"columns": self.sizes.width}
-        return {"linear_scan": call, "upsample": call} if self.outer else {}
+        if not self.outer:
+            return {}
+        return {"upsample": call} if self.pooling else {"linear_scan": call, "upsample": call}
 
     def flops(self, lengths: list[Any], longest: int) -> Flops:
         """Per byte, where rows hold `lengths` places in this stage and those within, of `longest` bytes."""
@@ -225,4 +258,6 @@ class Stage(UsesKernels):
         weights = self.sizes.width**2 * (3 if isinstance(self.routing_module, Router) else 1)
         own = self.encoder.flops(lengths[0], longest) + self.decoder.flops(lengths[0], longest)
         within = self.main_network.flops(lengths[1:], longest)
+        if self.pooling is not None:
+            within = within + matmul_flops(self.pooling.weights)
         return own + matmul_flops(weights) + within * (lengths[1] / lengths[0])

@@ -1,5 +1,5 @@
 """H-Net with native sparse attention to its chunks: both papers' equations, a dense H-Net's weights, documents that
-begin anywhere, text whose rows open chunks at different times."""
+begin anywhere, the baseline of chunks of one length, text whose rows open chunks at different times."""
 
 import re
 
@@ -34,6 +34,12 @@ VARIANTS = {
 }
 EXACT = {"rtol": 0, "atol": 1e-10}
 LENGTH = 31
+
+
+@pytest.fixture(autouse=True)
+def short_buckets(monkeypatch):
+    """Rows are short here: padded ones would be masked ones."""
+    monkeypatch.setattr("models.hierarchy.places.BUCKET", 4)
 
 
 def built(fields=(), **more):
@@ -73,6 +79,7 @@ def by_hand(model, tokens, told):
         "target_ratio": model.cfg.ratios,
         "attention": {n: attention(s.sparse) for n, s in enumerate(stages) if s.sparse is not None},
         **{name: getattr(model.cfg, name) for name in ("norm_eps", "d_state", "ema_eps", "chunking")},
+        "pools": model.cfg.chunking == "fixed",
     }
     weights = {name: p.detach() for name, p in model.named_parameters()}
     return reference_hnet.logits(weights, tokens.tolist(), cfg, told)[:, : model.vocab_size]
@@ -102,8 +109,7 @@ def test_logits_are_those_of_both_papers_equations(fields, execution):
 
 
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
-def test_gradients_are_the_same_whatever_the_way_of_laying(fields, monkeypatch):
-    monkeypatch.setattr("models.hierarchy.places.BUCKET", 8)
+def test_gradients_are_the_same_whatever_the_way_of_laying(fields):
     models = [built(fields, chunk_execution=way) for way in ("packed", "masked", "padded")]
     tokens = torch.cat((tokens_of(2), torch.full((1, LENGTH), 7)))
     for model in models:
@@ -205,12 +211,9 @@ def test_a_dense_h_net_that_does_not_fit_is_refused(fields, words):
 
 
 @pytest.mark.parametrize("way", ["packed", "masked"])
-@pytest.mark.parametrize(
-    "fields", [{}, {"chunking": "fixed", "compression_decompress_size": 3.0}], ids=["cut", "fixed"]
-)
-def test_a_later_byte_changes_nothing_before_it(fields, way):
+def test_a_later_byte_changes_nothing_before_it(way):
     """At every place: within a chunk, at its edges, and at those of blocks of chunks."""
-    model, tokens = built(fields, chunk_execution=way), tokens_of(length=19)
+    model, tokens = built(chunk_execution=way), tokens_of(length=19)
     before = logits_of(model, tokens)
     for place in range(19):
         changed = tokens.clone()
@@ -257,6 +260,96 @@ def test_rows_with_unequally_many_chunks_are_rows_alone():
     for row in range(3):
         torch.testing.assert_close(together.states[row], model(tokens[row : row + 1]).states[0], **EXACT)
     assert len(set(together.extra["opened"][0].tolist())) == 3, "the check is blind"
+
+
+# -- chunks of one length: the baseline --------------------------------------------------------------------------------
+
+THREES = {"chunking": "fixed", "compression_decompress_size": 3.0}
+NINES = {**TWO, **THREES, "compression_decompress_size": 9.0, "d_intermediate": [0, 0, 5]}
+WAYS = ("packed", "padded", "masked")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("lengths", [[20, 2, 9], [2, 1, 2], [8, 1]], ids=str)
+def test_pooled_chunks_are_those_of_the_equations(lengths, way):
+    """Threes of threes; of documents too that are no whole chunk, and of rows that have none, or none of chunks."""
+    model, tokens = built(NINES, chunk_execution=way), tokens_of(length=sum(lengths))
+    expected = torch.cat([by_hand(model, part, {}) for part in tokens[0].split(lengths)])
+    torch.testing.assert_close(with_documents(model, tokens, lengths)[0], expected, rtol=0, atol=1e-9)
+
+
+def test_a_chunk_reaches_its_last_place_and_those_behind_it_until_the_next():
+    """What the main stage says of chunk j reaches places (j + 1) N - 1 to (j + 2) N - 2; what goes in is of its own."""
+    model, tokens, seen = built(THREES), tokens_of(length=14), {}
+    stage = model.backbone
+    stage.encoder.register_forward_hook(lambda m, i, o: seen.update(encoded=o.requires_grad_()))
+    stage.main_network.register_forward_hook(lambda m, i, o: seen.update(chunks=i[0], told=o))
+    stage.decoder.register_forward_pre_hook(lambda m, i: seen.update(decoded=i[0]))
+    model(tokens)
+    assert seen["chunks"].shape[1] == 4
+    for t in range(14):
+        (reached,) = torch.autograd.grad(seen["decoded"][0, t].sum(), seen["told"], retain_graph=True)
+        chunks = reached[0].any(-1).nonzero()[:, 0].tolist()
+        assert chunks == [(t + 1) // 3 - 1] * (t >= 2), t
+    for chunk in range(4):
+        (read,) = torch.autograd.grad(seen["chunks"][0, chunk].sum(), seen["encoded"], retain_graph=True)
+        assert read[0].any(-1).nonzero()[:, 0].tolist() == [3 * chunk, 3 * chunk + 1, 3 * chunk + 2]
+
+
+@pytest.mark.parametrize("fields", [THREES, NINES], ids=["threes", "nines"])
+def test_a_later_byte_changes_nothing_before_it_whatever_its_place_in_a_chunk(fields):
+    """Bit for bit: as many chunks are there."""
+    model, tokens = built(fields), tokens_of(length=21)
+    before = logits_of(model, tokens)
+    for place in range(21):
+        changed = tokens.clone()
+        changed[0, place] = 9
+        after = logits_of(model, changed)
+        assert torch.equal(after[:, :place], before[:, :place])
+        assert not torch.allclose(after[:, place:], before[:, place:])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_pooled_documents_are_what_they_are_alone(way):
+    """The second begins at every place of a chunk of chunks."""
+    model, tokens = built(NINES, chunk_execution=way), tokens_of(length=25)
+    for first in range(4, 14):
+        lengths = [first, 25 - first]
+        alone = torch.cat([logits_of(model, part) for part in tokens.split(lengths, 1)], 1)
+        torch.testing.assert_close(with_documents(model, tokens, lengths), alone, **EXACT)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 31, [2, 1, 20, 8]], ids=str)
+def test_pooled_text_in_pieces_equals_text_as_a_whole(sizes):
+    model, tokens = built(NINES), tokens_of(3)
+    cache = model.init_cache(3)
+    with torch.no_grad():
+        found = [model(piece, cache=cache).states for piece in tokens.split(sizes, 1)]
+        torch.testing.assert_close(torch.cat(found, 1), model(tokens).states, **EXACT)
+
+
+def test_size_and_operations_of_the_baseline():
+    """In place of two matrices of a router, of each stage an MLP that widens what it reads to four times that; it is
+    multiplied with once for each chunk."""
+    cut, pooled = on_meta(), on_meta(chunking="fixed")
+    size = {model: sum(p.numel() for p in model.parameters()) for model in (cut, pooled)}
+    mlp = 1024 * 4096 + 4096 + 4096 * 512 + 512
+    assert size[pooled] - size[cut] == 3 * (mlp - 2 * 512**2)
+    of_cut, of_pooled = cut.flops(8192), pooled.flops(8192)
+    per_chunk = 2 * (1024 * 4096 + 4096 * 512)
+    more = sum(per_chunk / 2 ** (n + 1) - 2 * 2 * 512**2 / 2**n for n in range(3))
+    assert of_pooled.forward_per_token - of_cut.forward_per_token == pytest.approx(more)
+    assert of_pooled.training_per_token - of_cut.training_per_token == pytest.approx(3 * more)
+
+
+def test_the_baseline_begins_at_random_and_no_bias_adds_anything():
+    model = build(
+        "hnet_x_nsa", torch.float32, std=None, chunking="fixed", n_inner_layers=1, stage_layout="m1"
+    )
+    stage = model.backbone
+    for layer in (stage.pooling.up, stage.main_network.main_network.pooling.down):
+        assert float(layer.weight.detach().std()) == pytest.approx(0.02, rel=0.05) and not layer.bias.any()
+    assert "ema_eps" in model.cfg.unread()
 
 
 # -- text as it comes --------------------------------------------------------------------------------------------------
@@ -339,8 +432,9 @@ def test_chunks_of_each_stage_are_the_root_of_the_whole(size, stages, ratio):
     assert cfg.ratios == [ratio] * stages
 
 
-def test_every_parameter_has_its_role_and_the_rate_of_its_stage():
-    model = on_meta(n_inner_layers=2, stage_layout="m1")
+@pytest.mark.parametrize("chunking", ["dynamic", "fixed"])
+def test_every_parameter_has_its_role_and_the_rate_of_its_stage(chunking):
+    model = on_meta(n_inner_layers=2, stage_layout="m1", chunking=chunking)
     rules = model.param_roles()
     for name, p in model.named_parameters():
         rule, stage = rule_for(rules, name), name.count("main_network.")
