@@ -180,6 +180,8 @@ class HNetXNSAConfig(HierarchyConfig):
                 f"model_cfg.stage_layout, {self.stage_layout}) are {shorten([str(name) for name in attending])}. "
                 f"Nearest: {attending}"
             )
+        elif len(once := list(dict.fromkeys(self.nsa_stages))) < len(self.nsa_stages):
+            found.append(f"model_cfg.nsa_stages ({self.nsa_stages}) names a stage twice. Nearest: {once}")
         return found
 
     def _of_heads(self) -> list[str]:

@@ -483,6 +483,12 @@ def test_selected_blocks_are_chosen_once_where_activations_are_recomputed():
     [
         ({"nsa_stages": [0]}, r"nsa_stages.*names 0;.*Nearest: \['main'\]"),
         ({"nsa_stages": ["main", 4], "stage_layout": "T1"}, r"Nearest: \[0, 1, 2, 'main'\]"),
+        ({"nsa_stages": ["main", "main"]}, r"names a stage twice. Nearest: \['main'\]"),
+        (
+            {"nsa_stages": [0, "main", 0], "stage_layout": "T1"},
+            r"names a stage twice. Nearest: \[0, 'main'\]",
+        ),
+        ({"d_intermediate": [0, 64, 0, 8]}, r"stage 1, .*feed-forward.*Nearest: \[0, 0, 0, 8\]"),
         ({"chunking": "fixed", "compression_decompress_size": 10.0}, "to the power of .*Nearest: 8"),
         ({"d_model": [512, 768]}, r"2 numbers, and model_cfg.n_compress_decompress_layers 4 stages"),
         ({"n_kv_heads": 3}, "divisible by model_cfg.n_kv_heads .*nearest n_kv_heads: [24]"),
@@ -506,7 +512,9 @@ def test_a_layout_that_is_none_is_refused(layout):
 
 
 def test_a_field_that_does_nothing_is_refused():
-    with pytest.raises(ValueError, match="dummy"):
+    with pytest.raises(
+        ValueError, match="'model_cfg.dummy' .* no field here: in the code that hnet_x_nsa follows"
+    ):
         compose(["model=hnet_x_nsa", "model_cfg.dummy=1"], notify=lambda text: None)
 
 
