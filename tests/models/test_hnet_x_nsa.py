@@ -5,12 +5,15 @@ import re
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs import compose
+from kernels.choose import Kernels
 from models.hierarchy.sparse import ChunkAttention
 from models.hnet_x_nsa import HNetXNSA, HNetXNSAConfig
 from models.layers.recompute import recomputing
 from models.layers.roles import rule_for
+from tests.contract.test_devices import WAITING
 from tests.models import reference_hnet, reference_nsa
 from tests.models.tiny import build
 
@@ -21,11 +24,14 @@ SMALL = {
     **{"n_heads": 4, "n_kv_heads": 2, "head_dim": 4, "gate_hidden_dim": 3, "sliding_window": 3},
     **{"compress_block_size": 2, "compress_stride": 1, "selection_block_size": 2, "num_selected_blocks": 3},
 }
-TWO = {"n_compress_decompress_layers": 2, "compression_decompress_size": 4.0, "d_model": [8, 8, 12]}
+TWO = {
+    **{"n_compress_decompress_layers": 2, "compression_decompress_size": 4.0},
+    **{"d_model": [8, 8, 12], "d_intermediate": [0, 0, 5]},
+}
 LONG = {"compress_block_size": 4, "compress_stride": 2, "selection_block_size": 4}
 VARIANTS = {
     "one stage": {},
-    "two stages": {**TWO, "d_intermediate": [0, 0, 5], "tie_embeddings": True},
+    "two stages": {**TWO, "tie_embeddings": True},
     "fixed": {**LONG, "chunking": "fixed", "num_init_blocks": 0, "num_selected_blocks": 2},
     "outside too": {
         **{"stage_layout": "m1t1", "nsa_stages": ["main", 0], "v_head_dim": 6, "compress_rope": True},
@@ -34,6 +40,7 @@ VARIANTS = {
 }
 EXACT = {"rtol": 0, "atol": 1e-10}
 LENGTH = 31
+WAYS = ("packed", "padded", "masked")
 
 
 @pytest.fixture(autouse=True)
@@ -109,15 +116,41 @@ def test_logits_are_those_of_both_papers_equations(fields, execution):
 
 
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
-def test_gradients_are_the_same_whatever_the_way_of_laying(fields):
-    models = [built(fields, chunk_execution=way) for way in ("packed", "masked", "padded")]
+def test_all_is_the_same_whatever_the_way_of_laying(fields):
+    """States, what is told of chunks, and gradients; of rows with unequally many chunks."""
     tokens = torch.cat((tokens_of(2), torch.full((1, LENGTH), 7)))
-    for model in models:
-        model.logits(model(tokens).states).square().sum().backward()
+    models = [built(fields, chunk_execution=way) for way in WAYS]
+    outputs = [model(tokens) for model in models]
+    for model, output in zip(models, outputs, strict=True):
+        model.logits(output.states).square().sum().backward()
+        torch.testing.assert_close(output.states, outputs[0].states, **EXACT)
+        assert all(torch.allclose(output.extra[name], told) for name, told in outputs[0].extra.items())
     for name, p in models[0].named_parameters():
         assert p.grad.abs().max() > 0, f"{name} has no part"
         for other in models[1:]:
             torch.testing.assert_close(p.grad, other.get_parameter(name).grad, rtol=1e-8, atol=1e-8, msg=name)
+
+
+@pytest.mark.parametrize(("way", "waits"), list(zip(WAYS, [1, 1, 0], strict=True)))
+@pytest.mark.parametrize("fields", [TWO, {**TWO, "chunking": "fixed"}], ids=["cut", "fixed"])
+def test_the_host_is_told_once_for_each_stage_how_many_chunks_there_are(fields, way, waits, monkeypatch):
+    """In forward and backward; sparse attention asks for nothing more."""
+    model = built({**fields, **LONG, "n_ctx": 1024, "chunk_size": 64}, chunk_execution=way)
+    found, as_list = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: found.append("tolist") or as_list(t))
+    for module in model.modules():  # on a CPU the convolution looks for where documents begin
+        if hasattr(module, "kernels"):
+            module.kernels = Kernels({"causal_conv1d": "reference"})
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            found.append(operation._schema.name.removeprefix("aten::"))
+            return operation(*args, **(kwargs or {}))
+
+    with Recorded():
+        model(tokens_of(2, 128)).states.sum().backward()
+    told = [name for name in found if name == "tolist" or name in WAITING]
+    assert len(told) == 2 * waits, told
 
 
 # -- a dense H-Net -----------------------------------------------------------------------------------------------------
@@ -225,15 +258,20 @@ def test_a_later_byte_changes_nothing_before_it(way):
 
 @pytest.mark.parametrize(
     ("fields", "way"),
-    [*((fields, "packed") for fields in VARIANTS.values()), ({}, "masked")],
-    ids=[*VARIANTS, "one stage, masked"],
+    [
+        *((fields, "packed") for fields in VARIANTS.values()),
+        ({}, "masked"),
+        ({}, "padded"),
+    ],
+    ids=[*VARIANTS, "one stage, masked", "one stage, padded"],
 )
 def test_packed_documents_are_what_they_are_alone(fields, way):
-    """Of chunks of one length the second begins at every place of a block of them; some are shorter than any block."""
+    """Of chunks of one length the second begins at every place of a block of them, of padded ones anywhere; some are
+    shorter than any block."""
     model, tokens = built(fields, chunk_execution=way), tokens_of()
-    whole = model.cfg.chunking == "fixed"
+    some = range(10, 18) if model.cfg.chunking == "fixed" else range(12, 16)
     for lengths in [
-        *([n, LENGTH - n] for n in (range(10, 18) if whole else range(12, 16))),
+        *([n, LENGTH - n] for n in (range(1, LENGTH) if way == "padded" else some)),
         [2, 1, 14, 3, 11],
         [30, 1],
     ]:
@@ -265,8 +303,7 @@ def test_rows_with_unequally_many_chunks_are_rows_alone():
 # -- chunks of one length: the baseline --------------------------------------------------------------------------------
 
 THREES = {"chunking": "fixed", "compression_decompress_size": 3.0}
-NINES = {**TWO, **THREES, "compression_decompress_size": 9.0, "d_intermediate": [0, 0, 5]}
-WAYS = ("packed", "padded", "masked")
+NINES = {**TWO, **THREES, "compression_decompress_size": 9.0}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -357,13 +394,14 @@ def test_the_baseline_begins_at_random_and_no_bias_adds_anything():
 
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 def test_text_in_pieces_equals_text_as_a_whole(fields):
-    """Rows open their chunks, end their blocks and make their summaries at different times."""
+    """Rows open their chunks, end their blocks and make their summaries at different times; padded or packed is the
+    whole alone."""
     model, tokens = built(fields), torch.cat((tokens_of(3), torch.full((1, LENGTH), 4)))
     cache = model.init_cache(4)
     with torch.no_grad():
         found = [model(piece, cache=cache).states for piece in tokens.split([6] + [1] * 18 + [7], 1)]
-        whole = model(tokens)
-    torch.testing.assert_close(torch.cat(found, 1), whole.states, **EXACT)
+        for whole in (model(tokens), built(fields, chunk_execution="padded")(tokens)):
+            torch.testing.assert_close(torch.cat(found, 1), whole.states, **EXACT)
     if model.cfg.chunking == "dynamic":
         assert len(set(whole.extra["opened"][0].tolist())) > 2, "the check is blind"
 
