@@ -346,10 +346,10 @@ def test_a_later_byte_changes_nothing_before_it_whatever_its_place_in_a_chunk(fi
         assert not torch.allclose(after[:, place:], before[:, place:])
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", WAYS[:2])
 def test_pooled_documents_are_what_they_are_alone(way):
     """The second begins at every place of a chunk of chunks."""
-    model, tokens = built(NINES, chunk_execution=way), tokens_of(length=25)
+    model, tokens = built(NINES, chunk_execution=way, n_inner_layers=1), tokens_of(length=25)
     for first in range(4, 14):
         lengths = [first, 25 - first]
         alone = torch.cat([logits_of(model, part) for part in tokens.split(lengths, 1)], 1)
