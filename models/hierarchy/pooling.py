@@ -18,26 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.precision import at_least_fp32
 from kernels.upsample import taken
 from models.hierarchy.places import EMPTY, ByRow, Places
-from models.hierarchy.routing import FixedRouter
 from models.layers.init import INIT_STD, normal_
 
-__all__ = ["EndRouter", "Pooling", "one_empty"]
+__all__ = ["Pooling", "one_empty"]
 
 EXPANSION = 4  # hidden width / what goes in
-
-
-class EndRouter(FixedRouter):
-    """Every N-th place of a document ends a chunk, and is where it stands."""
-
-    def forward(
-        self, x: Tensor, begins: Tensor, places: Tensor, last: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """As `FixedRouter`."""
-        ends = (places % self.every == self.every - 1).to(at_least_fp32(x.dtype))
-        return ends, ends.new_zeros(len(x), x.shape[-1])
 
 
 class Pooling(nn.Module):

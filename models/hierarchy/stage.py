@@ -22,7 +22,7 @@ from models.hierarchy.chunking import confidence, smoothed, straight_through
 from models.hierarchy.config import HierarchyConfig
 from models.hierarchy.layers import Stack
 from models.hierarchy.places import Places, compacted
-from models.hierarchy.pooling import EndRouter, Pooling, one_empty
+from models.hierarchy.pooling import Pooling, one_empty
 from models.hierarchy.routing import FixedRouter, Router
 from models.layers.decoder import document_positions
 from models.layers.flops import Flops, matmul_flops
@@ -63,14 +63,10 @@ class Stage(UsesKernels):
         self.main_network = Stage(cfg, number + 1)
         self.decoder = Stack(cfg, sizes, sizes.layers[1], f"{number}.decoder")
         self.routing_module: Router | FixedRouter
-        self.pooling: Pooling | None = None
-        every = int(sizes.ratio or 0)
-        if cfg.chunking == "dynamic":
-            self.routing_module = Router(sizes.width)
-        elif cfg.pools:
-            self.routing_module, self.pooling = EndRouter(every), Pooling(sizes.width, every)
-        else:
-            self.routing_module = FixedRouter(every)
+        dynamic = cfg.chunking == "dynamic"
+        self.routing_module = Router(sizes.width) if dynamic else FixedRouter(int(sizes.ratio or 0))
+        pools = cfg.pools and not dynamic
+        self.pooling = Pooling(sizes.width, int(sizes.ratio or 0)) if pools else None
         self.residual_proj = nn.Linear(sizes.width, sizes.width)
 
     def forward(
@@ -82,34 +78,34 @@ class Stage(UsesKernels):
         if isinstance(self.main_network, Stack):
             return self.main_network(x, places, cu_seqlens)[..., :width]
         encoded = self.encoder(x, places, cu_seqlens)
-        positions = self._positions(places)
-        p, _ = self.routing_module(encoded, places.begins, positions)
+        first = places.begins
+        p, _ = self.routing_module(encoded, first, self._positions(places))
         opens = p > 0.5
         if places.valid is not None:
             opens = opens & places.valid
-        self._tell(told, places, p, opens, positions)
+        self._tell(told, places, p, opens)
         within, source, chunk = places.chunks(opens, packed)
         # Packed chunks are of all places end to end.
         flat = (lambda t: t.flatten(0, 1)[None]) if packed else (lambda t: t)
-        if self.pooling is None:
-            inner = self.main_network(taken(flat(encoded), source), within, packed, told)
-            z = smoothed(inner, taken(flat(p), source), within.begins, self.cfg.ema_eps, self.kernels)
-            scale = straight_through(confidence(p, opens))
-        else:
+        if self.pooling is not None:
             if not source.shape[1]:
                 within, source = one_empty(places, packed)
             within = replace(within, bytes=taken(flat(places.bytes), self.pooling.held(source)[..., 0]))
             z = self.main_network(self.pooling(flat(encoded), source), within, packed, told).to(p.dtype)
-            chunk = chunk.clamp(min=0)
-            scale = (positions >= self.pooling.every - 1).to(p.dtype)  # before a document's first chunk 0
-        return self._decode(z, chunk, scale, encoded, places, cu_seqlens)[..., :width]
+            ended = self._counted(places) >= self.pooling.every  # not before a document's first chunk
+            x = self._decode(z, chunk.clamp(min=0), encoded, ended.to(p.dtype), places, cu_seqlens)
+            return x[..., :width]
+        inner = self.main_network(taken(flat(encoded), source), within, packed, told)
+        z = smoothed(inner, taken(flat(p), source), within.begins, self.cfg.ema_eps, self.kernels)
+        scale = straight_through(confidence(p, opens))
+        return self._decode(z, chunk, encoded, scale, places, cu_seqlens)[..., :width]
 
     def _decode(
         self,
         z: Tensor,
         chunk: Tensor,
-        scale: Tensor,
         encoded: Tensor,
+        scale: Tensor,
         places: Places | RowsOf,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
@@ -119,7 +115,8 @@ class Stage(UsesKernels):
             residual = F.linear(
                 encoded.to(exact), self.residual_proj.weight.to(exact), self.residual_proj.bias.to(exact)
             )
-        scale, residual = scale.reshape(chunk.shape), residual.reshape(*chunk.shape, -1)
+        scale = scale.reshape(chunk.shape)
+        residual = residual.reshape(*chunk.shape, -1)
         x = upsample(z, chunk, scale, residual, dtype=encoded.dtype, kernels=self.kernels)
         x = x.view(encoded.shape)
         if isinstance(places, RowsOf):
@@ -133,20 +130,26 @@ class Stage(UsesKernels):
         padding = self.pad_dimension.to(x.dtype).expand(*x.shape[:-1], -1)
         return torch.cat((x, padding), dim=-1)
 
-    def _positions(self, places: Places) -> Tensor:
-        """(R, M), where the router asks for them; elsewhere nobody looks at what this is."""
-        return document_positions(places.ids) if isinstance(self.routing_module, FixedRouter) else places.ids
+    def _positions(self, places: Places) -> Tensor | None:
+        """(R, M), where the router asks for them. A chunk that is pooled stands at its last place."""
+        if self.pooling is not None:
+            return self._counted(places)
+        return document_positions(places.ids) if isinstance(self.routing_module, FixedRouter) else None
 
-    def _tell(self, told: Told, places: Places, p: Tensor, opens: Tensor, positions: Tensor) -> None:
-        exact, begins = p.dtype, opens
-        if self.pooling is not None:  # chunks stand at their last places, and begin at their first
-            begins = positions % self.pooling.every == 0
-            begins = begins if places.valid is None else begins & places.valid
+    def _counted(self, places: Places) -> Tensor:
+        """(R, M): which place of its document each is, from 1."""
+        return document_positions(places.ids) + 1
+
+    def _tell(self, told: Told, places: Places, p: Tensor, opens: Tensor) -> None:
+        exact = p.dtype
         told.places.append(places.total(torch.ones_like(p)))
         told.opened.append(places.total(opens.to(exact)))
         told.probability.append(places.total(p))
         told.probability_opened.append(places.total(p.detach() * opens))
-        told.boundaries.append(places.at_bytes(begins))
+        if self.pooling is not None:  # chunks begin at their first places
+            first = self._counted(places) % self.pooling.every == 1
+            opens = first if places.valid is None else first & places.valid
+        told.boundaries.append(places.at_bytes(opens))
 
     # -- behind a cache --------------------------------------------------------------------------------------------
 
@@ -160,39 +163,47 @@ class Stage(UsesKernels):
         encoded = self.encoder.step(x, at)
         name = f"{self.number}"
         past = at.read(f"{name}.places")[:, None] + torch.arange(x.shape[1], device=x.device)  # (R, M)
-        p, last = self.routing_module(encoded, past == 0, past, at.read(f"{name}.routed"))
+        counted = past if self.pooling is None else past + 1
+        p, last = self.routing_module(encoded, past == 0, counted, at.read(f"{name}.routed"))
         opens = p > 0.5
         at.write(f"{name}.places", past[:, -1] + 1)
         at.write(f"{name}.routed", last)
-        z = self._chunks(encoded, p, opens, at, name)
-        scale = torch.ones_like(p) if self.pooling else straight_through(confidence(p, opens))
-        return self._decode(z, opens.cumsum(1), scale, encoded, at)[..., :width]
+        z = self._chunks(encoded, p, opens, at, f"{name}.smoothed")
+        scale = straight_through(confidence(p, opens))
+        return self._decode(z, opens.cumsum(1), encoded, scale, at)[..., :width]
 
     def _chunks(self, encoded: Tensor, p: Tensor, opens: Tensor, at: RowsOf, name: str) -> Tensor:
-        """(R, 1 + C, D): the chunk that goes on from before (0 where there was none), and those that open here."""
+        """(R, 1 + C, D): the chunk that goes on from before, 0 where there was none, and those that open here."""
         counts = opens.sum(1).cpu()
-        before = at.read(f"{name}.smoothed")
+        before = at.read(name)
         most = int(counts.max())
         z = torch.cat((before[:, None], before.new_zeros(len(before), most, before.shape[1])), dim=1)
-        held = encoded
-        if self.pooling is not None:
-            held = torch.cat((at.read(f"{name}.unpooled").to(encoded.dtype), encoded), dim=1)
-            at.write(f"{name}.unpooled", held[:, encoded.shape[1] :])
+        held = None if self.pooling is None else self._held(encoded, at)
         for count in sorted(set(counts.tolist()) - {0}):
             # Rows that open equally many go on together: none is padded.
             chosen = (counts == count).nonzero()[:, 0]
             rows = chosen.to(z.device)
+            if self.pooling is not None and held is not None:
+                ends = opens[rows].nonzero()[:, 1].view(-1, count)
+                pooled = self.pooling(
+                    held[rows], ends + self.pooling.every - 1
+                )  # what is held begins earlier
+                inner = self.main_network.step(pooled, at.among(chosen))
+                z[rows, 1 : 1 + count] = inner.to(z.dtype)
+                continue
             source, _ = compacted(opens[rows], count)
-            if self.pooling is None:
-                inner = self.main_network.step(taken(encoded[rows], source), at.among(chosen))
-                eps = self.cfg.ema_eps
-                new = smoothed(inner, taken(p[rows], source), None, eps, self.kernels, before[rows])
-            else:
-                ends = source + self.pooling.every - 1  # among what is held
-                new = self.main_network.step(self.pooling(held[rows], ends), at.among(chosen)).to(z.dtype)
+            inner = self.main_network.step(taken(encoded[rows], source), at.among(chosen))
+            new = smoothed(inner, taken(p[rows], source), None, self.cfg.ema_eps, self.kernels, before[rows])
             z[rows, 1 : 1 + count] = new
-        at.write(f"{name}.smoothed", taken(z, opens.sum(1, keepdim=True))[:, 0])
+        at.write(name, taken(z, opens.sum(1, keepdim=True))[:, 0])
         return z
+
+    def _held(self, encoded: Tensor, at: RowsOf) -> Tensor:
+        """(R, N - 1 + M, D): what is encoded, behind what the cache holds of a chunk that is not whole yet."""
+        name, places = f"{self.number}.unpooled", encoded.shape[1]
+        held = torch.cat((at.read(name).to(encoded.dtype), encoded), dim=1)
+        at.write(name, held[:, places:])
+        return held
 
     def empty(self, rows: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Of a cache, as `Stack.empty`, this stage and those within."""
@@ -249,7 +260,7 @@ class Stage(UsesKernels):
         call = {"columns": self.sizes.width}
         if not self.outer:
             return {}
-        return {"upsample": call} if self.pooling else {"linear_scan": call, "upsample": call}
+        return {"upsample": call} if self.pooling is not None else {"linear_scan": call, "upsample": call}
 
     def flops(self, lengths: list[Any], longest: int) -> Flops:
         """Per byte, where rows hold `lengths` places in this stage and those within, of `longest` bytes."""

@@ -79,8 +79,9 @@ def test_stages_of_bytes_select_blocks_of_bytes():
     assert len(maps[0].values) == 21 > len(maps[1].values)
 
 
-def pooled(stages, size):
+def pooled(stages, size, *more):
     words = (
+        *more,
         "chunking=fixed",
         f"n_compress_decompress_layers={stages}",
         f"compression_decompress_size={size}",
@@ -108,11 +109,16 @@ def test_the_baseline_of_fixed_chunks_is_told_apart():
     assert [span.start for span in of_chunks.spans] == [0, 8]
 
 
+@pytest.mark.parametrize("way", ["packed", "padded"])
 @pytest.mark.parametrize("length", [1, 2, 8])
-def test_rows_too_short_for_a_chunk_of_the_baseline_train_all_the_same(length):
-    """An empty place stands for their chunks, and is counted as one; nothing of a stage within has a gradient."""
-    adapter = pooled(2, 9.0)
-    output = adapter(adapter.prepare(batch_for(adapter, length=length), context()))
+def test_rows_too_short_for_a_chunk_of_the_baseline_train_all_the_same(length, way):
+    """An empty place stands for their chunks, which is computed and is none of them; nothing of a stage within has a
+    gradient."""
+    adapter = pooled(2, 9.0, f"chunk_execution={way}")
+    prepared = adapter.prepare(batch_for(adapter, length=length), context())
+    output, told = adapter(prepared), adapter.hidden(prepared).extra
+    assert told["places"].tolist() == [[length] * 4, [length // 3] * 4]
+    assert told["opened"].tolist() == [[length // 3] * 4, [0] * 4]
     output.terms["ce"].sum.backward()
     gradients = {name: p.grad for name, p in adapter.named_model_parameters()}
     assert all(g is not None and g.isfinite().all() for g in gradients.values())
