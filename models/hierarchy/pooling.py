@@ -6,8 +6,10 @@ The code that hnet_x_nsa follows (HP2706/modded-nanogpt, `models/hnet_x_nsa.py`)
 four times what goes in; there every place of a chunk is told of the whole chunk. Here a chunk is there once its last
 place is: v_j goes through the stage within, and what comes out reaches places (j + 1) N - 1 and those behind, up to
 where the next chunk is there. Places before a document's first chunk is whole are told nothing, and the rest behind its
-last whole chunk is in none. Of several stages each does so with the chunks of the one around it, so that the innermost
-chunk of n bytes reaches bytes (j + 1) n - 1 and those behind.
+last whole chunk is in none. That code widens a chunk by another MLP to a vector for each of its places; here all places
+that it reaches are told the same, as in H-Net, and nothing is smoothed, as no router was in doubt. Of several stages
+each does so with the chunks of the one around it, so that the innermost chunk of n bytes reaches bytes (j + 1) n - 1
+and those behind.
 
 Shapes: R rows, M places, C chunks, N places of a chunk, D width.
 """
@@ -32,9 +34,9 @@ class Pooling(nn.Module):
 
     def __init__(self, width: int, every: int) -> None:
         super().__init__()
-        self.every, self.read = every, every * width
-        self.up = nn.Linear(self.read, EXPANSION * self.read)
-        self.down = nn.Linear(EXPANSION * self.read, width)
+        self.every, read = every, every * width
+        self.up = nn.Linear(read, EXPANSION * read)
+        self.down = nn.Linear(EXPANSION * read, width)
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """x (R, M, D), ends (R, C) int64, the last place of each chunk -> (R, C, D)"""
