@@ -629,8 +629,16 @@ def test_short_words_mean_what_the_lists_say():
             {"d_model": [500, 768]},
             r"\(2 \* 500\) must be divisible by model_cfg.headdim \(64\). Nearest: headdim=50",
         ),
-        ({"n_heads": [8, 11]}, "divisible by its heads.*Nearest: 12"),
-        ({"rotary_emb_dim": [0, 66]}, "at most the width of a head .*Nearest: 64"),
+        ({"n_heads": [None, 11]}, "divisible by its heads.*Nearest: 12"),
+        (
+            {"n_heads": [8, 12]},
+            r"n_heads \(\[8, 12\]\) has a number for stage 0.*attention.*Nearest: \[null, 12\]",
+        ),
+        ({"n_heads": [None, None]}, "is null for stage 1, which has attention. Nearest: 12"),
+        ({"window_size": [7, -1]}, r"window_size .*stage 0.*Nearest: \[null, -1\]"),
+        ({"d_intermediate": [64, 128]}, r"d_intermediate .*stage 0.*feed-forward.*Nearest: \[0, 128\]"),
+        ({"rotary_emb_dim": [32, 32]}, r"rotary_emb_dim .*stage 0.*Nearest: \[null, 32\]"),
+        ({"rotary_emb_dim": [None, 66]}, "at most the width of a head .*Nearest: 64"),
         ({"d_intermediate": [0, 0]}, "d_intermediate of stage 1 is 0.*Nearest: 2048"),
         ({"chunking": "fixed", "target_ratio": 2.5}, "target_ratio of stage 0.* whole number.*Nearest: 2"),
         (
