@@ -54,10 +54,9 @@ class TokenStore:
         """Raw UTF-8 bytes of all documents."""
         return int(self.doc_bytes.sum())
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens per document (n_docs,) int64."""
-        return np.diff(np.asarray(self.offsets))
+    def lengths_of(self, documents: np.ndarray) -> np.ndarray:
+        """Tokens of each of these documents, of the shape of their indices."""
+        return self.offsets[documents + 1] - self.offsets[documents]
 
     def counts(self, size: int) -> np.ndarray:
         """How often each of `size` ids occurs (size,) int64, a block of the tokens at a time."""
