@@ -31,18 +31,25 @@ class Texts(Sequence[Document]):
     """Documents that are not in memory: each is read when it is asked for. They are told by their text alone, as how
     they lie in files says nothing of what they are; their names are for people.
 
-    sizes (n,) int64: raw UTF-8 bytes. digests (n, 32) uint8: sha256 of each text.
+    digests (n, 32) uint8: sha256 of each text.
     """
 
-    sizes: np.ndarray
-    digests: np.ndarray
+    @property
+    @abstractmethod
+    def digests(self) -> np.ndarray: ...
+
+    @abstractmethod
+    def sizes_of(self, documents: np.ndarray) -> np.ndarray:
+        """Raw UTF-8 bytes of documents (k,): (k,) int64."""
 
     @abstractmethod
     def select(self, indices: np.ndarray) -> Texts:
         """Those of them (k,), in this order."""
 
-    def __len__(self) -> int:
-        return len(self.sizes)
+    @property
+    def sizes(self) -> np.ndarray:
+        """Raw UTF-8 bytes of each (n,) int64."""
+        return self.sizes_of(np.arange(len(self)))
 
 
 class TrueModel(Protocol):

@@ -13,7 +13,7 @@ import numpy as np
 from data.errors import DataError
 from data.order import first_documents, reading_place
 from data.places import Pieces, StreamPlaces
-from data.shards import ShardTokens
+from data.shards import ShardTokens, each
 from data.store import TokenStore
 from data.tokenizers import Tokenizer
 
@@ -100,21 +100,26 @@ class TrainingRows:
         return Batch(tokens.astype(np.int64), doc_ids, weights, np.zeros_like(weights), rows, scored)
 
     def _text(self, pieces: Pieces, rows: np.ndarray, width: int) -> np.ndarray:
-        """Stretches of text in rows of `width` columns (3, K) int64: where each begins in the rows laid end to end,
-        where in the text, and how long it is."""
-        first = self.store.offsets[pieces.document]
-        column = np.maximum(pieces.start + 1, 0)
-        end = np.minimum(pieces.start + 1 + self.store.offsets[pieces.document + 1] - first, width)
-        place = first + column - (pieces.start + 1)
-        return np.stack([rows[pieces.row] * width + column, place, end - column])[:, end > column]
+        """Stretches of text in rows of `width` columns (4, K) int64: where each begins in the rows laid end to end, its
+        document and where in that it begins, and how long it is."""
+        first = pieces.start + 1  # column of the document's first token
+        column = np.maximum(first, 0)
+        end = np.minimum(first + self.store.lengths_of(pieces.document), width)
+        found = [rows[pieces.row] * width + column, pieces.document, column - first, end - column]
+        return np.stack(found)[:, end > column]
 
     def _read(self, tokens: np.ndarray, text: np.ndarray) -> None:
         """Put stretches of text into rows (B, S + n)."""
         if isinstance(self.store.tokens, ShardTokens):
-            self.store.tokens.read_into(tokens, *text)
+            self.store.tokens.read_into(tokens.reshape(-1), *text)
         else:
-            there, place = _each(text)
+            there, place = self._each(text)
             tokens.reshape(-1)[there] = self.store.tokens[place]
+
+    def _each(self, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of stretches (4, K) each position: in the rows laid end to end, and in the text."""
+        there, document, within, counts = text
+        return each(there, counts)[1], each(self.store.offsets[document] + within, counts)[1]
 
     def _bytes(self, tokens: np.ndarray, starts: np.ndarray, text: np.ndarray) -> int:
         """Bytes of the targets of rows (B, S + n)."""
@@ -123,7 +128,7 @@ class TrainingRows:
         if self.store.lossy is None:
             return int(sizes.sum()) - int(sizes[starts[:, targets]].sum())
         places = np.full(tokens.shape, -1, dtype=np.int64)  # in the text
-        there, place = _each(text)
+        there, place = self._each(text)
         places.reshape(-1)[there] = place
         of_text = places[:, targets] >= 0
         return int(self.store.raw_sizes(places[:, targets][of_text], sizes[of_text]).sum())
@@ -151,13 +156,6 @@ class TrainingRows:
         targets = self.tokens_per_epoch - 1
         read = visits * seq_len + len(rest) * self.seq_len
         return twice / targets, (targets - read + twice) / targets
-
-
-def _each(text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of stretches (3, K) each position: in the rows laid end to end, and in the text."""
-    there, place, counts = text
-    within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.repeat(there, counts) + within, np.repeat(place, counts) + within
 
 
 def select_heldout(store: TokenStore, max_bytes: int | None = None) -> np.ndarray:
