@@ -132,18 +132,18 @@ def in_hash_order(documents: Sequence[Document]) -> Iterable[Document]:
     return (documents[int(place)] for place in np.argsort(first, kind="stable"))
 
 
-def selected(documents: Sequence[Document], indices: Sequence[int]) -> Sequence[Document]:
-    """Those of them, in this order."""
+def selected(documents: Sequence[Document], indices: np.ndarray) -> Sequence[Document]:
+    """Those of them (k,), in this order."""
     if isinstance(documents, Texts):
-        return documents.select(np.array(indices, dtype=np.int64))
-    return [documents[index] for index in indices]
+        return documents.select(indices)
+    return [documents[int(index)] for index in indices]
 
 
-def sizes(documents: Sequence[Document]) -> list[int]:
-    """Raw UTF-8 bytes of each."""
+def sizes(documents: Sequence[Document]) -> np.ndarray:
+    """Raw UTF-8 bytes of each (n,) int64."""
     if isinstance(documents, Texts):
-        return [int(size) for size in documents.sizes]
-    return [len(document.text) for document in documents]
+        return documents.sizes
+    return np.array([len(document.text) for document in documents], dtype=np.int64)
 
 
 def drop_duplicates(documents: Sequence[Document]) -> tuple[list[Document], int]:
