@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 __all__ = ["ShardText"]
 
 
+TOGETHER = 4096  # documents that are looked up at once
+READ = 1 << 20  # ids that are read at once, where no document has more
+
+
 class ShardText(KeptText):
     """One side of the documents of shards. Kept is where each is, how long it is in
     ids and bytes, and the digest of its text; ids are read from the shards, which must stay as they are."""
@@ -49,7 +53,22 @@ class ShardText(KeptText):
         return self.files.bases[part] + self._places[documents] - 1
 
     def __iter__(self) -> Iterator[Document]:
-        yield from (self[index] for index in range(len(self)))
+        for start in range(0, len(self), TOGETHER):
+            documents = self._of_all(np.arange(start, min(start + TOGETHER, len(self))))
+            begins, lengths = self._begins(documents), self._lengths[documents]
+            for low, high in _near(begins, begins + lengths):
+                base = int(begins[low])
+                ids = self.files.read(base, int(begins[high - 1] + lengths[high - 1]))
+                some = slice(low, high)
+                places = zip(
+                    documents[some].tolist(),
+                    (begins[some] - base).tolist(),
+                    lengths[some].tolist(),
+                    strict=True,
+                )
+                for document, begin, length in places:
+                    text = text_of(self._tokenizer, ids[begin : begin + length])
+                    yield Document(self._name(document), text)
 
     def is_of(self, tokenizer: Tokenizer) -> bool:
         """Whether the ids of the shards are those of a tokenizer."""
@@ -68,3 +87,13 @@ class ShardText(KeptText):
         """What tells these documents in these files from the same ones elsewhere."""
         told = json.dumps(self.files.to_json(), sort_keys=True)
         return hashlib.sha256(told.encode("utf-8", "backslashreplace")).hexdigest()[:8]
+
+
+def _near(begins: np.ndarray, ends: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Runs (first, behind) of documents that lie in order within `READ` ids."""
+    breaks = np.flatnonzero(begins[1:] < ends[:-1]) + 1
+    for first, behind in zip([0, *breaks.tolist()], [*breaks.tolist(), len(begins)], strict=True):
+        while first < behind:
+            fitting = int(np.searchsorted(ends[first:behind], begins[first] + READ, side="right"))
+            yield first, first + max(fitting, 1)
+            first += max(fitting, 1)
