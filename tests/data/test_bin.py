@@ -180,6 +180,7 @@ def test_shards_without_separators_are_read_in_sections(load, bpe, tmp_path, lin
         assert all(section.decode() for section in found)
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_megatron_s_lengths_are_added_up_in_64_bits(tmp_path) -> None:
     path = tmp_path / "big.bin"
     lengths = [1 << 29, 1 << 29, 5]
@@ -194,6 +195,28 @@ def test_megatron_s_lengths_are_added_up_in_64_bits(tmp_path) -> None:
     assert (4 * starts).tolist() == [0, 2147483648, 4294967296]
     files = ShardFiles([open_shard(path, np.dtype(np.uint16))], np.uint16)
     assert files.read(int(starts[2]), len(files)).tolist() == [1, 2, 3, 4, 5]
+
+
+def test_rows_end_inside_documents_without_a_separator(load, bpe, tmp_path) -> None:
+    """A document of three and a half rows has one start token; what comes next sees its own start alone."""
+    first, second = (bpe.encode(prose(name, 900))[:112] for name in ("one", "two"))
+    headerless(tmp_path / "t.bin", before([first, second], bpe.eot))
+    headerless(tmp_path / "v.bin", before([bpe.encode(TEXTS[0])], bpe.eot))
+    rows = TrainingRows(load(train_files="t.bin", val_files="v.bin").train, bpe.eot, 32)
+    batch = rows.batch(np.arange(rows.rows_per_epoch))
+    assert rows.rows_per_epoch == 7 and len(first) == 3.5 * 32
+    inputs, targets = batch.tokens[:, :32], batch.tokens[:, 1:33]
+    text = targets != bpe.eot
+    assert (~text).sum() == 1, "one between two documents: the first is context alone"
+    assert (batch.doc_ids[:, :32] == batch.doc_ids[:, 1:33])[text].all()
+    begins = inputs == bpe.eot
+    assert begins.sum() == 2 and sorted(targets[begins]) == sorted([first[0], second[0]])
+    alone = batch.doc_ids[:, :32][begins]
+    seen = [
+        (batch.doc_ids[row, : column + 1] == document).sum()
+        for (row, column), document in zip(np.argwhere(begins), alone, strict=True)
+    ]
+    assert seen == [1, 1], "of its own document nothing but the start"
 
 
 # -- tokenizers ----------------------------------------------------------------------------------------------------
