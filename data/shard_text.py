@@ -36,7 +36,7 @@ class ShardText(KeptText):
     def _open(self, folder: Path, side: str, read: Sequence[Part]) -> None:
         shards = [cast("ShardPart", part) for part in read]
         self._lengths = map_array(folder / f"{side}.{self.holds}.npy")
-        if len(self._lengths) != len(self.sizes) or len(shards) != len(self._parts):
+        if len(self._lengths) != len(self._ends) or len(shards) != len(self._parts):
             raise ValueError(f"{folder} is not of these shards")
         self._tokenizer = shards[0].chain.tokenizer
         self.files = ShardFiles([part.shard for part in shards], self._tokenizer.dtype)

@@ -19,7 +19,7 @@ import resource
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -214,7 +214,7 @@ class ShardFiles:
         return cls([Shard(**shard) for shard in content["shards"]], content["dtype"])
 
     def to_json(self) -> dict[str, Any]:
-        return {"dtype": self.dtype.str, "shards": [asdict(shard) for shard in self.shards]}
+        return {"dtype": self.dtype.str, "shards": [vars(shard) for shard in self.shards]}
 
     def __len__(self) -> int:
         return int(self.bases[-1])
