@@ -120,7 +120,10 @@ class _Table:
 
 def _parts(text: np.ndarray) -> list[tuple[int, int]]:
     """About PARTS ranges of byte values, each (low, high), with equal shares of the text."""
-    share = np.cumsum(np.bincount(text, minlength=256)) * PARTS // max(len(text), 1)
+    counts = np.zeros(256, dtype=np.int64)
+    for start in range(0, len(text), CHUNK):  # counting makes 8 bytes of each
+        counts += np.bincount(text[start : start + CHUNK], minlength=256)
+    share = np.cumsum(counts) * PARTS // max(len(text), 1)
     bounds = [0, *(int(value) + 1 for value in np.flatnonzero(np.diff(share)) if value < 255), 256]
     return list(zip(bounds[:-1], bounds[1:], strict=True))
 

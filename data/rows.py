@@ -79,29 +79,22 @@ class TrainingRows:
         """
         rows = np.asarray(rows, dtype=np.int64)
         shape = (len(rows), self.seq_len + self.lookahead)
-        ids, doc_ids = (
-            np.full(shape, self.eot, dtype=self.store.tokenizer.dtype),
-            np.empty(shape, dtype=np.int32),
-        )
+        ids = np.full(shape, self.eot, dtype=self.store.tokenizer.dtype)
+        doc_ids = np.empty(shape, dtype=np.int32)
         epochs, visits = np.divmod(rows, self.rows_per_epoch)
-        text, starts = [], []
+        text = []
         for epoch in np.unique(epochs):
             here = np.flatnonzero(epochs == epoch)
             begins = reading_place(visits[here], self.rows_per_epoch) * self.seq_len
             pieces = self._places.pieces(int(epoch), begins, shape[1])
             doc_ids[here] = self._numbered(pieces, begins, shape[1])
             pieces = pieces._replace(row=here[pieces.row])
-            opening = (pieces.start >= 1) & (pieces.start <= self.seq_len)  # start tokens that are targets
-            starts.append(pieces.row[opening] * shape[1] + pieces.start[opening])
             text.append(self._text(pieces, shape[1]))
         self._read(ids, stretches := np.concatenate(text, axis=1))
         tokens = ids.astype(np.int64)
-        scored = self._bytes(tokens, np.concatenate(starts), stretches)
-        weights, ends = (
-            np.ones((len(rows), self.seq_len), np.float32),
-            np.zeros((len(rows), self.seq_len), np.float32),
-        )
-        return Batch(tokens, doc_ids, weights, ends, rows, scored)
+        scored = self._bytes(tokens, stretches)
+        weights = np.ones((len(rows), self.seq_len), dtype=np.float32)
+        return Batch(tokens, doc_ids, weights, np.zeros_like(weights), rows, scored)
 
     def _numbered(self, pieces: Pieces, begins: np.ndarray, width: int) -> np.ndarray:
         """Which document of its row each position is of (B, width) int32."""
@@ -137,13 +130,12 @@ class TrainingRows:
         there, document, within, counts = text
         return each(there, counts)[1], each(self.store.offsets[document] + within, counts)[1]
 
-    def _bytes(self, tokens: np.ndarray, starts: np.ndarray, text: np.ndarray) -> int:
-        """Bytes of the targets of rows (B, S + n). `starts`: places of targets that are start tokens, rows laid end to
-        end."""
+    def _bytes(self, tokens: np.ndarray, text: np.ndarray) -> int:
+        """Bytes of the targets of rows (B, S + n) that hold these stretches of text."""
         if self.store.lossy is None and not self.store.tokenizer.lead:  # what tokens say is the text
             said = self._token_bytes.take(tokens)
-            beside = said[:, 0].sum() + said[:, self.seq_len + 1 :].sum() + said.reshape(-1)[starts].sum()
-            return int(said.sum(dtype=np.int64)) - int(beside)
+            # Start tokens say nothing; no targets are the first column and the look-ahead.
+            return int(said.sum(dtype=np.int64) - said[:, 0].sum() - said[:, self.seq_len + 1 :].sum())
         sizes = target_bytes(tokens[:, : self.seq_len + 1], self.store.tokenizer)
         places = np.full(tokens.shape, -1, dtype=np.int64)  # in the text
         there, place = self._each(text)

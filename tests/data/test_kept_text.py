@@ -287,6 +287,8 @@ def test_the_order_of_digests_is_that_of_one_sort(monkeypatch, n, together, look
     digests = np.random.default_rng(n).integers(0, 256, (n, 32), dtype=np.uint8)
     digests[n // 2 :, :8] = digests[: n - n // 2, :8]  # equal ones stay as they lie
     digests[:1, :8] = 255
+    border = (1 << 64) * together // max(n, together) - (n <= together)  # the first value of the second range
+    digests[1:2, :8] = np.frombuffer(border.to_bytes(8, "big"), dtype=np.uint8)
     found = [place for places in corpus_module._by_digest(digests) for place in places.tolist()]
     assert found == sorted(range(n), key=lambda place: bytes(digests[place, :8]))
 

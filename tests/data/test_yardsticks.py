@@ -97,12 +97,15 @@ def test_xz_takes_no_more_memory_than_its_text_needs() -> None:
         )
 
 
-def test_n_grams_are_counted_a_part_at_a_time() -> None:
+def test_n_grams_are_counted_a_part_at_a_time(monkeypatch) -> None:
     """Whole tables of a text take 60 bytes for each of its own."""
+    monkeypatch.setattr("data.ngrams.CHUNK", 4096)
     raw = np.random.default_rng(0).integers(97, 123, 300_000, dtype=np.uint8).tobytes()
     train, heldout = Texts([raw]), Texts([raw[:1000]])
     tracemalloc.start()
     try:
+        witten_bell(train, heldout, (1,))
+        assert tracemalloc.get_traced_memory()[1] < 4 * len(raw)
         witten_bell(train, heldout, (3, 6))
         assert tracemalloc.get_traced_memory()[1] < 25 * len(raw)
     finally:
