@@ -94,7 +94,8 @@ class TrainingRows:
         tokens = ids.astype(np.int64)
         scored = self._bytes(tokens, stretches)
         weights = np.ones((len(rows), self.seq_len), dtype=np.float32)
-        return Batch(tokens, doc_ids, weights, np.zeros_like(weights), rows, scored)
+        ends = np.zeros(weights.shape, dtype=np.float32)
+        return Batch(tokens, doc_ids, weights, ends, rows, scored)
 
     def _numbered(self, pieces: Pieces, begins: np.ndarray, width: int) -> np.ndarray:
         """Which document of its row each position is of (B, width) int32."""
