@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import tracemalloc
+from collections.abc import Sequence
 
 import pytest
 
@@ -155,3 +157,36 @@ def test_the_source_decides_what_null_means(config, tmp_path) -> None:
     with pytest.raises(DataError, match="near_copies=keep"):
         load_dataset(config(input_file=str(tmp_path / "twice.txt"), near_copies="drop"), cache_dir=tmp_path)
     assert load_dataset(config(data="synthetic", near_copies="drop"), cache_dir=tmp_path).overlap is None
+
+
+class Made(Sequence[Document]):
+    """Documents of lines that no other has, made when they are asked for."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index):
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        return Document(
+            f"{index}", b"\n".join(b"line %d of document %d, and some more" % (n, index) for n in range(5))
+        )
+
+
+def test_memory_does_not_grow_with_the_documents() -> None:
+    """Ten times the units that are kept, and a hundred times."""
+
+    def peak(count: int) -> int:
+        tracemalloc.start()
+        try:
+            shares, estimate = shares_in_training(Made(count), Made(count), largest=500)
+            assert estimate and len(shares) == count and max(shares) == 1.0
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    few, many = peak(1000), peak(10_000)
+    assert many - few < 10_000 * 40, "a number for each document, and nothing of its text"
