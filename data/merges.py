@@ -1,8 +1,13 @@
-"""Learning the merges of a byte-level BPE, in time that does not depend on how long words are.
+"""Learning the merges of a byte-level BPE, in time that does not depend on how long words are or how many pairs differ.
 
 All distinct words stand behind one another in one array of symbols, linked to their neighbours. A merge looks at the
 places of the rarer of its two tokens and touches those where the pair stands, so that a million letters without a blank
-(DNA, Chinese, base64) cost what a million letters of prose do. A heap with lazy deletion finds the next pair.
+(DNA, Chinese, base64) cost what a million letters of prose do.
+
+A pair has all its places when its newer token comes into being, and only loses some after that. So what was once its
+count bounds what is left of it, and a pair is looked at alone when it comes to the front: of a text in which nearly all
+pairs differ, millions never are. A heap finds the one in front. It holds one by one those whose count is in reach, and
+of the others one entry for all that came with a token.
 """
 
 from __future__ import annotations
@@ -14,9 +19,8 @@ import numpy as np
 
 MIN_COUNT = 2  # a pair seen once is a quotation, not a regularity
 GONE = -1  # a place whose symbol is part of the one before it; the neighbour of a word's end
+RARE = 0  # the number that all pairs share which were never seen `MIN_COUNT` times
 AT_A_TIME = 1 << 20  # places
-
-Pair = tuple[int, int]
 
 
 def learn_merges(words: Counter[str], size: int) -> list[bytes]:
@@ -30,16 +34,17 @@ def learn_merges(words: Counter[str], size: int) -> list[bytes]:
     table = _PairTable(words, vocabulary)
     while len(vocabulary) < size and (pair := table.most_frequent()) is not None:
         # Always new bytes: merges apply everywhere, so a stretch between token ends is split one way only.
-        vocabulary.append(vocabulary[pair[0]] + vocabulary[pair[1]])
+        vocabulary.append(b"".join(table.spelled(pair)))
         table.merge(pair, len(vocabulary) - 1)
     return vocabulary
 
 
 class _PairTable:
-    """Counts of adjacent pairs over the distinct words, kept up to date under merges.
+    """Adjacent pairs over the distinct words with their counts, kept up to date under merges.
 
-    Arrays by place (n,): `symbol`, the place before and behind (`before`, `behind`; GONE at a word's ends), and the
-    word's count. `places` of a token (m,), ascending, may hold some where it stands no longer.
+    Arrays by place (n,): `symbol`, the place before and behind (`before`, `behind`; GONE at a word's ends), the word's
+    count, and `pair`, the number of the pair that begins there. `places` of a token (m,), ascending, may hold some where
+    it stands no longer. By the number of a pair: `tokens` (.., 2), `counts` (..,), and `bounds` (..,), what these were once.
     """
 
     def __init__(self, words: Counter[str], vocabulary: list[bytes]):
@@ -56,60 +61,110 @@ class _PairTable:
         order = np.argsort(self.symbol, kind="stable").astype(np.int32)
         bounds = np.searchsorted(self.symbol[order], np.arange(257))
         self.places = {byte: order[bounds[byte] : bounds[byte + 1]] for byte in range(256)}
-        self.counts: dict[Pair, int] = {}
-        for pair, count in self._pairs_of_bytes().items():
-            self.counts[divmod(pair, 256)] = count
-        self.heap = [self._entry(pair) for pair in self.counts]
-        heapq.heapify(self.heap)
+        self.pairs = RARE + 1  # how many have numbers
+        self.tokens = np.zeros((1 << 17, 2), dtype=np.int32)
+        self.counts, self.bounds = np.zeros((2, 1 << 17), dtype=np.int64)
+        # (-count, bytes of both, (number, 0)), or (-count, nothing, nothing, (first and last number of many)).
+        self.heap: list[tuple[int, bytes, bytes, tuple[int, int]]] = []
+        self._number_pairs_of_bytes()
 
-    def _pairs_of_bytes(self) -> dict[int, int]:
-        """Counts of 256 * first + second, some places at a time: what `_add_up` sorts takes many times their memory."""
-        counts = np.zeros(1 << 16, dtype=np.int64)
-        for start in range(0, len(self.symbol), AT_A_TIME):
-            place = start + np.flatnonzero(self.behind[start : start + AT_A_TIME] != GONE)
+    def _number_pairs_of_bytes(self) -> None:
+        """Some places at a time: what is made of them takes many times their memory."""
+        counts, number = np.zeros(1 << 16, dtype=np.int64), np.zeros(1 << 16, dtype=np.int32)
+        self.pair = np.zeros(len(self.symbol), dtype=np.int32)
+        stretches = [
+            start + np.flatnonzero(self.behind[start : start + AT_A_TIME] != GONE)
+            for start in range(0, len(self.symbol), AT_A_TIME)
+        ]
+        for place in stretches:
             np.add.at(counts, self.symbol[place] * 256 + self.symbol[place + 1], self.weight[place])
-        return {int(pair): int(counts[pair]) for pair in np.flatnonzero(counts)}
+        found = np.flatnonzero(counts)
+        number[found] = self._number(np.stack(np.divmod(found, 256), axis=1), counts[found])
+        for place in stretches:
+            self.pair[place] = number[self.symbol[place] * 256 + self.symbol[place + 1]]
 
-    def _entry(self, pair: Pair) -> tuple[int, bytes, bytes, Pair]:
-        return -self.counts[pair], self.vocabulary[pair[0]], self.vocabulary[pair[1]], pair
+    def _number(self, tokens: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Numbers (k,) for new pairs of tokens (k, 2): of the more frequent ones smaller numbers."""
+        numbers = np.full(len(counts), RARE, dtype=np.int32)
+        often = np.flatnonzero(counts >= MIN_COUNT)
+        if not len(often):
+            return numbers
+        often = often[np.argsort(-counts[often], kind="stable")]
+        first, behind = self.pairs, self.pairs + len(often)
+        if behind > len(self.counts):
+            self._grow(behind)
+        self.tokens[first:behind] = tokens[often]
+        self.counts[first:behind] = self.bounds[first:behind] = counts[often]
+        numbers[often] = np.arange(first, behind)
+        self.pairs = behind
+        self._call(first, behind)
+        return numbers
 
-    def most_frequent(self) -> Pair | None:
+    def _grow(self, size: int) -> None:
+        more = max(len(self.counts) // 2, size - len(self.counts))
+        self.tokens, self.counts, self.bounds = (
+            np.concatenate([array, np.zeros((more, *array.shape[1:]), dtype=array.dtype)])
+            for array in (self.tokens, self.counts, self.bounds)
+        )
+
+    def _call(self, first: int, behind: int) -> None:
+        """Have the pairs from one number to another looked at when the bound of the first of them is in reach."""
+        heapq.heappush(self.heap, (-int(self.bounds[first]), b"", b"", (first, behind)))
+
+    def _admit(self, first: int, behind: int) -> None:
+        """Put those of them that have the bound of the first one into the heap."""
+        same = np.searchsorted(-self.bounds[first:behind], -self.bounds[first], side="right")
+        for pair in range(first, first + int(same)):
+            self._push(pair)
+        if first + same < behind:
+            self._call(first + int(same), behind)
+
+    def _push(self, pair: int) -> None:
+        if (count := int(self.counts[pair])) >= MIN_COUNT:
+            heapq.heappush(self.heap, (-count, *self.spelled(pair), (pair, pair)))
+
+    def spelled(self, pair: int) -> tuple[bytes, bytes]:
+        """The bytes of its two tokens."""
+        first, second = self.tokens[pair].tolist()
+        return self.vocabulary[first], self.vocabulary[second]
+
+    def most_frequent(self) -> int | None:
         """The pair with the highest count; the smaller bytes among equals; None below `MIN_COUNT`."""
         while self.heap:
-            negative_count, _, _, pair = heapq.heappop(self.heap)
-            if -negative_count == self.counts.get(pair, 0):  # else outdated: a newer entry is in the heap
-                return pair if -negative_count >= MIN_COUNT else None
+            negative_count, spelled, _, (pair, behind) = heapq.heappop(self.heap)
+            if not spelled:
+                self._admit(pair, behind)
+            elif self.counts[pair] == -negative_count:
+                return pair
+            else:  # some have become parts of other tokens meanwhile
+                self._push(pair)
         return None
 
-    def merge(self, pair: Pair, token: int) -> None:
+    def merge(self, pair: int, token: int) -> None:
         """Replace the pair by `token` in every word, left to right."""
-        first, second = pair
-        left = self._where(first, second)
+        left = self._where(*self.tokens[pair].tolist())
         right = self.behind[left]
         before, behind, weight = self.before[left], self.behind[right], self.weight[left]
         self.symbol[left], self.symbol[right] = token, GONE
         # A neighbour may be part of this merge too: the pair between the two is counted by the left one of them.
         lost = (before != GONE) & (self.symbol[before] != GONE)
-        was_behind = np.where(self.symbol[behind] == token, first, self.symbol[behind])
-        changed: dict[Pair, int] = {}
-        self._count(changed, self.symbol[before[lost]], first, -weight[lost], token_is_second=True)
         inside = behind != GONE
-        self._count(changed, was_behind[inside], second, -weight[inside], token_is_second=False)
+        np.subtract.at(self.counts, self.pair[before[lost]], weight[lost])
+        np.subtract.at(self.counts, self.pair[right[inside]], weight[inside])
 
         self.behind[left] = behind
         self.before[behind[inside]] = left[inside]
+        self.places[token] = left
         before = self.before[left]
         come = (before != GONE) & (self.symbol[before] != token)
-        self._count(changed, self.symbol[before[come]], token, weight[come], token_is_second=True)
-        self._count(changed, self.symbol[behind[inside]], token, weight[inside], token_is_second=False)
-
-        self.places[token] = left
-        self.counts.pop(pair)
-        changed.pop(pair, None)
-        for other, change in changed.items():
-            self.counts[other] = self.counts.get(other, 0) + change
-            if self.counts[other] >= MIN_COUNT:
-                heapq.heappush(self.heap, self._entry(other))
+        place = np.concatenate([before[come], left[inside]])  # where new pairs begin
+        keys = np.concatenate([2 * self.symbol[before[come]], 2 * self.symbol[behind[inside]] + 1])
+        keys, which = np.unique(keys, return_inverse=True)
+        counts = np.zeros(len(keys), dtype=np.int64)
+        np.add.at(counts, which, self.weight[place])
+        others, is_behind = np.divmod(keys, 2)
+        tokens = np.where(is_behind[:, None] == [0, 1], others[:, None], token)  # (k, 2)
+        self.pair[place] = self._number(tokens, counts)[which]
 
     def _where(self, first: int, second: int) -> np.ndarray:
         """Places of `first` with `second` behind it (m,), ascending; of overlapping ones every second."""
@@ -129,19 +184,3 @@ class _PairTable:
         begins = np.ones(len(left), dtype=bool)
         begins[1:] = self.behind[left[:-1]] != left[1:]
         return left[(number - np.maximum.accumulate(np.where(begins, number, 0))) % 2 == 0]
-
-    @staticmethod
-    def _count(
-        changed: dict[Pair, int], others: np.ndarray, token: int, weight: np.ndarray, *, token_is_second: bool
-    ) -> None:
-        for other, change in _add_up(others, weight).items():
-            pair = (other, token) if token_is_second else (token, other)
-            changed[pair] = changed.get(pair, 0) + change
-
-
-def _add_up(keys: np.ndarray, weight: np.ndarray) -> dict[int, int]:
-    """Sum of the weights of each key."""
-    distinct, place = np.unique(keys, return_inverse=True)
-    sums = np.zeros(len(distinct), dtype=np.int64)
-    np.add.at(sums, place, weight)
-    return dict(zip(distinct.tolist(), sums.tolist(), strict=True))
