@@ -124,6 +124,10 @@ def test_text_field_and_held_out_copies(load, tmp_path) -> None:
             "files' cannot be read by datasets: .*'x' not found",
         ),
         ({"dataset_name": "empty"}, "empty' cannot be read by datasets"),
+        (
+            {"dataset_name": "mine", "text_field": "[text, id]"},
+            "is a list, and the text of a document is that of one",
+        ),
         ({"dataset_name": "a.jsonl"}, "a.jsonl' is a file, and a set is a folder"),
         (
             {"dataset_name": "no/such/folder"},

@@ -13,6 +13,7 @@ from adapters.base import Likelihood, Metric, ModelAdapter
 from adapters.default import DefaultModelAdapter
 from configs.schema import DefaultModelConfig
 from data import load_dataset
+from data.char import CharTokenizer
 from data.corpus import Document
 from data.huggingface.tokenizer import HuggingFaceTokenizer
 from data.rows import HeldoutRows
@@ -121,6 +122,17 @@ def test_a_uniform_model_scores_log2_of_the_vocabulary_per_token(tokenizer):
     assert (found.tokens, found.bytes) == (tokens, dataset.heldout.total_bytes)
     assert found.documents == dataset.heldout.n_docs
     assert found.context_bytes == round(32 * found.bytes / tokens, 1) and found.context_tokens == 32
+
+
+@pytest.mark.parametrize("tokens", [1, 32, 33, 112])
+def test_a_uniform_model_scores_a_text_of_any_length(tokens):
+    """One token, a row, a row and one more, three rows and a half: each scored once, given those before it."""
+    tokenizer = CharTokenizer("é漢")
+    text = ("né漢" * tokens)[:tokens]
+    store = encode_documents([Document("a", text.encode())], tokenizer)
+    found = score(uniform(tokenizer), HeldoutRows(store, tokenizer.eot, 32))
+    expected = math.log2(259) * tokens / len(text.encode())
+    assert found.bits_per_byte == pytest.approx(expected, rel=1e-12) and found.tokens == tokens
 
 
 def chain(dataset):
