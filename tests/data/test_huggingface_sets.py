@@ -174,6 +174,27 @@ def test_a_name_of_the_hub_is_fetched_once(load, monkeypatch) -> None:
         load(dataset_name="owner/name", dataset_subset="large")
 
 
+def test_of_a_name_of_the_hub_no_more_is_fetched_than_dataset_bytes_asks_for(load, monkeypatch) -> None:
+    fetched = []
+
+    def stream():
+        for number in range(5000):
+            fetched.append(number)
+            yield {"text": f"document {number}", "id": number}
+
+    with monkeypatch.context() as patch:
+        opened = datasets.IterableDataset.from_generator(
+            stream, features=datasets.Features(text=datasets.Value("string"), id=datasets.Value("int64"))
+        )
+        patch.setattr(datasets, "load_dataset", lambda *_, **__: opened)
+        first = load(dataset_name="owner/name", eval_split=None, dataset_bytes=4000)
+    size = first.train.sizes.sum() + first.heldout.sizes.sum()
+    assert 4000 <= size < 4020 and 0 < len(fetched) <= 2 * sets.BATCH_ROWS
+    assert (
+        load(dataset_name="owner/name", eval_split=None, dataset_bytes=4000).fingerprint == first.fingerprint
+    )
+
+
 def test_without_its_package_the_extra_is_named(load, monkeypatch) -> None:
     monkeypatch.setattr(sets, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"needs the package datasets: pip install -e '\.\[data\]'"):
