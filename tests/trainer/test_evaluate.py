@@ -19,7 +19,7 @@ from data.huggingface.tokenizer import HuggingFaceTokenizer
 from data.rows import HeldoutRows
 from data.store import encode_documents
 from data.tokenizers import ByteTokenizer
-from tests.contract.tiny import config
+from tests.contract.tiny import config, session_of
 from tests.data.foreign import byte_level
 from trainer.distributed import World
 from trainer.evaluate import evaluate
@@ -174,6 +174,17 @@ def test_the_batch_size_does_not_matter(dataset):
     found = [score(adapter, rows, batch_rows=n) for n in (1, 3, 16)]
     for other in found[1:]:
         assert_same(other, found[0])
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("no", 1e-6), ("bf16", 1e-3)])
+def test_a_model_scores_alike_in_batches_of_any_size(precision, tolerance):
+    session = session_of("gpt2", "val_tokens=1000")
+    rows = session.heldout(None)
+    assert rows.n_rows % 3 and rows.n_rows > 16  # the last batches are smaller
+    found = [
+        score(session.adapter, rows, batch_rows=n, precision=precision).bits_per_byte for n in (1, 3, 16)
+    ]
+    assert found == pytest.approx([found[0]] * 3, rel=tolerance)
 
 
 @pytest.mark.parametrize("size", [2, 3])
