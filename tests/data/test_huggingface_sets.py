@@ -77,11 +77,32 @@ def test_a_set_saved_alone_is_split_by_hash_as_json_lines_are(load, config, tmp_
         assert ("the set has no split but train" in corpus.notes) == (eval_split == "test")
 
 
-def test_a_folder_of_files_is_read_as_the_package_reads_it(load, tmp_path) -> None:
-    as_lines(tmp_path / "files/train.jsonl", TEXTS[:150])
-    as_lines(tmp_path / "files/test.jsonl", TEXTS[150:])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_folder_of_files_is_read_as_the_package_reads_it(load, tmp_path, kind) -> None:
+    (tmp_path / "files").mkdir()
+    for split, part in (("train", TEXTS[:150]), ("test", TEXTS[150:])):
+        path = tmp_path / f"files/{split}.{kind}"
+        if kind == "jsonl":
+            as_lines(path, part)
+        else:
+            rows(part).to_parquet(path)
     corpus = load(dataset_name="files")
     assert (texts_of(corpus.train), texts_of(corpus.heldout)) == (TEXTS[:150], TEXTS[150:])
+
+
+def test_dataset_subset_is_one_of_those_that_a_folder_names(load, tmp_path) -> None:
+    named = "".join(
+        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/*\n" for name in ("a", "b")
+    )
+    for name, part in (("a", TEXTS[:90]), ("b", TEXTS[90:])):
+        as_lines(tmp_path / f"files/{name}/1.jsonl", part)
+    (tmp_path / "files/README.md").write_text(f"---\nconfigs:\n{named}---\n")
+    for name, part in (("a", TEXTS[:90]), ("b", TEXTS[90:])):
+        corpus = load(dataset_name="files", dataset_subset=name)
+        assert {*texts_of(corpus.train), *texts_of(corpus.heldout)} == set(part)
+        assert corpus.name == f"files ({name})"
+    with pytest.raises(DataError, match="files' cannot be read by datasets"):
+        load(dataset_name="files")
 
 
 def test_dataset_bytes_bounds_the_training_text(load, tmp_path) -> None:
