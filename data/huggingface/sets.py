@@ -202,7 +202,9 @@ class SplitPart:
             for batch in rows.select_columns([field]).iter(batch_size=BATCH_ROWS):
                 yield from batch[field]
         except Exception as error:  # of the package, of Arrow or of the network
-            raise DataError(f"{self._called()} cannot be read: {_first_line(error)}") from error
+            raise DataError(
+                f"{self._called()} cannot be read: {_first_line(error)}{self._way_out()}"
+            ) from error
 
     def _opened(self) -> Any:
         cfg = self.cfg
@@ -210,6 +212,12 @@ class SplitPart:
             return _of_hub(cfg, self.name)
         opened = _opened(cfg, self.folder)
         return opened[self.name] if hasattr(opened, "keys") else opened
+
+    def _way_out(self) -> str:
+        """The package makes columns of all fields, of types that it guesses; ours read one field."""
+        if self.folder is None or next(self.folder.rglob("*.arrow"), None):
+            return ""
+        return ". Of files of JSON lines or parquet this field alone is read by data=jsonl or parquet"
 
     def _called(self) -> str:
         return f"{str(self.folder) if self.folder else self.cfg.dataset_name!r}, split {self.name}"

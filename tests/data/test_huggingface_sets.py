@@ -169,6 +169,20 @@ def test_what_is_no_set_says_so(load, tmp_path, fields, message) -> None:
         load(**fields)
 
 
+def test_another_field_that_changes_its_type_names_the_source_that_does_not_look_at_it(
+    load, tmp_path
+) -> None:
+    for number, other in ((1, 5), (2, "x")):
+        lines = "".join(json.dumps({"text": text, "other": other}) + "\n" for text in TEXTS)
+        path = tmp_path / f"files/train{number}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(lines)
+    with pytest.raises(DataError, match="split train cannot be read: .*data=jsonl or parquet"):
+        load(dataset_name="files")
+    corpus = load(data="jsonl", train_files="files")
+    assert {*texts_of(corpus.train), *texts_of(corpus.heldout)} == set(TEXTS)
+
+
 def test_without_network_a_name_of_the_hub_names_the_local_way(load) -> None:
     with pytest.raises(
         DataError, match="ConnectionError: Couldn't reach .*hf download owner/name --repo-type dataset"
