@@ -117,8 +117,8 @@ class JsonlPart(FilePart):
         text = row[self.field]
         if text is not None and type(text) is not str:
             raise DataError(
-                f"{where}: {self.field!r} is {_WHAT[type(text)]}, and the text of a document is a string. Mend the line, "
-                f"or set text_field=<the one with the text>"
+                f"{where}: {self.field!r} is {_WHAT[type(text)]}, and the text of a document is a string. "
+                f"Mend the line, or set text_field=<the one with the text>"
             )
         return None if text is None else utf8(text)
 

@@ -1,14 +1,14 @@
 """Learning the merges of a byte-level BPE, in time that depends neither on how long words are nor on how many pairs
 differ.
 
-All distinct words stand behind one another in one array of symbols, linked to their neighbours, so that a million letters
-without a blank (DNA, Chinese, base64) cost what a million letters of prose do.
+All distinct words stand behind one another in one array of symbols, linked to their neighbours, so that a million
+letters without a blank (DNA, Chinese, base64) cost what a million letters of prose do.
 
 A pair has all its places when its newer token comes into being, and only loses some after that. They are kept from then
 on: a place is looked at when a pair is made there and when that pair is merged, a few times for each byte in all. And
-what was once its count bounds what is left of it, so that a pair is looked at alone when it comes to the front: of a text
-in which nearly all pairs differ, millions never are. A heap finds the one in front. It holds one by one those whose count
-is in reach, and of the others one entry for all that came with a token.
+what was once its count bounds what is left of it, so that a pair is looked at alone when it comes to the front: of a
+text in which nearly all pairs differ, millions never are. A heap finds the one in front. It holds one by one those
+whose count is in reach, and of the others one entry for all that came with a token.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ class _PairTable:
 
     Arrays by place (n,): `symbol`, the place before and behind (`before`, `behind`; GONE at a word's ends), the word's
     count, and `pair`, the number of the pair that begins there.
-    By number: `tokens` (.., 2) of a pair; `counts` (..,), and `bounds` (..,), what these were once; `lies` (.., 2), where
-    its places begin and end in those that are kept with its newer token. Of such `places`, `firsts` is the first number.
+    By number: `tokens` (.., 2) of a pair; `counts` (..,), and `bounds` (..,), what these were once; `lies` (.., 2),
+    where its places begin and end in those that are kept with its newer token. `firsts`: of such `places` the first
+    number.
     """
 
     def __init__(self, words: Counter[str], vocabulary: list[bytes]):
@@ -190,8 +191,8 @@ class _PairTable:
 
 
 def _grouped(found: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of (place, key) (m, 2), which it puts into order: distinct keys (k,), and the places (m,), ascending for each key,
-    of which its own begin at `starts` (k,)."""
+    """Of (place, key) (m, 2), which it puts into order: distinct keys (k,), and the places (m,), ascending for each
+    key, of which its own begin at `starts` (k,)."""
     found.view("<i8").sort(axis=0)  # as one number each, whose upper half is the key
     places, keys = found[:, 0].copy(), found[:, 1]
     starts = np.flatnonzero(np.concatenate([keys[:1] >= 0, keys[1:] != keys[:-1]]))

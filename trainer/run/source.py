@@ -128,7 +128,7 @@ class Trained(Source):
     @cached_property
     def tokenizer(self) -> Tokenizer:
         found = load_tokenizer(self.path / "tokenizer.json")
-        if (then := self.data.get("tokenizer_digest")) not in (None, found.digest):
+        if (then := (self.data or {}).get("tokenizer_digest")) not in (None, found.digest):
             raise ValueError(
                 f"{self.path}: tokenizer.json ({found.name}, {found.digest[:8]}) is not the one that the weights were "
                 f"trained with ({then[:8]}): its ids mean other text. Put that one back"
