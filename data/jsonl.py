@@ -22,12 +22,13 @@ from typing import IO, Any, Protocol
 from data import named
 from data.errors import DataError
 from data.named import KINDS, FilesConfig, named_files
-from data.stream import FilePart, Row, Stream, utf8
+from data.stream import FilePart, Row, Stream, require_one_field, utf8
 from naming import did_you_mean, shorten
 
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 # Bytes of a zstd file that are unpacked together: what comes of them is not bounded, and usually ten times as much.
 ZSTD_BLOCK = 4096
+MEND = "Mend the line, or take it out of the file"
 _WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -53,6 +54,7 @@ def load(cfg: JsonlConfig) -> Stream:
     Raises:
         DataError: no such files, or nothing says which of them are held out.
     """
+    require_one_field(cfg.text_field)
     files = named_files(cfg, KINDS["jsonl"])
     return files.stream(lambda name, path: JsonlPart(name, path, cfg.text_field), cfg.text_field)
 
@@ -98,14 +100,14 @@ class JsonlPart(FilePart):
             row = _DECODER.decode(raw.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise DataError(
-                f"{where} is not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start} of it."
+                f"{where} is not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start} of it. {MEND}"
             ) from None
         except json.JSONDecodeError as error:
-            raise DataError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from None
+            raise DataError(f"{where} is not JSON: {error.msg} at column {error.colno}. {MEND}") from None
         except RecursionError:
-            raise DataError(f"{where} is nested too deeply to be read.") from None
+            raise DataError(f"{where} is nested too deeply to be read. {MEND}") from None
         if not isinstance(row, dict):
-            raise DataError(f"{where} is {_WHAT.get(type(row), 'null')}, not a JSON object.")
+            raise DataError(f"{where} is {_WHAT.get(type(row), 'null')}, not a JSON object. {MEND}")
         if self.field not in row:
             has = f"it has {shorten([repr(name) for name in row])}" if row else "it is empty"
             raise DataError(
@@ -115,7 +117,8 @@ class JsonlPart(FilePart):
         text = row[self.field]
         if text is not None and type(text) is not str:
             raise DataError(
-                f"{where}: {self.field!r} is {_WHAT[type(text)]}, and the text of a document is a string."
+                f"{where}: {self.field!r} is {_WHAT[type(text)]}, and the text of a document is a string. "
+                f"Mend the line, or set text_field=<the one with the text>"
             )
         return None if text is None else utf8(text)
 

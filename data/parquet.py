@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from data import named
 from data.errors import DataError
 from data.named import KINDS, FilesConfig, named_files
-from data.stream import FilePart, Row, Stream, utf8
+from data.stream import FilePart, Row, Stream, require_one_field, utf8
 from naming import did_you_mean, shorten
 
 BATCH_ROWS = 256  # decoded together
@@ -31,6 +31,7 @@ def load(cfg: ParquetConfig) -> Stream:
     Raises:
         DataError: no such files, nothing says which of them are held out, or pyarrow is not installed.
     """
+    require_one_field(cfg.text_field)
     files = named_files(cfg, KINDS["parquet"])
     _require_package()
     return files.stream(lambda name, path: ParquetPart(name, path, cfg.text_field), cfg.text_field)
@@ -71,7 +72,7 @@ class ParquetPart(FilePart):
         except UnicodeDecodeError as error:
             raise DataError(
                 f"{str(self.path)!r}, row {row:,} is not UTF-8: byte 0x{error.object[error.start]:02x} at byte "
-                f"{error.start} of its text."
+                f"{error.start} of its text. Mend or leave out the row"
             ) from None
         except (pa.ArrowException, OSError) as error:
             where = f"behind row {row:,}" if row else "from its start"
@@ -95,5 +96,6 @@ class ParquetPart(FilePart):
         strings = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
         if not any(is_one(value) for is_one in strings):
             raise DataError(
-                f"{str(self.path)!r}: column {self.field!r} is of type {kind}, and the text of a document is a string."
+                f"{str(self.path)!r}: column {self.field!r} is of type {kind}, and the text of a document is a string. "
+                f"Set text_field=<a column of strings>"
             )

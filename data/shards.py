@@ -126,7 +126,8 @@ def _with_header(shard: Shard, head: bytes) -> Shard:
     _, version, length = struct.unpack("<3i", head[:12])
     if version != known.version:
         raise DataError(
-            f"{shard.path!r} has header {shard.kind} of version {version}, and the known one is {known.version}"
+            f"{shard.path!r} has header {shard.kind} of version {version}, and the known one is {known.version}. Write "
+            f"it again as that, or leave it out"
         )
     held, rest = divmod(shard.size - HEADER, np.dtype(known.dtype).itemsize)
     if held != length or rest:

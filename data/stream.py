@@ -17,7 +17,7 @@ from data.errors import DataError
 if TYPE_CHECKING:
     from data.kept import KeptText
 
-__all__ = ["FilePart", "Part", "Row", "Stream", "utf8"]
+__all__ = ["FilePart", "Part", "Row", "Stream", "require_one_field", "utf8"]
 
 Stamp = tuple[str, int, int]  # absolute path, bytes, modification time in ns
 
@@ -79,6 +79,15 @@ class FilePart:
         except OSError as error:
             raise DataError(f"{str(self.path)!r} cannot be read: {error.strerror}.") from error
         return [(str(self.path.absolute()), status.st_size, status.st_mtime_ns)]
+
+
+def require_one_field(text_field: str) -> None:
+    """DataError for a `text_field` that lists several, which a command line gives as text."""
+    if text_field.startswith("[") and text_field.endswith("]"):
+        raise DataError(
+            f"text_field: {text_field!r} is a list, and the text of a document is that of one field. Name one; where "
+            f"several make up the text, write them into one first"
+        )
 
 
 def utf8(text: str) -> bytes:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data.errors import DataError
-from data.stream import FilePart, Row, Stamp, Stream, utf8
+from data.stream import FilePart, Row, Stamp, Stream, require_one_field, utf8
 from naming import expand_path, not_one_of, shorten
 
 BATCH_ROWS = 256
@@ -42,6 +42,7 @@ def load(cfg: HuggingFaceConfig) -> Stream:
         DataError: the package is not installed, there is no such set, subset or split, or it cannot be fetched.
     """
     _require_package()
+    require_one_field(cfg.text_field)
     folder = _folder(cfg)
     notes: tuple[str, ...] = ()
     eval_split = cfg.eval_split
@@ -188,7 +189,7 @@ class SplitPart:
             if value is not None and not isinstance(value, str):
                 raise DataError(
                     f"{self._called()}, row {place:,}: {field!r} is of type {type(value).__name__}, and the text of a "
-                    f"document is a string."
+                    f"document is a string. Set text_field=<a column of strings>"
                 )
             text = None if value is None else utf8(value)
             yield Row(place, text)
@@ -201,7 +202,9 @@ class SplitPart:
             for batch in rows.select_columns([field]).iter(batch_size=BATCH_ROWS):
                 yield from batch[field]
         except Exception as error:  # of the package, of Arrow or of the network
-            raise DataError(f"{self._called()} cannot be read: {_first_line(error)}") from error
+            raise DataError(
+                f"{self._called()} cannot be read: {_first_line(error)}{self._way_out()}"
+            ) from error
 
     def _opened(self) -> Any:
         cfg = self.cfg
@@ -209,6 +212,12 @@ class SplitPart:
             return _of_hub(cfg, self.name)
         opened = _opened(cfg, self.folder)
         return opened[self.name] if hasattr(opened, "keys") else opened
+
+    def _way_out(self) -> str:
+        """The package makes columns of all fields, of types that it guesses; ours read one field."""
+        if self.folder is None or next(self.folder.rglob("*.arrow"), None):
+            return ""
+        return ". Of files of JSON lines or parquet this field alone is read by data=jsonl or parquet"
 
     def _called(self) -> str:
         return f"{str(self.folder) if self.folder else self.cfg.dataset_name!r}, split {self.name}"

@@ -77,11 +77,32 @@ def test_a_set_saved_alone_is_split_by_hash_as_json_lines_are(load, config, tmp_
         assert ("the set has no split but train" in corpus.notes) == (eval_split == "test")
 
 
-def test_a_folder_of_files_is_read_as_the_package_reads_it(load, tmp_path) -> None:
-    as_lines(tmp_path / "files/train.jsonl", TEXTS[:150])
-    as_lines(tmp_path / "files/test.jsonl", TEXTS[150:])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_folder_of_files_is_read_as_the_package_reads_it(load, tmp_path, kind) -> None:
+    (tmp_path / "files").mkdir()
+    for split, part in (("train", TEXTS[:150]), ("test", TEXTS[150:])):
+        path = tmp_path / f"files/{split}.{kind}"
+        if kind == "jsonl":
+            as_lines(path, part)
+        else:
+            rows(part).to_parquet(path)
     corpus = load(dataset_name="files")
     assert (texts_of(corpus.train), texts_of(corpus.heldout)) == (TEXTS[:150], TEXTS[150:])
+
+
+def test_dataset_subset_is_one_of_those_that_a_folder_names(load, tmp_path) -> None:
+    named = "".join(
+        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/*\n" for name in ("a", "b")
+    )
+    for name, part in (("a", TEXTS[:90]), ("b", TEXTS[90:])):
+        as_lines(tmp_path / f"files/{name}/1.jsonl", part)
+    (tmp_path / "files/README.md").write_text(f"---\nconfigs:\n{named}---\n")
+    for name, part in (("a", TEXTS[:90]), ("b", TEXTS[90:])):
+        corpus = load(dataset_name="files", dataset_subset=name)
+        assert {*texts_of(corpus.train), *texts_of(corpus.heldout)} == set(part)
+        assert corpus.name == f"files ({name})"
+    with pytest.raises(DataError, match="files' cannot be read by datasets"):
+        load(dataset_name="files")
 
 
 def test_dataset_bytes_bounds_the_training_text(load, tmp_path) -> None:
@@ -124,6 +145,10 @@ def test_text_field_and_held_out_copies(load, tmp_path) -> None:
             "files' cannot be read by datasets: .*'x' not found",
         ),
         ({"dataset_name": "empty"}, "empty' cannot be read by datasets"),
+        (
+            {"dataset_name": "mine", "text_field": "[text, id]"},
+            "is a list, and the text of a document is that of one",
+        ),
         ({"dataset_name": "a.jsonl"}, "a.jsonl' is a file, and a set is a folder"),
         (
             {"dataset_name": "no/such/folder"},
@@ -142,6 +167,20 @@ def test_what_is_no_set_says_so(load, tmp_path, fields, message) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=message):
         load(**fields)
+
+
+def test_another_field_that_changes_its_type_names_the_source_that_does_not_look_at_it(
+    load, tmp_path
+) -> None:
+    for number, other in ((1, 5), (2, "x")):
+        lines = "".join(json.dumps({"text": text, "other": other}) + "\n" for text in TEXTS)
+        path = tmp_path / f"files/train{number}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(lines)
+    with pytest.raises(DataError, match="split train cannot be read: .*data=jsonl or parquet"):
+        load(dataset_name="files")
+    corpus = load(data="jsonl", train_files="files")
+    assert {*texts_of(corpus.train), *texts_of(corpus.heldout)} == set(TEXTS)
 
 
 def test_without_network_a_name_of_the_hub_names_the_local_way(load) -> None:
@@ -168,6 +207,27 @@ def test_a_name_of_the_hub_is_fetched_once(load, monkeypatch) -> None:
     assert first.name == "owner/name (small)"
     with pytest.raises(DataError, match="could not be fetched"):
         load(dataset_name="owner/name", dataset_subset="large")
+
+
+def test_of_a_name_of_the_hub_no_more_is_fetched_than_dataset_bytes_asks_for(load, monkeypatch) -> None:
+    fetched = []
+
+    def stream():
+        for number in range(5000):
+            fetched.append(number)
+            yield {"text": f"document {number}", "id": number}
+
+    with monkeypatch.context() as patch:
+        opened = datasets.IterableDataset.from_generator(
+            stream, features=datasets.Features(text=datasets.Value("string"), id=datasets.Value("int64"))
+        )
+        patch.setattr(datasets, "load_dataset", lambda *_, **__: opened)
+        first = load(dataset_name="owner/name", eval_split=None, dataset_bytes=4000)
+    size = first.train.sizes.sum() + first.heldout.sizes.sum()
+    assert 4000 <= size < 4020 and 0 < len(fetched) <= 2 * sets.BATCH_ROWS
+    assert (
+        load(dataset_name="owner/name", eval_split=None, dataset_bytes=4000).fingerprint == first.fingerprint
+    )
 
 
 def test_without_its_package_the_extra_is_named(load, monkeypatch) -> None:

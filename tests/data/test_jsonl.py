@@ -13,6 +13,7 @@ import pytest
 from data import load_corpus, load_dataset, source_of
 from data.errors import DataError
 from data.jsonl import JsonlPart
+from tests.data.ranks import seed
 
 LINES = [
     {"id": number, "text": f"document {number} says\n" + "so much " * (number % 7)} for number in range(200)
@@ -112,6 +113,22 @@ def test_every_string_of_json_has_bytes(tmp_path, written, text) -> None:
     assert texts(write(tmp_path / "a.jsonl", f'{{"text": {written}}}'.encode())) == [text]
 
 
+def test_every_tokenizer_reads_the_same_bytes_of_odd_strings(config, bpe, tmp_path, monkeypatch) -> None:
+    odd = [r"one a\ud83db", r"two \ud83c\udf78", r"three a<|endoftext|>b", r"four a\u2028b\u0085c\f"]
+    right = ["one a\ufffdb", "two \N{COCKTAIL GLASS}", "three a<|endoftext|>b", "four a\u2028b\u0085c\f"]
+    write(tmp_path / "a.jsonl", "".join(f'{{"text": "{line}"}}\n' for line in odd).encode())
+    bpe.save(tmp_path / "bpe.json")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(seed(tmp_path / "ranks")))
+    for tokenizer in ("byte", "char", str(tmp_path / "bpe.json"), "gpt2"):
+        cfg = config(data="jsonl", train_files=str(tmp_path / "a.jsonl"), val_files=[], tokenizer=tokenizer)
+        cfg.train_seq_len = 8
+        found = load_dataset(cfg, cache_dir=tmp_path / "cache")
+        stores = (found.train, found.heldout)
+        assert {store.text(i).decode() for store in stores for i in range(store.n_docs)} == set(right)
+        assert sum(store.total_bytes for store in stores) == len("".join(right).encode())
+        assert not any(found.tokenizer.eot in store.tokens for store in stores)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -205,6 +222,10 @@ def test_names_patterns_folders_and_lists_mean_the_same_text(load, tmp_path, mon
         ({"train_files": "split"}, r"val.jsonl: called as held-out text usually is.*val_files=val.jsonl"),
         ({"train_files": "split/*.jsonl"}, "called as held-out text usually is"),
         ({"train_files": "dangling.jsonl"}, "is a link that leads nowhere"),
+        (
+            {"train_files": "a.jsonl", "text_field": "[a, b]"},
+            r"text_field: '\[a, b\]' is a list, .* of one field",
+        ),
     ],
 )
 def test_what_names_no_text_says_so(load, tmp_path, fields, message) -> None:
@@ -274,6 +295,32 @@ def test_the_split_is_by_text_whatever_it_is_packed_in_and_copies_are_on_one_sid
     twice = load(train_files="twice.jsonl")
     assert {d.text for d in twice.heldout} == {d.text for d in one.heldout}
     assert len(twice.heldout) == 2 * len(one.heldout)
+
+
+def test_more_training_text_leaves_the_held_out_text_as_it_was(load, tmp_path) -> None:
+    """Named text as it is; of text that is split by hash what was held out, and a share of what came."""
+    write(tmp_path / "x/1.jsonl", packed(LINES[:90]))
+    write(tmp_path / "v/val.jsonl", packed(LINES[180:]))
+    named, by_hash = ({"train_files": "x", "val_files": "v"}, {"train_files": "x"})
+    before = [[document.text for document in load(**fields).heldout] for fields in (named, by_hash)]
+    write(tmp_path / "x/2.jsonl", packed(LINES[90:180]))
+    after = [[document.text for document in load(**fields).heldout] for fields in (named, by_hash)]
+    assert after[0] == before[0] and len(after[0]) == 20
+    assert after[1][: len(before[1])] == before[1] and 0 < len(before[1]) < len(after[1])
+
+
+def test_files_of_one_name_size_and_time_are_told_apart_by_their_folder(config, tmp_path) -> None:
+    cfg = config(data="jsonl", tokenizer="bpe-260", data_root=str(tmp_path))
+    found = []
+    for folder, word in (("a", "mats"), ("b", "cats")):
+        path = write(tmp_path / folder / "train.jsonl", packed([{"text": f"{word} {n}"} for n in range(99)]))
+        os.utime(path, (1e9, 1e9))
+        cfg.train_files = f"{folder}/train.jsonl"
+        found.append(load_dataset(cfg, cache_dir=tmp_path / "cache"))
+    assert (tmp_path / "a/train.jsonl").stat().st_size == (tmp_path / "b/train.jsonl").stat().st_size
+    first, second = found
+    assert first.train.text(0) == b"mats 0" and second.train.text(0) == b"cats 0"
+    assert first.tokenizer.digest != second.tokenizer.digest and first.cache_path != second.cache_path
 
 
 def test_few_documents_hold_out_the_last_tenth_by_hash(load, tmp_path) -> None:

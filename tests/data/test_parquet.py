@@ -61,6 +61,23 @@ def test_the_corpus_is_that_of_the_same_json_lines(load, tmp_path) -> None:
     assert ours.train[0].name.startswith("1.parquet:")
 
 
+def test_other_columns_are_not_looked_at(load, tmp_path) -> None:
+    """Neither their types, which differ by file, nor their bytes, which are damaged."""
+    for name, other, part in (("1", list(range(90)), TEXTS[:90]), ("2", ["x"] * 110, TEXTS[90:])):
+        pq.write_table(
+            pa.table({"other": other, "text": part}), tmp_path / f"{name}.parquet", compression="none"
+        )
+    path = tmp_path / "1.parquet"
+    raw = path.read_bytes()
+    column = pq.ParquetFile(path).metadata.row_group(0).column(0)
+    start = column.dictionary_page_offset or column.data_page_offset
+    path.write_bytes(raw[:start] + b"\xff" * 40 + raw[start + 40 :])
+    with pytest.raises((OSError, pa.ArrowException)):
+        pq.read_table(path, columns=["other"])
+    corpus = load(train_files="*.parquet")
+    assert {document.text.decode() for document in [*corpus.train, *corpus.heldout]} == set(TEXTS)
+
+
 def test_a_column_of_nulls_alone_is_no_text(load, tmp_path) -> None:
     write(tmp_path / "a.parquet", pa.nulls(3))
     with pytest.raises(DataError, match=r"a.parquet has no text \(left out: rows 3 whose text is null\)"):

@@ -19,10 +19,12 @@ from tokenizers import Tokenizer
 from data import TOKENIZERS, load_dataset
 from data import bpe as bpe_module
 from data.bpe import _pieces
+from data.char import CharTokenizer
+from data.corpus import Document
 from data.errors import DataError
 from data.published import PUBLISHED, Cl100kBase, Gpt2, PublishedTokenizer, RanksFile
 from data.tokenizer_choice import choose, vocabulary_size
-from data.tokenizers import load_tokenizer
+from data.tokenizers import ByteTokenizer, load_tokenizer
 from tests.data.ranks import seed
 
 NAMES = ["gpt2", "cl100k_base", "o200k_base"]
@@ -98,12 +100,14 @@ def test_a_long_text_is_cut_at_the_last_place_that_changes_no_id(published, monk
     assert mine.encode(text).tolist() == theirs.encode_ordinary(text)
 
 
-def test_long_runs_take_no_time_and_come_back(published, bpe) -> None:
-    for tokenizer in (*(mine for mine, _ in published.values()), bpe):
-        for letter in "^ ":
-            raw = letter.encode() * 1_000_000
-            assert tokenizer.decode(tokenizer.encode(raw)) == raw
-    assert len(published["gpt2"][0].encode("^" * 1_000_000)) == 250_000
+@pytest.mark.parametrize("unit", ["^", "a", " ", "\n", "漢", "'s", "ACGTTGCA", "U29tZSBiYXNlNjQ+/"])
+def test_a_text_of_a_million_bytes_without_a_word_comes_back(published, bpe, unit: str) -> None:
+    raw = unit.encode() * (1_000_000 // len(unit.encode()))
+    char = CharTokenizer.train([Document("a", raw)])
+    for tokenizer in (*(mine for mine, _ in published.values()), bpe, char, ByteTokenizer()):
+        assert tokenizer.decode(tokenizer.encode(raw)) == raw
+    if unit == "^":
+        assert len(published["gpt2"][0].encode(raw)) == 250_000
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 import random
+import string
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +21,7 @@ from data import bpe as bpe_module
 from data.bpe import BpeTokenizer, count_words
 from data.corpus import Document
 from data.errors import DataError
-from data.merges import MIN_COUNT, learn_merges
+from data.merges import MIN_COUNT, _PairTable, learn_merges
 from data.tokenizers import END_OF_TEXT, ByteTokenizer, StreamDecoder, load_tokenizer
 
 messy_bytes = st.one_of(st.binary(max_size=80), st.text(max_size=60).map(lambda text: text.encode()))
@@ -135,6 +138,39 @@ def test_merges_of_words_full_of_overlaps(words: dict[str, int]) -> None:
 def test_one_long_word_is_merged_like_short_ones() -> None:
     word = "".join(random.Random(0).choices("ACGT", k=3000))
     assert learn_merges(Counter([word]), 290) == plain_merges(Counter([word]), 290)
+
+
+@pytest.mark.parametrize(
+    "letters",
+    ["ACGT", "".join(map(chr, range(0x4E00, 0x5000))), string.ascii_letters],
+    ids=["DNA", "Chinese", "base64"],
+)
+def test_work_does_not_grow_with_words_or_with_how_many_pairs_differ(letters: str, monkeypatch) -> None:
+    looked_at, pushed = [], []
+    where, number, push = _PairTable._where, _PairTable._number, heapq.heappush
+
+    def note_where(self, pair: int) -> np.ndarray:
+        looked_at.append(int(np.diff(self.lies[pair])[0]))
+        return where(self, pair)
+
+    def note_number(self, tokens: np.ndarray, places: np.ndarray, starts: np.ndarray) -> None:
+        looked_at.append(len(places))
+        number(self, tokens, places, starts)
+
+    monkeypatch.setattr(_PairTable, "_where", note_where)
+    monkeypatch.setattr(_PairTable, "_number", note_number)
+    counted = SimpleNamespace(
+        heappush=lambda heap, entry: (pushed.append(1), push(heap, entry)), heappop=heapq.heappop
+    )
+    monkeypatch.setattr("data.merges.heapq", counted)
+    draw = random.Random(0)
+    for word_length in (300_000, 6):
+        words = Counter("".join(draw.choices(letters, k=word_length)) for _ in range(300_000 // word_length))
+        size = sum(len(word.encode()) for word in words)
+        looked_at.clear(), pushed.clear()
+        assert len(learn_merges(words, 1500)) == 1500
+        assert sum(looked_at) < 5 * size  # each byte begins a pair once, and each merge makes two
+        assert len(pushed) < 10 * 1500
 
 
 def test_of_a_document_longer_than_the_sample_its_beginning_is_read(monkeypatch) -> None:

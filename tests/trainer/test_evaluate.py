@@ -14,12 +14,13 @@ from adapters.base import Context, Likelihood, Metric, ModelAdapter
 from adapters.default import DefaultModelAdapter
 from configs.schema import DefaultModelConfig
 from data import load_dataset
+from data.char import CharTokenizer
 from data.corpus import Document
 from data.huggingface.tokenizer import HuggingFaceTokenizer
 from data.rows import HeldoutRows, TrainingRows
 from data.store import encode_documents
 from data.tokenizers import ByteTokenizer
-from tests.contract.tiny import config
+from tests.contract.tiny import config, session_of
 from tests.data.foreign import byte_level
 from trainer.distributed import World
 from trainer.evaluate import evaluate
@@ -124,6 +125,17 @@ def test_a_uniform_model_scores_log2_of_the_vocabulary_per_token(tokenizer):
     assert found.context_bytes == round(32 * found.bytes / tokens, 1) and found.context_tokens == 32
 
 
+@pytest.mark.parametrize("tokens", [1, 32, 33, 112])
+def test_a_uniform_model_scores_a_text_of_any_length(tokens):
+    """One token, a row, a row and one more, three rows and a half: each scored once, given those before it."""
+    tokenizer = CharTokenizer("é漢")
+    text = ("né漢" * tokens)[:tokens]
+    store = encode_documents([Document("a", text.encode())], tokenizer)
+    found = score(uniform(tokenizer), HeldoutRows(store, tokenizer.eot, 32))
+    expected = math.log2(259) * tokens / len(text.encode())
+    assert found.bits_per_byte == pytest.approx(expected, rel=1e-12) and found.tokens == tokens
+
+
 def chain(dataset):
     """The Markov source itself, as a model over the byte tokenizer. A document's start leads to the stationary law."""
     truth, v = dataset.truth, dataset.tokenizer.vocab_size
@@ -163,6 +175,17 @@ def test_the_batch_size_does_not_matter(dataset):
     found = [score(adapter, rows, batch_rows=n) for n in (1, 3, 16)]
     for other in found[1:]:
         assert_same(other, found[0])
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("no", 1e-6), ("bf16", 1e-3)])
+def test_a_model_scores_alike_in_batches_of_any_size(precision, tolerance):
+    session = session_of("gpt2", "val_tokens=1000")
+    rows = session.heldout(None)
+    assert rows.n_rows % 3 and rows.n_rows > 16  # the last batches are smaller
+    found = [
+        score(session.adapter, rows, batch_rows=n, precision=precision).bits_per_byte for n in (1, 3, 16)
+    ]
+    assert found == pytest.approx([found[0]] * 3, rel=tolerance)
 
 
 @pytest.mark.parametrize("size", [2, 3])

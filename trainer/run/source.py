@@ -127,7 +127,13 @@ class Trained(Source):
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.path / "tokenizer.json")
+        found = load_tokenizer(self.path / "tokenizer.json")
+        if (then := (self.data or {}).get("tokenizer_digest")) not in (None, found.digest):
+            raise ValueError(
+                f"{self.path}: tokenizer.json ({found.name}, {found.digest[:8]}) is not the one that the weights were "
+                f"trained with ({then[:8]}): its ids mean other text. Put that one back"
+            )
+        return found
 
     @property
     def tokenizer_names(self) -> tuple[str, ...]:

@@ -14,6 +14,8 @@ import torch
 
 from configs.compose import compose
 from configs.saved import EXPORT, EXPORTED
+from data.char import CharTokenizer
+from data.tokenizers import load_tokenizer
 from tests.contract.tiny import config
 from tests.huggingface_folder import edit_json
 from trainer.export.own import _unshared
@@ -363,6 +365,15 @@ def test_weights_that_do_not_fit_are_named(command, copy):
     (copy / WEIGHTS).write_bytes((copy / WEIGHTS).read_bytes()[:-4])
     seal(copy)
     refused(command("eval", "--checkpoint", copy, status=2), f"{copy / WEIGHTS} is cut short or damaged")
+
+
+def test_another_tokenizer_beside_the_weights_is_refused(command, copy):
+    ours = load_tokenizer(copy / "tokenizer.json")
+    CharTokenizer("é").save(copy / "tokenizer.json")
+    seal(copy)
+    told = f"tokenizer.json (char, {load_tokenizer(copy / 'tokenizer.json').digest[:8]}) is not the one that"
+    refused(command("eval", "--checkpoint", copy, status=2), told, ours.digest[:8], "Put that one back")
+    refused(command("generate", "--checkpoint", copy, "--prompt", "a", status=2), told)
 
 
 def test_a_record_that_means_nothing(command, copy):
