@@ -73,11 +73,12 @@ class TrainingRows:
         shape = (len(rows), self.seq_len + self.lookahead)
         tokens, doc_ids = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int32)
         places = np.empty(shape, dtype=np.int64)
-        epochs = rows // self.rows_per_epoch
+        epochs, visits = self._visits(rows)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
+            n_rows = (self._length(int(epoch)) - 1) // self.seq_len
             tokens[chosen], doc_ids[chosen], places[chosen] = self._gather(
-                int(epoch), reading_place(rows[chosen] % self.rows_per_epoch, self.rows_per_epoch)
+                int(epoch), reading_place(visits[chosen], n_rows)
             )
         weights = np.ones((len(rows), self.seq_len), dtype=np.float32)
         sizes = target_bytes(tokens[:, : self.seq_len + 1], self.store.tokenizer)
@@ -91,23 +92,19 @@ class TrainingRows:
         before = (self.tokens_per_epoch - 1) // seq_len  # rows of an epoch
         epoch, visits = divmod(position // seq_len, before)
         begins = -(-position // self.seq_len) - epoch * self.rows_per_epoch
-        rest = np.arange(np.clip(begins, 0, self.rows_per_epoch), self.rows_per_epoch)
-        unread = np.zeros(
-            self.rows_per_epoch + 1, dtype=np.int64
-        )  # 1 = a row that is still to come; beyond: none
-        unread[reading_place(rest, self.rows_per_epoch)] = 1
-        sums = np.concatenate([[0], np.cumsum(unread)]) * self.seq_len
+        return read_again(self.tokens_per_epoch - 1, (seq_len, visits), (self.seq_len, begins))
 
-        def to_come(targets: np.ndarray) -> np.ndarray:
-            """How many of the stream's first `targets` are still to come."""
-            row, within = np.divmod(np.minimum(targets, self.rows_per_epoch * self.seq_len), self.seq_len)
-            return sums[row] + unread[row] * within
+    def set_length(self, targets: int, epochs: float | None = None) -> None:
+        """How many targets a run reads, as passes over the text too where it is that long; what is read of one text
+        does not depend on it."""
 
-        starts = reading_place(np.arange(visits), before) * seq_len
-        twice = int((to_come(starts + seq_len) - to_come(starts)).sum())
-        targets = self.tokens_per_epoch - 1
-        read = visits * seq_len + len(rest) * self.seq_len
-        return twice / targets, (targets - read + twice) / targets
+    def _visits(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Epoch and visit number of global rows, each (B,)."""
+        return np.divmod(rows, self.rows_per_epoch)
+
+    def _length(self, epoch: int) -> int:
+        """Tokens of an epoch, start tokens included."""
+        return self.tokens_per_epoch
 
     def _gather(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens, document ids, and places in the text, -1 at a start token: each (B, S + n)."""
@@ -115,8 +112,9 @@ class TrainingRows:
         span = np.arange(self.seq_len + self.lookahead)
         positions = rows[:, None] * self.seq_len + span  # (B, S + n)
         # Documents in this epoch's order; beyond the end, every position is a start token of its own.
-        beyond = np.maximum(positions - (self.tokens_per_epoch - 1), 0)
-        inside = np.minimum(positions, self.tokens_per_epoch - 1)
+        last = self._length(epoch) - 1
+        beyond = np.maximum(positions - last, 0)
+        inside = np.minimum(positions, last)
         nth = np.searchsorted(starts, inside, side="right") - 1
         within = inside - starts[nth]  # 0 = the start token
         index = self.store.offsets[permutation[nth]] + within - 1
@@ -136,6 +134,27 @@ class TrainingRows:
                 self._epochs.pop(next(iter(self._epochs)))
             self._epochs[epoch] = (permutation, starts)
         return self._epochs[epoch]
+
+
+def read_again(targets: int, before: tuple[int, int], after: tuple[int, int]) -> tuple[float, float]:
+    """Shares of an epoch of so many targets that are read twice and never. `before`: length of a row, and visits made
+    with it; `after`: length, and the visit from which on rows of that one are read."""
+    (old, visits), (new, begins) = before, after
+    n_old, n_new = targets // old, targets // new
+    rest = np.arange(np.clip(begins, 0, n_new), n_new)
+    unread = np.zeros(n_new + 1, dtype=np.int64)  # 1 = a row that is still to come; beyond: none
+    unread[reading_place(rest, n_new)] = 1
+    sums = np.concatenate([[0], np.cumsum(unread)]) * new
+
+    def to_come(first: np.ndarray) -> np.ndarray:
+        """How many of the stream's first targets are still to come."""
+        row, within = np.divmod(np.minimum(first, n_new * new), new)
+        return sums[row] + unread[row] * within
+
+    starts = reading_place(np.arange(visits), n_old) * old
+    twice = int((to_come(starts + old) - to_come(starts)).sum())
+    read = visits * old + len(rest) * new
+    return twice / targets, (targets - read + twice) / targets
 
 
 def select_heldout(store: TokenStore, max_bytes: int | None = None) -> np.ndarray:
@@ -159,7 +178,7 @@ class HeldoutRows:
 
     `max_bytes` selects whole documents (the score stays comparable between runs that agree on it);
     `max_tokens` cuts the list of windows, and `complete` is False where it cut. `total_bytes` is what the
-    rows score together.
+    rows score together. `sources`: by the name of each source of a mixture, which of `documents` are of it (n,) bool.
     """
 
     def __init__(
@@ -175,6 +194,10 @@ class HeldoutRows:
         self.documents = select_heldout(store, max_bytes)
         if not len(self.documents):
             raise DataError("there is no held-out text to score.")
+        source = np.repeat(np.arange(len(store.sources)), [documents for _, documents in store.sources])
+        self.sources = {
+            name: source[self.documents] == place for place, (name, _) in enumerate(store.sources)
+        }
         targets = store.lengths[self.documents] + 1  # the document's end is one
         windows = -(-targets // seq_len)
         document = np.repeat(np.arange(len(windows)), windows)

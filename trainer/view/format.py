@@ -38,6 +38,19 @@ def bits_per_byte(score: dict[str, Any], prefix: str = "") -> str:
     return f"<= {value}" + (f" ± {error:.3f}" if error else "")
 
 
+def of_sources(score: dict[str, Any], prefix: str = "") -> str:
+    """`notes 1.234, code <= 0.987` of a mixture, nothing where there is none."""
+    found = score.get(prefix + "sources") or {}
+    return ", ".join(f"{name} {_of_source(score, one, prefix)}" for name, one in found.items())
+
+
+def _of_source(score: dict[str, Any], one: dict[str, Any], prefix: str = "") -> str:
+    if one["bits_per_byte"] is None:
+        return "none scored"
+    at_most = "<= " if score.get(prefix + "kind") == "bound" else ""
+    return f"{at_most}{one['bits_per_byte']:.3f}"
+
+
 def score_lines(score: dict[str, Any]) -> list[tuple[str, str]]:
     """(name, value) of what a score says beside the number and its estimator; what it does not hold is left out."""
     at_most = "<= " if score.get("kind") == "bound" else ""
@@ -50,6 +63,7 @@ def score_lines(score: dict[str, Any]) -> list[tuple[str, str]]:
         else "",
         **_estimates(score, at_most),
         "measured": ", ".join(f"{name} {value:.4g}" for name, value in (score.get("metrics") or {}).items()),
+        **_sources(score),
         "text": "{documents:,} documents, {bytes:,} bytes",
         "other documents": f"of the kind would move the score by about {spread:.3f}"
         if spread is not None
@@ -63,6 +77,14 @@ def score_lines(score: dict[str, Any]) -> list[tuple[str, str]]:
         except KeyError:
             continue
     return [(name, text) for name, text in found if text]
+
+
+def _sources(score: dict[str, Any]) -> dict[str, str]:
+    """A line for each source of a mixture, by its name."""
+    return {
+        f"of {name}": f"{_of_source(score, one)} bits per byte, {one['documents']:,} documents, {one['bytes']:,} bytes"
+        for name, one in (score.get("sources") or {}).items()
+    }
 
 
 def _estimates(score: dict[str, Any], at_most: str) -> dict[str, str]:

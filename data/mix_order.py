@@ -1,0 +1,106 @@
+"""The order of a mixture's documents: a function of (seed, weights, where stages end), not a state.
+
+The next document is one of the source that is furthest behind its share of the bytes read so far in this stage, the
+first of them where several are. Each source goes through its own documents in the order that it has alone
+(`data/order.py`), epoch after epoch. So the order knows no tokenizer, and what was read of a source is at any point
+less than about a document away from its share.
+
+The endless stream is cut into rounds, at ends of documents: of so many bytes as all the training text has, `LARGEST`
+at most, and at the end of a stage. A round can be computed from where the one before it ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.mix_texts import Mixture
+from data.order import DocumentOrder
+
+__all__ = ["LARGEST", "MixedOrder"]
+
+LARGEST = 64 << 20  # bytes of a round
+_TOGETHER = 4096  # documents that are looked up at once
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Where a round begins: bytes read before it in all, stage, bytes read in it by source, documents taken ever."""
+
+    total: int
+    stage: int
+    given: tuple[int, ...]
+    taken: tuple[int, ...]
+
+
+class MixedOrder:
+    """The documents of each round. doc_bytes (n,) int64: of all documents, one source behind the other."""
+
+    def __init__(self, doc_bytes: np.ndarray, mixture: Mixture, seed: int):
+        self.doc_bytes, self.shares = doc_bytes, mixture.shares
+        self._firsts = np.cumsum([0, *mixture.train])
+        self._orders = [DocumentOrder(count, seed) for count in mixture.train]
+        self._permutations: list[tuple[int, np.ndarray]] = [(-1, np.zeros(0, dtype=np.int64))] * len(
+            self._orders
+        )
+        self.round_bytes = min(int(doc_bytes.sum()), LARGEST)
+        self.set_ends([float("inf")] * (len(self.shares) - 1))
+
+    def set_ends(self, ends: Sequence[float]) -> None:
+        """Bytes after which each stage but the last ends; that one goes on for ever."""
+        assert len(ends) == len(self.shares) - 1, ends
+        none = (0,) * len(self._orders)
+        self.ends = tuple(ends)
+        self._starts = [_Start(0, 0, none, none)]
+
+    def documents(self, number: int) -> np.ndarray:
+        """Those of a round (k,) int64, in order."""
+        while len(self._starts) <= number:
+            self._make(len(self._starts) - 1)
+        return self._make(number)
+
+    def is_cut_short(self, number: int) -> bool:
+        """Whether a round is ended by its stage."""
+        return self._starts[number + 1].total - self._starts[number].total < self.round_bytes
+
+    def _make(self, number: int) -> np.ndarray:
+        """A round whose start is known; that of the next one is known then."""
+        start = self._starts[number]
+        stage, given = start.stage, list(start.given)
+        while stage < len(self.ends) and start.total >= self.ends[stage]:
+            stage, given = stage + 1, [0] * len(given)
+        stop = start.total + self.round_bytes
+        if stage < len(self.ends):
+            stop = min(stop, self.ends[stage])
+        shares, taken = self.shares[stage], list(start.taken)
+        sources = [place for place, share in enumerate(shares) if share > 0]
+        feeds = [self._feed(place, count) for place, count in enumerate(taken)]
+        found, total, in_stage = [], start.total, sum(given)
+        while total < stop:
+            place = max(sources, key=lambda place: shares[place] * in_stage - given[place])
+            document, size = next(feeds[place])
+            found.append(document)
+            taken[place] += 1
+            given[place] += size
+            in_stage += size
+            total += size
+        if number + 1 == len(self._starts):
+            self._starts.append(_Start(total, stage, tuple(given), tuple(taken)))
+        return np.array(found, dtype=np.int64)
+
+    def _feed(self, place: int, taken: int) -> Iterator[tuple[int, int]]:
+        """Documents and bytes of a source, from the so manieth on."""
+        count = self._orders[place].n_docs
+        while True:
+            epoch, within = divmod(taken, count)
+            some = self._permutation(place, epoch)[within : within + _TOGETHER] + self._firsts[place]
+            yield from zip(some.tolist(), self.doc_bytes[some].tolist(), strict=True)
+            taken += len(some)
+
+    def _permutation(self, place: int, epoch: int) -> np.ndarray:
+        """The latest one of each source is kept."""
+        if self._permutations[place][0] != epoch:
+            self._permutations[place] = epoch, self._orders[place].permutation(epoch)
+        return self._permutations[place][1]
