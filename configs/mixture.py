@@ -45,7 +45,7 @@ def stated(run: RunConfig) -> tuple[RunConfig, list[str]]:
             entries.append({**{name: given[name] for name in OWN if name in given}, **of_source})
     if problems:
         return run, problems
-    return run.model_copy(update={"mix": entries}), []
+    return run.model_copy(update={"mix": entries}) if entries else run, []
 
 
 def _these(known: tuple[str, ...]) -> str:

@@ -1,9 +1,10 @@
 """The order of a mixture's documents: a function of (seed, weights, where stages end), not a state.
 
-The next document is one of the source that is furthest behind its share of the bytes read so far in this stage, the
-first of them where several are. Each source goes through its own documents in the order that it has alone
-(`data/order.py`), epoch after epoch. So the order knows no tokenizer, and what was read of a source is at any point
-less than about a document away from its share.
+Of the sources that are not ahead of their share of the bytes read so far in this stage, the next document is of the one
+that will soonest have had its share with it; of the first of them where several will. (The worst-case fair queueing of
+Bennett and Zhang 1996, https://doi.org/10.1109/INFCOM.1996.497885, with documents for packets.) So what was read of a
+source is at any point within one document of its share. Each source goes through its own documents in the order that it
+has alone (`data/order.py`), epoch after epoch: the order knows no tokenizer.
 
 The endless stream is cut into rounds, at ends of documents: of so many bytes as all the training text has, `LARGEST`
 at most, and at the end of a stage. A round can be computed from where the one before it ended.
@@ -22,6 +23,7 @@ from data.order import DocumentOrder
 __all__ = ["LARGEST", "MixedOrder"]
 
 LARGEST = 64 << 20  # bytes of a round
+ROUNDING = 1 / 64  # bytes: who is ahead by less may not be, up to 10^14 of them
 _TOGETHER = 4096  # documents that are looked up at once
 
 
@@ -71,19 +73,26 @@ class MixedOrder:
         stage, given = start.stage, list(start.given)
         while stage < len(self.ends) and start.total >= self.ends[stage]:
             stage, given = stage + 1, [0] * len(given)
-        stop = start.total + self.round_bytes
+        stop: float = start.total + self.round_bytes
         if stage < len(self.ends):
             stop = min(stop, self.ends[stage])
         shares, taken = self.shares[stage], list(start.taken)
         sources = [place for place, share in enumerate(shares) if share > 0]
         feeds = [self._feed(place, count) for place, count in enumerate(taken)]
+        ahead = {place: next(feeds[place]) for place in sources}  # the next document of each, and its bytes
         found, total, in_stage = [], start.total, sum(given)
         while total < stop:
-            place = max(sources, key=lambda place: shares[place] * in_stage - given[place])
-            document, size = next(feeds[place])
+            best, soonest = -1, float("inf")
+            for place in sources:
+                if given[place] - shares[place] * in_stage < ROUNDING:
+                    due = (given[place] + ahead[place][1]) / shares[place]
+                    if due < soonest:
+                        best, soonest = place, due
+            document, size = ahead[best]
+            ahead[best] = next(feeds[best])
             found.append(document)
-            taken[place] += 1
-            given[place] += size
+            taken[best] += 1
+            given[best] += size
             in_stage += size
             total += size
         if number + 1 == len(self._starts):

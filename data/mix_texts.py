@@ -120,8 +120,8 @@ def join(mix: Mix, found: Sequence[Corpus]) -> Corpus:
             )
         if any(entry.weights) and not len(kept):
             raise DataError(
-                f"mix: {entry.name} has no text to train on{' that is not held out' if left_out else ''}, and a weight. "
-                f"Leave it out, or name a file with text"
+                f"mix: {entry.name} has a weight and no text to train on"
+                f"{' that is not held out' if left_out else ''}. Leave it out, or name files with text"
             )
         train.append((entry.name, kept))
         if one.marks:
@@ -215,8 +215,8 @@ def _hashed(value: object) -> str:
 
 def weighted(corpus: Corpus) -> Sequence[Document]:
     """Training text in which each source has the share that it has of the whole run: what a tokenizer learns how
-    frequent words are from. Whole documents, chosen by other bytes of their hashes than those that `in_hash_order` reads
-    them by; again and again where a source is short."""
+    frequent words are from. Whole documents, chosen by other bytes of their hashes than `in_hash_order` reads them by;
+    again and again where a source is short."""
     mixture, train = corpus.mixture, corpus.train
     if mixture is None or not isinstance(train, MixedTexts):
         return train
