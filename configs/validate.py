@@ -91,6 +91,7 @@ def _raise(problems: list[str], where: Where) -> None:
 
 def _placed(problem: str, where: Where) -> str:
     for key in re.findall(r"[A-Za-z_][\w.]*", problem):
+        key = "mix" if key.startswith("mix.") else key  # an entry of a list has no place of its own
         if key.startswith(("model_cfg.", "kernels.")) or key in GENERIC_FIELDS:
             place = where(key)
             return f"{place}: {problem}" if place else problem
