@@ -26,9 +26,9 @@ def mix(tmp_path_factory):
     """A function of both weights that gives the words of a mixture: words, and what is all capitals."""
     folder = tmp_path_factory.mktemp("texts")
     (folder / "words").mkdir()
-    for n in range(30):
-        (folder / f"words/{n}.txt").write_bytes(prose(f"words{n}", 30 + n))
-    rows = [{"text": prose(f"capitals{n}", 25).decode().translate(CAPITALS)} for n in range(60)]
+    for n in range(120):
+        (folder / f"words/{n}.txt").write_bytes(prose(f"words{n}", 5 + n % 9))
+    rows = [{"text": prose(f"capitals{n}", 9).decode().translate(CAPITALS)} for n in range(160)]
     (folder / "capitals.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
     def words(first="[0.8, 0.1]", second="[0.2, 0.9]"):
