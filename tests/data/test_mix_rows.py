@@ -94,6 +94,25 @@ def test_a_byte_model_and_one_of_tokens_read_the_same_documents(texts) -> None:
     assert both[0].rows_per_epoch > 1.5 * both[1].rows_per_epoch
 
 
+def test_stages_that_are_moved_are_forgotten_where_they_were(texts) -> None:
+    """As when a run goes on, whose session has looked at rows already."""
+    moved, fresh = rows_of(texts), rows_of(texts, ends=(500.0,))
+    before = moved.batch(np.arange(300)).tokens
+    moved.stage_ends = (500.0,)
+    after = moved.batch(np.arange(300)).tokens
+    assert (after == fresh.batch(np.arange(300)).tokens).all() and (after != before).any()
+
+
+def test_a_run_of_so_many_tokens_reads_so_many_bytes(texts) -> None:
+    """Start tokens are among them; of each source as often as its share of the whole run says."""
+    rows = rows_of(texts)
+    sizes = [sum(len(d.text) for d in part) for part in (texts[:9], texts[9:])]
+    rate = 0.45 * (sizes[0] + 9) / sizes[0] + 0.55 * (sizes[1] + 4) / sizes[1]
+    rows.set_length(100_000)
+    assert rows.stage_ends == (round(50_000 / rate),)
+    assert rows.rows_per_epoch == (int(sum(sizes) * rate) - 1) // SEQ_LEN
+
+
 def test_stages_are_equal_parts_of_the_text_that_a_run_reads(texts) -> None:
     rows = rows_of(texts)
     total = 30_000
