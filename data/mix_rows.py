@@ -77,8 +77,9 @@ class MixedRows(TrainingRows):
 
     @stage_ends.setter
     def stage_ends(self, ends: Sequence[float]) -> None:
-        self.mixed.set_ends(ends)
-        self._begin_anew()
+        if tuple(ends) != self.mixed.ends:  # rounds that are known already stay so
+            self.mixed.set_ends(ends)
+            self._begin_anew()
 
     def set_length(self, targets: int, epochs: float | None = None) -> None:
         """Lay the stages over a run of so many targets. Passes over the text are a number of bytes, the same for every

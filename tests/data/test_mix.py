@@ -16,6 +16,7 @@ from data.mix_texts import MixedTexts, Mixture, told, weighted
 from data.rows import HeldoutRows
 from data.scored import text_to_score
 from tests.data.conftest import prose
+from tests.data.shard_files import llm_c
 
 
 @pytest.fixture
@@ -226,6 +227,27 @@ def test_a_part_of_the_mixture_is_scored_as_it_was_held_out(
     assert [one.whole for one in found] == [False, True, False]
     assert found[0].store.n_docs < 30 and found[1].store.n_docs == 1
     assert found[2].store.sources[0] == ("notes", 1)
+
+
+def test_token_shards_are_mixed_by_what_they_say(mixed, cache, tmp_path, bpe) -> None:
+    """Bytes and their own tokens alike."""
+    bpe.save(tmp_path / "bpe.json")
+    texts = [prose(f"shard{n}", 20) for n in range(40)]
+    stream = np.concatenate([np.append(bpe.eot, bpe.encode(text)) for text in texts])
+    llm_c(tmp_path / "x.bin", stream)
+    shards = {
+        "data": "bin",
+        "train_files": str(tmp_path / "x.bin"),
+        "shards_tokenizer": str(tmp_path / "bpe.json"),
+    }
+    for tokenizer in ("byte", str(tmp_path / "bpe.json")):
+        cfg = mixed(tokenizer=tokenizer)
+        cfg.mix[0] = {**shards, "val_files": None, "weight": 1}
+        dataset = load_dataset(cfg, cache_dir=cache)
+        assert dataset.mixture.train[0] + dataset.mixture.heldout[0] == 40
+        found = [dataset.train.text(n) for n in range(dataset.mixture.train[0])]
+        found += [dataset.heldout.text(n) for n in range(dataset.mixture.heldout[0])]
+        assert sorted(found) == sorted(texts)
 
 
 def test_documents_of_a_mixture_are_a_sequence(documents) -> None:
