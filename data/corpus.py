@@ -34,18 +34,25 @@ class Texts(Sequence[Document]):
     """Documents that are not in memory: each is read when it is asked for. They are told by their text alone, as how
     they lie in files says nothing of what they are; their names are for people.
 
-    sizes (n,) int64: raw UTF-8 bytes. digests (n, 32) uint8: sha256 of each text.
+    digests (n, 32) uint8: sha256 of each text.
     """
 
-    sizes: np.ndarray
-    digests: np.ndarray
+    @property
+    @abstractmethod
+    def digests(self) -> np.ndarray: ...
+
+    @abstractmethod
+    def sizes_of(self, documents: np.ndarray) -> np.ndarray:
+        """Raw UTF-8 bytes of documents (k,): (k,) int64."""
 
     @abstractmethod
     def select(self, indices: np.ndarray) -> Texts:
         """Those of them (k,), in this order."""
 
-    def __len__(self) -> int:
-        return len(self.sizes)
+    @property
+    def sizes(self) -> np.ndarray:
+        """Raw UTF-8 bytes of each (n,) int64."""
+        return self.sizes_of(np.arange(len(self)))
 
 
 class TrueModel(Protocol):
@@ -130,18 +137,18 @@ def in_hash_order(documents: Sequence[Document]) -> Iterable[Document]:
     return (documents[int(place)] for place in np.argsort(first, kind="stable"))
 
 
-def selected(documents: Sequence[Document], indices: Sequence[int]) -> Sequence[Document]:
-    """Those of them, in this order."""
+def selected(documents: Sequence[Document], indices: np.ndarray) -> Sequence[Document]:
+    """Those of them (k,), in this order."""
     if isinstance(documents, Texts):
-        return documents.select(np.array(indices, dtype=np.int64))
-    return [documents[index] for index in indices]
+        return documents.select(indices)
+    return [documents[int(index)] for index in indices]
 
 
-def sizes(documents: Sequence[Document]) -> list[int]:
-    """Raw UTF-8 bytes of each."""
+def sizes(documents: Sequence[Document]) -> np.ndarray:
+    """Raw UTF-8 bytes of each (n,) int64."""
     if isinstance(documents, Texts):
-        return [int(size) for size in documents.sizes]
-    return [len(document.text) for document in documents]
+        return documents.sizes
+    return np.array([len(document.text) for document in documents], dtype=np.int64)
 
 
 def drop_duplicates(documents: Sequence[Document]) -> tuple[list[Document], int]:

@@ -44,9 +44,6 @@ class MixedOrder:
         self.doc_bytes, self.shares = doc_bytes, mixture.shares
         self._firsts = np.cumsum([0, *mixture.train])
         self._orders = [DocumentOrder(count, seed) for count in mixture.train]
-        self._permutations: list[tuple[int, np.ndarray]] = [(-1, np.zeros(0, dtype=np.int64))] * len(
-            self._orders
-        )
         self.round_bytes = min(int(doc_bytes.sum()), LARGEST)
         self.set_ends([float("inf")] * (len(self.shares) - 1))
 
@@ -101,15 +98,15 @@ class MixedOrder:
 
     def _feed(self, place: int, taken: int) -> Iterator[tuple[int, int]]:
         """Documents and bytes of a source, from the so manieth on."""
-        count = self._orders[place].n_docs
+        order = self._orders[place]
+        epoch, within = divmod(taken, order.n_docs)
         while True:
-            epoch, within = divmod(taken, count)
-            some = self._permutation(place, epoch)[within : within + _TOGETHER] + self._firsts[place]
-            yield from zip(some.tolist(), self.doc_bytes[some].tolist(), strict=True)
-            taken += len(some)
-
-    def _permutation(self, place: int, epoch: int) -> np.ndarray:
-        """The latest one of each source is kept."""
-        if self._permutations[place][0] != epoch:
-            self._permutations[place] = epoch, self._orders[place].permutation(epoch)
-        return self._permutations[place][1]
+            for number in order.blocks(epoch).tolist():
+                size = min(order.block_size, order.n_docs - number * order.block_size)
+                if within < size:
+                    block = order.block(epoch, number)[within:] + self._firsts[place]
+                    for start in range(0, len(block), _TOGETHER):
+                        some = block[start : start + _TOGETHER]
+                        yield from zip(some.tolist(), self.doc_bytes[some].tolist(), strict=True)
+                within = max(within - size, 0)
+            epoch += 1

@@ -52,14 +52,24 @@ class MixedTexts(Texts):
         self._sources = [(name, documents) for name, documents in sources if len(documents)]
         self._firsts = [0, *accumulate(len(documents) for _, documents in self._sources)]
         self._chosen: np.ndarray | None = None  # (k,): which of all documents; None: all
-        of = [(_sizes(documents), _digests(documents)) for _, documents in self._sources]
-        self.sizes = np.concatenate([np.zeros(0, dtype=np.int64), *(sizes for sizes, _ in of)])
-        self.digests = np.concatenate([np.zeros((0, 32), dtype=np.uint8), *(digests for _, digests in of)])
+        of = [(corpora.sizes(documents), _digests(documents)) for _, documents in self._sources]
+        self._sizes = np.concatenate([np.zeros(0, dtype=np.int64), *(sizes for sizes, _ in of)])
+        self._digests = np.concatenate([np.zeros((0, 32), dtype=np.uint8), *(digests for _, digests in of)])
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def sizes_of(self, documents: np.ndarray) -> np.ndarray:
+        return self._sizes[documents]
+
+    @property
+    def digests(self) -> np.ndarray:
+        return self._digests
 
     def select(self, indices: np.ndarray) -> Self:
         found = copy.copy(self)
         found._chosen = indices if self._chosen is None else self._chosen[indices]
-        found.sizes, found.digests = self.sizes[indices], self.digests[indices]
+        found._sizes, found._digests = self._sizes[indices], self._digests[indices]
         return found
 
     @overload
@@ -87,10 +97,6 @@ class MixedTexts(Texts):
 
 def _of(source: str, document: Document) -> Document:
     return Document(f"{source}: {document.name}", document.text)
-
-
-def _sizes(documents: Sequence[Document]) -> np.ndarray:
-    return np.asarray(corpora.sizes(documents), dtype=np.int64)
 
 
 def _digests(documents: Sequence[Document]) -> np.ndarray:
@@ -170,7 +176,7 @@ def _without(
     if not copies:
         return documents, []
     kept = np.delete(np.arange(len(digests)), copies)
-    return corpora.selected(documents, kept.tolist()), [documents[place].name for place in copies]
+    return corpora.selected(documents, kept), [documents[place].name for place in copies]
 
 
 def _in_several(train: MixedTexts, mixture: Mixture) -> list[str]:
@@ -193,9 +199,9 @@ def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(shown(name) for name in names[:NAMED])}{more}"
 
 
-def still_held_out(mixture: Mixture, kept: Sequence[int]) -> Mixture:
+def still_held_out(mixture: Mixture, kept: np.ndarray) -> Mixture:
     """Where of the held-out documents only those at these places (k,) are left, in their order."""
-    source = np.repeat(np.arange(len(mixture.heldout)), mixture.heldout)[np.asarray(kept, dtype=np.int64)]
+    source = np.repeat(np.arange(len(mixture.heldout)), mixture.heldout)[kept]
     counts = np.bincount(source, minlength=len(mixture.heldout))
     return replace(mixture, heldout=tuple(int(count) for count in counts))
 

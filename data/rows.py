@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from data.errors import DataError
-from data.order import DocumentOrder, reading_place
+from data.order import first_documents, reading_place
+from data.places import Pieces, Places, StreamPlaces
+from data.shards import ShardTokens, each
 from data.store import TokenStore
 from data.tokenizers import Tokenizer
 
@@ -37,6 +39,8 @@ def target_bytes(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     """Bytes (B, S) that the targets of rows (B, S + 1) say; what a tokenizer puts in front of a text is none of it.
     `TokenStore.raw_sizes` makes them bytes of the text."""
     sizes = tokenizer.token_bytes[tokens[:, 1:]]
+    if not tokenizer.lead:
+        return sizes
     first = tokens[:, :-1] == tokenizer.eot
     return np.where(first, np.maximum(sizes - len(tokenizer.lead), 0), sizes)
 
@@ -56,8 +60,8 @@ class TrainingRows:
 
     def __init__(self, store: TokenStore, eot: int, seq_len: int, lookahead: int = 1, seed: int = 0):
         self.store, self.eot, self.seq_len, self.lookahead = store, eot, seq_len, lookahead
-        self.order = DocumentOrder(store.n_docs, seed)
-        self.tokens_per_epoch = int(len(store.tokens)) + store.n_docs
+        self._places = self._places_of(store, seed)
+        self.tokens_per_epoch = self._places.tokens_per_epoch
         self.rows_per_epoch = (self.tokens_per_epoch - 1) // seq_len
         if self.rows_per_epoch < 1:
             raise DataError(
@@ -65,26 +69,70 @@ class TrainingRows:
                 f"(start tokens included), and train_seq_len {seq_len} needs {seq_len + 1}. "
                 f"The largest train_seq_len for it is {max(self.tokens_per_epoch - 1, 0)}."
             )
-        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def batch(self, rows: np.ndarray) -> Batch:
-        """The given global rows (B,), in the given order."""
+        """The given global rows (B,), in the given order.
+
+        Raises:
+            DataError: a file of tokens is not as it was when it was opened.
+        """
         rows = np.asarray(rows, dtype=np.int64)
-        shape = (len(rows), self.seq_len + self.lookahead)
-        tokens, doc_ids = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int32)
-        places = np.empty(shape, dtype=np.int64)
+        width = self.seq_len + self.lookahead
+        tokens = np.full((len(rows), width), self.eot, dtype=self.store.tokenizer.dtype)
+        starts = np.zeros(tokens.shape, dtype=bool)  # where start tokens stand
         epochs, visits = self._visits(rows)
+        found = []
         for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            n_rows = (self._length(int(epoch)) - 1) // self.seq_len
-            tokens[chosen], doc_ids[chosen], places[chosen] = self._gather(
-                int(epoch), reading_place(visits[chosen], n_rows)
-            )
+            here = np.flatnonzero(epochs == epoch)
+            length = self._length(int(epoch))
+            begins = reading_place(visits[here], (length - 1) // self.seq_len) * self.seq_len
+            pieces = self._places.pieces(int(epoch), begins, width)
+            opening = pieces.start >= 0
+            starts[here[pieces.row[opening]], pieces.start[opening]] = True
+            for row in np.flatnonzero(begins + width > length):  # look-ahead beyond the end
+                starts[here[row], length - int(begins[row]) :] = True
+            found.append(self._text(pieces, here, width))
+        text = np.concatenate(found, axis=1)
+        self._read(tokens, text)
+        doc_ids = np.zeros(tokens.shape, dtype=np.int32)
+        np.cumsum(starts[:, 1:], axis=1, out=doc_ids[:, 1:])
         weights = np.ones((len(rows), self.seq_len), dtype=np.float32)
+        scored = self._bytes(tokens, starts, text)
+        return Batch(tokens.astype(np.int64), doc_ids, weights, np.zeros_like(weights), rows, scored)
+
+    def _text(self, pieces: Pieces, rows: np.ndarray, width: int) -> np.ndarray:
+        """Stretches of text in rows of `width` columns (4, K) int64: where each begins in the rows laid end to end, its
+        document and where in that it begins, and how long it is."""
+        first = pieces.start + 1  # column of the document's first token
+        column = np.maximum(first, 0)
+        end = np.minimum(first + self.store.lengths_of(pieces.document), width)
+        found = [rows[pieces.row] * width + column, pieces.document, column - first, end - column]
+        return np.stack(found)[:, end > column]
+
+    def _read(self, tokens: np.ndarray, text: np.ndarray) -> None:
+        """Put stretches of text into rows (B, S + n)."""
+        if isinstance(self.store.tokens, ShardTokens):
+            self.store.tokens.read_into(tokens.reshape(-1), *text)
+        else:
+            there, place = self._each(text)
+            tokens.reshape(-1)[there] = self.store.tokens[place]
+
+    def _each(self, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of stretches (4, K) each position: in the rows laid end to end, and in the text."""
+        there, document, within, counts = text
+        return each(there, counts)[1], each(self.store.offsets[document] + within, counts)[1]
+
+    def _bytes(self, tokens: np.ndarray, starts: np.ndarray, text: np.ndarray) -> int:
+        """Bytes of the targets of rows (B, S + n)."""
+        targets = slice(1, self.seq_len + 1)
         sizes = target_bytes(tokens[:, : self.seq_len + 1], self.store.tokenizer)
-        of_text = places[:, 1 : self.seq_len + 1] >= 0
-        scored = int(self.store.raw_sizes(places[:, 1 : self.seq_len + 1][of_text], sizes[of_text]).sum())
-        return Batch(tokens, doc_ids, weights, np.zeros_like(weights), rows, scored)
+        if self.store.lossy is None:
+            return int(sizes.sum()) - int(sizes[starts[:, targets]].sum())
+        places = np.full(tokens.shape, -1, dtype=np.int64)  # in the text
+        there, place = self._each(text)
+        places.reshape(-1)[there] = place
+        of_text = places[:, targets] >= 0
+        return int(self.store.raw_sizes(places[:, targets][of_text], sizes[of_text]).sum())
 
     def changed_length(self, seq_len: int, position: int) -> tuple[float, float]:
         """Shares of the running epoch's targets that are read twice and never, when rows of `seq_len` give way to these
@@ -98,6 +146,9 @@ class TrainingRows:
         """How many targets a run reads, as passes over the text too where it is that long; what is read of one text
         does not depend on it."""
 
+    def _places_of(self, store: TokenStore, seed: int) -> Places:
+        return StreamPlaces(store.offsets, seed)
+
     def _visits(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Epoch and visit number of global rows, each (B,)."""
         return np.divmod(rows, self.rows_per_epoch)
@@ -105,35 +156,6 @@ class TrainingRows:
     def _length(self, epoch: int) -> int:
         """Tokens of an epoch, start tokens included."""
         return self.tokens_per_epoch
-
-    def _gather(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens, document ids, and places in the text, -1 at a start token: each (B, S + n)."""
-        permutation, starts = self._epoch(epoch)
-        span = np.arange(self.seq_len + self.lookahead)
-        positions = rows[:, None] * self.seq_len + span  # (B, S + n)
-        # Documents in this epoch's order; beyond the end, every position is a start token of its own.
-        last = self._length(epoch) - 1
-        beyond = np.maximum(positions - last, 0)
-        inside = np.minimum(positions, last)
-        nth = np.searchsorted(starts, inside, side="right") - 1
-        within = inside - starts[nth]  # 0 = the start token
-        index = self.store.offsets[permutation[nth]] + within - 1
-        is_start = (within == 0) | (beyond > 0)
-        tokens = self.store.tokens[np.where(is_start, 0, index)].astype(np.int64)
-        tokens[is_start] = self.eot
-        nth = nth + beyond
-        return tokens, (nth - nth[:, :1]).astype(np.int32), np.where(is_start, -1, index)
-
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Permutation (n_docs,) and the stream position of each document's start token (n_docs,)."""
-        if epoch not in self._epochs:
-            permutation = self.order.permutation(epoch)
-            starts = np.zeros(len(permutation), dtype=np.int64)
-            np.cumsum(self.store.lengths[permutation][:-1] + 1, out=starts[1:])
-            while len(self._epochs) >= 2:  # a step may straddle two epochs
-                self._epochs.pop(next(iter(self._epochs)))
-            self._epochs[epoch] = (permutation, starts)
-        return self._epochs[epoch]
 
 
 def read_again(targets: int, before: tuple[int, int], after: tuple[int, int]) -> tuple[float, float]:
@@ -162,11 +184,8 @@ def select_heldout(store: TokenStore, max_bytes: int | None = None) -> np.ndarra
 
     With `max_bytes`: as many documents of that order as fit whole, at least one.
     """
-    order = DocumentOrder(store.n_docs, EVALUATION_SEED).permutation(0)
-    if max_bytes is None:
-        return order
-    fitting = int(np.searchsorted(np.cumsum(store.doc_bytes[order]), max_bytes, side="right"))
-    return order[: max(1, fitting)]
+    limit = store.total_bytes if max_bytes is None else max_bytes
+    return first_documents(store.doc_bytes, EVALUATION_SEED, limit)
 
 
 class HeldoutRows:
@@ -198,7 +217,7 @@ class HeldoutRows:
         self.sources = {
             name: source[self.documents] == place for place, (name, _) in enumerate(store.sources)
         }
-        targets = store.lengths[self.documents] + 1  # the document's end is one
+        targets = store.lengths_of(self.documents) + 1  # the document's end is one
         windows = -(-targets // seq_len)
         document = np.repeat(np.arange(len(windows)), windows)
         first = (np.arange(len(document)) - np.repeat(np.cumsum(windows) - windows, windows)) * seq_len
@@ -236,7 +255,7 @@ class HeldoutRows:
         document, first = self._document[rows], self._first[rows]
         length = np.where(padding, 0, self._length[rows])
         width = max(1, int(length.max(initial=0)))
-        total = self.store.lengths[document]  # tokens of the document
+        total = self.store.lengths_of(document)  # tokens of the document
         # Position 0 is the start token, 1 to `total` the text, then its end; beyond that, ends of nothing.
         positions = first[:, None] + np.arange(width + self.lookahead)  # (B, width + n)
         is_text = (positions >= 1) & (positions <= total[:, None]) & ~padding[:, None]

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from adapters.base import Context, Likelihood, ModelAdapter
+from data.errors import DataError
 from trainer.memory import NoRoom, agree, shortage
 from trainer.meter import Meter
 from trainer.precision import autocast
@@ -97,7 +98,7 @@ def evaluate(
     estimates: bool = False,
 ) -> Score | None:
     """Score `rows`; None when a stop was asked for on any process before the end. ValueError where they hold no token
-    of a text; NoRoom, on every process, where one has no memory for a batch.
+    of a text; on every process, NoRoom where one has no memory for a batch, and DataError where one cannot read it.
 
     Rows are dealt out to the processes in turn, all getting the same number of batches: what is missing at the
     end is padding that counts nowhere. `hear` is called with each batch of this process and what was found of it.
@@ -116,17 +117,21 @@ def evaluate(
         with autocast(precision, world.device):
             found = adapter.likelihood(batch, ctx)
 
-    short = ""
+    short = unreadable = ""
     with evaluating(adapter):
         for start in range(0, per_process, batch_rows):
-            stop, no_room = world.maximum([should_stop(), bool(short)])
-            if no_room:
+            stop, given_up = world.maximum([should_stop(), bool(short or unreadable)])
+            if given_up:
                 break
             if stop:
                 return None
             ids = mine[start : start + batch_rows]
             ids = np.where(ids < rows.n_rows, ids, -1)
-            batch = rows.batch(ids)
+            try:
+                batch = rows.batch(ids)
+            except DataError as error:
+                unreadable = str(error)
+                continue
             if short := shortage(lambda batch=batch: score(batch)):  # type: ignore[misc]
                 continue
             assert found is not None
@@ -135,6 +140,8 @@ def evaluate(
             hear(batch, found)
     if told := agree(world, short):
         raise NoRoom(told)
+    if told := agree(world, unreadable):
+        raise DataError(told)
     assert found is not None
     sums.add_up(world)
     total = sums.values

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from data import mix_order
+from data import order as document_order
 from data.mix_order import ROUNDING, MixedOrder
 from data.mix_texts import Mixture
 from data.order import DocumentOrder
@@ -65,6 +66,18 @@ def test_against_the_reference(ends) -> None:
     found = stream(order, 6)
     assert len(found) > 2 * sum(TRAIN)
     assert found.tolist() == reference(doc_bytes, mixture(), 5, ends, len(found))
+
+
+def test_sources_of_two_levels_are_read_block_by_block(monkeypatch) -> None:
+    """The last block of a source is a short one, wherever it comes in an epoch."""
+    monkeypatch.setattr(document_order, "BLOCK", 5)
+    monkeypatch.setattr(document_order, "ONE_LEVEL", 6)
+    doc_bytes = sizes()
+    order = MixedOrder(doc_bytes, mixture(), 5)
+    order.set_ends((900,))
+    assert [one.n_blocks for one in order._orders] == [2, 1, 3]
+    found = stream(order, 6)
+    assert found.tolist() == reference(doc_bytes, mixture(), 5, (900,), len(found))
 
 
 def test_any_round_is_the_same_asked_for_alone_or_again() -> None:

@@ -89,7 +89,7 @@ def test_a_byte_model_and_one_of_tokens_read_the_same_documents(texts) -> None:
         rows.set_length(0, epochs=5.5)
     assert both[0].stage_ends == both[1].stage_ends == (round(2.75 * both[0].store.total_bytes),)
     for number in range(6):
-        documents = [rows.mixed.documents(number) for rows in both]
+        documents = [rows.mixed.order.documents(number) for rows in both]
         assert (documents[0] == documents[1]).all()
     assert both[0].rows_per_epoch > 1.5 * both[1].rows_per_epoch
 
@@ -118,7 +118,9 @@ def test_stages_are_equal_parts_of_the_text_that_a_run_reads(texts) -> None:
     total = 30_000
     rows.set_length(total * SEQ_LEN)
     rounds, _ = rows._visits(np.arange(total))
-    of_second = np.array([rows.mixed._starts[number + 1].stage for number in range(rounds[-1] + 1)])[rounds]
+    of_second = np.array([rows.mixed.order._starts[number + 1].stage for number in range(rounds[-1] + 1)])[
+        rounds
+    ]
     assert of_second[0] == 0 and of_second[-1] == 1
     assert np.mean(of_second == 0) == pytest.approx(0.5, abs=0.01)
 
@@ -133,14 +135,17 @@ def test_a_mixture_of_one_stage_does_not_depend_on_how_long_the_run_is(texts) ->
 def test_longer_rows_than_the_text_are_refused(texts) -> None:
     with pytest.raises(DataError, match="too short for one row"):
         rows_of(texts, seq_len=5000)
-    # What lies in a round may be less than all of the text: most of this one is of the shorter words.
+    # What lies in a round may be less than all of the text: in the second stage it is of the shorter words.
     words = [Document("a", b"word " * 20)] * 20 + [Document("b", "\u3042".encode() * 100)] * 7
-    pair = Mixture(("a", "b"), ((0.01, 0.99),), (20, 7), (1, 1))
+    pair = Mixture(("a", "b"), ((0.99, 0.01), (0.01, 0.99)), (20, 7), (1, 1))
     tokenizer = BpeTokenizer.train([Document("", "\u3042".encode() * 20_000)], 264)
     with pytest.raises(
-        DataError, match=r"too short for one row: the mixture has \d+ tokens.*Nearest: train_seq_len=\d"
-    ):
-        rows_of(words, pair, tokenizer, seq_len=1900)
+        DataError,
+        match=r"too short for one row: stage 2 of the mixture has (\d+) tokens.*Nearest: train_seq_len=\d+",
+    ) as caught:
+        rows_of(words, pair, tokenizer, seq_len=1000)
+    nearest = int(str(caught.value).rpartition("=")[2])
+    assert rows_of(words, pair, tokenizer, nearest).seq_len == nearest < 200
 
 
 @pytest.mark.parametrize("position", [0, 1600, 7000, 40_000])

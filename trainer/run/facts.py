@@ -253,5 +253,6 @@ def summary_of(
         "seconds_total": round(progress.seconds_total, 3),
         "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else None,
         "peak_memory_bytes": progress.peak_memory_bytes,
+        "anonymous_memory_bytes": progress.anonymous_memory_bytes,
         "flops": flops,
     }
