@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Sequence
 
@@ -43,12 +44,22 @@ class MixedRows(TrainingRows):
         super().__init__(store, eot, seq_len, lookahead, seed)
         self.mixture = mixture
         self.mixed = MixedOrder(store.doc_bytes, mixture, seed)
-        self.tokens_per_byte = self._tokens_per_byte(store)
+        self.stage_rates = self._stage_rates(store)
+        self.tokens_per_byte = sum(self.stage_rates) / len(self.stage_rates)
         self.tokens_per_epoch = int(store.total_bytes * self.tokens_per_byte)
         self.rows_per_epoch = max(1, (self.tokens_per_epoch - 1) // seq_len)
         self._lock = threading.Lock()  # a run's loader and its main thread may both ask for rows
         self._begin_anew()
-        self._visits(np.zeros(1, dtype=np.int64))
+        for stage, rate in enumerate(self.stage_rates):
+            if (tokens := int(self.mixed.round_bytes * rate)) <= seq_len:
+                raise self._too_short(f"stage {stage + 1}", tokens)
+
+    def _too_short(self, what: str, tokens: int) -> DataError:
+        return DataError(
+            f"the training text is too short for one row: {what} of the mixture has {tokens} tokens of "
+            f"{self.mixed.round_bytes:,} bytes (start tokens included), and train_seq_len {self.seq_len} needs "
+            f"{self.seq_len + 1}. Nearest: train_seq_len={max(tokens - 1, 1)}"
+        )
 
     def batch(self, rows: np.ndarray) -> Batch:
         with self._lock:
@@ -58,15 +69,16 @@ class MixedRows(TrainingRows):
         self._rows_before, self._lengths = [0], list[int]()  # of each round that is known
         self._rounds: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
-    def _tokens_per_byte(self, store: TokenStore) -> float:
-        """Of the whole text that a run reads, start tokens included."""
-        ends, found = np.cumsum([0, *self.mixture.train]), 0.0
-        for place, share in enumerate(self.mixture.mean_shares):
-            first, behind = ends[place], ends[place + 1]
-            if share:
-                tokens = int(store.offsets[behind] - store.offsets[first]) + int(behind - first)
-                found += share * tokens / int(store.doc_bytes[first:behind].sum())
-        return found
+    def _stage_rates(self, store: TokenStore) -> list[float]:
+        """Tokens per byte in each stage, start tokens included."""
+        ends, rates = np.cumsum([0, *self.mixture.train]), []
+        for first, behind in itertools.pairwise(ends.tolist()):
+            tokens = int(store.offsets[behind] - store.offsets[first]) + behind - first
+            rates.append(tokens / max(int(store.doc_bytes[first:behind].sum()), 1))
+        return [
+            sum(share * rate for share, rate in zip(stage, rates, strict=True))
+            for stage in self.mixture.shares
+        ]
 
     # -- stages ----------------------------------------------------------------------------------------------------
 
@@ -96,11 +108,7 @@ class MixedRows(TrainingRows):
             _, starts = self._epoch(number)
             n_rows = (self._lengths[number] - 1) // self.seq_len
             if not n_rows and not self.mixed.is_cut_short(number):
-                raise DataError(
-                    f"the training text is too short for one row: the mixture has {self._lengths[number]} tokens of "
-                    f"{self.mixed.round_bytes:,} bytes (start tokens included), and train_seq_len {self.seq_len} needs "
-                    f"{self.seq_len + 1}. Nearest: train_seq_len={self._lengths[number] - 1}"
-                )
+                raise self._too_short(f"round {number + 1}", self._lengths[number])
             self._rows_before.append(self._rows_before[-1] + n_rows)
         before = np.array(self._rows_before, dtype=np.int64)
         rounds = np.searchsorted(before, rows, side="right") - 1

@@ -133,14 +133,17 @@ def test_a_mixture_of_one_stage_does_not_depend_on_how_long_the_run_is(texts) ->
 def test_longer_rows_than_the_text_are_refused(texts) -> None:
     with pytest.raises(DataError, match="too short for one row"):
         rows_of(texts, seq_len=5000)
-    # What lies in a round may be less than all of the text: most of this one is of the shorter words.
+    # What lies in a round may be less than all of the text: in the second stage it is of the shorter words.
     words = [Document("a", b"word " * 20)] * 20 + [Document("b", "\u3042".encode() * 100)] * 7
-    pair = Mixture(("a", "b"), ((0.01, 0.99),), (20, 7), (1, 1))
+    pair = Mixture(("a", "b"), ((0.99, 0.01), (0.01, 0.99)), (20, 7), (1, 1))
     tokenizer = BpeTokenizer.train([Document("", "\u3042".encode() * 20_000)], 264)
     with pytest.raises(
-        DataError, match=r"too short for one row: the mixture has \d+ tokens.*Nearest: train_seq_len=\d"
-    ):
-        rows_of(words, pair, tokenizer, seq_len=1900)
+        DataError,
+        match=r"too short for one row: stage 2 of the mixture has (\d+) tokens.*Nearest: train_seq_len=\d+",
+    ) as caught:
+        rows_of(words, pair, tokenizer, seq_len=1000)
+    nearest = int(str(caught.value).rpartition("=")[2])
+    assert rows_of(words, pair, tokenizer, nearest).seq_len == nearest < 200
 
 
 @pytest.mark.parametrize("position", [0, 1600, 7000, 40_000])
