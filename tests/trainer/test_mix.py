@@ -156,6 +156,7 @@ def test_a_source_of_which_nothing_is_scored_is_said(mix, tmp_path, capsys):
     without = [name for name, one in sources.items() if one["bits_per_byte"] is None]
     assert len(without) == 1 and sources[without[0]]["documents"] == 0
     assert f"{without[0]} none scored" in capsys.readouterr().out
+    assert f"of {without[0]}: no document scored" in (out / "report.html").read_text()
 
 
 @pytest.mark.parametrize("architecture", ["megabyte", "hnet", "mdl"])

@@ -40,15 +40,14 @@ def bits_per_byte(score: dict[str, Any], prefix: str = "") -> str:
 
 def of_sources(score: dict[str, Any], prefix: str = "") -> str:
     """`notes 1.234, code <= 0.987` of a mixture, nothing where there is none."""
-    found = score.get(prefix + "sources") or {}
-    return ", ".join(f"{name} {_of_source(score, one, prefix)}" for name, one in found.items())
-
-
-def _of_source(score: dict[str, Any], one: dict[str, Any], prefix: str = "") -> str:
-    if one["bits_per_byte"] is None:
-        return "none scored"
     at_most = "<= " if score.get(prefix + "kind") == "bound" else ""
-    return f"{at_most}{one['bits_per_byte']:.3f}"
+    found = score.get(prefix + "sources") or {}
+    return ", ".join(
+        f"{name} none scored"
+        if one["bits_per_byte"] is None
+        else f"{name} {at_most}{one['bits_per_byte']:.3f}"
+        for name, one in found.items()
+    )
 
 
 def score_lines(score: dict[str, Any]) -> list[tuple[str, str]]:
@@ -63,7 +62,7 @@ def score_lines(score: dict[str, Any]) -> list[tuple[str, str]]:
         else "",
         **_estimates(score, at_most),
         "measured": ", ".join(f"{name} {value:.4g}" for name, value in (score.get("metrics") or {}).items()),
-        **_sources(score),
+        **_sources(score, at_most),
         "text": "{documents:,} documents, {bytes:,} bytes",
         "other documents": f"of the kind would move the score by about {spread:.3f}"
         if spread is not None
@@ -79,10 +78,13 @@ def score_lines(score: dict[str, Any]) -> list[tuple[str, str]]:
     return [(name, text) for name, text in found if text]
 
 
-def _sources(score: dict[str, Any]) -> dict[str, str]:
+def _sources(score: dict[str, Any], at_most: str) -> dict[str, str]:
     """A line for each source of a mixture, by its name."""
     return {
-        f"of {name}": f"{_of_source(score, one)} bits per byte, {one['documents']:,} documents, {one['bytes']:,} bytes"
+        f"of {name}": f"{at_most}{one['bits_per_byte']:.3f} bits per byte, {one['documents']:,} documents, "
+        f"{one['bytes']:,} bytes"
+        if one["bytes"]
+        else "no document scored"
         for name, one in (score.get("sources") or {}).items()
     }
 
