@@ -12,8 +12,9 @@ at most, and at the end of a stage. A round can be computed from where the one b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -52,17 +53,27 @@ class MixedOrder:
         assert len(ends) == len(self.shares) - 1, ends
         none = (0,) * len(self._orders)
         self.ends = tuple(ends)
-        self._starts = [_Start(0, 0, none, none)]
+        self._starts = {0: _Start(0, 0, none, none)}
+
+    def start(self, number: int) -> dict[str, Any]:
+        """Where a round begins, as JSON: `begin_at` makes later ones from there, without those before it."""
+        while number not in self._starts:
+            self._make(max(known for known in self._starts if known < number))
+        return asdict(self._starts[number])
+
+    def begin_at(self, number: int, start: Mapping[str, Any]) -> None:
+        """Take from a run where a round begins."""
+        of_sources = {name: tuple(start[name]) for name in ("given", "taken")}
+        self._starts[number] = _Start(start["total"], start["stage"], **of_sources)
 
     def documents(self, number: int) -> np.ndarray:
         """Those of a round (k,) int64, in order."""
-        while len(self._starts) <= number:
-            self._make(len(self._starts) - 1)
+        self.start(number)
         return self._make(number)
 
     def is_cut_short(self, number: int) -> bool:
         """Whether a round is ended by its stage."""
-        return self._starts[number + 1].total - self._starts[number].total < self.round_bytes
+        return self.start(number + 1)["total"] - self.start(number)["total"] < self.round_bytes
 
     def _make(self, number: int) -> np.ndarray:
         """A round whose start is known; that of the next one is known then."""
@@ -92,8 +103,7 @@ class MixedOrder:
             given[best] += size
             in_stage += size
             total += size
-        if number + 1 == len(self._starts):
-            self._starts.append(_Start(total, stage, tuple(given), tuple(taken)))
+        self._starts[number + 1] = _Start(total, stage, tuple(given), tuple(taken))
         return np.array(found, dtype=np.int64)
 
     def _feed(self, place: int, taken: int) -> Iterator[tuple[int, int]]:

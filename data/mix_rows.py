@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -113,8 +114,10 @@ class MixedRows(TrainingRows):
         self.mixed = MixedPlaces(store, self.mixture, seed)
         return self.mixed
 
-    def _begin_anew(self) -> None:
-        self._rows_before, self._lengths = [0], list[int]()  # of each round that is known
+    def _begin_anew(self, number: int = 0, row: int = 0) -> None:
+        """Know no rounds but that the one of this number begins with this row."""
+        self._first = number
+        self._rows_before, self._lengths = [row], list[int]()  # of each round from there on
 
     def batch(self, rows: np.ndarray) -> Batch:
         with self._lock:
@@ -140,11 +143,30 @@ class MixedRows(TrainingRows):
         stages = len(self.mixture.shares)
         self.stage_ends = [float(round(size * stage / stages)) for stage in range(1, stages)]
 
+    def place(self, row: int) -> dict[str, Any]:
+        """How to go on at a row, as JSON: where stages end, and where the row's round begins."""
+        with self._lock:
+            (number,), (visit,) = self._visits(np.array([row]))
+            start = self.mixed.order.start(int(number))
+        before = {"round": int(number), "row": row - int(visit), "seq_len": self.seq_len, **start}
+        return {"stage_ends": list(self.stage_ends), "from": before}
+
+    def go_on(self, place: Mapping[str, Any]) -> None:
+        """Take from the `place` of a run on this text where stages end and, unless rows have another length by now, where
+        to begin: what was read before need not be gone through."""
+        self.stage_ends = tuple(place["stage_ends"])
+        before = place["from"]
+        if before["seq_len"] == self.seq_len:
+            self.mixed.order.begin_at(before["round"], before)
+            self._begin_anew(before["round"], before["row"])
+
     # -- rounds ----------------------------------------------------------------------------------------------------
 
     def _visits(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if rows.min(initial=self._rows_before[0]) < self._rows_before[0]:
+            self._begin_anew()
         while self._rows_before[-1] <= rows.max(initial=0):
-            number = len(self._lengths)
+            number = self._first + len(self._lengths)
             length = self.mixed.length(number)
             n_rows = (length - 1) // self.seq_len
             if not n_rows and not self.mixed.order.is_cut_short(number):
@@ -152,11 +174,11 @@ class MixedRows(TrainingRows):
             self._lengths.append(length)
             self._rows_before.append(self._rows_before[-1] + n_rows)
         before = np.array(self._rows_before, dtype=np.int64)
-        rounds = np.searchsorted(before, rows, side="right") - 1
-        return rounds, rows - before[rounds]
+        found = np.searchsorted(before, rows, side="right") - 1
+        return self._first + found, rows - before[found]
 
     def _length(self, epoch: int) -> int:
-        return self._lengths[epoch]
+        return self._lengths[epoch - self._first]
 
     def changed_length(self, seq_len: int, position: int) -> tuple[float, float]:
         """As of one text, of the round that is being read."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -80,6 +82,26 @@ def test_a_row_is_the_same_in_any_company(texts) -> None:
     rows = rows_of(texts)
     for row, tokens in reversed(list(zip(ids, together, strict=True))):
         assert (rows.batch(np.array([row])).tokens[0] == tokens).all()
+
+
+def test_who_goes_on_at_a_row_need_not_go_through_those_before_it(texts, monkeypatch) -> None:
+    """Nor does it matter where rows are asked for from before the place, and where their length is another."""
+    whole = rows_of(texts)
+    wanted = whole.batch(np.arange(900)).tokens
+    (number,), _ = whole._visits(np.array([700]))
+    place = json.loads(json.dumps(whole.place(700)))
+    made, make = [], MixedOrder._make
+    monkeypatch.setattr(MixedOrder, "_make", lambda self, number: made.append(number) or make(self, number))
+    again = rows_of(texts, ends=(9.0,))
+    again.go_on(place)
+    made.clear()
+    assert (again.batch(np.arange(700, 900)).tokens == wanted[700:]).all()
+    assert min(made) == number > 1
+    assert (again.batch(np.arange(900)).tokens == wanted).all()
+    assert (again.batch(np.arange(800, 900)).tokens == wanted[800:]).all()
+    other, fresh = rows_of(texts, seq_len=24, ends=(9.0,)), rows_of(texts, seq_len=24)
+    other.go_on(place)
+    assert (other.batch(np.arange(500)).tokens == fresh.batch(np.arange(500)).tokens).all()
 
 
 def test_a_byte_model_and_one_of_tokens_read_the_same_documents(texts) -> None:

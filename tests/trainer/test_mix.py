@@ -77,9 +77,9 @@ def test_resume_is_exact_in_either_stage(whole, mix, tmp_path, at, capsys):
     assert same(weights(whole / "final_model"), weights(tmp_path / "again/final_model"))
     assert "stages of the mixture" not in capsys.readouterr().out
     state = load_json(whole / "checkpoint-4", "training_state.json")
-    assert state["mix_stage_ends"] == [pytest.approx(6 * 4 * 32 / 2, rel=0.02)]
+    assert state["mix"]["stage_ends"] == [pytest.approx(6 * 4 * 32 / 2, rel=0.02)]
     before = load_json(whole / "checkpoint-2", "training_state.json")
-    assert before["progress"]["bytes"] < state["mix_stage_ends"][0] < state["progress"]["bytes"]
+    assert before["progress"]["bytes"] < state["mix"]["stage_ends"][0] < state["progress"]["bytes"]
 
 
 def test_a_prolonged_run_keeps_its_stages_and_says_so(whole, mix, tmp_path, capsys):
@@ -87,9 +87,9 @@ def test_a_prolonged_run_keeps_its_stages_and_says_so(whole, mix, tmp_path, caps
     long, other = tmp_path / "long", tmp_path / "other"
     run(long, *options, f"resume={whole / 'checkpoint-2'}")
     said = capsys.readouterr().out
-    ends = load_json(whole / "checkpoint-2", "training_state.json")["mix_stage_ends"]
+    ends = load_json(whole / "checkpoint-2", "training_state.json")["mix"]["stage_ends"]
     assert f"the stages of the mixture end after {ends[0]:,.0f} bytes, as when the run began" in said
-    assert load_json(long / "checkpoint-9", "training_state.json")["mix_stage_ends"] == ends
+    assert load_json(long / "checkpoint-9", "training_state.json")["mix"]["stage_ends"] == ends
     assert same(weights(whole / "checkpoint-6"), weights(long / "checkpoint-6"))
     run(other, *options)
     assert not same(weights(long / "checkpoint-9"), weights(other / "checkpoint-9"))

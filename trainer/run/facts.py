@@ -217,7 +217,7 @@ def checkpoint_contents(
         "training_config": redacted(s.cfg),
     }
     if isinstance(s.rows, MixedRows):
-        state["mix_stage_ends"] = s.rows.stage_ends
+        state["mix"] = s.rows.place(s.loader.row_of(progress.step))
     texts = {
         "config.json": json.dumps(architecture(s.cfg, s.adapter, s.plan.micro_rows), indent=2) + "\n",
         "training_state.json": json.dumps(state, indent=2) + "\n",

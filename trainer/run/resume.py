@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "check_resumable",
     "checkpoint_to_resume",
-    "keep_stages",
+    "go_on_mixing",
     "load_optimizers",
     "require_same_tokenizer",
     "scores_alike",
@@ -143,13 +143,16 @@ def check_resumable(
     return before
 
 
-def keep_stages(rows: TrainingRows, saved: dict[str, Any]) -> str:
+def go_on_mixing(rows: TrainingRows, saved: dict[str, Any]) -> str:
     """Let the stages of a mixture end where they were to end when the run began, whatever its length is now: its text
     goes on as it was. A note where that is another place, else nothing."""
-    if not isinstance(rows, MixedRows) or (then := tuple(saved["mix_stage_ends"])) == rows.stage_ends:
+    if not isinstance(rows, MixedRows):
         return ""
-    now, rows.stage_ends = rows.stage_ends, then
-    kept, new = (" and ".join(f"{end:,.0f}" for end in ends) for ends in (then, now))
+    now = rows.stage_ends
+    rows.go_on(saved["mix"])
+    if rows.stage_ends == now:
+        return ""
+    kept, new = (" and ".join(f"{end:,.0f}" for end in ends) for ends in (rows.stage_ends, now))
     return (
         f"the stages of the mixture end after {kept} bytes, as when the run began (a new run of this length: {new}); "
         f"the last one goes on to its end"
