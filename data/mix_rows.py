@@ -152,8 +152,8 @@ class MixedRows(TrainingRows):
         return {"stage_ends": list(self.stage_ends), "from": before}
 
     def go_on(self, place: Mapping[str, Any]) -> None:
-        """Take from the `place` of a run on this text where stages end and, unless rows have another length by now, where
-        to begin: what was read before need not be gone through."""
+        """Take from the `place` of a run on this text where stages end and, unless rows have another length by now,
+        where to begin: what was read before need not be gone through."""
         self.stage_ends = tuple(place["stage_ends"])
         before = place["from"]
         if before["seq_len"] == self.seq_len:
