@@ -17,7 +17,8 @@ import numpy as np
 if TYPE_CHECKING:
     from data.mix_texts import Mixture
 
-_TOGETHER = 4096  # digests that are looked at at once
+_TOGETHER = 4096  # digests that are told, or put in order, at once
+_LOOKED_AT = 1 << 17  # digests of which some are looked for
 
 # Of a whole document: (its bytes,) bool, those that are told apart in a score.
 Marker = Callable[[bytes], np.ndarray]
@@ -133,8 +134,23 @@ def in_hash_order(documents: Sequence[Document]) -> Iterable[Document]:
     """Spread evenly over the text, whatever its order: by a hash of their names, that of their text for `Texts`."""
     if not isinstance(documents, Texts):
         return sorted(documents, key=lambda document: (path_hash(document.name), document.name))
-    first = np.ascontiguousarray(documents.digests[:, :8]).view(">u8")[:, 0]
-    return (documents[int(place)] for place in np.argsort(first, kind="stable"))
+    return (documents[int(place)] for places in _by_digest(documents.digests) for place in places)
+
+
+def _by_digest(digests: np.ndarray) -> Iterator[np.ndarray]:
+    """Places (n,) in the order of the first 8 bytes of digests (n, 32), those of a range of values at a time: who needs
+    the first few does not sort all. Each range is twice as wide as the one before it."""
+    low, width = 0, (1 << 64) * _TOGETHER // max(len(digests), _TOGETHER)
+    while low < 1 << 64:
+        high = min(low + width, 1 << 64)
+        places, values = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.uint64)]
+        for start in range(0, len(digests), _LOOKED_AT):
+            first = np.ascontiguousarray(digests[start : start + _LOOKED_AT, :8]).view(">u8")[:, 0]
+            chosen = np.flatnonzero((first >= np.uint64(low)) & (first <= np.uint64(high - 1)))
+            places.append(chosen + start)
+            values.append(first[chosen].astype(np.uint64))
+        yield np.concatenate(places)[np.argsort(np.concatenate(values), kind="stable")]
+        low, width = high, 2 * width
 
 
 def selected(documents: Sequence[Document], indices: np.ndarray) -> Sequence[Document]:

@@ -38,7 +38,7 @@ class Batch:
 def target_bytes(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     """Bytes (B, S) that the targets of rows (B, S + 1) say; what a tokenizer puts in front of a text is none of it.
     `TokenStore.raw_sizes` makes them bytes of the text."""
-    sizes = tokenizer.token_bytes[tokens[:, 1:]]
+    sizes = tokenizer.token_bytes.take(tokens[:, 1:])
     if not tokenizer.lead:
         return sizes
     first = tokens[:, :-1] == tokenizer.eot
@@ -61,6 +61,7 @@ class TrainingRows:
     def __init__(self, store: TokenStore, eot: int, seq_len: int, lookahead: int = 1, seed: int = 0):
         self.store, self.eot, self.seq_len, self.lookahead = store, eot, seq_len, lookahead
         self._places = self._places_of(store, seed)
+        self._token_bytes = store.tokenizer.token_bytes.astype(np.uint32)  # half as much to go through
         self.tokens_per_epoch = self._places.tokens_per_epoch
         self.rows_per_epoch = (self.tokens_per_epoch - 1) // seq_len
         if self.rows_per_epoch < 1:
@@ -77,36 +78,51 @@ class TrainingRows:
             DataError: a file of tokens is not as it was when it was opened.
         """
         rows = np.asarray(rows, dtype=np.int64)
-        width = self.seq_len + self.lookahead
-        tokens = np.full((len(rows), width), self.eot, dtype=self.store.tokenizer.dtype)
-        starts = np.zeros(tokens.shape, dtype=bool)  # where start tokens stand
+        shape = (len(rows), self.seq_len + self.lookahead)
+        ids, doc_ids = (
+            np.full(shape, self.eot, dtype=self.store.tokenizer.dtype),
+            np.empty(shape, dtype=np.int32),
+        )
         epochs, visits = self._visits(rows)
-        found = []
+        text, starts = [], []
         for epoch in np.unique(epochs):
             here = np.flatnonzero(epochs == epoch)
             length = self._length(int(epoch))
             begins = reading_place(visits[here], (length - 1) // self.seq_len) * self.seq_len
-            pieces = self._places.pieces(int(epoch), begins, width)
-            opening = pieces.start >= 0
-            starts[here[pieces.row[opening]], pieces.start[opening]] = True
-            for row in np.flatnonzero(begins + width > length):  # look-ahead beyond the end
-                starts[here[row], length - int(begins[row]) :] = True
-            found.append(self._text(pieces, here, width))
-        text = np.concatenate(found, axis=1)
-        self._read(tokens, text)
-        doc_ids = np.zeros(tokens.shape, dtype=np.int32)
-        np.cumsum(starts[:, 1:], axis=1, out=doc_ids[:, 1:])
-        weights = np.ones((len(rows), self.seq_len), dtype=np.float32)
-        scored = self._bytes(tokens, starts, text)
-        return Batch(tokens.astype(np.int64), doc_ids, weights, np.zeros_like(weights), rows, scored)
+            pieces = self._places.pieces(int(epoch), begins, shape[1])
+            doc_ids[here] = self._numbered(pieces, begins, shape[1], length)
+            pieces = pieces._replace(row=here[pieces.row])
+            opening = (pieces.start >= 1) & (pieces.start <= self.seq_len)  # start tokens that are targets
+            starts.append(pieces.row[opening] * shape[1] + pieces.start[opening])
+            text.append(self._text(pieces, shape[1]))
+        self._read(ids, stretches := np.concatenate(text, axis=1))
+        tokens = ids.astype(np.int64)
+        scored = self._bytes(tokens, np.concatenate(starts), stretches)
+        weights, ends = (
+            np.ones((len(rows), self.seq_len), np.float32),
+            np.zeros((len(rows), self.seq_len), np.float32),
+        )
+        return Batch(tokens, doc_ids, weights, ends, rows, scored)
 
-    def _text(self, pieces: Pieces, rows: np.ndarray, width: int) -> np.ndarray:
+    def _numbered(self, pieces: Pieces, begins: np.ndarray, width: int, length: int) -> np.ndarray:
+        """Which document of its row each position is of (B, width) int32, in an epoch of so many tokens."""
+        counts = np.bincount(pieces.row, minlength=len(begins))
+        nth = np.arange(len(pieces.row)) - np.repeat(np.cumsum(counts) - counts, counts)
+        first = pieces.row * width + np.maximum(pieces.start, 0)
+        widths = np.diff(first, append=len(begins) * width)
+        found = np.repeat(nth.astype(np.int32), widths).reshape(len(begins), width)
+        for row in np.flatnonzero(begins + width > length):  # look-ahead beyond the end
+            end = length - int(begins[row])
+            found[row, end:] = found[row, end - 1] + 1 + np.arange(width - end)
+        return found
+
+    def _text(self, pieces: Pieces, width: int) -> np.ndarray:
         """Stretches of text in rows of `width` columns (4, K) int64: where each begins in the rows laid end to end, its
         document and where in that it begins, and how long it is."""
         first = pieces.start + 1  # column of the document's first token
         column = np.maximum(first, 0)
         end = np.minimum(first + self.store.lengths_of(pieces.document), width)
-        found = [rows[pieces.row] * width + column, pieces.document, column - first, end - column]
+        found = [pieces.row * width + column, pieces.document, column - first, end - column]
         return np.stack(found)[:, end > column]
 
     def _read(self, tokens: np.ndarray, text: np.ndarray) -> None:
@@ -123,16 +139,19 @@ class TrainingRows:
         return each(there, counts)[1], each(self.store.offsets[document] + within, counts)[1]
 
     def _bytes(self, tokens: np.ndarray, starts: np.ndarray, text: np.ndarray) -> int:
-        """Bytes of the targets of rows (B, S + n)."""
-        targets = slice(1, self.seq_len + 1)
+        """Bytes of the targets of rows (B, S + n). `starts`: places of targets that are start tokens, rows laid end to
+        end."""
+        if self.store.lossy is None and not self.store.tokenizer.lead:  # what tokens say is the text
+            said = self._token_bytes.take(tokens)
+            beside = said[:, 0].sum() + said[:, self.seq_len + 1 :].sum() + said.reshape(-1)[starts].sum()
+            return int(said.sum(dtype=np.int64)) - int(beside)
         sizes = target_bytes(tokens[:, : self.seq_len + 1], self.store.tokenizer)
-        if self.store.lossy is None:
-            return int(sizes.sum()) - int(sizes[starts[:, targets]].sum())
         places = np.full(tokens.shape, -1, dtype=np.int64)  # in the text
         there, place = self._each(text)
         places.reshape(-1)[there] = place
-        of_text = places[:, targets] >= 0
-        return int(self.store.raw_sizes(places[:, targets][of_text], sizes[of_text]).sum())
+        places = places[:, 1 : self.seq_len + 1]
+        of_text = places >= 0
+        return int(self.store.raw_sizes(places[of_text], sizes[of_text]).sum())
 
     def changed_length(self, seq_len: int, position: int) -> tuple[float, float]:
         """Shares of the running epoch's targets that are read twice and never, when rows of `seq_len` give way to these
