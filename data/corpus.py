@@ -10,9 +10,12 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from data.mix_texts import Mixture
 
 _TOGETHER = 4096  # digests that are told, or put in order, at once
 _LOOKED_AT = 1 << 17  # digests of which some are looked for
@@ -71,6 +74,7 @@ class Corpus:
     comparable scores. `notes` are sentences for the user (what was skipped, how the split was made).
     `marks`: parts of documents by name, of which evaluations report `<name>_accuracy`: how often the likeliest token is
     the right one. A token is marked if all of its bytes are.
+    `mixture`: of which sources it is mixed, and how; None: it is one.
     """
 
     name: str
@@ -80,6 +84,7 @@ class Corpus:
     notes: tuple[str, ...] = ()
     truth: TrueModel | None = None
     marks: Mapping[str, Marker] = field(default_factory=dict)
+    mixture: Mixture | None = None
 
     @property
     def content(self) -> str:

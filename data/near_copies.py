@@ -32,6 +32,7 @@ from data.cache import write_atomic
 from data.corpus import Corpus, Document, fingerprint, selected, sizes
 from data.errors import DataError
 from data.files import shown
+from data.mix_texts import still_held_out
 
 SHORTEST = 20  # bytes that tell a unit
 LONG_LINE = 256
@@ -103,7 +104,9 @@ def heed(corpus: Corpus, choice: str, cache: Path) -> tuple[Corpus, Overlap]:
     notes += noted(overlap, "the held-out text", _mend(len(copies), int(copies.sum()), overlap.dropped))
     if overlap.dropped:
         heldout = selected(corpus.heldout, kept)
-        corpus = replace(corpus, heldout=heldout, fingerprint=fingerprint(corpus.train, heldout))
+        mixture = corpus.mixture and still_held_out(corpus.mixture, kept)
+        text = fingerprint(corpus.train, heldout)
+        corpus = replace(corpus, heldout=heldout, fingerprint=text, mixture=mixture)
     return replace(corpus, notes=tuple(notes)), overlap
 
 

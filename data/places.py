@@ -7,13 +7,13 @@ keeps as many as the places hold at which an epoch is read at the same time.
 from __future__ import annotations
 
 import threading
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from data.order import READERS, DocumentOrder
 
-__all__ = ["Pieces", "StreamPlaces"]
+__all__ = ["Pieces", "Places", "StreamPlaces"]
 
 
 class Pieces(NamedTuple):
@@ -24,6 +24,19 @@ class Pieces(NamedTuple):
         np.ndarray
     )  # column of the document's start token: below 0 where the row begins inside of the document
     document: np.ndarray  # index
+
+
+class Places(Protocol):
+    """Documents by position in an epoch's stream."""
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Start tokens included."""
+        ...
+
+    def pieces(self, epoch: int, begins: np.ndarray, width: int) -> Pieces:
+        """Those of `width` positions each from `begins` (B,) on; what lies beyond the epoch is left out."""
+        ...
 
 
 class StreamPlaces:
@@ -64,7 +77,7 @@ class StreamPlaces:
         first = np.searchsorted(bases, begins, side="right") - 1
         last = np.searchsorted(bases, ends, side="left") - 1
         # A part of a row for each block that it reads.
-        row, nth = _spread(last - first + 1)
+        row, nth = spread(last - first + 1)
         turn = first[row] + nth
         begin = np.maximum(begins[row] - bases[turn], 0)
         end = np.minimum(ends[row], bases[turn + 1]) - bases[turn]
@@ -90,7 +103,7 @@ class StreamPlaces:
             slot, sizes = slots[which[here] - some], self._documents_in(blocks[here])
             low = self._last_at(slot, sizes, begin[here])
             high = self._last_at(slot, sizes, end[here] - 1)
-            part, nth = _spread(high - low + 1)
+            part, nth = spread(high - low + 1)
             place = low[part] + nth
             inside = self._within[slot[part], place].astype(np.int64)
             found.append((here[part], inside, self._starts[slot[part], place].astype(np.int64)))
@@ -138,7 +151,7 @@ class StreamPlaces:
         return slot
 
 
-def _spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For counts (n,): 0 as often as the first says, 1 as often as the second, ...; and 0, 1, ... within each."""
     which = np.repeat(np.arange(len(counts)), counts)
     return which, np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -12,7 +12,7 @@ import numpy as np
 
 from data.errors import DataError
 from data.order import first_documents, reading_place
-from data.places import Pieces, StreamPlaces
+from data.places import Pieces, Places, StreamPlaces
 from data.shards import ShardTokens, each
 from data.store import TokenStore
 from data.tokenizers import Tokenizer
@@ -60,7 +60,7 @@ class TrainingRows:
 
     def __init__(self, store: TokenStore, eot: int, seq_len: int, lookahead: int = 1, seed: int = 0):
         self.store, self.eot, self.seq_len, self.lookahead = store, eot, seq_len, lookahead
-        self._places = StreamPlaces(store.offsets, seed)
+        self._places = self._places_of(store, seed)
         self._token_bytes = store.tokenizer.token_bytes.astype(np.uint32)  # half as much to go through
         self.tokens_per_epoch = self._places.tokens_per_epoch
         self.rows_per_epoch = (self.tokens_per_epoch - 1) // seq_len
@@ -81,13 +81,14 @@ class TrainingRows:
         shape = (len(rows), self.seq_len + self.lookahead)
         ids = np.full(shape, self.eot, dtype=self.store.tokenizer.dtype)
         doc_ids = np.empty(shape, dtype=np.int32)
-        epochs, visits = np.divmod(rows, self.rows_per_epoch)
+        epochs, visits = self._visits(rows)
         text = []
         for epoch in np.unique(epochs):
             here = np.flatnonzero(epochs == epoch)
-            begins = reading_place(visits[here], self.rows_per_epoch) * self.seq_len
+            length = self._length(int(epoch))
+            begins = reading_place(visits[here], (length - 1) // self.seq_len) * self.seq_len
             pieces = self._places.pieces(int(epoch), begins, shape[1])
-            doc_ids[here] = self._numbered(pieces, begins, shape[1])
+            doc_ids[here] = self._numbered(pieces, begins, shape[1], length)
             pieces = pieces._replace(row=here[pieces.row])
             text.append(self._text(pieces, shape[1]))
         self._read(ids, stretches := np.concatenate(text, axis=1))
@@ -97,15 +98,15 @@ class TrainingRows:
         ends = np.zeros(weights.shape, dtype=np.float32)
         return Batch(tokens, doc_ids, weights, ends, rows, scored)
 
-    def _numbered(self, pieces: Pieces, begins: np.ndarray, width: int) -> np.ndarray:
-        """Which document of its row each position is of (B, width) int32."""
+    def _numbered(self, pieces: Pieces, begins: np.ndarray, width: int, length: int) -> np.ndarray:
+        """Which document of its row each position is of (B, width) int32, in an epoch of so many tokens."""
         counts = np.bincount(pieces.row, minlength=len(begins))
         nth = np.arange(len(pieces.row)) - np.repeat(np.cumsum(counts) - counts, counts)
         first = pieces.row * width + np.maximum(pieces.start, 0)
         widths = np.diff(first, append=len(begins) * width)
         found = np.repeat(nth.astype(np.int32), widths).reshape(len(begins), width)
-        for row in np.flatnonzero(begins + width > self.tokens_per_epoch):  # look-ahead beyond the end
-            end = self.tokens_per_epoch - int(begins[row])
+        for row in np.flatnonzero(begins + width > length):  # look-ahead beyond the end
+            end = length - int(begins[row])
             found[row, end:] = found[row, end - 1] + 1 + np.arange(width - end)
         return found
 
@@ -151,23 +152,43 @@ class TrainingRows:
         before = (self.tokens_per_epoch - 1) // seq_len  # rows of an epoch
         epoch, visits = divmod(position // seq_len, before)
         begins = -(-position // self.seq_len) - epoch * self.rows_per_epoch
-        rest = np.arange(np.clip(begins, 0, self.rows_per_epoch), self.rows_per_epoch)
-        unread = np.zeros(
-            self.rows_per_epoch + 1, dtype=np.int64
-        )  # 1 = a row that is still to come; beyond: none
-        unread[reading_place(rest, self.rows_per_epoch)] = 1
-        sums = np.concatenate([[0], np.cumsum(unread)]) * self.seq_len
+        return read_again(self.tokens_per_epoch - 1, (seq_len, visits), (self.seq_len, begins))
 
-        def to_come(targets: np.ndarray) -> np.ndarray:
-            """How many of the stream's first `targets` are still to come."""
-            row, within = np.divmod(np.minimum(targets, self.rows_per_epoch * self.seq_len), self.seq_len)
-            return sums[row] + unread[row] * within
+    def set_length(self, targets: int, epochs: float | None = None) -> None:
+        """How many targets a run reads, as passes over the text too where it is that long; what is read of one text
+        does not depend on it."""
 
-        starts = reading_place(np.arange(visits), before) * seq_len
-        twice = int((to_come(starts + seq_len) - to_come(starts)).sum())
-        targets = self.tokens_per_epoch - 1
-        read = visits * seq_len + len(rest) * self.seq_len
-        return twice / targets, (targets - read + twice) / targets
+    def _places_of(self, store: TokenStore, seed: int) -> Places:
+        return StreamPlaces(store.offsets, seed)
+
+    def _visits(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Epoch and visit number of global rows, each (B,)."""
+        return np.divmod(rows, self.rows_per_epoch)
+
+    def _length(self, epoch: int) -> int:
+        """Tokens of an epoch, start tokens included."""
+        return self.tokens_per_epoch
+
+
+def read_again(targets: int, before: tuple[int, int], after: tuple[int, int]) -> tuple[float, float]:
+    """Shares of an epoch of so many targets that are read twice and never. `before`: length of a row, and visits made
+    with it; `after`: length, and the visit from which on rows of that one are read."""
+    (old, visits), (new, begins) = before, after
+    n_old, n_new = targets // old, targets // new
+    rest = np.arange(np.clip(begins, 0, n_new), n_new)
+    unread = np.zeros(n_new + 1, dtype=np.int64)  # 1 = a row that is still to come; beyond: none
+    unread[reading_place(rest, n_new)] = 1
+    sums = np.concatenate([[0], np.cumsum(unread)]) * new
+
+    def to_come(first: np.ndarray) -> np.ndarray:
+        """How many of the stream's first targets are still to come."""
+        row, within = np.divmod(np.minimum(first, n_new * new), new)
+        return sums[row] + unread[row] * within
+
+    starts = reading_place(np.arange(visits), n_old) * old
+    twice = int((to_come(starts + old) - to_come(starts)).sum())
+    read = visits * old + len(rest) * new
+    return twice / targets, (targets - read + twice) / targets
 
 
 def select_heldout(store: TokenStore, max_bytes: int | None = None) -> np.ndarray:
@@ -188,7 +209,7 @@ class HeldoutRows:
 
     `max_bytes` selects whole documents (the score stays comparable between runs that agree on it);
     `max_tokens` cuts the list of windows, and `complete` is False where it cut. `total_bytes` is what the
-    rows score together.
+    rows score together. `sources`: by the name of each source of a mixture, which of `documents` are of it (n,) bool.
     """
 
     def __init__(
@@ -204,6 +225,10 @@ class HeldoutRows:
         self.documents = select_heldout(store, max_bytes)
         if not len(self.documents):
             raise DataError("there is no held-out text to score.")
+        source = np.repeat(np.arange(len(store.sources)), [documents for _, documents in store.sources])
+        self.sources = {
+            name: source[self.documents] == place for place, (name, _) in enumerate(store.sources)
+        }
         targets = store.lengths_of(self.documents) + 1  # the document's end is one
         windows = -(-targets // seq_len)
         document = np.repeat(np.arange(len(windows)), windows)

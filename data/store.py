@@ -36,7 +36,8 @@ class TokenStore:
     i is offsets[i] to offsets[i + 1]; doc_bytes (n_docs,) int64: raw UTF-8 bytes. Where the tokens give back
     every text, the text itself is not kept; else raw (sum of doc_bytes,) uint8 is all of it, and lossy (n_docs,) bool
     says of which documents they do not.
-    `marks` are those of the corpus.
+    `marks` are those of the corpus. `sources`: name and documents of each source of a mixture that is scored by itself
+    too, one source behind the other.
     """
 
     tokens: np.ndarray | ShardTokens
@@ -46,6 +47,7 @@ class TokenStore:
     lossy: np.ndarray | None = None
     raw: np.ndarray | None = None
     marks: Mapping[str, Marker] = field(default_factory=dict)
+    sources: tuple[tuple[str, int], ...] = ()
 
     @property
     def n_docs(self) -> int:

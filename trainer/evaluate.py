@@ -62,6 +62,8 @@ class Score:
     metrics: dict[str, float] = field(default_factory=dict)  # what the adapter reports beside the score
     # Marks of the text of which the adapter reports no accuracy.
     no_accuracy: list[str] = field(default_factory=list)
+    # "bits_per_byte" (None: of no text), "bytes" and "documents" by the source of a mixture.
+    sources: dict[str, dict[str, float | None]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -169,6 +171,7 @@ def evaluate(
         estimates={name: total[f"estimate {name}"] / total["tokens"] for name in found.estimates},
         metrics=metrics.read(world),
         no_accuracy=[name for name in rows.store.marks if f"{name}_accuracy" not in found.metrics],
+        sources={name: sums.of(documents) for name, documents in rows.sources.items()},
     )
 
 
@@ -213,6 +216,15 @@ class _Sums:
         every = world.add_up([*self.values.values(), *self.document_nats, *self.document_bytes])
         self.values = dict(zip(names, every, strict=False))
         self.document_nats, self.document_bytes = np.array(every[len(names) :]).reshape(2, n)
+
+    def of(self, documents: np.ndarray) -> dict[str, float | None]:
+        """What some of the documents (n,) bool come to, or so much of them as was scored."""
+        bytes_, nats = int(self.document_bytes[documents].sum()), float(self.document_nats[documents].sum())
+        return {
+            "bits_per_byte": nats / math.log(2) / bytes_ if bytes_ else None,
+            "bytes": bytes_,
+            "documents": int(documents.sum()),
+        }
 
     def spread_over_documents(self) -> float | None:
         """Standard error in bits per byte of the ratio nats / bytes, documents being drawn at random."""

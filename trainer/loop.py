@@ -59,6 +59,7 @@ from trainer.run.restore import load_average, weights_of
 from trainer.run.resume import (
     check_resumable,
     checkpoint_to_resume,
+    go_on_mixing,
     load_optimizers,
     require_same_tokenizer,
     scores_alike,
@@ -522,6 +523,8 @@ class Trainer:
         self.meter.load_state_dict(state["meter"], self.world)
         self.progress = Progress.from_json(saved["progress"], self.planned_flops)
         self._settle_best(checkpoint, scores_alike(before, self.cfg))
+        if told := go_on_mixing(s.rows, saved):
+            self.console.note(told)
         if told := jump(self.progress.step, (total_steps(before, s.rows), before), (self.total, self.cfg)):
             self.console.warn(told)
         was = stages_of(before, total_steps(before, s.rows)).rows_at(self.progress.step)
