@@ -168,6 +168,8 @@ class GPT2(HuggingFaceDecoder):
     def blocks(self) -> list[str]:
         return [f"h.{layer}" for layer in range(self.cfg.n_layers)]
 
+    lora_targets = ("c_attn", "attn.c_proj")
+
     def param_roles(self) -> list[Rule]:
         return [
             Rule(r"(wte|wpe)\.weight", "embedding"),
