@@ -577,9 +577,10 @@ class ModelAdapter(nn.Module):
 
     def cost(self, seq_len: int) -> Flops:
         """`flops`, with what adapters add, and without the gradients of weights that have none."""
-        planned = self.flops(seq_len)
         if self.low_rank is None:
-            return planned
+            return self.flops(seq_len)
+        with torch.no_grad():  # sizes of matrices are read
+            planned = self.flops(seq_len)
         added = Flops(0.0, 0.0)
         for target in self.adapted:
             added = added + matmul_flops(self.low_rank.rank * sum(target.sides)) * self.passes(target.path)

@@ -186,7 +186,7 @@ def open_session(
     adapter.on_training_text(dataset.train)
     if cfg.use_lora:
         tell("reading the weights that are adapted")
-        give_adapters(adapter, cfg, tell)
+        give_adapters(adapter, cfg, lambda text: None)  # who began the run was told
     spec = adapter.data_spec()
     rows = TrainingRows(
         dataset.train, dataset.tokenizer.eot, cfg.train_seq_len, lookahead=spec.lookahead, seed=cfg.seed

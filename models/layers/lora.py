@@ -57,6 +57,7 @@ class _Adapted(nn.Module):
     low_rank: LowRank
     own_class: ClassVar[type[nn.Module]]
     adapted: ClassVar[tuple[str, ...]]  # names of its parameters
+    path: str  # in the model
 
     def _own(self, parameter: str) -> Tensor:
         """A parameter as it is kept."""
@@ -74,9 +75,8 @@ class _Adapted(nn.Module):
         base = self._own(parameter)
         if self.training and self.low_rank.dropout and torch.is_grad_enabled():
             raise ValueError(
-                f"lora_dropout: {self.low_rank.dropout:g} acts on what a projection is given, and of the targets "
-                f"{type(self).__name__}.{parameter} is multiplied without that. Set lora_dropout=0, or leave it out of "
-                f"lora_targets"
+                f"lora_dropout: {self.low_rank.dropout:g} acts on what a matrix is given, and that of {self.path} is "
+                f"multiplied elsewhere. Set lora_dropout=0, or leave it out of lora_targets"
             )
         return (base + self._low_rank_part(parameter)).to(base.dtype)
 
@@ -252,7 +252,7 @@ def adapt(
                 a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
             for own, value in zip(_names(name), (a, b), strict=True):
                 module.register_parameter(own, nn.Parameter(value))
-        module.low_rank = low_rank  # type: ignore[assignment]
+        module.low_rank, module.path = low_rank, path  # type: ignore[assignment]
         module.__class__ = _adapted_class(type(module), tuple(parameters))
 
 
@@ -268,6 +268,6 @@ def merge_all(model: nn.Module) -> None:
             base.copy_((base.to(exact) + module._low_rank_part(name).to(exact)).to(base.dtype))
             for own in _names(name):
                 del module._parameters[own]
-        del module.low_rank
+        del module.low_rank, module.path
         module.__class__ = module.own_class  # type: ignore[assignment]
     model.requires_grad_(True)

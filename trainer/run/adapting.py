@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["give_adapters"]
 
 
-def give_adapters(adapter: ModelAdapter, cfg: RunConfig, note: Callable[[str], object]) -> Source:
+def give_adapters(adapter: ModelAdapter, cfg: RunConfig, note: Callable[[str], None]) -> Source:
     """Fill the model with the weights that `cfg` adapts, and put its adapters beside them; the source of the weights.
     Adapters that the source itself has are added to its weights first.
 
@@ -26,8 +26,8 @@ def give_adapters(adapter: ModelAdapter, cfg: RunConfig, note: Callable[[str], o
     assert cfg.init_from_checkpoint is not None
     if not Path(cfg.init_from_checkpoint).exists():
         raise ValueError(
-            f"init_from_checkpoint: {cfg.init_from_checkpoint}, whose weights this run adapts and does not keep itself, "
-            f"is not there. Put it back"
+            f"init_from_checkpoint: {cfg.init_from_checkpoint} is not there, whose weights this run adapts and does "
+            f"not keep itself. Put it back"
         )
     source = open_source(cfg.init_from_checkpoint, note)
     source.fill_as_scored(adapter)

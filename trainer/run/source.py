@@ -45,7 +45,7 @@ __all__ = [
     "require_same_provenance",
 ]
 
-Note = Callable[[str], object]
+Note = Callable[[str], None]
 _NO_WEIGHTS = ("optimizer.pt",)
 
 # "package.module:Class", asked in this order; the last is what any other folder is taken for.
