@@ -51,6 +51,7 @@ _NO_WEIGHTS = ("optimizer.pt",)
 # "package.module:Class", asked in this order; the last is what any other folder is taken for.
 KINDS = (
     "trainer.run.exported:Exported",
+    "trainer.run.peft:PeftFolder",
     "trainer.run.huggingface:HuggingFaceFolder",
     "trainer.run.source:Checkpoint",
 )
@@ -124,6 +125,14 @@ class Source(ABC):
         adapter.constrain(torch.zeros((), device=adapter.device))
         return True
 
+    def whole(self) -> dict[str, torch.Tensor]:
+        """The weights by our names, what adapters say added to those that they belong to."""
+        cfg, model_cfg = self.config(lambda text: None)
+        adapter = build_adapter(cfg, model_cfg, self.tokenizer)
+        self.fill_as_scored(adapter)
+        merge(adapter)
+        return adapter.trained_state()
+
     @cached_property
     def digest(self) -> str:
         """What tells these weights from all others: sha256 over the files that hold some, by name."""
@@ -191,20 +200,10 @@ class Trained(Source):
         cfg, _ = self.config(lambda text: None)
         give_adapters(adapter, cfg, lambda text: None)
 
-    def whole(self) -> dict[str, torch.Tensor]:
-        """The weights by our names, what adapters say added to those that they belong to."""
-        if not self.adapts:
-            return self.state()
-        cfg, model_cfg = self.config(lambda text: None)
-        adapter = build_adapter(cfg, model_cfg, self.tokenizer)
-        self.fill_as_scored(adapter)
-        merge(adapter)
-        return adapter.trained_state()
-
     def begin(self, s: Session, note: Note) -> None:
         from trainer.run.fitted import with_own_fits
 
-        self._fill(s.adapter, with_own_fits(s, self, self.whole(), note))
+        self._fill(s.adapter, with_own_fits(s, self, self.whole() if self.adapts else self.state(), note))
 
     def _fill(self, adapter: ModelAdapter, state: dict[str, torch.Tensor]) -> None:
         if adapter.low_rank or not self.adapts:  # of adapters that were added up the base is no matter
