@@ -1,4 +1,4 @@
-"""A folder that PEFT opens: adapters of an architecture that Hugging Face transformers has, beside a base in its form."""
+"""A folder that PEFT opens: adapters of an architecture that transformers has, beside weights in its form."""
 
 from __future__ import annotations
 
@@ -40,10 +40,8 @@ class Peft(Form):
         if stacks := [target.path for target in restored.adapter.adapted if target.parameter != "weight"]:
             raise ValueError(f"to: PEFT has no form for a stack of experts ({stacks[0]}). {_ANY_WAY}")
         state = model.state_dict()
-        theirs = {
-            t.module: model.hf_prefix + t.module if t.module != "lm_head" else t.module
-            for t in restored.adapter.adapted
-        }
+        adapted = [target.module for target in restored.adapter.adapted]
+        theirs = {name: name if name == "lm_head" else model.hf_prefix + name for name in adapted}
         tensors = {
             f"{PREFIX}{there}.{name}.weight": rounding(f"{here}.{name}", state[f"{here}.{name}"])
             for here, there in theirs.items()

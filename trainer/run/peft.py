@@ -24,7 +24,7 @@ __all__ = ["ADAPTERS", "PREFIX", "PeftFolder"]
 ADAPTERS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every name there
 # What its configuration may say beside `_READ`, where this means LoRA as it is known here.
-_OTHERWISE = {
+_OTHERWISE: dict[str, Any] = {
     **{"use_rslora": False, "use_dora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {}},
     **{"alpha_pattern": {}, "layers_to_transform": None, "lora_bias": False, "target_parameters": None},
 }
@@ -55,9 +55,7 @@ class PeftFolder(Source):
                 f"{_OTHERWISE[strange[0]]!r} alone"
             )
         if not (path / ADAPTERS).is_file():
-            raise ValueError(
-                f"{path}: {ADAPTERS} is missing. Nothing that is loaded is executed: no other file is read"
-            )
+            raise ValueError(f"{path}: {ADAPTERS} is missing, and no other file is read, as none is executed")
         named = adapted_base(path)
         base = HuggingFaceFolder.open(named, warn) if named else None
         if not isinstance(base, HuggingFaceFolder):
@@ -90,9 +88,7 @@ class PeftFolder(Source):
         if given in ("all-linear", None):
             return "all-linear"
         if isinstance(given, str):
-            raise ValueError(
-                f"{self.path / ADAPTER_CONFIG}: target_modules is a pattern of their names; name the modules"
-            )
+            raise ValueError(f"{self.path / ADAPTER_CONFIG}: target_modules is a pattern. Name the modules")
         return sorted({name.removeprefix("model.").removeprefix("transformer.") for name in given})
 
     def fill(self, adapter: ModelAdapter) -> None:
