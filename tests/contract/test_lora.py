@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adapters.base import weighted_loss
 from adapters.lora import attach, merge
+from models.layers.recompute import recomputing
 from models.layers.roles import rule_for
 from tests.contract.test_run import assert_same_state
 from tests.contract.tiny import (
@@ -32,9 +33,10 @@ LENGTH = 32
 
 def adapted(architecture, *more, b_std=0.0):
     """An adapter of an architecture with LoRA, and numbers in B."""
-    adapter = adapter_of(architecture)
+    cfg, model_cfg = config(architecture)
+    has_dropout = "dropout" in type(model_cfg).model_fields  # which is drawn anew in every pass
+    adapter = adapter_of(architecture, *(["model_cfg.dropout=0"] if has_dropout else []))
     move_away_from_uniform(adapter, 0.1)
-    cfg, _ = config(architecture)
     fields = {"use_lora": True, "lora_rank": 2, "lora_dropout": 0.0, **dict(more)}
     attach(adapter, cfg.model_copy(update=fields), base="b")
     with torch.no_grad():
@@ -96,6 +98,24 @@ def test_flops_of_weights_without_gradients(architecture):
         expected *= float(output.flops) / (16 * LENGTH) / plan.training_per_token
     assert expected == pytest.approx(counter.get_total_flops() / (16 * LENGTH), rel=0.07)
     assert cost.training_per_token < 0.9 * plan.training_per_token, "a weight that stays costs 4, not 6"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["compiled", "recomputed"])
+def test_blocks_carry_adapters_however_they_run(architecture, way):
+    """Behind a base without gradients, deep layers too."""
+    plain, adapter = adapted(architecture, b_std=0.3), adapted(architecture, b_std=0.3)
+    _, expected = loss_and_gradients(plain, [batch_for(plain)])
+    for path in adapter.blocks():
+        block = adapter.model.get_submodule(path)
+        if way == "compiled":
+            block.compile(backend="aot_eager", fullgraph=True)
+        else:
+            block.forward = recomputing(block)
+    _, found = loss_and_gradients(adapter, [batch_for(adapter)])
+    assert found.keys() == expected.keys() and all(gradient.any() for gradient in found.values())
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() < 1e-3 * gradient.norm(), name
 
 
 @pytest.mark.on_cpu("bit for bit is promised there alone")
