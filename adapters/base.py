@@ -20,7 +20,7 @@ Shapes: B rows, S scored positions of a row, n look-ahead (1 for next-token), D 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,7 +37,8 @@ from data.store import encode_documents
 from data.tokenizers import as_bytes
 from kernels.choose import Kernels, UsesKernels
 from models import ARCHITECTURES
-from models.layers.flops import Flops
+from models.layers.flops import Flops, matmul_flops
+from models.layers.lora import LOW_RANK, LowRank, Target
 from models.layers.roles import Rule
 from naming import load
 
@@ -323,6 +324,11 @@ class ModelAdapter(nn.Module):
     # Buffers of the model that are no weights, where it has them: fitted during a "run", so that one that begins with
     # its weights starts without; or to the "text", and taken along only to the same text.
     fitted: Mapping[str, Literal["run", "text"]] = MappingProxyType({})
+    # Set by `adapters.lora.attach`: what adapters are like, which matrices have one, and what tells the weights that
+    # they belong to from others.
+    low_rank: LowRank | None = None
+    adapted: tuple[Target, ...] = ()
+    base: str = ""
 
     model: Any  # the backbone, an nn.Module; Any because each has attributes of its own
 
@@ -404,7 +410,7 @@ class ModelAdapter(nn.Module):
         `constrain_every`-th step), after averaged weights were put into the model, and after weights came from
         elsewhere; never on resume, as doing it twice may round differently. Where `skipped`, a device-side fp32 scalar,
         is 1.0, nothing may change: use `torch.where`. By default the model's own `constrain`, where it has one."""
-        if hasattr(self.model, "constrain"):
+        if self.low_rank is None and hasattr(self.model, "constrain"):  # what is adapted stays as it is
             self.model.constrain(skipped)
 
     @property
@@ -524,14 +530,21 @@ class ModelAdapter(nn.Module):
     def provenance(self) -> dict[str, str]:
         """What identifies the external parts, such as a digest of their files. Kept in config.json; a checkpoint is
         only loaded where it is the same."""
-        return self.model.provenance() if hasattr(self.model, "provenance") else {}
+        own = self.model.provenance() if hasattr(self.model, "provenance") else {}
+        return {**own, "base": self.base} if self.low_rank else own
 
     def init_weights(self, generator: torch.Generator) -> None:
         self.model.init_weights(generator)
 
     def param_roles(self) -> list[Rule]:
         """Rules over the MODEL's parameter names; first match wins, every trainable parameter must match."""
-        return self.model.param_roles()
+        adapters = [Rule(LOW_RANK, "adapter")] if self.low_rank else []
+        return [*adapters, *self.model.param_roles()]
+
+    @property
+    def lora_targets(self) -> Sequence[str]:
+        """What LoRA adapts where a run does not say it, as `models.layers.lora.targets_of` takes it."""
+        return getattr(self.model, "lora_targets", ())
 
     def blocks(self) -> list[str]:
         """Module paths inside `model`: the units of compilation and activation recompute."""
@@ -556,6 +569,22 @@ class ModelAdapter(nn.Module):
     def flops(self, seq_len: int) -> Flops:
         """Floating-point operations per token at this row length, by the documented formula: the plan."""
         return self.model.flops(seq_len)
+
+    def passes(self, path: str) -> float:
+        """How often a module of the model acts on a token, on average: 1, unless it runs several times or for a part of
+        the tokens."""
+        return self.model.passes(path) if hasattr(self.model, "passes") else 1.0
+
+    def cost(self, seq_len: int) -> Flops:
+        """`flops`, with what adapters add, and without the gradients of weights that have none."""
+        if self.low_rank is None:
+            return self.flops(seq_len)
+        with torch.no_grad():  # sizes of matrices are read
+            planned = self.flops(seq_len)
+        added = Flops(0.0, 0.0)
+        for target in self.adapted:
+            added = added + matmul_flops(self.low_rank.rank * sum(target.sides)) * self.passes(target.path)
+        return planned.without_gradients + added
 
     def active_parameters(self) -> int | None:
         """Parameters that act on one token; None where that is all of them."""
@@ -605,5 +634,11 @@ class ModelAdapter(nn.Module):
         return any(name.startswith(f"{path}.") for path in self.external())
 
     def trained_state(self) -> dict[str, Tensor]:
-        """What checkpoints hold of the model: its state without external parts. Live tensors, not copies."""
-        return {name: value for name, value in self.model.state_dict().items() if not self.is_external(name)}
+        """What checkpoints hold of the model: its state without external parts, and without what adapters stand beside.
+        Live tensors, not copies."""
+        frozen = set()
+        if self.low_rank:
+            named = self.model.named_parameters(remove_duplicate=False)
+            frozen = {name for name, p in named if not p.requires_grad}
+        state = self.model.state_dict()
+        return {n: value for n, value in state.items() if n not in frozen and not self.is_external(n)}

@@ -12,6 +12,7 @@ from configs.messages import ConfigError
 from naming import shorten_text
 
 __all__ = [
+    "ADAPTER_CONFIG",
     "CONFIG",
     "EXPORT",
     "EXPORTED",
@@ -20,6 +21,7 @@ __all__ = [
     "Trained",
     "WEIGHTS",
     "WeightsAre",
+    "adapted_base",
     "is_export",
     "is_ours",
     "lacking",
@@ -29,6 +31,7 @@ __all__ = [
 ]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"  # of PEFT
 EXPORT = "export.json"
 EXPORTED = (CONFIG, "tokenizer.json", WEIGHTS, EXPORT)
 
@@ -74,6 +77,19 @@ def is_export(path: Path) -> bool:
     return (path / EXPORT).is_file() or (
         all(file.is_file() for file in others) and is_ours(read_json(path / CONFIG))
     )
+
+
+def adapted_base(path: Path) -> Path | None:
+    """The folder whose weights a folder of PEFT adapts; None where it is none. ConfigError where it names no folder."""
+    if not (path / ADAPTER_CONFIG).is_file():
+        return None
+    named = read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not named or not Path(named).is_dir():
+        raise ConfigError(
+            f"{path / ADAPTER_CONFIG}: base_model_name_or_path is {named!r}, and there is no such folder. Put the "
+            f"weights that were adapted there, or write their folder into it"
+        )
+    return Path(named)
 
 
 def lacking(path: Path) -> str:

@@ -352,6 +352,14 @@ class RunConfig(BaseModel):
     min_lr: NonNegativeFloat | None = None
     lr_decay_steps: Positive | None = None
 
+    # adapters
+    use_lora: bool = False
+    lora_rank: Positive = 16
+    lora_alpha: Rate = 32.0
+    lora_dropout: OpenFraction = 0.05
+    lora_targets: Text | Annotated[list[Text], Field(min_length=1)] | None = None
+    lora_lr: Rate = 1e-4
+
     # machine
     device: Annotated[str, AfterValidator(_device_name)] = "auto"
     mixed_precision: Annotated[Literal["auto", "no", "bf16", "fp16"], _WordNo] = "auto"

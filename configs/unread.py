@@ -30,6 +30,7 @@ _IDLE: list[tuple[str, Any, tuple[str, ...]]] = [
     ("sample_tokens", 0, ("sample_prompt",)),
     ("muon_momentum_ends", None, ("muon_momentum_rise", "muon_momentum_fall")),
     ("early_stopping", False, ("early_stopping_patience", "early_stopping_threshold")),
+    ("use_lora", False, ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_lr")),
     ("save_only_best", True, ("save_steps", "save_minutes")),
     ("save_checkpoint", False, ("save_steps", "save_minutes", "save_total_limit", "save_precision")),
 ]

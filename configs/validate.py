@@ -143,6 +143,11 @@ def _relations(run: RunConfig) -> list[str]:
     if run.resume == "auto" and not (run.model_name or run.output_dir):
         problems.append("resume=auto needs model_name or output_dir, to know which run goes on")
     problems += _source(run)
+    if run.use_lora and not run.init_from_checkpoint and run.resume == "none":
+        problems.append(
+            "use_lora adapts weights that were trained, and leaves them as they are: it needs "
+            "init_from_checkpoint=<a run, or a folder of export or of Hugging Face transformers>"
+        )
     if run.early_stopping and run.val_loss_every == 0:
         problems.append("early_stopping needs evaluations during training: val_loss_every is 0")
     for name in ("save_only_best", "save_best_model"):

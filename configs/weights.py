@@ -14,13 +14,13 @@ from configs.grammar import override_choices, parse_override
 from configs.messages import ConfigError
 from configs.request import Request
 from configs.runs import OUTPUTS, RUNS, Fixed, checkpoints, fix, run_meant, saved_architecture
-from configs.saved import EXPORT, Architecture, is_export, lacking, read_record
+from configs.saved import ADAPTER_CONFIG, EXPORT, Architecture, adapted_base, is_export, lacking, read_record
 from models import ARCHITECTURES
 from naming import expand_path
 
 FIELD = "init_from_checkpoint"
-# By which a run, a checkpoint and what `export` writes are known.
-_OURS = ("config.yaml", "training_state.json", EXPORT)
+# By which a run, a checkpoint, what `export` writes and a folder of PEFT are known.
+_KNOWN_BY = ("config.yaml", "training_state.json", EXPORT, ADAPTER_CONFIG)
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
 
@@ -40,7 +40,7 @@ def not_weights(path: Path) -> str:
         return f"{path} is {what}, and the folder that it lies in is needed: {path.parent}"
     if (
         (path / "config.json").is_file()
-        or any((path / name).is_file() for name in _OURS)
+        or any((path / name).is_file() for name in _KNOWN_BY)
         or checkpoints(path)
     ):
         return ""
@@ -87,7 +87,7 @@ def sizes_at(given: Any) -> Sizes | None:
             raise ConfigError(f"{FIELD}: {path} is damaged: {problem}. Export it again")
         saved = read_record(path / "config.json", Architecture)
         return Sizes(path, saved["type"], saved["type"], saved["model_cfg"], saved.get("train_seq_len", 1024))
-    folder = read_folder(path)
+    folder = read_folder(adapted_base(path) or path)
     return Sizes(path, folder.row.type, folder.row.name, folder.fields) if folder else None
 
 

@@ -249,6 +249,10 @@ class BD3LM(DiT):
     def init_cache(self, rows: int) -> KVCache:
         return KVCache(self.cfg.n_layers, rows)
 
+    def passes(self, path: str) -> float:
+        """Of what stands twice in a row, clean and noisy."""
+        return 2.0 if path.startswith("layers.") else 1.0
+
     def flops(self, seq_len: int) -> Flops:
         """Per token: the blocks run on 2L tokens, which attend to L^2 + L L' pairs in all. In the last layer only the
         noisy half goes on behind its keys and values, with half of the pairs."""

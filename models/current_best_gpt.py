@@ -359,6 +359,8 @@ class CurrentBestGPT(Decoder):
     def blocks(self) -> list[str]:
         return [f"layers.{layer}" for layer in range(self.cfg.depth)]
 
+    lora_targets = ("qkv_proj", "o_proj")
+
     def param_roles(self) -> list[Rule]:
         return rules(self.cfg)
 

@@ -297,6 +297,8 @@ class DiT(UsesKernels):
     def blocks(self) -> list[str]:
         return [f"layers.{layer}" for layer in range(self.cfg.n_layers)]
 
+    lora_targets = ("attn.qkv", "attn.out")
+
     def param_roles(self) -> list[Rule]:
         return [
             Rule(r"embed\.weight", "embedding"),
@@ -319,10 +321,11 @@ class DiT(UsesKernels):
     def _flops(self, trunk: float, keys: float, reference_keys: float) -> Flops:
         """`trunk`: operations per token of all but attention's pairs and the head."""
         per_key, head = 4 * self.cfg.d_model, 2 * self.head_weight.numel()
+        weights = (trunk + self.cfg.share_of_logits * head) / 2
         trunk += keys * per_key
         training = 3 * (trunk + self.cfg.share_of_logits * head)
         masked = (reference_keys - keys) * per_key
-        return Flops(trunk + head, training, keys, reference_keys, masked, 3 * masked)
+        return Flops(trunk + head, training, keys, reference_keys, masked, 3 * masked, weights)
 
     def _products(self) -> float:
         """Operations of the blocks' matrices, per token."""

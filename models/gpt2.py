@@ -98,7 +98,7 @@ class Block(nn.Module):
 class GPT2(HuggingFaceDecoder):
     Config = GPT2Config
     cfg: GPT2Config
-    hf, hf_prefix = ROWS["gpt2"], "transformer."
+    hf, hf_prefix, hf_transposed = ROWS["gpt2"], "transformer.", True
     hf_buffers = (".attn.bias", ".attn.masked_bias")  # causal masks
 
     def __init__(self, cfg: GPT2Config) -> None:
@@ -167,6 +167,8 @@ class GPT2(HuggingFaceDecoder):
 
     def blocks(self) -> list[str]:
         return [f"h.{layer}" for layer in range(self.cfg.n_layers)]
+
+    lora_targets = ("c_attn", "attn.c_proj")
 
     def param_roles(self) -> list[Rule]:
         return [

@@ -10,6 +10,7 @@ Shapes: B rows, T bytes, D width of the outermost stage, S stages that cut chunk
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -109,6 +110,13 @@ class HNet(Decoder):
             passes += share * sum(map(len, stage.layers)) * stage.width / self.cfg.widths[-1]
             share /= stage.ratio or 1.0
         return passes
+
+    def passes(self, path: str) -> float:
+        """Within, of chunks alone."""
+        stage = min(path.count("main_network."), len(self.cfg.stages) - 1)
+        return 1.0 / math.prod(self.cfg.ratios[:stage])
+
+    lora_targets: tuple[str, ...] = ("in_proj", "out_proj", "Wqkv")
 
     def param_roles(self) -> list[Rule]:
         """Rates of each stage are lambda^s times the run's; embedding and head have those of the outermost. What is

@@ -190,6 +190,8 @@ class HNetXNSA(HNet):
     Config = HNetXNSAConfig
     cfg: HNetXNSAConfig  # type: ignore[assignment]
 
+    lora_targets = ("in_proj", "mixer.out_proj", "q_proj", "k_proj", "v_proj", "o_proj")
+
     def _roles_of(self, number: int, rate: float) -> list[Rule]:
         """Of a stage's sparse attention as in `nsa`, at the stage's rates; of the rest as in `hnet`."""
         sparse = self.cfg.stages[number].sparse

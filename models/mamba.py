@@ -155,6 +155,8 @@ class Mamba(HuggingFaceDecoder):
     def blocks(self) -> list[str]:
         return [f"layers.{layer}" for layer in range(self.cfg.n_layers)]
 
+    lora_targets = ("in_proj", "out_proj")
+
     def param_roles(self) -> list[Rule]:
         """Rates of decay, step sizes and the convolution are vectors to the optimizer, whatever their shape: no decay
         of weights, no orthogonalisation."""

@@ -281,6 +281,11 @@ class Megabyte(Decoder):
         cfg = self.cfg
         return cfg.n_layers_d_global / cfg.patch_size + cfg.n_layers_d_local * cfg.d_local / cfg.d_global
 
+    def passes(self, path: str) -> float:
+        return 1.0 / self.cfg.patch_size if path.startswith("global_layers.") else 1.0
+
+    lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj")
+
     def param_roles(self) -> list[Rule]:
         """Rates scale with what a matrix reads."""
         cfg = self.cfg

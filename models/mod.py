@@ -335,6 +335,10 @@ class MoD(Vanilla):
         full = self.block_flops(seq_len) * (self.cfg.n_layers - routed)
         return full + self.routed_flops(seq_len) * routed + matmul_flops(self.head_weight.numel())
 
+    def passes(self, path: str) -> float:
+        _, layer, *_ = path.split(".")
+        return self.cfg.capacity if int(layer) in self.cfg.routed_layers else 1.0
+
     @property
     def kept_passes(self) -> float:
         """Passes of all tokens through a block, of which a step keeps activations."""

@@ -290,6 +290,8 @@ class MTM(Decoder):
         modules = (f"mtp_modules.{depth}.block" for depth in range(self.cfg.n_mtp_modules))
         return [*(f"trunk.{path}" for path in self.trunk.blocks()), *modules]
 
+    lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj")
+
     def param_roles(self) -> list[Rule]:
         """Of the trunk, and of blocks like its own wherever they are."""
         of_trunk = self.trunk.param_roles()

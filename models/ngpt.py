@@ -255,6 +255,8 @@ class NGPT(Decoder):
     def blocks(self) -> list[str]:
         return [f"layers.{layer}" for layer in range(self.cfg.n_layers)]
 
+    lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj")
+
     def param_roles(self) -> list[Rule]:
         """Adam moves every entry by about the rate. Entries of a unit vector are of size D^-1/2: for a step to turn it
         by one angle at every width, the rate goes as D^-1/2, for embedding and head as for matrices; and so for scales

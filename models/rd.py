@@ -376,6 +376,11 @@ class RD(Decoder):
         prelude, core, coda = self.cfg.parts
         return prelude + coda + core * self.cfg.depth_law.deepest(self.cfg.k_trunc)
 
+    def passes(self, path: str) -> float:
+        return float(self.cfg.mean_recurrence) if path.startswith("core.") else 1.0
+
+    lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj")
+
     def param_roles(self) -> list[Rule]:
         """What is looked up is multiplied by sqrt(D), so that the rate of its entries shrinks with that."""
         return [

@@ -285,6 +285,8 @@ class Vanilla(HuggingFaceDecoder):
     def blocks(self) -> list[str]:
         return [f"layers.{layer}" for layer in range(self.cfg.n_layers)]
 
+    lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj")
+
     def param_roles(self) -> list[Rule]:
         return [
             Rule(r"(embed_tokens|positions)\.weight", "embedding"),

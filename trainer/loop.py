@@ -165,7 +165,7 @@ class Trainer:
         self.progress = Progress()
         self.meter = Meter(self.world.device)
         self.total = session.total_steps
-        self.planned_flops = session.adapter.flops(self.cfg.train_seq_len).training_per_token  # of a token
+        self.planned_flops = session.adapter.cost(self.cfg.train_seq_len).training_per_token  # of a token
         self.last_norm: Tensor = torch.zeros((), device=self.world.device)
         # 1.0 from the first non-finite step on; keeps later updates from building on it until the host has seen it.
         self.halted = torch.zeros((), device=self.world.device)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +21,7 @@ from data import Dataset, load_dataset, unheard
 from data.rows import HeldoutRows, TrainingRows
 from kernels.choose import Kernels
 from models.layers.recompute import recomputing
+from naming import shorten
 from trainer.batching import BatchPlan, StepLoader, divisors, plan_batch, plan_run
 from trainer.distributed import World
 from trainer.memory import largest_that_fits
@@ -28,6 +30,7 @@ from trainer.optim.optimizers import Optimizers, build_optimizers
 from trainer.optim.schedules import require_room_for_warmup
 from trainer.optim.stages import common_rows, stages_of, steps_of_rows
 from trainer.precision import LossScaler, autocast, choose_precision, should_compile, tune_host
+from trainer.run.adapting import give_adapters
 
 if TYPE_CHECKING:
     from configs.schema import ModelConfig, RunConfig
@@ -187,6 +190,9 @@ def open_session(
     tell("building the model")
     adapter = build_adapter(cfg, model_cfg, dataset.tokenizer, device)
     adapter.on_training_text(dataset.train)
+    if cfg.use_lora:
+        tell("reading the weights that are adapted")
+        give_adapters(adapter, cfg, lambda text: None)  # who began the run was told
     spec = adapter.data_spec()
     rows = dataset.training_rows(cfg.train_seq_len, spec.lookahead, cfg.seed)
     steps = total_steps(cfg, rows)
@@ -211,6 +217,8 @@ def open_session(
     if given is None and cfg.gradient_accumulation_steps is None and device.type == "cuda":
         plan = _probe(cfg, world, rows, adapter, optimizers, precision)
         adapter.kernels.used.clear()  # what other batches took is not what the run takes
+    if cfg.use_lora and not cfg.eval_only:
+        _try_rows(cfg, world, rows, adapter, precision, 1, partial(_require_gradients, adapter))
     loader = StepLoader(rows, adapter, plan, world.rank, cfg.seed, stages_of(cfg, steps))
     return Session(
         cfg=cfg,
@@ -268,9 +276,23 @@ def _probe(
     )  # the first step says what can be done about a row that does not fit
 
 
+def _require_gradients(adapter: ModelAdapter) -> None:
+    """After a backward pass: refuse adapters that the loss does not depend on."""
+    idle = [name for name, p in adapter.named_model_parameters() if p.requires_grad and p.grad is None]
+    if idle:
+        raise ValueError(f"lora_targets: the loss does not depend on {shorten(idle)}. Leave them out")
+
+
 def _try_rows(
-    cfg: RunConfig, world: World, rows: TrainingRows, adapter: ModelAdapter, precision: str, n: int
+    cfg: RunConfig,
+    world: World,
+    rows: TrainingRows,
+    adapter: ModelAdapter,
+    precision: str,
+    n: int,
+    look: Callable[[], None] = lambda: None,
 ) -> None:
+    """Forward and backward pass of n rows, and a `look` at what they left."""
     plan = plan_batch(n * world.size, n, None, world.size, cfg.train_seq_len)
     batch = StepLoader(rows, adapter, plan, world.rank, cfg.seed).load(0, "most")
     adapter.on_step_start(batch.ctx, total_steps(cfg, rows))
@@ -278,5 +300,6 @@ def _try_rows(
         with autocast(precision, world.device):
             output = adapter(batch.micro[0].to(world.device))
         weighted_loss(output.terms, batch.denominators).backward()
+        look()
     finally:
         adapter.zero_grad(set_to_none=True)

@@ -166,6 +166,7 @@ class DiffusionAdapter(ModelAdapter):
             training_per_token=positions * (flops.training_per_token - trained) + trained,
             keys=positions * flops.keys,
             reference_keys=positions * flops.reference_keys,
+            weights=positions * flops.weights,
         )
 
     # -- scoring -------------------------------------------------------------------------------------------------

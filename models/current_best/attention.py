@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.attention import Plan, attention
@@ -21,6 +20,7 @@ from kernels.qk_norm_rope import qk_norm_rope
 from models.current_best.config import CurrentBestConfig
 from models.layers.cache import StateCache
 from models.layers.init import uniform_
+from models.layers.lora import scaled_linear
 
 __all__ = ["EPS", "Attention", "Rotation", "Shared", "compose", "composed_keys"]
 
@@ -93,7 +93,7 @@ class Attention(UsesKernels):
         """z (B, T, D), normalised. `value`: the token's value embedding, `added`: to be added to values as it is, both
         (B, T, D). `gates`: numbers per token and head, "xsa", "gate", "read", "write"."""
         lambda_v, lambda_o = self.lambdas.unbind()
-        q, k, v = F.linear(z, lambda_v * self.qkv_proj.weight).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        q, k, v = scaled_linear(self.qkv_proj, z, lambda_v).unflatten(-1, (3, self.heads, -1)).unbind(-3)
         v = self._with_values(v, z, value, added)
         rotate = self._rotate_pairs if self.paired else self._rotate
         q, k = rotate(q, k, shared)  # (B, T, H, h)
@@ -107,7 +107,7 @@ class Attention(UsesKernels):
             y = _exclusive(y, v, gates["xsa"])
         if "gate" in gates:
             y = y * gates["gate"][..., None].to(y.dtype)
-        return F.linear(y.flatten(2), lambda_o * self.o_proj.weight)
+        return scaled_linear(self.o_proj, y.flatten(2), lambda_o)
 
     def _with_values(self, v: Tensor, z: Tensor, value: Tensor | None, added: Tensor | None) -> Tensor:
         if value is not None and self.value_gate is not None:

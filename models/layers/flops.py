@@ -21,7 +21,8 @@ class Flops:
     `keys`: those that a token attends to on average, summed over the layers, as the two figures count them;
     `reference_keys`: those that the plain path multiplies, masked ones too, which costs it `masked_forward` and
     `masked_training` operations more. All of it adds up over the parts of a model, and a part that runs r times, or
-    for a share r of the tokens, costs r times as much: `blocks * depth + head`.
+    for a share r of the tokens, costs r times as much: `blocks * depth + head`. `weights`: those that multiply a token,
+    N_mm, of which a training step makes gradients at two operations each.
     """
 
     forward_per_token: float
@@ -30,6 +31,7 @@ class Flops:
     reference_keys: float = 0.0
     masked_forward: float = 0.0
     masked_training: float = 0.0
+    weights: float = 0.0
 
     def __add__(self, other: Flops) -> Flops:
         return Flops(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
@@ -45,6 +47,7 @@ class Flops:
             self.training_per_token + self.masked_training,
             self.reference_keys,
             self.reference_keys,
+            weights=self.weights,
         )
 
     @property
@@ -55,12 +58,18 @@ class Flops:
     @property
     def frozen(self) -> Flops:
         """Of a part that is read in training, and through which nothing has to be propagated back."""
-        return replace(self, training_per_token=self.forward_per_token, masked_training=self.masked_forward)
+        training, masked = self.forward_per_token, self.masked_forward
+        return replace(self, training_per_token=training, masked_training=masked, weights=0.0)
+
+    @property
+    def without_gradients(self) -> Flops:
+        """Of weights that stay as they are, through which gradients go back to others: 4 operations each, not 6."""
+        return replace(self, training_per_token=self.training_per_token - 2 * self.weights, weights=0.0)
 
 
 def matmul_flops(weights: float) -> Flops:
     """Of weights that multiply each token."""
-    return Flops(2.0 * weights, 6.0 * weights)
+    return Flops(2.0 * weights, 6.0 * weights, weights=weights)
 
 
 def decoder_flops(

@@ -23,6 +23,7 @@ class HuggingFaceDecoder(Decoder):
     hf: Row  # of the table: the architecture there
     hf_prefix: str  # of every name but the head's, in files that have a head
     hf_buffers: tuple[str, ...]  # endings of what older files hold besides weights
+    hf_transposed = False  # whether matrices lie as (in, out) there
     hf_exact: tuple[str, ...] = ()  # endings of what is rounded to no narrower numbers
 
     def to_hf_state_dict(self) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from trainer.run.checkpoint import write_digests, write_file
 from trainer.run.files import new_folder
 from trainer.run.restore import add_source_arguments, named, restore, say
 from trainer.run.source import open_source
-from trainer.run.tensor_files import WEIGHTS, safetensors_library, write_tensors
+from trainer.run.tensor_files import safetensors_library, write_tensors
 from trainer.signals import StopSignal
 from trainer.view.console import Console
 from trainer.view.format import quantity
@@ -55,13 +55,15 @@ def main(argv: list[str]) -> int:
         source = open_source(given, say)
         form.check(*source.config(lambda text: None))  # what there is to note, `restore` says
         restored = restore(source, raw=args.raw, device="cpu")
+        if form.whole:
+            restored.merge()
     precision = args.save_precision or restored.cfg.save_precision
     rounding = Rounding(None if precision == _AS_TRAINED else precision)
     contents = form.contents(restored, rounding)
     with StopSignal("leaving without an export") as stop:
         try:
             with console.doing("writing them"), stop.at_once():
-                sizes = _write(folder, contents, form.digests)
+                sizes = _write(folder, contents, form)
         except StopRequested:
             print(f"{stop.name} received: stopped before {folder} was written", file=sys.stderr)
             return 130
@@ -106,13 +108,13 @@ def _new(output: str) -> Path:
         raise ValueError(f"output: cannot write in {above}: {error.strerror}. Give another folder") from None
 
 
-def _write(folder: Path, contents: Contents, with_digests: bool) -> dict[str, int]:
+def _write(folder: Path, contents: Contents, form: Form) -> dict[str, int]:
     """Put everything there in one go; bytes by name."""
     with new_folder(folder.resolve()) as made:
-        digests = {WEIGHTS: write_tensors(made / WEIGHTS, contents.tensors)}
+        digests = {form.file: write_tensors(made / form.file, contents.tensors)}
         for name, content in contents.files.items():
             text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
             digests[name] = write_file(made / name, text.encode())
-        if with_digests:
+        if form.digests:
             write_digests(made, digests)
     return {file.name: file.stat().st_size for file in sorted(folder.iterdir())}

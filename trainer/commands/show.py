@@ -66,13 +66,16 @@ def _vocabulary(cfg: RunConfig, unit: Unit, given: int | None) -> Any:
 def describe(cfg: RunConfig, model_cfg: ModelConfig, vocab_size: int | None = None) -> dict[str, Any]:
     """Counts from the model built without storage, costs by the documented formulas."""
     from adapters import adapter_class, build_adapter
+    from adapters.lora import attach
     from trainer.optim.optimizers import role_table
 
     unit = adapter_class(cfg).unit(model_cfg)
     tokenizer = _vocabulary(cfg, unit, vocab_size if getattr(model_cfg, "vocab_size", None) is None else None)
     adapter = build_adapter(cfg, model_cfg, tokenizer, "meta")
+    if cfg.use_lora:
+        attach(adapter, cfg, base="")
     roles = role_table(adapter.counted_parameters(), adapter.param_roles(), cfg, adapter.width)
-    flops = adapter.flops(cfg.train_seq_len)
+    flops = adapter.cost(cfg.train_seq_len)
     given = cfg.batch_size if isinstance(cfg.batch_size, int) else None
     world = cfg.num_gpus if isinstance(cfg.num_gpus, int) else 1
     plan = plan_run(cfg, given, world)

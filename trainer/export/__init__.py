@@ -12,6 +12,10 @@ FORMS: dict[str, Entry] = {
         "trainer.export.huggingface:HuggingFace",
         description="a folder that transformers opens, of architectures that it has too",
     ),
+    "peft": Entry(
+        "trainer.export.peft:Peft",
+        description="adapters alone (use_lora), in a folder that PEFT opens beside such a base",
+    ),
     "safetensors": Entry(
         "trainer.export.own:Own",
         description="a folder that this trainer opens, of any architecture",

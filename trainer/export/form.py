@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from configs.saved import WEIGHTS
 from trainer.export.rounding import Rounding
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ class Contents:
 
 
 class Form(ABC):
+    file = WEIGHTS  # of the weights
+    whole = True  # whether what adapters say is added to the weights first
     digests = False  # whether digests.json goes with it, by which a damaged file is known
 
     @abstractmethod

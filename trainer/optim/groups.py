@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from configs.schema import RunConfig
 
 FROZEN = "frozen"
+# Roles that are no part of an architecture's recipe: AdamW steps them, at a rate of their own.
+COMPONENTS = {"adapter": "lora_lr"}
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,10 @@ def _treatment(name: str, parameter: Parameter, rule: Rule, cfg: RunConfig, widt
             raise ValueError(f"{name} has the role matrix: {error}") from None
     chosen = look_up(OPTIMIZERS, cfg.optimizer, "optimizer")
     optimizer = cfg.optimizer if not chosen.roles or rule.role in chosen.roles else chosen.rest
+    if rule.role in COMPONENTS:
+        optimizer = "adamw"
     row = OPTIMIZERS[optimizer]
-    lr = getattr(cfg, row.rate) * rule.lr_mult
+    lr = getattr(cfg, COMPONENTS.get(rule.role, row.rate)) * rule.lr_mult
     # Muon's scale accounts for the shape already. Decoupled decay shrinks with the rate.
     if row.width_scaled and cfg.lr_scaling == "width" and cfg.lr_base_width:
         lr *= (cfg.lr_base_width / (rule.width or width)) ** rule.power_for(parameter.ndim)

@@ -91,7 +91,7 @@ def _manifest(s: Session) -> dict[str, Any]:
     by_role: dict[str, int] = {}
     for row in roles:
         by_role[row["role"]] = by_role.get(row["role"], 0) + row["parameters"]
-    flops = s.adapter.flops(s.cfg.train_seq_len)
+    flops = s.adapter.cost(s.cfg.train_seq_len)
     return {
         "type": s.cfg.type,
         "environment": collect_environment(s.world.device),

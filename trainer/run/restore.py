@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from adapters import adapter_class, build_adapter
 from adapters.base import ModelAdapter
+from adapters.lora import merge
 from configs.messages import ConfigError
 from configs.removed import REMOVED
 from data.rows import HeldoutRows
@@ -68,6 +69,11 @@ class Restored:
     def checkpoint(self) -> Path | None:
         """The folder that the weights are from."""
         return self.source.path if self.source else None
+
+    def merge(self) -> None:
+        """Have a model without adapters, where it has some, that computes the same to rounding."""
+        merge(self.adapter)
+        self.cfg = self.cfg.model_copy(update={"use_lora": False})
 
     def rows(
         self, store: TokenStore, max_bytes: int | None = None, seq_len: int | None = None
@@ -254,17 +260,12 @@ def restore(
     cfg = _changed(cfg, model_cfg, changes)
     tune_host(cfg, where)
     adapter = build_adapter(cfg, model_cfg, source.tokenizer, where)
-    source.fill(adapter)
-    average = None if raw else source.average()
-    if average is not None:
-        with torch.no_grad():
-            for name, parameter in adapter.named_model_parameters():
-                if name in average:
-                    parameter.copy_(average[name])
-        # An average of points of a set need not lie on it.
-        adapter.constrain(torch.zeros((), device=adapter.device))
+    weights: WeightsAre = source.weights
+    if raw:
+        source.fill(adapter)
+    elif source.fill_as_scored(adapter):
+        weights = "EMA"
     precision, _ = choose_precision(cfg.mixed_precision, where)
-    weights: WeightsAre = source.weights if average is None else "EMA"
     return Restored(cfg, adapter.eval(), source.tokenizer, where, precision, source, weights, source.rows)
 
 

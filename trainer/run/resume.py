@@ -219,10 +219,12 @@ def start_from_weights(s: Session, source: Source, console: Console) -> None:
         )
     if source.type != s.cfg.type:
         console.warn(f"the weights of {source.path} were trained as {source.type}; this run is {s.cfg.type}")
+    took = f"weights and tokenizer ({s.dataset.tokenizer.name})"
+    if s.cfg.use_lora:  # the model was made with them
+        console.note(f"adapters beside the {took} of {source.path}, which stay as they are")
+        return
     source.begin(s, console.note)
     s.adapter.constrain(torch.zeros((), device=s.world.device))
     if s.ema:
-        s.ema.restart(source.average())
-    console.note(
-        f"weights and tokenizer ({s.dataset.tokenizer.name}) from {source.path}; optimizer and step start anew"
-    )
+        s.ema.restart(None if source.adapts else source.average())
+    console.note(f"{took} from {source.path}; optimizer and step start anew")

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -17,10 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import ValidationError
 
+from adapters import build_adapter
+from adapters.lora import merge
 from configs.saved import Architecture, WeightsAre, read_record, told
 from configs.saved import Trained as Record
 from configs.validate import read_saved
 from configs.weights import not_weights
+from data.cache import file_digest
 from data.tokenizers import Tokenizer, load_tokenizer
 from models import ARCHITECTURES
 from naming import expand_path, load, require_fit, shapes, shorten
@@ -42,10 +46,12 @@ __all__ = [
 ]
 
 Note = Callable[[str], None]
+_NO_WEIGHTS = ("optimizer.pt",)
 
 # "package.module:Class", asked in this order; the last is what any other folder is taken for.
 KINDS = (
     "trainer.run.exported:Exported",
+    "trainer.run.peft:PeftFolder",
     "trainer.run.huggingface:HuggingFaceFolder",
     "trainer.run.source:Checkpoint",
 )
@@ -59,6 +65,7 @@ class Source(ABC):
     )
     rows = 16  # of a forward pass: where they were scored before, as then
     weights: WeightsAre = "raw"  # what `fill` loads
+    adapts = False  # whether they are those of adapters, beside the weights of another source
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -104,6 +111,37 @@ class Source(ABC):
         """Load the weights into a run that begins with them."""
         self.fill(s.adapter)
 
+    def fill_as_scored(self, adapter: ModelAdapter) -> bool:
+        """Load the weights that it is scored with: their average, where one was kept beside them; whether it was."""
+        self.fill(adapter)
+        average = self.average()
+        if average is None:
+            return False
+        with torch.no_grad():
+            for name, parameter in adapter.named_model_parameters():
+                if name in average:
+                    parameter.copy_(average[name])
+        # An average of points of a set need not lie on it.
+        adapter.constrain(torch.zeros((), device=adapter.device))
+        return True
+
+    def whole(self) -> dict[str, torch.Tensor]:
+        """The weights by our names, what adapters say added to those that they belong to."""
+        cfg, model_cfg = self.config(lambda text: None)
+        adapter = build_adapter(cfg, model_cfg, self.tokenizer)
+        self.fill_as_scored(adapter)
+        merge(adapter)
+        return adapter.trained_state()
+
+    @cached_property
+    def digest(self) -> str:
+        """What tells these weights from all others: sha256 over the files that hold some, by name."""
+        found = hashlib.sha256()
+        for path in sorted(self.path.iterdir()):
+            if path.suffix in (".pt", ".safetensors", ".bin") and path.name not in _NO_WEIGHTS:
+                found.update(f"{path.name} {file_digest(path)}\n".encode())
+        return found.hexdigest()
+
 
 class Trained(Source):
     """Weights that were trained here: beside them lie config.json, our tokenizer.json and what the run recorded."""
@@ -116,6 +154,7 @@ class Trained(Source):
         self.architecture = read_record(path / "config.json", Architecture)
         self.recorded, self.record = read_record(path / record, kind), record
         self.data, self.rows = self.recorded["data"], self.architecture["batch_size"]
+        self.adapts = bool(self.recorded["training_config"].get("use_lora"))
 
     @abstractmethod
     def state(self) -> dict[str, torch.Tensor]:
@@ -156,15 +195,25 @@ class Trained(Source):
         return found
 
     def fill(self, adapter: ModelAdapter) -> None:
+        if self.adapts:
+            self._adapt(adapter)
         self._fill(adapter, self.state())
+
+    def _adapt(self, adapter: ModelAdapter) -> None:
+        """Give a model what it was trained beside: the weights of the base, and adapters."""
+        from trainer.run.adapting import give_adapters
+
+        cfg, _ = self.config(lambda text: None)
+        give_adapters(adapter, cfg, lambda text: None)
 
     def begin(self, s: Session, note: Note) -> None:
         from trainer.run.fitted import with_own_fits
 
-        self._fill(s.adapter, with_own_fits(s, self, self.state(), note))
+        self._fill(s.adapter, with_own_fits(s, self, self.whole() if self.adapts else self.state(), note))
 
     def _fill(self, adapter: ModelAdapter, state: dict[str, torch.Tensor]) -> None:
-        require_same_provenance(adapter, self.architecture, self.path)
+        if adapter.low_rank or not self.adapts:  # of adapters that were added up the base is no matter
+            require_same_provenance(adapter, self.architecture, self.path)
         load_weights(adapter, state, f"{self.path}/{self.file}")
 
 

@@ -1,0 +1,70 @@
+"""A folder that PEFT opens: adapters of an architecture that transformers has, beside weights in its form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from configs.saved import ADAPTER_CONFIG
+from models.huggingface import to_config
+from models.layers.huggingface import HuggingFaceDecoder
+from trainer.export.form import Contents, Form
+from trainer.export.rounding import Rounding
+from trainer.run.peft import ADAPTERS, PREFIX
+
+if TYPE_CHECKING:
+    from configs.schema import ModelConfig, RunConfig
+    from trainer.run.restore import Restored
+
+__all__ = ["Peft"]
+
+_ANY_WAY = "--to safetensors takes every architecture, and what its adapters add"
+
+
+class Peft(Form):
+    file, whole = ADAPTERS, False
+
+    def check(self, cfg: RunConfig, model_cfg: ModelConfig) -> None:
+        if not cfg.use_lora:
+            raise ValueError("to: peft is for adapters, and this run has none. Train some with use_lora=true")
+        try:
+            to_config(cfg.type, model_cfg)
+        except ValueError as error:
+            raise ValueError(f"to: {error}. {_ANY_WAY}") from None
+
+    def contents(self, restored: Restored, rounding: Rounding) -> Contents:
+        model, low_rank = restored.adapter.model, restored.adapter.low_rank
+        assert low_rank is not None
+        if not isinstance(model, HuggingFaceDecoder):  # an adapter may bring its own
+            raise ValueError(f"to: a {type(model).__name__} has no names in transformers. {_ANY_WAY}")
+        if stacks := [target.path for target in restored.adapter.adapted if target.parameter != "weight"]:
+            raise ValueError(f"to: PEFT has no form for a stack of experts ({stacks[0]}). {_ANY_WAY}")
+        state = model.state_dict()
+        adapted = [target.module for target in restored.adapter.adapted]
+        theirs = {name: name if name == "lm_head" else model.hf_prefix + name for name in adapted}
+        tensors = {
+            f"{PREFIX}{there}.{name}.weight": rounding(f"{here}.{name}", state[f"{here}.{name}"])
+            for here, there in theirs.items()
+            for name in ("lora_A", "lora_B")
+        }
+        base = restored.cfg.init_from_checkpoint
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base if base and (Path(base) / "config.json").is_file() else None,
+            "r": low_rank.rank,
+            "lora_alpha": low_rank.alpha,
+            "lora_dropout": low_rank.dropout,
+            "target_modules": list(theirs.values()),
+            "bias": "none",
+            "fan_in_fan_out": model.hf_transposed,
+            "inference_mode": True,
+        }
+        return Contents(tensors, {ADAPTER_CONFIG: config})
+
+    def opened_by(self, folder: Path, contents: Contents) -> list[str]:
+        return [
+            "from peft import PeftModel; from transformers import AutoModelForCausalLM",
+            "base = AutoModelForCausalLM.from_pretrained(BASE)  # the weights that were adapted: export --to hf",
+            f"model = PeftModel.from_pretrained(base, {str(folder)!r})",
+        ]

@@ -1,0 +1,36 @@
+"""The weights that a run with LoRA adapts: from what its `init_from_checkpoint` names, whenever its model is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapters.lora import attach, merge
+from trainer.run.source import Source, open_source
+
+if TYPE_CHECKING:
+    from adapters.base import ModelAdapter
+    from configs.schema import RunConfig
+
+__all__ = ["give_adapters"]
+
+
+def give_adapters(adapter: ModelAdapter, cfg: RunConfig, note: Callable[[str], None]) -> Source:
+    """Fill the model with the weights that `cfg` adapts, and put its adapters beside them; the source of the weights.
+    Adapters that the source itself has are added to its weights first.
+
+    Raises:
+        ValueError: the weights are not there any more or do not fit, or a target cannot be adapted.
+    """
+    assert cfg.init_from_checkpoint is not None
+    if not Path(cfg.init_from_checkpoint).exists():
+        raise ValueError(
+            f"init_from_checkpoint: {cfg.init_from_checkpoint} is not there, whose weights this run adapts and does "
+            f"not keep itself. Put it back"
+        )
+    source = open_source(cfg.init_from_checkpoint, note)
+    source.fill_as_scored(adapter)
+    merge(adapter)
+    attach(adapter, cfg, source.digest)
+    return source

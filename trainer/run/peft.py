@@ -1,0 +1,109 @@
+"""Adapters from a folder of PEFT, beside a base in the form of Hugging Face transformers that lies on this disk."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapters.lora import attach
+from configs.saved import ADAPTER_CONFIG, adapted_base, read_json
+from naming import require_fit, shapes
+from trainer.run.huggingface import HuggingFaceFolder
+from trainer.run.source import Note, Source, load_weights
+from trainer.run.tensor_files import read_tensors
+
+if TYPE_CHECKING:
+    from adapters.base import ModelAdapter
+    from configs.schema import ModelConfig, RunConfig
+    from data.tokenizers import Tokenizer
+    from trainer.session import Session
+
+__all__ = ["ADAPTERS", "PREFIX", "PeftFolder"]
+
+ADAPTERS = "adapter_model.safetensors"
+PREFIX = "base_model.model."  # of every name there
+# What its configuration may say beside `_READ`, where this means LoRA as it is known here.
+_OTHERWISE: dict[str, Any] = {
+    **{"use_rslora": False, "use_dora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {}},
+    **{"alpha_pattern": {}, "layers_to_transform": None, "lora_bias": False, "target_parameters": None},
+}
+
+
+class PeftFolder(Source):
+    """`adapter_config.json` names the base and the targets, `adapter_model.safetensors` holds A and B."""
+
+    weights, adapts = "Hugging Face", True
+
+    def __init__(self, path: Path, base: HuggingFaceFolder, entries: dict[str, Any]) -> None:
+        super().__init__(path)
+        self.base, self.entries = base, entries
+
+    @classmethod
+    def open(cls, path: Path, warn: Note) -> Source | None:
+        if not (path / ADAPTER_CONFIG).is_file():
+            return None
+        entries = read_json(path / ADAPTER_CONFIG)
+        if entries.get("peft_type") != "LORA":
+            raise ValueError(
+                f"{path / ADAPTER_CONFIG}: peft_type must be LORA, got {entries.get('peft_type')!r}"
+            )
+        strange = [k for k, usual in _OTHERWISE.items() if entries.get(k) not in (usual, None, {}, [])]
+        if strange:
+            raise ValueError(
+                f"{path / ADAPTER_CONFIG}: {strange[0]} is {entries[strange[0]]!r}, and adapters are known with "
+                f"{_OTHERWISE[strange[0]]!r} alone"
+            )
+        if not (path / ADAPTERS).is_file():
+            raise ValueError(f"{path}: {ADAPTERS} is missing, and no other file is read, as none is executed")
+        named = adapted_base(path)
+        base = HuggingFaceFolder.open(named, warn) if named else None
+        if not isinstance(base, HuggingFaceFolder):
+            raise ValueError(f"{named}, which {path} adapts, is no folder of Hugging Face transformers")
+        return cls(path, base, entries)
+
+    @property
+    def type(self) -> str:
+        return self.base.type
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return self.base.tokenizer
+
+    def config(self, note: Note) -> tuple[RunConfig, ModelConfig]:
+        """That of the base, with these adapters."""
+        cfg, model_cfg = self.base.config(note)
+        entries = self.entries
+        fields = {
+            "use_lora": True,
+            "lora_rank": int(entries["r"]),
+            "lora_alpha": float(entries["lora_alpha"]),
+            "lora_dropout": float(entries.get("lora_dropout") or 0.0),
+            "lora_targets": self._targets(),
+        }
+        return cfg.model_copy(update=fields), model_cfg
+
+    def _targets(self) -> str | list[str]:
+        given = self.entries.get("target_modules")
+        if given in ("all-linear", None):
+            return "all-linear"
+        if isinstance(given, str):
+            raise ValueError(f"{self.path / ADAPTER_CONFIG}: target_modules is a pattern. Name the modules")
+        return sorted({name.removeprefix("model.").removeprefix("transformer.") for name in given})
+
+    def fill(self, adapter: ModelAdapter) -> None:
+        self.base.fill(adapter)
+        cfg, _ = self.config(lambda text: None)
+        attach(adapter, cfg, self.base.digest)
+        found = read_tensors(self.path / ADAPTERS)
+        prefix = PREFIX + adapter.model.hf_prefix
+        ours = {
+            name.removeprefix(prefix).removeprefix(PREFIX).removesuffix(".weight"): tensor
+            for name, tensor in found.items()
+        }
+        wanted = {n: t for n, t in adapter.trained_state().items() if ".lora_" in n}
+        require_fit(f"{self.path / ADAPTERS}", shapes(wanted), shapes(ours))
+        adapter.model.load_state_dict(ours, strict=False)
+
+    def begin(self, s: Session, note: Note) -> None:
+        load_weights(s.adapter, self.whole(), str(self.path))
