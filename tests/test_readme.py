@@ -110,7 +110,8 @@ def test_commands_are_understood(somewhere, monkeypatch, capsys, document, words
     argv = words[program + 1 :]
     for word in argv:
         if word.startswith("init_from_checkpoint="):
-            make_weights(Path(word.partition("=")[2]))
+            begin = Path(word.partition("=")[2])
+            make_run(begin) if begin.parent.name == "checkpoints" else make_weights(begin)
     if argv and argv[0] in mytrainer.COMMANDS and argv[0] != "train":
         if argv[0] == "bench":
             monkeypatch.setattr("trainer.commands.bench.step._loop_overhead", parsed)
