@@ -27,9 +27,11 @@ import numpy as np
 from data import TOKENIZERS, named
 from data.cache import cache_root
 from data.config import DataConfig
+from data.corpus import Corpus
 from data.cuts import SECTION_BYTES
 from data.errors import DataError
 from data.named import KINDS, FilesConfig, Named, named_files
+from data.prepared import open_prepared, prepared_folder
 from data.shard_text import ShardText
 from data.shards import (
     GPT2_HEADER,
@@ -63,13 +65,15 @@ class BinConfig(FilesConfig, PublicConfig, Protocol):
     """Of `data=bin`."""
 
 
-def load(cfg: BinConfig) -> Stream:
-    """The shards that `train_files` or `input_file`, and `val_files`, name.
+def load(cfg: BinConfig) -> Stream | Corpus:
+    """The shards that `train_files` or `input_file`, and `val_files`, name: files, or a folder of `prepare`.
 
     Raises:
         DataError: no such files, nothing says which of them are held out, they are damaged or of several kinds, or
             their tokenizer is not known or not here.
     """
+    if folder := prepared_folder(cfg):
+        return open_prepared(folder, cfg)
     return stream_of(cfg, named_files(cfg, KINDS["bin"]))
 
 
@@ -92,6 +96,11 @@ def stream_of(cfg: PublicConfig, files: Named) -> Stream:
 
 def absolute(cfg: BinConfig) -> dict[str, Any]:
     """As `data.named.absolute`."""
+    if folder := prepared_folder(cfg):
+        return {
+            **({"train_files": [os.path.abspath(folder)]} if cfg.train_files else {}),
+            **tokenizer_path(cfg),
+        }
     return {**named.absolute(cfg, KINDS["bin"]), **tokenizer_path(cfg)}
 
 

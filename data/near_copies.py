@@ -103,7 +103,9 @@ def heed(corpus: Corpus, choice: str, cache: Path) -> tuple[Corpus, Overlap]:
     notes += noted(overlap, "the held-out text", _mend(len(copies), sum(copies), overlap.dropped))
     if overlap.dropped:
         heldout = selected(corpus.heldout, kept)
-        corpus = replace(corpus, heldout=heldout, fingerprint=fingerprint(corpus.train, heldout))
+        corpus = replace(
+            corpus, heldout=heldout, fingerprint=fingerprint(corpus.train, heldout), known_content=None
+        )
     return replace(corpus, notes=tuple(notes)), overlap
 
 

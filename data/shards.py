@@ -27,7 +27,17 @@ import numpy as np
 from data.errors import DataError
 from data.stream import FilePart, Stamp
 
-__all__ = ["GPT2_HEADER", "HEADERLESS", "MEGATRON", "Shard", "ShardFiles", "ShardTokens", "open_shard"]
+__all__ = [
+    "GPT2_HEADER",
+    "HEADERLESS",
+    "LLAMA_HEADER",
+    "MEGATRON",
+    "Shard",
+    "ShardFiles",
+    "ShardTokens",
+    "header_of",
+    "open_shard",
+]
 
 GPT2_HEADER, LLAMA_HEADER, HEADERLESS, MEGATRON = "20240520", "20240801", "no header", "Megatron"
 HEADER = 1024  # bytes
@@ -120,6 +130,12 @@ def _with_header(shard: Shard, head: bytes) -> Shard:
             f"{shard.path!r}: its header says {length:,} tokens, and {held:,} are there: {what}. Fetch it again"
         )
     return Shard(shard.path, shard.kind, known.dtype, HEADER, length, shard.size, shard.changed)
+
+
+def header_of(kind: str, tokens: int) -> bytes:
+    """The header of a file with that many tokens."""
+    said = struct.pack("<3i", int(kind), _HEADERS[int(kind)].version, tokens)
+    return said.ljust(HEADER, b"\0")
 
 
 def _some(shard: Shard) -> Shard:

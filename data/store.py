@@ -15,6 +15,7 @@ from data.arrays import ArrayWriter, map_array
 from data.cache import file_digest, write_atomic
 from data.corpus import Document, Marker
 from data.errors import DataError
+from data.prepared import PreparedText
 from data.shard_text import ShardText
 from data.shards import ShardTokens
 from data.tokenizers import Tokenizer, spans_of, text_of
@@ -42,7 +43,7 @@ class TokenStore:
     doc_bytes: np.ndarray
     tokenizer: Tokenizer
     lossy: np.ndarray | None = None
-    raw: np.ndarray | None = None
+    raw: np.ndarray | ShardTokens | None = None
     marks: Mapping[str, Marker] = field(default_factory=dict)
 
     @property
@@ -134,6 +135,15 @@ def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> Tok
         return TokenStore(tokens, offsets, doc_bytes, tokenizer)
     raw = np.frombuffer(b"".join([document.text for document in documents]), dtype=np.uint8)
     return TokenStore(tokens, offsets, doc_bytes, tokenizer, lossy, raw)
+
+
+def prepared_store(documents: Sequence[Document], tokenizer: Tokenizer) -> TokenStore | None:
+    """Of documents that were prepared with a tokenizer; None of any others."""
+    if not isinstance(documents, PreparedText) or not documents.is_of(tokenizer):
+        return None
+    raw = documents.raw
+    lossy = documents.lossy if raw is not None else None
+    return TokenStore(documents.tokens, documents.offsets, documents.sizes, tokenizer, lossy, raw)
 
 
 def save_stores(folder: Path, stores: dict[str, TokenStore]) -> None:
