@@ -48,10 +48,11 @@ from data.shards import GPT2_HEADER, HEADER, LLAMA_HEADER, header_of
 from data.tokenizer_choice import make_tokenizer
 from data.tokenizers import Tokenizer, load_tokenizer
 
-__all__ = ["LARGEST_SHARD", "Prepared", "Wanted", "prepare"]
+__all__ = ["LARGEST_SHARD", "SMALLEST_SHARD", "Prepared", "Wanted", "prepare"]
 
 PARTS, LOCK = ".parts", ".lock"
 LARGEST_SHARD = (1 << 31) - 1  # tokens: the header counts them in an int32
+SMALLEST_SHARD = 1_000
 Progress = Callable[[int, int], object]  # bytes of text that are done, and of all
 
 
@@ -111,6 +112,7 @@ def prepare(
                 _tidy(folder)
                 documents = sum(manifest[side]["documents"] for side in SIDES)
                 return Prepared(manifest, documents, tuple(notes))
+            tell("")  # `progress` does
             with Encoders(folder / TOKENIZER, wanted.processes) as encoders:
                 kept, shards = _write(corpus, asked, wanted, encoders, tell, progress)
             tell("writing where the documents lie")
@@ -264,7 +266,6 @@ def _write(
     done = kept = 0
     shards: dict[str, list[dict[str, Any]]] = {}
     for side in SIDES:
-        tell(f"encoding ({'held-out text' if side == 'heldout' else 'text for training'})")
         shards[side] = _complete(folder, SIDES[side])
         there = sum(shard["documents"] for shard in shards[side])
         kept += there
