@@ -45,16 +45,14 @@ class Encoded(NamedTuple):
 
 
 class Encoders:
-    """Processes that encode by the tokenizer of a file; as a context they end with it."""
+    """Processes that encode by the tokenizer of a file, as many as there is work for; as a context they end with it."""
 
     def __init__(self, tokenizer_file: Path, processes: int):
-        self._file, self._processes = tokenizer_file, processes
+        self._file, self._to_start = tokenizer_file, processes
         self._started = ExitStack()
         self._idle: deque[_Worker] = deque()
 
     def __enter__(self) -> Self:
-        for _ in range(self._processes):
-            self._idle.append(self._started.enter_context(_Worker(self._file)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -68,8 +66,8 @@ class Encoders:
         """
         batches = _batches(documents)
         busy: deque[_Worker] = deque()
-        for batch in islice(batches, len(self._idle)):
-            busy.append(self._idle.popleft())
+        for batch in islice(batches, len(self._idle) + self._to_start):
+            busy.append(self._idle.popleft() if self._idle else self._start())
             busy[-1].send(batch)
         while busy:
             worker = busy.popleft()
@@ -81,6 +79,10 @@ class Encoders:
             else:
                 self._idle.append(worker)
             yield from done
+
+    def _start(self) -> _Worker:
+        self._to_start -= 1
+        return self._started.enter_context(_Worker(self._file))
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

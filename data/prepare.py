@@ -14,8 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -53,6 +53,8 @@ __all__ = ["LARGEST_SHARD", "SMALLEST_SHARD", "Prepared", "Wanted", "prepare"]
 PARTS, LOCK = ".parts", ".lock"
 LARGEST_SHARD = (1 << 31) - 1  # tokens: the header counts them in an int32
 SMALLEST_SHARD = 1_000
+# Files that were being written by `write_atomic` when a preparation was killed.
+_ABANDONED = re.compile(r"\.(?:shards|partial|tokenizer|train|val)\..*\.\w{8}")
 Progress = Callable[[int, int], object]  # bytes of text that are done, and of all
 
 
@@ -204,16 +206,21 @@ def _begin(folder: Path, asked: Mapping[str, Any], tokenizer: Tokenizer) -> None
     """A folder is new, or holds (a part of) just this. DataError where it holds something else."""
     there = next((name for name in (MANIFEST, PARTIAL) if (folder / name).exists()), None)
     if there is None:
-        if others := sorted(name for name in os.listdir(folder) if name != LOCK):
+        if others := sorted(name for name in os.listdir(folder) if not name.startswith(".")):
             raise DataError(
                 f"{str(folder)!r} holds other files ({others[0]!r}). Name a new folder: --out <folder>"
             )
-        tokenizer.save(folder / TOKENIZER)
         content = json.dumps(asked, indent=1)
         write_atomic(folder / PARTIAL, lambda file: file.write(content.encode("utf-8", "backslashreplace")))
+        tokenizer.save(folder / TOKENIZER)
         return
+    for path in folder.iterdir():
+        if _ABANDONED.fullmatch(path.name):
+            path.unlink()
     then = read_manifest(folder) if there == MANIFEST else _read_json(folder / PARTIAL)
     _require_same(folder, then, asked)
+    if there == PARTIAL and not (folder / TOKENIZER).exists():  # stopped just before it
+        tokenizer.save(folder / TOKENIZER)
     if (found := load_tokenizer(folder / TOKENIZER).digest) != tokenizer.digest:
         raise DataError(
             f"{str(folder / TOKENIZER)!r} has digest {found[:16]}, and the shards beside it are of {tokenizer.name}, "
@@ -459,7 +466,7 @@ def _finish(
     """The manifest, with which the folder is complete."""
     for side, start in SIDES.items():
         _write_index(folder, start, _documents(corpus, side), shards[side])
-    files = sorted(path.name for path in folder.iterdir() if path.name not in (PARTIAL, PARTS, LOCK))
+    files = sorted(path.name for path in folder.iterdir() if path.name[0] != "." and path.name != PARTIAL)
     known = {
         name: digest for side in SIDES for shard in shards[side] for name, digest in shard["sha256"].items()
     }
