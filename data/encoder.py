@@ -175,12 +175,10 @@ def main(tokenizer_file: str, places: str) -> None:
     tokenizer = load_tokenizer(tokenizer_file)
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever is printed is no answer
-    with open(places, "wb", buffering=0) as file:
+    # Where the one that started it is gone nobody gives and takes any more.
+    with open(places, "wb", buffering=0) as file, suppress(EOFError, BrokenPipeError):
         while True:
-            try:
-                texts = pickle.load(sys.stdin.buffer)
-            except EOFError:
-                return
+            texts = pickle.load(sys.stdin.buffer)
             pickle.dump(_encode(tokenizer, texts, file.fileno()), out, protocol=5)
             out.flush()
 

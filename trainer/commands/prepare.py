@@ -176,7 +176,8 @@ def _clean(args: argparse.Namespace, words: Sequence[str]) -> int:
         size = quantity(sum(entry.bytes for entry in those))
         ages = [time.time() - entry.changed for entry in those]
         print(
-            f"  {kind:<12} {size:>5}B in {len(those):,}, {duration(min(ages))} to {duration(max(ages))} old: {about.about}"
+            f"  {kind:<12} {size:>5}B in {len(those):,}, {duration(min(ages))} to {duration(max(ages))} old: "
+            f"{about.about}"
         )
     chosen = [entry for entry in entries if entry.kind in kinds]
     gone = [entry for entry in chosen if not entry.kept]
