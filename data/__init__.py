@@ -47,7 +47,8 @@ class Source(Entry):
     the same from any folder; DataError where there is nothing. `suffixes`: how the names of its files end, where they
     are of one kind.
     `tokenizer` is what `auto` means for it, and `tokenizer_why` says why; `tokenizer_field` names a field of its own
-    that says so instead where it is set, and else `tokenizer_file`, `(cfg) -> path or None`, the one that its text has. `near_copies` is what that field means where it is not set; None: held-out
+    that says so instead where it is set, and else `tokenizer_file`, `(cfg) -> path or None`, the one that its text has.
+    `near_copies` is what that field means where it is not set; None: held-out
     text is not compared with the training text, as both are drawn independently.
     """
 

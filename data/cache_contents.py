@@ -52,7 +52,7 @@ _TRAINED = re.compile(
 
 @dataclass(frozen=True)
 class Entry:
-    """`changed`: when anything of it was last written to (s). `kept`: why it is not deleted, nothing where it may be."""
+    """`changed`: when anything of it was last written to (s). `kept`: why it stays, nothing where it may go."""
 
     kind: str
     path: Path

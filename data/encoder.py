@@ -1,7 +1,7 @@
 """Texts become ids in several processes: one reads and writes, the others encode.
 
-`Encoders` gives documents to them in batches and takes the ids in the order of the documents, so that nothing depends on
-how many there are. A process is `python -m data.encoder <tokenizer.json> <file of places>`: batches come in on its
+`Encoders` gives documents to them in batches and takes the ids in the order of the documents, so that nothing depends
+on how many there are. A process is `python -m data.encoder <tokenizer.json> <file of places>`: batches come in on its
 standard input, what they became goes out on its standard output, and before each document it writes which one it is
 about, so that it is known of which one it died.
 """

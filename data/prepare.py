@@ -29,7 +29,7 @@ from data import SOURCES, load_corpus, unheard
 from data.arrays import map_array
 from data.cache import file_digest, write_atomic
 from data.config import DataConfig
-from data.corpus import Corpus, Document, Texts, fingerprint, selected, sizes, total_bytes
+from data.corpus import Corpus, Document, Texts, fingerprint, sizes, total_bytes
 from data.encoder import Encoded, Encoders
 from data.errors import DataError
 from data.near_copies import Overlap
@@ -160,21 +160,27 @@ def _without_copies(corpus: Corpus) -> tuple[Corpus, str]:
     """Each text once: the first, held-out ones before those for training."""
     digests = {side: _digests(_documents(corpus, side)) for side in SIDES}
     first = _first_of_each(np.concatenate([digests[side] for side in SIDES]))
-    sides, held = {}, len(digests["heldout"])
-    for side, chosen in (("heldout", first[first < held]), ("train", first[first >= held] - held)):
-        sides[side] = selected(_documents(corpus, side), chosen)
-    dropped = {side: len(digests[side]) - len(sides[side]) for side in SIDES}
+    held = len(digests["heldout"])
+    heldout = _selected(corpus.heldout, first[first < held])
+    train = _selected(corpus.train, first[first >= held] - held)
+    dropped = {"heldout": held - len(heldout), "train": len(digests["train"]) - len(train)}
     note = (
         f"dropped exact copies: {dropped['train']:,} documents for training, {dropped['heldout']:,} held out"
     )
     if not any(dropped.values()):
         return corpus, note
-    if not len(sides["train"]):
+    if not len(train):
         raise DataError(
             "drop_copies would leave nothing to train on: all of it is held out too. Hold out other text"
         )
-    told = fingerprint(sides["train"], sides["heldout"])
-    return replace(corpus, **sides, fingerprint=told, known_content=None), note
+    told = fingerprint(train, heldout)
+    return replace(corpus, train=train, heldout=heldout, fingerprint=told, known_content=None), note
+
+
+def _selected(documents: Sequence[Document], places: np.ndarray) -> Sequence[Document]:
+    return (
+        documents.select(places) if isinstance(documents, Texts) else [documents[place] for place in places]
+    )
 
 
 def _first_of_each(digests: np.ndarray) -> np.ndarray:
