@@ -320,17 +320,14 @@ def token_stores(
 ) -> tuple[dict[str, TokenStore], Path | None]:
     """The tokens of both sides, from the cache or written there, and their folder; None where there is no cache."""
     from data.corpus import Texts
-    from data.shard_text import ShardText
-    from data.store import encode_documents, load_stores, prepared_store, write_stores
+    from data.shard_text import InShards
+    from data.store import encode_documents, load_stores, write_stores
 
     sides = {"train": corpus.train, "heldout": corpus.heldout}
     # Ids that stay in their files are of these files.
-    keys = [s.key for s in sides.values() if isinstance(s, ShardText) and s.is_of(tokenizer)]
+    keys = [s.key for s in sides.values() if isinstance(s, InShards) and s.is_of(tokenizer)]
     shards = f"-{'-'.join(keys)}" if keys else ""
     folder = cache / "tokens" / f"{corpus.fingerprint[:16]}-{tokenizer.digest[:16]}{shards}-v{CACHE_FORMAT}"
-    prepared = {side: prepared_store(documents, tokenizer) for side, documents in sides.items()}
-    if all(prepared.values()):
-        return {side: store for side, store in prepared.items() if store}, folder
     if (folder / "meta.json").exists():
         try:
             return load_stores(folder, list(sides), tokenizer), folder

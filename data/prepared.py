@@ -23,9 +23,10 @@ import numpy as np
 from data.arrays import map_array
 from data.cache import cache_root, file_digest, write_atomic
 from data.config import DataConfig
-from data.corpus import Corpus, Document, Texts
+from data.corpus import Corpus, Document
 from data.errors import DataError
 from data.named import FilesConfig
+from data.shard_text import InShards
 from data.shards import Shard, ShardFiles, ShardTokens, open_shard
 from data.stream import FilePart
 from data.tokenizers import Tokenizer, load_tokenizer, text_of
@@ -57,7 +58,7 @@ class PreparedConfig(FilesConfig, DataConfig, Protocol):
     shards_tokenizer: str | None
 
 
-class PreparedText(Texts):
+class PreparedText(InShards):
     """One side of a prepared folder; what is read of its arrays and shards is what is asked for.
 
     begins (n,) int64: where the ids of each document begin in the shards together; offsets (n + 1,) int64: in those of
@@ -73,7 +74,7 @@ class PreparedText(Texts):
         self.offsets, self.begins = arrays["offsets"], arrays["begins"]
         lossy = folder / f"{start}.lossy.npy"
         self.lossy = _array(lossy) if lossy.exists() else None
-        self.tokenizer = tokenizer
+        self._tokenizer = tokenizer
         self._files = ShardFiles(
             [open_shard(folder / s["file"], tokenizer.dtype) for s in shards], tokenizer.dtype
         )
@@ -116,16 +117,12 @@ class PreparedText(Texts):
             begin = int(self._text_begins[index])
             return self._text.read(begin, begin + int(self.sizes[index])).tobytes()
         begin, length = int(self.begins[index]), int(self.offsets[index + 1] - self.offsets[index])
-        return text_of(self.tokenizer, self._files.read(begin, begin + length))
+        return text_of(self._tokenizer, self._files.read(begin, begin + length))
 
     def _name(self, index: int) -> str:
         begin = int(self.begins[index])
         number = int(np.searchsorted(self._files.bases, begin, side="right")) - 1
         return f"{Path(self._files.shards[number].path).name}:{begin - int(self._files.bases[number])}"
-
-    def is_of(self, tokenizer: Tokenizer) -> bool:
-        """Whether the ids of the shards are those of a tokenizer."""
-        return self.tokenizer.digest == tokenizer.digest
 
     @property
     def tokens(self) -> ShardTokens:

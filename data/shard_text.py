@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from data.arrays import map_array
-from data.corpus import Document
+from data.corpus import Document, Texts
 from data.kept import KeptText
 from data.shards import ShardFiles, ShardTokens
 from data.stream import Part
@@ -20,10 +21,37 @@ from data.tokenizers import Tokenizer, text_of
 if TYPE_CHECKING:
     from data.bin import ShardPart
 
-__all__ = ["ShardText"]
+__all__ = ["InShards", "ShardText"]
 
 
-class ShardText(KeptText):
+class InShards(Texts):
+    """Documents whose ids are those of one tokenizer and lie in shards, which must stay as they are."""
+
+    _tokenizer: Tokenizer
+    lossy: np.ndarray | None = None  # (n,) bool: those that their ids do not give back; None: none
+
+    def is_of(self, tokenizer: Tokenizer) -> bool:
+        """Whether the ids of the shards are those of a tokenizer."""
+        return self._tokenizer.digest == tokenizer.digest
+
+    @property
+    @abstractmethod
+    def tokens(self) -> ShardTokens:
+        """Ids of the documents (L,)."""
+
+    @property
+    def raw(self) -> ShardTokens | None:
+        """Their text (sum of sizes,) uint8, where some are lossy."""
+        return None
+
+    @property
+    def key(self) -> str:
+        """What tells these documents in these files from the same ones elsewhere."""
+        told = json.dumps(self.tokens.to_json(), sort_keys=True)
+        return hashlib.sha256(told.encode("utf-8", "backslashreplace")).hexdigest()[:8]
+
+
+class ShardText(KeptText, InShards):
     """One side of the documents of shards. Kept is where each is, how long it is in
     ids and bytes, and the digest of its text; ids are read from the shards, which must stay as they are."""
 
@@ -47,10 +75,6 @@ class ShardText(KeptText):
     def __iter__(self) -> Iterator[Document]:
         yield from (self[index] for index in range(len(self)))
 
-    def is_of(self, tokenizer: Tokenizer) -> bool:
-        """Whether the ids of the shards are those of a tokenizer."""
-        return self._tokenizer.digest == tokenizer.digest
-
     @property
     def begins(self) -> np.ndarray:
         """Where each document begins in the shards together (n,) int64."""
@@ -66,9 +90,3 @@ class ShardText(KeptText):
     def tokens(self) -> ShardTokens:
         """Ids of the documents (L,)."""
         return ShardTokens(self._files, self.begins, self.offsets)
-
-    @property
-    def key(self) -> str:
-        """What tells these documents in these files from the same ones elsewhere."""
-        told = json.dumps(self.tokens.to_json(), sort_keys=True)
-        return hashlib.sha256(told.encode("utf-8", "backslashreplace")).hexdigest()[:8]

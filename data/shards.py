@@ -264,7 +264,7 @@ class ShardTokens:
     """
 
     def __init__(self, files: ShardFiles, begins: np.ndarray, offsets: np.ndarray):
-        self._files, self._begins, self._offsets = files, begins, offsets
+        self._files, self.begins, self.offsets = files, begins, offsets
         self.dtype = files.dtype
         self.nbytes = 0  # of the cache
 
@@ -278,7 +278,7 @@ class ShardTokens:
         return {"dtype": self.dtype.str, "shards": shards}
 
     def __len__(self) -> int:
-        return int(self._offsets[-1])
+        return int(self.offsets[-1])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self[:].astype(dtype or self.dtype, copy=False)
@@ -293,8 +293,8 @@ class ShardTokens:
         found = np.empty(len(places), dtype=self.dtype)
         if len(places) and not 0 <= places.min() <= places.max() < len(self):
             raise IndexError(f"{places.min()} to {places.max()} of {len(self)}")
-        document = np.searchsorted(self._offsets, places, side="right") - 1
-        there = self._begins[document] + places - self._offsets[document]
+        document = np.searchsorted(self.offsets, places, side="right") - 1
+        there = self.begins[document] + places - self.offsets[document]
         cuts = np.flatnonzero(np.diff(there) != 1) + 1
         for first, behind in zip([0, *cuts], [*cuts, len(there)], strict=True):
             if first < behind:
@@ -303,10 +303,10 @@ class ShardTokens:
 
     def _stretch(self, start: int, stop: int) -> np.ndarray:
         pieces = [np.zeros(0, dtype=self.dtype)]
-        document = int(np.searchsorted(self._offsets, start, side="right")) - 1
+        document = int(np.searchsorted(self.offsets, start, side="right")) - 1
         while start < stop:
-            end = min(stop, int(self._offsets[document + 1]))
-            begin = int(self._begins[document]) + start - int(self._offsets[document])
+            end = min(stop, int(self.offsets[document + 1]))
+            begin = int(self.begins[document]) + start - int(self.offsets[document])
             pieces.append(self._files.read(begin, begin + end - start))
             start, document = end, document + 1
         return np.concatenate(pieces)

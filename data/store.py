@@ -15,13 +15,12 @@ from data.arrays import ArrayWriter, map_array
 from data.cache import file_digest, write_atomic
 from data.corpus import Document, Marker
 from data.errors import DataError
-from data.prepared import PreparedText
-from data.shard_text import ShardText
+from data.shard_text import InShards
 from data.shards import ShardTokens
 from data.tokenizers import Tokenizer, spans_of, text_of
 
 _ARRAYS = ("tokens", "offsets", "doc_bytes")
-_OF_SHARDS = ("begins", "offsets", "doc_bytes")
+_OF_SHARDS = ("begins", "raw_begins", "raw_offsets")
 _OF_LOSSY = ("lossy", "raw")
 BLOCK = 1 << 20  # tokens that are counted together
 MAPPED = 1 << 20  # bytes from which the other arrays are mapped, as tokens are
@@ -137,15 +136,6 @@ def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> Tok
     return TokenStore(tokens, offsets, doc_bytes, tokenizer, lossy, raw)
 
 
-def prepared_store(documents: Sequence[Document], tokenizer: Tokenizer) -> TokenStore | None:
-    """Of documents that were prepared with a tokenizer; None of any others."""
-    if not isinstance(documents, PreparedText) or not documents.is_of(tokenizer):
-        return None
-    raw = documents.raw
-    lossy = documents.lossy if raw is not None else None
-    return TokenStore(documents.tokens, documents.offsets, documents.sizes, tokenizer, lossy, raw)
-
-
 def save_stores(folder: Path, stores: dict[str, TokenStore]) -> None:
     """Write `<side>.<array>.npy` files and, last, `meta.json` with their digests. Raises OSError."""
     names = []
@@ -165,7 +155,7 @@ def write_stores(folder: Path, sides: Mapping[str, Sequence[Document]], tokenize
     """
     names = []
     for side, documents in sides.items():
-        if isinstance(documents, ShardText) and documents.is_of(tokenizer):
+        if isinstance(documents, InShards) and documents.is_of(tokenizer):
             names += _write_places(folder, side, documents)
             continue
         names += [f"{side}.{name}.npy" for name in _ARRAYS]
@@ -199,15 +189,24 @@ def _write_encoded(folder: Path, side: str, documents: Sequence[Document], token
     return bool(lossy.any())
 
 
-def _write_places(folder: Path, side: str, documents: ShardText) -> list[str]:
+def _write_places(folder: Path, side: str, documents: InShards) -> list[str]:
     """Of documents whose ids stay where they are: names of the files that say where."""
-    content = json.dumps(documents.tokens.to_json(), indent=1)
-    write_atomic(folder / f"{side}.shards.json", lambda file: file.write(content.encode()))
-    arrays = {"begins": documents.begins, "offsets": documents.offsets, "doc_bytes": documents.sizes}
-    for name in _OF_SHARDS:
-        write = functools.partial(np.save, arr=arrays[name], allow_pickle=False)
+    arrays = {"doc_bytes": documents.sizes}
+    parts = {"": documents.tokens, **({"raw_": documents.raw} if documents.raw is not None else {})}
+    for part, tokens in parts.items():
+        content = json.dumps(tokens.to_json(), indent=1)
+        write_atomic(folder / f"{side}.{part}shards.json", functools.partial(_write_text, content=content))
+        arrays |= {f"{part}begins": tokens.begins, f"{part}offsets": tokens.offsets}
+    if documents.raw is not None and documents.lossy is not None:
+        arrays["lossy"] = documents.lossy
+    for name, array in arrays.items():
+        write = functools.partial(np.save, arr=array, allow_pickle=False)
         write_atomic(folder / f"{side}.{name}.npy", write)
-    return [f"{side}.shards.json", *(f"{side}.{name}.npy" for name in _OF_SHARDS)]
+    return [*(f"{side}.{part}shards.json" for part in parts), *(f"{side}.{name}.npy" for name in arrays)]
+
+
+def _write_text(file: BinaryIO, content: str) -> None:
+    file.write(content.encode())
 
 
 def _write_raw(file: BinaryIO, documents: Sequence[Document]) -> None:
@@ -243,14 +242,16 @@ def load_stores(
 
 def _load_store(folder: Path, side: str, names: Container[str], tokenizer: Tokenizer) -> TokenStore:
     arrays: dict[str, Any] = {}
-    for name in (*_ARRAYS, *_OF_LOSSY, "begins"):
+    for name in (*_ARRAYS, *_OF_LOSSY, *_OF_SHARDS):
         path = folder / f"{side}.{name}.npy"
         if path.name not in names:
             continue
         array = map_array(path)
         # The small ones are better in memory.
         arrays[name] = array if name in ("tokens", "raw") or array.nbytes > MAPPED else np.array(array)
-    if (begins := arrays.pop("begins", None)) is not None:
-        content = json.loads((folder / f"{side}.shards.json").read_bytes())
-        arrays["tokens"] = ShardTokens.from_json(content, begins, arrays["offsets"])
+    for what, part in (("tokens", ""), ("raw", "raw_")):
+        if (begins := arrays.pop(f"{part}begins", None)) is not None:
+            content = json.loads((folder / f"{side}.{part}shards.json").read_bytes())
+            offsets = arrays.pop("raw_offsets") if part else arrays["offsets"]
+            arrays[what] = ShardTokens.from_json(content, begins, offsets)
     return TokenStore(**arrays, tokenizer=tokenizer)

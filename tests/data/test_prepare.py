@@ -30,7 +30,7 @@ from data.prepared import MANIFEST, manifest_digest
 from data.rows import HeldoutRows, TrainingRows
 from data.store import TokenStore
 from data.tokenizers import ByteTokenizer
-from data.yardsticks import compute
+from data.yardsticks import compute, start_background
 from tests.data import ranks
 from tests.data.conftest import prose
 from tests.data.foreign import byte_level, saved, word_piece
@@ -235,7 +235,7 @@ def test_a_folder_of_text_keeps_its_split_and_order(written, opened, config, fie
 
 
 def test_documents_can_be_chosen_and_come_in_any_order(
-    written, opened, config, fields, tmp_path, cache
+    written, opened, config, fields, bpe, tmp_path, cache
 ) -> None:
     written()
     ours, _ = load_corpus(config(data="bin", input_file=str(tmp_path / "out"), tokenizer="auto"), cache)
@@ -245,7 +245,7 @@ def test_documents_can_be_chosen_and_come_in_any_order(
     some = np.array([50, 3, 99])
     for chosen in (ours.train.select(some), ours.train.select(np.arange(100)).select(some)):
         assert [document.text for document in chosen] == [theirs.train[int(index)].text for index in some]
-        ids = [chosen.tokenizer.encode(document.text) for document in chosen]
+        ids = [bpe.encode(document.text) for document in chosen]
         assert np.array_equal(chosen.tokens[:], np.concatenate(ids))
     assert [document.text for document in ours.train[2:5]] == [
         theirs.train[index].text for index in (2, 3, 4)
@@ -253,6 +253,13 @@ def test_documents_can_be_chosen_and_come_in_any_order(
     assert ours.train[-1].text == theirs.train[-1].text
     with pytest.raises(IndexError):
         ours.train[len(ours.train)]
+
+
+def test_yardsticks_are_computed_beside_a_run(written, opened) -> None:
+    written()
+    found = opened()
+    with start_background(found) as background:
+        assert background.result(60) == compute(found.train, found.heldout)
 
 
 def test_special_looking_text_stays_text(written, opened, tmp_path) -> None:
