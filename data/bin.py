@@ -118,8 +118,9 @@ def load_public(cfg: PublicConfig) -> Stream:
         missing = " and ".join(f"{start}_{side}_*.bin" for side in lacking)
         raise DataError(
             f"data={cfg.data}: there is no {missing} in {str(folder)!r}. Fetch them where there is a network: "
-            f"hf download kjj0/{cfg.data.lower()}-gpt2 --repo-type dataset --local-dir <folder>; then set "
-            f"data_root=<folder>. With other shards: data=bin train_files=<files> val_files=<files>"
+            f"python mytrainer.py prepare {cfg.data} --shards <N>, or hf download kjj0/{cfg.data}-gpt2 "
+            f"--repo-type dataset --local-dir <folder>; then set data_root=<folder>. With other shards: "
+            f"data=bin train_files=<files> val_files=<files>"
         )
     train, heldout = (sorted(map(Path, there[side])) for side in ("train", "val"))
     named_ = [[(path.name, path) for path in side] for side in (train, heldout)]

@@ -129,6 +129,7 @@ def test_commands_are_understood(somewhere, monkeypatch, capsys, document, words
             "export.open_source",
             "show.open_source",
             "prepare.prepare",
+            "prepare.fetch",
         ):
             monkeypatch.setattr(f"trainer.commands.{name}", parsed)
         with contextlib.suppress(Parsed):

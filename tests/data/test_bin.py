@@ -487,7 +487,7 @@ def test_public_shards_are_found_by_name(config, bpe, ids, tmp_path, monkeypatch
     llm_c(folder / f"{start}_train_000002.bin", stream[400:])
     fields = {"data": data, "tokenizer": "auto", "shards_tokenizer": "bpe.json"}
     with pytest.raises(
-        DataError, match=rf"no {start}_val_\*.bin in .*hf download kjj0/{data.lower()}-gpt2.*data=bin"
+        DataError, match=rf"no {start}_val_\*.bin in .*hf download kjj0/{data}-gpt2.*data=bin"
     ):
         load_dataset(config(**fields), cache_dir=tmp_path / "cache")
     llm_c(folder / f"{start}_val_000000.bin", before([bpe.encode(b"held out")], bpe.eot))

@@ -12,8 +12,10 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 from data import SOURCES
+from data.bin import PUBLIC
 from data.cache import cache_root
 from data.cache_contents import KINDS, chosen_kinds, contents, delete
+from data.fetch import fetch, folder_of, names_of
 from data.prepare import LARGEST_SHARD, SMALLEST_SHARD, Prepared, Wanted, prepare
 from naming import expand_path
 from trainer.view.console import Console
@@ -58,7 +60,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--dry_run", action="store_true", help="with --clean: say what would be deleted, and do not"
     )
+    parser.add_argument(
+        "--shards",
+        type=int,
+        metavar="N",
+        help=f"behind {' or '.join(PUBLIC)}: fetch so many of its public shards",
+    )
     args, words = parser.parse_known_args(argv)
+    if words and words[0] in PUBLIC:
+        return _fetch(words[0], args, words[1:])
+    if args.shards is not None:
+        raise ValueError(f"shards: it belongs to {' or '.join(PUBLIC)}: prepare fineweb10B --shards N")
     if args.clean is not None:
         return _clean(args, words)
     if args.dry_run:
@@ -157,6 +169,30 @@ def _summary(found: Prepared, wanted: Wanted, seconds: float) -> list[str]:
         f"written: {written:,} bytes in {wanted.folder} ({duration(seconds)}), digest {manifest['digest'][:16]}",
         f"train on it: python mytrainer.py --hydra_model_cfg=configs/gpt2.yaml data=bin input_file={wanted.folder}",
     ]
+
+
+# -- public shards -------------------------------------------------------------------------------------------------
+
+
+def _fetch(data: str, args: argparse.Namespace, words: Sequence[str]) -> int:
+    if words:
+        raise ValueError(f"{words[0]!r}: prepare {data} takes --shards N and --out <folder>")
+    if args.shards is None or args.shards < 1:
+        raise ValueError(
+            "shards: how many to fetch, at least 1 (of 100 million tokens, 200 MB each): --shards 1"
+        )
+    folder = expand_path(args.out) if args.out else folder_of(data)
+    names = names_of(data, args.shards)
+    with closing(Console()) as console:
+        for number, name in enumerate(names, start=1):
+            fetched = fetch(data, name, folder, _Bar(console))
+            what = "fetched" if fetched else "was there already"
+            console.note(f"{name} {what} ({number} of {len(names)})")
+        root = f" data_root={folder}" if args.out else ""
+        console.note(
+            f"train on them: python mytrainer.py --hydra_model_cfg=configs/gpt2.yaml data={data}{root}"
+        )
+    return 0
 
 
 # -- the cache -----------------------------------------------------------------------------------------------------
