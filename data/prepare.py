@@ -298,11 +298,11 @@ def _complete(folder: Path, start: str) -> list[dict[str, Any]]:
     """Records of the shards that are there and as they were written; what is behind them is deleted."""
     found: list[dict[str, Any]] = []
     while (path := folder / PARTS / f"{start}_{len(found):06}.json").exists():
-        record = _read_json(path)
         try:
+            record = json.loads(path.read_bytes())
             if any(file_digest(folder / name) != digest for name, digest in record["sha256"].items()):
                 break
-        except OSError:
+        except (OSError, ValueError, KeyError):
             break
         found.append(record)
     names = {name for record in found for name in record["sha256"]}

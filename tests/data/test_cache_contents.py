@@ -72,6 +72,7 @@ def test_what_others_have_put_there_stays(cache, tmp_path) -> None:
         path = cache / place
         path.parent.mkdir(exist_ok=True)
         path.write_text("mine")
+        os.utime(path, (1e9, 1e9))
     link = cache / "tokens/0123456789abcdef-0123456789abcdef-v1"
     link.symlink_to(outside)
     os.utime(link, (1e9, 1e9), follow_symlinks=False)
