@@ -98,8 +98,13 @@ def _prepare(wanted: Wanted, words: list[str]) -> int:
     started = time.monotonic()
     with closing(Console()) as console:
         bar = _Bar(console)
-        with console.doing("reading the text") as tell:
-            found = prepare(cfg, wanted, cache_root(), tell, bar)
+        try:
+            with console.doing("reading the text") as tell:
+                found = prepare(cfg, wanted, cache_root(), tell, bar)
+        except KeyboardInterrupt:
+            console.close()
+            console.note(f"what is complete is kept in {wanted.folder}: the same command goes on with it")
+            raise
         for note in found.notes:
             console.note(note)
         for line in _summary(found, wanted, time.monotonic() - started):

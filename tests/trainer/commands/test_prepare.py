@@ -57,6 +57,15 @@ def test_a_text_is_prepared_and_what_became_of_it_said(text, tmp_path, capsys) -
     assert "begun with shard_tokens 2000, and 100000000 is asked for" in capsys.readouterr().err
 
 
+def test_an_interrupt_says_how_to_go_on(text, tmp_path, monkeypatch, capsys) -> None:
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trainer.commands.prepare.prepare", interrupted)
+    assert prepared("data=jsonl", f"train_files={text}", "tokenizer=byte", "--out", "shards") == 130
+    assert "what is complete is kept in shards: the same command goes on" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
