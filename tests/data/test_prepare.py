@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
 import json
 import os
@@ -14,10 +15,12 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 import data.encoder
 import data.prepare
@@ -221,6 +224,31 @@ def test_files_of_the_same_text_give_the_same_shards(written, fields, tmp_path) 
     whole, parts = written(), written("of parts", train_files=str(tmp_path / "parts"))
     assert whole.manifest["files"] == parts.manifest["files"]
     assert whole.manifest["fingerprint"] == parts.manifest["fingerprint"]
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst", "parquet", "hf"])
+def test_whatever_the_text_is_packed_in_the_shards_are_the_same(written, kind, tmp_path) -> None:
+    whole = written("whole").manifest
+    halves = [
+        jsonl(tmp_path / f"{number}.jsonl", part).read_bytes()
+        for number, part in ((1, TEXTS[:70]), (2, TEXTS[70:]))
+    ]
+    packed = tmp_path / f"packed/text.jsonl.{kind}"
+    packed.parent.mkdir()
+    changes = {"train_files": str(packed)}
+    if kind == "gz":
+        packed.write_bytes(b"".join(map(gzip.compress, halves)))
+    elif kind == "zst":
+        packed.write_bytes(b"".join(map(zstandard.compress, halves)))
+    elif kind == "parquet":
+        changes = {"data": "parquet", "train_files": f"{packed}.parquet"}
+        pq.write_table(
+            pa.table({"text": [text.decode() for text in TEXTS]}), f"{packed}.parquet", row_group_size=40
+        )
+    else:
+        datasets.Dataset.from_dict({"text": [text.decode() for text in TEXTS]}).save_to_disk(str(packed))
+        changes = {"data": "hf", "train_files": None, "dataset_name": str(packed), "eval_split": None}
+    assert written("out", **changes).manifest["files"] == whole["files"]
 
 
 def test_a_folder_of_text_keeps_its_split_and_order(written, opened, config, fields, tmp_path) -> None:
