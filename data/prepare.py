@@ -211,18 +211,19 @@ def _digests(documents: Sequence[Document]) -> np.ndarray:
 def _begin(folder: Path, asked: Mapping[str, Any], tokenizer: Tokenizer) -> None:
     """A folder is new, or holds (a part of) just this. DataError where it holds something else."""
     there = next((name for name in (MANIFEST, PARTIAL) if (folder / name).exists()), None)
+    others = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    if there is None and others:
+        raise DataError(
+            f"{str(folder)!r} holds other files ({others[0]!r}). Name a new folder: --out <folder>"
+        )
+    for path in folder.iterdir():
+        if _ABANDONED.fullmatch(path.name):
+            path.unlink()
     if there is None:
-        if others := sorted(name for name in os.listdir(folder) if not name.startswith(".")):
-            raise DataError(
-                f"{str(folder)!r} holds other files ({others[0]!r}). Name a new folder: --out <folder>"
-            )
         content = json.dumps(asked, indent=1)
         write_atomic(folder / PARTIAL, lambda file: file.write(content.encode("utf-8", "backslashreplace")))
         tokenizer.save(folder / TOKENIZER)
         return
-    for path in folder.iterdir():
-        if _ABANDONED.fullmatch(path.name):
-            path.unlink()
     then = read_manifest(folder) if there == MANIFEST else _read_json(folder / PARTIAL)
     _require_same(folder, then, asked)
     if there == PARTIAL and not (folder / TOKENIZER).exists():  # stopped just before it
