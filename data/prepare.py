@@ -372,7 +372,7 @@ class _Shard:
         self.lossy: list[bool] = []
         self._open = ExitStack()
         self._ids = self._file(f"{name}.bin")
-        self._text = self._file(f"{name}.text") if text else None
+        self._text = self._file(f"{name}.utf8") if text else None
         self._ids.write(bytes(HEADER))
 
     def _file(self, name: str) -> BinaryIO:
@@ -406,7 +406,7 @@ class _Shard:
         self._ids.seek(0)
         self._ids.write(header_of(header, self.tokens))
         self._open.close()
-        names = [f"{self.name}.bin", *([f"{self.name}.text"] if self._text is not None else [])]
+        names = [f"{self.name}.bin", *([f"{self.name}.utf8"] if self._text is not None else [])]
         for name in names:
             _to_disk(self.folder / f".{name}")
             os.replace(self.folder / f".{name}", self.folder / name)
@@ -416,7 +416,7 @@ class _Shard:
             _save(self.folder / names[-1], array)
         record = {
             "file": f"{self.name}.bin",
-            **({"text": f"{self.name}.text"} if self._text is not None else {}),
+            **({"text": f"{self.name}.utf8"} if self._text is not None else {}),
             "documents": len(self.lengths),
             "tokens": self.tokens,
             "bytes": self.bytes,

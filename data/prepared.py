@@ -3,7 +3,7 @@ find out: where documents lie, how many bytes they have, the digests of their te
 
 `shards.json` says what belongs to the folder and the sha256 of every file; `{train,val}_<number>.bin` are shards in the
 form of `data/shards.py`, a separator in front of each document; `{train,val}.<array>.npy` have a row for each document
-of that side. `{train,val}_<number>.text` is the text itself, where it was asked for.
+of that side. `{train,val}_<number>.utf8` is the text itself, where it was asked for.
 
 So `data=bin input_file=<folder>` is the very text that was prepared: its fingerprint, split, order, tokens and bytes.
 """

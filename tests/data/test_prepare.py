@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import datasets
+import filelock
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,12 +27,14 @@ import data.encoder
 import data.prepare
 import data.tokenizers
 from data import load_corpus, load_dataset
+from data.bin import absolute
 from data.corpus import Document, fingerprint, in_hash_order
 from data.encoder import Encoders, _encode
 from data.errors import DataError
 from data.prepare import Wanted, prepare
-from data.prepared import MANIFEST, manifest_digest
+from data.prepared import MANIFEST, manifest_digest, prepared_tokenizer
 from data.rows import HeldoutRows, TrainingRows
+from data.scored import text_to_score
 from data.store import TokenStore
 from data.tokenizers import ByteTokenizer
 from data.yardsticks import compute, start_background
@@ -525,6 +528,49 @@ def test_whose_ids_they_are_cannot_be_said_otherwise(written, opened, config, fi
         DataError, match=r"val_files: .*out' was written by prepare.*val_files='.*/val_\*.bin'"
     ):
         opened(val_files="other.bin")
+
+
+def test_paths_mean_the_same_from_anywhere(written, config, fields, tmp_path, monkeypatch) -> None:
+    written()
+    monkeypatch.chdir(tmp_path)
+    named = config(data="bin", train_files="out", shards_tokenizer="bpe.json")
+    assert absolute(named) == {
+        "train_files": [str(tmp_path / "out")],
+        "shards_tokenizer": str(tmp_path / "bpe.json"),
+    }
+    assert absolute(config(data="bin", input_file="out")) == {}  # which every source resolves
+    assert prepared_tokenizer(config(data_root=str(tmp_path), input_file="out")) == str(
+        tmp_path / "out/tokenizer.json"
+    )
+    assert prepared_tokenizer(config(input_file="text.jsonl")) is None
+    assert prepared_tokenizer(config(train_files=["out", "out"])) is None
+
+
+def test_a_folder_is_not_scored_as_other_text(written, config, bpe, tmp_path) -> None:
+    written()
+    given = config(data="bin", input_file=str(tmp_path / "out"))
+    with pytest.raises(
+        DataError, match=r"text.jsonl is a folder of prepare, of which a part is for training.*val_\*.bin"
+    ):
+        text_to_score(None, given, bpe)
+    held = config(
+        data="bin",
+        input_file=str(tmp_path / "out/val_000000.bin"),
+        shards_tokenizer=str(tmp_path / "bpe.json"),
+    )
+    scored = text_to_score(None, held, bpe)
+    assert scored.whole and scored.store.n_docs == written().manifest["heldout"]["documents"]
+
+
+def test_one_prepare_writes_to_a_folder(written, tmp_path) -> None:
+    (tmp_path / "out").mkdir()
+    with (
+        filelock.FileLock(tmp_path / "out/.lock"),
+        pytest.raises(
+            DataError, match="another prepare is writing to .*out'. Wait for it, or name another folder"
+        ),
+    ):
+        written()
 
 
 def test_files_are_hashed_once(written, opened, monkeypatch, cache) -> None:

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-ANY_MODEL = "vanilla"  # a configuration has one: nothing of it is read here
 PAUSE, PAUSE_IN_FILE = 0.2, 10.0  # seconds between lines of progress
 
 
@@ -114,7 +113,7 @@ def _prepare(wanted: Wanted, words: list[str]) -> int:
 
 def _configuration(words: list[str]) -> RunConfig:
     """The fields of a run that the words give. ConfigError for what no run may have."""
-    from configs.compose import check, prepare_one, tree_of
+    from configs.compose import ANY_MODEL, check, prepare_one, tree_of
     from configs.frontend import parse
 
     request = parse(words)
