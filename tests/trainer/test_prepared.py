@@ -61,3 +61,10 @@ def test_a_run_on_the_text_goes_on_with_its_shards(work, tmp_path):
     shards = ("data=bin", f"input_file={tmp_path}/shards", *words[:2], "tokenizer=auto")
     run("gpt2", tmp_path / "cut", *shards, f"resume={tmp_path}/cut")
     assert same(weights(tmp_path / "cut"), weights(tmp_path / "long"))
+    # Shards of another tokenizer hold the same text, and the run has its own.
+    cfg, _ = config("gpt2", *text, "tokenizer=bpe-280")
+    prepare(cfg, Wanted(tmp_path / "others"), cache_root())
+    run("gpt2", tmp_path / "cut2", *text, *words, steps=2)
+    others = ("data=bin", f"input_file={tmp_path}/others", *words[:2], "tokenizer=auto")
+    run("gpt2", tmp_path / "cut2", *others, f"resume={tmp_path}/cut2")
+    assert same(weights(tmp_path / "cut2"), weights(tmp_path / "long"))

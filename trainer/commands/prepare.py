@@ -135,13 +135,19 @@ class _Bar:
     def __init__(self, console: Console):
         self._console = console
         self._pause = PAUSE if console.is_live else PAUSE_IN_FILE
-        self._began: tuple[float, int] | None = None
+        self._first: int | None = None
+        self._began: tuple[float, int] | None = (
+            None  # behind the first bytes, which processes had to start for
+        )
         self._shown = 0.0
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
+        self._first = done if self._first is None else self._first
         if self._began is None:
-            self._began, self._shown = (now, done), now
+            if done > self._first:
+                self._began, self._shown = (now, done), now
+            return
         if now - self._shown < self._pause:
             return
         self._shown = now
