@@ -14,10 +14,11 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Protocol, Self, overload
 
+import filelock
 import numpy as np
 
 from data.arrays import map_array
@@ -262,10 +263,21 @@ def require_unchanged(folder: Path, manifest: Mapping[str, Any]) -> None:
     record = _record(folder, manifest)
     if record.exists():
         return
-    for name, file in manifest["files"].items():
-        if (found := file_digest(folder / name)) != file["sha256"]:
-            raise DataError(_other("file", folder / name, file["sha256"], found))
-    remember_checked(folder, manifest)
+    with _alone(record):  # several processes of a run: the first one reads all of it
+        if record.exists():
+            return
+        for name, file in manifest["files"].items():
+            if (found := file_digest(folder / name)) != file["sha256"]:
+                raise DataError(_other("file", folder / name, file["sha256"], found))
+        remember_checked(folder, manifest)
+
+
+def _alone(record: Path) -> AbstractContextManager[object]:
+    try:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        return filelock.FileLock(f"{record}.lock").acquire()
+    except OSError:  # where nothing can be kept each of them reads it
+        return nullcontext()
 
 
 def remember_checked(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -32,7 +32,7 @@ from data.corpus import Document, fingerprint, in_hash_order
 from data.encoder import Encoders, _encode
 from data.errors import DataError
 from data.prepare import Wanted, prepare
-from data.prepared import MANIFEST, manifest_digest, prepared_tokenizer
+from data.prepared import MANIFEST, manifest_digest, prepared_tokenizer, require_unchanged
 from data.rows import HeldoutRows, TrainingRows
 from data.scored import text_to_score
 from data.store import TokenStore
@@ -528,6 +528,17 @@ def test_whose_ids_they_are_cannot_be_said_otherwise(written, opened, config, fi
         DataError, match=r"val_files: .*out' was written by prepare.*val_files='.*/val_\*.bin'"
     ):
         opened(val_files="other.bin")
+
+
+def test_a_cache_that_cannot_be_written_is_no_hindrance(written, tmp_path, monkeypatch) -> None:
+    manifest = written().manifest
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("MYTRAINER_CACHE", str(tmp_path / "file"))
+    require_unchanged(tmp_path / "out", manifest)
+    path = tmp_path / "out/train_000001.bin"
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(DataError, match=r"train_000001.bin' is another than prepare wrote"):
+        require_unchanged(tmp_path / "out", manifest)
 
 
 def test_paths_mean_the_same_from_anywhere(written, config, fields, tmp_path, monkeypatch) -> None:
