@@ -73,7 +73,8 @@ def train(overrides: Sequence[str]) -> dict[str, Any]:
     Returns:
         The content of the run's summary.json: `score` (`bits_per_byte`, `kind`, ...), `yardsticks`, `steps`, `tokens`,
         `bytes`, `seconds` ... and `folder`, the run's folder, absolute, for `load` and `metrics`. `peak_memory_bytes`
-        is that of the whole process since its start. A run that is gone on with and has nothing left to do gives the
+        is what was resident of the whole process since its start at most, `anonymous_memory_bytes` what of it was no
+        page of a file when the run was saved. A run that is gone on with and has nothing left to do gives the
         summary that it has.
 
     Raises:

@@ -156,14 +156,14 @@ def _models(request: Request) -> tuple[list[Node], str]:
 
 
 def _imply_source(request: Request, nodes: list[Node]) -> None:
-    """`input_file=F`, `train_files=F` or `dataset_name=D` alone means the source of text that reads it; no file has to
-    say so, nor the command line."""
+    """`input_file=F`, `train_files=F`, `dataset_name=D` or `mix=[...]` alone means the source of text that reads it; no
+    file has to say so, nor the command line."""
     from data import source_of
 
     stated = [n for node in nodes for n in node.chain() if n.path != BASE and n.values.get("data")]
     if "data" in request.keys or stated:
         return
-    for field in ("input_file", "train_files", "dataset_name"):
+    for field in ("input_file", "train_files", "dataset_name", "mix"):
         value = request.values.get(field) or next((v for n in nodes if (v := n.stated(field))), None)
         if value is None and field not in request.keys:
             continue

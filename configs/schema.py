@@ -286,6 +286,7 @@ class RunConfig(BaseModel):
     eval_split: str | None = "test"
     dataset_bytes: Positive | None = None
     document_separator: Annotated[str, AfterValidator(one_line)] | None = None
+    mix: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
     near_copies: Literal["drop", "keep"] | None = None
     synthetic: Literal["markov", "grammar", "recall"] = "markov"
     synthetic_bytes: Annotated[int, Field(ge=1000)] = 1_000_000

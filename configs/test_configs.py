@@ -84,6 +84,8 @@ def _needed(data: str) -> list[str]:
     """Overrides without which a source of text is refused; any file will do, and any name where it may be one."""
     from data import SOURCES
 
+    if data == "mix":
+        return ["mix=[{data: embedded, weight: 1}]"]
     needs = [need.partition("=") for need in SOURCES[data].needs]
     return [
         f"{field}={'any/name' if what.endswith('name>') else CONFIGS / 'training.yaml'}"

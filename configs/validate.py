@@ -22,6 +22,7 @@ from configs.files import CONFIGS, fold_names, fold_type
 from configs.frontend import unknown_key
 from configs.hardware import launched, process_group, uses_cuda, world_size
 from configs.messages import ARCHITECTURE_ALIASES, RENAMED, ConfigError, suggest_key
+from configs.mixture import problems_alone, stated
 from configs.removed import YOUNGER, drop_removed
 from configs.runs import not_a_folder
 from configs.schema import CHOICES, GENERIC_FIELDS, ModelConfig, RunConfig
@@ -90,6 +91,7 @@ def _raise(problems: list[str], where: Where) -> None:
 
 def _placed(problem: str, where: Where) -> str:
     for key in re.findall(r"[A-Za-z_][\w.]*", problem):
+        key = "mix" if key.startswith("mix.") else key  # an entry of a list has no place of its own
         if key.startswith(("model_cfg.", "kernels.")) or key in GENERIC_FIELDS:
             place = where(key)
             return f"{place}: {problem}" if place else problem
@@ -121,6 +123,8 @@ def _generic(values: dict[str, Any], where: Where, notices: list[str]) -> RunCon
         problems += [p for key, p in explain(error, RunConfig, known, where) if key not in said]
     if problems:
         raise ConfigError(problems)
+    run, problems = stated(run)
+    _raise(problems, where)
     return run
 
 
@@ -156,11 +160,11 @@ def _source(run: RunConfig) -> list[str]:
         for need in source.needs
         if not any(getattr(run, name) for name in re.findall(r"(\w+)=", need))
     ]
-    for field in ("input_file", "train_files", "dataset_name"):
+    for field in ("input_file", "train_files", "dataset_name", "mix"):
         if getattr(run, field) and field not in source.reads:
             those = " or ".join(f"data={name}" for name in readers(field))
             problems.append(f"{field} is read by {those} only, and data is '{run.data}'. Add {those}")
-    return problems
+    return problems or (problems_alone(run, _source) if run.data == "mix" else [])
 
 
 def _batch(run: RunConfig) -> list[str]:
@@ -291,16 +295,10 @@ def _trackers(run: RunConfig) -> list[str]:
 
 def _files(run: RunConfig) -> list[str]:
     """Problems with what the run is to read, found before anything starts."""
-    from data import SOURCES
     from data.tokenizer_choice import choose
 
-    problems = []
-    source = SOURCES[run.data]
-    path = Path(run.data_root or "", run.input_file) if run.input_file else None
-    if path and not path.exists():
-        problems.append(f"input_file: no such file or folder: {path} (looked from {Path.cwd()})")
-    elif source.absolute:
-        problems += _problem(lambda: load(source.absolute)(run))
+    problems = problems_alone(run, _text) if run.data == "mix" else []
+    problems += [] if problems else _text(run)
     # A run that goes on does not read what it began from.
     if run.init_from_checkpoint and run.resume == "none":
         problems += [f"init_from_checkpoint: {p}" for p in [not_weights(Path(run.init_from_checkpoint))] if p]
@@ -309,6 +307,17 @@ def _files(run: RunConfig) -> list[str]:
     if run.resume not in ("none", "auto") and Path(run.resume).is_file():
         problems.append(not_a_folder(run.resume))
     return problems + _problem(lambda: choose(run))
+
+
+def _text(run: RunConfig) -> list[str]:
+    """Problems with the files of a source."""
+    from data import SOURCES
+
+    source = SOURCES[run.data]
+    path = Path(run.data_root or "", run.input_file) if run.input_file else None
+    if path and not path.exists():
+        return [f"input_file: no such file or folder: {path} (looked from {Path.cwd()})"]
+    return _problem(lambda: load(source.absolute)(run)) if source.absolute else []
 
 
 def _problem(look: Callable[[], object]) -> list[str]:

@@ -17,7 +17,9 @@ from naming import Entry, not_one_of
 if TYPE_CHECKING:
     from data.config import DataConfig, Unit
     from data.corpus import Corpus, TrueModel
+    from data.mix_texts import Mixture
     from data.near_copies import Overlap
+    from data.rows import TrainingRows
     from data.store import TokenStore
     from data.tokenizers import Tokenizer
 
@@ -40,7 +42,7 @@ __all__ = [
 @dataclass(frozen=True)
 class Source(Entry):
     """Where text comes from. `factory` is `(cfg) -> Corpus`, or `(cfg) -> Stream` where the text may be larger than
-    memory (`data/stream.py`).
+    memory (`data/stream.py`); that of a mixture is `(cfg) -> Mix` (`data/mix.py`).
 
     `needs` are those of its fields that must be set, each with what it takes: "input_file=<file or folder>"; where one
     of several will do, all stand in one entry. `absolute` is `(cfg) -> {field: value}`, the fields with paths that mean
@@ -152,6 +154,14 @@ SOURCES: dict[str, Source] = {
         needs=("dataset_name=<folder or name>",),
         absolute="data.huggingface.sets:absolute",
     ),
+    "mix": Source(
+        "data.mix:load",
+        ("mix",),
+        "several of these, mixed by weight",
+        needs=("mix=[{data: <source>, weight: <share>}, ...]",),
+        absolute="data.mix:absolute",
+        tokenizer_why="trained on the mixture",
+    ),
     "synthetic": Source(
         "data.synthetic:load",
         (
@@ -209,7 +219,7 @@ def source_of(field: str, value: object) -> str:
 @dataclass(frozen=True)
 class Dataset:
     """A corpus as tokens. `fingerprint` is that of the text and its split, whatever the tokenizer; `content` that
-    of the text without its names.
+    of the text without its names. Of a mixture they are also those of its weights.
 
     `truth` and `entropy_bits_per_byte` are set for synthetic text only. `notes` are sentences for the user.
     `overlap`: what the held-out documents share with the training text, None where that is not measured.
@@ -227,6 +237,17 @@ class Dataset:
     notes: tuple[str, ...] = ()
     overlap: Overlap | None = None
     cache_path: Path | None = None
+    mixture: Mixture | None = None
+
+    def training_rows(self, seq_len: int, lookahead: int = 1, seed: int = 0) -> TrainingRows:
+        """What steps train on. DataError where the text is too short for one row."""
+        from data.mix_rows import MixedRows
+        from data.rows import TrainingRows
+
+        eot = self.tokenizer.eot
+        if self.mixture is None:
+            return TrainingRows(self.train, eot, seq_len, lookahead, seed)
+        return MixedRows(self.train, eot, seq_len, self.mixture, lookahead, seed)
 
     def identity(self) -> dict[str, Any]:
         """What tells whether a run that goes on reads the same text, as JSON."""
@@ -264,7 +285,7 @@ def load_dataset(
         DataError: the text or tokenizer cannot be used as asked, or the text is too short for one row.
     """
     from data.lost import lost_text
-    from data.rows import TrainingRows
+    from data.mix_texts import told
     from data.tokenizer_choice import make_tokenizer
 
     cache = Path(cache_dir) if cache_dir is not None else cache_root()
@@ -276,21 +297,25 @@ def load_dataset(
     tell("turning the text into tokens")
     stores, folder = token_stores(corpus, tokenizer, cache, notes)
     notes += lost_text(stores)
-    stores["heldout"] = replace(stores["heldout"], marks=corpus.marks)
+    mixture = corpus.mixture
+    sources = tuple(zip(mixture.names, mixture.heldout, strict=True)) if mixture else ()
+    stores["heldout"] = replace(stores["heldout"], marks=corpus.marks, sources=sources)
+    fingerprint, content = told(corpus)
     dataset = Dataset(
         tokenizer=tokenizer,
         train=stores["train"],
         heldout=stores["heldout"],
-        fingerprint=corpus.fingerprint,
-        content=corpus.content,
+        fingerprint=fingerprint,
+        content=content,
         name=corpus.name,
         entropy_bits_per_byte=corpus.truth.entropy_bits_per_byte if corpus.truth else None,
         truth=corpus.truth,
         notes=tuple(notes),
         overlap=overlap,
         cache_path=folder,
+        mixture=mixture,
     )
-    TrainingRows(dataset.train, tokenizer.eot, cfg.train_seq_len)  # refuses a text too short for one row
+    dataset.training_rows(cfg.train_seq_len)  # refuses a text too short for one row
     return dataset
 
 
@@ -298,21 +323,35 @@ def load_corpus(
     cfg: DataConfig, cache: Path, tell: Callable[[str], object] = unheard, *, measure: bool = True
 ) -> tuple[Corpus, Overlap | None]:
     """The text that `cfg.data` names, as `cfg.near_copies` wants it, and what was measured for that (`measure`)."""
-    from data.kept import keep_text
     from data.near_copies import heed
-    from data.stream import Stream
 
     if cfg.data not in SOURCES:
         raise DataError(f"data: {not_one_of(cfg.data, SOURCES)}")
-    tell("reading the text")
-    corpus: Corpus | Stream = SOURCES[cfg.data].load()(cfg)
-    if isinstance(corpus, Stream):
-        corpus = keep_text(corpus, cache, tell)
-    default = SOURCES[cfg.data].near_copies if measure else None
-    if default is None:
+    corpus, default = _read(cfg, cache, tell)
+    if default is None or not measure:
         return corpus, None
     tell("looking for held-out text in the training text")
     return heed(corpus, cfg.near_copies or default, cache)
+
+
+def _read(
+    cfg: DataConfig, cache: Path, tell: Callable[[str], object]
+) -> tuple[Corpus, Literal["drop", "keep"] | None]:
+    """The text of a source, or of all sources of a mixture, and what `near_copies` means where it is not set: a mixture
+    drops where one of its sources would."""
+    from data.kept import keep_text
+    from data.mix import Mix
+    from data.mix_texts import join
+    from data.stream import Stream
+
+    tell("reading the text")
+    found: Corpus | Stream | Mix = SOURCES[cfg.data].load()(cfg)
+    if isinstance(found, Mix):
+        read = [_read(entry.cfg, cache, tell) for entry in found.entries]
+        return join(found, [one for one, _ in read]), "drop" if "drop" in [d for _, d in read] else "keep"
+    if isinstance(found, Stream):
+        found = keep_text(found, cache, tell)
+    return found, SOURCES[cfg.data].near_copies
 
 
 def token_stores(

@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-__all__ = ["ArrayWriter", "map_array"]
+__all__ = ["ArrayWriter", "array_header", "map_array"]
 
 _HEADER = 128  # bytes: numpy leaves room in it for any length
 
@@ -42,12 +42,19 @@ class ArrayWriter:
         assert self._file.tell() - self._start == _HEADER
 
 
-def map_array(path: Path) -> np.ndarray:
-    """The array of a .npy file, mapped read-only. OSError or ValueError where it is none."""
+def array_header(path: Path) -> tuple[np.dtype, tuple[int, ...], int]:
+    """Type and shape of the array of a .npy file, and the byte at which it begins. OSError or ValueError where it is
+    none."""
     with open(path, "rb") as file:
         np.lib.format.read_magic(file)
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        return dtype, shape, file.tell()
+
+
+def map_array(path: Path) -> np.ndarray:
+    """The array of a .npy file, mapped read-only. OSError or ValueError where it is none."""
+    dtype, shape, _ = array_header(path)
     if 0 in shape:  # no bytes to map
         return np.zeros(shape, dtype=dtype)
-    array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    return array
+    mapped: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    return mapped.view(np.ndarray)  # which is quicker to index

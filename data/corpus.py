@@ -10,11 +10,15 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-_TOGETHER = 4096  # digests that are looked at at once
+if TYPE_CHECKING:
+    from data.mix_texts import Mixture
+
+_TOGETHER = 4096  # digests that are told, or put in order, at once
+_LOOKED_AT = 1 << 17  # digests of which some are looked for
 
 # Of a whole document: (its bytes,) bool, those that are told apart in a score.
 Marker = Callable[[bytes], np.ndarray]
@@ -31,18 +35,25 @@ class Texts(Sequence[Document]):
     """Documents that are not in memory: each is read when it is asked for. They are told by their text alone, as how
     they lie in files says nothing of what they are; their names are for people.
 
-    sizes (n,) int64: raw UTF-8 bytes. digests (n, 32) uint8: sha256 of each text.
+    digests (n, 32) uint8: sha256 of each text.
     """
 
-    sizes: np.ndarray
-    digests: np.ndarray
+    @property
+    @abstractmethod
+    def digests(self) -> np.ndarray: ...
+
+    @abstractmethod
+    def sizes_of(self, documents: np.ndarray) -> np.ndarray:
+        """Raw UTF-8 bytes of documents (k,): (k,) int64."""
 
     @abstractmethod
     def select(self, indices: np.ndarray) -> Texts:
         """Those of them (k,), in this order."""
 
-    def __len__(self) -> int:
-        return len(self.sizes)
+    @property
+    def sizes(self) -> np.ndarray:
+        """Raw UTF-8 bytes of each (n,) int64."""
+        return self.sizes_of(np.arange(len(self)))
 
 
 class TrueModel(Protocol):
@@ -64,6 +75,7 @@ class Corpus:
     `marks`: parts of documents by name, of which evaluations report `<name>_accuracy`: how often the likeliest token is
     the right one. A token is marked if all of its bytes are. `known_content`: `content`, where somebody has written it
     down.
+    `mixture`: of which sources it is mixed, and how; None: it is one.
     """
 
     name: str
@@ -74,6 +86,7 @@ class Corpus:
     truth: TrueModel | None = None
     marks: Mapping[str, Marker] = field(default_factory=dict)
     known_content: str | None = None
+    mixture: Mixture | None = None
 
     @property
     def content(self) -> str:
@@ -125,22 +138,37 @@ def in_hash_order(documents: Sequence[Document]) -> Iterable[Document]:
     """Spread evenly over the text, whatever its order: by a hash of their names, that of their text for `Texts`."""
     if not isinstance(documents, Texts):
         return sorted(documents, key=lambda document: (path_hash(document.name), document.name))
-    first = np.ascontiguousarray(documents.digests[:, :8]).view(">u8")[:, 0]
-    return (documents[int(place)] for place in np.argsort(first, kind="stable"))
+    return (documents[int(place)] for places in _by_digest(documents.digests) for place in places)
 
 
-def selected(documents: Sequence[Document], indices: Sequence[int]) -> Sequence[Document]:
-    """Those of them, in this order."""
+def _by_digest(digests: np.ndarray) -> Iterator[np.ndarray]:
+    """Places (n,) in the order of the first 8 bytes of digests (n, 32), those of a range of values at a time: who needs
+    the first few does not sort all. Each range is twice as wide as the one before it."""
+    low, width = 0, (1 << 64) * _TOGETHER // max(len(digests), _TOGETHER)
+    while low < 1 << 64:
+        high = min(low + width, 1 << 64)
+        places, values = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.uint64)]
+        for start in range(0, len(digests), _LOOKED_AT):
+            first = np.ascontiguousarray(digests[start : start + _LOOKED_AT, :8]).view(">u8")[:, 0]
+            chosen = np.flatnonzero((first >= np.uint64(low)) & (first <= np.uint64(high - 1)))
+            places.append(chosen + start)
+            values.append(first[chosen].astype(np.uint64))
+        yield np.concatenate(places)[np.argsort(np.concatenate(values), kind="stable")]
+        low, width = high, 2 * width
+
+
+def selected(documents: Sequence[Document], indices: np.ndarray) -> Sequence[Document]:
+    """Those of them (k,), in this order."""
     if isinstance(documents, Texts):
-        return documents.select(np.array(indices, dtype=np.int64))
-    return [documents[index] for index in indices]
+        return documents.select(indices)
+    return [documents[int(index)] for index in indices]
 
 
-def sizes(documents: Sequence[Document]) -> list[int]:
-    """Raw UTF-8 bytes of each."""
+def sizes(documents: Sequence[Document]) -> np.ndarray:
+    """Raw UTF-8 bytes of each (n,) int64."""
     if isinstance(documents, Texts):
-        return [int(size) for size in documents.sizes]
-    return [len(document.text) for document in documents]
+        return documents.sizes
+    return np.array([len(document.text) for document in documents], dtype=np.int64)
 
 
 def drop_duplicates(documents: Sequence[Document]) -> tuple[list[Document], int]:

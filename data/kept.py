@@ -53,21 +53,35 @@ class KeptText(Texts):
         self._chosen: np.ndarray | None = None  # (k,): which documents, None: all
         self._ends = _load(folder, side, "ends")
         self._places = _load(folder, side, "places")
-        self.sizes = np.diff(self._ends, prepend=0)
-        self.digests = _load(folder, side, "digests")
+        self._digests = _load(folder, side, "digests")
         self._open(folder, side, read)
 
     def _open(self, folder: Path, side: str, read: Sequence[Part]) -> None:
         # Kept open: the folder may be deleted meanwhile.
         self._file = open(folder / f"{side}.text", "rb", buffering=0)  # noqa: SIM115
-        if os.fstat(self._file.fileno()).st_size != self.sizes.sum():
+        if os.fstat(self._file.fileno()).st_size != (self._ends[-1] if len(self._ends) else 0):
             raise ValueError(f"{self._file.name} has another size than its documents")
 
     def select(self, indices: np.ndarray) -> Self:
         found = copy.copy(self)
-        found._chosen = indices if self._chosen is None else self._chosen[indices]
-        found.sizes, found.digests = self.sizes[indices], self.digests[indices]
+        found._chosen = self._of_all(indices)
         return found
+
+    def __len__(self) -> int:
+        return len(self._ends if self._chosen is None else self._chosen)
+
+    def _of_all(self, documents: np.ndarray) -> np.ndarray:
+        """Indices among all documents, whichever are chosen."""
+        return documents if self._chosen is None else self._chosen[documents]
+
+    def sizes_of(self, documents: np.ndarray) -> np.ndarray:
+        every = self._of_all(documents)
+        ends = self._ends[every]
+        return ends - np.where(every > 0, self._ends[every - 1], 0)
+
+    @property
+    def digests(self) -> np.ndarray:
+        return self._digests if self._chosen is None else self._digests[self._chosen]
 
     @overload
     def __getitem__(self, index: int) -> Document: ...
@@ -80,7 +94,11 @@ class KeptText(Texts):
             raise IndexError(index)
         index %= len(self)
         document = int(index if self._chosen is None else self._chosen[index])
-        return Document(self._name(document), self._text(document, int(self.sizes[index])))
+        return Document(self._name(document), self._text(document, self._size(document)))
+
+    def _size(self, document: int) -> int:
+        """Of one of all documents."""
+        return int(self._ends[document]) - (int(self._ends[document - 1]) if document else 0)
 
     def _text(self, document: int, size: int) -> bytes:
         """Of one of all documents, whichever are chosen."""
@@ -92,7 +110,7 @@ class KeptText(Texts):
             return
         first = 0
         while first < len(self):
-            start = int(self._ends[first]) - int(self.sizes[first])
+            start = int(self._ends[first]) - self._size(first)
             behind = max(first + 1, int(np.searchsorted(self._ends, start + BLOCK, side="right")))
             block = self._read(start, int(self._ends[behind - 1]) - start)
             begin = 0

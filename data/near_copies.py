@@ -32,6 +32,7 @@ from data.cache import write_atomic
 from data.corpus import Corpus, Document, fingerprint, selected, sizes
 from data.errors import DataError
 from data.files import shown
+from data.mix_texts import still_held_out
 
 SHORTEST = 20  # bytes that tell a unit
 LONG_LINE = 256
@@ -90,9 +91,9 @@ def heed(corpus: Corpus, choice: str, cache: Path) -> tuple[Corpus, Overlap]:
     """
     notes = list(corpus.notes)
     shares, estimate = _shares(corpus, cache, notes)
-    copies = [share >= NEAR_COPY for share in shares]
-    kept = [index for index, copy in enumerate(copies) if choice == "keep" or not copy]
-    if not kept:
+    copies = shares >= NEAR_COPY
+    kept = np.arange(len(shares)) if choice == "keep" else np.flatnonzero(~copies)
+    if not len(kept):
         raise DataError(
             f"near_copies=drop would leave nothing held out: of each of the {len(copies)} held-out documents half or "
             f"more stands in the training text. Set near_copies=keep, or hold out other text"
@@ -100,30 +101,29 @@ def heed(corpus: Corpus, choice: str, cache: Path) -> tuple[Corpus, Overlap]:
     overlap = _overlap(corpus.heldout, kept, shares, choice, estimate)
     if choice == "drop":
         notes.append(f"held-out near copies of training text dropped: {_dropped(overlap)}")
-    notes += noted(overlap, "the held-out text", _mend(len(copies), sum(copies), overlap.dropped))
+    notes += noted(overlap, "the held-out text", _mend(len(copies), int(copies.sum()), overlap.dropped))
     if overlap.dropped:
         heldout = selected(corpus.heldout, kept)
-        corpus = replace(
-            corpus, heldout=heldout, fingerprint=fingerprint(corpus.train, heldout), known_content=None
-        )
+        mixture = corpus.mixture and still_held_out(corpus.mixture, kept)
+        text = fingerprint(corpus.train, heldout)
+        corpus = replace(corpus, heldout=heldout, fingerprint=text, mixture=mixture, known_content=None)
     return replace(corpus, notes=tuple(notes)), overlap
 
 
 def _overlap(
-    documents: Sequence[Document], kept: Sequence[int], shares: Sequence[float], choice: str, estimate: bool
+    documents: Sequence[Document], kept: np.ndarray, shares: np.ndarray, choice: str, estimate: bool
 ) -> Overlap:
     """`kept`: their places; `shares`: of each document."""
     size = sizes(documents)
-    order = sorted(range(len(size)), key=lambda place: -shares[place] * size[place])
+    seen = shares * size  # bytes of each
+    worst = [place for place in np.argsort(-seen, kind="stable")[:WORST] if shares[place]]
     return Overlap(
         choice=choice,
-        share=sum(shares[place] * size[place] for place in kept) / sum(size[place] for place in kept),
-        before=sum(share * bytes_ for share, bytes_ in zip(shares, size, strict=True)) / sum(size),
+        share=float(seen[kept].sum() / size[kept].sum()),
+        before=float(seen.sum() / size.sum()),
         dropped=len(size) - len(kept),
-        dropped_bytes=sum(size) - sum(size[place] for place in kept),
-        worst=tuple(
-            (documents[place].name, size[place], shares[place]) for place in order[:WORST] if shares[place]
-        ),
+        dropped_bytes=int(size.sum() - size[kept].sum()),
+        worst=tuple((documents[int(place)].name, int(size[place]), float(shares[place])) for place in worst),
         estimate=estimate,
     )
 
@@ -131,7 +131,7 @@ def _overlap(
 def compare(train: Sequence[Document], documents: Sequence[Document]) -> Overlap:
     """What other text than the held-out shares with a training text."""
     shares, estimate = shares_in_training(train, documents)
-    return _overlap(documents, range(len(documents)), shares, "keep", estimate)
+    return _overlap(documents, np.arange(len(documents)), np.array(shares), "keep", estimate)
 
 
 def _dropped(overlap: Overlap) -> str:
@@ -160,7 +160,7 @@ def noted(overlap: Overlap, text: str, mend: str = "") -> list[str]:
     ]
 
 
-def _shares(corpus: Corpus, cache: Path, notes: list[str]) -> tuple[list[float], bool]:
+def _shares(corpus: Corpus, cache: Path, notes: list[str]) -> tuple[np.ndarray, bool]:
     """`shares_in_training`, kept in the cache by the text."""
     path = cache / "near_copies" / f"{corpus.fingerprint[:16]}-v{FORMAT}.json"
     if path.exists():
@@ -169,7 +169,7 @@ def _shares(corpus: Corpus, cache: Path, notes: list[str]) -> tuple[list[float],
             if digest != _digest(text):
                 raise ValueError("it has changed since it was written")
             found = json.loads(text)
-            return found["shares"], found["estimate"]
+            return np.array(found["shares"], dtype=np.float64), found["estimate"]
         except (OSError, ValueError) as error:
             notes.append(f"rebuilt a damaged cache file: {path}: {error}")
     shares, estimate = shares_in_training(corpus.train, corpus.heldout)
@@ -178,7 +178,7 @@ def _shares(corpus: Corpus, cache: Path, notes: list[str]) -> tuple[list[float],
         write_atomic(path, lambda file: file.write(f"{_digest(text)}\n{text}".encode()))
     except OSError as error:
         notes.append(f"what stands in training could not be cached: {error}")
-    return shares, estimate
+    return np.array(shares, dtype=np.float64), estimate
 
 
 def _digest(text: str) -> str:

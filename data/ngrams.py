@@ -16,7 +16,7 @@ import numpy as np
 
 LONGEST = 8  # bytes packed into one 64-bit key
 CHUNK = 1 << 20  # places that are packed together
-PARTS = 4  # of a text, that are counted one after the other
+PARTS = 8  # of a text by the first byte of n-grams, of which one is counted and used at a time
 
 
 class Texts:
@@ -49,9 +49,11 @@ class Texts:
             parts.append(keys)
         return np.concatenate(parts)
 
-    def ends(self, n: int) -> np.ndarray:
-        """Index (m,) of the last byte of each of `grams(n)`."""
-        return np.flatnonzero(self.before >= n - 1)
+    def ends(self, n: int, low: int = 0, high: int = 256) -> np.ndarray:
+        """Index (m,) of the last byte of each of `grams(n, low, high)`."""
+        first = self.bytes[: max(len(self.bytes) - n + 1, 0)]
+        inside = (self.before[n - 1 :] >= n - 1) & (first >= low) & (first < high)
+        return np.flatnonzero(inside) + n - 1
 
 
 def witten_bell(train: Texts, heldout: Texts, orders: Sequence[int]) -> dict[int, np.ndarray]:
@@ -66,27 +68,31 @@ def by_order(
 ) -> Iterator[int]:
     """Each order, once `probability` (n,) is that of the held-out bytes under its model; 1 / 256 of each to begin with.
 
-    `blocks` gives held-out text block by block, the same each time: only counts of the training text are in memory.
+    `blocks` gives held-out text block by block, the same each time: in memory are only counts of the training text, and
+    of these one part at a time, as a context begins as its n-grams do.
     """
     assert longest <= LONGEST
+    parts = _parts(train.bytes)
     for n in range(1, longest + 1):
-        table = _Table(train, n)
-        start = 0
-        for block in blocks():
-            stop = start + len(block.bytes)
-            table.interpolate(block, probability[start:stop])
-            start = stop
+        for some in (
+            [parts] if n == 1 else [[part] for part in parts]
+        ):  # the empty context begins with nothing
+            table = _Table(train, n, some)
+            start = 0
+            for block in blocks():
+                stop = start + len(block.bytes)
+                table.interpolate(block, probability[start:stop])
+                start = stop
         yield n
 
 
 class _Table:
-    """Counts of the n-grams of a text, by context. They are sorted in parts, by first byte, as all keys of a text at
-    once take many times what is left of them."""
+    """Counts of the n-grams of a text, by context, of parts that lie behind one another."""
 
-    def __init__(self, train: Texts, n: int):
-        self.n = n
+    def __init__(self, train: Texts, n: int, parts: Sequence[tuple[int, int]]):
+        self.n, self.low, self.high = n, parts[0][0], parts[-1][1]
         grams, counts = [], []
-        for low, high in _parts(train.bytes):
+        for low, high in parts:
             keys = train.grams(n, low, high)
             keys.sort()
             distinct, first = _runs(keys)
@@ -103,7 +109,8 @@ class _Table:
         """Raise `probability` from order n - 1 to order n, in place."""
         if not len(self.grams):
             return
-        wanted, last = heldout.grams(self.n), heldout.ends(self.n)
+        part = (self.n, self.low, self.high)
+        wanted, last = heldout.grams(*part), heldout.ends(*part)
         context, known = _find(self.contexts, wanted >> np.uint64(8))
         wanted, last, context = wanted[known], last[known], context[known]
         gram, seen = _find(self.grams, wanted)

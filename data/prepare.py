@@ -29,7 +29,7 @@ from data import SOURCES, load_corpus, unheard
 from data.arrays import map_array
 from data.cache import file_digest, write_atomic
 from data.config import DataConfig
-from data.corpus import Corpus, Document, Texts, fingerprint, sizes, total_bytes
+from data.corpus import Corpus, Document, Texts, fingerprint, selected, sizes, total_bytes
 from data.encoder import Encoded, Encoders
 from data.errors import DataError
 from data.near_copies import Overlap
@@ -143,6 +143,10 @@ def _read(
     # Where nobody asks and they stay anyway, the run counts them.
     measure = cfg.near_copies is not None or source.near_copies == "drop"
     corpus, overlap = load_corpus(cfg, cache, tell, measure=measure)
+    if corpus.mixture is not None:
+        raise DataError(
+            f"data={cfg.data}: prepare its sources one by one, and mix the folders (data: bin, input_file)"
+        )
     notes = list(corpus.notes)
     # What is said of this machine's cache is nothing to keep.
     about = [note for note in notes if str(cache) not in note]
@@ -161,8 +165,8 @@ def _without_copies(corpus: Corpus) -> tuple[Corpus, str]:
     digests = {side: _digests(_documents(corpus, side)) for side in SIDES}
     first = _first_of_each(np.concatenate([digests[side] for side in SIDES]))
     held = len(digests["heldout"])
-    heldout = _selected(corpus.heldout, first[first < held])
-    train = _selected(corpus.train, first[first >= held] - held)
+    heldout = selected(corpus.heldout, first[first < held])
+    train = selected(corpus.train, first[first >= held] - held)
     dropped = {"heldout": held - len(heldout), "train": len(digests["train"]) - len(train)}
     note = (
         f"dropped exact copies: {dropped['train']:,} documents for training, {dropped['heldout']:,} held out"
@@ -175,12 +179,6 @@ def _without_copies(corpus: Corpus) -> tuple[Corpus, str]:
         )
     told = fingerprint(train, heldout)
     return replace(corpus, train=train, heldout=heldout, fingerprint=told, known_content=None), note
-
-
-def _selected(documents: Sequence[Document], places: np.ndarray) -> Sequence[Document]:
-    return (
-        documents.select(places) if isinstance(documents, Texts) else [documents[place] for place in places]
-    )
 
 
 def _first_of_each(digests: np.ndarray) -> np.ndarray:
@@ -452,15 +450,10 @@ def _write_index(
     _save(folder / f"{start}.offsets.npy", offsets)
     # A separator stands in front of each, and shards lie one behind the other.
     _save(folder / f"{start}.begins.npy", offsets[:-1] + np.arange(1, len(offsets)))
-    _save(folder / f"{start}.sizes.npy", np.asarray(sizes_of(documents)))
+    _save(folder / f"{start}.sizes.npy", sizes(documents))
     _save(folder / f"{start}.digests.npy", _digests(documents))
     if parts["lossy"].any():
         _save(folder / f"{start}.lossy.npy", parts["lossy"])
-
-
-def sizes_of(documents: Sequence[Document]) -> np.ndarray:
-    """Raw bytes of each (n,) int64."""
-    return documents.sizes if isinstance(documents, Texts) else np.array(sizes(documents), dtype=np.int64)
 
 
 def _finish(

@@ -60,43 +60,51 @@ class PreparedConfig(FilesConfig, DataConfig, Protocol):
 
 
 class PreparedText(InShards):
-    """One side of a prepared folder; what is read of its arrays and shards is what is asked for.
-
-    begins (n,) int64: where the ids of each document begin in the shards together; offsets (n + 1,) int64: in those of
-    all documents, as in `TokenStore`; lossy (n,) bool: which of them their ids do not give back, None: none.
-    """
+    """One side of a prepared folder; what is read of its arrays and shards is what is asked for."""
 
     def __init__(self, folder: Path, side: str, shards: Sequence[Mapping[str, Any]], tokenizer: Tokenizer):
         start = SIDES[side]
-        arrays = {
-            name: _array(folder / f"{start}.{name}.npy") for name in ("sizes", "digests", "offsets", "begins")
-        }
-        self.sizes, self.digests = arrays["sizes"], arrays["digests"]
-        self.offsets, self.begins = arrays["offsets"], arrays["begins"]
+        self._sizes, self._digests, self._offsets, self._every_begin = (
+            _array(folder / f"{start}.{name}.npy") for name in ("sizes", "digests", "offsets", "begins")
+        )
         lossy = folder / f"{start}.lossy.npy"
-        self.lossy = _array(lossy) if lossy.exists() else None
+        self._lossy = _array(lossy) if lossy.exists() else None
         self._tokenizer = tokenizer
-        self._files = ShardFiles(
-            [open_shard(folder / s["file"], tokenizer.dtype) for s in shards], tokenizer.dtype
+        self._chosen: np.ndarray | None = None  # (k,): which documents, None: all
+        self.files = ShardFiles(
+            [open_shard(folder / shard["file"], tokenizer.dtype) for shard in shards], tokenizer.dtype
         )
         self._text: ShardFiles | None = None
         self._text_begins: np.ndarray | None = None
         if all("text" in shard for shard in shards):
-            self._text = ShardFiles([_text_file(folder / s["text"]) for s in shards], np.uint8)
-            self._text_begins = np.cumsum(self.sizes) - self.sizes
+            self._text = ShardFiles([_text_file(folder / shard["text"]) for shard in shards], np.uint8)
+            self._text_begins = np.cumsum(self._sizes) - self._sizes
 
     def select(self, indices: np.ndarray) -> Self:
         found = copy.copy(self)
-        lengths = np.diff(self.offsets)[indices]
-        found.sizes, found.digests, found.begins = (
-            self.sizes[indices],
-            self.digests[indices],
-            self.begins[indices],
-        )
-        found.offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        found.lossy = None if self.lossy is None else self.lossy[indices]
-        found._text_begins = None if self._text_begins is None else self._text_begins[indices]
+        found._chosen = self._of_all(indices)
         return found
+
+    def __len__(self) -> int:
+        return len(self._sizes if self._chosen is None else self._chosen)
+
+    def _of_all(self, documents: np.ndarray) -> np.ndarray:
+        """Indices among all documents, whichever are chosen."""
+        return documents if self._chosen is None else self._chosen[documents]
+
+    def sizes_of(self, documents: np.ndarray) -> np.ndarray:
+        return self._sizes[self._of_all(documents)]
+
+    def begins_of(self, documents: np.ndarray) -> np.ndarray:
+        return self._every_begin[self._of_all(documents)]
+
+    def lengths_of(self, documents: np.ndarray) -> np.ndarray:
+        every = self._of_all(documents)
+        return self._offsets[every + 1] - self._offsets[every]
+
+    @property
+    def digests(self) -> np.ndarray:
+        return self._digests if self._chosen is None else self._digests[self._chosen]
 
     @overload
     def __getitem__(self, index: int) -> Document: ...
@@ -108,36 +116,41 @@ class PreparedText(InShards):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
-        return Document(self._name(index), self._read(index))
+        document = int(index if self._chosen is None else self._chosen[index])
+        return Document(self._name(document), self._read(document))
 
     def __iter__(self) -> Iterator[Document]:
         yield from (self[index] for index in range(len(self)))
 
-    def _read(self, index: int) -> bytes:
+    def _read(self, document: int) -> bytes:
+        """The text of one of all documents."""
         if self._text is not None and self._text_begins is not None:
-            begin = int(self._text_begins[index])
-            return self._text.read(begin, begin + int(self.sizes[index])).tobytes()
-        begin, length = int(self.begins[index]), int(self.offsets[index + 1] - self.offsets[index])
-        return text_of(self._tokenizer, self._files.read(begin, begin + length))
+            begin = int(self._text_begins[document])
+            return self._text.read(begin, begin + int(self._sizes[document])).tobytes()
+        begin, length = (
+            int(self._every_begin[document]),
+            int(self._offsets[document + 1] - self._offsets[document]),
+        )
+        return text_of(self._tokenizer, self.files.read(begin, begin + length))
 
-    def _name(self, index: int) -> str:
-        begin = int(self.begins[index])
-        number = int(np.searchsorted(self._files.bases, begin, side="right")) - 1
-        return f"{Path(self._files.shards[number].path).name}:{begin - int(self._files.bases[number])}"
+    def _name(self, document: int) -> str:
+        begin = int(self._every_begin[document])
+        number = int(np.searchsorted(self.files.bases, begin, side="right")) - 1
+        return f"{Path(self.files.shards[number].path).name}:{begin - int(self.files.bases[number])}"
 
     @property
-    def tokens(self) -> ShardTokens:
-        """Ids of the documents (L,)."""
-        return ShardTokens(self._files, self.begins, self.offsets)
+    def lossy(self) -> np.ndarray | None:
+        lossy = self._lossy
+        return lossy if lossy is None or self._chosen is None else lossy[self._chosen]
 
     @property
     def raw(self) -> ShardTokens | None:
-        """Their text (sum of sizes,) uint8, where ids do not give all of it back."""
-        if self.lossy is None or not self.lossy.any():
+        lossy = self.lossy
+        if lossy is None or not lossy.any():
             return None
         assert self._text is not None and self._text_begins is not None
         ends = np.concatenate([[0], np.cumsum(self.sizes, dtype=np.int64)])
-        return ShardTokens(self._text, self._text_begins, ends)
+        return ShardTokens(self._text, self._text_begins[self._of_all(np.arange(len(self)))], ends)
 
 
 def _array(path: Path) -> np.ndarray:

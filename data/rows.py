@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from data.errors import DataError
-from data.order import DocumentOrder, reading_place
+from data.order import first_documents, reading_place
+from data.places import Pieces, Places, StreamPlaces
+from data.shards import ShardTokens, each
 from data.store import TokenStore
 from data.tokenizers import Tokenizer
 
@@ -36,7 +38,9 @@ class Batch:
 def target_bytes(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     """Bytes (B, S) that the targets of rows (B, S + 1) say; what a tokenizer puts in front of a text is none of it.
     `TokenStore.raw_sizes` makes them bytes of the text."""
-    sizes = tokenizer.token_bytes[tokens[:, 1:]]
+    sizes = tokenizer.token_bytes.take(tokens[:, 1:])
+    if not tokenizer.lead:
+        return sizes
     first = tokens[:, :-1] == tokenizer.eot
     return np.where(first, np.maximum(sizes - len(tokenizer.lead), 0), sizes)
 
@@ -56,8 +60,9 @@ class TrainingRows:
 
     def __init__(self, store: TokenStore, eot: int, seq_len: int, lookahead: int = 1, seed: int = 0):
         self.store, self.eot, self.seq_len, self.lookahead = store, eot, seq_len, lookahead
-        self.order = DocumentOrder(store.n_docs, seed)
-        self.tokens_per_epoch = int(len(store.tokens)) + store.n_docs
+        self._places = self._places_of(store, seed)
+        self._token_bytes = store.tokenizer.token_bytes.astype(np.uint32)  # half as much to go through
+        self.tokens_per_epoch = self._places.tokens_per_epoch
         self.rows_per_epoch = (self.tokens_per_epoch - 1) // seq_len
         if self.rows_per_epoch < 1:
             raise DataError(
@@ -65,25 +70,88 @@ class TrainingRows:
                 f"(start tokens included), and train_seq_len {seq_len} needs {seq_len + 1}. "
                 f"The largest train_seq_len for it is {max(self.tokens_per_epoch - 1, 0)}."
             )
-        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def batch(self, rows: np.ndarray) -> Batch:
-        """The given global rows (B,), in the given order."""
+        """The given global rows (B,), in the given order.
+
+        Raises:
+            DataError: a file of tokens is not as it was when it was opened.
+        """
         rows = np.asarray(rows, dtype=np.int64)
         shape = (len(rows), self.seq_len + self.lookahead)
-        tokens, doc_ids = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int32)
-        places = np.empty(shape, dtype=np.int64)
-        epochs = rows // self.rows_per_epoch
+        ids, doc_ids = (
+            np.full(shape, self.eot, dtype=self.store.tokenizer.dtype),
+            np.empty(shape, dtype=np.int32),
+        )
+        epochs, visits = self._visits(rows)
+        text, starts = [], []
         for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            tokens[chosen], doc_ids[chosen], places[chosen] = self._gather(
-                int(epoch), reading_place(rows[chosen] % self.rows_per_epoch, self.rows_per_epoch)
-            )
-        weights = np.ones((len(rows), self.seq_len), dtype=np.float32)
+            here = np.flatnonzero(epochs == epoch)
+            length = self._length(int(epoch))
+            begins = reading_place(visits[here], (length - 1) // self.seq_len) * self.seq_len
+            pieces = self._places.pieces(int(epoch), begins, shape[1])
+            doc_ids[here] = self._numbered(pieces, begins, shape[1], length)
+            pieces = pieces._replace(row=here[pieces.row])
+            opening = (pieces.start >= 1) & (pieces.start <= self.seq_len)  # start tokens that are targets
+            starts.append(pieces.row[opening] * shape[1] + pieces.start[opening])
+            text.append(self._text(pieces, shape[1]))
+        self._read(ids, stretches := np.concatenate(text, axis=1))
+        tokens = ids.astype(np.int64)
+        scored = self._bytes(tokens, np.concatenate(starts), stretches)
+        weights, ends = (
+            np.ones((len(rows), self.seq_len), np.float32),
+            np.zeros((len(rows), self.seq_len), np.float32),
+        )
+        return Batch(tokens, doc_ids, weights, ends, rows, scored)
+
+    def _numbered(self, pieces: Pieces, begins: np.ndarray, width: int, length: int) -> np.ndarray:
+        """Which document of its row each position is of (B, width) int32, in an epoch of so many tokens."""
+        counts = np.bincount(pieces.row, minlength=len(begins))
+        nth = np.arange(len(pieces.row)) - np.repeat(np.cumsum(counts) - counts, counts)
+        first = pieces.row * width + np.maximum(pieces.start, 0)
+        widths = np.diff(first, append=len(begins) * width)
+        found = np.repeat(nth.astype(np.int32), widths).reshape(len(begins), width)
+        for row in np.flatnonzero(begins + width > length):  # look-ahead beyond the end
+            end = length - int(begins[row])
+            found[row, end:] = found[row, end - 1] + 1 + np.arange(width - end)
+        return found
+
+    def _text(self, pieces: Pieces, width: int) -> np.ndarray:
+        """Stretches of text in rows of `width` columns (4, K) int64: where each begins in the rows laid end to end, its
+        document and where in that it begins, and how long it is."""
+        first = pieces.start + 1  # column of the document's first token
+        column = np.maximum(first, 0)
+        end = np.minimum(first + self.store.lengths_of(pieces.document), width)
+        found = [pieces.row * width + column, pieces.document, column - first, end - column]
+        return np.stack(found)[:, end > column]
+
+    def _read(self, tokens: np.ndarray, text: np.ndarray) -> None:
+        """Put stretches of text into rows (B, S + n)."""
+        if isinstance(self.store.tokens, ShardTokens):
+            self.store.tokens.read_into(tokens.reshape(-1), *text)
+        else:
+            there, place = self._each(text)
+            tokens.reshape(-1)[there] = self.store.tokens[place]
+
+    def _each(self, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of stretches (4, K) each position: in the rows laid end to end, and in the text."""
+        there, document, within, counts = text
+        return each(there, counts)[1], each(self.store.offsets[document] + within, counts)[1]
+
+    def _bytes(self, tokens: np.ndarray, starts: np.ndarray, text: np.ndarray) -> int:
+        """Bytes of the targets of rows (B, S + n). `starts`: places of targets that are start tokens, rows laid end to
+        end."""
+        if self.store.lossy is None and not self.store.tokenizer.lead:  # what tokens say is the text
+            said = self._token_bytes.take(tokens)
+            beside = said[:, 0].sum() + said[:, self.seq_len + 1 :].sum() + said.reshape(-1)[starts].sum()
+            return int(said.sum(dtype=np.int64)) - int(beside)
         sizes = target_bytes(tokens[:, : self.seq_len + 1], self.store.tokenizer)
-        of_text = places[:, 1 : self.seq_len + 1] >= 0
-        scored = int(self.store.raw_sizes(places[:, 1 : self.seq_len + 1][of_text], sizes[of_text]).sum())
-        return Batch(tokens, doc_ids, weights, np.zeros_like(weights), rows, scored)
+        places = np.full(tokens.shape, -1, dtype=np.int64)  # in the text
+        there, place = self._each(text)
+        places.reshape(-1)[there] = place
+        places = places[:, 1 : self.seq_len + 1]
+        of_text = places >= 0
+        return int(self.store.raw_sizes(places[of_text], sizes[of_text]).sum())
 
     def changed_length(self, seq_len: int, position: int) -> tuple[float, float]:
         """Shares of the running epoch's targets that are read twice and never, when rows of `seq_len` give way to these
@@ -91,51 +159,43 @@ class TrainingRows:
         before = (self.tokens_per_epoch - 1) // seq_len  # rows of an epoch
         epoch, visits = divmod(position // seq_len, before)
         begins = -(-position // self.seq_len) - epoch * self.rows_per_epoch
-        rest = np.arange(np.clip(begins, 0, self.rows_per_epoch), self.rows_per_epoch)
-        unread = np.zeros(
-            self.rows_per_epoch + 1, dtype=np.int64
-        )  # 1 = a row that is still to come; beyond: none
-        unread[reading_place(rest, self.rows_per_epoch)] = 1
-        sums = np.concatenate([[0], np.cumsum(unread)]) * self.seq_len
+        return read_again(self.tokens_per_epoch - 1, (seq_len, visits), (self.seq_len, begins))
 
-        def to_come(targets: np.ndarray) -> np.ndarray:
-            """How many of the stream's first `targets` are still to come."""
-            row, within = np.divmod(np.minimum(targets, self.rows_per_epoch * self.seq_len), self.seq_len)
-            return sums[row] + unread[row] * within
+    def set_length(self, targets: int, epochs: float | None = None) -> None:
+        """How many targets a run reads, as passes over the text too where it is that long; what is read of one text
+        does not depend on it."""
 
-        starts = reading_place(np.arange(visits), before) * seq_len
-        twice = int((to_come(starts + seq_len) - to_come(starts)).sum())
-        targets = self.tokens_per_epoch - 1
-        read = visits * seq_len + len(rest) * self.seq_len
-        return twice / targets, (targets - read + twice) / targets
+    def _places_of(self, store: TokenStore, seed: int) -> Places:
+        return StreamPlaces(store.offsets, seed)
 
-    def _gather(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens, document ids, and places in the text, -1 at a start token: each (B, S + n)."""
-        permutation, starts = self._epoch(epoch)
-        span = np.arange(self.seq_len + self.lookahead)
-        positions = rows[:, None] * self.seq_len + span  # (B, S + n)
-        # Documents in this epoch's order; beyond the end, every position is a start token of its own.
-        beyond = np.maximum(positions - (self.tokens_per_epoch - 1), 0)
-        inside = np.minimum(positions, self.tokens_per_epoch - 1)
-        nth = np.searchsorted(starts, inside, side="right") - 1
-        within = inside - starts[nth]  # 0 = the start token
-        index = self.store.offsets[permutation[nth]] + within - 1
-        is_start = (within == 0) | (beyond > 0)
-        tokens = self.store.tokens[np.where(is_start, 0, index)].astype(np.int64)
-        tokens[is_start] = self.eot
-        nth = nth + beyond
-        return tokens, (nth - nth[:, :1]).astype(np.int32), np.where(is_start, -1, index)
+    def _visits(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Epoch and visit number of global rows, each (B,)."""
+        return np.divmod(rows, self.rows_per_epoch)
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Permutation (n_docs,) and the stream position of each document's start token (n_docs,)."""
-        if epoch not in self._epochs:
-            permutation = self.order.permutation(epoch)
-            starts = np.zeros(len(permutation), dtype=np.int64)
-            np.cumsum(self.store.lengths[permutation][:-1] + 1, out=starts[1:])
-            while len(self._epochs) >= 2:  # a step may straddle two epochs
-                self._epochs.pop(next(iter(self._epochs)))
-            self._epochs[epoch] = (permutation, starts)
-        return self._epochs[epoch]
+    def _length(self, epoch: int) -> int:
+        """Tokens of an epoch, start tokens included."""
+        return self.tokens_per_epoch
+
+
+def read_again(targets: int, before: tuple[int, int], after: tuple[int, int]) -> tuple[float, float]:
+    """Shares of an epoch of so many targets that are read twice and never. `before`: length of a row, and visits made
+    with it; `after`: length, and the visit from which on rows of that one are read."""
+    (old, visits), (new, begins) = before, after
+    n_old, n_new = targets // old, targets // new
+    rest = np.arange(np.clip(begins, 0, n_new), n_new)
+    unread = np.zeros(n_new + 1, dtype=np.int64)  # 1 = a row that is still to come; beyond: none
+    unread[reading_place(rest, n_new)] = 1
+    sums = np.concatenate([[0], np.cumsum(unread)]) * new
+
+    def to_come(first: np.ndarray) -> np.ndarray:
+        """How many of the stream's first targets are still to come."""
+        row, within = np.divmod(np.minimum(first, n_new * new), new)
+        return sums[row] + unread[row] * within
+
+    starts = reading_place(np.arange(visits), n_old) * old
+    twice = int((to_come(starts + old) - to_come(starts)).sum())
+    read = visits * old + len(rest) * new
+    return twice / targets, (targets - read + twice) / targets
 
 
 def select_heldout(store: TokenStore, max_bytes: int | None = None) -> np.ndarray:
@@ -143,11 +203,8 @@ def select_heldout(store: TokenStore, max_bytes: int | None = None) -> np.ndarra
 
     With `max_bytes`: as many documents of that order as fit whole, at least one.
     """
-    order = DocumentOrder(store.n_docs, EVALUATION_SEED).permutation(0)
-    if max_bytes is None:
-        return order
-    fitting = int(np.searchsorted(np.cumsum(store.doc_bytes[order]), max_bytes, side="right"))
-    return order[: max(1, fitting)]
+    limit = store.total_bytes if max_bytes is None else max_bytes
+    return first_documents(store.doc_bytes, EVALUATION_SEED, limit)
 
 
 class HeldoutRows:
@@ -159,7 +216,7 @@ class HeldoutRows:
 
     `max_bytes` selects whole documents (the score stays comparable between runs that agree on it);
     `max_tokens` cuts the list of windows, and `complete` is False where it cut. `total_bytes` is what the
-    rows score together.
+    rows score together. `sources`: by the name of each source of a mixture, which of `documents` are of it (n,) bool.
     """
 
     def __init__(
@@ -175,7 +232,11 @@ class HeldoutRows:
         self.documents = select_heldout(store, max_bytes)
         if not len(self.documents):
             raise DataError("there is no held-out text to score.")
-        targets = store.lengths[self.documents] + 1  # the document's end is one
+        source = np.repeat(np.arange(len(store.sources)), [documents for _, documents in store.sources])
+        self.sources = {
+            name: source[self.documents] == place for place, (name, _) in enumerate(store.sources)
+        }
+        targets = store.lengths_of(self.documents) + 1  # the document's end is one
         windows = -(-targets // seq_len)
         document = np.repeat(np.arange(len(windows)), windows)
         first = (np.arange(len(document)) - np.repeat(np.cumsum(windows) - windows, windows)) * seq_len
@@ -213,7 +274,7 @@ class HeldoutRows:
         document, first = self._document[rows], self._first[rows]
         length = np.where(padding, 0, self._length[rows])
         width = max(1, int(length.max(initial=0)))
-        total = self.store.lengths[document]  # tokens of the document
+        total = self.store.lengths_of(document)  # tokens of the document
         # Position 0 is the start token, 1 to `total` the text, then its end; beyond that, ends of nothing.
         positions = first[:, None] + np.arange(width + self.lookahead)  # (B, width + n)
         is_text = (positions >= 1) & (positions <= total[:, None]) & ~padding[:, None]

@@ -13,6 +13,7 @@ from data.corpus import Corpus, Document, fingerprint
 from data.errors import DataError
 from data.kept import keep_text
 from data.lost import lost_text
+from data.mix import MixConfig, entries_of
 from data.named import KINDS, FilesConfig, named_files
 from data.near_copies import Overlap, compare, noted
 from data.store import TokenStore, encode_documents
@@ -27,7 +28,7 @@ __all__ = ["Scored", "text_to_score"]
 UNKNOWN = "what these weights were trained on is not known here; this text may have been among it"
 
 
-class ScoredConfig(DataConfig, TextConfig, FilesConfig, Protocol):
+class ScoredConfig(DataConfig, TextConfig, FilesConfig, MixConfig, Protocol):
     """A run whose text may be its user's own."""
 
 
@@ -61,6 +62,8 @@ def text_to_score(
     Raises:
         DataError: the text cannot be read or is empty.
     """
+    if run and (part := _part_of_mix(run, given)):
+        return _held_out(part, tokenizer, None, [])
     if (
         "input_file" not in SOURCES[given.data].reads
         or given is run
@@ -120,12 +123,7 @@ def _held_out(
 
 def _is_own(run: ScoredConfig, given: ScoredConfig, trained_on: Mapping[str, str] | None) -> bool:
     """Whether a text is what the run was trained on: it lies where that lay, or is it to the byte."""
-    try:
-        if run.data == "text" and input_path(run).samefile(input_path(given)):
-            return True
-    except DataError:
-        pass  # the run's own text is gone
-    if _same_files(run, given):
+    if _lies_where(run, given):
         return True
     try:
         corpus, _ = load_corpus(given, cache_root())
@@ -134,6 +132,23 @@ def _is_own(run: ScoredConfig, given: ScoredConfig, trained_on: Mapping[str, str
     recorded = trained_on or {}
     named = corpus.fingerprint == recorded.get("fingerprint")
     return named or corpus.content == recorded.get("content")
+
+
+def _part_of_mix(run: ScoredConfig, given: ScoredConfig) -> ScoredConfig | None:
+    """The entry of the run's mixture whose files are given."""
+    if run.data != "mix" or "input_file" not in SOURCES[given.data].reads:
+        return None
+    return next((entry.cfg for entry in entries_of(run) if _lies_where(entry.cfg, given)), None)
+
+
+def _lies_where(run: ScoredConfig, given: ScoredConfig) -> bool:
+    """Whether both name the same text on disk."""
+    try:
+        if run.data == "text" and input_path(run).samefile(input_path(given)):
+            return True
+    except DataError:
+        pass  # the run's own text is gone
+    return _same_files(run, given)
 
 
 def _same_files(run: ScoredConfig, given: ScoredConfig) -> bool:

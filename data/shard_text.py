@@ -24,30 +24,44 @@ if TYPE_CHECKING:
 __all__ = ["InShards", "ShardText"]
 
 
-class InShards(Texts):
-    """Documents whose ids are those of one tokenizer and lie in shards, which must stay as they are."""
+TOGETHER = 4096  # documents that are looked up at once
+READ = 1 << 20  # ids that are read at once, where no document has more
 
+
+class InShards(Texts):
+    """Documents whose ids are those of one tokenizer and lie in shards (`files`), which must stay as they are.
+
+    `lossy` (n,) bool: those that their ids do not give back; None: none. `raw`: then the text of all, (sum of sizes,)
+    uint8.
+    """
+
+    files: ShardFiles
     _tokenizer: Tokenizer
-    lossy: np.ndarray | None = None  # (n,) bool: those that their ids do not give back; None: none
+
+    @abstractmethod
+    def begins_of(self, documents: np.ndarray) -> np.ndarray:
+        """Where documents (k,) begin in the shards together (k,) int64."""
+
+    @abstractmethod
+    def lengths_of(self, documents: np.ndarray) -> np.ndarray:
+        """Ids of documents (k,): (k,) int64."""
+
+    @property
+    def lossy(self) -> np.ndarray | None:
+        return None
+
+    @property
+    def raw(self) -> ShardTokens | None:
+        return None
 
     def is_of(self, tokenizer: Tokenizer) -> bool:
         """Whether the ids of the shards are those of a tokenizer."""
         return self._tokenizer.digest == tokenizer.digest
 
     @property
-    @abstractmethod
-    def tokens(self) -> ShardTokens:
-        """Ids of the documents (L,)."""
-
-    @property
-    def raw(self) -> ShardTokens | None:
-        """Their text (sum of sizes,) uint8, where some are lossy."""
-        return None
-
-    @property
     def key(self) -> str:
         """What tells these documents in these files from the same ones elsewhere."""
-        told = json.dumps(self.tokens.to_json(), sort_keys=True)
+        told = json.dumps(self.files.to_json(), sort_keys=True)
         return hashlib.sha256(told.encode("utf-8", "backslashreplace")).hexdigest()[:8]
 
 
@@ -63,30 +77,49 @@ class ShardText(KeptText, InShards):
         if len(self._lengths) != len(self.sizes) or len(shards) != len(self._parts):
             raise ValueError(f"{folder} is not of these shards")
         self._tokenizer = shards[0].chain.tokenizer
-        self._files = ShardFiles([part.shard for part in shards], self._tokenizer.dtype)
-        first = np.array([first for _, first in self._parts], dtype=np.int64)
-        part_of = np.searchsorted(first, np.arange(len(self._places)), side="right") - 1
-        self._begins = self._files.bases[part_of] + self._places - 1
+        self.files = ShardFiles([part.shard for part in shards], self._tokenizer.dtype)
+        self._firsts = np.array([first for _, first in self._parts], dtype=np.int64)
 
     def _text(self, document: int, size: int) -> bytes:
-        begin = int(self._begins[document])
-        return text_of(self._tokenizer, self._files.read(begin, begin + int(self._lengths[document])))
+        one = np.array([document])
+        begin, length = int(self._begins(one)[0]), int(self._lengths[document])
+        return text_of(self._tokenizer, self.files.read(begin, begin + length))
+
+    def _begins(self, documents: np.ndarray) -> np.ndarray:
+        """Of some of all documents."""
+        part = np.searchsorted(self._firsts, documents, side="right") - 1
+        return self.files.bases[part] + self._places[documents] - 1
 
     def __iter__(self) -> Iterator[Document]:
-        yield from (self[index] for index in range(len(self)))
+        for start in range(0, len(self), TOGETHER):
+            documents = self._of_all(np.arange(start, min(start + TOGETHER, len(self))))
+            begins, lengths = self._begins(documents), self._lengths[documents]
+            for low, high in _near(begins, begins + lengths):
+                base = int(begins[low])
+                ids = self.files.read(base, int(begins[high - 1] + lengths[high - 1]))
+                some = slice(low, high)
+                places = zip(
+                    documents[some].tolist(),
+                    (begins[some] - base).tolist(),
+                    lengths[some].tolist(),
+                    strict=True,
+                )
+                for document, begin, length in places:
+                    text = text_of(self._tokenizer, ids[begin : begin + length])
+                    yield Document(self._name(document), text)
 
-    @property
-    def begins(self) -> np.ndarray:
-        """Where each document begins in the shards together (n,) int64."""
-        return self._begins if self._chosen is None else self._begins[self._chosen]
+    def begins_of(self, documents: np.ndarray) -> np.ndarray:
+        return self._begins(self._of_all(documents))
 
-    @property
-    def offsets(self) -> np.ndarray:
-        """Where its ids begin and end in those of all (n + 1,) int64."""
-        lengths = self._lengths if self._chosen is None else self._lengths[self._chosen]
-        return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    def lengths_of(self, documents: np.ndarray) -> np.ndarray:
+        return self._lengths[self._of_all(documents)]
 
-    @property
-    def tokens(self) -> ShardTokens:
-        """Ids of the documents (L,)."""
-        return ShardTokens(self._files, self.begins, self.offsets)
+
+def _near(begins: np.ndarray, ends: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Runs (first, behind) of documents that lie in order within `READ` ids."""
+    breaks = np.flatnonzero(begins[1:] < ends[:-1]) + 1
+    for first, behind in zip([0, *breaks.tolist()], [*breaks.tolist(), len(begins)], strict=True):
+        while first < behind:
+            fitting = int(np.searchsorted(ends[first:behind], begins[first] + READ, side="right"))
+            yield first, first + max(fitting, 1)
+            first += max(fitting, 1)

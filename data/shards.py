@@ -15,8 +15,10 @@ Megatron-LM.
 from __future__ import annotations
 
 import os
+import resource
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from io import FileIO
 from pathlib import Path
@@ -24,10 +26,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data.arrays import array_header
 from data.errors import DataError
 from data.stream import FilePart, Stamp
 
 __all__ = [
+    "CACHED",
     "GPT2_HEADER",
     "HEADERLESS",
     "LLAMA_HEADER",
@@ -40,8 +44,11 @@ __all__ = [
 ]
 
 GPT2_HEADER, LLAMA_HEADER, HEADERLESS, MEGATRON = "20240520", "20240801", "no header", "Megatron"
+CACHED = "cached"  # an array of ours
 HEADER = 1024  # bytes
-OPEN = 64  # files at a time
+# Files at a time: shuffled documents lie in all of many shards, and other things are open too.
+OPEN = min(max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8, 64), 2048)
+NEAR = 16  # ids between documents that are read over rather than around
 BLOCK = 1 << 20  # ids that are read together
 
 
@@ -200,12 +207,22 @@ def _read_index(path: Path) -> tuple[str, np.ndarray, np.ndarray]:
 
 class ShardFiles:
     """The ids of shards as one array, shard behind shard, of type `dtype`. A file that is not as it was opened ends the
-    reading: DataError names it."""
+    reading: DataError names it.
+
+    bases (shards + 1,) int64: where each begins, and the end.
+    """
 
     def __init__(self, shards: Sequence[Shard], dtype: np.dtype | type | str):
         self.shards, self.dtype = list(shards), np.dtype(dtype)
         self.bases = np.concatenate([[0], np.cumsum([shard.length for shard in shards], dtype=np.int64)])
         self._files: dict[int, FileIO] = {}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> ShardFiles:
+        return cls([Shard(**shard) for shard in content["shards"]], content["dtype"])
+
+    def to_json(self) -> dict[str, Any]:
+        return {"dtype": self.dtype.str, "shards": [asdict(shard) for shard in self.shards]}
 
     def __len__(self) -> int:
         return int(self.bases[-1])
@@ -223,24 +240,57 @@ class ShardFiles:
             return pieces[0]
         return np.concatenate(pieces) if pieces else np.zeros(0, dtype=self.dtype)
 
+    def read_into(self, ids: np.ndarray, there: np.ndarray, begins: np.ndarray, counts: np.ndarray) -> None:
+        """Put stretches of ids (K,) into `ids` (N,), each to its place there: begins, counts (K,) int64. They are read
+        file by file, straight into place where files hold ids of that type."""
+        first = np.searchsorted(self.bases, begins, side="right") - 1
+        within = begins + counts <= self.bases[first + 1]
+        target = memoryview(ids).cast("B")  # type: ignore[arg-type]
+        width = ids.itemsize
+        for number in np.unique(first[within]):
+            here = np.flatnonzero(within & (first == number))
+            shard = self.shards[number]
+            places = begins[here] - self.bases[number]
+            if np.dtype(shard.dtype) != ids.dtype:
+                for at, place, count in zip(there[here], places, counts[here], strict=True):
+                    ids[at : at + count] = self._read(int(number), int(place), int(place + count))
+                continue
+            at, end = (width * there[here]).tolist(), (width * (there[here] + counts[here])).tolist()
+            place = (shard.start + width * places).tolist()
+            with self._reading(int(number)) as file:
+                handle = file.fileno()
+                for start, stop, offset in zip(at, end, place, strict=True):
+                    if os.preadv(handle, [target[start:stop]], offset) != stop - start:
+                        raise _changed(shard)
+        for piece in np.flatnonzero(~within):  # over the end of a shard
+            at, begin, count = int(there[piece]), int(begins[piece]), int(counts[piece])
+            ids[at : at + count] = self.read(begin, begin + count)
+
     def _read(self, number: int, begin: int, stop: int) -> np.ndarray:
         shard = self.shards[number]
         dtype = np.dtype(shard.dtype)
         place, missing = shard.start + begin * dtype.itemsize, (stop - begin) * dtype.itemsize
         raw = []
-        try:
-            file = self._file(number)
+        with self._reading(number) as file:
             while missing:  # one read gives 2 GiB at most
                 raw.append(os.pread(file.fileno(), missing, place))
                 if not raw[-1]:
                     raise _changed(shard)
                 place, missing = place + len(raw[-1]), missing - len(raw[-1])
+        return np.frombuffer(b"".join(raw), dtype=dtype).astype(self.dtype, copy=False)
+
+    @contextmanager
+    def _reading(self, number: int) -> Iterator[FileIO]:
+        """A file, which is looked at once it was read."""
+        shard = self.shards[number]
+        try:
+            file = self._file(number)
+            yield file
             status = os.fstat(file.fileno())
         except OSError as error:
             raise DataError(f"{shard.path!r} cannot be read: {error.strerror}.") from error
         if (status.st_size, status.st_mtime_ns) != (shard.size, shard.changed):
             raise _changed(shard)
-        return np.frombuffer(b"".join(raw), dtype=dtype).astype(self.dtype, copy=False)
 
     def _file(self, number: int) -> FileIO:
         """Closed when nobody reads it any more: other threads may be reading."""
@@ -253,7 +303,10 @@ class ShardFiles:
 
 
 def _changed(shard: Shard) -> DataError:
-    return DataError(f"{shard.path!r} has changed since it was first read. Restore it, or start anew with it")
+    way_out = (
+        "It is made again by a new start" if shard.kind == CACHED else "Restore it, or start anew with it"
+    )
+    return DataError(f"{shard.path!r} has changed since it was first read. {way_out}")
 
 
 class ShardTokens:
@@ -263,19 +316,22 @@ class ShardTokens:
     begins (n,) int64: where each begins in the shards together; offsets (n + 1,) int64: where in L.
     """
 
-    def __init__(self, files: ShardFiles, begins: np.ndarray, offsets: np.ndarray):
-        self._files, self.begins, self.offsets = files, begins, offsets
+    def __init__(self, files: ShardFiles, begins: np.ndarray, offsets: np.ndarray, nbytes: int = 0):
+        self.files, self.begins, self.offsets = files, begins, offsets
         self.dtype = files.dtype
-        self.nbytes = 0  # of the cache
+        self.nbytes = nbytes  # of the cache
 
     @classmethod
-    def from_json(cls, content: dict[str, Any], begins: np.ndarray, offsets: np.ndarray) -> ShardTokens:
-        shards = [Shard(**shard) for shard in content["shards"]]
-        return cls(ShardFiles(shards, content["dtype"]), begins, offsets)
-
-    def to_json(self) -> dict[str, Any]:
-        shards = [asdict(shard) for shard in self._files.shards]
-        return {"dtype": self.dtype.str, "shards": shards}
+    def cached(cls, path: Path, offsets: np.ndarray) -> ShardTokens:
+        """Of an array in the cache, where documents lie behind one another. OSError or ValueError where it is none."""
+        dtype, shape, start = array_header(path)
+        status = path.stat()
+        if len(shape) != 1 or status.st_size != start + shape[0] * dtype.itemsize:
+            raise ValueError(f"{path} is no array of ids")
+        shard = Shard(str(path), CACHED, dtype.str, start, shape[0], status.st_size, status.st_mtime_ns)
+        files = ShardFiles([shard], dtype)
+        files.read(0, min(shape[0], 1))  # open from now on: the cache may be deleted meanwhile
+        return cls(files, offsets[:-1], offsets, shape[0] * dtype.itemsize)
 
     def __len__(self) -> int:
         return int(self.offsets[-1])
@@ -298,18 +354,39 @@ class ShardTokens:
         cuts = np.flatnonzero(np.diff(there) != 1) + 1
         for first, behind in zip([0, *cuts], [*cuts, len(there)], strict=True):
             if first < behind:
-                found[first:behind] = self._files.read(int(there[first]), int(there[first]) + behind - first)
+                found[first:behind] = self.files.read(int(there[first]), int(there[first]) + behind - first)
         return found.reshape(np.shape(index))
 
+    def read_into(
+        self, ids: np.ndarray, there: np.ndarray, document: np.ndarray, within: np.ndarray, counts: np.ndarray
+    ) -> None:
+        """As `ShardFiles.read_into`, of stretches that begin `within` a document each (K,) int64."""
+        self.files.read_into(ids, there, self.begins[document] + within, counts)
+
     def _stretch(self, start: int, stop: int) -> np.ndarray:
-        pieces = [np.zeros(0, dtype=self.dtype)]
-        document = int(np.searchsorted(self.offsets, start, side="right")) - 1
-        while start < stop:
-            end = min(stop, int(self.offsets[document + 1]))
-            begin = int(self.begins[document]) + start - int(self.offsets[document])
-            pieces.append(self._files.read(begin, begin + end - start))
-            start, document = end, document + 1
+        if start == stop:
+            return np.zeros(0, dtype=self.dtype)
+        first = int(np.searchsorted(self.offsets, start, side="right")) - 1
+        behind = int(np.searchsorted(self.offsets, stop, side="left"))
+        bounds = np.clip(self.offsets[first : behind + 1], start, stop)
+        begins = self.begins[first:behind] + bounds[:-1] - self.offsets[first:behind]
+        counts = np.diff(bounds)
+        gaps = begins[1:] - (begins + counts)[:-1]
+        cuts = np.flatnonzero((gaps < 0) | (gaps > NEAR)) + 1
+        pieces = []
+        for low, high in zip([0, *cuts], [*cuts, len(begins)], strict=True):
+            ids = self.files.read(int(begins[low]), int(begins[high - 1] + counts[high - 1]))
+            if gaps[low : high - 1].any():
+                _, place = each(begins[low:high], counts[low:high])
+                ids = ids[place - begins[low]]
+            pieces.append(ids)
         return np.concatenate(pieces)
+
+
+def each(begins: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For stretches (K,) of so many: which one, and begin, begin + 1, ... of each, one stretch behind the other."""
+    which = np.repeat(np.arange(len(counts)), counts)
+    return which, np.arange(len(which)) + np.repeat(begins - (np.cumsum(counts) - counts), counts)
 
 
 def blocks(files: ShardFiles, number: int) -> Iterator[tuple[int, np.ndarray]]:

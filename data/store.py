@@ -1,10 +1,11 @@
-"""Token arrays of one side of a corpus, in memory or mapped from the cache."""
+"""Token arrays of one side of a corpus, in memory, or in files of the cache or of shards."""
 
 from __future__ import annotations
 
 import functools
 import json
 from collections.abc import Container, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,25 +17,28 @@ from data.cache import file_digest, write_atomic
 from data.corpus import Document, Marker
 from data.errors import DataError
 from data.shard_text import InShards
-from data.shards import ShardTokens
+from data.shards import ShardFiles, ShardTokens
 from data.tokenizers import Tokenizer, spans_of, text_of
 
 _ARRAYS = ("tokens", "offsets", "doc_bytes")
-_OF_SHARDS = ("begins", "raw_begins", "raw_offsets")
+_OF_SHARDS = ("begins", "offsets", "doc_bytes")
+_OF_RAW = ("raw_begins", "raw_offsets")
 _OF_LOSSY = ("lossy", "raw")
 BLOCK = 1 << 20  # tokens that are counted together
-MAPPED = 1 << 20  # bytes from which the other arrays are mapped, as tokens are
+MAPPED = 1 << 20  # bytes from which arrays are mapped
+STAMPS = "meta.stamps"
 
 
 @dataclass(frozen=True)
 class TokenStore:
     """Documents as ids, one behind the other, without end-of-text.
 
-    tokens (L,) uint16 or uint32, `ShardTokens` where they stay in their shards; offsets (n_docs + 1,) int64: document
+    tokens (L,) uint16 or uint32, `ShardTokens` where they stay in their files; offsets (n_docs + 1,) int64: document
     i is offsets[i] to offsets[i + 1]; doc_bytes (n_docs,) int64: raw UTF-8 bytes. Where the tokens give back
     every text, the text itself is not kept; else raw (sum of doc_bytes,) uint8 is all of it, and lossy (n_docs,) bool
     says of which documents they do not.
-    `marks` are those of the corpus.
+    `marks` are those of the corpus. `sources`: name and documents of each source of a mixture that is scored by itself
+    too, one source behind the other.
     """
 
     tokens: np.ndarray | ShardTokens
@@ -44,6 +48,7 @@ class TokenStore:
     lossy: np.ndarray | None = None
     raw: np.ndarray | ShardTokens | None = None
     marks: Mapping[str, Marker] = field(default_factory=dict)
+    sources: tuple[tuple[str, int], ...] = ()
 
     @property
     def n_docs(self) -> int:
@@ -54,10 +59,9 @@ class TokenStore:
         """Raw UTF-8 bytes of all documents."""
         return int(self.doc_bytes.sum())
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens per document (n_docs,) int64."""
-        return np.diff(np.asarray(self.offsets))
+    def lengths_of(self, documents: np.ndarray) -> np.ndarray:
+        """Tokens of each of these documents, of the shape of their indices."""
+        return self.offsets[documents + 1] - self.offsets[documents]
 
     def counts(self, size: int) -> np.ndarray:
         """How often each of `size` ids occurs (size,) int64, a block of the tokens at a time."""
@@ -191,22 +195,40 @@ def _write_encoded(folder: Path, side: str, documents: Sequence[Document], token
 
 def _write_places(folder: Path, side: str, documents: InShards) -> list[str]:
     """Of documents whose ids stay where they are: names of the files that say where."""
-    arrays = {"doc_bytes": documents.sizes}
-    parts = {"": documents.tokens, **({"raw_": documents.raw} if documents.raw is not None else {})}
-    for part, tokens in parts.items():
-        content = json.dumps(tokens.to_json(), indent=1)
-        write_atomic(folder / f"{side}.{part}shards.json", functools.partial(_write_text, content=content))
-        arrays |= {f"{part}begins": tokens.begins, f"{part}offsets": tokens.offsets}
-    if documents.raw is not None and documents.lossy is not None:
-        arrays["lossy"] = documents.lossy
-    for name, array in arrays.items():
-        write = functools.partial(np.save, arr=array, allow_pickle=False)
-        write_atomic(folder / f"{side}.{name}.npy", write)
-    return [*(f"{side}.{part}shards.json" for part in parts), *(f"{side}.{name}.npy" for name in arrays)]
+    names = [f"{side}.shards.json", *(f"{side}.{name}.npy" for name in _OF_SHARDS)]
+    write_atomic(folder / names[0], functools.partial(_write_json, documents.files.to_json()))
+    for name in _OF_SHARDS:
+        write_atomic(folder / f"{side}.{name}.npy", functools.partial(_write_place, name, documents))
+    if (raw := documents.raw) is not None:
+        arrays = {"lossy": documents.lossy, "raw_begins": raw.begins, "raw_offsets": raw.offsets}
+        names += [f"{side}.raw_shards.json", *(f"{side}.{name}.npy" for name in arrays)]
+        write_atomic(folder / f"{side}.raw_shards.json", functools.partial(_write_json, raw.files.to_json()))
+        for name, array in arrays.items():
+            assert array is not None
+            write = functools.partial(np.save, arr=array, allow_pickle=False)
+            write_atomic(folder / f"{side}.{name}.npy", write)
+    return names
 
 
-def _write_text(file: BinaryIO, content: str) -> None:
-    file.write(content.encode())
+def _write_json(content: Any, file: BinaryIO) -> None:
+    file.write(json.dumps(content, indent=1).encode())
+
+
+def _write_place(name: str, documents: InShards, file: BinaryIO) -> None:
+    """One of `_OF_SHARDS`, some documents at a time."""
+    array = ArrayWriter(file, np.int64)
+    tokens = 0
+    if name == "offsets":
+        array.append(np.zeros(1, dtype=np.int64))
+    for start in range(0, len(documents), BLOCK):
+        some = np.arange(start, min(start + BLOCK, len(documents)))
+        if name == "offsets":
+            ends = tokens + np.cumsum(documents.lengths_of(some))
+            tokens = int(ends[-1])
+            array.append(ends)
+        else:
+            array.append((documents.begins_of if name == "begins" else documents.sizes_of)(some))
+    array.close()
 
 
 def _write_raw(file: BinaryIO, documents: Sequence[Document]) -> None:
@@ -217,14 +239,46 @@ def _write_raw(file: BinaryIO, documents: Sequence[Document]) -> None:
 
 
 def _write_meta(folder: Path, names: Sequence[str]) -> None:
-    meta = json.dumps({"sha256": {name: file_digest(folder / name) for name in names}}, indent=1)
+    stamps, digests = {}, {}
+    for name in names:
+        stamps[name], digests[name] = _stamp(folder / name), file_digest(folder / name)
+    meta = json.dumps({"sha256": digests}, indent=1)
     write_atomic(folder / "meta.json", lambda file: file.write(meta.encode()))
+    _write_stamps(folder, stamps)
+
+
+def _stamp(path: Path) -> list[int]:
+    """Bytes and time of change (ns)."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _write_stamps(folder: Path, stamps: Mapping[str, list[int]]) -> None:
+    """What files look like whose digests are right: they are not read again before they look otherwise."""
+    text = json.dumps(stamps, indent=1)
+    write_atomic(folder / STAMPS, lambda file: file.write(text.encode()))
+
+
+def _check(folder: Path, digests: Mapping[str, str]) -> None:
+    """DataError where a file is not what was written."""
+    try:
+        known = dict(json.loads((folder / STAMPS).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        known = {}
+    now = {name: _stamp(folder / name) for name in digests}
+    for name, digest in digests.items():
+        if known.get(name) != now[name] and file_digest(folder / name) != digest:
+            raise DataError(f"{name} has changed since it was written")
+    if known != now:
+        with suppress(OSError):  # who may not write here reads them at each start
+            _write_stamps(folder, now)
 
 
 def load_stores(
     folder: Path, sides: Sequence[str], tokenizer: Tokenizer, *, check: bool = True
 ) -> dict[str, TokenStore]:
-    """Map the arrays of `save_stores` or `write_stores` read-only. `check`: their bytes too.
+    """What `save_stores` or `write_stores` wrote: tokens are read from their file when they are asked for, other arrays
+    are mapped. `check`: read files of which size or time of change are not those that were last found right.
 
     Raises:
         DataError: a file is missing or its bytes are not those that were written. The caller rebuilds.
@@ -232,9 +286,7 @@ def load_stores(
     try:
         digests = json.loads((folder / "meta.json").read_bytes())["sha256"]
         if check:
-            for name, digest in digests.items():
-                if file_digest(folder / name) != digest:
-                    raise DataError(f"{name} has changed since it was written")
+            _check(folder, digests)
         return {side: _load_store(folder, side, digests, tokenizer) for side in sides}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"token cache {folder} is incomplete or damaged: {error}") from error
@@ -242,16 +294,20 @@ def load_stores(
 
 def _load_store(folder: Path, side: str, names: Container[str], tokenizer: Tokenizer) -> TokenStore:
     arrays: dict[str, Any] = {}
-    for name in (*_ARRAYS, *_OF_LOSSY, *_OF_SHARDS):
+    for name in ("offsets", "doc_bytes", *_OF_LOSSY, "begins", *_OF_RAW):
         path = folder / f"{side}.{name}.npy"
         if path.name not in names:
             continue
         array = map_array(path)
         # The small ones are better in memory.
-        arrays[name] = array if name in ("tokens", "raw") or array.nbytes > MAPPED else np.array(array)
-    for what, part in (("tokens", ""), ("raw", "raw_")):
-        if (begins := arrays.pop(f"{part}begins", None)) is not None:
-            content = json.loads((folder / f"{side}.{part}shards.json").read_bytes())
-            offsets = arrays.pop("raw_offsets") if part else arrays["offsets"]
-            arrays[what] = ShardTokens.from_json(content, begins, offsets)
-    return TokenStore(**arrays, tokenizer=tokenizer)
+        arrays[name] = array if name == "raw" or array.nbytes > MAPPED else np.array(array)
+    if "raw_begins" in arrays:
+        content = json.loads((folder / f"{side}.raw_shards.json").read_bytes())
+        places = [arrays.pop(name) for name in _OF_RAW]
+        arrays["raw"] = ShardTokens(ShardFiles.from_json(content), *places)
+    if (begins := arrays.pop("begins", None)) is not None:
+        content = json.loads((folder / f"{side}.shards.json").read_bytes())
+        tokens = ShardTokens(ShardFiles.from_json(content), begins, arrays["offsets"])
+    else:
+        tokens = ShardTokens.cached(folder / f"{side}.tokens.npy", arrays["offsets"])
+    return TokenStore(tokens, **arrays, tokenizer=tokenizer)

@@ -114,9 +114,10 @@ def _make(choice: Choice, corpus: Corpus, cache: Path, notes: list[str]) -> Toke
     if choice.kind is None or not TOKENIZERS[choice.kind].trained:
         return _untrained(choice, cache)
     factory = TOKENIZERS[choice.kind].load()
+    from data.mix_texts import told, weighted
     from data.tokenizers import load_tokenizer
 
-    path = cache / "tokenizers" / f"{choice.spec}-{corpus.fingerprint[:16]}-v{CACHE_FORMAT}.json"
+    path = cache / "tokenizers" / f"{choice.spec}-{told(corpus)[0][:16]}-v{CACHE_FORMAT}.json"
     if path.exists():
         try:
             tokenizer = load_tokenizer(path)
@@ -124,7 +125,9 @@ def _make(choice: Choice, corpus: Corpus, cache: Path, notes: list[str]) -> Toke
                 return tokenizer
         except DataError as error:
             notes.append(f"rebuilt a damaged cache file: {error}")
-    trained = factory.train(corpus.train, choice.size)
+    # One of a given size keeps what is frequent.
+    text = weighted(corpus) if TOKENIZERS[choice.kind].sized else corpus.train
+    trained = factory.train(text, choice.size)
     try:
         trained.save(path)
     except OSError as error:

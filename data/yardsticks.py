@@ -40,11 +40,11 @@ if TYPE_CHECKING:
 
 COMPRESSORS = ("xz", "bz2")
 NAMES = ("uniform", "unigram", "3-gram", "6-gram", *COMPRESSORS)
-# The n-gram counts take about 16 bytes of memory per byte of text; more text than this is sampled by
+# The n-gram counts take about 6 bytes of memory per byte of text; more text than this is sampled by
 # document.
 NGRAM_TRAINING_BYTES = 32_000_000
 BLOCK = 1_000_000  # bytes of held-out text that are scored together
-XZ_REACH = 16 << 20  # bytes back that xz sees of a longer text: it takes eleven times as much memory
+XZ_REACH = 16 << 20  # bytes back that xz sees at most: it takes eleven times as much memory
 FORMAT = 1
 
 
@@ -96,8 +96,8 @@ def compressors() -> dict[str, Callable[[Iterable[bytes], int], int]]:
         extreme = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}
 
         def xz(text: Iterable[bytes], size: int) -> int:
-            reach = {"dict_size": XZ_REACH} if size > XZ_REACH else {}
-            return _compressed(lzma.LZMACompressor(filters=[{**extreme, **reach}]), text)
+            reach = min(max(1 << (size - 1).bit_length(), 4096), XZ_REACH)  # all of a shorter text
+            return _compressed(lzma.LZMACompressor(filters=[{**extreme, "dict_size": reach}]), text)
 
         found["xz"] = xz
     with suppress(ImportError):

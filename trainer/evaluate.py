@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from adapters.base import Context, Likelihood, ModelAdapter
+from data.errors import DataError
 from trainer.memory import NoRoom, agree, shortage
 from trainer.meter import Meter
 from trainer.precision import autocast
@@ -60,6 +61,8 @@ class Score:
     metrics: dict[str, float] = field(default_factory=dict)  # what the adapter reports beside the score
     # Marks of the text of which the adapter reports no accuracy.
     no_accuracy: list[str] = field(default_factory=list)
+    # "bits_per_byte" (None: of no text), "bytes" and "documents" by the source of a mixture.
+    sources: dict[str, dict[str, float | None]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -95,7 +98,7 @@ def evaluate(
     estimates: bool = False,
 ) -> Score | None:
     """Score `rows`; None when a stop was asked for on any process before the end. ValueError where they hold no token
-    of a text; NoRoom, on every process, where one has no memory for a batch.
+    of a text; on every process, NoRoom where one has no memory for a batch, and DataError where one cannot read it.
 
     Rows are dealt out to the processes in turn, all getting the same number of batches: what is missing at the
     end is padding that counts nowhere. `hear` is called with each batch of this process and what was found of it.
@@ -114,17 +117,21 @@ def evaluate(
         with autocast(precision, world.device):
             found = adapter.likelihood(batch, ctx)
 
-    short = ""
+    short = unreadable = ""
     with evaluating(adapter):
         for start in range(0, per_process, batch_rows):
-            stop, no_room = world.maximum([should_stop(), bool(short)])
-            if no_room:
+            stop, given_up = world.maximum([should_stop(), bool(short or unreadable)])
+            if given_up:
                 break
             if stop:
                 return None
             ids = mine[start : start + batch_rows]
             ids = np.where(ids < rows.n_rows, ids, -1)
-            batch = rows.batch(ids)
+            try:
+                batch = rows.batch(ids)
+            except DataError as error:
+                unreadable = str(error)
+                continue
             if short := shortage(lambda batch=batch: score(batch)):  # type: ignore[misc]
                 continue
             assert found is not None
@@ -133,6 +140,8 @@ def evaluate(
             hear(batch, found)
     if told := agree(world, short):
         raise NoRoom(told)
+    if told := agree(world, unreadable):
+        raise DataError(told)
     assert found is not None
     sums.add_up(world)
     total = sums.values
@@ -161,6 +170,7 @@ def evaluate(
         estimates={name: total[f"estimate {name}"] / total["tokens"] for name in found.estimates},
         metrics=metrics.read(world),
         no_accuracy=[name for name in rows.store.marks if f"{name}_accuracy" not in found.metrics],
+        sources={name: sums.of(documents) for name, documents in rows.sources.items()},
     )
 
 
@@ -205,6 +215,15 @@ class _Sums:
         every = world.add_up([*self.values.values(), *self.document_nats, *self.document_bytes])
         self.values = dict(zip(names, every, strict=False))
         self.document_nats, self.document_bytes = np.array(every[len(names) :]).reshape(2, n)
+
+    def of(self, documents: np.ndarray) -> dict[str, float | None]:
+        """What some of the documents (n,) bool come to, or so much of them as was scored."""
+        bytes_, nats = int(self.document_bytes[documents].sum()), float(self.document_nats[documents].sum())
+        return {
+            "bits_per_byte": nats / math.log(2) / bytes_ if bytes_ else None,
+            "bytes": bytes_,
+            "documents": int(documents.sum()),
+        }
 
     def spread_over_documents(self) -> float | None:
         """Standard error in bits per byte of the ratio nats / bytes, documents being drawn at random."""

@@ -1,7 +1,7 @@
 """THE training loop: every architecture goes through this one.
 
     for each step:
-        agree on denominators and stop/save flags      one small host all-reduce
+        agree on denominators and stop/save flags      one small host all-reduce; and whether all could read their rows
         for each micro-batch: forward, backward        gradients exchanged in the last one only
         agree that all had the memory for it           the step begun again with fewer rows at a time where not
         finite check, clip, optimizers, after_step, constrain, EMA
@@ -36,6 +36,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from configs.grammar import word
+from data.errors import DataError
+from naming import command_line
 from trainer.batching import StepBatch
 from trainer.budget import decide, decided_before
 from trainer.diagnose import explain_non_finite
@@ -56,6 +59,7 @@ from trainer.run.restore import load_average, weights_of
 from trainer.run.resume import (
     check_resumable,
     checkpoint_to_resume,
+    go_on_mixing,
     load_optimizers,
     require_same_tokenizer,
     scores_alike,
@@ -166,6 +170,8 @@ class Trainer:
         # 1.0 from the first non-finite step on; keeps later updates from building on it until the host has seen it.
         self.halted = torch.zeros((), device=self.world.device)
         self.unread_flag: tuple[int, Tensor] | None = None
+        self.denominators: list[str] | None = None  # their names, from the first step of this life on
+        self.unreadable = ""  # why this process cannot read the text of the next step
         self.last_save = time.monotonic()
         self.latest: Score | None = None  # of the most recent evaluation of this life
         self.interim_rows = session.heldout(self.cfg.val_bytes_interim or self.cfg.val_bytes)
@@ -173,6 +179,19 @@ class Trainer:
     # -- the run -------------------------------------------------------------------------------------------
 
     def run(self) -> float:
+        """Raises TrainingError, with all that was trained saved, where text can no longer be read."""
+        try:
+            return self._run()
+        except DataError as error:  # on every process alike
+            if self.cfg.save_checkpoint and self.progress.step > 0:
+                self._save()
+            kept = "Nothing was saved"
+            if newest := newest_checkpoint(self.record.folder.path, self.console.warn):
+                go_on = command_line(word("resume", self.record.folder.path))
+                kept = f"The last complete checkpoint is {newest}. Go on with: {go_on}"
+            raise TrainingError(f"stopped at step {self.progress.step}: {error}. {kept}") from error
+
+    def _run(self) -> float:
         if (ended := self._ended()) is not None:
             return ended
         self.record.begin(self.s, self.progress)
@@ -192,6 +211,7 @@ class Trainer:
             denominators, stop, save = self._agree(batch)
             if stop:
                 return self._leave()
+            assert batch is not None
             compiles = self.s.compiled and batch.step == begin
             told = ""
             try:
@@ -222,15 +242,21 @@ class Trainer:
         score = self._final_score()
         return self._finish(score) if score else self._leave()
 
-    def _batches(self, end: int) -> Iterator[StepBatch]:
-        """Those of the steps from here to `end`; of a step that has begun again, another one."""
+    def _batches(self, end: int) -> Iterator[StepBatch | None]:
+        """Those of the steps from here to `end`; of a step that has begun again, another one. None, at last, where the
+        text of a step cannot be read by this process."""
         while self.progress.step < end:
             plan = self.s.plan
             with closing(self.s.loader.steps(self.progress.step, end)) as batches:
-                for batch in batches:
-                    yield batch
-                    if self.s.plan is not plan:
-                        break
+                try:
+                    for batch in batches:
+                        yield batch
+                        if self.s.plan is not plan:
+                            break
+                except DataError as error:
+                    self.unreadable = str(error)
+                    yield None
+                    return
 
     def _tell(self, where: str, what: str) -> None:
         self.console.note(f"{where}: {what}")
@@ -258,21 +284,36 @@ class Trainer:
             return False
         return self.progress.step % cfg.save_steps == 0
 
-    def _agree(self, batch: StepBatch) -> tuple[dict[str, float], bool, bool]:
-        """(global denominators, anyone asked to stop, rank 0's clock says save), in one exchange."""
-        names = sorted(batch.denominators)
+    def _agree(self, batch: StepBatch | None) -> tuple[dict[str, float], bool, bool]:
+        """(global denominators, anyone asked to stop, rank 0's clock says save), in one exchange.
+
+        Raises:
+            DataError: some process has no batch, as it cannot read the text of the step.
+        """
+        if self.denominators is None:  # before the first step nobody without a batch knows their names
+            self._require_text(self.world.agree(batch is None))
+            assert batch is not None
+            self.denominators = sorted(batch.denominators)
         cfg = self.cfg
         due = cfg.save_checkpoint and not cfg.save_only_best and cfg.save_minutes is not None
         due = due and time.monotonic() - self.last_save >= 60 * (cfg.save_minutes or math.inf)
-        vector = [*(batch.denominators[n] for n in names), batch.tokens, batch.bytes]
-        vector += [float(self.stop.requested), float(due and self.world.is_main)]
-        *values, tokens, bytes_, stop, save = self.world.add_up(vector)
-        denominators = dict(zip(names, values, strict=True))
+        vector = [0.0] * (len(self.denominators) + 2)
+        if batch:
+            vector = [*(batch.denominators[n] for n in self.denominators), batch.tokens, batch.bytes]
+        vector += [float(self.stop.requested), float(due and self.world.is_main), float(batch is None)]
+        *values, tokens, bytes_, stop, save, unreadable = self.world.add_up(vector)
+        self._require_text(unreadable > 0)
+        denominators = dict(zip(self.denominators, values, strict=True))
         if not stop:
             self.meter.add_step(denominators, tokens, bytes_)
             self.progress.tokens += int(tokens)
             self.progress.bytes += int(bytes_)
         return denominators, stop > 0, save > 0
+
+    def _require_text(self, unreadable: bool) -> None:
+        """DataError on every process if it is on any that the text cannot be read: what the first of them was told."""
+        if unreadable:
+            raise DataError(next(filter(None, self.world.gather(self.unreadable))))
 
     # -- one step --------------------------------------------------------------------------------------------
 
@@ -482,6 +523,8 @@ class Trainer:
         self.meter.load_state_dict(state["meter"], self.world)
         self.progress = Progress.from_json(saved["progress"], self.planned_flops)
         self._settle_best(checkpoint, scores_alike(before, self.cfg))
+        if told := go_on_mixing(s.rows, saved):
+            self.console.note(told)
         if told := jump(self.progress.step, (total_steps(before, s.rows), before), (self.total, self.cfg)):
             self.console.warn(told)
         was = stages_of(before, total_steps(before, s.rows)).rows_at(self.progress.step)

@@ -55,11 +55,11 @@ def _of_a_device(error: BaseException | None) -> str:
     return ""
 
 
-def agree(world: World, short: str) -> str:
-    """What the first process that ran out was told; "" where none did. Every process must call it."""
-    if not world.agree(bool(short)):
+def agree(world: World, told: str) -> str:
+    """What the first process that failed was told; "" where none did. Every process must call it."""
+    if not world.agree(bool(told)):
         return ""
-    return next(filter(None, world.gather(short)))
+    return next(filter(None, world.gather(told)))
 
 
 def work_of_all(world: World, work: Callable[[], object]) -> None:

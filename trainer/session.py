@@ -87,6 +87,7 @@ class Session:
         """Have the run last so many steps."""
         self.total_steps = steps
         self.loader.stages = stages_of(self.cfg, steps)
+        set_length(self.cfg, self.rows, steps)
 
     @property
     def may_take_fewer_rows(self) -> bool:
@@ -119,6 +120,11 @@ def total_steps(cfg: RunConfig, rows: TrainingRows) -> int:
     if cfg.num_epochs is None:
         return cfg.num_iterations
     return max(1, steps_of_rows(cfg, cfg.num_epochs * rows.rows_per_epoch))
+
+
+def set_length(cfg: RunConfig, rows: TrainingRows, steps: int) -> None:
+    """Tell the rows how long a run is that has so many steps."""
+    rows.set_length(stages_of(cfg, steps).rows_before(steps) * cfg.train_seq_len, cfg.num_epochs)
 
 
 def require_enough_text(cfg: RunConfig, rows: TrainingRows) -> None:
@@ -182,10 +188,9 @@ def open_session(
     adapter = build_adapter(cfg, model_cfg, dataset.tokenizer, device)
     adapter.on_training_text(dataset.train)
     spec = adapter.data_spec()
-    rows = TrainingRows(
-        dataset.train, dataset.tokenizer.eot, cfg.train_seq_len, lookahead=spec.lookahead, seed=cfg.seed
-    )
+    rows = dataset.training_rows(cfg.train_seq_len, spec.lookahead, cfg.seed)
     steps = total_steps(cfg, rows)
+    set_length(cfg, rows, steps)
     if not cfg.eval_only:
         require_enough_text(cfg, rows)
         require_room_for_warmup(steps, cfg)

@@ -17,6 +17,8 @@ from trainer.commands import train
         ("python /some/where/mytrainer.py --hydra_model_cfg van", ["vanilla"]),
         ("python mytrainer.py model=mi", ["model=mine.yaml"]),
         ("python mytrainer.py model=gpt2 preset=t", ["preset=tiny"]),
+        ("python mytrainer.py model=gpt2 data=m", ["data=mix"]),
+        ("python mytrainer.py model=gpt2 mix", ["mix=", "mixed_precision="]),
         ("python mytrainer.py model=gpt2 optimizer=m", ["optimizer=muon"]),
         ("python mytrainer.py model=gpt2 muon_scale=", ["muon_scale=rms", "muon_scale=spectral"]),
         ("python mytrainer.py model=gpt2 deterministic=", ["deterministic=false", "deterministic=true"]),

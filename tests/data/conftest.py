@@ -72,6 +72,7 @@ def config():
             "eval_split": "test",
             "dataset_bytes": None,
             "document_separator": None,
+            "mix": None,
             "synthetic": "markov",
             "synthetic_bytes": 20_000,
             "synthetic_symbols": 8,

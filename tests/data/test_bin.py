@@ -180,6 +180,7 @@ def test_shards_without_separators_are_read_in_sections(load, bpe, tmp_path, lin
         assert all(section.decode() for section in found)
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_megatron_s_lengths_are_added_up_in_64_bits(tmp_path) -> None:
     path = tmp_path / "big.bin"
     lengths = [1 << 29, 1 << 29, 5]
@@ -196,6 +197,28 @@ def test_megatron_s_lengths_are_added_up_in_64_bits(tmp_path) -> None:
     assert files.read(int(starts[2]), len(files)).tolist() == [1, 2, 3, 4, 5]
 
 
+def test_rows_end_inside_documents_without_a_separator(load, bpe, tmp_path) -> None:
+    """A document of three and a half rows has one start token; what comes next sees its own start alone."""
+    first, second = (bpe.encode(prose(name, 900))[:112] for name in ("one", "two"))
+    headerless(tmp_path / "t.bin", before([first, second], bpe.eot))
+    headerless(tmp_path / "v.bin", before([bpe.encode(TEXTS[0])], bpe.eot))
+    rows = TrainingRows(load(train_files="t.bin", val_files="v.bin").train, bpe.eot, 32)
+    batch = rows.batch(np.arange(rows.rows_per_epoch))
+    assert rows.rows_per_epoch == 7 and len(first) == 3.5 * 32
+    inputs, targets = batch.tokens[:, :32], batch.tokens[:, 1:33]
+    text = targets != bpe.eot
+    assert (~text).sum() == 1, "one between two documents: the first is context alone"
+    assert (batch.doc_ids[:, :32] == batch.doc_ids[:, 1:33])[text].all()
+    begins = inputs == bpe.eot
+    assert begins.sum() == 2 and sorted(targets[begins]) == sorted([first[0], second[0]])
+    alone = batch.doc_ids[:, :32][begins]
+    seen = [
+        (batch.doc_ids[row, : column + 1] == document).sum()
+        for (row, column), document in zip(np.argwhere(begins), alone, strict=True)
+    ]
+    assert seen == [1, 1], "of its own document nothing but the start"
+
+
 # -- tokenizers ----------------------------------------------------------------------------------------------------
 
 
@@ -205,7 +228,7 @@ def test_other_tokenizers_read_the_same_documents(load, bpe, ids, tmp_path) -> N
     for tokenizer in ("byte", "bpe-270"):
         other = load(train_files="t.bin", tokenizer=tokenizer, shards_tokenizer=str(tmp_path / "bpe.json"))
         assert both(other) == both(own) and other.fingerprint == own.fingerprint
-        assert isinstance(other.train.tokens, np.ndarray) and other.train.tokenizer.name == tokenizer
+        assert other.train.tokens.nbytes and other.train.tokenizer.name == tokenizer  # ids of its own
         assert np.array_equal(
             other.train.tokens[: other.train.offsets[1]], other.train.tokenizer.encode(texts(own.train)[0])
         )
@@ -358,7 +381,7 @@ def test_more_shards_than_may_be_open_are_read(load, bpe, ids, tmp_path, monkeyp
         headerless(tmp_path / f"x{number:02}.bin", before([ids[number]], bpe.eot))
     found = load(train_files="x*.bin", val_files=[])
     assert sorted([*both(found)[0], *both(found)[1]]) == sorted(TEXTS[:30])
-    assert len(found.train.tokens._files._files) <= 2
+    assert len(found.train.tokens.files._files) <= 2
 
 
 def test_ids_by_place_are_those_of_an_array(load, bpe, ids, tmp_path) -> None:

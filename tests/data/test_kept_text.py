@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data import corpus as corpus_module
 from data import load_dataset
 from data.arrays import ArrayWriter, map_array
 from data.bpe import BpeTokenizer
@@ -275,3 +277,26 @@ def test_tokens_written_one_by_one_are_those_of_memory(tmp_path, documents, bpe,
             assert (ours is None) == (theirs is None)
             assert ours is None or (ours.dtype == theirs.dtype and np.array_equal(ours, theirs))
         assert [mapped[side].text(index) for index in range(len(those))] == [d.text for d in those]
+
+
+@pytest.mark.parametrize("n", [0, 1, 5, 900])
+@pytest.mark.parametrize(("together", "looked_at"), [(4096, 1 << 17), (3, 7), (1, 1000)])
+def test_the_order_of_digests_is_that_of_one_sort(monkeypatch, n, together, looked_at) -> None:
+    monkeypatch.setattr(corpus_module, "_TOGETHER", together)
+    monkeypatch.setattr(corpus_module, "_LOOKED_AT", looked_at)
+    digests = np.random.default_rng(n).integers(0, 256, (n, 32), dtype=np.uint8)
+    digests[n // 2 :, :8] = digests[: n - n // 2, :8]  # equal ones stay as they lie
+    digests[:1, :8] = 255
+    found = [place for places in corpus_module._by_digest(digests) for place in places.tolist()]
+    assert found == sorted(range(n), key=lambda place: bytes(digests[place, :8]))
+
+
+def test_the_first_documents_by_digest_are_found_without_sorting_all() -> None:
+    digests = np.random.default_rng(0).integers(0, 256, (1_000_000, 32), dtype=np.uint8)
+    tracemalloc.start()
+    try:
+        first = next(corpus_module._by_digest(digests))
+        assert tracemalloc.get_traced_memory()[1] < 4 * len(digests), "a sort of all takes 16 bytes of each"
+    finally:
+        tracemalloc.stop()
+    assert 3000 < len(first) < 5500

@@ -18,6 +18,7 @@ from data.bpe import BpeTokenizer
 from data.cache import cache_root, write_atomic
 from data.errors import DataError
 from data.rows import HeldoutRows
+from data.shards import ShardTokens
 from data.tokenizers import ByteTokenizer
 
 
@@ -95,8 +96,8 @@ def test_second_load_maps_the_cache_and_trains_nothing(config, book, cache, monk
     monkeypatch.setattr("data.bpe.BpeTokenizer.train", lambda *_: pytest.fail("trained twice"))
     monkeypatch.setattr("data.store.write_stores", lambda *_: pytest.fail("encoded twice"))
     second = load_dataset(cfg, cache_dir=cache)
-    assert isinstance(second.train.tokens, np.memmap) and not second.train.tokens.flags.writeable
-    assert (second.train.tokens == first.train.tokens).all()
+    assert isinstance(second.train.tokens, ShardTokens)  # read from the file when they are asked for
+    assert (second.train.tokens[:] == first.train.tokens[:]).all()
     assert (second.heldout.doc_bytes == first.heldout.doc_bytes).all()
     assert second.tokenizer.digest == first.tokenizer.digest and second.fingerprint == first.fingerprint
 
@@ -116,12 +117,13 @@ def test_every_damaged_cache_file_is_noticed_and_rebuilt(config, book, cache) ->
     files = sorted(path for path in cache.rglob("*") if path.suffix in {".npy", ".json"})
     rebuilt = [path for path in files if path != first.cache_path / "tokenizer.json"]  # the yardsticks' copy
     assert len(rebuilt) == 9
+    tokens = first.train.tokens[:]
     for path in rebuilt:
         good = path.read_bytes()
         for bad in (good[: len(good) // 2], good[:-3] + bytes([good[-3] ^ 1]) + good[-2:], b""):
             path.write_bytes(bad)
             again = load_dataset(cfg, cache_dir=cache)
-            assert (again.train.tokens == first.train.tokens).all()
+            assert (again.train.tokens[:] == tokens).all()
             assert (again.heldout.offsets == first.heldout.offsets).all()
             assert again.tokenizer.digest == first.tokenizer.digest
             assert any("rebuilt" in note for note in again.notes), path
@@ -157,7 +159,7 @@ def test_processes_at_once_end_with_one_sound_cache(config, book, cache) -> None
     digests = {child.communicate(timeout=120)[0] for child in children}
     assert len(digests) == 1 and all(child.returncode == 0 for child in children)
     dataset = load_dataset(config(input_file=book, tokenizer="bpe-300"), cache_dir=cache)
-    assert isinstance(dataset.train.tokens, np.memmap)
+    assert isinstance(dataset.train.tokens, ShardTokens)
     assert not any("rebuilt" in note for note in dataset.notes)
     assert not list(cache.rglob(".*"))  # no temporary files left
 

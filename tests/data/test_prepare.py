@@ -254,6 +254,27 @@ def test_whatever_the_text_is_packed_in_the_shards_are_the_same(written, kind, t
     assert written("out", **changes).manifest["files"] == whole["files"]
 
 
+def test_prepared_folders_can_be_mixed(written, config, fields, tmp_path) -> None:
+    other = jsonl(tmp_path / "other.jsonl", [prose(f"other {number}", 30) for number in range(60)])
+    written()
+    written("others", train_files=str(other), tokenizer="byte")
+    names = ("text", "others")
+    text = [
+        {"data": "jsonl", "train_files": path, "weight": 0.5, "name": name}
+        for name, path in zip(names, (fields["train_files"], str(other)), strict=True)
+    ]
+    shards = [
+        {"data": "bin", "input_file": str(tmp_path / folder), "weight": 0.5, "name": name}
+        for name, folder in zip(names, ("out", "others"), strict=True)
+    ]
+    one, two = (load_dataset(config(data="mix", mix=mix, tokenizer="bpe-300")) for mix in (text, shards))
+    assert one.fingerprint == two.fingerprint and one.content == two.content
+    for ours, theirs in ((one.train, two.train), (one.heldout, two.heldout)):
+        assert np.array_equal(ours.tokens[:], theirs.tokens[:]) and texts(ours) == texts(theirs)
+    with pytest.raises(DataError, match="data=mix: prepare its sources one by one, and mix the folders"):
+        written("mixed", data="mix", mix=text, train_files=None)
+
+
 def test_a_folder_of_text_keeps_its_split_and_order(written, opened, config, fields, tmp_path) -> None:
     for number in range(60):
         path = tmp_path / f"notes/{number}.txt"
@@ -278,7 +299,11 @@ def test_documents_can_be_chosen_and_come_in_any_order(
     for chosen in (ours.train.select(some), ours.train.select(np.arange(100)).select(some)):
         assert [document.text for document in chosen] == [theirs.train[int(index)].text for index in some]
         ids = [bpe.encode(document.text) for document in chosen]
-        assert np.array_equal(chosen.tokens[:], np.concatenate(ids))
+        places = zip(chosen.begins_of(np.arange(3)), chosen.lengths_of(np.arange(3)), strict=True)
+        assert all(
+            np.array_equal(chosen.files.read(begin, begin + length), one)
+            for (begin, length), one in zip(places, ids, strict=True)
+        )
     assert [document.text for document in ours.train[2:5]] == [
         theirs.train[index].text for index in (2, 3, 4)
     ]
@@ -694,7 +719,7 @@ def test_a_megabyte_of_one_character_is_a_document(written, opened, tmp_path, mo
     sizes = {
         text: length
         for store in (found.train, found.heldout)
-        for text, length in zip(texts(store), store.lengths, strict=True)
+        for text, length in zip(texts(store), np.diff(store.offsets), strict=True)
     }
     assert long in sizes
     if character == "^":

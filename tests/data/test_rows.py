@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data import order, places
 from data.corpus import Document
 from data.errors import DataError
 from data.order import READERS, DocumentOrder, reading_place
@@ -56,9 +59,19 @@ def test_order_has_no_favourite_place() -> None:
     lookahead=st.integers(1, 4),
     seed=st.integers(0, 5),
     epoch=st.integers(0, 3),
+    block=st.sampled_from([1, 2, 3, 65_536]),
 )
 @settings(deadline=None)
-def test_training_rows_restate_the_stream(raw, seq_len, lookahead, seed, epoch) -> None:
+def test_training_rows_restate_the_stream(raw, seq_len, lookahead, seed, epoch, block) -> None:
+    """Also of a text so large that its order has two levels, of which few blocks are held at a time."""
+    with (
+        patch.multiple(order, BLOCK=block, ONE_LEVEL=0 if block < 9 else 99),
+        patch.object(places, "READERS", 1),
+    ):
+        restated(raw, seq_len, lookahead, seed, epoch)
+
+
+def restated(raw: list[bytes], seq_len: int, lookahead: int, seed: int, epoch: int) -> None:
     store = store_of(raw)
     stream = plain_stream(store, 256, seed, epoch)
     if len(stream) - 1 < seq_len:
@@ -129,7 +142,7 @@ def test_a_row_far_away_costs_no_walk(byte_store: TokenStore) -> None:
     rows = TrainingRows(byte_store, 256, 64, seed=1)
     far = np.array([10**12, 5, 10**12 + 1, 2 * 10**12])
     assert rows.batch(far).tokens.shape == (4, 65)
-    assert len(rows._epochs) <= 2  # nothing accumulates on the way
+    assert len(rows._places._epochs) <= 2 and len(rows._places._held) <= 2  # nothing accumulates on the way
 
 
 def test_tokenizers_see_the_same_documents_in_the_same_order(byte_store, bpe_store) -> None:

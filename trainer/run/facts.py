@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from configs.schema import redacted
+from data.mix_rows import MixedRows
 from kernels.choose import Call
 from kernels.precision import compute_dtype
 from trainer.optim.optimizers import role_table
@@ -215,6 +216,8 @@ def checkpoint_contents(
         "data": {**s.dataset.identity(), "tokenizer_digest": s.dataset.tokenizer.digest},
         "training_config": redacted(s.cfg),
     }
+    if isinstance(s.rows, MixedRows):
+        state["mix"] = s.rows.place(s.loader.row_of(progress.step))
     texts = {
         "config.json": json.dumps(architecture(s.cfg, s.adapter, s.plan.micro_rows), indent=2) + "\n",
         "training_state.json": json.dumps(state, indent=2) + "\n",
@@ -250,5 +253,6 @@ def summary_of(
         "seconds_total": round(progress.seconds_total, 3),
         "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else None,
         "peak_memory_bytes": progress.peak_memory_bytes,
+        "anonymous_memory_bytes": progress.anonymous_memory_bytes,
         "flops": flops,
     }

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["collect_environment", "peak_flops", "peak_memory_bytes"]
+__all__ = ["anonymous_memory_bytes", "collect_environment", "peak_flops", "peak_memory_bytes"]
 
 # Dense bf16/fp16 tensor-core peaks in FLOP/s, from the vendors' datasheets.
 _PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "RTX 4090": 165e12}
@@ -41,6 +41,15 @@ def peak_memory_bytes(device: torch.device) -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def anonymous_memory_bytes() -> int:
+    """What this process has in memory now that is no page of a file: mapped pages count as resident, and the system
+    takes them back when it likes. 0 where the system does not say."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").splitlines()
+        return int(next(line for line in lines if line.startswith("Anonymous:")).split()[1]) * 1024
+    return 0
 
 
 def _git(*args: str) -> str | None:

@@ -20,6 +20,7 @@ class Progress:
     seconds: float = 0.0  # spent in training steps, over all lives of the run
     seconds_total: float = 0.0  # from start to end of every life, as far as it was saved
     peak_memory_bytes: int = 0  # of any of them
+    anonymous_memory_bytes: int = 0  # of any of them, as far as it was looked at
     evaluated_at: int = -1
     best_bits_per_byte: float = math.inf
     best_standard_error: float = 0.0  # of that score, as an estimate

@@ -19,7 +19,7 @@ from trainer.run.facts import checkpoint_contents, execution, facts_of, kernels_
 from trainer.run.files import beside
 from trainer.run.folder import RunFolder
 from trainer.run.lines import evaluation_line, raw_evaluation_line, training_line
-from trainer.run.manifest import peak_memory_bytes
+from trainer.run.manifest import anonymous_memory_bytes, peak_memory_bytes
 from trainer.run.progress import Progress
 from trainer.run.sinks import ConsoleSink, MetricsSink, Sink
 from trainer.run.trackers import chosen_trackers
@@ -143,6 +143,7 @@ class RunRecord:
         """What only this process knows of the whole run."""
         progress.seconds_total = self._earlier_seconds + time.monotonic() - self._started
         progress.peak_memory_bytes = max(progress.peak_memory_bytes, peak_memory_bytes(s.world.device))
+        progress.anonymous_memory_bytes = max(progress.anonymous_memory_bytes, anonymous_memory_bytes())
 
     def _correct_manifest(self, s: Session) -> None:
         """It was written before the first step; by now operations have run, and micro-batches may be smaller."""

@@ -13,6 +13,7 @@ from configs.grammar import in_quotes, word
 from configs.schema import redacted
 from configs.validate import read_saved
 from data import SOURCES
+from data.mix_rows import MixedRows
 from data.tokenizers import Tokenizer
 from naming import command_line
 from trainer.run.checkpoint import checkpoints_in, find_checkpoint, newest_checkpoint
@@ -21,6 +22,7 @@ from trainer.run.source import Source, require_same_provenance
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
+    from data.rows import TrainingRows
     from trainer.run.folder import RunFolder
     from trainer.session import Session
     from trainer.view.console import Console
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "check_resumable",
     "checkpoint_to_resume",
+    "go_on_mixing",
     "load_optimizers",
     "require_same_tokenizer",
     "scores_alike",
@@ -140,6 +143,22 @@ def check_resumable(
     return before
 
 
+def go_on_mixing(rows: TrainingRows, saved: dict[str, Any]) -> str:
+    """Let the stages of a mixture end where they were to end when the run began, whatever its length is now: its text
+    goes on as it was. A note where that is another place, else nothing."""
+    if not isinstance(rows, MixedRows):
+        return ""
+    now = rows.stage_ends
+    rows.go_on(saved["mix"])
+    if rows.stage_ends == now:
+        return ""
+    kept, new = (" and ".join(f"{end:,.0f}" for end in ends) for ends in (rows.stage_ends, now))
+    return (
+        f"the stages of the mixture end after {kept} bytes, as when the run began (a new run of this length: {new}); "
+        f"the last one goes on to its end"
+    )
+
+
 def _begin_anew(checkpoint: Path, *words: str) -> str:
     """The command for a new run like that of a checkpoint, from its weights."""
     config, weights = checkpoint.parent / "config.yaml", word("init_from_checkpoint", checkpoint)
@@ -177,9 +196,11 @@ def scores_alike(before: RunConfig, now: RunConfig) -> bool:
 def _mended(before: RunConfig, data: dict[str, Any], s: Session) -> str:
     """How to have the data of a run again: what it set otherwise, else the text itself."""
     chosen = {"data", "near_copies", *(name for source in SOURCES.values() for name in source.reads)}
-    then = [f"{n}={getattr(before, n)}" for n in sorted(chosen) if getattr(before, n) != getattr(s.cfg, n)]
-    if then:
-        return f"Set what it had: {' '.join(then)}"
+    other = [n for n in sorted(chosen) if getattr(before, n) != getattr(s.cfg, n)]
+    if "mix" in other:
+        return "Leave its mix (sources, files and weights) as its config.yaml has it"
+    if other:
+        return f"Set what it had: {' '.join(f'{n}={getattr(before, n)}' for n in other)}"
     now = s.dataset.identity()
     changed = [
         f"{k} {data[k]} then, {now[k]} now"

@@ -23,6 +23,7 @@ from trainer.view.format import (
     YARDSTICK_NOTES,
     bits_per_byte,
     duration,
+    of_sources,
     printable,
     quantity,
     ranking,
@@ -128,6 +129,8 @@ class Console:
     def evaluation(self, line: dict[str, Any]) -> None:
         """A line of `val_...` values of a score; stays on the screen."""
         parts = [f"step {line['step']}", f"held out {bits_per_byte(line, 'val_')} bits/byte"]
+        if sources := of_sources(line, "val_"):
+            parts[-1] += f" ({sources})"
         if (perplexity := line.get("val_perplexity")) is not None:
             at_most = "<= " if line.get("val_kind") == "bound" else ""
             parts.append(f"perplexity {at_most}{perplexity:.2f} per token")
@@ -152,6 +155,8 @@ class Console:
             mark = ">" if ours else " "
             line = f"{mark} {name:<{names}}  {_aligned(number):<{numbers}}  {YARDSTICK_NOTES.get(name, '')}"
             self._print(line.rstrip(), "bold green" if ours else "")
+        if sources := of_sources(score):
+            self._print(f"  by source: {sources}")
         for note in ranking_notes(score, yardsticks):
             self._print(f"  {note}")
 

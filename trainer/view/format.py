@@ -38,6 +38,18 @@ def bits_per_byte(score: dict[str, Any], prefix: str = "") -> str:
     return f"<= {value}" + (f" ± {error:.3f}" if error else "")
 
 
+def of_sources(score: dict[str, Any], prefix: str = "") -> str:
+    """`notes 1.234, code <= 0.987` of a mixture, nothing where there is none."""
+    at_most = "<= " if score.get(prefix + "kind") == "bound" else ""
+    found = score.get(prefix + "sources") or {}
+    return ", ".join(
+        f"{name} none scored"
+        if one["bits_per_byte"] is None
+        else f"{name} {at_most}{one['bits_per_byte']:.3f}"
+        for name, one in found.items()
+    )
+
+
 def score_lines(score: dict[str, Any]) -> list[tuple[str, str]]:
     """(name, value) of what a score says beside the number and its estimator; what it does not hold is left out."""
     at_most = "<= " if score.get("kind") == "bound" else ""
@@ -50,6 +62,7 @@ def score_lines(score: dict[str, Any]) -> list[tuple[str, str]]:
         else "",
         **_estimates(score, at_most),
         "measured": ", ".join(f"{name} {value:.4g}" for name, value in (score.get("metrics") or {}).items()),
+        **_sources(score, at_most),
         "text": "{documents:,} documents, {bytes:,} bytes",
         "other documents": f"of the kind would move the score by about {spread:.3f}"
         if spread is not None
@@ -63,6 +76,17 @@ def score_lines(score: dict[str, Any]) -> list[tuple[str, str]]:
         except KeyError:
             continue
     return [(name, text) for name, text in found if text]
+
+
+def _sources(score: dict[str, Any], at_most: str) -> dict[str, str]:
+    """A line for each source of a mixture, by its name."""
+    return {
+        f"of {name}": f"{at_most}{one['bits_per_byte']:.3f} bits per byte, {one['documents']:,} documents, "
+        f"{one['bytes']:,} bytes"
+        if one["bytes"]
+        else "no document scored"
+        for name, one in (score.get("sources") or {}).items()
+    }
 
 
 def _estimates(score: dict[str, Any], at_most: str) -> dict[str, str]:

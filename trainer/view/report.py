@@ -113,6 +113,12 @@ def _facts(run_dir: Path, summary: dict[str, Any], manifest: dict[str, Any]) -> 
             "peak memory",
             f"{quantity(summary['peak_memory_bytes'])}B" if summary.get("peak_memory_bytes") else None,
         ),
+        (
+            "of no file",
+            f"{quantity(summary['anonymous_memory_bytes'])}B"
+            if summary.get("anonymous_memory_bytes")
+            else None,
+        ),
         ("FLOPs", quantity(summary["flops"]) if summary.get("flops") else None),
         ("FLOPs planned", quantity(planned) if planned else None),
         ("device", manifest.get("environment", {}).get("device")),

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -160,11 +161,23 @@ def test_names_that_are_not_utf8_cost_no_report(tmp_path, capsys):
     assert "warning" not in capsys.readouterr().out
 
 
+def test_mapped_pages_are_resident_and_not_anonymous(tmp_path):
+    size = 64 << 20
+    (tmp_path / "large").write_bytes(b"x" * size)
+    before = manifest.anonymous_memory_bytes()
+    mapped = np.memmap(tmp_path / "large", dtype=np.uint8, mode="r")
+    assert mapped.sum(dtype=np.int64) == size * ord("x")
+    assert before > 0 and manifest.anonymous_memory_bytes() - before < size // 4
+    held = np.ones(size, dtype=np.uint8)
+    assert manifest.anonymous_memory_bytes() - before > size // 2
+    assert held.all() and manifest.peak_memory_bytes(torch.device("cpu")) > size
+
+
 def test_a_system_that_says_little(monkeypatch):
     monkeypatch.setattr(manifest.Path, "read_text", lambda *args, **kwargs: "VmPeak: 3 kB\n")
     assert manifest.peak_memory_bytes(torch.device("cpu")) > 1 << 20, "getrusage knows"
     monkeypatch.setitem(sys.modules, "resource", None)
-    assert manifest.peak_memory_bytes(torch.device("cpu")) == 0
+    assert manifest.peak_memory_bytes(torch.device("cpu")) == 0 == manifest.anonymous_memory_bytes()
 
     def nothing(*args, **kwargs):
         raise OSError
