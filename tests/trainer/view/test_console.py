@@ -144,16 +144,19 @@ def test_what_takes_long_says_so_and_again(monkeypatch):
         wait_for("reading the text ... 0s\n")
         now("training the tokenizer")
         wait_for("training the tokenizer ... 0s\n")
-        now("")  # what it has come to shows by itself
-        time.sleep(0.02)  # a line may be on its way
-        quiet = stream.getvalue()
-        time.sleep(0.05)
-        assert stream.getvalue() == quiet
     said = stream.getvalue()
     with console.doing("nothing"):
         pass
     time.sleep(0.03)
     assert stream.getvalue() == said
+
+
+def test_what_shows_by_itself_is_not_told(monkeypatch):
+    monkeypatch.setattr("trainer.view.console.FIRST_WORD", 0.01)
+    console, stream = plain()
+    with console.doing(""):
+        time.sleep(0.05)
+    assert stream.getvalue() == ""
 
 
 def test_progress_of_other_work_is_one_line_too(monkeypatch):
