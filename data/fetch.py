@@ -1,8 +1,8 @@
 """FineWeb's public shards, fetched from the hub of Hugging Face (`prepare fineweb10B --shards N`).
 
-What has come of a file lies beside its place, under a name of its own, until it is complete: fetching goes on there.
-A file is taken when it has the size that the server says, the sha256 where the server says that, and the header and
-number of tokens of a shard.
+Through the package huggingface_hub where it is installed, which knows what the hub has come to. Else a file lies beside
+its place, under a name of its own, until it has the size that the server says, and the sha256 where it says that. Both
+go on with what came before a connection ended. A file is taken when it has the header and number of tokens of a shard.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from http.client import HTTPException
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +57,44 @@ def fetch(data: str, name: str, folder: Path, progress: Progress = lambda done, 
     if target.exists() and not _problem(target):
         return False
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".{name}.part"
+    if find_spec("huggingface_hub") is not None:
+        _through_hub(data, name, folder)
+    else:
+        _by_itself(data, name, folder, progress)
+    return True
+
+
+def _through_hub(data: str, name: str, folder: Path) -> None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    target = folder / name
+    try:
+        hf_hub_download(
+            f"{OWNER}/{data}-gpt2",
+            name,
+            repo_type="dataset",
+            local_dir=folder,
+            endpoint=os.environ.get("HF_ENDPOINT"),
+            force_download=target.exists(),  # it is damaged
+        )
+    except Exception as error:  # of the package, its HTTP client, the system: it says in words what it is
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise DataError(_fewer(f"{name} in {OWNER}/{data}-gpt2")) from error
+        raise DataError(_way_out(data, name, folder, error)) from error
+    if problem := _problem(target):
+        target.unlink()
+        raise DataError(f"what came is no shard: {problem}")
+
+
+def _by_itself(data: str, name: str, folder: Path, progress: Progress) -> None:
+    target, part = folder / name, folder / f".{name}.part"
     url = f"{os.environ.get('HF_ENDPOINT') or HUB}/datasets/{OWNER}/{data}-gpt2/resolve/main/{name}"
     try:
         digest = _download(url, part, progress)
     except urllib.error.HTTPError as error:
         if error.code == 404:
-            raise DataError(
-                f"there is no {url}: the set has fewer shards. Ask for less: --shards N"
-            ) from error
+            raise DataError(_fewer(url)) from error
         raise DataError(_way_out(data, name, folder, error)) from error
     except (OSError, HTTPException) as error:
         if isinstance(error, OSError) and error.filename:  # of this disk
@@ -79,7 +109,10 @@ def fetch(data: str, name: str, folder: Path, progress: Progress = lambda done, 
         part.unlink()
         raise DataError(f"{url} is no shard: {problem}")
     os.replace(part, target)
-    return True
+
+
+def _fewer(what: str) -> str:
+    return f"there is no {what}: the set has fewer shards. Ask for less: --shards N"
 
 
 def _problem(path: Path) -> str:

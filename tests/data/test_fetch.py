@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 import mytrainer
 from data.errors import DataError
@@ -40,14 +41,18 @@ class Hub(BaseHTTPRequestHandler):
         name = self.path.rpartition("/")[2]
         self.asked.append((self.command, self.path, self.headers.get("Range")))
         if name not in self.files:
-            self.send_error(404)
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
             return
         raw = self.files[name]
         if not self.path.startswith("/stored/"):
             self.send_response(302)
             self.send_header("X-Linked-Size", str(len(raw)))
             self.send_header("X-Linked-ETag", f'"{self.digest or hashlib.sha256(raw).hexdigest()}"')
-            self.send_header("Location", f"/stored/{name}")
+            self.send_header("X-Repo-Commit", "ab" * 20)
+            self.send_header("Location", f"http://{self.headers['Host']}/stored/{name}")
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
@@ -55,6 +60,8 @@ class Hub(BaseHTTPRequestHandler):
         body = raw[int(start[1]) :] if start else raw
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(body)))
+        self.send_header("X-Repo-Commit", "ab" * 20)
+        self.send_header("ETag", f'"{hashlib.sha256(raw).hexdigest()}"')
         self.end_headers()
         if with_body:
             self.wfile.write(body if self.cut is None else body[: self.cut])
@@ -80,11 +87,23 @@ def hub(tmp_path, monkeypatch):
     thread.join()
 
 
+@pytest.fixture(params=["huggingface_hub", "nothing"])
+def installed(request, monkeypatch) -> str:
+    """What there is to fetch with."""
+    monkeypatch.setattr("data.fetch.find_spec", lambda name: name if name == request.param else None)
+    return request.param
+
+
+@pytest.fixture
+def alone(monkeypatch) -> None:
+    monkeypatch.setattr("data.fetch.find_spec", lambda name: None)
+
+
 def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+    return {path.name for path in folder.iterdir() if path.name != ".cache"}  # the package's own
 
 
-def test_a_shard_is_fetched_once(hub, tmp_path) -> None:
+def test_a_shard_is_fetched_once(hub, alone, tmp_path) -> None:
     seen = []
     assert fetch("fineweb10B", NAME, tmp_path / "out", lambda *state: seen.append(state))
     assert (tmp_path / "out" / NAME).read_bytes() == hub.files[NAME] and names(tmp_path / "out") == {NAME}
@@ -100,7 +119,7 @@ def test_a_shard_is_fetched_once(hub, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_what_was_cut_off_goes_on(hub, tmp_path, ranges) -> None:
+def test_what_was_cut_off_goes_on(hub, alone, tmp_path, ranges) -> None:
     hub.cut, hub.ranges = 3000, ranges
     with pytest.raises(
         DataError, match=r"000001.bin could not be fetched \(.*\)\. What has come of it is kept"
@@ -114,13 +133,13 @@ def test_what_was_cut_off_goes_on(hub, tmp_path, ranges) -> None:
     assert hub.asked[-1] == ("GET", f"/stored/{NAME}", "bytes=3000-")
 
 
-def test_a_shard_that_is_damaged_is_fetched_again(hub, tmp_path) -> None:
+def test_a_shard_that_is_damaged_is_fetched_again(hub, installed, tmp_path) -> None:
     (tmp_path / NAME).write_bytes(hub.files[NAME][:-10])
     assert fetch("fineweb10B", NAME, tmp_path)
     assert (tmp_path / NAME).read_bytes() == hub.files[NAME]
 
 
-def test_other_bytes_are_refused(hub, tmp_path) -> None:
+def test_other_bytes_are_refused(hub, alone, tmp_path) -> None:
     hub.digest = "ab" * 32
     with pytest.raises(DataError, match=r"came with sha256 \w{16}, and abababababababab was announced"):
         fetch("fineweb10B", NAME, tmp_path)
@@ -135,12 +154,12 @@ def test_other_bytes_are_refused(hub, tmp_path) -> None:
     assert names(tmp_path) == {"made.bin"}
 
 
-def test_a_shard_that_there_is_not_is_told(hub, tmp_path) -> None:
-    with pytest.raises(DataError, match=r"there is no http.*000009.bin: the set has fewer shards"):
+def test_a_shard_that_there_is_not_is_told(hub, installed, tmp_path) -> None:
+    with pytest.raises(DataError, match=r"there is no .*000009.bin.*: the set has fewer shards"):
         fetch("fineweb10B", "fineweb_train_000009.bin", tmp_path)
 
 
-def test_without_a_network_the_way_out_is_named(tmp_path, monkeypatch) -> None:
+def test_without_a_network_the_way_out_is_named(alone, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
     with pytest.raises(
         DataError, match=r"hf download kjj0/fineweb10B-gpt2 .*--local-dir <folder>.*data_root=<folder>"
@@ -148,7 +167,20 @@ def test_without_a_network_the_way_out_is_named(tmp_path, monkeypatch) -> None:
         fetch("fineweb10B", NAME, tmp_path)
 
 
-def test_the_command_fetches_what_the_source_reads(hub, tmp_path, monkeypatch, capsys) -> None:
+def test_without_a_network_so_does_the_package(tmp_path, monkeypatch) -> None:
+    """Which tries again for a while: here it has done so."""
+
+    def failed(*_, **__):
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", failed)
+    with pytest.raises(
+        DataError, match=r"could not be fetched \(no network\).*hf download kjj0/fineweb10B-gpt2 "
+    ):
+        fetch("fineweb10B", NAME, tmp_path)
+
+
+def test_the_command_fetches_what_the_source_reads(hub, installed, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", "")
     assert mytrainer.main(["prepare", "fineweb10B", "--shards", "2"]) == 0
@@ -168,3 +200,15 @@ def test_the_command_fetches_what_the_source_reads(hub, tmp_path, monkeypatch, c
     ):
         assert mytrainer.main(["prepare", *words]) == 2
         assert told in capsys.readouterr().err
+
+
+def test_the_package_is_asked_for_the_same_and_its_file_checked(hub, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("data.fetch.find_spec", lambda name: name)
+    assert fetch("fineweb10B", NAME, tmp_path / "out")
+    assert (tmp_path / "out" / NAME).read_bytes() == hub.files[NAME]
+    assert hub.asked[0][:2] == ("HEAD", f"/datasets/kjj0/fineweb10B-gpt2/resolve/main/{NAME}")
+    other = "fineweb_train_000002.bin"
+    hub.files[other] = hub.files[NAME][:-2]
+    with pytest.raises(DataError, match="what came is no shard: .*3,999 are there"):
+        fetch("fineweb10B", other, tmp_path / "out")
+    assert names(tmp_path / "out") == {NAME}
