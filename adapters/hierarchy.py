@@ -109,8 +109,9 @@ class HierarchyAdapter(DefaultModelAdapter):
         return found
 
     def _operations(self, told: dict[str, Tensor], length: int) -> Tensor:
-        """Of training, (): as the formula counts them, at the chunks that each row had."""
-        lengths = [length, *told["opened"].detach()]
+        """Of training, (): as the formula counts them, at the chunks that each row had. One that is too short for any
+        counts as one with one: an empty place is computed for it."""
+        lengths = [length, *told["opened"].detach().clamp(min=1)]
         return self.model.flops_of(lengths, length).training_per_token.sum() * length
 
     def annotate(self, text: str | bytes) -> Annotation:

@@ -66,6 +66,8 @@ NO_FIELDS = {
     "dispatch": "how experts are computed is a choice of the run: kernels.grouped_linear=reference loops over them, "
     "auto takes what suits the device",
     "decode": "how text is written is said where it is: generate --speculative",
+    "dummy": "in the code that hnet_x_nsa follows it put plain attention in the place of a GPU's, to try shapes out "
+    "on a CPU. Here every model runs on either, and kernels.attention chooses",
     "eos_id": "the token that ends a document is the tokenizer's; of bytes it is 256, and begins the next one too",
     "fp8_mlp": _NO_FP8,
     "memory_efficient": "logits of one head exist at a time in any case. How its loss is computed is a choice of the "

@@ -47,7 +47,7 @@ def validate(
     _raise(_relations(run), where)
     _raise(_files(run), where)
     config_class = architecture_config(run.type, run.model_adapter, where)
-    fields = _drop_preset_extras(run, config_class, notices)
+    fields = _drop_preset_extras(run, config_class, where, notices)
     fields = drop_removed(fields, config_class.model_fields, where, notices, "model_cfg.")
     model_cfg = _architecture(run.type, config_class, fields, where)
     _raise(_tokens(run, model_cfg) + _objective(run) + model_cfg.problems(run), where)
@@ -403,15 +403,20 @@ def _imported(field: str, spec: str, where: Where) -> Any:
 
 
 def _drop_preset_extras(
-    run: RunConfig, config_class: type[ModelConfig], notices: list[str]
+    run: RunConfig, config_class: type[ModelConfig], where: Where, notices: list[str]
 ) -> dict[str, Any]:
-    """`model_cfg` without the sizes that a preset brought and this architecture has no counterpart for."""
+    """`model_cfg` without the sizes that a preset brought and this architecture has no counterpart for. What the
+    command line says stays, though the preset says the same: it is an unknown key there."""
     file = CONFIGS / "preset" / f"{run.preset}.yaml"
     if not file.is_file():
         return run.model_cfg
     brought = OmegaConf.select(OmegaConf.load(file), "model_cfg") or {}
     extras = {
-        k for k, v in run.model_cfg.items() if k not in config_class.model_fields and brought.get(k, ...) == v
+        k
+        for k, v in run.model_cfg.items()
+        if k not in config_class.model_fields
+        and brought.get(k, ...) == v
+        and where(f"model_cfg.{k}") != "command line"
     }
     # What it turns off is missed by nobody.
     if missed := sorted(k for k in extras - config_class.own_sizes if brought[k]):

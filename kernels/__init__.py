@@ -233,12 +233,41 @@ KERNELS: dict[str, Kernel] = {
         },
         rule="kernels.linear_scan:choose",
     ),
+    "compaction": Kernel(
+        "kernels.compaction:compaction",
+        description="numbers of chunks and of the places that open them, for H-Net",
+        implementations={
+            REFERENCE: Implementation("kernels.compaction.reference:reference"),
+            TRITON: Implementation(
+                "kernels.compaction.triton:compaction",
+                devices=("cuda",),
+                package="triton",
+                capability=(8, 0),
+            ),
+        },
+    ),
+    "downsample": Kernel(
+        "kernels.downsample:downsample",
+        description="what opens chunks, picked out of all places, for H-Net",
+        implementations={
+            REFERENCE: Implementation("kernels.downsample.reference:reference"),
+            TRITON: by_triton("kernels.downsample.triton:downsample"),
+        },
+    ),
     "upsample": Kernel(
         "kernels.upsample:upsample",
         description="chunks over their places, with what goes past them, for H-Net",
         implementations={
             REFERENCE: Implementation("kernels.upsample.reference:reference"),
             TRITON: by_triton("kernels.upsample.triton:upsample"),
+        },
+    ),
+    "boundaries": Kernel(
+        "kernels.boundaries:boundaries",
+        description="where neighbours are unlike, and how sure that is, for H-Net",
+        implementations={
+            REFERENCE: Implementation("kernels.boundaries.reference:reference"),
+            TRITON: by_triton("kernels.boundaries.triton:boundaries"),
         },
     ),
     "selected_attention": Kernel(
@@ -258,6 +287,18 @@ KERNELS: dict[str, Kernel] = {
             ),
         },
         rule="kernels.selected_attention:choose",
+    ),
+    "patch_attention": Kernel(
+        "kernels.patch_attention:patch_attention",
+        description="attention within patches and to the end of the one before, for megabyte",
+        implementations={
+            REFERENCE: Implementation("kernels.patch_attention.reference:BACKEND"),
+            "library": Implementation("kernels.patch_attention.library:BACKEND"),
+            TRITON: by_triton(
+                "kernels.patch_attention.triton:BACKEND", refuses="kernels.patch_attention:refused_by_triton"
+            ),
+        },
+        rule="kernels.patch_attention:choose",
     ),
     "unit_norm": Kernel(
         "kernels.unit_norm:unit_norm",

@@ -47,7 +47,8 @@ def deviation(found: Tensor, exact: Tensor) -> float:
         return math.inf
     if not exact.numel():
         return 0.0
-    difference = torch.where(found == exact, 0.0, (found.double() - exact.double()).abs())
+    found, exact = found.double(), exact.double()  # numbers of places and decisions too
+    difference = torch.where(found == exact, 0.0, (found - exact).abs())
     largest = torch.where(exact.isfinite(), exact.abs(), 0).max().item()
     worst = difference.max().item() / max(largest, 1e-3)
     return worst if math.isfinite(worst) else math.inf

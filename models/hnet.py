@@ -138,7 +138,7 @@ class HNet(Decoder):
             Rule(layer + r"mixer\.Wqkv\.weight", "matrix", rate, split=3),
             Rule(layer + r"mlp\.fc1\.weight", "matrix", rate, split=2),
             Rule(layer + r"(mixer\.out_proj|mlp\.fc2)\.weight", "matrix", rate),
-            Rule(here + r"residual_proj\.weight", "matrix", rate),
+            Rule(here + r"(residual_proj|pooling\.(up|down))\.weight", "matrix", rate),
             Rule(here + r"routing_module\.[qk]_proj_layer\.weight", "router", rate),
             Rule(
                 layer + r"(mixer\.(A_log|D|dt_bias|conv1d\..*|norm\.weight)|norm[12]\.weight)",
@@ -147,7 +147,9 @@ class HNet(Decoder):
                 0.0,
             ),
             Rule(
-                here + r"((encoder|decoder|main_network)\.rmsnorm\.weight|residual_proj\.bias|pad_dimension)",
+                here
+                + r"((encoder|decoder|main_network)\.rmsnorm\.weight|(residual_proj|pooling\.(up|down))\.bias"
+                + r"|pad_dimension)",
                 "scalar",
                 rate,
                 0.0,

@@ -3,7 +3,8 @@ not bytes.
 
 H-Net: Hwang, Wang and Gu 2025 (arXiv:2507.07955), `models/hnet.py`. Native sparse attention: Yuan et al. 2025
 (arXiv:2502.11089), `models/sparse/`. No paper has both; this is each as its own paper has it. Parameters are named as
-in hnet, but those of sparse attention, which are named as in nsa.
+in hnet, but those of sparse attention, which are named as in nsa. `chunking: fixed` is a baseline and no H-Net: every
+stage makes chunks of N places by an MLP, each told to what is behind it alone (`models/hierarchy/pooling.py`).
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from configs.schema import NonNegative, Positive, Rate
+from configs.schema import NonNegative, Positive
 from models.hierarchy.config import HierarchyConfig
 from models.hierarchy.layout import layers_of
 from models.hierarchy.sparse import ChunkAttention
 from models.hnet import HNet
 from models.layers.roles import Rule
-from models.sparse.config import Biases, NSAConfig
+from models.sparse.config import NSAConfig, SparseConfig
 from naming import require_fit, shapes, shorten
 
 if TYPE_CHECKING:
@@ -31,26 +32,7 @@ __all__ = ["HNetXNSA", "HNetXNSAConfig"]
 
 MAIN = "main"
 SELECTED = 1  # of the branches
-SHARED = (  # fields that are NSAConfig's
-    *(
-        "n_heads",
-        "n_kv_heads",
-        "head_dim",
-        "v_head_dim",
-        "rope_theta",
-        "sliding_window",
-        "compress_block_size",
-    ),
-    *(
-        "compress_stride",
-        "selection_block_size",
-        "num_selected_blocks",
-        "num_init_blocks",
-        "num_local_blocks",
-    ),
-    *("compression", "compress_mlp_ratio", "compress_rope", "share_branch_kv", "gate_hidden_dim"),
-    *("gate_bias_init", "norm_eps"),
-)
+SHARED = (*SparseConfig.model_fields, "norm_eps")  # fields that the layers of a sparse stage read
 
 
 def _stack(code: str) -> str:
@@ -68,7 +50,7 @@ class ChunkNSAConfig(NSAConfig):
         return self.rotary_emb_dim or self.head_dim
 
 
-class HNetXNSAConfig(HierarchyConfig):
+class HNetXNSAConfig(SparseConfig, HierarchyConfig):
     """Defaults are a model of 128 million parameters, whose bytes are cut into chunks three times over."""
 
     n_compress_decompress_layers: Positive = 3  # stages that cut chunks, each within the one before
@@ -78,28 +60,15 @@ class HNetXNSAConfig(HierarchyConfig):
     n_inner_layers: Positive = 12  # of the innermost stage, attention and feed-forward each
     stage_layout: Annotated[str, AfterValidator(_stack)] = "m4"  # of each encoder and decoder
     nsa_stages: Annotated[list[Literal["main"] | NonNegative], Field(min_length=1)] = ["main"]
-    n_heads: Positive = 16
-    n_kv_heads: Positive = 1
-    head_dim: Positive = 64
-    v_head_dim: Positive | None = None  # None = head_dim
     rotary_emb_dim: Positive | None = None  # dims of a head that turn; None = all of it
-    rope_theta: Rate = 10000.0
-    sliding_window: Positive = 128  # chunks that the window branch sees, the query itself included
-    compress_block_size: Positive = 16  # chunks of a summary
-    compress_stride: Positive | None = 8  # chunks between the starts of two; None = compress_block_size
-    selection_block_size: Positive = 32  # chunks of a block that is selected as a whole
-    num_selected_blocks: Positive = 8  # of each query and group, the next two among them
-    num_init_blocks: NonNegative = 1  # first blocks of a document that are always selected
-    num_local_blocks: Positive = 2  # the query's own block and those before it, likewise
-    compression: Literal["mlp", "mean"] = "mlp"
-    compress_mlp_ratio: Positive = 2  # hidden width of that MLP / width of a head
-    compress_rope: bool = False  # whether queries and keys of the compressed branch turn
-    share_branch_kv: bool = False  # one projection of keys and of values for all branches
-    gate_hidden_dim: NonNegative = 128  # of the gates' MLP; 0 = one matrix without a bias
-    gate_bias_init: Biases = [0.0, 0.0, 0.0]
+    # Of sparse attention, in chunks. A row has fewer of them than of tokens.
+    sliding_window: Positive = 128
+    compress_block_size: Positive = 16
+    compress_stride: Positive | None = 8
+    selection_block_size: Positive = 32
+    num_selected_blocks: Positive = 8
 
     tiny = {
-        **{name: NSAConfig.tiny[name] for name in ("n_kv_heads", "head_dim", "gate_hidden_dim")},
         "n_compress_decompress_layers": 1,
         "compression_decompress_size": 2.0,
         "n_inner_layers": 1,
@@ -112,7 +81,6 @@ class HNetXNSAConfig(HierarchyConfig):
         "num_selected_blocks": 4,
     }
     examples = {
-        **{name: NSAConfig.examples[name] for name in ("num_init_blocks", "gate_bias_init", "v_head_dim")},
         "n_compress_decompress_layers": 2,
         "compression_decompress_size": 3.0,
         "stage_layout": "m1T1",
@@ -125,6 +93,7 @@ class HNetXNSAConfig(HierarchyConfig):
         "compression": ("mean", {"compress_stride": 2}),
     }
     own_sizes = frozenset({"n_layers"})
+    pools = True
     counted_by = "model_cfg.n_compress_decompress_layers"
     laid_out_by = "stage_layout"
 
@@ -178,17 +147,17 @@ class HNetXNSAConfig(HierarchyConfig):
                 f"model_cfg.stage_layout, {self.stage_layout}) are {shorten([str(name) for name in attending])}. "
                 f"Nearest: {attending}"
             )
+        elif len(once := list(dict.fromkeys(self.nsa_stages))) < len(self.nsa_stages):
+            found.append(f"model_cfg.nsa_stages ({self.nsa_stages}) names a stage twice. Nearest: {once}")
         return found
 
     def _of_heads(self) -> list[str]:
-        cfg = next(stage.sparse for stage in self.stages if stage.sparse is not None)
-        found = cfg.head_problems() + cfg.block_problems()
-        if cfg.turning % 2 or cfg.turning > self.head_dim:
-            nearest = max(2, min(cfg.turning // 2 * 2, self.head_dim))
-            found += [
-                f"model_cfg.rotary_emb_dim ({self.rotary_emb_dim}) must be even and at most model_cfg.head_dim "
-                f"({self.head_dim}). Nearest: {nearest}"
-            ] * (self.rotary_emb_dim is not None)
+        found, turning = self.head_problems() + self.block_problems(), self.rotary_emb_dim
+        if turning is not None and (turning % 2 or turning > self.head_dim):
+            found.append(
+                f"model_cfg.rotary_emb_dim ({turning}) must be even and at most model_cfg.head_dim "
+                f"({self.head_dim}). Nearest: {max(2, min(turning // 2 * 2, self.head_dim))}"
+            )
         return found
 
     def ratio_problem(self, number: int, ratio: float) -> str:
@@ -212,10 +181,8 @@ class HNetXNSAConfig(HierarchyConfig):
 
     def unread(self) -> dict[str, str]:
         found = super().unread()
-        if self.compression == "mean":
-            found["compress_mlp_ratio"] = "compression=mean"
-        if self.gate_hidden_dim == 0:
-            found["gate_bias_init"] = "gate_hidden_dim=0"
+        if self.chunking == "fixed":
+            found["ema_eps"] = "chunking=fixed"
         return found
 
 

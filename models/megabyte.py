@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.attention import Plan, Visible, attention_call, plan_attention, training_facts
+from kernels.patch_attention import Patches, patch_call, plan_patches
 from kernels.precision import compute_dtype
 from models.layers.cache import Cache, KVCache, StateCache
 from models.layers.decoder import Decoder, padded_vocabulary
@@ -133,23 +134,18 @@ class Megabyte(Decoder):
         return torch.where(at_pad, self.local_pad, x)
 
     def _neighbours(self, layout: Layout) -> Neighbours:
-        patch, reach = self.cfg.patch_size, self.cfg.reach
-        rows, patches = layout.documents.shape
-        index = torch.arange(patches * patch, device=layout.source.device)
-        mask = None
-        if reach or layout.offset:
-            known = torch.ones_like(layout.source, dtype=torch.bool)
-            if layout.offset:
-                known = layout.positions >= 0
-            known = known.unflatten(1, (patches, patch))  # (B, K, P)
-            same = F.pad(layout.documents[:, 1:] == layout.documents[:, :-1], (1, 0))  # (B, K)
-            before = known.roll(1, 1)[..., patch - reach :] & same[..., None]
-            mask = torch.cat((before, known), -1).flatten(0, 1)[:, None, None].expand(-1, -1, patch, -1)
-            if layout.offset:  # what stands for nothing sees itself, so that it sees anything
-                itself = torch.arange(-reach, patch, device=index.device) == index[:patch, None]
-                mask = mask | itself
-        visible = Visible(rows * patches, patch, reach + patch, index.device, mask=mask)
-        return Neighbours(self._local_plan(visible), self._rotation(index), reach)
+        cfg = self.cfg
+        known = layout.positions >= 0 if layout.offset else None
+        plan = plan_patches(
+            Patches(cfg.patch_size, cfg.reach, layout.documents, known),
+            dtype=compute_dtype(self.embedding_weight),
+            heads=cfg.local_n_heads,
+            width=cfg.d_local // cfg.local_n_heads,
+            dropout=cfg.dropout if self.training else 0.0,
+            kernels=self.kernels,
+        )
+        index = torch.arange(layout.source.shape[1], device=layout.source.device)
+        return Neighbours(plan, self._rotation(index))
 
     def _local_plan(self, visible: Visible) -> Plan:
         return self._plan(visible, self.cfg.local_n_heads, self.cfg.d_local)
@@ -254,12 +250,16 @@ class Megabyte(Decoder):
     # -- what others ask -------------------------------------------------------------------------------------------
 
     def kernel_calls(self, seq_len: int) -> dict[str, dict[str, Any]]:
-        """Of attention what either stack asks for."""
+        """Of attention what either stack asks for, should the narrow one ask for any."""
         cfg = self.cfg
         local = {"cache", "mask"} if cfg.reach else set()
         facts = (*training_facts(-(-seq_len // cfg.patch_size)), *sorted(local))
         heads = (cfg.local_n_heads, cfg.local_n_heads)
-        return {"attention": attention_call(facts, heads, cfg.d_local // heads[0], dropout=cfg.dropout)}
+        width = cfg.d_local // heads[0]
+        return {
+            "attention": attention_call(facts, heads, width, dropout=cfg.dropout),
+            "patch_attention": patch_call(cfg.patch_size, width, cfg.dropout),
+        }
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Matrices and tables N(0, 0.006^2) cut off at two standard deviations, pads uncut, biases 0, gains 1."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import mytrainer
+from adapters import build_adapter
 from configs import compose
 from configs.compose import check, compose_tree, prepare
 from configs.files import options
@@ -213,6 +214,17 @@ def test_the_tables_are_complete():
 def test_every_size_is_named():
     for document in ("README.md", "configs/README.md"):
         assert all(re.search(rf"\b{name}\b", text(document)) for name in options("preset")), document
+
+
+def test_sizes_of_byte_models_are_those_of_the_table():
+    presets = re.search(r"^\| part around .*$", text("README.md"), re.M)[0]
+    for type_ in ("megabyte", "hnet", "hnet_x_nsa"):
+        row = re.search(rf"^\| `{type_}`: .*$", text("README.md"), re.M)[0]
+        told = re.findall(r"\d+\.\d\d", row)
+        for preset, millions in zip(re.findall(r"`(\w+)`", presets), told, strict=True):
+            cfg, model_cfg = compose([f"model={type_}", f"preset={preset}"], notify=lambda text: None)
+            adapter = build_adapter(cfg, model_cfg, ByteTokenizer(), "meta")
+            assert f"{adapter.parameter_count / 1e6:.2f}" == millions, (type_, preset)
 
 
 def test_the_page_on_configurations_names_every_file():

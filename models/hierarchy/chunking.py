@@ -7,14 +7,13 @@ Shapes: R rows, M places, C chunks, D width.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from kernels.choose import Kernels
 from kernels.linear_scan import linear_scan
 from kernels.precision import at_least_fp32, own_dtypes
 
-__all__ = ["confidence", "smoothed", "straight_through"]
+__all__ = ["smoothed", "straight_through"]
 
 
 def smoothed(
@@ -29,11 +28,6 @@ def smoothed(
         if begins is not None:
             decay = decay.masked_fill(begins, 0.0)
         return linear_scan(weight[..., None] * z.to(exact), decay, initial, kernels=kernels)
-
-
-def confidence(p: Tensor, opens: Tensor) -> Tensor:
-    """How sure the router was of what it decided: p where it opened a chunk, 1 - p elsewhere."""
-    return torch.where(opens, p, 1 - p)
 
 
 def straight_through(c: Tensor) -> Tensor:

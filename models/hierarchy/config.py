@@ -19,7 +19,15 @@ if TYPE_CHECKING:
 __all__ = ["HNetConfig", "HierarchyConfig", "StageSizes"]
 
 BYTES_PER_TOKEN = 4.6  # of GPT-2's tokens, which rates are tuned for (Hwang et al. 2025, section 2.3.3)
+USUAL_HEAD = 64  # width of a head where nothing says another
 FFN_MULTIPLE = 128  # that hidden widths are rounded up to
+
+
+def _yaml(value: Any) -> str:
+    """As one writes it."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_yaml, value))}]"
+    return "null" if value is None else str(value)
 
 
 def _layout(value: list[Any]) -> list[Any]:
@@ -92,23 +100,26 @@ class HierarchyConfig(ModelConfig):
 
     # -- what a subclass says ----------------------------------------------------------------------------------------
 
+    pools: ClassVar[bool] = False  # whether chunks of one length are made of all that they hold
+    attention_lists: ClassVar[tuple[str, ...]] = ()  # those that attention reads alone; null elsewhere
     stage_lists: ClassVar[tuple[str, ...]] = ("d_model", "d_intermediate", "lr_multiplier")
     counted_by: ClassVar[str] = "model_cfg.arch_layout"  # the field that says how many stages there are
     laid_out_by: ClassVar[str] = "arch_layout"  # the one that says of which layers the outer ones are
 
     @property
     def layout(self) -> list[Any]:
-        raise NotImplementedError
+        """As `models/hierarchy/layout.py` reads it."""
+        raise NotImplementedError(f"{type(self).__name__} must define layout")
 
     @property
     def heads(self) -> list[int]:
-        """Of attention that is not sparse, of each stage."""
-        raise NotImplementedError
+        """Of attention that is not sparse, of each stage; any number where there is none."""
+        raise NotImplementedError(f"{type(self).__name__} must define heads")
 
     @property
     def ratios(self) -> list[float]:
         """N of each stage that cuts chunks."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define ratios")
 
     def turning(self, stage: int) -> int | None:
         """Dims of a head that turn, of attention that is not sparse. None: half of it, in whole pairs."""
@@ -124,7 +135,7 @@ class HierarchyConfig(ModelConfig):
 
     def ratio_problem(self, number: int, ratio: float) -> str:
         """What to say of chunks that are to be of one length, which is not whole."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define ratio_problem")
 
     # -- what follows for each stage -------------------------------------------------------------------------------
 
@@ -194,7 +205,7 @@ class HierarchyConfig(ModelConfig):
 
     def problems(self, run: RunConfig) -> list[str]:
         found = super().problems(run) + self.conflicts()
-        return found or self._lengths() or self._of_stages()
+        return found or self._lengths() or self._nobodys() or self._of_stages()
 
     def conflicts(self) -> list[str]:
         """Fields that say the same, or nothing, of how many layers there are; the others are looked at only without."""
@@ -209,9 +220,30 @@ class HierarchyConfig(ModelConfig):
                 what = "stages that cut chunks" if name == "target_ratio" else "stages"
                 nearest = (value + value[-1:] * wanted)[:wanted] or type(self).model_fields[name].default
                 found.append(
-                    f"model_cfg.{name} ({value}) has {len(value)} numbers, and {self.counted_by} {wanted} {what}. "
-                    f"Nearest: {'null' if nearest is None else nearest}"
+                    f"model_cfg.{name} ({_yaml(value)}) has {len(value)} numbers, and {self.counted_by} {wanted} "
+                    f"{what}. Nearest: {_yaml(nearest)}"
                 )
+        return found
+
+    def _nobodys(self) -> list[str]:
+        """Numbers of stages none of whose layers reads them."""
+        every, found = ["".join(stage) for stage in self.kinds], []
+        for names, needed, what, none in (
+            (self.attention_lists, "tT", "attention", None),
+            (("d_intermediate",), "MT", "a feed-forward layer", 0),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if not isinstance(value, list):
+                    continue
+                nearest = [
+                    n if set(needed) & set(kinds) else none for n, kinds in zip(value, every, strict=True)
+                ]
+                if wrong := [str(stage) for stage, n in enumerate(value) if n != nearest[stage]]:
+                    found.append(
+                        f"model_cfg.{name} ({_yaml(value)}) has a number for stage {', '.join(wrong)}, and no layer "
+                        f"there has {what} to read it. Nearest: {_yaml(nearest)}"
+                    )
         return found
 
     def _of_stages(self) -> list[str]:
@@ -288,9 +320,10 @@ class HNetConfig(HierarchyConfig):
     arch_layout: Layout | None = None  # None: of the next two
     n_layers: Positive | None = 15  # of the innermost stage, attention and feed-forward each
     num_compression_layers: Positive | None = 4  # of the encoder and of the decoder, Mamba-2
-    n_heads: Positive | list[Positive] = 12  # one number: of the innermost, the others' as wide
-    rotary_emb_dim: list[NonNegative] | None = None  # dims of a head that turn; None = half of it
-    window_size: list[Window] | None = None  # positions before a position that it sees, -1 = all
+    # Of these three a stage without attention has None.
+    n_heads: Positive | list[Positive | None] = 12  # one number: of the innermost, the others' as wide
+    rotary_emb_dim: list[NonNegative | None] | None = None  # dims of a head that turn; None = half of it
+    window_size: list[Window | None] | None = None  # positions before a position that it sees, -1 = all
     target_ratio: Ratio | list[Ratio] | None = None  # None = 6 of one stage, 3 of each of several
     compression_ratio: Annotated[float, Field(gt=0, lt=1)] | None = None  # 1 / target_ratio of every stage
 
@@ -300,16 +333,14 @@ class HNetConfig(HierarchyConfig):
             ["m1", ["t1"], "m1"],
             {"arch_layout": ["m1", ["T1"], "m1"], "n_layers": None, "num_compression_layers": None},
         ),
-        "n_heads": [3, 8],
-        "rotary_emb_dim": [8, 4],
-        "window_size": [-1, 3],
+        "n_heads": [None, 8],
+        "rotary_emb_dim": [None, 4],
+        "window_size": [None, 3],
         "target_ratio": 3.0,
         "compression_ratio": (0.25, {"target_ratio": None}),
     }
-    stage_lists = (
-        *("d_model", "n_heads", "d_intermediate", "rotary_emb_dim", "window_size", "lr_multiplier"),
-        "target_ratio",
-    )
+    attention_lists = ("n_heads", "rotary_emb_dim", "window_size")
+    stage_lists = (*HierarchyConfig.stage_lists, *attention_lists, "target_ratio")
 
     @property
     def layout(self) -> list[Any]:
@@ -322,7 +353,7 @@ class HNetConfig(HierarchyConfig):
     def heads(self) -> list[int]:
         """Of attention."""
         if isinstance(self.n_heads, list):
-            return self.n_heads
+            return [heads or 1 for heads in self.n_heads]
         width = self.widths[-1] / self.n_heads
         return [*(max(1, round(outer / width)) for outer in self.widths[:-1]), self.n_heads]
 
@@ -340,7 +371,8 @@ class HNetConfig(HierarchyConfig):
         return None if self.rotary_emb_dim is None else self.rotary_emb_dim[stage]
 
     def before(self, stage: int) -> int:
-        return super().before(stage) if self.window_size is None else self.window_size[stage]
+        window = None if self.window_size is None else self.window_size[stage]
+        return super().before(stage) if window is None else window
 
     def conflicts(self) -> list[str]:
         found = []
@@ -376,6 +408,14 @@ class HNetConfig(HierarchyConfig):
         if self._codes == self._codes.lower():
             found["d_intermediate"] = self._without("feed-forward layer")
         return found
+
+    def _of_attention(self, number: int, stage: StageSizes) -> list[str]:
+        if isinstance(self.n_heads, list) and self.n_heads[number] is None:
+            return [
+                f"model_cfg.n_heads ({_yaml(self.n_heads)}) is null for stage {number}, which has attention. Nearest: "
+                f"{max(1, round(stage.width / USUAL_HEAD))}"
+            ]
+        return super()._of_attention(number, stage)
 
     def ratio_problem(self, number: int, ratio: float) -> str:
         if self.compression_ratio is not None:

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.choose import Kernels
+from kernels.compaction import compaction
 from kernels.documents import runs
 
 __all__ = ["Places", "bytes_of"]
@@ -81,7 +83,7 @@ class Places:
         found.scatter_(0, self.bytes.where(opens, every).flatten(), True)
         return found[:-1].view(-1, self.longest)
 
-    def chunks(self, opens: Tensor, packed: bool) -> tuple[Places, Tensor, Tensor]:
+    def chunks(self, opens: Tensor, packed: bool, kernels: Kernels) -> tuple[Places, Tensor, Tensor]:
         """Of `opens` (R, M) bool, which is False at empty places: the places of chunks (R', M'), `source` (R', M')
         int64, the place that opens each, and `chunk` (R, M) int64, which chunk each place belongs to. Packed ones are
         of R' = 1 row, whose places stand end to end here too."""
@@ -91,7 +93,7 @@ class Places:
             if self.bucket is not None:
                 most = int(opens.sum(1).max())  # waits for the device
                 room = min(room, -(-most // self.bucket) * self.bucket)
-            source, chunk = compacted(opens, room)
+            source, chunk = compaction(opens, room, kernels=kernels)
             order = torch.arange(room, device=opens.device)
             valid = order < opens.sum(1, keepdim=True)
             ids = self.ids.gather(1, source).where(valid, EMPTY)
@@ -99,7 +101,7 @@ class Places:
             return within, source, chunk.clamp(min=0)
         counts = self.total(opens)  # (B,)
         chunks, most = torch.stack((counts.sum(), counts.max())).tolist()  # waits for the device
-        source, chunk = compacted(opens.flatten()[None], chunks)
+        source, chunk = compaction(opens.flatten()[None], chunks, kernels=kernels)
         ids, bytes_ = (t.flatten()[source] for t in (self.ids, self.bytes))
         order = torch.arange(most, device=opens.device)
         first = counts.cumsum(0) - counts
@@ -117,14 +119,3 @@ def bytes_of(tokens: Tensor, doc_ids: Tensor | None, padded: bool = False) -> Pl
     every = torch.arange(rows * length, device=tokens.device).view(rows, length)
     inside = torch.zeros_like(tokens) if doc_ids is None else runs(doc_ids)
     return Places(every[:, :1] + inside, every, None, None, length, BUCKET if padded else None)
-
-
-def compacted(opens: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
-    """opens (R, M) bool -> (R, `chunks`) int64, the places that are True in their order (0 behind them), and
-    (R, M) int64, how many were True up to each place, less one. By a sum and a scatter: nothing is sorted."""
-    chunk = opens.cumsum(1) - 1
-    slot = chunk.where(opens, chunks)
-    place = torch.arange(opens.shape[1], device=opens.device).expand(opens.shape)
-    # Places that open nothing all write behind the last.
-    source = place.new_zeros(len(opens), chunks + 1).scatter_(1, slot, place)
-    return source[:, :chunks], chunk

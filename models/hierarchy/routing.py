@@ -9,16 +9,35 @@ Shapes: R rows, M places, D width.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.boundaries import boundaries, sureness
+from kernels.choose import UsesKernels
 from kernels.precision import at_least_fp32, own_dtypes
 
-__all__ = ["FixedRouter", "Router", "ratio_loss"]
+__all__ = ["FixedRouter", "Routed", "Router", "ratio_loss"]
 
 
-class Router(nn.Module):
+class Routed(NamedTuple):
+    """Of each place, (R, M): `p`, at least fp32; whether it `opens` a chunk; its `confidence` in that, p if it does and
+    1 - p elsewhere (equation 8). `last` (R, D): what is to be given with what comes next."""
+
+    p: Tensor
+    opens: Tensor
+    confidence: Tensor
+    last: Tensor
+
+    @classmethod
+    def by(cls, p: Tensor, valid: Tensor | None, last: Tensor) -> Routed:
+        """What a probability decides."""
+        return cls(p, *sureness(p, valid), last)
+
+
+class Router(UsesKernels):
     """Computed in at least fp32."""
 
     def __init__(self, width: int) -> None:
@@ -27,25 +46,30 @@ class Router(nn.Module):
         self.k_proj_layer = nn.Linear(width, width, bias=False)
 
     def forward(
-        self, x: Tensor, begins: Tensor, places: Tensor, last: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """x (R, M, D), begins (R, M) bool -> p (R, M), at least fp32, and `last` (R, D) behind the last place, to be
-        given with what comes next. `places` is not looked at."""
+        self,
+        x: Tensor,
+        begins: Tensor,
+        places: Tensor | None,
+        valid: Tensor | None = None,
+        last: Tensor | None = None,
+    ) -> Routed:
+        """x (R, M, D), begins (R, M) bool; valid (R, M) bool, places that are not empty (None: all); `last` of what
+        came before (None: nothing). `places` is not looked at."""
         exact = at_least_fp32(x.dtype)
         with own_dtypes(x.device):
             x = x.to(exact)
-            q = F.normalize(F.linear(x, self.q_proj_layer.weight.to(exact)), dim=-1)
-            k = F.normalize(F.linear(x, self.k_proj_layer.weight.to(exact)), dim=-1)
-            first = q[:, :1] if last is None else last[:, None].to(exact)
-            before = torch.cat((first, q[:, :-1]), dim=1)
-            p = ((1 - (before * k).sum(-1)) / 2).clamp(0, 1)
-            return p.masked_fill(begins, 1.0), q[:, -1]
+            q = F.linear(x, self.q_proj_layer.weight.to(exact))
+            k = F.linear(x, self.k_proj_layer.weight.to(exact))
+        return Routed(*boundaries(q, k, begins, valid, last, kernels=self.kernels), q[:, -1])
 
     @torch.no_grad()
     def init_weights(self) -> None:
         """The identity: at first neighbours are compared as they are."""
         nn.init.eye_(self.q_proj_layer.weight)
         nn.init.eye_(self.k_proj_layer.weight)
+
+    def kernel_calls(self, seq_len: int) -> dict[str, dict[str, Any]]:
+        return {"boundaries": {"columns": self.q_proj_layer.in_features}}
 
 
 class FixedRouter(nn.Module):
@@ -57,11 +81,17 @@ class FixedRouter(nn.Module):
         self.every = every
 
     def forward(
-        self, x: Tensor, begins: Tensor, places: Tensor, last: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        x: Tensor,
+        begins: Tensor,
+        places: Tensor | None,
+        valid: Tensor | None = None,
+        last: Tensor | None = None,
+    ) -> Routed:
         """As `Router`; `places` (R, M) int64: of each in its document."""
-        opens = (places % self.every == 0).to(at_least_fp32(x.dtype))
-        return opens, opens.new_zeros(len(x), x.shape[-1])
+        assert places is not None, "the stage gives them to this router"
+        p = (places % self.every == 0).to(at_least_fp32(x.dtype))
+        return Routed.by(p, valid, p.new_zeros(len(x), x.shape[-1]))
 
 
 def ratio_loss(opened: Tensor, probability: Tensor, ratio: float) -> Tensor:

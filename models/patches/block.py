@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kernels.attention import Plan, attention
 from kernels.choose import UsesKernels
+from kernels.patch_attention import PatchPlan, patch_attention
 from kernels.qk_norm_rope import qk_norm_rope, rotation_call
 from models.layers.cache import KVCache, StateCache
 from models.layers.norms import LayerNorm
@@ -58,12 +59,12 @@ class GlobalAttention(_Attention):
 
 
 class Neighbours(NamedTuple):
-    """What local layers share: whom a byte sees, its rotation, and r. With a cache, `keep`: bytes of the last patch
+    """What local layers share: whom a byte sees, and its rotation. With a cache, r, and `keep`: bytes of the last patch
     that stand for text."""
 
-    plan: Plan
+    plan: PatchPlan | Plan  # the second with a cache
     rotation: tuple[Tensor, Tensor]  # each (K N, 1, h/2)
-    reach: int
+    reach: int = 0
     keep: int = 0
 
 
@@ -76,11 +77,13 @@ class LocalAttention(_Attention):
         q, k, v = (t.flatten(1, 2) for t in self._heads(x))  # (B, K N, H, h)
         # Positions run on from patch to patch: those of the one before are r to 1 in front of this one's.
         q, k = qk_norm_rope(q, k, *shared.rotation, self.kernels)
+        if isinstance(shared.plan, PatchPlan):
+            return self._out(patch_attention(q, k, v, shared.plan)).unflatten(1, (patches, length))
         q, k, v = (t.unflatten(1, (patches, length)) for t in (q, k, v))
-        before = None if cache is None else cache[f"local_{self.layer}"]  # (B, 2, m, H, h)
+        assert cache is not None, "patches that are not whole go on behind a cache"
+        before = cache[f"local_{self.layer}"]  # (B, 2, m, H, h)
         both = _behind(torch.stack((k, v), 1), before, shared.reach)  # (B, 2, K, m + N, H, h)
-        if cache is not None:
-            cache[f"local_{self.layer}"] = both[:, :, -1, : both.shape[3] - length + shared.keep]
+        cache[f"local_{self.layer}"] = both[:, :, -1, : both.shape[3] - length + shared.keep]
         k, v = both.unbind(1)
         q, k, v = (t.flatten(0, 1).transpose(1, 2) for t in (q, k, v))  # (B K, H, N or m + N, h)
         y = attention(q, k, v, shared.plan).transpose(1, 2)
@@ -90,11 +93,11 @@ class LocalAttention(_Attention):
         return {"qk_norm_rope": rotation_call(self.head_width, interleaved=False)}
 
 
-def _behind(own: Tensor, before: Tensor | None, reach: int) -> Tensor:
+def _behind(own: Tensor, before: Tensor, reach: int) -> Tensor:
     """own (B, 2, K, N, H, h), each patch behind the last r of the one before: (B, 2, K, m + N, H, h). The first patch
     of a row is behind `before` (B, 2, m, H, h), m = r unless K = 1; where there is nothing, behind zeros, which the
     plan hides."""
-    if before is None or not before.shape[2]:
+    if not before.shape[2]:
         if not reach:
             return own
         before = own.new_zeros(*own.shape[:2], reach, *own.shape[4:])

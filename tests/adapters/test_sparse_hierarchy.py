@@ -77,3 +77,52 @@ def test_stages_of_bytes_select_blocks_of_bytes():
         ("byte", "block of 2 bytes"),
     ]
     assert len(maps[0].values) == 21 > len(maps[1].values)
+
+
+def pooled(stages, size, *more):
+    words = (
+        *more,
+        "chunking=fixed",
+        f"n_compress_decompress_layers={stages}",
+        f"compression_decompress_size={size}",
+    )
+    adapter = adapter_of("hnet_x_nsa", *(f"model_cfg.{word}" for word in words), dtype=torch.float64)
+    move_away_from_uniform(adapter.eval(), std=0.1)
+    return adapter
+
+
+def test_the_baseline_of_fixed_chunks_is_told_apart():
+    """It learns by cross-entropy alone; the start token is the first place of the first chunk."""
+    adapter = pooled(2, 9.0)
+    prepared = adapter.prepare(batch_for(adapter, length=36), context())
+    output = adapter(prepared)
+    assert list(output.terms) == ["ce"] and any("H-Net (pool)" in note for note in adapter.notes)
+    lengths = [
+        float(output.metrics[f"bytes_per_chunk_{n}"].sum / output.metrics[f"bytes_per_chunk_{n}"].count)
+        for n in (1, 2)
+    ]
+    assert lengths == [3, 9]
+    assert float(output.flops) == pytest.approx(4 * 36 * adapter.flops(36).training_per_token)
+    with torch.no_grad():
+        of_bytes, of_chunks = adapter.annotate("abcdefghijklmno").spans
+    assert [span.start for span in of_bytes.spans] == [0, 2, 5, 8, 11, 14]
+    assert [span.start for span in of_chunks.spans] == [0, 8]
+
+
+@pytest.mark.parametrize("way", ["packed", "padded"])
+@pytest.mark.parametrize("length", [1, 2, 8])
+def test_rows_too_short_for_a_chunk_of_the_baseline_train_all_the_same(length, way):
+    """An empty place stands for their chunks, which is computed and is none of them; nothing of a stage within has a
+    gradient."""
+    adapter = pooled(2, 9.0, f"chunk_execution={way}")
+    prepared = adapter.prepare(batch_for(adapter, length=length), context())
+    output, told = adapter(prepared), adapter.hidden(prepared).extra
+    assert told["places"].tolist() == [[length] * 4, [length // 3] * 4]
+    assert told["opened"].tolist() == [[length // 3] * 4, [0] * 4]
+    output.terms["ce"].sum.backward()
+    gradients = {name: p.grad for name, p in adapter.named_model_parameters()}
+    assert all(g is not None and g.isfinite().all() for g in gradients.values())
+    main = [g for name, g in gradients.items() if name.startswith("backbone.main_network.main_network.")]
+    assert main and not any(g.any() for g in main) and gradients["backbone.decoder.rmsnorm.weight"].any()
+    plan = adapter.model.flops_of([length, max(1, length // 3), 1], length).training_per_token
+    assert float(output.flops) == pytest.approx(4 * length * plan)

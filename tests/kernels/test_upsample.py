@@ -74,7 +74,9 @@ def test_every_laying_equals_the_loop(way, laying, opens, monkeypatch):
         "some": torch.rand(3, 11, generator=torch.Generator().manual_seed(1))
         < torch.tensor([0.1, 0.5, 0.9])[:, None],
     }[opens]
-    within, _, chunk = bytes_of(torch.zeros(3, 11, dtype=torch.int64), None, padded).chunks(marks, packed)
+    within, _, chunk = bytes_of(torch.zeros(3, 11, dtype=torch.int64), None, padded).chunks(
+        marks, packed, Kernels()
+    )
     call = call_of(chunk, within.ids.shape[1])
     result = found(way, *call)
     same(result, loop(*call))
@@ -91,7 +93,7 @@ def test_layings_give_the_same():
     results = []
     for packed in (True, False):
         flat = (lambda t: t.flatten(0, 1)[None]) if packed else (lambda t: t)
-        _, source, chunk = bytes_of(marks.long(), None).chunks(marks, packed)
+        _, source, chunk = bytes_of(marks.long(), None).chunks(marks, packed, Kernels())
         z = torch.stack([t[s] for t, s in zip(flat(of_places), source, strict=True)])
         out, dz, *rest = found("triton", z, chunk, flat(scale), flat(residual), flat(dout))
         at = flat(torch.arange(33).view(3, 11)).gather(1, source)

@@ -108,6 +108,10 @@ def stage_of(x, p, layout, cfg, stage, told):
         return stack(x, below(p, "main_network."), layout[0], cfg, stage)[:, :width]
     encoder, within, decoder = layout
     encoded = stack(x, below(p, "encoder."), encoder, cfg, stage)
+    if cfg.get("pools"):
+        heard = pooled(encoded, p, within, cfg, stage, told)
+        residual = encoded @ p["residual_proj.weight"].T + p["residual_proj.bias"]
+        return stack(heard + residual, below(p, "decoder."), decoder, cfg, stage)[:, :width]
     if cfg["chunking"] == "fixed":
         every = cfg["target_ratio"][stage]
         probabilities = torch.tensor([float(t % every == 0) for t in range(len(x))], dtype=x.dtype)
@@ -129,6 +133,27 @@ def stage_of(x, p, layout, cfg, stage, told):
         residual = p["residual_proj.weight"] @ encoded[t] + p["residual_proj.bias"]
         out.append(through * smoothed[chunk] + residual)
     return stack(torch.stack(out), below(p, "decoder."), decoder, cfg, stage)[:, :width]
+
+
+def pooled(encoded, p, within, cfg, stage, told):
+    """(L, D): to each place what the stage within makes of the last chunk of N places that is whole by then, each chunk
+    an MLP of all that it holds; 0 where none is. `told` as of other chunks."""
+    every, w = int(cfg["target_ratio"][stage]), below(p, "pooling.")
+    chunks = []
+    for first in range(0, len(encoded) - every + 1, every):
+        held = torch.cat([encoded[first + n] for n in range(every)])
+        hidden = F.relu(w["up.weight"] @ held + w["up.bias"])
+        chunks.append(w["down.weight"] @ hidden + w["down.bias"])
+    ends = [every * j + every - 1 for j in range(len(chunks))]
+    told.setdefault(stage, []).append((torch.tensor([float(t in ends) for t in range(len(encoded))]), ends))
+    if not chunks:
+        return torch.zeros_like(encoded)
+    inner = stage_of(torch.stack(chunks), below(p, "main_network."), within, cfg, stage + 1, told)
+    out = []
+    for t in range(len(encoded)):
+        whole = [j for j in range(len(chunks)) if t >= (j + 1) * every - 1]
+        out.append(inner[whole[-1]] if whole else torch.zeros_like(encoded[t]))
+    return torch.stack(out)
 
 
 def logits(p, tokens, cfg, told=None):

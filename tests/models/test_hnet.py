@@ -15,7 +15,7 @@ from kernels.choose import Kernels
 from kernels.ssd import ssd
 from models.hierarchy.chunking import smoothed
 from models.hierarchy.config import HNetConfig
-from models.hierarchy.routing import Router
+from models.hierarchy.routing import Routed, Router
 from models.hnet import HNet
 from models.layers.recompute import recomputing
 from models.layers.roles import rule_for
@@ -279,8 +279,8 @@ class Given(torch.nn.Module):
         super().__init__()
         self.p = p
 
-    def forward(self, x, begins, places, last=None):
-        return self.p.expand(x.shape[:2]), x[:, -1]
+    def forward(self, x, begins, places, valid=None, last=None):
+        return Routed.by(self.p.expand(x.shape[:2]), valid, x[:, -1])
 
 
 def with_boundaries(p, **fields):
@@ -477,7 +477,7 @@ def test_an_untrained_router_compares_neighbours_as_they_are():
     router.init_weights()
     begins = torch.zeros(2, 7, dtype=torch.bool)
     begins[:, 0] = begins[1, 3] = True
-    p, _ = router(x, begins, None)
+    p = router(x, begins, None).p
     expected = (1 - F.cosine_similarity(x[:, :-1], x[:, 1:], dim=-1)) / 2
     assert p[0, 0] == 1 and p[1, 3] == 1
     torch.testing.assert_close(p[0, 1:], expected[0], **EXACT)
@@ -490,13 +490,14 @@ class NearTies(torch.nn.Module):
         super().__init__()
         self.router, self.calls = router, 0
 
-    def forward(self, x, begins, places, last=None):
-        p, last = self.router(x, begins, places, last)
+    def forward(self, x, begins, places, valid=None, last=None):
+        p, _, _, last = self.router(x, begins, places, valid, last)
         self.calls += 1
         half = torch.tensor(0.5, dtype=p.dtype)
         above = torch.nextafter(half, half + 1)
         opens = (p > 0.5) if self.calls == 1 else (p <= 0.5)
-        return torch.where(opens, above, half).masked_fill(begins, 1.0) + (p - p.detach()), last
+        p = torch.where(opens, above, half).masked_fill(begins, 1.0) + (p - p.detach())
+        return Routed.by(p, valid, last)
 
 
 @pytest.mark.parametrize("execution", WAYS)
@@ -628,8 +629,16 @@ def test_short_words_mean_what_the_lists_say():
             {"d_model": [500, 768]},
             r"\(2 \* 500\) must be divisible by model_cfg.headdim \(64\). Nearest: headdim=50",
         ),
-        ({"n_heads": [8, 11]}, "divisible by its heads.*Nearest: 12"),
-        ({"rotary_emb_dim": [0, 66]}, "at most the width of a head .*Nearest: 64"),
+        ({"n_heads": [None, 11]}, "divisible by its heads.*Nearest: 12"),
+        (
+            {"n_heads": [8, 12]},
+            r"n_heads \(\[8, 12\]\) has a number for stage 0.*attention.*Nearest: \[null, 12\]",
+        ),
+        ({"n_heads": [None, None]}, "is null for stage 1, which has attention. Nearest: 12"),
+        ({"window_size": [7, -1]}, r"window_size .*stage 0.*Nearest: \[null, -1\]"),
+        ({"d_intermediate": [64, 128]}, r"d_intermediate .*stage 0.*feed-forward.*Nearest: \[0, 128\]"),
+        ({"rotary_emb_dim": [32, 32]}, r"rotary_emb_dim .*stage 0.*Nearest: \[null, 32\]"),
+        ({"rotary_emb_dim": [None, 66]}, "at most the width of a head .*Nearest: 64"),
         ({"d_intermediate": [0, 0]}, "d_intermediate of stage 1 is 0.*Nearest: 2048"),
         ({"chunking": "fixed", "target_ratio": 2.5}, "target_ratio of stage 0.* whole number.*Nearest: 2"),
         (
@@ -765,6 +774,6 @@ class Spaced(torch.nn.Module):
 
     every = 1
 
-    def forward(self, x, begins, places, last=None):
+    def forward(self, x, begins, places, valid=None, last=None):
         p = 0.4 + 0.3 * (torch.arange(x.shape[1]) % self.every == 0).to(x.dtype)
-        return p.expand(x.shape[:2]), x[:, -1]
+        return Routed.by(p.expand(x.shape[:2]), valid, x[:, -1])

@@ -1,16 +1,19 @@
 """H-Net with native sparse attention to its chunks: both papers' equations, a dense H-Net's weights, documents that
-begin anywhere, text whose rows open chunks at different times."""
+begin anywhere, the baseline of chunks of one length, text whose rows open chunks at different times."""
 
 import re
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs import compose
+from kernels.choose import Kernels
 from models.hierarchy.sparse import ChunkAttention
 from models.hnet_x_nsa import HNetXNSA, HNetXNSAConfig
 from models.layers.recompute import recomputing
 from models.layers.roles import rule_for
+from tests.contract.test_devices import WAITING
 from tests.models import reference_hnet, reference_nsa
 from tests.models.tiny import build
 
@@ -21,11 +24,14 @@ SMALL = {
     **{"n_heads": 4, "n_kv_heads": 2, "head_dim": 4, "gate_hidden_dim": 3, "sliding_window": 3},
     **{"compress_block_size": 2, "compress_stride": 1, "selection_block_size": 2, "num_selected_blocks": 3},
 }
-TWO = {"n_compress_decompress_layers": 2, "compression_decompress_size": 4.0, "d_model": [8, 8, 12]}
+TWO = {
+    **{"n_compress_decompress_layers": 2, "compression_decompress_size": 4.0},
+    **{"d_model": [8, 8, 12], "d_intermediate": [0, 0, 5]},
+}
 LONG = {"compress_block_size": 4, "compress_stride": 2, "selection_block_size": 4}
 VARIANTS = {
     "one stage": {},
-    "two stages": {**TWO, "d_intermediate": [0, 0, 5], "tie_embeddings": True},
+    "two stages": {**TWO, "tie_embeddings": True},
     "fixed": {**LONG, "chunking": "fixed", "num_init_blocks": 0, "num_selected_blocks": 2},
     "outside too": {
         **{"stage_layout": "m1t1", "nsa_stages": ["main", 0], "v_head_dim": 6, "compress_rope": True},
@@ -34,6 +40,13 @@ VARIANTS = {
 }
 EXACT = {"rtol": 0, "atol": 1e-10}
 LENGTH = 31
+WAYS = ("packed", "padded", "masked")
+
+
+@pytest.fixture(autouse=True)
+def short_buckets(monkeypatch):
+    """Rows are short here: padded ones would be masked ones."""
+    monkeypatch.setattr("models.hierarchy.places.BUCKET", 4)
 
 
 def built(fields=(), **more):
@@ -73,6 +86,7 @@ def by_hand(model, tokens, told):
         "target_ratio": model.cfg.ratios,
         "attention": {n: attention(s.sparse) for n, s in enumerate(stages) if s.sparse is not None},
         **{name: getattr(model.cfg, name) for name in ("norm_eps", "d_state", "ema_eps", "chunking")},
+        "pools": model.cfg.chunking == "fixed",
     }
     weights = {name: p.detach() for name, p in model.named_parameters()}
     return reference_hnet.logits(weights, tokens.tolist(), cfg, told)[:, : model.vocab_size]
@@ -102,16 +116,41 @@ def test_logits_are_those_of_both_papers_equations(fields, execution):
 
 
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
-def test_gradients_are_the_same_whatever_the_way_of_laying(fields, monkeypatch):
-    monkeypatch.setattr("models.hierarchy.places.BUCKET", 8)
-    models = [built(fields, chunk_execution=way) for way in ("packed", "masked", "padded")]
+def test_all_is_the_same_whatever_the_way_of_laying(fields):
+    """States, what is told of chunks, and gradients; of rows with unequally many chunks."""
     tokens = torch.cat((tokens_of(2), torch.full((1, LENGTH), 7)))
-    for model in models:
-        model.logits(model(tokens).states).square().sum().backward()
+    models = [built(fields, chunk_execution=way) for way in WAYS]
+    outputs = [model(tokens) for model in models]
+    for model, output in zip(models, outputs, strict=True):
+        model.logits(output.states).square().sum().backward()
+        torch.testing.assert_close(output.states, outputs[0].states, **EXACT)
+        assert all(torch.allclose(output.extra[name], told) for name, told in outputs[0].extra.items())
     for name, p in models[0].named_parameters():
         assert p.grad.abs().max() > 0, f"{name} has no part"
         for other in models[1:]:
             torch.testing.assert_close(p.grad, other.get_parameter(name).grad, rtol=1e-8, atol=1e-8, msg=name)
+
+
+@pytest.mark.parametrize(("way", "waits"), list(zip(WAYS, [1, 1, 0], strict=True)))
+@pytest.mark.parametrize("fields", [TWO, {**TWO, "chunking": "fixed"}], ids=["cut", "fixed"])
+def test_the_host_is_told_once_for_each_stage_how_many_chunks_there_are(fields, way, waits, monkeypatch):
+    """In forward and backward; sparse attention asks for nothing more."""
+    model = built({**fields, **LONG, "n_ctx": 1024, "chunk_size": 64}, chunk_execution=way)
+    found, as_list = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: found.append("tolist") or as_list(t))
+    for module in model.modules():  # on a CPU the convolution looks for where documents begin
+        if hasattr(module, "kernels"):
+            module.kernels = Kernels({"causal_conv1d": "reference"})
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            found.append(operation._schema.name.removeprefix("aten::"))
+            return operation(*args, **(kwargs or {}))
+
+    with Recorded():
+        model(tokens_of(2, 128)).states.sum().backward()
+    told = [name for name in found if name == "tolist" or name in WAITING]
+    assert len(told) == 2 * waits, told
 
 
 # -- a dense H-Net -----------------------------------------------------------------------------------------------------
@@ -205,12 +244,9 @@ def test_a_dense_h_net_that_does_not_fit_is_refused(fields, words):
 
 
 @pytest.mark.parametrize("way", ["packed", "masked"])
-@pytest.mark.parametrize(
-    "fields", [{}, {"chunking": "fixed", "compression_decompress_size": 3.0}], ids=["cut", "fixed"]
-)
-def test_a_later_byte_changes_nothing_before_it(fields, way):
+def test_a_later_byte_changes_nothing_before_it(way):
     """At every place: within a chunk, at its edges, and at those of blocks of chunks."""
-    model, tokens = built(fields, chunk_execution=way), tokens_of(length=19)
+    model, tokens = built(chunk_execution=way), tokens_of(length=19)
     before = logits_of(model, tokens)
     for place in range(19):
         changed = tokens.clone()
@@ -228,14 +264,22 @@ def test_a_later_byte_changes_nothing_before_it(fields, way):
 def test_packed_documents_are_what_they_are_alone(fields, way):
     """Of chunks of one length the second begins at every place of a block of them; some are shorter than any block."""
     model, tokens = built(fields, chunk_execution=way), tokens_of()
-    whole = model.cfg.chunking == "fixed"
+    some = range(10, 18) if model.cfg.chunking == "fixed" else range(12, 16)
     for lengths in [
-        *([n, LENGTH - n] for n in (range(10, 18) if whole else range(12, 16))),
+        *([n, LENGTH - n] for n in some),
         [2, 1, 14, 3, 11],
         [30, 1],
     ]:
         alone = torch.cat([logits_of(model, part) for part in tokens.split(lengths, 1)], 1)
         torch.testing.assert_close(with_documents(model, tokens, lengths), alone, **EXACT)
+
+
+def test_padded_documents_are_what_they_are_alone():
+    """The second begins anywhere."""
+    model, tokens = built(n_inner_layers=1, chunk_execution="padded"), tokens_of(length=20)
+    for first in range(1, 20):
+        alone = torch.cat([logits_of(model, part) for part in tokens.split([first, 20 - first], 1)], 1)
+        torch.testing.assert_close(with_documents(model, tokens, [first, 20 - first]), alone, **EXACT)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
@@ -259,18 +303,108 @@ def test_rows_with_unequally_many_chunks_are_rows_alone():
     assert len(set(together.extra["opened"][0].tolist())) == 3, "the check is blind"
 
 
+# -- chunks of one length: the baseline --------------------------------------------------------------------------------
+
+THREES = {"chunking": "fixed", "compression_decompress_size": 3.0}
+NINES = {**TWO, **THREES, "compression_decompress_size": 9.0}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("lengths", [[20, 2, 9], [2, 1, 2], [8, 1]], ids=str)
+def test_pooled_chunks_are_those_of_the_equations(lengths, way):
+    """Threes of threes; of documents too that are no whole chunk, and of rows that have none, or none of chunks."""
+    model, tokens = built(NINES, chunk_execution=way), tokens_of(length=sum(lengths))
+    expected = torch.cat([by_hand(model, part, {}) for part in tokens[0].split(lengths)])
+    torch.testing.assert_close(with_documents(model, tokens, lengths)[0], expected, rtol=0, atol=1e-9)
+
+
+def test_a_chunk_reaches_its_last_place_and_those_behind_it_until_the_next():
+    """What the main stage says of chunk j reaches places (j + 1) N - 1 to (j + 2) N - 2; what goes in is of its own."""
+    model, tokens, seen = built(THREES), tokens_of(length=14), {}
+    stage = model.backbone
+    stage.encoder.register_forward_hook(lambda m, i, o: seen.update(encoded=o.requires_grad_()))
+    stage.main_network.register_forward_hook(lambda m, i, o: seen.update(chunks=i[0], told=o))
+    stage.decoder.register_forward_pre_hook(lambda m, i: seen.update(decoded=i[0]))
+    model(tokens)
+    assert seen["chunks"].shape[1] == 4
+    for t in range(14):
+        (reached,) = torch.autograd.grad(seen["decoded"][0, t].sum(), seen["told"], retain_graph=True)
+        chunks = reached[0].any(-1).nonzero()[:, 0].tolist()
+        assert chunks == [(t + 1) // 3 - 1] * (t >= 2), t
+    for chunk in range(4):
+        (read,) = torch.autograd.grad(seen["chunks"][0, chunk].sum(), seen["encoded"], retain_graph=True)
+        assert read[0].any(-1).nonzero()[:, 0].tolist() == [3 * chunk, 3 * chunk + 1, 3 * chunk + 2]
+
+
+@pytest.mark.parametrize("fields", [THREES, NINES], ids=["threes", "nines"])
+def test_a_later_byte_changes_nothing_before_it_whatever_its_place_in_a_chunk(fields):
+    """Bit for bit: as many chunks are there."""
+    model, tokens = built(fields), tokens_of(length=21)
+    before = logits_of(model, tokens)
+    for place in range(21):
+        changed = tokens.clone()
+        changed[0, place] = 9
+        after = logits_of(model, changed)
+        assert torch.equal(after[:, :place], before[:, :place])
+        assert not torch.allclose(after[:, place:], before[:, place:])
+
+
+@pytest.mark.parametrize("way", WAYS[:2])
+def test_pooled_documents_are_what_they_are_alone(way):
+    """The second begins at every place of a chunk of chunks."""
+    model, tokens = built(NINES, chunk_execution=way, n_inner_layers=1), tokens_of(length=25)
+    for first in range(4, 14):
+        lengths = [first, 25 - first]
+        alone = torch.cat([logits_of(model, part) for part in tokens.split(lengths, 1)], 1)
+        torch.testing.assert_close(with_documents(model, tokens, lengths), alone, **EXACT)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 31, [2, 1, 20, 8]], ids=str)
+def test_pooled_text_in_pieces_equals_text_as_a_whole(sizes):
+    model, tokens = built(NINES), tokens_of(3)
+    cache = model.init_cache(3)
+    with torch.no_grad():
+        found = [model(piece, cache=cache).states for piece in tokens.split(sizes, 1)]
+        torch.testing.assert_close(torch.cat(found, 1), model(tokens).states, **EXACT)
+
+
+def test_size_and_operations_of_the_baseline():
+    """In place of two matrices of a router, of each stage an MLP that widens what it reads to four times that; it is
+    multiplied with once for each chunk."""
+    cut, pooled = on_meta(), on_meta(chunking="fixed")
+    size = {model: sum(p.numel() for p in model.parameters()) for model in (cut, pooled)}
+    mlp = 1024 * 4096 + 4096 + 4096 * 512 + 512
+    assert size[pooled] - size[cut] == 3 * (mlp - 2 * 512**2)
+    of_cut, of_pooled = cut.flops(8192), pooled.flops(8192)
+    per_chunk = 2 * (1024 * 4096 + 4096 * 512)
+    more = sum(per_chunk / 2 ** (n + 1) - 2 * 2 * 512**2 / 2**n for n in range(3))
+    assert of_pooled.forward_per_token - of_cut.forward_per_token == pytest.approx(more)
+    assert of_pooled.training_per_token - of_cut.training_per_token == pytest.approx(3 * more)
+
+
+def test_the_baseline_begins_at_random_and_no_bias_adds_anything():
+    model = build(
+        "hnet_x_nsa", torch.float32, std=None, chunking="fixed", n_inner_layers=1, stage_layout="m1"
+    )
+    stage = model.backbone
+    for layer in (stage.pooling.up, stage.main_network.main_network.pooling.down):
+        assert float(layer.weight.detach().std()) == pytest.approx(0.02, rel=0.05) and not layer.bias.any()
+    assert "ema_eps" in model.cfg.unread()
+
+
 # -- text as it comes --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 def test_text_in_pieces_equals_text_as_a_whole(fields):
-    """Rows open their chunks, end their blocks and make their summaries at different times."""
+    """Rows open their chunks, end their blocks and make their summaries at different times; padded or packed is the
+    whole alone."""
     model, tokens = built(fields), torch.cat((tokens_of(3), torch.full((1, LENGTH), 4)))
     cache = model.init_cache(4)
     with torch.no_grad():
         found = [model(piece, cache=cache).states for piece in tokens.split([6] + [1] * 18 + [7], 1)]
-        whole = model(tokens)
-    torch.testing.assert_close(torch.cat(found, 1), whole.states, **EXACT)
+        for whole in (model(tokens), built(fields, chunk_execution="padded")(tokens)):
+            torch.testing.assert_close(torch.cat(found, 1), whole.states, **EXACT)
     if model.cfg.chunking == "dynamic":
         assert len(set(whole.extra["opened"][0].tolist())) > 2, "the check is blind"
 
@@ -339,8 +473,9 @@ def test_chunks_of_each_stage_are_the_root_of_the_whole(size, stages, ratio):
     assert cfg.ratios == [ratio] * stages
 
 
-def test_every_parameter_has_its_role_and_the_rate_of_its_stage():
-    model = on_meta(n_inner_layers=2, stage_layout="m1")
+@pytest.mark.parametrize("chunking", ["dynamic", "fixed"])
+def test_every_parameter_has_its_role_and_the_rate_of_its_stage(chunking):
+    model = on_meta(n_inner_layers=2, stage_layout="m1", chunking=chunking)
     rules = model.param_roles()
     for name, p in model.named_parameters():
         rule, stage = rule_for(rules, name), name.count("main_network.")
@@ -389,6 +524,12 @@ def test_selected_blocks_are_chosen_once_where_activations_are_recomputed():
     [
         ({"nsa_stages": [0]}, r"nsa_stages.*names 0;.*Nearest: \['main'\]"),
         ({"nsa_stages": ["main", 4], "stage_layout": "T1"}, r"Nearest: \[0, 1, 2, 'main'\]"),
+        ({"nsa_stages": ["main", "main"]}, r"names a stage twice. Nearest: \['main'\]"),
+        (
+            {"nsa_stages": [0, "main", 0], "stage_layout": "T1"},
+            r"names a stage twice. Nearest: \[0, 'main'\]",
+        ),
+        ({"d_intermediate": [0, 64, 0, 8]}, r"stage 1, .*feed-forward.*Nearest: \[0, 0, 0, 8\]"),
         ({"chunking": "fixed", "compression_decompress_size": 10.0}, "to the power of .*Nearest: 8"),
         ({"d_model": [512, 768]}, r"2 numbers, and model_cfg.n_compress_decompress_layers 4 stages"),
         ({"n_kv_heads": 3}, "divisible by model_cfg.n_kv_heads .*nearest n_kv_heads: [24]"),
@@ -412,7 +553,9 @@ def test_a_layout_that_is_none_is_refused(layout):
 
 
 def test_a_field_that_does_nothing_is_refused():
-    with pytest.raises(ValueError, match="dummy"):
+    with pytest.raises(
+        ValueError, match="'model_cfg.dummy' .* no field here: in the code that hnet_x_nsa follows"
+    ):
         compose(["model=hnet_x_nsa", "model_cfg.dummy=1"], notify=lambda text: None)
 
 

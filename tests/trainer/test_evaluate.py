@@ -9,13 +9,14 @@ import torch
 from tokenizers import normalizers
 from torch import nn
 
-from adapters.base import Likelihood, Metric, ModelAdapter
+from adapters import adapter_class, build_adapter
+from adapters.base import Context, Likelihood, Metric, ModelAdapter
 from adapters.default import DefaultModelAdapter
 from configs.schema import DefaultModelConfig
 from data import load_dataset
 from data.corpus import Document
 from data.huggingface.tokenizer import HuggingFaceTokenizer
-from data.rows import HeldoutRows
+from data.rows import HeldoutRows, TrainingRows
 from data.store import encode_documents
 from data.tokenizers import ByteTokenizer
 from tests.contract.tiny import config
@@ -202,6 +203,47 @@ def test_tokenizers_share_the_denominator(folder):
     raw = [len((folder / name).read_bytes()) for name in sorted(p.name for p in folder.iterdir())]
     assert found[0].bytes == found[1].bytes < sum(raw)
     assert found[0].tokens == found[0].bytes > 2 * found[1].tokens
+
+
+def test_models_of_bytes_are_scored_on_the_bytes_that_models_of_tokens_are(folder):
+    """Of each document all bytes, each once: every model guesses here, so that nats count what was scored. Documents
+    end anywhere in a patch, and rows to train on hold several with patches that are not full between them."""
+    texts = ["é" * (n % 4) + "weiß so "[: n % 8] * (n % 11) + "x" for n in range(40)]
+    documents = [Document(f"{n}", text.encode()) for n, text in enumerate(texts)]
+    sizes = [len(document.text) for document in documents]
+    of_tokens = list(text_datasets(folder))[1].tokenizer
+    for type_ in ("gpt2", "megabyte", "hnet", "hnet_x_nsa"):
+        cfg, model_cfg = config(type_)
+        reads_bytes = adapter_class(cfg).unit(model_cfg) == "byte"
+        tokenizer = ByteTokenizer() if reads_bytes else of_tokens
+        store = encode_documents(documents, tokenizer)
+        adapter = build_adapter(cfg, model_cfg, tokenizer, CPU).double()
+        with torch.no_grad():
+            adapter.model.head_weight.zero_()
+        rows = HeldoutRows(store, tokenizer.eot, 32)
+        found, said = np.zeros((2, len(rows.documents))), []
+
+        def hear(batch, likelihood, found=found, said=said, rows=rows):
+            document = rows.document_of[batch.rows]
+            np.add.at(found[0], document, batch.sizes.sum(1))
+            np.add.at(found[1], document, likelihood.nats.numpy())
+            said.append(batch.bytes)
+
+        total = score(adapter, rows, batch_rows=7, hear=hear)
+        in_order = np.array(sizes)[rows.documents]
+        assert total.bytes == sum(said) == sum(sizes) and total.documents == 40, type_
+        assert found[0].tolist() == in_order.tolist(), type_
+        scored = in_order if reads_bytes else store.lengths[rows.documents]
+        np.testing.assert_allclose(
+            found[1], scored * math.log(tokenizer.vocab_size), rtol=1e-9, err_msg=type_
+        )
+        assert sum(scored) == sum(sizes) if reads_bytes else sum(scored) < sum(sizes), "the check is blind"
+        if reads_bytes:
+            batch = TrainingRows(store, tokenizer.eot, 32).batch(np.arange(8))
+            prepared = adapter.prepare(batch, Context(seed=0, step=0, phase="train", rows_in_step=8))
+            nats = adapter(prepared).terms["ce"].sum.item()
+            assert prepared.denominators["tokens"] == 8 * 32 and batch.doc_ids.max() > 2
+            assert nats == pytest.approx(8 * 32 * math.log(257)), type_
 
 
 @pytest.mark.parametrize("limit", [1, 5000, 12_000])
