@@ -52,6 +52,7 @@ COMMANDS = {
     "show_configs": "trainer.commands.show:main",
     "bench": "trainer.commands.bench:main",
     "doctor": "trainer.commands.doctor:main",
+    "prepare": "trainer.commands.prepare:main",
     "worker": "trainer.commands.launch:worker_main",  # started by us: one process of a run
 }
 RUNS = ("train", "worker")  # they go on where nobody reads what they print

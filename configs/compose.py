@@ -30,6 +30,8 @@ from configs.size import automatic_preset, without_preset_budget
 from configs.unread import unread
 from configs.validate import architecture_config, refuse_own_words, validate
 
+ANY_MODEL = "vanilla"  # every configuration has one: for commands that read nothing of it
+
 
 @dataclasses.dataclass
 class Plan:

@@ -49,7 +49,8 @@ class Source(Entry):
     the same from any folder; DataError where there is nothing. `suffixes`: how the names of its files end, where they
     are of one kind.
     `tokenizer` is what `auto` means for it, and `tokenizer_why` says why; `tokenizer_field` names a field of its own
-    that says so instead where it is set. `near_copies` is what that field means where it is not set; None: held-out
+    that says so instead where it is set, and else `tokenizer_file`, `(cfg) -> path or None`, the one that its text has.
+    `near_copies` is what that field means where it is not set; None: held-out
     text is not compared with the training text, as both are drawn independently.
     """
 
@@ -59,6 +60,7 @@ class Source(Entry):
     tokenizer: str = "bpe-1024"
     tokenizer_why: str = "trained on the training split"
     tokenizer_field: str = ""
+    tokenizer_file: str = ""
     near_copies: Literal["drop", "keep"] | None = "keep"
 
 
@@ -115,13 +117,14 @@ SOURCES: dict[str, Source] = {
     "bin": Source(
         "data.bin:load",
         ("train_files", "input_file", "data_root", "val_files", "shards_tokenizer"),
-        "token shards of llm.c, modded-nanogpt, nanoGPT and Megatron",
+        "token shards: a folder of prepare, or as llm.c, modded-nanogpt, nanoGPT and Megatron write them",
         needs=("train_files=<files> or input_file=<file or folder>",),
         absolute="data.bin:absolute",
         suffixes=(".bin",),
         tokenizer="gpt2",
         tokenizer_why="as the shards have it",
         tokenizer_field="shards_tokenizer",
+        tokenizer_file="data.prepared:prepared_tokenizer",
     ),
     "fineweb10B": Source(
         "data.bin:load_public",
@@ -317,16 +320,18 @@ def load_dataset(
 
 
 def load_corpus(
-    cfg: DataConfig, cache: Path, tell: Callable[[str], object] = unheard
+    cfg: DataConfig, cache: Path, tell: Callable[[str], object] = unheard, *, measure: bool = True
 ) -> tuple[Corpus, Overlap | None]:
-    """The text that `cfg.data` names, as `cfg.near_copies` wants it, and what was measured for that."""
+    """The text that `cfg.data` names, as `cfg.near_copies` wants it, and what was measured for that (`measure`)."""
     from data.near_copies import heed
 
     if cfg.data not in SOURCES:
         raise DataError(f"data: {not_one_of(cfg.data, SOURCES)}")
     corpus, default = _read(cfg, cache, tell)
+    if default is None or not measure:
+        return corpus, None
     tell("looking for held-out text in the training text")
-    return heed(corpus, cfg.near_copies or default, cache) if default else (corpus, None)
+    return heed(corpus, cfg.near_copies or default, cache)
 
 
 def _read(
@@ -354,12 +359,12 @@ def token_stores(
 ) -> tuple[dict[str, TokenStore], Path | None]:
     """The tokens of both sides, from the cache or written there, and their folder; None where there is no cache."""
     from data.corpus import Texts
-    from data.shard_text import ShardText
+    from data.shard_text import InShards
     from data.store import encode_documents, load_stores, write_stores
 
     sides = {"train": corpus.train, "heldout": corpus.heldout}
     # Ids that stay in their files are of these files.
-    keys = [s.key for s in sides.values() if isinstance(s, ShardText) and s.is_of(tokenizer)]
+    keys = [s.key for s in sides.values() if isinstance(s, InShards) and s.is_of(tokenizer)]
     shards = f"-{'-'.join(keys)}" if keys else ""
     folder = cache / "tokens" / f"{corpus.fingerprint[:16]}-{tokenizer.digest[:16]}{shards}-v{CACHE_FORMAT}"
     if (folder / "meta.json").exists():

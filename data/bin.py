@@ -27,9 +27,11 @@ import numpy as np
 from data import TOKENIZERS, named
 from data.cache import cache_root
 from data.config import DataConfig
+from data.corpus import Corpus
 from data.cuts import SECTION_BYTES
 from data.errors import DataError
 from data.named import KINDS, FilesConfig, Named, named_files
+from data.prepared import open_prepared, prepared_folder
 from data.shard_text import ShardText
 from data.shards import (
     GPT2_HEADER,
@@ -63,13 +65,15 @@ class BinConfig(FilesConfig, PublicConfig, Protocol):
     """Of `data=bin`."""
 
 
-def load(cfg: BinConfig) -> Stream:
-    """The shards that `train_files` or `input_file`, and `val_files`, name.
+def load(cfg: BinConfig) -> Stream | Corpus:
+    """The shards that `train_files` or `input_file`, and `val_files`, name: files, or a folder of `prepare`.
 
     Raises:
         DataError: no such files, nothing says which of them are held out, they are damaged or of several kinds, or
             their tokenizer is not known or not here.
     """
+    if folder := prepared_folder(cfg):
+        return open_prepared(folder, cfg)
     return stream_of(cfg, named_files(cfg, KINDS["bin"]))
 
 
@@ -92,6 +96,11 @@ def stream_of(cfg: PublicConfig, files: Named) -> Stream:
 
 def absolute(cfg: BinConfig) -> dict[str, Any]:
     """As `data.named.absolute`."""
+    if folder := prepared_folder(cfg):
+        return {
+            **({"train_files": [os.path.abspath(folder)]} if cfg.train_files else {}),
+            **tokenizer_path(cfg),
+        }
     return {**named.absolute(cfg, KINDS["bin"]), **tokenizer_path(cfg)}
 
 
@@ -109,8 +118,9 @@ def load_public(cfg: PublicConfig) -> Stream:
         missing = " and ".join(f"{start}_{side}_*.bin" for side in lacking)
         raise DataError(
             f"data={cfg.data}: there is no {missing} in {str(folder)!r}. Fetch them where there is a network: "
-            f"hf download kjj0/{cfg.data.lower()}-gpt2 --repo-type dataset --local-dir <folder>; then set "
-            f"data_root=<folder>. With other shards: data=bin train_files=<files> val_files=<files>"
+            f"python mytrainer.py prepare {cfg.data} --shards <N>, or hf download kjj0/{cfg.data}-gpt2 "
+            f"--repo-type dataset --local-dir <folder>; then set data_root=<folder>. With other shards: "
+            f"data=bin train_files=<files> val_files=<files>"
         )
     train, heldout = (sorted(map(Path, there[side])) for side in ("train", "val"))
     named_ = [[(path.name, path) for path in side] for side in (train, heldout)]

@@ -90,7 +90,13 @@ class RankTokenizer(TableTokenizer):
         return np.concatenate(parts) if parts else np.zeros(0, dtype=self.dtype)
 
     def _encode_piece(self, raw: bytes) -> Iterable[np.ndarray]:
-        text = raw.decode("utf-8", "surrogateescape")
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError:
+            text = raw.decode("utf-8", "surrogateescape")
+        else:  # nearly always: looking for bytes that are not UTF-8 takes a tenth of the time
+            yield self._encode_text(text)
+            return
         position = 0
         for bad in _NOT_UTF8.finditer(text):
             yield self._encode_text(text[position : bad.start()])

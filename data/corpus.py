@@ -73,7 +73,8 @@ class Corpus:
     `fingerprint` is a sha256 over the (name, content digest) pairs of both sides: equal fingerprints mean
     comparable scores. `notes` are sentences for the user (what was skipped, how the split was made).
     `marks`: parts of documents by name, of which evaluations report `<name>_accuracy`: how often the likeliest token is
-    the right one. A token is marked if all of its bytes are.
+    the right one. A token is marked if all of its bytes are. `known_content`: `content`, where somebody has written it
+    down.
     `mixture`: of which sources it is mixed, and how; None: it is one.
     """
 
@@ -84,11 +85,14 @@ class Corpus:
     notes: tuple[str, ...] = ()
     truth: TrueModel | None = None
     marks: Mapping[str, Marker] = field(default_factory=dict)
+    known_content: str | None = None
     mixture: Mixture | None = None
 
     @property
     def content(self) -> str:
         """As `fingerprint`, whatever the documents are called."""
+        if self.known_content is not None:
+            return self.known_content
         return self.fingerprint if isinstance(self.train, Texts) else content(self.train, self.heldout)
 
 

@@ -106,7 +106,7 @@ def heed(corpus: Corpus, choice: str, cache: Path) -> tuple[Corpus, Overlap]:
         heldout = selected(corpus.heldout, kept)
         mixture = corpus.mixture and still_held_out(corpus.mixture, kept)
         text = fingerprint(corpus.train, heldout)
-        corpus = replace(corpus, heldout=heldout, fingerprint=text, mixture=mixture)
+        corpus = replace(corpus, heldout=heldout, fingerprint=text, mixture=mixture, known_content=None)
     return replace(corpus, notes=tuple(notes)), overlap
 
 

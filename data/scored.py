@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from data import SOURCES, load_corpus, load_dataset, token_stores
 from data.cache import cache_root
 from data.config import DataConfig
-from data.corpus import Document, fingerprint
+from data.corpus import Corpus, Document, fingerprint
 from data.errors import DataError
 from data.kept import keep_text
 from data.lost import lost_text
@@ -92,7 +92,12 @@ def _whole(
     if given.data == "text":
         documents = read_whole(given)
         return documents, encode_documents(documents, tokenizer), input_path(given).name, ()
-    stream: Stream = SOURCES[given.data].load()(given)
+    stream: Stream | Corpus = SOURCES[given.data].load()(given)
+    if not isinstance(stream, Stream):
+        raise DataError(
+            f"{stream.name} is a folder of prepare, of which a part is for training, and text is scored whole. Name "
+            f"shards of it: input_file=<one of its val_*.bin>"
+        )
     corpus = keep_text(stream.whole(), cache_root())
     notes = list(corpus.notes)
     stores, _ = token_stores(corpus, tokenizer, cache_root(), notes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -11,23 +12,60 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from data.arrays import map_array
-from data.corpus import Document
+from data.corpus import Document, Texts
 from data.kept import KeptText
-from data.shards import ShardFiles
+from data.shards import ShardFiles, ShardTokens
 from data.stream import Part
 from data.tokenizers import Tokenizer, text_of
 
 if TYPE_CHECKING:
     from data.bin import ShardPart
 
-__all__ = ["ShardText"]
+__all__ = ["InShards", "ShardText"]
 
 
 TOGETHER = 4096  # documents that are looked up at once
 READ = 1 << 20  # ids that are read at once, where no document has more
 
 
-class ShardText(KeptText):
+class InShards(Texts):
+    """Documents whose ids are those of one tokenizer and lie in shards (`files`), which must stay as they are.
+
+    `lossy` (n,) bool: those that their ids do not give back; None: none. `raw`: then the text of all, (sum of sizes,)
+    uint8.
+    """
+
+    files: ShardFiles
+    _tokenizer: Tokenizer
+
+    @abstractmethod
+    def begins_of(self, documents: np.ndarray) -> np.ndarray:
+        """Where documents (k,) begin in the shards together (k,) int64."""
+
+    @abstractmethod
+    def lengths_of(self, documents: np.ndarray) -> np.ndarray:
+        """Ids of documents (k,): (k,) int64."""
+
+    @property
+    def lossy(self) -> np.ndarray | None:
+        return None
+
+    @property
+    def raw(self) -> ShardTokens | None:
+        return None
+
+    def is_of(self, tokenizer: Tokenizer) -> bool:
+        """Whether the ids of the shards are those of a tokenizer."""
+        return self._tokenizer.digest == tokenizer.digest
+
+    @property
+    def key(self) -> str:
+        """What tells these documents in these files from the same ones elsewhere."""
+        told = json.dumps(self.files.to_json(), sort_keys=True)
+        return hashlib.sha256(told.encode("utf-8", "backslashreplace")).hexdigest()[:8]
+
+
+class ShardText(KeptText, InShards):
     """One side of the documents of shards. Kept is where each is, how long it is in
     ids and bytes, and the digest of its text; ids are read from the shards, which must stay as they are."""
 
@@ -70,23 +108,11 @@ class ShardText(KeptText):
                     text = text_of(self._tokenizer, ids[begin : begin + length])
                     yield Document(self._name(document), text)
 
-    def is_of(self, tokenizer: Tokenizer) -> bool:
-        """Whether the ids of the shards are those of a tokenizer."""
-        return self._tokenizer.digest == tokenizer.digest
-
     def begins_of(self, documents: np.ndarray) -> np.ndarray:
-        """Where documents (k,) begin in the shards together (k,) int64."""
         return self._begins(self._of_all(documents))
 
     def lengths_of(self, documents: np.ndarray) -> np.ndarray:
-        """Ids of documents (k,): (k,) int64."""
         return self._lengths[self._of_all(documents)]
-
-    @property
-    def key(self) -> str:
-        """What tells these documents in these files from the same ones elsewhere."""
-        told = json.dumps(self.files.to_json(), sort_keys=True)
-        return hashlib.sha256(told.encode("utf-8", "backslashreplace")).hexdigest()[:8]
 
 
 def _near(begins: np.ndarray, ends: np.ndarray) -> Iterator[tuple[int, int]]:

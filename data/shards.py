@@ -34,10 +34,12 @@ __all__ = [
     "CACHED",
     "GPT2_HEADER",
     "HEADERLESS",
+    "LLAMA_HEADER",
     "MEGATRON",
     "Shard",
     "ShardFiles",
     "ShardTokens",
+    "header_of",
     "open_shard",
 ]
 
@@ -136,6 +138,12 @@ def _with_header(shard: Shard, head: bytes) -> Shard:
             f"{shard.path!r}: its header says {length:,} tokens, and {held:,} are there: {what}. Fetch it again"
         )
     return Shard(shard.path, shard.kind, known.dtype, HEADER, length, shard.size, shard.changed)
+
+
+def header_of(kind: str, tokens: int) -> bytes:
+    """The header of a file with that many tokens."""
+    said = struct.pack("<3i", int(kind), _HEADERS[int(kind)].version, tokens)
+    return said.ljust(HEADER, b"\0")
 
 
 def _some(shard: Shard) -> Shard:
@@ -310,7 +318,7 @@ class ShardTokens:
     """
 
     def __init__(self, files: ShardFiles, begins: np.ndarray, offsets: np.ndarray, nbytes: int = 0):
-        self._files, self._begins, self._offsets = files, begins, offsets
+        self.files, self.begins, self.offsets = files, begins, offsets
         self.dtype = files.dtype
         self.nbytes = nbytes  # of the cache
 
@@ -327,7 +335,7 @@ class ShardTokens:
         return cls(files, offsets[:-1], offsets, shape[0] * dtype.itemsize)
 
     def __len__(self) -> int:
-        return int(self._offsets[-1])
+        return int(self.offsets[-1])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self[:].astype(dtype or self.dtype, copy=False)
@@ -342,33 +350,33 @@ class ShardTokens:
         found = np.empty(len(places), dtype=self.dtype)
         if len(places) and not 0 <= places.min() <= places.max() < len(self):
             raise IndexError(f"{places.min()} to {places.max()} of {len(self)}")
-        document = np.searchsorted(self._offsets, places, side="right") - 1
-        there = self._begins[document] + places - self._offsets[document]
+        document = np.searchsorted(self.offsets, places, side="right") - 1
+        there = self.begins[document] + places - self.offsets[document]
         cuts = np.flatnonzero(np.diff(there) != 1) + 1
         for first, behind in zip([0, *cuts], [*cuts, len(there)], strict=True):
             if first < behind:
-                found[first:behind] = self._files.read(int(there[first]), int(there[first]) + behind - first)
+                found[first:behind] = self.files.read(int(there[first]), int(there[first]) + behind - first)
         return found.reshape(np.shape(index))
 
     def read_into(
         self, ids: np.ndarray, there: np.ndarray, document: np.ndarray, within: np.ndarray, counts: np.ndarray
     ) -> None:
         """As `ShardFiles.read_into`, of stretches that begin `within` a document each (K,) int64."""
-        self._files.read_into(ids, there, self._begins[document] + within, counts)
+        self.files.read_into(ids, there, self.begins[document] + within, counts)
 
     def _stretch(self, start: int, stop: int) -> np.ndarray:
         if start == stop:
             return np.zeros(0, dtype=self.dtype)
-        first = int(np.searchsorted(self._offsets, start, side="right")) - 1
-        behind = int(np.searchsorted(self._offsets, stop, side="left"))
-        bounds = np.clip(self._offsets[first : behind + 1], start, stop)
-        begins = self._begins[first:behind] + bounds[:-1] - self._offsets[first:behind]
+        first = int(np.searchsorted(self.offsets, start, side="right")) - 1
+        behind = int(np.searchsorted(self.offsets, stop, side="left"))
+        bounds = np.clip(self.offsets[first : behind + 1], start, stop)
+        begins = self.begins[first:behind] + bounds[:-1] - self.offsets[first:behind]
         counts = np.diff(bounds)
         gaps = begins[1:] - (begins + counts)[:-1]
         cuts = np.flatnonzero((gaps < 0) | (gaps > NEAR)) + 1
         pieces = []
         for low, high in zip([0, *cuts], [*cuts, len(begins)], strict=True):
-            ids = self._files.read(int(begins[low]), int(begins[high - 1] + counts[high - 1]))
+            ids = self.files.read(int(begins[low]), int(begins[high - 1] + counts[high - 1]))
             if gaps[low : high - 1].any():
                 _, place = each(begins[low:high], counts[low:high])
                 ids = ids[place - begins[low]]

@@ -16,12 +16,13 @@ from data.arrays import ArrayWriter, map_array
 from data.cache import file_digest, write_atomic
 from data.corpus import Document, Marker
 from data.errors import DataError
-from data.shard_text import ShardText
+from data.shard_text import InShards
 from data.shards import ShardFiles, ShardTokens
 from data.tokenizers import Tokenizer, spans_of, text_of
 
 _ARRAYS = ("tokens", "offsets", "doc_bytes")
 _OF_SHARDS = ("begins", "offsets", "doc_bytes")
+_OF_RAW = ("raw_begins", "raw_offsets")
 _OF_LOSSY = ("lossy", "raw")
 BLOCK = 1 << 20  # tokens that are counted together
 MAPPED = 1 << 20  # bytes from which arrays are mapped
@@ -45,7 +46,7 @@ class TokenStore:
     doc_bytes: np.ndarray
     tokenizer: Tokenizer
     lossy: np.ndarray | None = None
-    raw: np.ndarray | None = None
+    raw: np.ndarray | ShardTokens | None = None
     marks: Mapping[str, Marker] = field(default_factory=dict)
     sources: tuple[tuple[str, int], ...] = ()
 
@@ -158,7 +159,7 @@ def write_stores(folder: Path, sides: Mapping[str, Sequence[Document]], tokenize
     """
     names = []
     for side, documents in sides.items():
-        if isinstance(documents, ShardText) and documents.is_of(tokenizer):
+        if isinstance(documents, InShards) and documents.is_of(tokenizer):
             names += _write_places(folder, side, documents)
             continue
         names += [f"{side}.{name}.npy" for name in _ARRAYS]
@@ -192,16 +193,28 @@ def _write_encoded(folder: Path, side: str, documents: Sequence[Document], token
     return bool(lossy.any())
 
 
-def _write_places(folder: Path, side: str, documents: ShardText) -> list[str]:
+def _write_places(folder: Path, side: str, documents: InShards) -> list[str]:
     """Of documents whose ids stay where they are: names of the files that say where."""
-    content = json.dumps(documents.files.to_json(), indent=1)
-    write_atomic(folder / f"{side}.shards.json", lambda file: file.write(content.encode()))
+    names = [f"{side}.shards.json", *(f"{side}.{name}.npy" for name in _OF_SHARDS)]
+    write_atomic(folder / names[0], functools.partial(_write_json, documents.files.to_json()))
     for name in _OF_SHARDS:
         write_atomic(folder / f"{side}.{name}.npy", functools.partial(_write_place, name, documents))
-    return [f"{side}.shards.json", *(f"{side}.{name}.npy" for name in _OF_SHARDS)]
+    if (raw := documents.raw) is not None:
+        arrays = {"lossy": documents.lossy, "raw_begins": raw.begins, "raw_offsets": raw.offsets}
+        names += [f"{side}.raw_shards.json", *(f"{side}.{name}.npy" for name in arrays)]
+        write_atomic(folder / f"{side}.raw_shards.json", functools.partial(_write_json, raw.files.to_json()))
+        for name, array in arrays.items():
+            assert array is not None
+            write = functools.partial(np.save, arr=array, allow_pickle=False)
+            write_atomic(folder / f"{side}.{name}.npy", write)
+    return names
 
 
-def _write_place(name: str, documents: ShardText, file: BinaryIO) -> None:
+def _write_json(content: Any, file: BinaryIO) -> None:
+    file.write(json.dumps(content, indent=1).encode())
+
+
+def _write_place(name: str, documents: InShards, file: BinaryIO) -> None:
     """One of `_OF_SHARDS`, some documents at a time."""
     array = ArrayWriter(file, np.int64)
     tokens = 0
@@ -281,13 +294,17 @@ def load_stores(
 
 def _load_store(folder: Path, side: str, names: Container[str], tokenizer: Tokenizer) -> TokenStore:
     arrays: dict[str, Any] = {}
-    for name in ("offsets", "doc_bytes", *_OF_LOSSY, "begins"):
+    for name in ("offsets", "doc_bytes", *_OF_LOSSY, "begins", *_OF_RAW):
         path = folder / f"{side}.{name}.npy"
         if path.name not in names:
             continue
         array = map_array(path)
         # The small ones are better in memory.
         arrays[name] = array if name == "raw" or array.nbytes > MAPPED else np.array(array)
+    if "raw_begins" in arrays:
+        content = json.loads((folder / f"{side}.raw_shards.json").read_bytes())
+        places = [arrays.pop(name) for name in _OF_RAW]
+        arrays["raw"] = ShardTokens(ShardFiles.from_json(content), *places)
     if (begins := arrays.pop("begins", None)) is not None:
         content = json.loads((folder / f"{side}.shards.json").read_bytes())
         tokens = ShardTokens(ShardFiles.from_json(content), begins, arrays["offsets"])

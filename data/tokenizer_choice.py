@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from data import CACHE_FORMAT, SOURCES, TOKENIZERS
 from data.config import DataConfig, Unit
 from data.errors import DataError
-from naming import did_you_mean, expand_path
+from naming import did_you_mean, expand_path, load
 
 if TYPE_CHECKING:
     from data.corpus import Corpus
@@ -47,6 +47,8 @@ def choose(cfg: DataConfig, unit: Unit = "token") -> tuple[Choice, str]:
         return _parse(BYTE), "as this architecture reads bytes"
     source = SOURCES[cfg.data]
     said = getattr(cfg, source.tokenizer_field) if source.tokenizer_field else None
+    if not said and source.tokenizer_file:
+        said = load(source.tokenizer_file)(cfg)
     return _parse(said or source.tokenizer), source.tokenizer_why
 
 

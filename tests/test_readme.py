@@ -17,6 +17,7 @@ from configs.compose import check, compose_tree, prepare
 from configs.files import options
 from configs.grid import check_grid
 from data import SOURCES
+from data.prepared import MANIFEST, TOKENIZER
 from data.tokenizers import ByteTokenizer
 from models import ARCHITECTURES
 from tests.data.foreign import byte_level, saved
@@ -90,6 +91,12 @@ def make_weights(folder):
     (folder / "model.safetensors").touch()
 
 
+def make_shards(folder):
+    """A folder of `prepare`, as far as a configuration looks into it."""
+    ByteTokenizer().save(folder / TOKENIZER)
+    (folder / MANIFEST).touch()
+
+
 class Parsed(Exception):
     """The command line was understood; the work itself is tested elsewhere."""
 
@@ -123,12 +130,16 @@ def test_commands_are_understood(somewhere, monkeypatch, capsys, document, words
             "evaluate.restore_named",
             "export.open_source",
             "show.open_source",
+            "prepare.prepare",
+            "prepare.fetch",
         ):
             monkeypatch.setattr(f"trainer.commands.{name}", parsed)
         with contextlib.suppress(Parsed):
             assert mytrainer.main(argv) == 0, capsys.readouterr().err
         return
     for word in argv:
+        if word.startswith("input_file=shards/"):
+            make_shards(Path(word.partition("=")[2]))
         if word.startswith("resume="):
             make_run(Path(word.partition("=")[2]))
     if "--model_name" in argv and not any("hydra_model_cfg" in word for word in argv):
@@ -147,7 +158,7 @@ def test_commands_are_understood(somewhere, monkeypatch, capsys, document, words
 def test_the_documents_show_commands_of_every_kind():
     """The collection above would pass as well if it found nothing."""
     shown = {words[words.index("mytrainer.py") + 1] for _, words in OURS if words[-1] != "mytrainer.py"}
-    assert {"generate", "eval", "bench", "show"} <= shown and len(OURS) > 15
+    assert {"generate", "eval", "bench", "show", "prepare"} <= shown and len(OURS) > 15
 
 
 @pytest.mark.parametrize(("document", "words"), named([case for case in SHOWN if case not in OURS]))

@@ -73,7 +73,7 @@ class Console:
     def doing(self, what: str) -> Iterator[Callable[[str], None]]:
         """Around what may take long: says so once it has, and then and when, from a thread of its own.
 
-        Yields a function to call when it has come to something else.
+        Yields a function to call when it has come to something else; "" where that shows by itself.
         """
         done = threading.Event()
         now = [(what, time.monotonic())]
@@ -82,7 +82,8 @@ class Console:
             pause = FIRST_WORD
             while not done.wait(pause):
                 text, since = now[-1]
-                self._print(f"{text} ... {duration(time.monotonic() - since)}", "dim")
+                if text:
+                    self._print(f"{text} ... {duration(time.monotonic() - since)}", "dim")
                 pause = min(2 * pause, LAST_WORDS)
 
         thread = threading.Thread(target=tell, name="console", daemon=True)
@@ -105,12 +106,25 @@ class Console:
         if self._rich is None:
             # A file has room for what an adapter wants to be seen.
             self._print(step_line(line, WIDTH + sum(len(name) + 13 for name in metrics), metrics))
+        else:
+            self.progress(step_line(line, self._rich.width, metrics))
+
+    @property
+    def is_live(self) -> bool:
+        """Whether lines of progress are rewritten in place."""
+        return self._rich is not None
+
+    def progress(self, line: str) -> None:
+        """A line that the next one takes the place of."""
+        if not self._enabled:
             return
-        text = Text(step_line(line, self._rich.width, metrics), no_wrap=True, overflow="crop")
+        if self._rich is None:
+            self._print(line)
+            return
         if self._live is None:
             self._live = Live(console=self._rich, auto_refresh=False, transient=True)
             self._live.start()
-        self._live.update(text, refresh=True)
+        self._live.update(Text(line, no_wrap=True, overflow="crop"), refresh=True)
 
     def evaluation(self, line: dict[str, Any]) -> None:
         """A line of `val_...` values of a score; stays on the screen."""

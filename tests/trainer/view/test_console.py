@@ -151,6 +151,34 @@ def test_what_takes_long_says_so_and_again(monkeypatch):
     assert stream.getvalue() == said
 
 
+def test_what_shows_by_itself_is_not_told(monkeypatch):
+    monkeypatch.setattr("trainer.view.console.FIRST_WORD", 0.01)
+    console, stream = plain()
+    with console.doing(""):
+        time.sleep(0.05)
+    assert stream.getvalue() == ""
+
+
+def test_progress_of_other_work_is_one_line_too(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    console, stream = plain()
+    for line in ("10 %", "20 %"):
+        console.progress(line)
+    assert stream.getvalue() == "10 %\n20 %\n" and not console.is_live
+    terminal = Terminal()
+    console = Console(stream=terminal)
+    assert console.is_live
+    for line in ("10 %", "20 %"):
+        console.progress(line)
+    console.close()
+    console.note("done")
+    shown = terminal.getvalue()
+    assert shown.index("10 %") < shown.index("20 %") < shown.index("done") and "10 %\n" not in shown
+    console, stream = plain(enabled=False)
+    console.progress("10 %")
+    assert stream.getvalue() == ""
+
+
 # --- the score ----------------------------------------------------------------------------------------
 
 
