@@ -8,7 +8,14 @@ from models.layers.flops import Flops, decoder_flops, matmul_flops
 def test_parts_add_up_and_repeat() -> None:
     block, head = decoder_flops(100, [8.5], 4, [16]), matmul_flops(30)
     assert block * 3 + head == decoder_flops(330, [8.5] * 3, 4, [16] * 3)
-    assert head == Flops(60, 180)
+    assert head == Flops(60, 180, weights=30)
+
+
+def test_weights_that_stay_cost_four_operations_and_not_six() -> None:
+    model = decoder_flops(100, [8.5], 4, [16]) * 3 + matmul_flops(30)
+    assert model.without_gradients.training_per_token == model.training_per_token - 2 * 330
+    assert model.without_gradients.forward_per_token == model.forward_per_token
+    assert model.frozen.without_gradients == model.frozen, "what has none cannot spare any"
 
 
 def test_the_plain_path_multiplies_masked_keys_too() -> None:

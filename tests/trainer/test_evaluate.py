@@ -256,7 +256,7 @@ def test_models_of_bytes_are_scored_on_the_bytes_that_models_of_tokens_are(folde
         in_order = np.array(sizes)[rows.documents]
         assert total.bytes == sum(said) == sum(sizes) and total.documents == 40, type_
         assert found[0].tolist() == in_order.tolist(), type_
-        scored = in_order if reads_bytes else store.lengths[rows.documents]
+        scored = in_order if reads_bytes else store.lengths_of(rows.documents)
         np.testing.assert_allclose(
             found[1], scored * math.log(tokenizer.vocab_size), rtol=1e-9, err_msg=type_
         )
