@@ -17,7 +17,7 @@ import shutil
 import time
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, BinaryIO, Self, overload
@@ -176,7 +176,7 @@ def _kept(stream: Stream, folder: Path, *, fresh: bool = False) -> Corpus | None
     """What is in the cache, None where that is nothing or cannot be trusted; `fresh`: it was written just now."""
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
-        if not (fresh or meta["settled"]):
+        if not (fresh or (meta["settled"] and meta["files"] == _stamps_of(folder, meta["files"]))):
             return None
         sides = _sides_kept(stream, folder, meta["parts"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -190,6 +190,12 @@ def _kept(stream: Stream, folder: Path, *, fresh: bool = False) -> Corpus | None
         place = f"where the documents lie kept in the cache: {size:,} bytes in {folder}"
     notes = (*stream.notes, *meta["notes"], place)
     return Corpus(stream.name, sides["train"], sides["heldout"], meta["fingerprint"], notes)
+
+
+def _stamps_of(folder: Path, names: Iterable[str]) -> dict[str, list[int]]:
+    """Bytes and time of change (ns) of what was written: where either is another now, the text is read anew."""
+    found = {name: (folder / name).stat() for name in names}
+    return {name: [status.st_size, status.st_mtime_ns] for name, status in found.items()}
 
 
 def _class(stream: Stream) -> type[KeptText]:
@@ -220,6 +226,7 @@ def _write(stream: Stream, folder: Path, stamps: dict[str, Any], tell: Callable[
             _require_unchanged(stream, stamps)
         newest = max((stamp[2] for side in stamps.values() for part in side for stamp in part), default=0)
         meta["settled"] = newest / 1e9 < started - SETTLED
+        meta["files"] = _stamps_of(new, sorted(path.name for path in new.iterdir()))
         text = json.dumps(meta, indent=1)
         write_atomic(new / "meta.json", lambda file: file.write(text.encode()))
         shutil.rmtree(folder, ignore_errors=True)

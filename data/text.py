@@ -32,7 +32,7 @@ from data.corpus import (
 from data.cuts import about_separator, documents_of, line_end_near, sections, separated
 from data.errors import DataError
 from data.files import TEXT_SUFFIXES, existing_path, find_text, looks_held_out, read_text, shown
-from naming import expand_path
+from naming import expand_path, shorten
 
 
 class TextConfig(Protocol):
@@ -59,6 +59,9 @@ def load(cfg: TextConfig) -> Corpus:
         train, heldout, more = _split_by_place(path, files[0], cfg.document_separator)
     else:
         train, heldout, more = _split_by_hash(path, files, cfg)
+    if cfg.document_separator:
+        train, left = _without(train, heldout, path)
+        more += left
     return Corpus(path.name, train, heldout, fingerprint(train, heldout), (*notes, *more))
 
 
@@ -145,7 +148,10 @@ def _split_by_name(path: Path, files: list[Document], cfg: TextConfig) -> Split:
         )
     notes = [f"held out: {len(held)} files by val_files, {total_bytes(held):,} bytes"]
     if copies := len(others) - len(train):
-        notes.append(f"dropped {copies} exact duplicates of held-out files from training")
+        names = [shown(file.name) for file in others if file.text in texts]
+        notes.append(
+            f"dropped {copies} exact duplicates of held-out files from training: {shorten(names, 3)}"
+        )
     notes += about_separator([*train, *held], cfg.document_separator)
     in_sections = len(train) == 1
     return (
@@ -153,6 +159,22 @@ def _split_by_name(path: Path, files: list[Document], cfg: TextConfig) -> Split:
         documents_of(held, cfg.document_separator, in_sections=in_sections),
         notes,
     )
+
+
+def _without(train: list[Document], heldout: list[Document], path: Path) -> tuple[list[Document], list[str]]:
+    """The training documents whose text is no held-out document's, and a note about the others."""
+    held = {document.text for document in heldout}
+    kept = [document for document in train if document.text not in held]
+    copies = [shown(document.name) for document in train if document.text in held]
+    if not kept:
+        raise DataError(
+            f"all documents to train on in {str(path)!r} are held out too. Name other held-out text: val_files=<file>"
+        )
+    if not copies:
+        return train, []
+    return kept, [
+        f"left out of training, as they are held out: {len(copies):,} documents, {shorten(copies, 3)}"
+    ]
 
 
 def _named_files(path: Path) -> list[Path]:

@@ -114,10 +114,13 @@ def _make(choice: Choice, corpus: Corpus, cache: Path, notes: list[str]) -> Toke
     if choice.kind is None or not TOKENIZERS[choice.kind].trained:
         return _untrained(choice, cache)
     factory = TOKENIZERS[choice.kind].load()
+    from data.corpus import Texts
     from data.mix_texts import told, weighted
     from data.tokenizers import load_tokenizer
 
-    path = cache / "tokenizers" / f"{choice.spec}-{told(corpus)[0][:16]}-v{CACHE_FORMAT}.json"
+    # Of large texts a part is learned from, which is chosen by what documents are called, of `Texts` by what they say.
+    chosen_by = "-by-text" if isinstance(corpus.train, Texts) else ""
+    path = cache / "tokenizers" / f"{choice.spec}-{told(corpus)[0][:16]}{chosen_by}-v{CACHE_FORMAT}.json"
     if path.exists():
         try:
             tokenizer = load_tokenizer(path)

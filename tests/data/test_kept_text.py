@@ -302,3 +302,17 @@ def test_the_first_documents_by_digest_are_found_without_sorting_all() -> None:
     finally:
         tracemalloc.stop()
     assert 3000 < len(first) < 5500
+
+
+def test_text_in_the_cache_that_was_changed_is_read_anew(tmp_path):
+    """Under its fingerprint no other text is trained on, whatever happened to the file."""
+    parts = write(tmp_path)
+    before = keep_text(stream(parts), tmp_path / "cache")
+    (kept,) = (tmp_path / "cache" / "texts").glob("*/train.text")
+    raw = bytearray(kept.read_bytes())
+    raw[:4] = b"XXXX"
+    kept.write_bytes(raw)
+    os.utime(kept, (2e9, 2e9))
+    after = keep_text(stream(parts), tmp_path / "cache")
+    assert list(after.train) == [d for d in after.train if b"XXXX" not in d.text]
+    assert after.fingerprint == before.fingerprint and parts[0].reads.count("a.lines") == 2

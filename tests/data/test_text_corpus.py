@@ -290,3 +290,18 @@ def test_fingerprint_follows_names_contents_and_split() -> None:
     assert len(prints) == 5
     names = [corpus_module.content([d], [two._replace(name="z")]) for d in (one, one._replace(name="c"))]
     assert names[0] == names[1] != corpus_module.content([two], [one])
+
+
+def test_documents_that_are_held_out_are_left_out_of_training_and_named(config, tmp_path) -> None:
+    """Not files alone: what stands between separators, too."""
+    mark = f"\n{SEPARATOR}\n"
+    (tmp_path / "train.txt").write_text(mark.join(f"story {number}" for number in range(30)) + "\n")
+    (tmp_path / "val.txt").write_text(mark.join(["story 3", "story 7", "another"]))
+    corpus = load(config, tmp_path / "train.txt", val_files="val.txt", document_separator=SEPARATOR)
+    held = {document.text for document in corpus.heldout}
+    assert len(corpus.train) == 28 and not held & {document.text for document in corpus.train}
+    (note,) = [note for note in corpus.notes if "left out of training" in note]
+    assert "2 documents, train.txt@" in note
+    (tmp_path / "val.txt").write_text((tmp_path / "train.txt").read_text() + mark[1:] + "more")
+    with pytest.raises(DataError, match="all documents to train on in .* are held out too"):
+        load(config, tmp_path / "train.txt", val_files="val.txt", document_separator=SEPARATOR)

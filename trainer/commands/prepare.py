@@ -66,6 +66,7 @@ def main(argv: list[str]) -> int:
         help=f"behind {' or '.join(PUBLIC)}: fetch so many of its public shards",
     )
     args, words = parser.parse_known_args(argv)
+    _refuse_idle(args, bool(words) and words[0] in PUBLIC)
     if words and words[0] in PUBLIC:
         return _fetch(words[0], args, words[1:])
     if args.shards is not None:
@@ -75,6 +76,24 @@ def main(argv: list[str]) -> int:
     if args.dry_run:
         raise ValueError("dry_run: it belongs to --clean")
     return _prepare(_wanted(args), words)
+
+
+def _refuse_idle(args: argparse.Namespace, public: bool) -> None:
+    """Options that belong to another use of the command than the one that is asked for."""
+    of_shards = [name for name in ("processes", "text", "drop_copies", "shard_tokens") if getattr(args, name)]
+    if public:
+        idle, use = (
+            of_shards + [n for n in ("clean", "dry_run") if getattr(args, n) not in (None, False)],
+            "fetching",
+        )
+    elif args.clean is not None:
+        idle, use = of_shards + (["out"] if args.out else []), "--clean"
+    else:
+        return
+    if idle:
+        raise ValueError(
+            f"{idle[0]}: {use} does not read it. Leave out {' '.join(f'--{name}' for name in idle)}"
+        )
 
 
 def _wanted(args: argparse.Namespace) -> Wanted:

@@ -123,3 +123,17 @@ def test_progress_is_a_line_now_and_then(monkeypatch, capsys) -> None:
 
 def test_completion_knows_the_command() -> None:
     assert "prepare" in complete("mytrainer.py pre")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--clean", "--out", "shards"], "out: --clean does not read it. Leave out --out"),
+        (["--clean", "texts", "--text"], "text: --clean does not read it"),
+        (["fineweb10B", "--shards", "1", "--drop_copies"], "drop_copies: fetching does not read it"),
+        (["fineweb10B", "--shards", "1", "--clean"], "clean: fetching does not read it"),
+    ],
+)
+def test_options_of_another_use_of_the_command_are_refused(text, capsys, words, told) -> None:
+    assert prepared(*words) == 2
+    assert told in capsys.readouterr().err
