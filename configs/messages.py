@@ -26,6 +26,7 @@ ARCHITECTURE_ALIASES = {
 # Names that other projects use. They are not accepted, but lead the suggestions.
 SYNONYMS = {
     "n_layer": "model_cfg.n_layers",
+    "num_main_layers": "model_cfg.n_layers",
     "n_embd": "model_cfg.d_model",
     "hidden_dim": "model_cfg.d_model",
     "hidden_size": "model_cfg.d_model",

@@ -166,6 +166,16 @@ def within_context(run: RunConfig, n_ctx: int) -> list[str]:
     return problems
 
 
+def byte_vocabulary(vocab_size: int | None) -> list[str]:
+    """Problem (at most one) of a model that reads bytes and is given a tokenizer's vocabulary."""
+    if vocab_size is None or vocab_size <= MOST_BYTES:
+        return []
+    return [
+        f"model_cfg.vocab_size ({vocab_size}) is that of a tokenizer, and this model reads bytes, which are 257 ids "
+        f"with the start of a document. Nearest: vocab_size=null"
+    ]
+
+
 def in_whole(run: RunConfig, name: str, size: int) -> list[str]:
     """Problems of rows that are no multiple of `size`, what `model_cfg.<name>` comes to, such as bytes of a patch."""
     problems = []
@@ -178,6 +188,9 @@ def in_whole(run: RunConfig, name: str, size: int) -> list[str]:
                 f"{field} ({length}) must be a multiple of model_cfg.{name} ({size}); nearest: {nearest}"
             )
     return problems
+
+
+MOST_BYTES = 512  # rows of a table of bytes, however it is padded
 
 
 class ModelConfig(BaseModel):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
-from configs.schema import Execution, Free, ModelConfig, NonNegative, Positive, Rate
+from configs.schema import Execution, Free, ModelConfig, NonNegative, Positive, Rate, byte_vocabulary
 from models.hierarchy.layout import Stage, stages_of
 from models.sparse.config import NSAConfig
 from models.state_space.config import MambaConfig
@@ -204,8 +204,12 @@ class HierarchyConfig(ModelConfig):
     # -- what does not fit -----------------------------------------------------------------------------------------
 
     def problems(self, run: RunConfig) -> list[str]:
-        found = super().problems(run) + self.conflicts()
-        return found or self._lengths() or self._nobodys() or self._of_stages()
+        found = super().problems(run) + byte_vocabulary(self.vocab_size) + self.conflicts()
+        found = found or self._lengths()
+        # A run that goes on may be older than the rule of `_nobodys`, and says no other thing by such numbers.
+        if not found and (run is None or run.resume == "none"):
+            found = self._nobodys()
+        return found or self._of_stages()
 
     def conflicts(self) -> list[str]:
         """Fields that say the same, or nothing, of how many layers there are; the others are looked at only without."""

@@ -10,6 +10,7 @@ from configs.schema import (
     ModelConfig,
     NonNegative,
     Positive,
+    byte_vocabulary,
     divisible,
     in_whole,
     within_context,
@@ -70,7 +71,7 @@ class MegabyteConfig(ModelConfig):
         return self.patch_size // 2 if self.cross_patch_r is None else self.cross_patch_r
 
     def problems(self, run: RunConfig) -> list[str]:
-        found = super().problems(run)
+        found = super().problems(run) + byte_vocabulary(self.vocab_size)
         found += in_whole(run, "patch_size", self.patch_size) + within_context(run, self.n_ctx)
         found += divisible("d_local", self.d_local, "local_n_heads", self.local_n_heads)
         if self.d_global % self.global_n_heads:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import models.hierarchy.stage
 from configs import compose
 from configs.messages import ConfigError
 from kernels.choose import Kernels
@@ -238,6 +239,9 @@ def test_operations_of_the_default_size():
     by_hand_within = 15 * (8 * 768**2 + attention + 6 * 768 * 2048) / 6
     assert within.forward_per_token == pytest.approx(by_hand_within)
     assert 34e6 < total.forward_per_token - within.forward_per_token < 45e6
+    fixed = on_meta(chunk_size=256, chunking="fixed").flops(8192)
+    router = 2 * 2 * cfg.widths[0] ** 2  # two products
+    assert total.forward_per_token - fixed.forward_per_token == pytest.approx(router, rel=1e-6)
     assert cfg.ratios == [6.0] and total.training_per_token == 3 * total.forward_per_token
 
 
@@ -481,6 +485,34 @@ def test_an_untrained_router_compares_neighbours_as_they_are():
     expected = (1 - F.cosine_similarity(x[:, :-1], x[:, 1:], dim=-1)) / 2
     assert p[0, 0] == 1 and p[1, 3] == 1
     torch.testing.assert_close(p[0, 1:], expected[0], **EXACT)
+
+
+def test_decisions_and_residuals_are_made_in_fp32_whatever_is_around_them(monkeypatch):
+    router = Router(16)
+    with torch.no_grad():
+        for p in router.parameters():
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    x = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
+    begins = torch.zeros(2, 9, dtype=torch.bool)
+    begins[:, 0] = True
+    with torch.autocast("cpu", torch.bfloat16):
+        found = router(x, begins, None).p
+    expected = router.double()(x.double(), begins, None).p
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+    residuals = []
+    plain = models.hierarchy.stage.upsample
+
+    def told(z, chunk, scale, residual, **more):
+        residuals.append(residual.dtype)
+        return plain(z, chunk, scale, residual, **more)
+
+    monkeypatch.setattr("models.hierarchy.stage.upsample", told)
+    model = built({})
+    with torch.autocast("cpu", torch.bfloat16):
+        model.float()(tokens_of())
+    assert residuals == [torch.float32]
 
 
 class NearTies(torch.nn.Module):

@@ -173,6 +173,26 @@ def test_what_stands_in_other_patches_reaches_one_by_the_patch_before_alone(reac
     assert torch.equal(after[0, P : 2 * P], before[0, P : 2 * P]) is not moves
 
 
+def test_dropout_of_the_embeddings_of_both_stacks(monkeypatch):
+    model, dropped = megabyte(dropout=0.5).train(), []
+    for module in model.modules():
+        if module is not model and hasattr(module, "dropout"):
+            module.dropout = 0.0
+    plain = torch.nn.functional.dropout
+
+    def told(x, p=0.5, training=True, inplace=False):
+        if p and training:
+            dropped.append(tuple(x.shape))
+        return plain(x, p, training, inplace)
+
+    monkeypatch.setattr("torch.nn.functional.dropout", told)
+    model(torch.randint(0, 11, (2, 16), generator=torch.Generator().manual_seed(0)))
+    cfg, patches = model.cfg, 16 // model.cfg.patch_size
+    # Others are of attention's probabilities.
+    assert dropped.count((2, patches, cfg.d_global)) == 1
+    assert dropped.count((2, patches, cfg.patch_size, cfg.d_local)) == 1
+
+
 def test_every_stack_has_its_own_sizes():
     model = megabyte(n_layers_d_global=3, n_layers_d_local=1)
     assert (len(model.global_layers), len(model.local_layers)) == (3, 1)

@@ -192,7 +192,7 @@ def with_free_fields(
         changed = cls.model_validate(values)
     except ValidationError as error:
         raise ConfigError([p for _, p in explain(error, cls, values, lambda key: "", "model_cfg.")]) from None
-    if problems := changed.problems(cfg):
+    if problems := changed.problems(as_trained(cfg)):
         raise ConfigError(problems)
     unread = [
         f"model_cfg.{n} is not read (because of model_cfg.{why})"
@@ -202,6 +202,11 @@ def with_free_fields(
     for text in (*request.notices, *unread):
         note(text)
     return changed
+
+
+def as_trained(cfg: RunConfig) -> RunConfig:
+    """The run as one that goes on: sizes are those of the weights, and no message is to propose others."""
+    return cfg.model_copy(update={"resume": "auto"})
 
 
 def load_average(ema: EMA, checkpoint: Path) -> bool:
@@ -280,8 +285,7 @@ def _changed(cfg: RunConfig, model_cfg: ModelConfig, changes: Mapping[str, Any])
         changed = kind.model_validate(values)
     except ValidationError as error:
         raise ConfigError([p for _, p in explain(error, kind, values, lambda key: "")]) from None
-    # Sizes are those of the weights, as in a run that goes on: no message is to propose others.
-    if problems := model_cfg.problems(changed.model_copy(update={"resume": "auto"})):
+    if problems := model_cfg.problems(as_trained(changed)):
         raise ConfigError(problems)
     return changed
 
