@@ -46,7 +46,7 @@ KINDS = {
     "cpp": Kind("compiled kernels", re.compile(r"[\w.-]+\.so")),
 }
 _TRAINED = re.compile(
-    r"[a-z]+(?:-\d+)?-([0-9a-f]{16})-v\d+\.json"
+    r"[a-z]+(?:-\d+)?-([0-9a-f]{16})(?:-by-text)?-v\d+\.json"
 )  # a tokenizer, of the text with that fingerprint
 
 
