@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -103,8 +104,10 @@ def scaled_linear(linear: nn.Linear, x: Tensor, factor: Tensor | float) -> Tenso
     return F.linear(x, factor * linear.weight)
 
 
+@cache
 def _adapted_class(cls: type[nn.Module], parameters: tuple[str, ...]) -> type[nn.Module]:
-    """`cls`, whose `parameters` are read with what stands beside them."""
+    """`cls`, whose `parameters` are read with what stands beside them. One for all modules: what is compiled for a
+    block is compiled for the classes within it."""
     calls = issubclass(cls, nn.Linear) and cls.forward is nn.Linear.forward
     bases = (_AdaptedLinear if calls else _Adapted, cls)
     read = {name: _read(name) for name in parameters}
@@ -253,7 +256,7 @@ def adapt(
             for own, value in zip(_names(name), (a, b), strict=True):
                 module.register_parameter(own, nn.Parameter(value))
         module.low_rank, module.path = low_rank, path  # type: ignore[assignment]
-        module.__class__ = _adapted_class(type(module), tuple(parameters))
+        module.__class__ = _adapted_class(type(module), tuple(parameters))  # type: ignore[arg-type]
 
 
 @torch.no_grad()

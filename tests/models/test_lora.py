@@ -78,6 +78,12 @@ def test_names_stay_and_only_adapters_are_trained():
     assert a.shape == (2, 6) and 0 < a.abs().max() <= 6**-0.5 and not model.attn.q_proj.lora_B.any()
 
 
+def test_blocks_that_are_alike_are_compiled_once():
+    """Modules of one class stay modules of one class."""
+    one, other = toy(("q_proj",)), toy(("q_proj", "xq_proj"))
+    assert type(one.attn.q_proj) is type(other.attn.q_proj) is type(other.attn.xq_proj)
+
+
 def test_a_stack_of_experts():
     model = toy(("experts.up_proj",))
     state, up = model.state_dict(), model.experts.up_proj
