@@ -586,6 +586,15 @@ class ModelAdapter(nn.Module):
             added = added + matmul_flops(self.low_rank.rank * sum(target.sides)) * self.passes(target.path)
         return planned.without_gradients + added
 
+    def realised(self, flops: float | Tensor, seq_len: int) -> float | Tensor:
+        """Of operations that a step really took (`StepOutput.flops`), which know nothing of adapters, what they come to
+        with these: as much more or less as the plan does."""
+        if self.low_rank is None:
+            return flops
+        with torch.no_grad():
+            planned = self.flops(seq_len).training_per_token
+        return flops * (self.cost(seq_len).training_per_token / planned)
+
     def active_parameters(self) -> int | None:
         """Parameters that act on one token; None where that is all of them."""
         return self.model.active_parameters() if hasattr(self.model, "active_parameters") else None

@@ -338,6 +338,8 @@ class Trainer:
     def _take_note(self, output: StepOutput) -> None:
         """Of one micro-batch of a step."""
         refuse_taken_names(self.s.adapter, output)
+        if output.flops is not None:
+            output.flops = self.s.adapter.realised(output.flops, self.cfg.train_seq_len)
         self.meter.add_output(output, self.planned_flops * self.s.plan.micro_rows * self.cfg.train_seq_len)
 
     def _raise_if_not_finite(self) -> None:

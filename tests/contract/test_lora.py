@@ -96,6 +96,9 @@ def test_flops_of_weights_without_gradients(architecture):
     expected = cost.reference.training_per_token
     if output.flops is not None:
         expected *= float(output.flops) / (16 * LENGTH) / plan.training_per_token
+        assert float(adapter.realised(output.flops, LENGTH)) / (16 * LENGTH) * (
+            cost.reference.training_per_token / cost.training_per_token
+        ) == pytest.approx(expected)
     assert expected == pytest.approx(counter.get_total_flops() / (16 * LENGTH), rel=0.07)
     assert cost.training_per_token < 0.9 * plan.training_per_token, "a weight that stays costs 4, not 6"
 

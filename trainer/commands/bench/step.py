@@ -177,7 +177,7 @@ def _loop_overhead(configs: tuple[RunConfig, Any], steps: int) -> dict[str, floa
         "loop_tokens_per_second": (speed := tokens / statistics.median(seconds["loop"])),
     }
     if peak := peak_flops(ours.world.device):
-        found["mfu"] = ours.adapter.flops(ours.cfg.train_seq_len).training_per_token * speed / peak
+        found["mfu"] = ours.adapter.cost(ours.cfg.train_seq_len).training_per_token * speed / peak
     return found
 
 
