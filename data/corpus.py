@@ -6,11 +6,12 @@ a random state, so two machines with the same files hold out the same text.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self, overload
 
 import numpy as np
 
@@ -35,20 +36,49 @@ class Texts(Sequence[Document]):
     """Documents that are not in memory: each is read when it is asked for. They are told by their text alone, as how
     they lie in files says nothing of what they are; their names are for people.
 
-    digests (n, 32) uint8: sha256 of each text.
+    A subclass has the digests of all of them, `_digests` (n, 32) uint8: sha256 of each text.
     """
 
-    @property
+    _digests: np.ndarray
+    _chosen: np.ndarray | None = None  # (k,): which of all documents, in this order; None: all
+
     @abstractmethod
-    def digests(self) -> np.ndarray: ...
+    def _document(self, document: int) -> Document:
+        """One of all documents, whichever are chosen."""
 
     @abstractmethod
     def sizes_of(self, documents: np.ndarray) -> np.ndarray:
         """Raw UTF-8 bytes of documents (k,): (k,) int64."""
 
-    @abstractmethod
-    def select(self, indices: np.ndarray) -> Texts:
+    def select(self, indices: np.ndarray) -> Self:
         """Those of them (k,), in this order."""
+        found = copy.copy(self)
+        found._chosen = self._of_all(indices)
+        return found
+
+    def __len__(self) -> int:
+        return len(self._digests if self._chosen is None else self._chosen)
+
+    @overload
+    def __getitem__(self, index: int) -> Document: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Document]: ...
+    def __getitem__(self, index: int | slice) -> Document | Sequence[Document]:
+        if isinstance(index, slice):
+            return self.select(np.arange(len(self))[index])
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        return self._document(int(index if self._chosen is None else self._chosen[index]))
+
+    def _of_all(self, documents: np.ndarray) -> np.ndarray:
+        """Indices among all documents, whichever are chosen."""
+        return documents if self._chosen is None else self._chosen[documents]
+
+    @property
+    def digests(self) -> np.ndarray:
+        """sha256 of each text (n, 32) uint8."""
+        return self._digests if self._chosen is None else self._digests[self._chosen]
 
     @property
     def sizes(self) -> np.ndarray:

@@ -9,7 +9,6 @@ key is made of the files' paths, sizes and times of change.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any, BinaryIO, Self, overload
+from typing import Any, BinaryIO
 
 import filelock
 import numpy as np
@@ -50,7 +49,6 @@ class KeptText(Texts):
 
     def __init__(self, folder: Path, side: str, parts: Sequence[tuple[str, int]], read: Sequence[Part]):
         self._parts = parts
-        self._chosen: np.ndarray | None = None  # (k,): which documents, None: all
         self._ends = _load(folder, side, "ends")
         self._places = _load(folder, side, "places")
         self._digests = _load(folder, side, "digests")
@@ -62,38 +60,12 @@ class KeptText(Texts):
         if os.fstat(self._file.fileno()).st_size != (self._ends[-1] if len(self._ends) else 0):
             raise ValueError(f"{self._file.name} has another size than its documents")
 
-    def select(self, indices: np.ndarray) -> Self:
-        found = copy.copy(self)
-        found._chosen = self._of_all(indices)
-        return found
-
-    def __len__(self) -> int:
-        return len(self._ends if self._chosen is None else self._chosen)
-
-    def _of_all(self, documents: np.ndarray) -> np.ndarray:
-        """Indices among all documents, whichever are chosen."""
-        return documents if self._chosen is None else self._chosen[documents]
-
     def sizes_of(self, documents: np.ndarray) -> np.ndarray:
         every = self._of_all(documents)
         ends = self._ends[every]
         return ends - np.where(every > 0, self._ends[every - 1], 0)
 
-    @property
-    def digests(self) -> np.ndarray:
-        return self._digests if self._chosen is None else self._digests[self._chosen]
-
-    @overload
-    def __getitem__(self, index: int) -> Document: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Document]: ...
-    def __getitem__(self, index: int | slice) -> Document | Sequence[Document]:
-        if isinstance(index, slice):
-            return self.select(np.arange(len(self))[index])
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
-        document = int(index if self._chosen is None else self._chosen[index])
+    def _document(self, document: int) -> Document:
         return Document(self._name(document), self._text(document, self._size(document)))
 
     def _size(self, document: int) -> int:

@@ -5,14 +5,12 @@ What is held out of one source is left out of the training text of all. Texts th
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Self, overload
 
 import numpy as np
 
@@ -51,38 +49,14 @@ class MixedTexts(Texts):
     def __init__(self, sources: Sequence[tuple[str, Sequence[Document]]]):
         self._sources = [(name, documents) for name, documents in sources if len(documents)]
         self._firsts = [0, *accumulate(len(documents) for _, documents in self._sources)]
-        self._chosen: np.ndarray | None = None  # (k,): which of all documents; None: all
         of = [(corpora.sizes(documents), _digests(documents)) for _, documents in self._sources]
         self._sizes = np.concatenate([np.zeros(0, dtype=np.int64), *(sizes for sizes, _ in of)])
         self._digests = np.concatenate([np.zeros((0, 32), dtype=np.uint8), *(digests for _, digests in of)])
 
-    def __len__(self) -> int:
-        return len(self._sizes)
-
     def sizes_of(self, documents: np.ndarray) -> np.ndarray:
-        return self._sizes[documents]
+        return self._sizes[self._of_all(documents)]
 
-    @property
-    def digests(self) -> np.ndarray:
-        return self._digests
-
-    def select(self, indices: np.ndarray) -> Self:
-        found = copy.copy(self)
-        found._chosen = indices if self._chosen is None else self._chosen[indices]
-        found._sizes, found._digests = self._sizes[indices], self._digests[indices]
-        return found
-
-    @overload
-    def __getitem__(self, index: int) -> Document: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Document]: ...
-    def __getitem__(self, index: int | slice) -> Document | Sequence[Document]:
-        if isinstance(index, slice):
-            return self.select(np.arange(len(self))[index])
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
-        document = int(index if self._chosen is None else self._chosen[index])
+    def _document(self, document: int) -> Document:
         source = bisect_right(self._firsts, document) - 1
         name, documents = self._sources[source]
         return _of(name, documents[document - self._firsts[source]])

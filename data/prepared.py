@@ -10,13 +10,12 @@ So `data=bin input_file=<folder>` is the very text that was prepared: its finger
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, Protocol, Self, overload
+from typing import Any, Protocol
 
 import filelock
 import numpy as np
@@ -70,7 +69,6 @@ class PreparedText(InShards):
         lossy = folder / f"{start}.lossy.npy"
         self._lossy = _array(lossy) if lossy.exists() else None
         self._tokenizer = tokenizer
-        self._chosen: np.ndarray | None = None  # (k,): which documents, None: all
         self.files = ShardFiles(
             [open_shard(folder / shard["file"], tokenizer.dtype) for shard in shards], tokenizer.dtype
         )
@@ -79,18 +77,6 @@ class PreparedText(InShards):
         if all("text" in shard for shard in shards):
             self._text = ShardFiles([_text_file(folder / shard["text"]) for shard in shards], np.uint8)
             self._text_begins = np.cumsum(self._sizes) - self._sizes
-
-    def select(self, indices: np.ndarray) -> Self:
-        found = copy.copy(self)
-        found._chosen = self._of_all(indices)
-        return found
-
-    def __len__(self) -> int:
-        return len(self._sizes if self._chosen is None else self._chosen)
-
-    def _of_all(self, documents: np.ndarray) -> np.ndarray:
-        """Indices among all documents, whichever are chosen."""
-        return documents if self._chosen is None else self._chosen[documents]
 
     def sizes_of(self, documents: np.ndarray) -> np.ndarray:
         return self._sizes[self._of_all(documents)]
@@ -102,21 +88,7 @@ class PreparedText(InShards):
         every = self._of_all(documents)
         return self._offsets[every + 1] - self._offsets[every]
 
-    @property
-    def digests(self) -> np.ndarray:
-        return self._digests if self._chosen is None else self._digests[self._chosen]
-
-    @overload
-    def __getitem__(self, index: int) -> Document: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Document]: ...
-    def __getitem__(self, index: int | slice) -> Document | Sequence[Document]:
-        if isinstance(index, slice):
-            return self.select(np.arange(len(self))[index])
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
-        document = int(index if self._chosen is None else self._chosen[index])
+    def _document(self, document: int) -> Document:
         return Document(self._name(document), self._read(document))
 
     def __iter__(self) -> Iterator[Document]:
