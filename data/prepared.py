@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -90,9 +90,6 @@ class PreparedText(InShards):
 
     def _document(self, document: int) -> Document:
         return Document(self._name(document), self._read(document))
-
-    def __iter__(self) -> Iterator[Document]:
-        yield from (self[index] for index in range(len(self)))
 
     def _read(self, document: int) -> bytes:
         """The text of one of all documents."""
