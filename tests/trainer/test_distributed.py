@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import io
+import sys
+import threading
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -77,13 +80,27 @@ def test_a_port_that_another_run_holds(second_of_four):
         launch._meet(minutes=0.1)
 
 
-def test_who_is_waited_for_is_said(second_of_four, capsys):
+def test_who_is_waited_for_is_said(second_of_four, monkeypatch):
+    said = threading.Event()
+
+    class Console(io.StringIO):
+        def write(self, text: str) -> int:
+            said.set()
+            return super().write(text)
+
+    def meet_once_told(*args, **kwargs):
+        assert said.wait(60)
+        return rendezvous(*args, **kwargs)
+
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     second_of_four.setenv("MASTER_PORT", str(store.port))
     second_of_four.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    rendezvous = torch.distributed.rendezvous
+    monkeypatch.setattr(torch.distributed, "rendezvous", meet_once_told)
+    monkeypatch.setattr(sys, "stderr", Console())
     met = launch._meet(patience=0.0)
     met.set("x", "1")
-    assert "note: process 1 of 4 waits for the others at 127.0.0.1" in capsys.readouterr().err
+    assert "note: process 1 of 4 waits for the others at 127.0.0.1" in sys.stderr.getvalue()
     store.wait(["x"], datetime.timedelta(seconds=5))
 
 
