@@ -19,6 +19,7 @@ RENAMED = {
 ARCHITECTURE_ALIASES = {
     "model_dim": "d_model",
     "num_layers": "n_layers",
+    "num_main_layers": "n_layers",  # of H-Net: those of the innermost stage
     "block_size": "n_ctx",
     "num_heads": "n_heads",
     "num_kv_heads": "n_kv_heads",
@@ -26,7 +27,6 @@ ARCHITECTURE_ALIASES = {
 # Names that other projects use. They are not accepted, but lead the suggestions.
 SYNONYMS = {
     "n_layer": "model_cfg.n_layers",
-    "num_main_layers": "model_cfg.n_layers",
     "n_embd": "model_cfg.d_model",
     "hidden_dim": "model_cfg.d_model",
     "hidden_size": "model_cfg.d_model",

@@ -641,6 +641,11 @@ def test_short_words_mean_what_the_lists_say():
     assert [s.turning for s in short.stages] == [32, 32] and [s.window for s in short.stages] == [1024, None]
 
 
+def test_the_authors_word_for_the_layers_within_is_read():
+    _, cfg = compose(["model=hnet", "preset=none", "model_cfg.num_main_layers=7"], notify=lambda text: None)
+    assert cfg.n_layers == 7
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

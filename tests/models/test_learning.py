@@ -95,4 +95,4 @@ def test_chunks_come_to_be_as_long_as_they_are_aimed_to_be_and_tell_of_the_text(
     assert len(opened) == pytest.approx(len(held_out) / 6, rel=0.4)
     with torch.no_grad():
         model.model.backbone.main_network.main_network.rmsnorm.weight.zero_()
-    assert model.score(held_out).bits_per_byte > scored.bits_per_byte + 0.05, "the chunks were of no use"
+    assert model.score(held_out).bits_per_byte > scored.bits_per_byte + 0.02, "the chunks were of no use"

@@ -128,3 +128,7 @@ class ByteHierarchy(Decoder):
         narrow = block_flops(c.narrow, c.patch) * c.local_layers
         head = matmul_flops(self.vocab_size * c.narrow.d_model)
         return (wide + between) * (1 / c.patch) + narrow + head
+
+    def passes(self, path: str) -> float:
+        """The wide network acts once on the bytes of a patch."""
+        return 1.0 if path.startswith("narrow.") else 1 / self.cfg.patch

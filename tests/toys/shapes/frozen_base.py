@@ -47,6 +47,7 @@ class Adapter(nn.Module):
 
 class FrozenBase(Decoder):
     Config = Config
+    lora_targets = ("adapter.down", "adapter.up")  # nothing goes back into the base
 
     def __init__(self, cfg: Config) -> None:
         super().__init__(cfg)
