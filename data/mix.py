@@ -47,7 +47,13 @@ class Mix:
     def shares(self) -> tuple[tuple[float, ...], ...]:
         """(stages, sources): those of each stage add up to 1."""
         stages = zip(*(entry.weights for entry in self.entries), strict=True)
-        return tuple(tuple(weight / math.fsum(stage) for weight in stage) for stage in stages)
+        return tuple(_shares(stage) for stage in stages)
+
+
+def _shares(weights: Sequence[float]) -> tuple[float, ...]:
+    _, exponent = math.frexp(max(weights))
+    parts = [math.ldexp(weight, -exponent) for weight in weights]  # exactly, and their sum is a number
+    return tuple(part / math.fsum(parts) for part in parts)
 
 
 class _Alone:

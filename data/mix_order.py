@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,9 @@ class MixedOrder:
     def _feed(self, place: int, taken: int) -> Iterator[tuple[int, int]]:
         """Documents and bytes of a source, from the so manieth on."""
         order = self._orders[place]
+        if order.n_docs == 1:  # an epoch for every document would cost more than all else
+            first = int(self._firsts[place])
+            yield from repeat((first, int(self.doc_bytes[first])))
         epoch, within = divmod(taken, order.n_docs)
         while True:
             for number in order.blocks(epoch).tolist():

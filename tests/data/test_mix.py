@@ -315,6 +315,11 @@ def test_one_weight_holds_in_all_stages(mixed) -> None:
     assert load(mixed(([3, 0, 1], 1))).shares == ((0.75, 0.25), (0.0, 1.0), (0.5, 0.5))
 
 
+def test_weights_of_any_size_are_shares(mixed) -> None:
+    assert load(mixed((1e308, 1e308))).shares == ((0.5, 0.5),)
+    assert load(mixed((3e-308, 1e-308))).shares[0] == pytest.approx((0.75, 0.25))
+
+
 def test_entries_that_are_none(mixed, config, cache, tmp_path) -> None:
     for entry, said in (
         ({"data": "mix"}, "mix.1.data: a mixture within a mixture is none"),

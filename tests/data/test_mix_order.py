@@ -80,6 +80,12 @@ def test_sources_of_two_levels_are_read_block_by_block(monkeypatch) -> None:
     assert found.tolist() == reference(doc_bytes, mixture(), 5, (900,), len(found))
 
 
+def test_a_source_of_one_document_gives_it_every_time() -> None:
+    mixed, doc_bytes = mixture(((0.5, 0.5),), (1, 4)), sizes((1, 4))
+    found = stream(MixedOrder(doc_bytes, mixed, 5), 6)
+    assert found.tolist() == reference(doc_bytes, mixed, 5, (), len(found))
+
+
 def test_any_round_is_the_same_asked_for_alone_or_again() -> None:
     order, rounds = MixedOrder(sizes(), mixture(), 5), range(8)
     order.set_ends((2000,))
