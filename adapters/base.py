@@ -620,6 +620,12 @@ class ModelAdapter(nn.Module):
         return ""
 
     @property
+    def non_causal_routing(self) -> bool:
+        """Whether what is predicted may look at later tokens by way of a choice, as an option of some models has it: no
+        score of such a model is one of text that is yet to come. Kept beside every score."""
+        return getattr(self.model, "non_causal_routing", False)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What is said of the model at the start of a run, and by `show`: what its fields do not tell."""
         return ()

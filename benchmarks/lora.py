@@ -1,9 +1,9 @@
 """Adapters on every architecture: `python -m benchmarks.lora OUTPUT.json TEXT [TYPE,TYPE | all] [overrides]`
 
-A base of each type is trained on Python's own library, and then, with its weights as they are, adapters on TEXT, a file
-or folder, for as many steps (`num_iterations=100`). Told are the matrices that are adapted, the share of numbers that is
-trained, sizes of both checkpoints, bits per byte of the held-out part of TEXT before and after, and how far adapters that
-were added to their weights are from adapters beside them.
+A base of each type is trained on Python's own library, and then, with its weights as they are, adapters on TEXT, a
+file or folder, for as many steps (`num_iterations=100`). Told are the matrices that are adapted, the share of numbers
+that is trained, sizes of both checkpoints, bits per byte of the held-out part of TEXT before and after, and how far
+adapters that were added to their weights are from adapters beside them.
 """
 
 from __future__ import annotations
