@@ -49,7 +49,7 @@ def adapted(type_: str, text: str, words: list[str], folder: Path) -> dict[str, 
     with redirect_stdout(sys.stderr):
         mytrainer.train([file, *words, f"output_dir={base}"])
         more = [f"init_from_checkpoint={base}", f"input_file={text}", f"output_dir={run}"]
-        mytrainer.train([file, *words, *LORA, *more])
+        mytrainer.train([file, *LORA, *words, *more])
     beside, before = (restore(path, changes={"mixed_precision": "no"}) for path in (run, base))
     rows = beside.rows(text_to_score(beside.cfg, beside.cfg, beside.tokenizer).store, beside.cfg.val_bytes)
     targets = [target.path for target in beside.adapter.adapted]
