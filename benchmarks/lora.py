@@ -64,7 +64,7 @@ def adapted(type_: str, text: str, words: list[str], folder: Path) -> dict[str, 
         "parameters": total,
         "trained": trained,
         "share": trained / total,
-        "checkpoint_bytes": {"base": size_of(base), "adapted": size_of(run)},
+        "checkpoint_bytes": {"base": sizes_of(base), "adapted": sizes_of(run)},
         "before": first,
         "after": after,
         "merged_off": abs(merged / after - 1),
@@ -72,9 +72,9 @@ def adapted(type_: str, text: str, words: list[str], folder: Path) -> dict[str, 
     }
 
 
-def size_of(run: Path) -> int:
-    """Bytes of its last checkpoint."""
-    return sum(file.stat().st_size for file in checkpoints_in(run)[-1].iterdir())
+def sizes_of(run: Path) -> dict[str, int]:
+    """Bytes of weights and of the optimizer's state in its last checkpoint."""
+    return {name: (checkpoints_in(run)[-1] / name).stat().st_size for name in ("model.pt", "optimizer.pt")}
 
 
 if __name__ == "__main__":
