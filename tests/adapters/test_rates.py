@@ -1,6 +1,7 @@
 """Rates of components: who has which, and what stays as it is at 0."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from adapters.base import weighted_loss
 from adapters.lora import attach
 from configs.messages import ConfigError
 from data.tokenizers import ByteTokenizer
+from tests.contract.test_run import assert_same_state
 from tests.contract.tiny import Letters, batch_for, config, context, loss_and_gradients
 from trainer.loop import train
 from trainer.optim.optimizers import build_optimizers, role_table
@@ -158,3 +160,14 @@ def test_a_run_on_a_base_that_stays(tmp_path):
     trained = {r["role"]: r["lr"] for r in manifest["roles"] if r["optimizer"] != "frozen"}
     assert trained == {"memory": 0.01, "memory_bank": 0.05}
     assert manifest["parameters"]["by_role"].keys() >= {"memory", "memory_bank", "matrix"}
+
+
+@pytest.mark.on_cpu("bit for bit is promised there alone")
+def test_a_run_on_a_base_that_stays_goes_on_exactly(tmp_path):
+    words = [*SHORT, "base_model_lr=0", "memory_lr=0.01", "ema_decay=0.5", "save_steps=1"]
+    cfg, model_cfg = of(*words)
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    score = train(cfg, model_cfg, whole)
+    shutil.copytree(whole / "checkpoint-1", again / "checkpoint-1")
+    assert train(cfg.model_copy(update={"resume": "auto"}), model_cfg, again) == score
+    assert_same_state(whole / "checkpoint-2", again / "checkpoint-2")
