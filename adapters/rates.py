@@ -34,6 +34,8 @@ def hold_still(adapter: ModelAdapter, cfg: RunConfig) -> None:
     Raises:
         ValueError: nothing is left to train.
     """
+    if not any(getattr(cfg, name) == 0 for names in (_BASE, *COMPONENTS.values()) for name in names):
+        return
     rules = adapter.param_roles()
     found: dict[str, None] = {}
     left = 0
@@ -42,18 +44,17 @@ def hold_still(adapter: ModelAdapter, cfg: RunConfig) -> None:
             continue
         rule = next((rule for rule in rules if re.fullmatch(rule.pattern, name)), None)
         if (
-            rule is None or stated_rate(rule.role, cfg) != 0
-        ):  # what no rule matches is told of with the optimizers
+            rule and stated_rate(rule.role, cfg) == 0
+        ):  # one that no rule matches is told of with the optimizers
+            parameter.requires_grad_(False)
+            found[rule.role] = None
+        else:
             left += 1
-            continue
-        parameter.requires_grad_(False)
-        found[rule.role] = None
     if found and not left:
-        names = {
-            next(n for n in COMPONENTS.get(role, _BASE) if getattr(cfg, n) is not None) for role in found
-        }
+        fields = [name for role in found for name in COMPONENTS.get(role, _BASE) if getattr(cfg, name) == 0]
+        nearest = [*(f"{name}=null" for name in fields if name == "base_model_lr"), "a rate above 0"]
         raise ValueError(
-            f"{', '.join(sorted(names))}: at 0 nothing of this model is left to train (its roles: {', '.join(found)}). "
-            f"Nearest: base_model_lr=null, or a rate above 0"
+            f"{', '.join(sorted(set(fields)))}: at 0 nothing of this model is left to train (its roles: "
+            f"{', '.join(found)}). Nearest: {' or '.join(dict.fromkeys(nearest))}"
         )
     adapter.still = tuple(found)
