@@ -332,9 +332,8 @@ class ModelAdapter(nn.Module):
     low_rank: LowRank | None = None
     adapted: tuple[Target, ...] = ()
     base: str = ""
-    still: tuple[
-        str, ...
-    ] = ()  # roles of what stays as it is, at a rate of 0; set by `adapters.rates.hold_still`
+    # Roles of what stays as it is, at a rate of 0; set by `adapters.rates.hold_still`.
+    still: tuple[str, ...] = ()
 
     model: Any  # the backbone, an nn.Module; Any because each has attributes of its own
 

@@ -54,6 +54,9 @@ __all__ = [
 ]
 
 
+NO_RUN = ("output_dir=null", "model_name=null")  # a file may be that of a run, which has a folder already
+
+
 @dataclass
 class Restored:
     cfg: RunConfig
@@ -315,7 +318,7 @@ def _untrained(args: argparse.Namespace, changes: dict[str, Any]) -> Restored:
     from data import load_dataset
 
     device = _device(args.device)
-    cfg, model_cfg = compose([f"--hydra_model_cfg={args.hydra_model_cfg}", *args.overrides])
+    cfg, model_cfg = compose([f"--hydra_model_cfg={args.hydra_model_cfg}", *NO_RUN, *args.overrides])
     cfg = _changed(cfg, model_cfg, changes)
     if cfg.init_from_checkpoint:
         raise ValueError(
@@ -341,7 +344,9 @@ def _compare_architectures(given: str, found: Restored) -> None:
     from configs.compose import compose
 
     cfg, where = found.cfg, found.checkpoint
-    other, other_model = compose([f"--hydra_model_cfg={given}", "preset=none"], notify=lambda text: None)
+    other, other_model = compose(
+        [f"--hydra_model_cfg={given}", "preset=none", *NO_RUN], notify=lambda text: None
+    )
     if other.type != cfg.type:
         raise ValueError(
             f"{given} is type {other.type}, but {where} is type {cfg.type}. Leave --hydra_model_cfg out: the "

@@ -421,9 +421,12 @@ def test_eval_of_an_untrained_model_is_none_of_one_that_begins_with_weights(comm
 
 def test_a_model_file_beside_a_checkpoint_must_be_of_its_architecture(command, runs, tmp_path):
     """What is free, and what a file leaves open, is no part of it."""
-    saved = json.loads((runs / "checkpoints/dante/config.json").read_text())["model_cfg"]
+    run = runs / "checkpoints/dante"
+    saved = json.loads((run / "config.json").read_text())["model_cfg"]
     sizes = json.dumps({**saved, "dropout": 0.5, "vocab_size": None})
-    (tmp_path / "mine.yaml").write_text(f"defaults: [gpt2, _self_]\ntrain_seq_len: 32\nmodel_cfg: {sizes}\n")
+    (tmp_path / "mine.yaml").write_text(
+        f"defaults: [gpt2, _self_]\ntrain_seq_len: 32\nmodel_cfg: {sizes}\noutput_dir: {run}\n"
+    )
     found, _ = evaluated(command, "--config", tmp_path / "mine.yaml")
     assert found["weights"] == "EMA" and found["checkpoint"]
     result = command("eval", "--model_name", "dante", "--config", "configs/gpt2.yaml")
