@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import models
+from adapters.rates import hold_still
 from kernels.choose import Kernels
 from naming import load, shorten
 
@@ -73,6 +74,8 @@ def build_adapter(
     # Last, as loading a base may replace its modules.
     adapter.kernels = kernels
     _freeze_external(adapter)
+    if not cfg.use_lora:  # else once there are adapters
+        hold_still(adapter, cfg)
     return adapter
 
 

@@ -20,6 +20,8 @@ Shapes: B rows, S scored positions of a row, n look-ahead (1 for next-token), D 
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -30,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.annotation import Annotation, Map, Span, Spans
+from adapters.rates import COMPONENTS
 from adapters.shaping import Shaping
 from data.corpus import Document
 from data.rows import HeldoutRows
@@ -38,7 +41,7 @@ from data.tokenizers import as_bytes
 from kernels.choose import Kernels, UsesKernels
 from models import ARCHITECTURES
 from models.layers.flops import Flops, matmul_flops
-from models.layers.lora import LOW_RANK, LowRank, Target
+from models.layers.lora import LOW_RANK, LowRank, Target, matrices
 from models.layers.roles import Rule
 from naming import load
 
@@ -329,6 +332,8 @@ class ModelAdapter(nn.Module):
     low_rank: LowRank | None = None
     adapted: tuple[Target, ...] = ()
     base: str = ""
+    # Roles of what stays as it is, at a rate of 0; set by `adapters.rates.hold_still`.
+    still: tuple[str, ...] = ()
 
     model: Any  # the backbone, an nn.Module; Any because each has attributes of its own
 
@@ -577,19 +582,27 @@ class ModelAdapter(nn.Module):
 
     def cost(self, seq_len: int) -> Flops:
         """`flops`, with what adapters add, and without the gradients of weights that have none."""
-        if self.low_rank is None:
+        if self.low_rank is None and not self.still:
             return self.flops(seq_len)
         with torch.no_grad():  # sizes of matrices are read
             planned = self.flops(seq_len)
-        added = Flops(0.0, 0.0)
+        moves = {n: p.requires_grad for n, p in self.model.named_parameters(remove_duplicate=False)}
+        weights = {True: 0.0, False: 0.0}  # that multiply a token, with gradients and without
+        for matrix in matrices(self.model):
+            weights[moves[matrix.name]] += math.prod(matrix.sides) * self.passes(matrix.path)
+        held = weights[False]
+        if self.low_rank or any(role not in COMPONENTS for role in self.still):
+            # Output layers too, which may be no matrix of a module but rows of the embedding.
+            held = planned.weights - weights[True]
+        added, rank = Flops(0.0, 0.0), self.low_rank.rank if self.low_rank else 0
         for target in self.adapted:
-            added = added + matmul_flops(self.low_rank.rank * sum(target.sides)) * self.passes(target.path)
-        return planned.without_gradients + added
+            added = added + matmul_flops(rank * sum(target.sides)) * self.passes(target.path)
+        return planned.without_gradients(held) + added
 
     def realised(self, flops: float | Tensor, seq_len: int) -> float | Tensor:
         """Of operations that a step really took (`StepOutput.flops`), which know nothing of adapters, what they come to
         with these: as much more or less as the plan does."""
-        if self.low_rank is None:
+        if self.low_rank is None and not self.still:
             return flops
         with torch.no_grad():
             planned = self.flops(seq_len).training_per_token
@@ -604,6 +617,12 @@ class ModelAdapter(nn.Module):
         """What of the objective depends on how a step is cut into micro-batches and processes, where an option says
         so, as some are published; "" as it should be: nothing. Said at the start of a run, and kept in its manifest."""
         return ""
+
+    @property
+    def non_causal_routing(self) -> bool:
+        """Whether what is predicted may look at later tokens by way of a choice, as an option of some models has it: no
+        score of such a model is one of text that is yet to come. Kept beside every score."""
+        return getattr(self.model, "non_causal_routing", False)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -648,6 +667,6 @@ class ModelAdapter(nn.Module):
         frozen = set()
         if self.low_rank:
             named = self.model.named_parameters(remove_duplicate=False)
-            frozen = {name for name, p in named if not p.requires_grad}
+            frozen = {n for n, p in named if not p.requires_grad and not re.fullmatch(LOW_RANK, n)}
         state = self.model.state_dict()
         return {n: value for n, value in state.items() if n not in frozen and not self.is_external(n)}

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from adapters.rates import hold_still
 from models.layers.lora import LowRank, adapt, merge_all, targets_of
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def attach(adapter: ModelAdapter, cfg: RunConfig, base: str) -> None:
     on_meta = adapter.device.type == "meta"
     adapt(adapter.model, targets, low_rank, None if on_meta else torch.Generator().manual_seed(cfg.seed))
     adapter.low_rank, adapter.adapted, adapter.base = low_rank, tuple(targets), base
+    hold_still(adapter, cfg)
 
 
 def merge(adapter: ModelAdapter) -> None:

@@ -32,6 +32,7 @@ SYNONYMS = {
     "hidden_size": "model_cfg.d_model",
     "n_head": "model_cfg.n_heads",
     "max_seq_len": "train_seq_len",
+    "max_length": "train_seq_len",
     "max_iters": "num_iterations",
     "max_steps": "num_iterations",
     "epochs": "num_epochs",

@@ -371,7 +371,12 @@ class RunConfig(BaseModel):
     lora_alpha: Rate = 32.0
     lora_dropout: OpenFraction = 0.05
     lora_targets: Text | Annotated[list[Text], Field(min_length=1)] | None = None
-    lora_lr: Rate = 1e-4
+    lora_lr: NonNegativeFloat = 1e-4
+
+    # rates of components
+    base_model_lr: NonNegativeFloat | None = None
+    memory_lr: NonNegativeFloat = 1e-4
+    memory_bank_lr: NonNegativeFloat | None = None
 
     # machine
     device: Annotated[str, AfterValidator(_device_name)] = "auto"

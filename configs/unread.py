@@ -109,6 +109,10 @@ def _by_value(run: RunConfig) -> dict[str, str]:
         for name in names
         if getattr(run, field) == value
     }
+    if run.use_lora:  # whose base has no rate
+        reasons["base_model_lr"] = _said(run, "use_lora")
+    elif run.base_model_lr is not None:
+        reasons["learning_rate"] = _said(run, "base_model_lr")
     if not run.weight_decay and not run.muon_weight_decay:
         none = _said(run, "weight_decay")
         reasons |= dict.fromkeys(("cautious_weight_decay", "weight_decay_follows_rate"), none)

@@ -148,6 +148,11 @@ def _relations(run: RunConfig) -> list[str]:
             "use_lora adapts weights that were trained, and leaves them as they are: it needs "
             "init_from_checkpoint=<a run, or a folder of export or of Hugging Face transformers>"
         )
+    if run.base_model_lr and (own := load("trainer.optim:OPTIMIZERS")[run.optimizer].rate) != "learning_rate":
+        problems.append(
+            f"base_model_lr ({run.base_model_lr:g}) is one rate for all of a model, and optimizer={run.optimizer} has "
+            f"two. Set learning_rate and {own} instead, or base_model_lr=0, which has all of it stay as it is"
+        )
     if run.early_stopping and run.val_loss_every == 0:
         problems.append("early_stopping needs evaluations during training: val_loss_every is 0")
     for name in ("save_only_best", "save_best_model"):

@@ -207,7 +207,7 @@ class HeldoutRows:
     with weight 0 and end weight 1. Rows are sorted by length, longest first, and a batch is as wide as its
     longest row.
 
-    `max_bytes` selects whole documents (the score stays comparable between runs that agree on it);
+    `max_bytes` and `max_documents` select whole documents (the score stays comparable between runs that agree on them);
     `max_tokens` cuts the list of windows, and `complete` is False where it cut. `total_bytes` is what the
     rows score together. `sources`: by the name of each source of a mixture, which of `documents` are of it (n,) bool.
     """
@@ -220,9 +220,10 @@ class HeldoutRows:
         max_bytes: int | None = None,
         max_tokens: int | None = None,
         lookahead: int = 1,
+        max_documents: int | None = None,
     ):
         self.store, self.eot, self.seq_len, self.lookahead = store, eot, seq_len, lookahead
-        self.documents = select_heldout(store, max_bytes)
+        self.documents = select_heldout(store, max_bytes)[:max_documents]
         if not len(self.documents):
             raise DataError("there is no held-out text to score.")
         source = np.repeat(np.arange(len(store.sources)), [documents for _, documents in store.sources])

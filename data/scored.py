@@ -52,19 +52,21 @@ def text_to_score(
     given: ScoredConfig,
     tokenizer: Tokenizer,
     trained_on: Mapping[str, str] | None = None,
+    whole: bool = False,
 ) -> Scored:
     """What to score a run on that would read `run`, where `given` was asked for (the same one if nothing was). `run`
     None: weights of which nobody here knows what they were trained on.
 
     Files are scored whole, unless they are the run's own text: then only its held-out part was not seen. `trained_on`:
-    what the run recorded of its data, "fingerprint" and (unless it is old) "content".
+    what the run recorded of its data, "fingerprint" and (unless it is old) "content". `whole`: all of what
+    `given` names to train on, be it the run's own.
 
     Raises:
         DataError: the text cannot be read or is empty.
     """
     if run and (part := _part_of_mix(run, given)):
         return _held_out(part, tokenizer, None, [])
-    if (
+    if not whole and (
         "input_file" not in SOURCES[given.data].reads
         or given is run
         or (run and _is_own(run, given, trained_on))

@@ -61,10 +61,13 @@ class Flops:
         training, masked = self.forward_per_token, self.masked_forward
         return replace(self, training_per_token=training, masked_training=masked, weights=0.0)
 
-    @property
-    def without_gradients(self) -> Flops:
-        """Of weights that stay as they are, through which gradients go back to others: 4 operations each, not 6."""
-        return replace(self, training_per_token=self.training_per_token - 2 * self.weights, weights=0.0)
+    def without_gradients(self, weights: float) -> Flops:
+        """Where so many of the weights stay as they are, and gradients go back through them to others: 4 operations
+        each, not 6."""
+        weights = min(max(weights, 0.0), self.weights)
+        return replace(
+            self, training_per_token=self.training_per_token - 2 * weights, weights=self.weights - weights
+        )
 
 
 def matmul_flops(weights: float) -> Flops:

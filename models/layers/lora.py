@@ -28,7 +28,7 @@ from models.layers.experts import Experts
 from models.layers.roles import Rule, rule_for
 from naming import did_you_mean, shorten
 
-__all__ = ["LOW_RANK", "LowRank", "Target", "adapt", "merge_all", "scaled_linear", "targets_of"]
+__all__ = ["LOW_RANK", "LowRank", "Target", "adapt", "matrices", "merge_all", "scaled_linear", "targets_of"]
 
 LOW_RANK = r"(.*\.)?lora_[AB](_\w+)?"  # names of the parameters of adapters
 
@@ -176,6 +176,11 @@ def targets_of(model: nn.Module, wanted: str | Sequence[str], rules: Sequence[Ru
         path, why = next(iter(refused.items()))
         raise ValueError(f"lora_targets: {path} {why}")
     return chosen
+
+
+def matrices(model: nn.Module) -> list[Target]:
+    """The linear layers and stacks of experts of a model."""
+    return list(_able(model).values())
 
 
 def _able(model: nn.Module) -> dict[str, Target]:

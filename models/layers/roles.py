@@ -12,7 +12,7 @@ from naming import not_one_of
 
 __all__ = ["ROLES", "SCALED_ROLES", "Rule", "parameters_by_role", "rule_for"]
 
-ROLES = ("matrix", "embedding", "head", "scalar", "router", "recurrent", "adapter", "memory")
+ROLES = ("matrix", "embedding", "head", "scalar", "router", "recurrent", "adapter", "memory", "memory_bank")
 SCALED_ROLES = (
     "matrix",
     "router",

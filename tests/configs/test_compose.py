@@ -346,6 +346,11 @@ def test_a_warm_up_and_a_floor_on_the_command_line_win_over_a_file(write):
         ("ddp_backend=gloo", "ddp_backend (because of one process)"),
         ("ddp_backend=gloo num_gpus=2 device=cpu", ""),
         ("model_name=a output_dir=b", "model_name (because of output_dir=b)"),
+        (
+            "base_model_lr=0.1 learning_rate=0.2",
+            "learning_rate (because of base_model_lr=0.1)",
+        ),
+        ("base_model_lr=null learning_rate=0.2", ""),
         ("eval_only=true num_epochs=2 val_bytes=9", "num_epochs (because of eval_only=true)"),
         (
             "eval_only=true optimizer=sgd muon_momentum=0.5",

@@ -1,5 +1,7 @@
 """Operations of models that are made of parts."""
 
+from dataclasses import replace
+
 import pytest
 
 from models.layers.flops import Flops, decoder_flops, matmul_flops
@@ -13,9 +15,13 @@ def test_parts_add_up_and_repeat() -> None:
 
 def test_weights_that_stay_cost_four_operations_and_not_six() -> None:
     model = decoder_flops(100, [8.5], 4, [16]) * 3 + matmul_flops(30)
-    assert model.without_gradients.training_per_token == model.training_per_token - 2 * 330
-    assert model.without_gradients.forward_per_token == model.forward_per_token
-    assert model.frozen.without_gradients == model.frozen, "what has none cannot spare any"
+    still = model.without_gradients(330)
+    assert still.training_per_token == model.training_per_token - 2 * 330
+    assert still.forward_per_token == model.forward_per_token
+    assert model.without_gradients(30) == replace(
+        model, training_per_token=model.training_per_token - 2 * 30, weights=300
+    )
+    assert model.frozen.without_gradients(330) == model.frozen, "what has none cannot spare any"
 
 
 def test_the_plain_path_multiplies_masked_keys_too() -> None:

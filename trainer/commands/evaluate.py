@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.base import ModelAdapter
 from data import SOURCES, readers, source_of
+from data.huggingface.sets import HUB_NAME
 from data.scored import text_to_score
+from naming import expand_path
 from trainer.annotate import annotation_of
 from trainer.run.files import output_file, write_atomically
 from trainer.run.lines import refuse_taken_names_of_score
@@ -38,10 +40,15 @@ def main(argv: list[str]) -> int:
         "--input_file", help="score all of this file or folder; of the run's own text the held-out part"
     )
     parser.add_argument(
+        "--dataset", help="a source, a file or folder, or a data set of Hugging Face, whichever the name is"
+    )
+    parser.add_argument("--split", help="all of this split of a data set (default: the run's eval_split)")
+    parser.add_argument(
         "--near_copies", choices=("drop", "keep"), help="held-out text that stands in training"
     )
     parser.add_argument("--val_seq_len", type=int, help="context in tokens (default: the run's)")
     parser.add_argument("--val_bytes", type=int, help="score at most this many bytes of whole documents")
+    parser.add_argument("--max_samples", type=int, help="score at most so many documents")
     parser.add_argument("--batch_size", type=int, help="rows per forward pass (default: the run's)")
     parser.add_argument("--output", help="also write the result to this JSON file")
     parser.add_argument(
@@ -49,9 +56,11 @@ def main(argv: list[str]) -> int:
         help="draw into this HTML file what the model did with a sample of the text; --output keeps its data too",
     )
     args = parser.parse_args(argv)
-    for name in ("val_seq_len", "val_bytes", "batch_size"):
+    for name in ("val_seq_len", "val_bytes", "max_samples", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"{name}: must be at least 1, got {getattr(args, name)}")
+    if args.dataset is not None:
+        _read_dataset(args)
     if args.input_file and args.data is None:
         args.data = source_of("input_file", args.input_file)
     if args.input_file and args.data not in readers("input_file"):
@@ -75,8 +84,13 @@ def main(argv: list[str]) -> int:
     known = source is None or trained_on is not None
     console = Console(live=False, stream=sys.stderr)
     with console.doing("reading the text"):
-        text = text_to_score(cfg if known else None, _asked(args, cfg), restored.tokenizer, trained_on)
-    rows = restored.rows(text.store, args.val_bytes or (None if text.whole else cfg.val_bytes))
+        asked, split = _asked(args, cfg), _split(args, cfg)
+        if split is not None:
+            asked = asked.model_copy(update={"dataset_split": split, "eval_split": None})
+        run = cfg if known else None
+        text = text_to_score(run, asked, restored.tokenizer, trained_on, whole=split is not None)
+    limit = args.val_bytes or (None if text.whole or args.max_samples else cfg.val_bytes)
+    rows = restored.rows(text.store, limit, max_documents=args.max_samples)
     with StopSignal("leaving without a score") as stop, console.doing("scoring"):
         score = restored.score(rows, args.batch_size, should_stop=lambda: stop.requested, estimates=True)
     if score is None:
@@ -89,6 +103,13 @@ def main(argv: list[str]) -> int:
         "weights": restored.weights,
         "data": text.name,
         "part": "all" if text.whole else "held out",
+        "dataset": text.name,
+        "split": split or (None if text.whole else "held out"),
+        "num_samples": score.documents,
+        "num_tokens": score.tokens,
+        "avg_loss": score.nats_per_token,
+        "perplexity": score.perplexity,
+        "non_causal_routing": restored.adapter.non_causal_routing,
         "data_fingerprint": text.fingerprint,
         "overlap": text.overlap and text.overlap.as_dict(),
         "precision": restored.precision,
@@ -104,8 +125,24 @@ def main(argv: list[str]) -> int:
         write_atomically(output, json.dumps(kept, indent=2) + "\n")
     whence = f" of {checkpoint}" if checkpoint and not known else ""
     print(f"{cfg.type} ({restored.weights} weights{whence}) on {text}", file=sys.stderr)
+    if restored.weights == "untrained":
+        print("  no checkpoint was given: this is the model before any training", file=sys.stderr)
+    if restored.adapter.non_causal_routing:
+        print(
+            "  non-causal routing: choices saw later tokens, so this is no score of text to come",
+            file=sys.stderr,
+        )
     shown = score.as_dict()
-    lines = [("bits per byte", bits_per_byte(shown)), *score_lines(shown)]
+    lines = [
+        ("Dataset", text.name),
+        ("Split", result["split"] or "all"),
+        ("Samples", f"{score.documents:,}"),
+        ("Tokens", f"{score.tokens:,}"),
+        ("Avg Loss", f"{score.nats_per_token:.6f}"),
+        ("Perplexity", f"{score.perplexity:.4f}"),
+        ("bits per byte", bits_per_byte(shown)),
+        *score_lines(shown),
+    ]
     lines += [("picture", drawn)] if drawn else []
     for name, value in lines:
         print(f"  {name:<18}{value}", file=sys.stderr)
@@ -127,6 +164,36 @@ def _draw(path: Path, title: str, found: dict[str, Any]) -> str:
     )
 
 
+def _read_dataset(args: argparse.Namespace) -> None:
+    """Put what `--dataset` names where `--data` and `--input_file` have it. A set of Hugging Face stays there alone."""
+    given = args.dataset
+    if args.data or args.input_file:
+        raise ValueError("dataset: it says what --data and --input_file say. Leave out one or the other")
+    if given in SOURCES:
+        args.data = given
+    elif (path := expand_path(given)).is_file() or (path.is_dir() and args.split is None):
+        args.input_file = given
+    elif path.is_dir() or ("/" in given and HUB_NAME.fullmatch(given)):
+        args.data = "hf"
+    else:
+        raise ValueError(
+            f"dataset: {given!r} is no file or folder here (looked from {Path.cwd()}), no set of the hub (owner/name), "
+            f"and none of {', '.join(SOURCES)}"
+        )
+
+
+def _split(args: argparse.Namespace, run: RunConfig) -> str | None:
+    """The split that is scored whole; None where that is for the source to say."""
+    data = args.data or run.data
+    if args.split is not None and data != "hf":
+        raise ValueError(
+            f"split: {args.split!r} is of a data set of Hugging Face, and the text is data={data}. Leave it out, or "
+            f"name one by --dataset"
+        )
+    another = args.dataset is not None and args.dataset not in SOURCES and data == "hf"
+    return args.split or (run.eval_split if another else None)
+
+
 def _asked(args: argparse.Namespace, run: RunConfig) -> RunConfig:
     """The data to score; `run` itself where none is named. A path is looked for from here, not in the run's folder."""
     changes: dict[str, Any] = {}
@@ -135,6 +202,9 @@ def _asked(args: argparse.Namespace, run: RunConfig) -> RunConfig:
     if args.input_file:
         changes |= dict.fromkeys(("train_files", "val_files") if args.data != "text" else ())
         changes |= {"input_file": args.input_file, "data_root": None}
+    if args.data == "hf" and args.dataset not in (None, *SOURCES):
+        changes |= {"dataset_name": args.dataset, "data_root": None}
+        changes |= {} if args.dataset == run.dataset_name else {"dataset_subset": None}
     if args.near_copies or args.data not in (None, run.data):
         changes["near_copies"] = args.near_copies
     return run.model_copy(update=changes) if changes else run

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.nn import Parameter
 
+from adapters.rates import COMPONENTS, stated_rate
 from models.layers.roles import Rule
 from naming import look_up, shorten
 from trainer.optim import OPTIMIZERS
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from configs.schema import RunConfig
 
 FROZEN = "frozen"
-# Roles that are no part of an architecture's recipe: AdamW steps them, at a rate of their own.
-COMPONENTS = {"adapter": "lora_lr"}
+# Roles whose matrices do not decay either: rows of a bank that no token chose would fade.
+UNDECAYED = ("scalar", "memory_bank")
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,13 @@ def _treatment(name: str, parameter: Parameter, rule: Rule, cfg: RunConfig, widt
     if rule.role in COMPONENTS:
         optimizer = "adamw"
     row = OPTIMIZERS[optimizer]
-    lr = getattr(cfg, COMPONENTS.get(rule.role, row.rate)) * rule.lr_mult
+    stated = stated_rate(rule.role, cfg)
+    lr = (getattr(cfg, row.rate) if stated is None else stated) * rule.lr_mult
     # Muon's scale accounts for the shape already. Decoupled decay shrinks with the rate.
     if row.width_scaled and cfg.lr_scaling == "width" and cfg.lr_base_width:
         lr *= (cfg.lr_base_width / (rule.width or width)) ** rule.power_for(parameter.ndim)
     decay = getattr(cfg, row.decay)
-    decayed = rule.role != "scalar" and parameter.ndim >= 2
+    decayed = rule.role not in UNDECAYED and parameter.ndim >= 2
     return Treatment(
         role=rule.role,
         optimizer=optimizer,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from adapters.rates import COMPONENTS
 from configs.schema import redacted
 from data.mix_rows import MixedRows
 from kernels.choose import Call
@@ -59,6 +60,14 @@ def facts_of(s: Session, path: Path, step: int) -> Facts:
         f"kernels.{op} is not read by this run, which uses {', '.join(ops) or 'no such operation'}"
         for op in s.adapter.kernels.unread(ops)
     ]
+    unread += [
+        f"{names[0]} is not read by this run: no parameter of {s.cfg.type} plays the role {role}"
+        for role, names in COMPONENTS.items()
+        if role != "adapter" and role not in manifest["parameters"]["by_role"]
+        if getattr(s.cfg, names[0]) != type(s.cfg).model_fields[names[0]].default
+    ]
+    if s.adapter.still:
+        unread.append(f"at a rate of 0, these roles stay as they are: {', '.join(s.adapter.still)}")
     return Facts(
         path=path,
         step=step,

@@ -54,6 +54,9 @@ __all__ = [
 ]
 
 
+NO_RUN = ("output_dir=null", "model_name=null")  # a file may be that of a run, which has a folder already
+
+
 @dataclass
 class Restored:
     cfg: RunConfig
@@ -76,7 +79,11 @@ class Restored:
         self.cfg = self.cfg.model_copy(update={"use_lora": False})
 
     def rows(
-        self, store: TokenStore, max_bytes: int | None = None, seq_len: int | None = None
+        self,
+        store: TokenStore,
+        max_bytes: int | None = None,
+        seq_len: int | None = None,
+        max_documents: int | None = None,
     ) -> HeldoutRows:
         """Documents as the model's score reads them: in windows of the run's context, or of `seq_len` tokens."""
         return HeldoutRows(
@@ -85,6 +92,7 @@ class Restored:
             seq_len or self.cfg.val_seq_len or self.cfg.train_seq_len,
             lookahead=self.adapter.data_spec().lookahead,
             max_bytes=max_bytes,
+            max_documents=max_documents,
         )
 
     def score(self, rows: HeldoutRows, batch_rows: int | None = None, **more: Any) -> Score | None:
@@ -148,7 +156,9 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     """The same, where it is a model to run; `restore_named` makes it."""
     add_source_arguments(parser)
     parser.add_argument(
-        "--hydra_model_cfg", "--config", help="with no checkpoint: score this untrained model"
+        "--hydra_model_cfg",
+        "--config",
+        help="with no checkpoint: this untrained model; with one: what must be its architecture",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--mixed_precision", help="auto, no (fp32), bf16 or fp16 (default: the run's)")
@@ -308,8 +318,14 @@ def _untrained(args: argparse.Namespace, changes: dict[str, Any]) -> Restored:
     from data import load_dataset
 
     device = _device(args.device)
-    cfg, model_cfg = compose([f"--hydra_model_cfg={args.hydra_model_cfg}", *args.overrides])
+    cfg, model_cfg = compose([f"--hydra_model_cfg={args.hydra_model_cfg}", *NO_RUN, *args.overrides])
     cfg = _changed(cfg, model_cfg, changes)
+    if cfg.init_from_checkpoint:
+        raise ValueError(
+            f"init_from_checkpoint: a run of {args.hydra_model_cfg} begins with the weights of "
+            f"{cfg.init_from_checkpoint}{', which adapters leave as they are at first' if cfg.use_lora else ''}. Give "
+            f"--checkpoint {cfg.init_from_checkpoint}"
+        )
     tune_host(cfg, device)
     tokenizer = load_dataset(cfg, unit=adapter_class(cfg).unit(model_cfg)).tokenizer
     adapter = build_adapter(cfg, model_cfg, tokenizer, device)
@@ -324,19 +340,27 @@ def _device(given: str) -> torch.device:
 
 
 def _compare_architectures(given: str, found: Restored) -> None:
-    """A model file beside a checkpoint is not needed: another type is an error, other sizes give way."""
+    """A model file beside a checkpoint is not needed: one of another architecture is an error."""
     from configs.compose import compose
 
     cfg, where = found.cfg, found.checkpoint
-    other, other_model = compose([f"--hydra_model_cfg={given}", "preset=none"], notify=lambda text: None)
+    other, other_model = compose(
+        [f"--hydra_model_cfg={given}", "preset=none", *NO_RUN], notify=lambda text: None
+    )
     if other.type != cfg.type:
         raise ValueError(
             f"{given} is type {other.type}, but {where} is type {cfg.type}. Leave --hydra_model_cfg out: the "
             f"checkpoint knows its architecture"
         )
     mine, theirs = found.adapter.model_cfg.model_dump(), other_model.model_dump()
+    open_, free = {k for k in ("vocab_size",) if theirs.get(k) is None}, type(other_model).free()
     differing = [
-        f"{k} {mine[k]} (not {theirs.get(k)})" for k in mine if k != "vocab_size" and mine[k] != theirs.get(k)
+        f"model_cfg.{k} {theirs.get(k)} (there {mine[k]})"
+        for k in mine
+        if k not in open_ | free and mine[k] != theirs.get(k)
     ]
     if differing:
-        say(f"the architecture is that of {where}: {', '.join(differing)}")
+        raise ValueError(
+            f"{given} is not the architecture of {where}: {', '.join(differing)}. Leave --hydra_model_cfg out, as the "
+            f"checkpoint knows its own, or give its run's config.yaml"
+        )

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -324,8 +325,64 @@ def test_eval_at_other_settings(command):
     rough, _ = evaluated(command, "--mixed_precision", "bf16")
     assert (rough["precision"], whole["precision"]) == ("bf16", "no")
     assert rough["score"]["bits_per_byte"] != whole["score"]["bits_per_byte"]
-    by_one, _ = evaluated(command, "--batch_size", 1)
-    assert by_one["score"]["bits_per_byte"] == pytest.approx(whole["score"]["bits_per_byte"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("no", 1e-6), ("bf16", 1e-3)])
+def test_a_perplexity_does_not_depend_on_how_rows_are_batched_and_padded(command, precision, tolerance):
+    """Rows are of many lengths, and a batch is as wide as its longest: one at a time there is no padding at all."""
+    words = ["--mixed_precision", precision, "--val_seq_len", 16]
+    found = [evaluated(command, *words, "--batch_size", rows)[0] for rows in (1, 3, 64)]
+    assert len({(f["num_samples"], f["num_tokens"]) for f in found}) == 1
+    for name in ("perplexity", "avg_loss"):
+        assert [f[name] for f in found] == pytest.approx([found[0][name]] * 3, rel=tolerance)
+
+
+def test_eval_tells_of_a_loss_per_token(command, runs, tmp_path):
+    """The mean over tokens of all of the text, not of batches, whose sizes differ."""
+    found, err = evaluated(command, "--output", tmp_path / "F.json")
+    keys = ["perplexity", "avg_loss", "dataset", "split", "checkpoint", "num_samples", "num_tokens"]
+    assert {*keys, "non_causal_routing"} <= json.loads((tmp_path / "F.json").read_text()).keys()
+    assert (found["dataset"], found["split"]) == (found["data"], "held out")
+    assert found["non_causal_routing"] is False
+    assert found["perplexity"] == pytest.approx(math.exp(found["avg_loss"]), rel=1e-12)
+    nats = found["avg_loss"] * found["num_tokens"]
+    score = found["score"]
+    assert nats / math.log(2) / score["bytes"] == pytest.approx(score["bits_per_byte"], rel=1e-9)
+    for line in (
+        f"Dataset           {found['data']}",
+        "Split             held out",
+        f"Samples           {found['num_samples']:,}",
+        f"Tokens            {found['num_tokens']:,}",
+        f"Avg Loss          {found['avg_loss']:.6f}",
+        f"Perplexity        {found['perplexity']:.4f}",
+    ):
+        assert f"  {line}\n" in err
+
+
+def test_eval_of_so_many_documents(command, tmp_path):
+    lines = [json.dumps({"text": f"document {n}: {'0123 ' * n}"}) for n in range(1, 9)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    found, _ = evaluated(command, "--dataset", tmp_path / "mine.jsonl", "--max_samples", 3)
+    whole, _ = evaluated(command, "--input_file", tmp_path / "mine.jsonl")
+    assert (found["num_samples"], whole["num_samples"]) == (3, 8) and found["split"] is None
+    assert found["num_tokens"] < whole["num_tokens"]
+    own, _ = evaluated(command, "--dataset", "synthetic", "--max_samples", 1)
+    assert own["num_samples"] == 1 and own["data"] == evaluated(command)[0]["data"]
+
+
+def test_eval_of_a_split_of_a_data_set(command, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    parts = {name: [f"{name} {n}: 0123" for n in range(4 + len(name))] for name in ("test", "train", "more")}
+    made = {name: datasets.Dataset.from_dict({"text": texts}) for name, texts in parts.items()}
+    datasets.DatasetDict(made).save_to_disk(tmp_path / "set")
+    for split, texts in parts.items():
+        found, _ = evaluated(command, "--dataset", tmp_path / "set", "--split", split)
+        assert (found["split"], found["num_samples"]) == (split, len(texts))
+        assert found["score"]["bytes"] == sum(map(len, texts))
+    status, _, err = command(
+        "eval", "--model_name", "dante", "--dataset", tmp_path / "set", "--split", "tets"
+    )
+    assert status == 2 and "'tets' is not one of more, test, train" in err
 
 
 def test_eval_on_other_text_scores_all_of_it(command, tmp_path):
@@ -349,18 +406,31 @@ def test_eval_of_an_untrained_model(command, tmp_path):
         "defaults: [gpt2, _self_]\nmodel_cfg: {n_ctx: 32, d_model: 32, n_layers: 1, n_heads: 2}\n"
         "data: synthetic\nsynthetic_bytes: 20000\ntrain_seq_len: 32\n"
     )
-    found, _ = evaluated(command, "--val_bytes", 2000, model=("--config", tmp_path / "mine.yaml"))
+    found, err = evaluated(command, "--val_bytes", 2000, model=("--config", tmp_path / "mine.yaml"))
+    assert "no checkpoint was given: this is the model before any training" in err
     assert found["weights"] == "untrained" and found["checkpoint"] is None
     assert found["score"]["bits_per_byte"] == pytest.approx(8.0, abs=0.1), "log2 257"
 
 
-def test_eval_knows_the_architecture_of_a_checkpoint(command):
-    found, err = evaluated(command, "--hydra_model_cfg", "configs/gpt2.yaml")
-    assert (
-        "note: the architecture is that of" in err
-        and "n_layers 2 (not 12)" in err
-        and found["weights"] == "EMA"
+def test_eval_of_an_untrained_model_is_none_of_one_that_begins_with_weights(command, runs, tmp_path):
+    run = runs / "checkpoints/dante"
+    words = f"defaults: [gpt2, _self_]\nuse_lora: true\ninit_from_checkpoint: {run}\n"
+    (tmp_path / "mine.yaml").write_text(words)
+    refused(command("eval", "--config", tmp_path / "mine.yaml"), f"Give --checkpoint {run}")
+
+
+def test_a_model_file_beside_a_checkpoint_must_be_of_its_architecture(command, runs, tmp_path):
+    """What is free, and what a file leaves open, is no part of it."""
+    run = runs / "checkpoints/dante"
+    saved = json.loads((run / "config.json").read_text())["model_cfg"]
+    sizes = json.dumps({**saved, "dropout": 0.5, "vocab_size": None})
+    (tmp_path / "mine.yaml").write_text(
+        f"defaults: [gpt2, _self_]\ntrain_seq_len: 32\nmodel_cfg: {sizes}\noutput_dir: {run}\n"
     )
+    found, _ = evaluated(command, "--config", tmp_path / "mine.yaml")
+    assert found["weights"] == "EMA" and found["checkpoint"]
+    result = command("eval", "--model_name", "dante", "--config", "configs/gpt2.yaml")
+    refused(result, "configs/gpt2.yaml is not the architecture of", "model_cfg.n_layers 12 (there 2)")
     result = command("eval", "--model_name", "dante", "--hydra_model_cfg", "configs/vanilla.yaml")
     refused(result, "configs/vanilla.yaml is type vanilla", "is type gpt2")
 
@@ -369,6 +439,16 @@ def test_eval_knows_the_architecture_of_a_checkpoint(command):
     ("words", "text"),
     [
         (["--batch_size", 0], "batch_size: must be at least 1, got 0"),
+        (["--max_samples", 0], "max_samples: must be at least 1, got 0"),
+        (
+            ["--split", "test"],
+            "split: 'test' is of a data set of Hugging Face, and the text is data=synthetic",
+        ),
+        (["--dataset", "synthetik"], "dataset: 'synthetik' is no file or folder here"),
+        (
+            ["--dataset", "synthetic", "--data", "embedded"],
+            "dataset: it says what --data and --input_file say",
+        ),
         (["--val_seq_len", -3], "val_seq_len: must be at least 1, got -3"),
         (["--data", "text"], "needs input_file"),
         (["--data", "text", "--input_file", "no.txt"], "'no.txt' does not exist"),

@@ -190,6 +190,22 @@ def test_what_steps_the_rest_is_read_too(kind):
 # --- the updates --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("kind", "reference"), [("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam)])
+def test_betas_and_epsilon_are_those_of_the_run(kind, reference):
+    toy, plain = Toy(torch.float64), Toy(torch.float64)
+    words = {"adam_beta1": 0.5, "adam_beta2": 0.7, "adam_epsilon": 0.3, "weight_decay": 0.0}
+    rules = [Rule(r".*", "embedding")]  # which follows no width
+    optimizers = toy.build(rules, optimizer=kind, **words)
+    theirs = reference(plain.parameters(), lr=0.01, betas=(0.5, 0.7), eps=0.3, weight_decay=0.0)
+    for step in range(3):
+        toy.gradients(step)
+        plain.gradients(step)
+        optimizers.step()
+        theirs.step()
+    for mine, other in zip(toy.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=0)
+
+
 def test_adamw_equals_torch_with_the_groups_written_out():
     toy, plain = Toy(torch.float64), Toy(torch.float64)
     optimizers = toy.build()
