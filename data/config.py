@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Protocol
 
+CHATS = "instruction_finetuning"  # `training_mode` of rows that are chats
 Unit = Literal["token", "byte"]  # what an architecture reads
 
 
@@ -14,3 +15,5 @@ class DataConfig(Protocol):
     near_copies: Literal["drop", "keep"] | None  # None: as the source says
     tokenizer: str
     train_seq_len: int
+    training_mode: str
+    packing: bool

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -64,6 +64,9 @@ class Score:
     no_accuracy: list[str] = field(default_factory=list)
     # "bits_per_byte" (None: of no text), "bytes" and "documents" by the source of a mixture.
     sources: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    # What was scored: "text", or the "answers" of chats, given what comes before: tokens and bytes are those of the
+    # answers, nats also of the tokens that end them. The one does not compare with the other.
+    of: Literal["text", "answers"] = "text"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -172,6 +175,7 @@ def evaluate(
         metrics=metrics.read(world),
         no_accuracy=[name for name in rows.store.marks if f"{name}_accuracy" not in found.metrics],
         sources={name: sums.of(documents) for name, documents in rows.sources.items()},
+        of=rows.scores,
     )
 
 
