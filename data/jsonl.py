@@ -21,7 +21,7 @@ from typing import IO, Any, Protocol
 
 from data import named
 from data.chats.messages import chat_document
-from data.config import CHATS
+from data.config import CHATS, Mode
 from data.errors import DataError
 from data.named import KINDS, FilesConfig, named_files
 from data.stream import FilePart, Row, Stream, fields_of, joined, utf8
@@ -48,7 +48,7 @@ class _BadZstd(Exception):
 
 class JsonlConfig(FilesConfig, Protocol):
     text_field: str | list[str]
-    training_mode: str
+    training_mode: Mode
 
 
 def load(cfg: JsonlConfig) -> Stream:

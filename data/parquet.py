@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from data import named
 from data.chats.messages import chat_document, chat_fields
-from data.config import CHATS
+from data.config import CHATS, Mode
 from data.errors import DataError
 from data.named import KINDS, FilesConfig, named_files
 from data.stream import FilePart, Row, Stream, fields_of, joined, utf8
@@ -25,7 +25,7 @@ BUFFER = 1 << 20  # bytes of a column that are read together
 
 class ParquetConfig(FilesConfig, Protocol):
     text_field: str | list[str]
-    training_mode: str
+    training_mode: Mode
 
 
 def load(cfg: ParquetConfig) -> Stream:

@@ -39,8 +39,8 @@ class WholeRows(TrainingRows):
     An epoch is every document once, in the order of `DocumentOrder`. With `packing` whole ones follow each other in a
     row while they fit, each behind a start token of its own and seen by itself alone; else each has its row. A document
     longer than a row is cut on the right. What a row has left is padding: start tokens, each a document of its own,
-    that count as nothing. Of chats the targets that count are those of the answers, and a row without one is left out; of
-    text they are all its tokens and its end.
+    that count as nothing. Of chats the targets that count are those of the answers, and a row without one is left out;
+    of text they are all its tokens and its end.
 
     The rows of an epoch are planned at once, from the lengths of its documents. A position is a number of documents
     served, over all epochs; a row's id is that of its first document. As a row begins wherever the one before it ended,

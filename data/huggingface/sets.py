@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data.chats.messages import chat_document, chat_fields
-from data.config import CHATS
+from data.config import CHATS, Mode
 from data.errors import DataError
 from data.stream import FilePart, Row, Stamp, Stream, fields_of, joined, utf8
 from naming import expand_path, not_one_of, shorten
@@ -35,7 +35,7 @@ class HuggingFaceConfig(Protocol):
     eval_split: str | None  # None: documents are held out by a hash of their text
     dataset_bytes: int | None
     text_field: str | list[str]
-    training_mode: str
+    training_mode: Mode
 
 
 def load(cfg: HuggingFaceConfig) -> Stream:
