@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
+import runpy
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from adapters import adapter_class
 from adapters.base import Context, weighted_loss
 from configs.messages import ConfigError
 from data import load_dataset
-from data.chats.messages import Message
+from data.chats.messages import Message, chat_document, messages_of
 from data.chats.rows import heldout_rows
 from data.chats.template import ChatTemplate
 from tests.contract.tiny import TYPES, config, session_of
@@ -25,12 +27,8 @@ from trainer.run.checkpoint import load_json, load_tensors
 
 CHATS = ["data=jsonl", "training_mode=instruction_finetuning", "tokenizer=byte", "train_seq_len=96"]
 SAVED = [
-    "save_steps=1",
-    "save_total_limit=null",
-    "save_minutes=null",
-    "val_loss_every=0",
-    "sample_tokens=0",
-    "val_bytes=null",
+    *("save_steps=1", "save_total_limit=null", "save_minutes=null"),
+    *("val_loss_every=0", "sample_tokens=0", "val_bytes=null"),
 ]
 LONG = ["num_iterations=14", "global_batch_size=8", "model_cfg.dropout=0.1"]
 
@@ -76,12 +74,7 @@ def whole(words, tmp_path_factory):
 @pytest.mark.parametrize("at", [3, 11])
 def test_resume_is_exact_in_the_first_epoch_and_behind_it(whole, words, tmp_path, at) -> None:
     again = tmp_path / "again"
-    resumed = [
-        f"resume={whole / f'checkpoint-{at}'}",
-        "model_cfg.dropout=0.1",
-        "num_iterations=14",
-        "global_batch_size=8",
-    ]
+    resumed = [f"resume={whole / f'checkpoint-{at}'}", *LONG]
     run(again, words, *resumed)
     assert same(weights(whole / "final_model"), weights(again / "final_model"))
     position = load_json(whole / f"checkpoint-{at}", "training_state.json")["position"]
@@ -289,6 +282,15 @@ def test_samples_along_a_run_are_answers(words, monkeypatch, prompt, asked) -> N
     text = sample_text(s, lambda: False)
     assert heard[0][0].startswith(asked) and heard[0][0].endswith("<|im_start|>assistant\n")
     assert text == heard[0][0] + "so" and heard[0][1] == (256,)
+
+
+def test_the_example_makes_chats(tmp_path, monkeypatch) -> None:
+    path = Path(__file__).parents[2] / "examples/make_chats.py"
+    monkeypatch.setattr(sys, "argv", [str(path), str(tmp_path / "chats.jsonl"), "5"])
+    runpy.run_path(str(path), run_name="__main__")
+    rows = [json.loads(line) for line in (tmp_path / "chats.jsonl").read_text().splitlines()]
+    chats = [messages_of(chat_document(row, "text", "here")) for row in rows]
+    assert len(chats) == 5 and all(chat[-1].role == "assistant" for chat in chats)
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
