@@ -21,7 +21,7 @@ from data.chats.messages import Message, chat_document, messages_of
 from data.chats.rows import heldout_rows
 from data.chats.template import ChatTemplate
 from tests.contract.tiny import TYPES, config, session_of
-from tests.trainer.test_evaluate import CPU, TableAdapter, random_table, score
+from tests.trainer.test_evaluate import Rank, TableAdapter, random_table, score
 from trainer.loop import train
 from trainer.run.checkpoint import load_json, load_tensors
 
@@ -201,7 +201,28 @@ def test_a_score_is_a_mean_over_learned_tokens_whatever_the_batch(words) -> None
         assert found.nats_per_token == pytest.approx(nats / count, rel=1e-9)
         assert found.bits_per_byte == pytest.approx(nats / math.log(2) / store.total_bytes, rel=1e-9)
         assert found.perplexity == pytest.approx(math.exp(nats / count), rel=1e-9)
-    assert TableAdapter(table, tokenizer).device == CPU
+    ranks: list[list[float]] = []
+    rows = heldout_rows(store, tokenizer.eot, 200)
+    found = [score(TableAdapter(table, tokenizer), rows, world=Rank(n, 2, ranks)) for n in range(2)][-1]
+    assert found.nats_per_token == pytest.approx(nats / count, rel=1e-9) and found.tokens == count
+
+
+def test_eval_scores_the_answers_of_a_run_and_of_other_chats(whole, command, tmp_path) -> None:
+    summary = json.loads((whole / "summary.json").read_text())["score"]
+    out, err = command("eval", "--checkpoint", whole)
+    assert json.loads(out)["score"]["perplexity"] == summary["perplexity"] and summary["of"] == "answers"
+    assert "(answers)" in err and "another score than that of text" in err
+    (tmp_path / "other.jsonl").write_text(json.dumps({"prompt": "1", "response": "é" * 5}) + "\n")
+    out, _ = command("eval", "--checkpoint", whole, "--input_file", tmp_path / "other.jsonl")
+    found = json.loads(out)
+    assert (found["part"], found["score"]["bytes"], found["score"]["tokens"]) == ("all", 10, 11)
+    (tmp_path / "plain.txt").write_text("not a chat")
+    out, err = command("eval", "--checkpoint", whole, "--input_file", tmp_path / "plain.txt")
+    assert json.loads(out)["score"]["of"] == "text" and "(answers)" not in err
+
+
+def test_no_yardstick_of_text_stands_beside_answers(whole) -> None:
+    assert json.loads((whole / "summary.json").read_text())["yardsticks"] == {}
 
 
 # -- questions and answers ---------------------------------------------------------------------------------------------
@@ -291,6 +312,16 @@ def test_the_example_makes_chats(tmp_path, monkeypatch) -> None:
     rows = [json.loads(line) for line in (tmp_path / "chats.jsonl").read_text().splitlines()]
     chats = [messages_of(chat_document(row, "text", "here")) for row in rows]
     assert len(chats) == 5 and all(chat[-1].role == "assistant" for chat in chats)
+
+
+def test_a_command_line_lists_fields() -> None:
+    from configs.compose import compose
+    from tests.contract.tiny import overrides
+
+    given = ["data=jsonl", "train_files=x.jsonl", "text_field=[instruction,output]"]
+    with pytest.raises(ConfigError, match="x.jsonl"):
+        compose(overrides("gpt2", *given))
+    assert config("gpt2", "text_field=[instruction,output]")[0].text_field == ["instruction", "output"]
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
