@@ -527,6 +527,11 @@ def test_a_missing_or_shorter_file_is_refused(written, opened, tmp_path) -> None
         opened()
 
 
+def test_chats_are_not_prepared(written) -> None:
+    with pytest.raises(DataError, match="training_mode: chats are read from their rows"):
+        written(training_mode="instruction_finetuning")
+
+
 def test_another_tokenizer_beside_the_shards_is_refused(written, opened, tmp_path) -> None:
     """Also where the manifest was made to fit."""
     written()

@@ -324,6 +324,17 @@ def test_a_command_line_lists_fields() -> None:
     assert config("gpt2", "text_field=[instruction,output]")[0].text_field == ["instruction", "output"]
 
 
+def test_padded_text_trains_and_goes_on_as_it_began(tmp_path) -> None:
+    words = ["packing=false", "num_iterations=4"]
+    whole = run(tmp_path / "whole", words)
+    run(tmp_path / "again", words, f"resume={whole / 'checkpoint-2'}")
+    assert same(weights(whole / "final_model"), weights(tmp_path / "again/final_model"))
+    with pytest.raises(
+        ValueError, match="a place in packed text is none in padded rows. Go on with packing=false"
+    ):
+        run(tmp_path / "other", ["num_iterations=4"], f"resume={whole / 'checkpoint-2'}")
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 
@@ -331,6 +342,10 @@ def test_a_command_line_lists_fields() -> None:
     ("given", "message"),
     [
         (["training_mode=instruction_finetuning"], "data=synthetic does not have. Set data to one of jsonl"),
+        (
+            ["packing=false", "data=mix", "mix=[{data: embedded, weight: 1}]"],
+            "packing=false pads documents of one",
+        ),
         (["training_mode=chat"], "training_mode: .*instruction_finetuning"),
         (["text_field=[]"], "text_field"),
     ],

@@ -7,8 +7,11 @@ import json
 import numpy as np
 import pytest
 
-from data.chats.messages import Message
+from data.chats.messages import Message, document_of
+from data.chats.rows import WholeRows, heldout_rows
+from data.chats.store import encode_chats
 from data.chats.template import UNLEARNED, ChatTemplate
+from data.corpus import Document
 from data.errors import DataError
 from data.huggingface.tokenizer import HuggingFaceTokenizer
 from data.tokenizers import ByteTokenizer
@@ -162,9 +165,15 @@ def test_what_a_turn_says_never_becomes_a_special_token() -> None:
 
 
 def test_one_start_token_never_two() -> None:
+    """Where the template writes it too: in rows, in scores, and in what is asked."""
     tokenizer = made("{{ bos_token }}" + CHATML)
     assert tokenizer.eot == tokenizer.special_tokens["<s>"]
     ids = ChatTemplate(tokenizer).encode(TURNS).ids
+    assert tokenizer.eot not in ChatTemplate(tokenizer).prompt(TURNS[:1])  # generation puts it there
+    chats = encode_chats([Document("a", document_of(TURNS))], ChatTemplate(tokenizer))
+    rows = WholeRows(chats, tokenizer.eot, len(ids)), heldout_rows(chats, tokenizer.eot, len(ids))
+    for batch in (one.batch(np.zeros(1, dtype=np.int64)) for one in rows):
+        assert batch.tokens[0].tolist() == [tokenizer.eot, *ids]
     assert tokenizer.eot not in ids and np.array_equal(ids, ChatTemplate(made(CHATML)).encode(TURNS).ids)
 
 
