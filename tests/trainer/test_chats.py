@@ -22,6 +22,7 @@ from data.chats.rows import heldout_rows
 from data.chats.template import ChatTemplate
 from tests.contract.tiny import TYPES, config, session_of
 from tests.trainer.test_evaluate import Rank, TableAdapter, random_table, score
+from trainer.batching import StepLoader, plan_batch
 from trainer.loop import train
 from trainer.run.checkpoint import load_json, load_tensors
 
@@ -103,6 +104,10 @@ def test_a_step_does_not_depend_on_how_it_is_cut(words, tmp_path) -> None:
         rows = s.rows.batch(np.arange(4))
         assert batch.denominators["tokens"] == batch.tokens == rows.weights.sum() < 4 * 96 / 2
         assert batch.bytes == rows.bytes
+    plan = plan_batch(4, 1, None, 2, 96)  # on two processes
+    shares = [StepLoader(one.rows, one.adapter, plan, rank, 0).load(0) for rank in range(2)]
+    assert sum(share.denominators["tokens"] for share in shares) == batch.denominators["tokens"]
+    assert shares[0].denominators != shares[1].denominators
     for left, right in zip(*gradients, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
 

@@ -200,7 +200,12 @@ def scores_alike(before: RunConfig, now: RunConfig) -> bool:
 
 def _mended(before: RunConfig, data: dict[str, Any], s: Session) -> str:
     """How to have the data of a run again: what it set otherwise, else the text itself."""
-    chosen = {"data", "near_copies", *(name for source in SOURCES.values() for name in source.reads)}
+    chosen = {
+        "data",
+        "near_copies",
+        "training_mode",
+        *(name for source in SOURCES.values() for name in source.reads),
+    }
     other = [n for n in sorted(chosen) if getattr(before, n) != getattr(s.cfg, n)]
     if "mix" in other:
         return "Leave its mix (sources, files and weights) as its config.yaml has it"

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from data.chats.messages import Message, document_of
+from data.chats.messages import Message, chat_document, document_of, messages_of
 from data.chats.rows import WholeRows, heldout_rows
 from data.chats.store import encode_chats
 from data.chats.template import UNLEARNED, ChatTemplate
@@ -100,6 +100,16 @@ def test_chatml_by_hand() -> None:
     header = [-1] * 11
     labels = [*[-1] * len(question), *header, 1, 2, 0, -1, *header, 0, -1]
     assert found.answers.tolist() == labels
+
+
+def test_a_row_of_fields_with_an_empty_one_by_hand() -> None:
+    fields = ["instruction", "input", "output"]
+    row = {"instruction": "hi", "input": "", "output": "é"}
+    found = ChatTemplate(ByteTokenizer()).encode(messages_of(chat_document(row, fields, "here")))
+    eot, answer = ByteTokenizer().eot, "é".encode()
+    question = [*b"<|im_start|>user\nhi", eot, *b"\n<|im_start|>assistant\n"]
+    assert found.ids.tolist() == [*question, *answer, eot, 10]
+    assert found.answers.tolist() == [-1] * len(question) + [1, 1, 0, -1]
 
 
 def test_without_its_tokens_headers_are_text_and_the_end_of_text_ends_a_turn() -> None:
