@@ -48,7 +48,7 @@ class Score:
     nats_per_token: float
     bits_per_token: float
     perplexity: float
-    end_nats_per_document: float | None  # None: ends are not modelled
+    end_nats_per_document: float | None  # None: ends are not modelled, or scored with the rest
     bytes: int
     tokens: int
     documents: int
@@ -162,7 +162,9 @@ def evaluate(
         nats_per_token=per_token,
         bits_per_token=per_token / math.log(2),
         perplexity=math.exp(min(per_token, 700.0)),
-        end_nats_per_document=None if found.end_nats is None else total["end_nats"] / max(total["ends"], 1.0),
+        end_nats_per_document=None
+        if found.end_nats is None or rows.scores == "answers"
+        else total["end_nats"] / max(total["ends"], 1.0),
         bytes=rows.total_bytes,
         tokens=int(total["tokens"]),
         documents=len(rows.documents),

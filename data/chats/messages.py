@@ -42,7 +42,7 @@ def chat_fields(text_field: str | Sequence[str], present: Collection[str], where
             return fields
         missing = f"no field {absent[0]!r}"
     has = f"it has {shorten([repr(name) for name in present])}" if present else "it is empty"
-    near = did_you_mean(text_field, present) if isinstance(text_field, str) else ""
+    near = did_you_mean(text_field, present) if isinstance(text_field, str) and text_field != ANY else ""
     raise DataError(
         f"{where} holds {missing} ({has}). Set text_field=<the field with the turns>, or a list whose last one is the "
         f"answer, such as text_field=[instruction,input,output].{near}"

@@ -186,6 +186,7 @@ def test_a_uniform_model_scores_log2_of_the_vocabulary_per_learned_token(words) 
     assert (found.tokens, found.bytes, found.of) == (learned.sum(), said.sum(), "answers")
     assert found.bits_per_byte == pytest.approx(math.log2(257) * learned.sum() / said.sum(), rel=1e-12)
     assert found.perplexity == pytest.approx(257, rel=1e-10) and found.comparable
+    assert found.end_nats_per_document is None
 
 
 def test_a_score_is_a_mean_over_learned_tokens_whatever_the_batch(words) -> None:
