@@ -321,6 +321,9 @@ class ModelAdapter(nn.Module):
     # Whether training heeds the field of this name, `self.z_loss`; where not, a run that sets it is refused.
     takes_z_loss = False
     z_loss = 0.0
+    # Why objective or layers cannot leave out positions of a row that are padding, and targets that do not count, in a
+    # few words; "" where they can, as rows of chats, and padded ones, ask for. `masks` asks.
+    no_masks = "its objective is that of whole rows"
     default_temperature = 0.8  # of generation
     sample_steps = 0  # of the samples along a run: `GenerateOptions.steps`
     generation_notes: tuple[str, ...] = ()  # what a reader of generated text should know
@@ -366,6 +369,11 @@ class ModelAdapter(nn.Module):
     def unit(cls, model_cfg: ModelConfig) -> Unit:
         """What the model reads: tokens of the run's tokenizer, or bytes. Asked before there is a tokenizer."""
         return model_cfg.unit
+
+    @classmethod
+    def masks(cls, model_cfg: ModelConfig) -> str:
+        """Why a model of this Config takes no rows of which parts do not count, "" where it does."""
+        return cls.no_masks
 
     # -- training ------------------------------------------------------------------------------------------
 

@@ -55,6 +55,7 @@ class DefaultModelAdapter(ModelAdapter):
     """
 
     takes_z_loss = True
+    no_masks = ""
 
     def prepare(self, batch: Batch, ctx: Context) -> Prepared:
         """Tensors `inputs`, `doc_ids`, `targets`, `weights`, all (B, S), `cu_seqlens` for models that read them, and

@@ -37,6 +37,7 @@ class ExpertsAdapter(DefaultModelAdapter):
     """Terms beside those of its base: `LOSSES`, weighted as they are minimised; metrics of the same names, means over
     layers without weights; `load_figures`; and `dropped_assignments`, of which there are none."""
 
+    no_masks = "experts are balanced over all tokens of a row, those of padding too"
     console_metrics: tuple[str, ...] = ("load_max_over_mean",)
     load: Tensor | None = None  # assignments of this step's micro-batches here, (L, E) int64
     frozen = False  # whether biases stay as they are in this step

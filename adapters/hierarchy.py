@@ -28,6 +28,7 @@ class HierarchyAdapter(DefaultModelAdapter):
     `ratio_loss_weight` (Hwang et al. 2025, arXiv:2507.07955, equations 10 and 11). The paper takes F and G over the
     micro-batch (`ratio_over: batch`), on which results then depend."""
 
+    no_masks = "the lengths of chunks are learned from all bytes of a row, those of padding too"
     # How many chunks there are, once for each stage.
     host_syncs = ("_local_scalar_dense",)
 

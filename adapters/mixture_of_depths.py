@@ -38,6 +38,7 @@ class MixtureOfDepthsAdapter(DefaultModelAdapter):
     under the choice, which takes a second pass, and `routing_accuracy_<layer>` in it. Of text: `used_share`.
     """
 
+    no_masks = "all tokens of a row compete for its blocks, those of padding too"
     console_metrics = ("foretold_share",)
 
     def prepare(self, batch: Batch, ctx: Context) -> Prepared:

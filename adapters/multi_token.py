@@ -38,6 +38,11 @@ class MultiTokenAdapter(ExpertsAdapter):
             self.console_metrics = ()
 
     @classmethod
+    def masks(cls, model_cfg: Any) -> str:
+        """Where the trunk has no experts it is the default objective."""
+        return super().masks(model_cfg) if getattr(model_cfg, "trunk", "") == "moe" else ""
+
+    @classmethod
     def build_model(cls, model_class: Any, model_cfg: Any) -> nn.Module:
         """`mtp` with `use_deepseek_mtp` is the model of `mtm`."""
         if getattr(model_cfg, "use_deepseek_mtp", False):

@@ -291,7 +291,9 @@ class RunConfig(BaseModel):
     data_root: FilePath | None = None
     train_files: FilePath | list[FilePath] | None = None
     val_files: FilePath | list[FilePath] | None = None
-    text_field: str = "text"
+    text_field: Text | Annotated[list[Text], Field(min_length=1)] = "text"
+    training_mode: Literal["pretraining", "instruction_finetuning"] = "pretraining"
+    packing: bool = True
     shards_tokenizer: str | None = None
     dataset_name: FilePath | None = None
     dataset_subset: str | None = None

@@ -50,7 +50,9 @@ def validate(
     fields = _drop_preset_extras(run, config_class, where, notices)
     fields = drop_removed(fields, config_class.model_fields, where, notices, "model_cfg.")
     model_cfg = _architecture(run.type, config_class, fields, where)
-    _raise(_tokens(run, model_cfg) + _objective(run) + model_cfg.problems(run), where)
+    _raise(
+        _tokens(run, model_cfg) + _objective(run) + _masks(run, model_cfg) + model_cfg.problems(run), where
+    )
     notices += model_cfg.remarks(run)
     if getattr(model_cfg, "dropout", 0.0) == 1.0:
         notices.append("model_cfg.dropout is 1.0: every activation it touches becomes zero")
@@ -174,6 +176,16 @@ def _source(run: RunConfig) -> list[str]:
         if getattr(run, field) and field not in source.reads:
             those = " or ".join(f"data={name}" for name in readers(field))
             problems.append(f"{field} is read by {those} only, and data is '{run.data}'. Add {those}")
+    with_rows = [name for name, row in SOURCES.items() if "text_field" in row.reads]
+    if run.training_mode == "instruction_finetuning" and run.data not in with_rows:
+        problems.append(
+            f"training_mode=instruction_finetuning learns from rows with turns, which data={run.data} does not have. "
+            f"Set data to one of {', '.join(with_rows)}, or training_mode=pretraining"
+        )
+    if run.data == "mix" and not run.packing:
+        problems.append(
+            "packing=false pads documents of one source, and data=mix joins several. Set packing=true"
+        )
     return problems or (problems_alone(run, _source) if run.data == "mix" else [])
 
 
@@ -346,6 +358,19 @@ def _objective(run: RunConfig) -> list[str]:
     return [
         f"z_loss ({run.z_loss}) belongs to a cross-entropy over all tokens, and {adapter.__name__} trains type "
         f"'{run.type}' on another objective. Nearest: z_loss=0"
+    ]
+
+
+def _masks(run: RunConfig, model_cfg: ModelConfig) -> list[str]:
+    """Rows of which parts do not count, where the architecture takes none."""
+    asked = [("training_mode", "instruction_finetuning", "pretraining"), ("packing", False, "true")]
+    given = [row for row in asked if getattr(run, row[0]) == row[1]]
+    if not given or not (why := load("adapters:adapter_class")(run).masks(model_cfg)):
+        return []
+    return [
+        f"{name} ({str(value).lower()}) leaves out parts of a row, and type '{run.type}' cannot: {why}. Nearest: "
+        f"{name}={nearest}"
+        for name, value, nearest in given
     ]
 
 

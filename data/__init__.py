@@ -223,6 +223,7 @@ class Dataset:
 
     `truth` and `entropy_bits_per_byte` are set for synthetic text only. `notes` are sentences for the user.
     `overlap`: what the held-out documents share with the training text, None where that is not measured.
+    `packing`: whether rows are filled up, or each has one document.
     `cache_path` is the folder that holds the token arrays, None where no cache could be written.
     """
 
@@ -238,13 +239,24 @@ class Dataset:
     overlap: Overlap | None = None
     cache_path: Path | None = None
     mixture: Mixture | None = None
+    packing: bool = True
+
+    @property
+    def chats(self) -> bool:
+        """Whether its documents are chats, of which the answers are learned."""
+        from data.chats.store import ChatStore
+
+        return isinstance(self.train, ChatStore)
 
     def training_rows(self, seq_len: int, lookahead: int = 1, seed: int = 0) -> TrainingRows:
         """What steps train on. DataError where the text is too short for one row."""
+        from data.chats.rows import WholeRows
         from data.mix_rows import MixedRows
         from data.rows import TrainingRows
 
         eot = self.tokenizer.eot
+        if self.chats or not self.packing:
+            return WholeRows(self.train, eot, seq_len, lookahead, seed, self.packing)
         if self.mixture is None:
             return TrainingRows(self.train, eot, seq_len, lookahead, seed)
         return MixedRows(self.train, eot, seq_len, self.mixture, lookahead, seed)
@@ -314,9 +326,10 @@ def load_dataset(
         overlap=overlap,
         cache_path=folder,
         mixture=mixture,
+        packing=cfg.packing,
     )
-    dataset.training_rows(cfg.train_seq_len)  # refuses a text too short for one row
-    return dataset
+    rows = dataset.training_rows(cfg.train_seq_len)  # refuses a text too short for one row
+    return replace(dataset, notes=(*notes, *rows.notes))
 
 
 def load_corpus(
@@ -362,6 +375,8 @@ def token_stores(
     from data.shard_text import InShards
     from data.store import encode_documents, load_stores, write_stores
 
+    if corpus.chats:
+        return _chat_stores(corpus, tokenizer, cache, notes)
     sides = {"train": corpus.train, "heldout": corpus.heldout}
     # Ids that stay in their files are of these files.
     keys = [s.key for s in sides.values() if isinstance(s, InShards) and s.is_of(tokenizer)]
@@ -389,3 +404,31 @@ def token_stores(
             ) from error
         notes.append(f"tokens could not be cached: {error}")
     return {side: encode_documents(documents, tokenizer) for side, documents in sides.items()}, None
+
+
+def _chat_stores(
+    corpus: Corpus, tokenizer: Tokenizer, cache: Path, notes: list[str]
+) -> tuple[dict[str, TokenStore], Path | None]:
+    """The same of chats, by the tokenizer's template."""
+    from data.chats.store import encode_chats, load_chats, write_chats
+    from data.chats.template import ChatTemplate
+
+    template = ChatTemplate(tokenizer)
+    notes.append(
+        f"chats are written as {template.name} has it; the answers and the tokens that end them are learned"
+    )
+    sides = {"train": corpus.train, "heldout": corpus.heldout}
+    key = f"{corpus.fingerprint[:16]}-{tokenizer.digest[:16]}-chats-{template.digest[:16]}-v{CACHE_FORMAT}"
+    folder = cache / "tokens" / key
+    if (folder / "meta.json").exists():
+        try:
+            return load_chats(folder, list(sides), template), folder
+        except DataError as error:
+            notes.append(f"rebuilt: {error}")
+    try:
+        tokenizer.save(folder / "tokenizer.json")
+        write_chats(folder, sides, template)
+        return load_chats(folder, list(sides), template), folder
+    except OSError as error:
+        notes.append(f"tokens could not be cached: {error}")
+    return {side: encode_chats(documents, template) for side, documents in sides.items()}, None

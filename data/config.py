@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, Protocol
 
+Mode = Literal["pretraining", "instruction_finetuning"]  # `training_mode`
+CHATS: Mode = "instruction_finetuning"  # rows are chats
 Unit = Literal["token", "byte"]  # what an architecture reads
 
 
@@ -14,3 +16,5 @@ class DataConfig(Protocol):
     near_copies: Literal["drop", "keep"] | None  # None: as the source says
     tokenizer: str
     train_seq_len: int
+    training_mode: Mode
+    packing: bool

@@ -105,7 +105,8 @@ class Corpus:
     `marks`: parts of documents by name, of which evaluations report `<name>_accuracy`: how often the likeliest token is
     the right one. A token is marked if all of its bytes are. `known_content`: `content`, where somebody has written it
     down.
-    `mixture`: of which sources it is mixed, and how; None: it is one.
+    `mixture`: of which sources it is mixed, and how; None: it is one. `chats`: documents are chats
+    (`data/chats/messages.py`).
     """
 
     name: str
@@ -117,6 +118,7 @@ class Corpus:
     marks: Mapping[str, Marker] = field(default_factory=dict)
     known_content: str | None = None
     mixture: Mixture | None = None
+    chats: bool = False
 
     @property
     def content(self) -> str:

@@ -13,16 +13,18 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 from data import named
+from data.chats.messages import chat_document
+from data.config import CHATS, Mode
 from data.errors import DataError
 from data.named import KINDS, FilesConfig, named_files
-from data.stream import FilePart, Row, Stream, require_one_field, utf8
+from data.stream import FilePart, Row, Stream, fields_of, joined, utf8
 from naming import did_you_mean, shorten
 
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
@@ -45,7 +47,8 @@ class _BadZstd(Exception):
 
 
 class JsonlConfig(FilesConfig, Protocol):
-    text_field: str
+    text_field: str | list[str]
+    training_mode: Mode
 
 
 def load(cfg: JsonlConfig) -> Stream:
@@ -54,9 +57,11 @@ def load(cfg: JsonlConfig) -> Stream:
     Raises:
         DataError: no such files, or nothing says which of them are held out.
     """
-    require_one_field(cfg.text_field)
     files = named_files(cfg, KINDS["jsonl"])
-    return files.stream(lambda name, path: JsonlPart(name, path, cfg.text_field), cfg.text_field)
+    chats = cfg.training_mode == CHATS
+    return files.stream(
+        lambda name, path: JsonlPart(name, path, cfg.text_field, chats), cfg.text_field, chats
+    )
 
 
 def absolute(cfg: JsonlConfig) -> dict[str, list[str]]:
@@ -66,9 +71,10 @@ def absolute(cfg: JsonlConfig) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class JsonlPart(FilePart):
-    """One file."""
+    """One file. `field`: that with the text, or several that make it up; with `chats` those of a chat."""
 
-    field: str
+    field: str | Sequence[str]
+    chats: bool = False
 
     def rows(self) -> Iterator[Row]:
         line = 0
@@ -108,19 +114,25 @@ class JsonlPart(FilePart):
             raise DataError(f"{where} is nested too deeply to be read. {MEND}") from None
         if not isinstance(row, dict):
             raise DataError(f"{where} is {_WHAT.get(type(row), 'null')}, not a JSON object. {MEND}")
-        if self.field not in row:
+        if self.chats:
+            return chat_document(row, self.field, where)
+        text = joined([self._text_of(row, name, where) for name in fields_of(self.field)])
+        return None if text is None else utf8(text)
+
+    def _text_of(self, row: dict[str, Any], field: str, where: str) -> str | None:
+        if field not in row:
             has = f"it has {shorten([repr(name) for name in row])}" if row else "it is empty"
             raise DataError(
-                f"{where} lacks the field {self.field!r} ({has}). Set text_field=<the one with the text>."
-                f"{did_you_mean(self.field, row)}"
+                f"{where} lacks the field {field!r} ({has}). Set text_field=<the one with the text>."
+                f"{did_you_mean(field, row)}"
             )
-        text = row[self.field]
+        text = row[field]
         if text is not None and type(text) is not str:
             raise DataError(
-                f"{where}: {self.field!r} is {_WHAT[type(text)]}, and the text of a document is a string. "
+                f"{where}: {field!r} is {_WHAT[type(text)]}, and the text of a document is a string. "
                 f"Mend the line, or set text_field=<the one with the text>"
             )
-        return None if text is None else utf8(text)
+        return text
 
 
 # -- compressed files ----------------------------------------------------------------------------------------------

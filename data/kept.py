@@ -139,7 +139,12 @@ def _sides(stream: Stream) -> list[tuple[str, Sequence[Part]]]:
 
 def _key(stream: Stream, stamps: dict[str, Any]) -> str:
     named = {side: [part.name for part in parts] for side, parts in _sides(stream)}
-    read_as = {**stream.read_as, "by_hash": stream.by_hash, "split": stream.heldout is None}
+    read_as = {
+        **stream.read_as,
+        **({"chats": True} if stream.chats else {}),
+        "by_hash": stream.by_hash,
+        "split": stream.heldout is None,
+    }
     told = json.dumps([FORMAT, read_as, named, stamps], sort_keys=True)
     return hashlib.sha256(told.encode("utf-8", "backslashreplace")).hexdigest()
 
@@ -161,7 +166,9 @@ def _kept(stream: Stream, folder: Path, *, fresh: bool = False) -> Corpus | None
         size = sum(path.stat().st_size for path in folder.iterdir())
         place = f"where the documents lie kept in the cache: {size:,} bytes in {folder}"
     notes = (*stream.notes, *meta["notes"], place)
-    return Corpus(stream.name, sides["train"], sides["heldout"], meta["fingerprint"], notes)
+    return Corpus(
+        stream.name, sides["train"], sides["heldout"], meta["fingerprint"], notes, chats=stream.chats
+    )
 
 
 def _stamps_of(folder: Path, names: Iterable[str]) -> dict[str, list[int]]:

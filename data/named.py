@@ -48,13 +48,15 @@ class Named:
     kind: Kind
     by_hash: bool
 
-    def stream(self, part: Callable[[str, Path], Part], text_field: str) -> Stream:
+    def stream(
+        self, part: Callable[[str, Path], Part], text_field: str | Sequence[str], chats: bool = False
+    ) -> Stream:
         """Their text, each read by what `part` makes of a name and a path."""
         train, heldout = (
             None if side is None else [part(*file) for file in side] for side in (self.train, self.heldout)
         )
         read_as = {"source": self.kind.source, "text_field": text_field}
-        return Stream(self.name, train or [], heldout, read_as, self.by_hash, self.notes)
+        return Stream(self.name, train or [], heldout, read_as, self.by_hash, self.notes, chats=chats)
 
 
 def named_files(cfg: FilesConfig, kind: Kind) -> Named:

@@ -28,7 +28,7 @@ import numpy as np
 from data import SOURCES, load_corpus, unheard
 from data.arrays import map_array
 from data.cache import file_digest, write_atomic
-from data.config import DataConfig
+from data.config import CHATS, DataConfig
 from data.corpus import Corpus, Document, Texts, fingerprint, selected, sizes, total_bytes
 from data.encoder import Encoded, Encoders
 from data.errors import DataError
@@ -91,6 +91,11 @@ def prepare(
         DataError: the text or the tokenizer cannot be used as asked; the folder holds something else; a document
             cannot be encoded, or is not given back and the text is not kept; there is no room. What is complete stays.
     """
+    if cfg.training_mode == CHATS:
+        raise DataError(
+            "training_mode: chats are read from their rows at every start, as shards hold no turns. Leave it at "
+            "pretraining to prepare text"
+        )
     corpus, tokenizer, overlap, notes = _read(cfg, wanted, cache, tell)
     asked = {
         "format_version": FORMAT_VERSION,

@@ -7,12 +7,13 @@ tokens; inputs are tokens[:, :S], next-token targets tokens[:, 1 : S + 1].
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
 from data.errors import DataError
 from data.order import first_documents, reading_place
-from data.places import Pieces, Places, StreamPlaces
+from data.places import Pieces, Places, StreamPlaces, spread
 from data.shards import ShardTokens, each
 from data.store import TokenStore
 from data.tokenizers import Tokenizer
@@ -154,6 +155,30 @@ class TrainingRows:
         begins = -(-position // self.seq_len) - epoch * self.rows_per_epoch
         return read_again(self.tokens_per_epoch - 1, (seq_len, visits), (self.seq_len, begins))
 
+    def change_of_length(self, seq_len: int, position: int) -> str:
+        """What `changed_length` finds, in words."""
+        twice, never = self.changed_length(seq_len, position)
+        return (
+            f"with rows of another length {twice:.1%} of this epoch's text is read twice, {never:.1%} never"
+        )
+
+    def position_of(self, row: int) -> int:
+        """What has been served before a row: of a stream, targets."""
+        return row * self.seq_len
+
+    def row_at(self, position: int) -> int:
+        """The row that a run goes on with from there."""
+        return -(-position // self.seq_len)
+
+    def rows_of(self, epochs: float) -> float:
+        """Rows of so many epochs from the first on."""
+        return epochs * self.rows_per_epoch
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What of the text no row has, in words."""
+        return ()
+
     def set_length(self, targets: int, epochs: float | None = None) -> None:
         """How many targets a run reads, as passes over the text too where it is that long; what is read of one text
         does not depend on it."""
@@ -209,8 +234,11 @@ class HeldoutRows:
 
     `max_bytes` and `max_documents` select whole documents (the score stays comparable between runs that agree on them);
     `max_tokens` cuts the list of windows, and `complete` is False where it cut. `total_bytes` is what the
-    rows score together. `sources`: by the name of each source of a mixture, which of `documents` are of it (n,) bool.
+    rows score together, and `scores` says of what. `sources`: by the name of each source of a mixture, which of
+    `documents` are of it (n,) bool.
     """
+
+    scores: Literal["text", "answers"] = "text"
 
     def __init__(
         self,
@@ -231,10 +259,7 @@ class HeldoutRows:
             name: source[self.documents] == place for place, (name, _) in enumerate(store.sources)
         }
         targets = store.lengths_of(self.documents) + 1  # the document's end is one
-        windows = -(-targets // seq_len)
-        document = np.repeat(np.arange(len(windows)), windows)
-        first = (np.arange(len(document)) - np.repeat(np.cumsum(windows) - windows, windows)) * seq_len
-        length = np.minimum(targets[document] - first, seq_len)
+        document, first, length = self._windows(targets)
         keep = len(length)
         if max_tokens is not None:
             keep = max(1, int(np.searchsorted(np.cumsum(length), max_tokens, side="right")))
@@ -249,6 +274,14 @@ class HeldoutRows:
         self.n_rows = keep
         self.n_targets = int(self._length.sum())
         self.total_bytes = self._count_bytes()
+
+    def _windows(self, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of documents of so many targets (n,), each window (w,): which document's it is, how many of its targets come
+        before, and how many it has."""
+        windows = -(-targets // self.seq_len)
+        document, nth = spread(windows)
+        first = nth * self.seq_len
+        return document, first, np.minimum(targets[document] - first, self.seq_len)
 
     def _count_bytes(self) -> int:
         if self.complete:

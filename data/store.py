@@ -20,7 +20,7 @@ from data.shard_text import InShards
 from data.shards import ShardFiles, ShardTokens
 from data.tokenizers import Tokenizer, spans_of, text_of
 
-_ARRAYS = ("tokens", "offsets", "doc_bytes")
+ARRAYS = ("tokens", "offsets", "doc_bytes")
 _OF_SHARDS = ("begins", "offsets", "doc_bytes")
 _OF_RAW = ("raw_begins", "raw_offsets")
 _OF_LOSSY = ("lossy", "raw")
@@ -144,11 +144,11 @@ def save_stores(folder: Path, stores: dict[str, TokenStore]) -> None:
     """Write `<side>.<array>.npy` files and, last, `meta.json` with their digests. Raises OSError."""
     names = []
     for side, store in stores.items():
-        for name in _ARRAYS if store.lossy is None else (*_ARRAYS, *_OF_LOSSY):
+        for name in ARRAYS if store.lossy is None else (*ARRAYS, *_OF_LOSSY):
             names.append(f"{side}.{name}.npy")
             write = functools.partial(np.save, arr=getattr(store, name), allow_pickle=False)
             write_atomic(folder / names[-1], write)
-    _write_meta(folder, names)
+    write_meta(folder, names)
 
 
 def write_stores(folder: Path, sides: Mapping[str, Sequence[Document]], tokenizer: Tokenizer) -> None:
@@ -162,12 +162,12 @@ def write_stores(folder: Path, sides: Mapping[str, Sequence[Document]], tokenize
         if isinstance(documents, InShards) and documents.is_of(tokenizer):
             names += _write_places(folder, side, documents)
             continue
-        names += [f"{side}.{name}.npy" for name in _ARRAYS]
+        names += [f"{side}.{name}.npy" for name in ARRAYS]
         if _write_encoded(folder, side, documents, tokenizer):
             raw = functools.partial(_write_raw, documents=documents)
             write_atomic(folder / f"{side}.raw.npy", raw)
             names += [f"{side}.{name}.npy" for name in _OF_LOSSY]
-    _write_meta(folder, names)
+    write_meta(folder, names)
 
 
 def _write_encoded(folder: Path, side: str, documents: Sequence[Document], tokenizer: Tokenizer) -> bool:
@@ -238,7 +238,7 @@ def _write_raw(file: BinaryIO, documents: Sequence[Document]) -> None:
     raw.close()
 
 
-def _write_meta(folder: Path, names: Sequence[str]) -> None:
+def write_meta(folder: Path, names: Sequence[str]) -> None:
     stamps, digests = {}, {}
     for name in names:
         stamps[name], digests[name] = _stamp(folder / name), file_digest(folder / name)
@@ -257,6 +257,14 @@ def _write_stamps(folder: Path, stamps: Mapping[str, list[int]]) -> None:
     """What files look like whose digests are right: they are not read again before they look otherwise."""
     text = json.dumps(stamps, indent=1)
     write_atomic(folder / STAMPS, lambda file: file.write(text.encode()))
+
+
+def check_files(folder: Path) -> Mapping[str, str]:
+    """The digests of what was written, by name. DataError where a file is another by now; OSError, ValueError, KeyError
+    or TypeError where nothing says what was."""
+    digests: Mapping[str, str] = json.loads((folder / "meta.json").read_bytes())["sha256"]
+    _check(folder, digests)
+    return digests
 
 
 def _check(folder: Path, digests: Mapping[str, str]) -> None:

@@ -17,7 +17,7 @@ from data.errors import DataError
 if TYPE_CHECKING:
     from data.kept import KeptText
 
-__all__ = ["FilePart", "Part", "Row", "Stream", "require_one_field", "utf8"]
+__all__ = ["FilePart", "Part", "Row", "Stream", "fields_of", "joined", "utf8"]
 
 Stamp = tuple[str, int, int]  # absolute path, bytes, modification time in ns
 
@@ -50,6 +50,7 @@ class Stream:
     `by_hash`: even where that holds out most of it.
 
     `read_as` is what decides, beside the parts, what text they give, as JSON. `notes` are sentences for the user.
+    `chats`: documents are chats (`data/chats/messages.py`).
     `kept`: how the text is kept, if not as it is: a class derived from `data.kept.KeptText`.
     """
 
@@ -60,6 +61,7 @@ class Stream:
     by_hash: bool = False
     notes: tuple[str, ...] = ()
     kept: type[KeptText] | None = None
+    chats: bool = False
 
     def whole(self) -> Stream:
         """All of it as held-out text."""
@@ -81,13 +83,17 @@ class FilePart:
         return [(str(self.path.absolute()), status.st_size, status.st_mtime_ns)]
 
 
-def require_one_field(text_field: str) -> None:
-    """DataError for a `text_field` that lists several, which a command line gives as text."""
-    if text_field.startswith("[") and text_field.endswith("]"):
-        raise DataError(
-            f"text_field: {text_field!r} is a list, and the text of a document is that of one field. Name one; where "
-            f"several make up the text, write them into one first"
-        )
+def fields_of(text_field: str | Sequence[str]) -> tuple[str, ...]:
+    """The fields whose text makes up that of a document."""
+    return (text_field,) if isinstance(text_field, str) else tuple(text_field)
+
+
+def joined(texts: Sequence[str | None]) -> str | None:
+    """The text of several fields: those that are not empty, a blank line between them. None where all are null."""
+    if len(texts) == 1:
+        return texts[0]
+    said = [text for text in texts if text is not None]
+    return "\n\n".join(text for text in said if text.strip()) if said else None
 
 
 def utf8(text: str) -> bytes:

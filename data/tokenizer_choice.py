@@ -114,9 +114,11 @@ def _make(choice: Choice, corpus: Corpus, cache: Path, notes: list[str]) -> Toke
     if choice.kind is None or not TOKENIZERS[choice.kind].trained:
         return _untrained(choice, cache)
     factory = TOKENIZERS[choice.kind].load()
+    from data.chats.store import spoken
+    from data.chats.template import ChatTemplate
     from data.corpus import Texts
     from data.mix_texts import told, weighted
-    from data.tokenizers import load_tokenizer
+    from data.tokenizers import ByteTokenizer, load_tokenizer
 
     # Of large texts a part is learned from, which is chosen by what documents are called, of `Texts` by what they say.
     chosen_by = "-by-text" if isinstance(corpus.train, Texts) else ""
@@ -130,6 +132,8 @@ def _make(choice: Choice, corpus: Corpus, cache: Path, notes: list[str]) -> Toke
             notes.append(f"rebuilt a damaged cache file: {error}")
     # One of a given size keeps what is frequent.
     text = weighted(corpus) if TOKENIZERS[choice.kind].sized else corpus.train
+    if corpus.chats:
+        text = spoken(corpus.train, ChatTemplate(ByteTokenizer()))
     trained = factory.train(text, choice.size)
     try:
         trained.save(path)

@@ -60,13 +60,14 @@ def named(cases):
 
 @pytest.fixture
 def somewhere(tmp_path, monkeypatch):
-    """A directory with what the documents take for granted: a home, notes, a run called dante, an older run."""
+    """A directory with what the documents take for granted: a home, notes, chats, a run called dante, an older run."""
     for name, value in (("HOME", str(tmp_path)), ("HYDRA_FULL_ERROR", "0"), ("PYTHONPATH", "")):
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("configs.hardware.cuda_device_count", lambda: 0)
     monkeypatch.setattr("configs.frontend.missing_program", lambda launcher: [])  # SLURM is there
     (tmp_path / "my_notes").mkdir()
+    (tmp_path / "chats.jsonl").touch()
     (tmp_path / "my experiments").mkdir()
     (tmp_path / "my experiments/mine.yaml").write_text("defaults: [gpt2, _self_]\n")
     return tmp_path

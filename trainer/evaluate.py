@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ class Score:
     nats_per_token: float
     bits_per_token: float
     perplexity: float
-    end_nats_per_document: float | None  # None: ends are not modelled
+    end_nats_per_document: float | None  # None: ends are not modelled, or scored with the rest
     bytes: int
     tokens: int
     documents: int
@@ -64,6 +64,9 @@ class Score:
     no_accuracy: list[str] = field(default_factory=list)
     # "bits_per_byte" (None: of no text), "bytes" and "documents" by the source of a mixture.
     sources: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    # What was scored: "text", or the "answers" of chats, given what comes before: tokens and bytes are those of the
+    # answers, nats also of the tokens that end them. The one does not compare with the other.
+    of: Literal["text", "answers"] = "text"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -159,7 +162,9 @@ def evaluate(
         nats_per_token=per_token,
         bits_per_token=per_token / math.log(2),
         perplexity=math.exp(min(per_token, 700.0)),
-        end_nats_per_document=None if found.end_nats is None else total["end_nats"] / max(total["ends"], 1.0),
+        end_nats_per_document=None
+        if found.end_nats is None or rows.scores == "answers"
+        else total["end_nats"] / max(total["ends"], 1.0),
         bytes=rows.total_bytes,
         tokens=int(total["tokens"]),
         documents=len(rows.documents),
@@ -172,6 +177,7 @@ def evaluate(
         metrics=metrics.read(world),
         no_accuracy=[name for name in rows.store.marks if f"{name}_accuracy" not in found.metrics],
         sources={name: sums.of(documents) for name, documents in rows.sources.items()},
+        of=rows.scores,
     )
 
 

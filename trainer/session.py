@@ -18,6 +18,7 @@ from torch import nn
 from adapters import adapter_class, build_adapter
 from adapters.base import ModelAdapter, weighted_loss
 from data import Dataset, load_dataset, unheard
+from data.chats.rows import heldout_rows
 from data.rows import HeldoutRows, TrainingRows
 from kernels.choose import Kernels
 from models.layers.recompute import recomputing
@@ -66,7 +67,7 @@ class Session:
         tokens = cfg.val_tokens
         if cfg.val_steps is not None:
             tokens = cfg.val_steps * self.val_rows * (cfg.val_seq_len or cfg.train_seq_len)
-        return HeldoutRows(
+        return heldout_rows(
             self.dataset.heldout,
             self.dataset.tokenizer.eot,
             cfg.val_seq_len or cfg.train_seq_len,
@@ -122,7 +123,7 @@ def total_steps(cfg: RunConfig, rows: TrainingRows) -> int:
     """Optimizer steps of the run: `num_epochs` over the training rows if set, else `num_iterations`."""
     if cfg.num_epochs is None:
         return cfg.num_iterations
-    return max(1, steps_of_rows(cfg, cfg.num_epochs * rows.rows_per_epoch))
+    return max(1, steps_of_rows(cfg, rows.rows_of(cfg.num_epochs)))
 
 
 def set_length(cfg: RunConfig, rows: TrainingRows, steps: int) -> None:
@@ -132,7 +133,7 @@ def set_length(cfg: RunConfig, rows: TrainingRows, steps: int) -> None:
 
 def require_enough_text(cfg: RunConfig, rows: TrainingRows) -> None:
     """ValueError where `num_epochs` asks for less than one step."""
-    if cfg.num_epochs is None or steps_of_rows(cfg, cfg.num_epochs * rows.rows_per_epoch) >= 1:
+    if cfg.num_epochs is None or steps_of_rows(cfg, rows.rows_of(cfg.num_epochs)) >= 1:
         return
     passes = cfg.global_batch_size / rows.rows_per_epoch
     asked = math.floor(cfg.num_epochs * rows.rows_per_epoch)

@@ -16,8 +16,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from data.chats.messages import chat_document, chat_fields
+from data.config import CHATS, Mode
 from data.errors import DataError
-from data.stream import FilePart, Row, Stamp, Stream, require_one_field, utf8
+from data.stream import FilePart, Row, Stamp, Stream, fields_of, joined, utf8
 from naming import expand_path, not_one_of, shorten
 
 BATCH_ROWS = 256
@@ -32,7 +34,8 @@ class HuggingFaceConfig(Protocol):
     dataset_split: str
     eval_split: str | None  # None: documents are held out by a hash of their text
     dataset_bytes: int | None
-    text_field: str
+    text_field: str | list[str]
+    training_mode: Mode
 
 
 def load(cfg: HuggingFaceConfig) -> Stream:
@@ -42,7 +45,6 @@ def load(cfg: HuggingFaceConfig) -> Stream:
         DataError: the package is not installed, there is no such set, subset or split, or it cannot be fetched.
     """
     _require_package()
-    require_one_field(cfg.text_field)
     folder = _folder(cfg)
     notes: tuple[str, ...] = ()
     eval_split = cfg.eval_split
@@ -70,7 +72,15 @@ def load(cfg: HuggingFaceConfig) -> Stream:
     }
     subset = f" ({cfg.dataset_subset})" if cfg.dataset_subset else ""
     name = f"{folder.name if folder else cfg.dataset_name}{subset}"
-    return Stream(name, train or [], heldout, read_as, cfg.eval_split is None, notes)
+    return Stream(
+        name,
+        train or [],
+        heldout,
+        read_as,
+        cfg.eval_split is None,
+        notes,
+        chats=cfg.training_mode == CHATS,
+    )
 
 
 def absolute(cfg: HuggingFaceConfig) -> dict[str, str]:
@@ -177,30 +187,48 @@ class SplitPart:
 
     def rows(self) -> Iterator[Row]:
         rows = self._opened()
-        field = self.cfg.text_field
-        columns = rows.column_names
-        if columns is not None and field not in columns:
-            raise DataError(
-                f"{self._called()} lacks the column {field!r} (it has {shorten([repr(name) for name in columns])}). "
-                f"Set text_field=<the one with the text>"
-            )
+        fields = self._fields(rows.column_names)
         taken = 0
-        for place, value in enumerate(self._values(rows, field), start=1):
-            if value is not None and not isinstance(value, str):
-                raise DataError(
-                    f"{self._called()}, row {place:,}: {field!r} is of type {type(value).__name__}, and the text of a "
-                    f"document is a string. Set text_field=<a column of strings>"
-                )
-            text = None if value is None else utf8(value)
+        for place, values in enumerate(self._values(rows, fields), start=1):
+            text = self._text(dict(zip(fields, values, strict=True)), place)
             yield Row(place, text)
             taken += len(text or b"")
             if self.limit is not None and taken >= self.limit:
                 return
 
-    def _values(self, rows: Any, field: str) -> Iterator[Any]:
+    def _fields(self, columns: list[str] | None) -> tuple[str, ...]:
+        """Those that are read; `columns`: what there is, None where the set does not say it."""
+        given = self.cfg.text_field
+        if self.cfg.training_mode == CHATS:
+            if columns is None and given == "text":
+                raise DataError(
+                    f"{self._called()} does not say which columns it has. Set text_field=<the one with the turns>"
+                )
+            return fields_of(given) if columns is None else chat_fields(given, columns, self._called())
+        for field in fields_of(given):
+            if columns is not None and field not in columns:
+                raise DataError(
+                    f"{self._called()} lacks the column {field!r} (it has "
+                    f"{shorten([repr(name) for name in columns])}). Set text_field=<the one with the text>"
+                )
+        return fields_of(given)
+
+    def _text(self, row: dict[str, Any], place: int) -> bytes | None:
+        if self.cfg.training_mode == CHATS:
+            return chat_document(row, self.cfg.text_field, f"{self._called()}, row {place:,}")
+        for field, value in row.items():
+            if value is not None and not isinstance(value, str):
+                raise DataError(
+                    f"{self._called()}, row {place:,}: {field!r} is of type {type(value).__name__}, and the text of a "
+                    f"document is a string. Set text_field=<a column of strings>"
+                )
+        text = joined(list(row.values()))
+        return None if text is None else utf8(text)
+
+    def _values(self, rows: Any, fields: Sequence[str]) -> Iterator[tuple[Any, ...]]:
         try:
-            for batch in rows.select_columns([field]).iter(batch_size=BATCH_ROWS):
-                yield from batch[field]
+            for batch in rows.select_columns(list(fields)).iter(batch_size=BATCH_ROWS):
+                yield from zip(*[batch[field] for field in fields], strict=True)
         except Exception as error:  # of the package, of Arrow or of the network
             raise DataError(
                 f"{self._called()} cannot be read: {_first_line(error)}{self._way_out()}"

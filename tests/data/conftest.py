@@ -65,6 +65,8 @@ def config():
             "train_files": None,
             "val_files": None,
             "text_field": "text",
+            "training_mode": "pretraining",
+            "packing": True,
             "shards_tokenizer": None,
             "dataset_name": None,
             "dataset_subset": None,

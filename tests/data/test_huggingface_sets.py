@@ -146,8 +146,8 @@ def test_text_field_and_held_out_copies(load, tmp_path) -> None:
         ),
         ({"dataset_name": "empty"}, "empty' cannot be read by datasets"),
         (
-            {"dataset_name": "mine", "text_field": "[text, id]"},
-            "is a list, and the text of a document is that of one",
+            {"dataset_name": "mine", "text_field": ["text", "body"]},
+            r"lacks the column 'body' \(it has 'text', 'id'\)",
         ),
         ({"dataset_name": "a.jsonl"}, "a.jsonl' is a file, and a set is a folder"),
         (

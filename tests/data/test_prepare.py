@@ -406,7 +406,8 @@ def test_killed_at_any_point_it_goes_on_to_the_same_bytes(written, fields, tmp_p
         "import sys, json; from types import SimpleNamespace; from pathlib import Path; "
         "from data.prepare import Wanted, prepare; from data.cache import cache_root; "
         "empty = dict.fromkeys(('input_file', 'data_root', 'near_copies', 'val_files', 'shards_tokenizer')); "
-        "cfg = SimpleNamespace(**empty, text_field='text', train_seq_len=32, **json.loads(sys.argv[1])); "
+        "cfg = SimpleNamespace(**empty, text_field='text', training_mode='pretraining', "
+        "packing=True, train_seq_len=32, **json.loads(sys.argv[1])); "
         "prepare(cfg, Wanted(Path(sys.argv[2]), 2, shard_tokens=1000), cache_root())"
     )
     out, killed = tmp_path / "out", 0
@@ -524,6 +525,11 @@ def test_a_missing_or_shorter_file_is_refused(written, opened, tmp_path) -> None
     path.unlink()
     with pytest.raises(DataError, match=r"train_000001.bin' of a prepared folder is not there"):
         opened()
+
+
+def test_chats_are_not_prepared(written) -> None:
+    with pytest.raises(DataError, match="training_mode: chats are read from their rows"):
+        written(training_mode="instruction_finetuning")
 
 
 def test_another_tokenizer_beside_the_shards_is_refused(written, opened, tmp_path) -> None:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from adapters.base import Prepared
+from data.rows import TrainingRows
 from trainer.batching import BatchPlan, StepLoader, plan_batch
 from trainer.optim.stages import Stages
 
@@ -33,6 +34,7 @@ def test_inconsistent_numbers_name_the_nearest_legal(args, words):
 
 class FakeRows:
     seq_len = 3
+    position_of, row_at = TrainingRows.position_of, TrainingRows.row_at
 
     def batch(self, rows):
         tokens = np.repeat(rows[:, None], 4, axis=1)

@@ -8,10 +8,12 @@ import sys
 import time
 
 from adapters.base import GenerateOptions, Generation, Speculation
+from data.config import CHATS
 from data.tokenizers import StreamDecoder, Tokenizer
+from trainer.commands.talk import talk
 from trainer.errors import StopRequested
 from trainer.precision import autocast
-from trainer.run.restore import add_checkpoint_arguments, restore_named
+from trainer.run.restore import Restored, add_checkpoint_arguments, restore_named
 from trainer.signals import StopSignal
 from trainer.view.text_view import TextView, with_gaps
 
@@ -26,6 +28,18 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, GenerateOptions]:
     )
     add_checkpoint_arguments(parser)
     parser.add_argument("--prompt", default="", help="text to continue (default: the start of a document)")
+    chat = parser.add_mutually_exclusive_group()
+    chat.add_argument(
+        "--chat",
+        action="store_const",
+        const=True,
+        help="--prompt is a question, asked in the chat template; on a terminal further ones follow (default of a run "
+        "of training_mode=instruction_finetuning)",
+    )
+    chat.add_argument(
+        "--no_chat", dest="chat", action="store_const", const=False, help="continue the prompt as text"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="of a chat: what stands before its first question")
     parser.add_argument(
         "--infill",
         metavar="TEXT",
@@ -82,6 +96,12 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, GenerateOptions]:
         raise ValueError(
             "prompt and infill exclude each other: write the prompt at the start of the infill text"
         )
+    if args.infill is not None and (args.chat or args.system is not None):
+        raise ValueError(
+            "infill fills gaps of a text, and a chat has none: leave out infill, or chat and system"
+        )
+    if args.chat is False and args.system is not None:
+        raise ValueError("system belongs to a chat: leave out no_chat or system")
     options = GenerateOptions(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
@@ -102,6 +122,9 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, GenerateOptions]:
 def main(argv: list[str]) -> int:
     args, options = _parse(argv)
     restored = restore_named(args)
+    if _is_chat(args, restored):
+        with StopSignal("ending the chat here") as stop, autocast(restored.precision, restored.device):
+            return talk(restored, args, options, stop)
     moving = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"  # a cursor can go back
     view = TextView(restored.tokenizer) if moving else None
     prompt = restored.tokenizer.encode(args.prompt).tolist()
@@ -159,6 +182,13 @@ def main(argv: list[str]) -> int:
     if generated.speculation is not None:
         print(_of_drafts(generated.speculation), file=sys.stderr)
     return 0
+
+
+def _is_chat(args: argparse.Namespace, restored: Restored) -> bool:
+    """Whether the prompt is a question: where it is asked for, or the run was trained on chats and nothing else is."""
+    if args.chat is None and args.infill is None:
+        return args.system is not None or restored.cfg.training_mode == CHATS
+    return bool(args.chat)
 
 
 def _of_drafts(found: Speculation) -> str:

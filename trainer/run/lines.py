@@ -126,5 +126,5 @@ def evaluation_line(progress: Progress, score: Score) -> dict[str, Any]:
 
 def raw_evaluation_line(progress: Progress, score: Score) -> dict[str, Any]:
     """The score of the weights as they are, beside that of their average."""
-    values = {f"val_raw_{k}": getattr(score, k) for k in ("bits_per_byte", "standard_error", "kind")}
+    values = {f"val_raw_{k}": getattr(score, k) for k in ("bits_per_byte", "standard_error", "kind", "of")}
     return {"step": progress.step, **values}

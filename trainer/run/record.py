@@ -88,6 +88,10 @@ class RunRecord:
         self._sinks += chosen_trackers(s.cfg, self.console.note)
         for sink in self._sinks:
             sink.begin(facts)
+        if (
+            s.dataset.chats
+        ):  # what answers score, given the rest of their chats, compares with no score of text
+            return
         try:
             self._yardsticks = start_background(
                 s.dataset, s.cfg.val_bytes, beside(self.folder.path / "yardsticks")

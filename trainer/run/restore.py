@@ -22,6 +22,7 @@ from adapters.base import ModelAdapter
 from adapters.lora import merge
 from configs.messages import ConfigError
 from configs.removed import REMOVED
+from data.chats.rows import heldout_rows
 from data.rows import HeldoutRows
 from naming import did_you_mean, not_one_of
 from trainer.distributed import World, choose_device
@@ -86,7 +87,7 @@ class Restored:
         max_documents: int | None = None,
     ) -> HeldoutRows:
         """Documents as the model's score reads them: in windows of the run's context, or of `seq_len` tokens."""
-        return HeldoutRows(
+        return heldout_rows(
             store,
             self.tokenizer.eot,
             seq_len or self.cfg.val_seq_len or self.cfg.train_seq_len,

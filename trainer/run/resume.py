@@ -128,14 +128,19 @@ def check_resumable(
             f"nothing to {s.cfg.optimizer}. Go on with optimizer={before.optimizer}, or begin a new run from the "
             f"weights: {_begin_anew(checkpoint, f'optimizer={s.cfg.optimizer}')}"
         )
+    if before.packing != s.cfg.packing and s.cfg.training_mode == "pretraining":
+        was, now = (f"packing={str(cfg.packing).lower()}" for cfg in (before, s.cfg))
+        raise ValueError(
+            f"packing: a place in packed text is none in padded rows. Go on with {was}, or begin a new run from the "
+            f"weights: {_begin_anew(checkpoint, now)}"
+        )
     old = {**redacted(before), **{f"model_cfg.{k}": then.get(k) for k in other}}
     new = {**redacted(s.cfg), **{f"model_cfg.{k}": mine["model_cfg"][k] for k in other}}
     changed = [k for k in new if k not in _NOT_COMPARED and old[k] != new[k]]
     for key in changed:
         note(f"changed since the checkpoint: {key} {old[key]} -> {new[key]}")
     if "train_seq_len" in changed:
-        twice, never = s.rows.changed_length(before.train_seq_len, saved["position"])
-        note(f"with rows of another length {twice:.1%} of this epoch's text is read twice, {never:.1%} never")
+        note(s.rows.change_of_length(before.train_seq_len, saved["position"]))
     for key, now in execution(s).items():
         recorded = saved["execution"].get(key, now)  # what was not recorded yet is not known to differ
         if recorded != now:
@@ -195,7 +200,12 @@ def scores_alike(before: RunConfig, now: RunConfig) -> bool:
 
 def _mended(before: RunConfig, data: dict[str, Any], s: Session) -> str:
     """How to have the data of a run again: what it set otherwise, else the text itself."""
-    chosen = {"data", "near_copies", *(name for source in SOURCES.values() for name in source.reads)}
+    chosen = {
+        "data",
+        "near_copies",
+        "training_mode",
+        *(name for source in SOURCES.values() for name in source.reads),
+    }
     other = [n for n in sorted(chosen) if getattr(before, n) != getattr(s.cfg, n)]
     if "mix" in other:
         return "Leave its mix (sources, files and weights) as its config.yaml has it"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from configs.grammar import word
+from data.config import CHATS
 from naming import command_line
 from trainer.run.facts import Facts
 from trainer.run.folder import RunFolder
@@ -64,6 +65,7 @@ class ConsoleSink:
         self._console.banner(facts.banner)
         self._metrics = facts.console_metrics
         self._epochs: float | None = facts.config["num_epochs"]
+        self._prompt = "hello" if facts.config["training_mode"] == CHATS else "def "
 
     def step(self, line: dict[str, Any]) -> None:
         self._console.step(line, self._metrics)
@@ -87,7 +89,7 @@ class ConsoleSink:
         else:
             longer = f"num_iterations={2 * max(steps, 1)}"
         commands = [
-            command_line("generate", "--checkpoint", path, "--prompt", "def "),
+            command_line("generate", "--checkpoint", path, "--prompt", self._prompt),
             command_line(word("resume", path), longer),
         ]
         self._console.finish(path, commands if self._folder.has_checkpoint(steps) else [])

@@ -30,8 +30,10 @@ def quantity(value: float) -> str:
 
 
 def bits_per_byte(score: dict[str, Any], prefix: str = "") -> str:
-    """`1.234`, or `<= 1.234 ± 0.005` where the number is an upper bound."""
+    """`1.234`, or `<= 1.234 ± 0.005` where the number is an upper bound; `1.234 (answers)` where it is of chats."""
     value = f"{score[prefix + 'bits_per_byte']:.3f}"
+    if score.get(prefix + "of") == "answers":
+        value += " (answers)"
     if score.get(prefix + "kind") != "bound":
         return value
     error = score.get(prefix + "standard_error")
@@ -147,6 +149,14 @@ def ranking(
 def ranking_notes(score: dict[str, Any], yardsticks: dict[str, float]) -> list[str]:
     """Sentences without which the ranking would mislead."""
     notes = []
+    if score.get("of") == "answers":
+        notes.append(
+            "of the answers of chats, given what comes before them, and of the tokens that end them: another score "
+            "than that of text, and not to be compared with one"
+        )
+        if score.get("comparable") is False:
+            notes.append("chats longer than a row were cut: a longer val_seq_len scores more of them")
+        return notes
     if score.get("kind") == "bound":
         notes.append(
             f"an upper bound ({score.get('estimator', 'unnamed estimator')}): the model may be better"

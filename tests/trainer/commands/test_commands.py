@@ -101,10 +101,9 @@ def test_an_empty_text_says_why(command, monkeypatch):
 
 
 def test_what_became_of_drafts_is_told_beside_the_text(command, monkeypatch):
-    adapter = build_adapter(
-        *config("mtp", "model_cfg.n_mtp_tokens=3", "model_cfg.n_layers=4"), ByteTokenizer()
-    )
-    restored = Restored(None, adapter.eval(), adapter.tokenizer, adapter.device, "no", None, "untrained", 1)
+    cfg, model_cfg = config("mtp", "model_cfg.n_mtp_tokens=3", "model_cfg.n_layers=4")
+    adapter = build_adapter(cfg, model_cfg, ByteTokenizer())
+    restored = Restored(cfg, adapter.eval(), adapter.tokenizer, adapter.device, "no", None, "untrained", 1)
     monkeypatch.setattr("trainer.commands.generate.restore_named", lambda args: restored)
     words = ["--prompt", "01", "--ignore_document_end", "--temperature", 0]
     plain, quiet = generate(command, *words)
