@@ -19,6 +19,7 @@ from adapters import adapter_class, build_adapter
 from adapters.base import ModelAdapter, weighted_loss
 from data import Dataset, load_dataset, unheard
 from data.rows import HeldoutRows, TrainingRows
+from data.tokenizer_choice import AUTO
 from kernels.choose import Kernels
 from models.layers.recompute import recomputing
 from naming import shorten
@@ -178,6 +179,11 @@ def open_session(
     Kernels(cfg.kernels, deterministic=cfg.deterministic, device=device)  # refused before any text is read
     precision, reason = choose_precision(cfg.mixed_precision, device)
     compiled, not_compiled = should_compile(cfg.torch_compile, device)
+
+    if why := model_cfg.lacking():
+        raise ValueError(why)
+    if tokenizer is None and cfg.tokenizer == AUTO:
+        tokenizer = adapter_class(cfg).own_tokenizer(model_cfg)
 
     def load() -> Dataset:
         with interruptible() if world.is_main else nullcontext():

@@ -16,14 +16,17 @@ if TYPE_CHECKING:
 __all__ = ["give_adapters"]
 
 
-def give_adapters(adapter: ModelAdapter, cfg: RunConfig, note: Callable[[str], None]) -> Source:
-    """Fill the model with the weights that `cfg` adapts, and put its adapters beside them; the source of the weights.
-    Adapters that the source itself has are added to its weights first.
+def give_adapters(adapter: ModelAdapter, cfg: RunConfig, note: Callable[[str], None]) -> Source | None:
+    """Fill the model with the weights that `cfg` adapts, and put its adapters beside them; the source of the weights,
+    None where the model has loaded them itself. Adapters that the source itself has are added to its weights first.
 
     Raises:
         ValueError: the weights are not there any more or do not fit, or a target cannot be adapted.
     """
-    assert cfg.init_from_checkpoint is not None
+    if cfg.init_from_checkpoint is None:
+        assert adapter.provenance(), "adapters stand beside weights that were trained"
+        attach(adapter, cfg, base="")
+        return None
     if not Path(cfg.init_from_checkpoint).exists():
         raise ValueError(
             f"init_from_checkpoint: {cfg.init_from_checkpoint} is not there, whose weights this run adapts and does "
