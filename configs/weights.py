@@ -149,6 +149,8 @@ def take_sizes(
 ) -> Callable[[str], str]:
     """Put the sizes of the weights into the tree of a run that begins from such a folder. Gives `where`, which knows
     them. ConfigError for another architecture, and for what the command line says otherwise."""
+    if tree.get(FIELD) and _on_a_base(tree, where):
+        return where
     sizes = sizes_at(tree.get(FIELD))
     if sizes is None or not isinstance(tree.get("model_cfg"), dict):  # what is none, the typed check refuses
         return where
@@ -167,6 +169,14 @@ def take_sizes(
         fix(tree, Fixed(sizes.type, fields, sizes.source, lock), explicit, notices, *told)
     decided = {f"model_cfg.{name}" for name in fields}
     return lambda key: str(sizes.source) if key in decided else where(key)
+
+
+def _on_a_base(tree: dict[str, Any], where: Callable[[str], str]) -> bool:
+    """Whether another model decides the sizes, so that adapters alone can be taken of a folder."""
+    from configs.validate import architecture_config
+
+    known = tree.get("type") in ARCHITECTURES
+    return known and bool(architecture_config(str(tree["type"]), tree.get("model_adapter"), where).elsewhere)
 
 
 def _take_row(tree: dict[str, Any], sizes: Sizes, explicit: set[str]) -> list[str]:

@@ -111,6 +111,7 @@ class _AdaptedTransposed(_AdaptedLinear):
     """In front of a `Conv1D` of transformers, whose weight lies as (in, out)."""
 
     nf: int
+    bias: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         product = torch.addmm(self.bias, x.flatten(0, -2), self._own("weight"))

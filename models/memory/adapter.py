@@ -65,9 +65,7 @@ class MemoryAdapterConfig(ModelConfig):
     elsewhere = frozenset({"vocab_size", "d_model", "n_heads", "n_layers", "n_ctx", "dropout"})
     tiny: ClassVar[dict[str, Any]] = {"freeze_base_model": False}
     rare: ClassVar[dict[str, str]] = {
-        **dict.fromkeys(
-            ("vocab_size", "d_model", "n_heads", "n_layers"), "the base's size alone is legal"
-        ),
+        **dict.fromkeys(("vocab_size", "d_model", "n_heads", "n_layers"), "the base's size alone is legal"),
         "base_model_revision": "a folder has none",
         "freeze_base_model": "without LoRA nothing would be trained",
     }
@@ -171,7 +169,7 @@ class MemoryAdapter(nn.Module):
                 f"model_cfg.base_model_name: the head of a {self.config.model_type} has biases, which is not known here"
             )
         self.base = whole.base_model
-        self.base_prefix = f"{whole.base_model_prefix}."
+        self.class_name, self.base_prefix = type(whole).__name__, f"{whole.base_model_prefix}."
         self.head_name = next(name for name, module in whole.named_modules() if module is head) + ".weight"
         tied = head.weight is self.embedding_weight
         self.lm_head = None if tied else head
@@ -221,7 +219,10 @@ class MemoryAdapter(nn.Module):
         else:
             positions = torch.arange(past, length, device=tokens.device).expand(tokens.shape)
         # transformers makes a mask of its own only where it is given none: one of four dims is taken as it is.
-        given = {"attention_mask": self._mask(tokens, past, doc_ids), "position_ids": positions}
+        given: dict[str, Any] = {
+            "attention_mask": self._mask(tokens, past, doc_ids),
+            "position_ids": positions,
+        }
         if cache is not None:
             given[self.cache_word] = cache
         output = self.base(input_ids=tokens, use_cache=cache is not None, return_dict=True, **given)
@@ -321,6 +322,10 @@ class MemoryAdapter(nn.Module):
         }
         return names if self.lm_head is None else {**names, "lm_head.weight": self.head_name}
 
+    def hf_config(self) -> dict[str, Any]:
+        """Its config.json."""
+        return {**self.config.to_dict(), "architectures": [self.class_name], "dtype": "float32"}
+
     # -- what the trainer must know ------------------------------------------------------------------------------
 
     def blocks(self) -> list[str]:
@@ -384,7 +389,7 @@ def _of_files(cfg: MemoryAdapterConfig) -> Any:
     folder = cfg.folder
     try:
         with _silence():
-            whole, told = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=torch.float32,
                 attn_implementation=_attention(cfg),
@@ -394,9 +399,8 @@ def _of_files(cfg: MemoryAdapterConfig) -> Any:
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"model_cfg.base_model_name: transformers cannot load {folder}: {error}"
-        ) from None
+        raise ValueError(f"model_cfg.base_model_name: transformers cannot load {folder}: {error}") from None
+    whole, told = loaded
     if missing := sorted(told["missing_keys"]):
         raise ValueError(f"model_cfg.base_model_name: {folder} lacks {shorten(missing)}")
     return whole

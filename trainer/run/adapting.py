@@ -7,13 +7,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapters.lora import attach, merge
+from naming import expand_path
+from trainer.run.peft import AdaptersOfBase, is_peft
 from trainer.run.source import Source, open_source
 
 if TYPE_CHECKING:
     from adapters.base import ModelAdapter
-    from configs.schema import RunConfig
+    from configs.schema import ModelConfig, RunConfig
 
-__all__ = ["give_adapters"]
+__all__ = ["give_adapters", "source_of"]
+
+
+def source_of(cfg: RunConfig, model_cfg: ModelConfig, note: Callable[[str], None]) -> Source:
+    """The weights that a run begins from. ValueError as `open_source`."""
+    path = expand_path(str(cfg.init_from_checkpoint))
+    if model_cfg.elsewhere and is_peft(path):
+        return AdaptersOfBase(path, cfg, model_cfg)
+    return open_source(path, note)
 
 
 def give_adapters(adapter: ModelAdapter, cfg: RunConfig, note: Callable[[str], None]) -> Source | None:
@@ -32,7 +42,7 @@ def give_adapters(adapter: ModelAdapter, cfg: RunConfig, note: Callable[[str], N
             f"init_from_checkpoint: {cfg.init_from_checkpoint} is not there, whose weights this run adapts and does "
             f"not keep itself. Put it back"
         )
-    source = open_source(cfg.init_from_checkpoint, note)
+    source = source_of(cfg, adapter.model_cfg, note)
     source.fill_as_scored(adapter)
     merge(adapter)
     attach(adapter, cfg, source.digest)
