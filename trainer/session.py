@@ -213,7 +213,8 @@ def open_session(
     optimizers = build_optimizers(
         adapter.named_model_parameters(), adapter.param_roles(), cfg, adapter.width, adapter.kernels
     )
-    ema = EMA(adapter.named_model_parameters(), cfg.ema_decay) if cfg.ema_decay else None
+    averaged = cfg.ema_decay and any(p.requires_grad for p in adapter.parameters())
+    ema = EMA(adapter.named_model_parameters(), cfg.ema_decay) if averaged else None
     scaler = LossScaler(precision == "fp16", device)
     world.attach(adapter)
     wrapped = world.wrap(adapter)

@@ -53,7 +53,7 @@ SAME = 1e-3  # of the largest state: rounding of products of other shapes, and n
 class MemoryAdapterConfig(ModelConfig):
     """All sizes are the base's; those that are given must be the same."""
 
-    base_model_name: Free[str] | None = None  # it may move, what it holds may not change
+    base_model_name: Free[str | None] = None  # it may move, what it holds may not change
     base_model_revision: Free[str | None] = None
     freeze_base_model: bool = True
     vocab_size: Positive | None = None
@@ -163,17 +163,17 @@ class MemoryAdapter(nn.Module):
 
     def _take(self, whole: Any) -> None:
         """Keep the parts of a model of transformers: the layers with their norm, and a head that is not tied."""
+        self.base = whole.base_model
+        self.layers_path = self._layers_path()
         head = whole.get_output_embeddings()
         if getattr(head, "bias", None) is not None:
             raise ValueError(
                 f"model_cfg.base_model_name: the head of a {self.config.model_type} has biases, which is not known here"
             )
-        self.base = whole.base_model
         self.class_name, self.base_prefix = type(whole).__name__, f"{whole.base_model_prefix}."
         self.head_name = next(name for name, module in whole.named_modules() if module is head) + ".weight"
         tied = head.weight is self.embedding_weight
         self.lm_head = None if tied else head
-        self.layers_path = self._layers_path()
         words = inspect.signature(self.base.forward).parameters
         self.cache_word = "cache" if "cache" in words else "past_key_values"  # before transformers 5.20
 
