@@ -13,7 +13,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from data.cache import file_digest
 from naming import expand_path
 
 __all__ = ["Sizes", "base_folder", "lacking", "model_digest", "read_config", "require_known", "sizes_of"]
@@ -167,4 +166,5 @@ def model_digest(folder: Path, weights: bool = True) -> str:
 def _digest(path: Path, size: int, changed: int) -> str:
     """Read once by a process, as long as the file stays what it was."""
     del size, changed
-    return file_digest(path)
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
