@@ -35,15 +35,21 @@ def adapter_class(cfg: RunConfig) -> type[ModelAdapter]:
 
 
 def complete_model_config(model_cfg: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """Fill `vocab_size: null` with the tokenizer's size; refuse one that the token ids would overrun."""
+    """Fill in what the weights of a base decide, and `vocab_size: null` with the tokenizer's size; refuse one that the
+    token ids would overrun."""
+    model_cfg = model_cfg.completed()
     vocab_size = getattr(model_cfg, "vocab_size", None)
     if vocab_size is None:
         return model_cfg.model_copy(update={"vocab_size": tokenizer.vocab_size})
     if vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f"model_cfg.vocab_size: {vocab_size} is smaller than the {tokenizer.vocab_size} tokens of tokenizer "
-            f"{tokenizer.name!r}, so token ids would fall outside the embedding. Set it to null or at least "
-            f"{tokenizer.vocab_size}"
+            f"{tokenizer.name!r}, so token ids would fall outside the embedding. "
+            + (
+                "It is the base's: leave tokenizer at auto, which takes the base's own"
+                if model_cfg.elsewhere
+                else f"Set it to null or at least {tokenizer.vocab_size}"
+            )
         )
     return model_cfg
 
@@ -73,7 +79,7 @@ def build_adapter(
         adapter.to(device)
     # Last, as loading a base may replace its modules.
     adapter.kernels = kernels
-    _freeze_external(adapter)
+    adapter.freeze_external()
     if not cfg.use_lora:  # else once there are adapters
         hold_still(adapter, cfg)
     return adapter
@@ -88,8 +94,3 @@ def _refuse_state_outside_the_model(adapter: ModelAdapter) -> None:
             f"{type(adapter).__name__} holds parameters or buffers outside of its model: {shorten(outside)}. Only "
             f"those of `self.model` are initialised, trained and saved: register them there (build_model may do so)"
         )
-
-
-def _freeze_external(adapter: ModelAdapter) -> None:
-    for path in adapter.external():
-        adapter.model.get_submodule(path).requires_grad_(False)

@@ -375,6 +375,12 @@ class ModelAdapter(nn.Module):
         """Why a model of this Config takes no rows of which parts do not count, "" where it does."""
         return cls.no_masks
 
+    @classmethod
+    def own_tokenizer(cls, model_cfg: ModelConfig) -> Tokenizer | None:
+        """What `tokenizer: auto` means where the model's weights were trained elsewhere and know the ids of one. None:
+        the source of text decides."""
+        return None
+
     # -- training ------------------------------------------------------------------------------------------
 
     def data_spec(self) -> DataSpec:
@@ -544,7 +550,7 @@ class ModelAdapter(nn.Module):
         """What identifies the external parts, such as a digest of their files. Kept in config.json; a checkpoint is
         only loaded where it is the same."""
         own = self.model.provenance() if hasattr(self.model, "provenance") else {}
-        return {**own, "base": self.base} if self.low_rank else own
+        return {**own, "base": self.base} if self.low_rank and self.base else own
 
     def init_weights(self, generator: torch.Generator) -> None:
         self.model.init_weights(generator)
@@ -666,8 +672,16 @@ class ModelAdapter(nn.Module):
         return sum(p.numel() for _, p in self.counted_parameters())
 
     def is_external(self, name: str) -> bool:
-        """Whether a parameter or buffer of the model belongs to a part that comes from elsewhere."""
+        """Whether a parameter or buffer of the model belongs to a part that comes from elsewhere. What adapters add to
+        one does not."""
+        if self.low_rank and re.fullmatch(LOW_RANK, name):
+            return False
         return any(name.startswith(f"{path}.") for path in self.external())
+
+    def freeze_external(self) -> None:
+        """Have nothing train what comes from elsewhere."""
+        for path in self.external():
+            self.model.get_submodule(path).requires_grad_(False)
 
     def trained_state(self) -> dict[str, Tensor]:
         """What checkpoints hold of the model: its state without external parts, and without what adapters stand beside.

@@ -43,4 +43,5 @@ def merge(adapter: ModelAdapter) -> None:
     if adapter.low_rank is None:
         return
     merge_all(adapter.model)
+    adapter.freeze_external()
     adapter.low_rank, adapter.adapted, adapter.base = None, (), ""

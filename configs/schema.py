@@ -12,7 +12,7 @@ import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
@@ -204,6 +204,8 @@ class ModelConfig(BaseModel):
     )
     # Sizes of presets that it has under names of its own, which configs/preset/for/ sets.
     own_sizes: ClassVar[frozenset[str]] = frozenset()
+    # Sizes that weights decide which were trained elsewhere: presets leave them alone.
+    elsewhere: ClassVar[frozenset[str]] = frozenset()
     # For the contract tests (tests/contract). A subclass states its own; those of its bases hold beside them.
     tiny: ClassVar[dict[str, Any]] = {}  # field -> value that makes the architecture small and quick
     # field -> another value, or (another value, what other fields must be for it to mean something), where the tests
@@ -236,6 +238,15 @@ class ModelConfig(BaseModel):
     def unread(self) -> dict[str, str]:
         """Fields that mean nothing because of another one: name -> that one as `name=value`."""
         return {}
+
+    def lacking(self) -> str:
+        """Why the model cannot be built on this machine, such as a base that is not there; "" where it can. All that
+        does not need it is checked, and training refused."""
+        return ""
+
+    def completed(self) -> Self:
+        """With what weights decide that were trained elsewhere. ValueError where they are not there."""
+        return self
 
 
 class DefaultModelConfig(ModelConfig):

@@ -168,8 +168,12 @@ def _build(cfg: RunConfig) -> None:
     import torch
 
     values = {**cfg.model_cfg, "vocab_size": cfg.model_cfg.get("vocab_size") or 1024}
+    model_cfg = model_config_class(cfg).model_validate(values)
+    if why := model_cfg.lacking():
+        print(f"  not built: {why}")
+        return
     with torch.device("meta"):
-        model = load(models.resolve(cfg.type).model)(model_config_class(cfg).model_validate(values))
+        model = load(models.resolve(cfg.type).model)(model_cfg)
     assert all(p.is_meta for p in model.parameters())
 
 

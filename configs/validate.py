@@ -50,9 +50,8 @@ def validate(
     fields = _drop_preset_extras(run, config_class, where, notices)
     fields = drop_removed(fields, config_class.model_fields, where, notices, "model_cfg.")
     model_cfg = _architecture(run.type, config_class, fields, where)
-    _raise(
-        _tokens(run, model_cfg) + _objective(run) + _masks(run, model_cfg) + model_cfg.problems(run), where
-    )
+    problems = _tokens(run, model_cfg) + _objective(run) + _masks(run, model_cfg) + _adapted(run, model_cfg)
+    _raise(problems + model_cfg.problems(run), where)
     notices += model_cfg.remarks(run)
     if getattr(model_cfg, "dropout", 0.0) == 1.0:
         notices.append("model_cfg.dropout is 1.0: every activation it touches becomes zero")
@@ -145,11 +144,6 @@ def _relations(run: RunConfig) -> list[str]:
     if run.resume == "auto" and not (run.model_name or run.output_dir):
         problems.append("resume=auto needs model_name or output_dir, to know which run goes on")
     problems += _source(run)
-    if run.use_lora and not run.init_from_checkpoint and run.resume == "none":
-        problems.append(
-            "use_lora adapts weights that were trained, and leaves them as they are: it needs "
-            "init_from_checkpoint=<a run, or a folder of export or of Hugging Face transformers>"
-        )
     if run.base_model_lr and (own := load("trainer.optim:OPTIMIZERS")[run.optimizer].rate) != "learning_rate":
         problems.append(
             f"base_model_lr ({run.base_model_lr:g}) is one rate for all of a model, and optimizer={run.optimizer} has "
@@ -374,6 +368,16 @@ def _masks(run: RunConfig, model_cfg: ModelConfig) -> list[str]:
     ]
 
 
+def _adapted(run: RunConfig, model_cfg: ModelConfig) -> list[str]:
+    """Problems of adapters beside weights that nobody has trained."""
+    if not run.use_lora or run.init_from_checkpoint or run.resume != "none" or model_cfg.elsewhere:
+        return []
+    return [
+        "use_lora adapts weights that were trained, and leaves them as they are: it needs "
+        "init_from_checkpoint=<a run, or a folder of export or of Hugging Face transformers>"
+    ]
+
+
 def _tokens(run: RunConfig, model_cfg: ModelConfig) -> list[str]:
     """Problems between the tokenizer and what the architecture reads."""
     from data.tokenizer_choice import choose
@@ -449,12 +453,12 @@ def _drop_preset_extras(
     extras = {
         k
         for k, v in run.model_cfg.items()
-        if k not in config_class.model_fields
+        if (k not in config_class.model_fields or k in config_class.elsewhere)
         and brought.get(k, ...) == v
         and where(f"model_cfg.{k}") != "command line"
     }
     # What it turns off is missed by nobody.
-    if missed := sorted(k for k in extras - config_class.own_sizes if brought[k]):
+    if missed := sorted(k for k in extras - config_class.own_sizes - config_class.elsewhere if brought[k]):
         notices.append(f"preset {run.preset}: {run.type} has no {', '.join(missed)}; left out")
     return {k: v for k, v in run.model_cfg.items() if k not in extras}
 

@@ -15,7 +15,7 @@ from configs.messages import ConfigError
 from configs.request import Request
 from configs.runs import OUTPUTS, RUNS, Fixed, checkpoints, fix, run_meant, saved_architecture
 from configs.saved import ADAPTER_CONFIG, EXPORT, Architecture, adapted_base, is_export, lacking, read_record
-from models import ARCHITECTURES
+from models import ARCHITECTURES, alias
 from naming import expand_path
 
 FIELD = "init_from_checkpoint"
@@ -102,6 +102,8 @@ def sizes_given(request: Request, nodes: list[Node]) -> list[Sizes]:
     """Those that the runs of a command line begin with, as far as they are of the architecture."""
     types = {request.values.get("type") or node.stated("type") or node.path.stem for node in nodes}
     stated = [node.stated(FIELD) for node in nodes] if FIELD not in request.keys else _given(request)
+    if not any(stated) or all(_on_a_base(type_, None) for type_ in types):
+        return []
     return [sizes for given in stated if (sizes := sizes_at(given)) is not None and sizes.type in types]
 
 
@@ -149,6 +151,8 @@ def take_sizes(
 ) -> Callable[[str], str]:
     """Put the sizes of the weights into the tree of a run that begins from such a folder. Gives `where`, which knows
     them. ConfigError for another architecture, and for what the command line says otherwise."""
+    if tree.get(FIELD) and _on_a_base(tree.get("type"), tree.get("model_adapter")):
+        return where
     sizes = sizes_at(tree.get(FIELD))
     if sizes is None or not isinstance(tree.get("model_cfg"), dict):  # what is none, the typed check refuses
         return where
@@ -167,6 +171,14 @@ def take_sizes(
         fix(tree, Fixed(sizes.type, fields, sizes.source, lock), explicit, notices, *told)
     decided = {f"model_cfg.{name}" for name in fields}
     return lambda key: str(sizes.source) if key in decided else where(key)
+
+
+def _on_a_base(type_: Any, adapter: str | None) -> bool:
+    """Whether another model decides the sizes, so that adapters alone can be taken of a folder."""
+    from configs.validate import architecture_config
+
+    name, _ = alias(type_) or (type_, {})
+    return name in ARCHITECTURES and bool(architecture_config(name, adapter, lambda key: "").elsewhere)
 
 
 def _take_row(tree: dict[str, Any], sizes: Sizes, explicit: set[str]) -> list[str]:

@@ -80,6 +80,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         "mixture of depths (Raposo et al. 2024)",
         aliases={"mixture-of-depths": {}},
     ),
+    "memory_adapter": Architecture(
+        "models.memory.adapter:MemoryAdapter",
+        "adapters.memory:PretrainedAdapter",
+        "beside, or on, a pretrained model of transformers (LoRA: Hu et al. 2021)",
+        aliases={"memory-adapter": {}},
+    ),
     "moe": Architecture(
         "models.moe:MoE",
         "adapters.experts:ExpertsAdapter",

@@ -50,6 +50,7 @@ from trainer.meter import Meter
 from trainer.optim.optimizers import clip_gradients
 from trainer.optim.schedules import jump, momentum_at, schedule_factor
 from trainer.optim.stages import common_rows, stages_of
+from trainer.run.adapting import source_of
 from trainer.run.checkpoint import load_json, load_tensors, newest_checkpoint
 from trainer.run.folder import BEST
 from trainer.run.lines import refuse_taken_names, refuse_taken_names_of_score
@@ -66,7 +67,7 @@ from trainer.run.resume import (
     start_from_weights,
     tokenizer_to_take,
 )
-from trainer.run.source import Checkpoint, Source, load_weights, open_source
+from trainer.run.source import Checkpoint, Source, load_weights
 from trainer.sample import sample_text
 from trainer.session import Session, open_session, total_steps
 from trainer.signals import StopSignal
@@ -126,7 +127,7 @@ def _trainer(
         cfg = cfg.model_copy(update={"init_from_checkpoint": began_from})
     source: Source | None = Checkpoint(checkpoint) if checkpoint else None
     if source is None and cfg.init_from_checkpoint:
-        source = open_source(cfg.init_from_checkpoint, console.warn)
+        source = source_of(cfg, model_cfg, console.warn)
     tokenizer = tokenizer_to_take(cfg, source) if source else None
     micro_rows = val_rows = None
     if checkpoint:

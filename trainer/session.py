@@ -20,6 +20,7 @@ from adapters.base import ModelAdapter, weighted_loss
 from data import Dataset, load_dataset, unheard
 from data.chats.rows import heldout_rows
 from data.rows import HeldoutRows, TrainingRows
+from data.tokenizer_choice import AUTO
 from kernels.choose import Kernels
 from models.layers.recompute import recomputing
 from naming import shorten
@@ -180,6 +181,11 @@ def open_session(
     precision, reason = choose_precision(cfg.mixed_precision, device)
     compiled, not_compiled = should_compile(cfg.torch_compile, device)
 
+    if why := model_cfg.lacking():
+        raise ValueError(why)
+    if tokenizer is None and cfg.tokenizer == AUTO:
+        tokenizer = adapter_class(cfg).own_tokenizer(model_cfg)
+
     def load() -> Dataset:
         with interruptible() if world.is_main else nullcontext():
             return load_dataset(cfg, unit=adapter_class(cfg).unit(model_cfg), tokenizer=tokenizer, tell=tell)
@@ -208,7 +214,8 @@ def open_session(
     optimizers = build_optimizers(
         adapter.named_model_parameters(), adapter.param_roles(), cfg, adapter.width, adapter.kernels
     )
-    ema = EMA(adapter.named_model_parameters(), cfg.ema_decay) if cfg.ema_decay else None
+    averaged = cfg.ema_decay and any(p.requires_grad for p in adapter.parameters())
+    ema = EMA(adapter.named_model_parameters(), cfg.ema_decay) if averaged else None
     scaler = LossScaler(precision == "fp16", device)
     world.attach(adapter)
     wrapped = world.wrap(adapter)

@@ -28,7 +28,18 @@ from models.layers.experts import Experts
 from models.layers.roles import Rule, rule_for
 from naming import did_you_mean, shorten
 
-__all__ = ["LOW_RANK", "LowRank", "Target", "adapt", "matrices", "merge_all", "scaled_linear", "targets_of"]
+__all__ = [
+    "LOW_RANK",
+    "LowRank",
+    "Target",
+    "adapt",
+    "is_adapted",
+    "is_transposed",
+    "matrices",
+    "merge_all",
+    "scaled_linear",
+    "targets_of",
+]
 
 LOW_RANK = r"(.*\.)?lora_[AB](_\w+)?"  # names of the parameters of adapters
 
@@ -97,6 +108,30 @@ class _AdaptedLinear(_Adapted):
         return self.low_rank.scale * F.linear(F.linear(x, a), b)
 
 
+class _AdaptedTransposed(_AdaptedLinear):
+    """In front of a `Conv1D` of transformers, whose weight lies as (in, out)."""
+
+    nf: int
+    bias: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = torch.addmm(self.bias, x.flatten(0, -2), self._own("weight"))
+        return product.view(*x.shape[:-1], self.nf) + self.beside(x)
+
+    def _low_rank_part(self, parameter: str) -> Tensor:
+        return super()._low_rank_part(parameter).t()
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether it is the linear layer of GPT-2 in transformers, which is known here by name alone."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether an adapter stands beside one of its matrices."""
+    return isinstance(module, _Adapted)
+
+
 def scaled_linear(linear: nn.Linear, x: Tensor, factor: Tensor | float) -> Tensor:
     """F.linear(x, factor * W) of a layer without biases."""
     if isinstance(linear, _AdaptedLinear):
@@ -109,7 +144,8 @@ def _adapted_class(cls: type[nn.Module], parameters: tuple[str, ...]) -> type[nn
     """`cls`, whose `parameters` are read with what stands beside them. One for all modules: what is compiled for a
     block is compiled for the classes within it."""
     calls = issubclass(cls, nn.Linear) and cls.forward is nn.Linear.forward
-    bases = (_AdaptedLinear if calls else _Adapted, cls)
+    front = _AdaptedLinear if calls else _AdaptedTransposed if cls.__name__ == "Conv1D" else _Adapted
+    bases = (front, cls)
     read = {name: _read(name) for name in parameters}
     return type(cls.__name__, bases, {**read, "own_class": cls, "adapted": parameters})
 
@@ -189,6 +225,9 @@ def _able(model: nn.Module) -> dict[str, Target]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             found[name] = Target(name, "weight", (module.out_features, module.in_features))
+        elif is_transposed(module):
+            into, out = module._parameters["weight"].shape  # type: ignore[union-attr]
+            found[name] = Target(name, "weight", (out, into))
         elif isinstance(module, Experts):
             for parameter, stack in module.named_parameters(recurse=False):
                 found[f"{name}.{parameter}"] = Target(name, parameter, (stack.shape[1], stack.shape[2]))
@@ -246,6 +285,8 @@ def adapt(
             base = module._parameters[name]
             assert base is not None
             *stack, out, into = base.shape
+            if is_transposed(module):
+                out, into = into, out
             if low_rank.rank > min(out, into):
                 raise ValueError(
                     f"lora_rank: {low_rank.rank} exceeds the smaller side of {path} ({out} x {into}); nearest "
@@ -266,7 +307,7 @@ def adapt(
 
 @torch.no_grad()
 def merge_all(model: nn.Module) -> None:
-    """Add every adapter to its matrix, in fp32 and rounded once, and take it away."""
+    """Add every adapter to its matrix, in fp32 and rounded once, and take it away. All weights can be trained then."""
     for module in list(model.modules()):
         if not isinstance(module, _Adapted):
             continue

@@ -23,9 +23,11 @@ from tests.contract.tiny import (
     context,
     device,
     move_away_from_uniform,
+    needs_base,
     of_tests,
     tokenizer_for,
 )
+from tests.pretrained import base_of
 from trainer.optim.optimizers import build_optimizers
 
 # In the order in which they are looked at: the cheapest first.
@@ -163,6 +165,8 @@ class Variations:
         self.cfg, self.folder, self.config_class = cfg, folder, type(model_cfg)
         self.base = complete_model_config(model_cfg, tokenizer_for(cfg, model_cfg))
         self.examples = of_tests(self.config_class, "examples")
+        if needs_base(self.config_class):
+            self.examples["base_model_name"] = str(base_of(seed=1))
         self.rare = of_tests(self.config_class, "rare")
         self._sightings: dict[str, Sighting] = {}
 

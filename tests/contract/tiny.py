@@ -26,6 +26,7 @@ from configs.validate import architecture_config, validate
 from data.rows import Batch
 from data.tokenizers import ByteTokenizer
 from models import ARCHITECTURES
+from tests.pretrained import base_of
 from trainer.batching import StepBatch
 from trainer.distributed import World, choose_device
 from trainer.loop import Trainer
@@ -96,22 +97,38 @@ def _tree(architecture: str) -> dict[str, Any]:
 
 
 def _tiny(architecture: str) -> dict[str, Any]:
+    config_class = _config_class(architecture)
+    bases = {"base_model_name": str(base_of())} if needs_base(config_class) else {}
+    return {**of_tests(config_class, "tiny"), **bases}
+
+
+def _config_class(architecture: str) -> type[ModelConfig]:
     tree = _tree(architecture)
-    config_class = architecture_config(tree["type"], tree.get("model_adapter"), lambda key: "")
-    return of_tests(config_class, "tiny")
+    return architecture_config(tree["type"], tree.get("model_adapter"), lambda key: "")
+
+
+def needs_base(config_class: type[ModelConfig]) -> bool:
+    """Whether it stands on a model that was trained elsewhere: here one is made, and trained on itself."""
+    return "base_model_name" in config_class.model_fields
+
+
+def _run(architecture: str) -> list[str]:
+    """Words of its runs, beside `RUN`."""
+    return ["use_lora=false"] if needs_base(_config_class(architecture)) else []
 
 
 def overrides(architecture: str, *more: str) -> list[str]:
     """Command-line arguments; a later value replaces an earlier one of the same key."""
     sizes = [f"model_cfg.{name}={json.dumps(value)}" for name, value in _tiny(architecture).items()]
-    merged = {item.partition("=")[0]: item for item in [*sizes, *RUN, *_here(), *more]}
+    words = [*sizes, *RUN, *_run(architecture), *_here(), *more]
+    merged = {item.partition("=")[0]: item for item in words}
     return [f"--hydra_model_cfg={architecture}", *merged.values()]
 
 
 @functools.cache
 def config(architecture: str, *more: str) -> tuple[RunConfig, Any]:
     """What `overrides` compose to, mostly without composing anew."""
-    request = parse(list(more))
+    request = parse([*_run(architecture), *more])
     if request.problems:
         raise ConfigError(request.problems)
     if request.keys & _COMPOSED:
@@ -125,7 +142,8 @@ def config(architecture: str, *more: str) -> tuple[RunConfig, Any]:
             place[group] = place = dict(place[group])
         place[leaf] = value
     if request.keys & _OF_RUNS:
-        checked = check(prepare([f"--hydra_model_cfg={architecture}", "preset=none", *more]), tree)
+        words = [*_run(architecture), *more]
+        checked = check(prepare([f"--hydra_model_cfg={architecture}", "preset=none", *words]), tree)
         return checked.cfg, checked.model_cfg
     return validate(tree)
 
@@ -155,6 +173,8 @@ def adapter_of(
     architecture: str, *more: str, vocabulary: int = VOCABULARY, dtype: torch.dtype = torch.float32
 ) -> ModelAdapter:
     cfg, model_cfg = config(architecture, *more)
+    if vocabulary != VOCABULARY and needs_base(type(model_cfg)):
+        model_cfg = model_cfg.model_copy(update={"base_model_name": str(base_of(vocabulary=vocabulary))})
     return build_adapter(cfg, model_cfg, tokenizer_for(cfg, model_cfg, vocabulary), device()).to(dtype)
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from configs.compose import compose
 from configs.help import list_configs
 from data.config import Unit
-from data.tokenizer_choice import vocabulary_size
+from data.tokenizer_choice import AUTO, vocabulary_size
 from trainer.batching import plan_run
 from trainer.optim.stages import stages_of
 from trainer.run.resume import tokenizer_to_take
@@ -48,13 +48,21 @@ def main(argv: list[str]) -> int:
         print(json.dumps(rows, indent=2) if args.json else _table(rows))
         return 2 if any(row["problem"] for row in rows) else 0
     cfg, model_cfg = compose([*named, *overrides])
+    if model_cfg.lacking():  # which `compose` has said
+        print(json.dumps({"type": cfg.type, "preset": cfg.preset, "lacking": model_cfg.lacking()}, indent=2))
+        return 0
     found = describe(cfg, model_cfg, args.vocab_size)
     print(json.dumps(found, indent=2) if args.json else _page(found))
     return 0
 
 
-def _vocabulary(cfg: RunConfig, unit: Unit, given: int | None) -> Any:
+def _vocabulary(cfg: RunConfig, model_cfg: ModelConfig, unit: Unit, given: int | None) -> Any:
     """Stands in for the tokenizer, whose size follows from its name unless it is a file, or comes with weights."""
+    if given is None and cfg.tokenizer == AUTO:
+        from adapters import adapter_class
+
+        own = adapter_class(cfg).own_tokenizer(model_cfg)
+        given = own.vocab_size if own else None
     if given is None and cfg.init_from_checkpoint:
         source = open_source(cfg.init_from_checkpoint, lambda text: print(text, file=sys.stderr))
         if (theirs := tokenizer_to_take(cfg, source)) is not None:
@@ -70,7 +78,8 @@ def describe(cfg: RunConfig, model_cfg: ModelConfig, vocab_size: int | None = No
     from trainer.optim.optimizers import role_table
 
     unit = adapter_class(cfg).unit(model_cfg)
-    tokenizer = _vocabulary(cfg, unit, vocab_size if getattr(model_cfg, "vocab_size", None) is None else None)
+    left_open = getattr(model_cfg, "vocab_size", None) is None
+    tokenizer = _vocabulary(cfg, model_cfg, unit, vocab_size if left_open else None)
     adapter = build_adapter(cfg, model_cfg, tokenizer, "meta")
     if cfg.use_lora:
         attach(adapter, cfg, base="")
@@ -233,7 +242,9 @@ def _page(d: dict[str, Any]) -> str:
 
 def _list_row(name: str, text: str, vocab_size: int | None) -> dict[str, Any]:
     try:
-        cfg, model_cfg = compose([f"--hydra_model_cfg={name}", "preset=none"])
+        cfg, model_cfg = compose([f"--hydra_model_cfg={name}", "preset=none"], notify=lambda text: None)
+        if model_cfg.lacking():
+            return {"file": name, "description": text, "parameters": None, "problem": None}
         found = describe(cfg, model_cfg, vocab_size)
     except ValueError as error:
         return {"file": name, "description": text, "problem": str(error)}
@@ -258,10 +269,10 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
             lines.append(f"{row['file']:<16}invalid: {row['problem']}")
             continue
         layers, heads, width = (
-            row[k] if row[k] is not None else "-" for k in ("n_layers", "n_heads", "d_model")
+            row[k] if row.get(k) is not None else "-" for k in ("n_layers", "n_heads", "d_model")
         )
-        size = human(row["parameters"])
-        active = f" ({human(row['active'])} active per token)" if row["active"] is not None else ""
+        size = "-" if row["parameters"] is None else human(row["parameters"])
+        active = f" ({human(row['active'])} active per token)" if row.get("active") is not None else ""
         lines.append(
             f"{row['file']:<16}{size:>10}{layers:>8}{heads:>7}{width:>7}  {row['description']}{active}"
         )

@@ -134,6 +134,8 @@ def _show(plan: Plan) -> int:
 def _checked(plan: Plan, tree: dict[str, Any]) -> tuple[Checked, Path]:
     """One run, ready to start, and its folder, which is there. Raises ConfigError."""
     checked = check(plan, tree)
+    if why := checked.model_cfg.lacking():
+        raise ConfigError(why)
     _say(plan)
     folder = launch.run_folder(checked.cfg, checked.folder)
     launch.require_writable(folder)

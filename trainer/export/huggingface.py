@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from data.huggingface.written import huggingface_files
 from models.huggingface import to_config
 from models.layers.huggingface import HEAD, HuggingFaceDecoder
+from models.memory.adapter import MemoryAdapter
 from trainer.export.form import Contents, Form
 from trainer.export.rounding import Rounding
 
@@ -23,6 +27,8 @@ _ANY_WAY = "--to safetensors takes every architecture"
 
 class HuggingFace(Form):
     def check(self, cfg: RunConfig, model_cfg: ModelConfig) -> None:
+        if model_cfg.elsewhere:  # transformers has what it stands on
+            return
         try:
             to_config(cfg.type, model_cfg)
         except ValueError as error:
@@ -31,6 +37,8 @@ class HuggingFace(Form):
     def contents(self, restored: Restored, rounding: Rounding) -> Contents:
         cfg, model_cfg, tokenizer = restored.cfg, restored.adapter.model_cfg, restored.tokenizer
         model = restored.adapter.model
+        if isinstance(model, MemoryAdapter):
+            return _of_base(model, tokenizer, rounding)
         if not isinstance(model, HuggingFaceDecoder):  # an adapter may bring its own
             raise ValueError(
                 f"to: a {type(model).__name__} does not write the weights of transformers. {_ANY_WAY}"
@@ -42,21 +50,8 @@ class HuggingFace(Form):
             name: weight if name.endswith(model.hf_exact) else rounding(name, weight)
             for name, weight in weights.items()
         }
-        # A text ends where one would begin, too; the token that is an end alone is named first.
-        ends = [*sorted(tokenizer.ends - {tokenizer.eot}), tokenizer.eot]
-        ids = {"bos_token_id": tokenizer.eot, "eos_token_id": ends[0]}
-        dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-        config = to_config(cfg.type, model_cfg, **ids, dtype=dtype)
-        files = huggingface_files(tokenizer, getattr(model_cfg, "n_ctx", None))
-        return Contents(
-            tensors,
-            {
-                "config.json": config,
-                "generation_config.json": {**ids, "eos_token_id": ends if len(ends) > 1 else ends[0]},
-                **(files or {}),
-            },
-            notes=(_of_tokenizer(tokenizer, files is not None),),
-        )
+        config = to_config(cfg.type, model_cfg, **_ids(tokenizer), dtype=_dtype(tensors))
+        return _contents(tensors, config, tokenizer, getattr(model_cfg, "n_ctx", None))
 
     def opened_by(self, folder: Path, contents: Contents) -> list[str]:
         names = ["AutoModelForCausalLM", *(["AutoTokenizer"] if "tokenizer.json" in contents.files else [])]
@@ -64,6 +59,40 @@ class HuggingFace(Form):
             f"from transformers import {', '.join(names)}",
             *(f"{name}.from_pretrained({str(folder)!r})" for name in names),
         ]
+
+
+def _of_base(model: MemoryAdapter, tokenizer: Tokenizer, rounding: Rounding) -> Contents:
+    """The base, with what adapters said in its weights."""
+    names, state = model.hf_names(), model.state_dict()
+    tensors = {there: rounding(here, state[here]) for here, there in names.items()}
+    config = {**model.hf_config(), **_ids(tokenizer), "dtype": _dtype(tensors)}
+    return _contents(tensors, config, tokenizer, model.max_context)
+
+
+def _contents(
+    tensors: dict[str, Tensor], config: dict[str, Any], tokenizer: Tokenizer, context: int | None
+) -> Contents:
+    ends = _ends(tokenizer)
+    files = huggingface_files(tokenizer, context)
+    generation = {**_ids(tokenizer), "eos_token_id": ends if len(ends) > 1 else ends[0]}
+    return Contents(
+        tensors,
+        {"config.json": config, "generation_config.json": generation, **(files or {})},
+        notes=(_of_tokenizer(tokenizer, files is not None),),
+    )
+
+
+def _ends(tokenizer: Tokenizer) -> list[int]:
+    """A text ends where one would begin, too; the token that is an end alone is named first."""
+    return [*sorted(tokenizer.ends - {tokenizer.eot}), tokenizer.eot]
+
+
+def _ids(tokenizer: Tokenizer) -> dict[str, int]:
+    return {"bos_token_id": tokenizer.eot, "eos_token_id": _ends(tokenizer)[0]}
+
+
+def _dtype(tensors: Mapping[str, Tensor]) -> str:
+    return str(next(iter(tensors.values())).dtype).removeprefix("torch.")
 
 
 def _of_tokenizer(tokenizer: Tokenizer, written: bool) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from configs.saved import ADAPTER_CONFIG
 from models.huggingface import to_config
 from models.layers.huggingface import HuggingFaceDecoder
+from models.memory.adapter import MemoryAdapter
 from trainer.export.form import Contents, Form
 from trainer.export.rounding import Rounding
 from trainer.run.peft import ADAPTERS, PREFIX
@@ -27,6 +28,8 @@ class Peft(Form):
     def check(self, cfg: RunConfig, model_cfg: ModelConfig) -> None:
         if not cfg.use_lora:
             raise ValueError("to: peft is for adapters, and this run has none. Train some with use_lora=true")
+        if model_cfg.elsewhere:  # transformers has what it stands on
+            return
         try:
             to_config(cfg.type, model_cfg)
         except ValueError as error:
@@ -35,23 +38,31 @@ class Peft(Form):
     def contents(self, restored: Restored, rounding: Rounding) -> Contents:
         model, low_rank = restored.adapter.model, restored.adapter.low_rank
         assert low_rank is not None
-        if not isinstance(model, HuggingFaceDecoder):  # an adapter may bring its own
+        on_base = isinstance(model, MemoryAdapter)
+        if not isinstance(model, HuggingFaceDecoder | MemoryAdapter):  # an adapter may bring its own
             raise ValueError(f"to: a {type(model).__name__} has no names in transformers. {_ANY_WAY}")
         if stacks := [target.path for target in restored.adapter.adapted if target.parameter != "weight"]:
             raise ValueError(f"to: PEFT has no form for a stack of experts ({stacks[0]}). {_ANY_WAY}")
         state = model.state_dict()
         adapted = [target.module for target in restored.adapter.adapted]
-        theirs = {name: name if name == "lm_head" else model.hf_prefix + name for name in adapted}
+        if isinstance(model, MemoryAdapter):
+            names = model.hf_names()
+            theirs = {name: names[f"{name}.weight"].removesuffix(".weight") for name in adapted}
+        else:
+            theirs = {name: name if name == "lm_head" else model.hf_prefix + name for name in adapted}
         tensors = {
             f"{PREFIX}{there}.{name}.weight": rounding(f"{here}.{name}", state[f"{here}.{name}"])
             for here, there in theirs.items()
             for name in ("lora_A", "lora_B")
         }
-        base = restored.cfg.init_from_checkpoint
+        on_disk = restored.cfg.init_from_checkpoint
+        base = on_disk if on_disk and (Path(on_disk) / "config.json").is_file() else None
         config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base if base and (Path(base) / "config.json").is_file() else None,
+            "base_model_name_or_path": restored.adapter.model_cfg.base_model_name
+            if on_base and not on_disk
+            else base,
             "r": low_rank.rank,
             "lora_alpha": low_rank.alpha,
             "lora_dropout": low_rank.dropout,

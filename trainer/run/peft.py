@@ -6,7 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.lora import attach
+from adapters import adapter_class
+from adapters.lora import attach, merge
 from configs.saved import ADAPTER_CONFIG, adapted_base, read_json
 from naming import require_fit, shapes
 from trainer.run.huggingface import HuggingFaceFolder
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from data.tokenizers import Tokenizer
     from trainer.session import Session
 
-__all__ = ["ADAPTERS", "PREFIX", "PeftFolder"]
+__all__ = ["ADAPTERS", "PREFIX", "AdaptersOfBase", "PeftFolder", "is_peft"]
 
 ADAPTERS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every name there
@@ -28,6 +29,46 @@ _OTHERWISE: dict[str, Any] = {
     **{"use_rslora": False, "use_dora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {}},
     **{"alpha_pattern": {}, "layers_to_transform": None, "lora_bias": False, "target_parameters": None},
 }
+
+
+def is_peft(path: str | Path) -> bool:
+    return (Path(path) / ADAPTER_CONFIG).is_file()
+
+
+def _entries(path: Path) -> dict[str, Any]:
+    """What its configuration says. ValueError where this is no LoRA as it is known here."""
+    entries = read_json(path / ADAPTER_CONFIG)
+    if entries.get("peft_type") != "LORA":
+        raise ValueError(f"{path / ADAPTER_CONFIG}: peft_type must be LORA, got {entries.get('peft_type')!r}")
+    strange = [k for k, usual in _OTHERWISE.items() if entries.get(k) not in (usual, None, {}, [])]
+    if strange:
+        raise ValueError(
+            f"{path / ADAPTER_CONFIG}: {strange[0]} is {entries[strange[0]]!r}, and adapters are known with "
+            f"{_OTHERWISE[strange[0]]!r} alone"
+        )
+    if not (path / ADAPTERS).is_file():
+        raise ValueError(f"{path}: {ADAPTERS} is missing, and no other file is read, as none is executed")
+    return entries
+
+
+def _fields(entries: dict[str, Any]) -> dict[str, Any]:
+    """Of a run with such adapters, but for what they stand beside."""
+    return {
+        "use_lora": True,
+        "lora_rank": int(entries["r"]),
+        "lora_alpha": float(entries["lora_alpha"]),
+        "lora_dropout": float(entries.get("lora_dropout") or 0.0),
+    }
+
+
+def _targets(path: Path, entries: dict[str, Any]) -> str | list[str]:
+    """Names there of what is adapted."""
+    given = entries.get("target_modules")
+    if given in ("all-linear", None):
+        return "all-linear"
+    if isinstance(given, str):
+        raise ValueError(f"{path / ADAPTER_CONFIG}: target_modules is a pattern. Name the modules")
+    return list(given)
 
 
 class PeftFolder(Source):
@@ -41,21 +82,9 @@ class PeftFolder(Source):
 
     @classmethod
     def open(cls, path: Path, warn: Note) -> Source | None:
-        if not (path / ADAPTER_CONFIG).is_file():
+        if not is_peft(path):
             return None
-        entries = read_json(path / ADAPTER_CONFIG)
-        if entries.get("peft_type") != "LORA":
-            raise ValueError(
-                f"{path / ADAPTER_CONFIG}: peft_type must be LORA, got {entries.get('peft_type')!r}"
-            )
-        strange = [k for k, usual in _OTHERWISE.items() if entries.get(k) not in (usual, None, {}, [])]
-        if strange:
-            raise ValueError(
-                f"{path / ADAPTER_CONFIG}: {strange[0]} is {entries[strange[0]]!r}, and adapters are known with "
-                f"{_OTHERWISE[strange[0]]!r} alone"
-            )
-        if not (path / ADAPTERS).is_file():
-            raise ValueError(f"{path}: {ADAPTERS} is missing, and no other file is read, as none is executed")
+        entries = _entries(path)
         named = adapted_base(path)
         base = HuggingFaceFolder.open(named, warn) if named else None
         if not isinstance(base, HuggingFaceFolder):
@@ -73,23 +102,10 @@ class PeftFolder(Source):
     def config(self, note: Note) -> tuple[RunConfig, ModelConfig]:
         """That of the base, with these adapters."""
         cfg, model_cfg = self.base.config(note)
-        entries = self.entries
-        fields = {
-            "use_lora": True,
-            "lora_rank": int(entries["r"]),
-            "lora_alpha": float(entries["lora_alpha"]),
-            "lora_dropout": float(entries.get("lora_dropout") or 0.0),
-            "lora_targets": self._targets(),
-        }
-        return cfg.model_copy(update=fields), model_cfg
-
-    def _targets(self) -> str | list[str]:
-        given = self.entries.get("target_modules")
-        if given in ("all-linear", None):
-            return "all-linear"
-        if isinstance(given, str):
-            raise ValueError(f"{self.path / ADAPTER_CONFIG}: target_modules is a pattern. Name the modules")
-        return sorted({name.removeprefix("model.").removeprefix("transformer.") for name in given})
+        targets = _targets(self.path, self.entries)
+        if not isinstance(targets, str):
+            targets = sorted({n.removeprefix("model.").removeprefix("transformer.") for n in targets})
+        return cfg.model_copy(update=_fields(self.entries) | {"lora_targets": targets}), model_cfg
 
     def fill(self, adapter: ModelAdapter) -> None:
         self.base.fill(adapter)
@@ -107,3 +123,53 @@ class PeftFolder(Source):
 
     def begin(self, s: Session, note: Note) -> None:
         load_weights(s.adapter, self.whole(), str(self.path))
+
+
+class AdaptersOfBase(Source):
+    """Such a folder for a run that stands on the base itself, whatever model of transformers that is."""
+
+    weights, adapts = "Hugging Face", True
+
+    def __init__(self, path: Path, cfg: RunConfig, model_cfg: ModelConfig) -> None:
+        super().__init__(path)
+        self.entries, self.cfg, self.model_cfg = _entries(path), cfg, model_cfg
+
+    @classmethod
+    def open(cls, path: Path, warn: Note) -> Source | None:
+        raise TypeError("it is known by the run alone")
+
+    @property
+    def type(self) -> str:
+        return self.cfg.type
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        found = adapter_class(self.cfg).own_tokenizer(self.model_cfg)
+        assert found is not None
+        return found
+
+    def config(self, note: Note) -> tuple[RunConfig, ModelConfig]:
+        """The run's, without adapters of its own."""
+        return self.cfg.model_copy(update={"use_lora": False}), self.model_cfg
+
+    def fill(self, adapter: ModelAdapter) -> None:
+        ours = {
+            there.removesuffix(".weight"): here.removesuffix(".weight")
+            for here, there in adapter.model.hf_names().items()
+        }
+        given = _targets(self.path, self.entries)
+        targets = given if isinstance(given, str) else [ours.get(name, name) for name in given]
+        attach(
+            adapter, self.cfg.model_copy(update=_fields(self.entries) | {"lora_targets": targets}), base=""
+        )
+        found = {}
+        for name, tensor in read_tensors(self.path / ADAPTERS).items():
+            module, _, leaf = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+            found[f"{ours.get(module, module)}.{leaf}"] = tensor
+        wanted = {n: t for n, t in adapter.trained_state().items() if ".lora_" in n}
+        require_fit(f"{self.path / ADAPTERS}", shapes(wanted), shapes(found))
+        adapter.model.load_state_dict(found, strict=False)
+
+    def begin(self, s: Session, note: Note) -> None:
+        self.fill(s.adapter)
+        merge(s.adapter)

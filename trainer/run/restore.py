@@ -24,6 +24,7 @@ from configs.messages import ConfigError
 from configs.removed import REMOVED
 from data.chats.rows import heldout_rows
 from data.rows import HeldoutRows
+from data.tokenizer_choice import AUTO
 from naming import did_you_mean, not_one_of
 from trainer.distributed import World, choose_device
 from trainer.errors import TrainingError
@@ -328,7 +329,9 @@ def _untrained(args: argparse.Namespace, changes: dict[str, Any]) -> Restored:
             f"--checkpoint {cfg.init_from_checkpoint}"
         )
     tune_host(cfg, device)
-    tokenizer = load_dataset(cfg, unit=adapter_class(cfg).unit(model_cfg)).tokenizer
+    kind = adapter_class(cfg)
+    own = kind.own_tokenizer(model_cfg) if cfg.tokenizer == AUTO else None
+    tokenizer = own or load_dataset(cfg, unit=kind.unit(model_cfg)).tokenizer
     adapter = build_adapter(cfg, model_cfg, tokenizer, device)
     precision, _ = choose_precision(cfg.mixed_precision, device)
     return Restored(cfg, adapter.eval(), tokenizer, device, precision, None, "untrained", Source.rows)

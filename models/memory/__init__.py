@@ -1,0 +1,1 @@
+"""Language models with a bank of learned latent tokens, and what stands on a pretrained one."""

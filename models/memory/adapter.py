@@ -1,0 +1,422 @@
+"""A pretrained causal language model as the base of what is trained beside it (LoRA), or trained on itself.
+
+transformers computes the base; documents of a row, positions, cache and head are given to it here. What is hooked into
+its layers besides finds them in `layers`.
+
+Shapes: B rows, T tokens, S tokens seen (past ones first), D width, V vocabulary, H heads, G heads of keys and values,
+h head width.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from configs.schema import Execution, Free, ModelConfig, Positive
+from models.layers.cache import KVCache
+from models.layers.decoder import document_positions
+from models.layers.flops import Flops, decoder_flops, matmul_flops, mean_keys
+from models.layers.lora import is_adapted, is_transposed
+from models.layers.roles import Rule
+from models.memory.pretrained import (
+    Sizes,
+    base_folder,
+    lacking,
+    model_digest,
+    read_config,
+    require_known,
+    sizes_of,
+)
+from naming import shorten
+
+if TYPE_CHECKING:
+    from configs.schema import RunConfig
+
+__all__ = ["BaseCache", "MemoryAdapter", "MemoryAdapterConfig"]
+
+# Where decoders of transformers keep their layers, in the model without its head.
+LAYERS = ("layers", "decoder.layers", "h")
+# What LoRA adapts of the layers by itself: the first of these that is there.
+TARGETS = (("q_proj", "v_proj"), ("query_key_value",), ("c_attn",), ("qkv_proj",))
+PROBE = 4  # tokens of a document that a loaded base is tried with
+SAME = 1e-3  # of the largest state: rounding of products of other shapes, and nothing else
+
+
+class MemoryAdapterConfig(ModelConfig):
+    """All sizes are the base's; those that are given must be the same."""
+
+    base_model_name: Free[str | None] = None  # it may move, what it holds may not change
+    base_model_revision: Free[str | None] = None
+    freeze_base_model: bool = True
+    vocab_size: Positive | None = None
+    d_model: Positive | None = None
+    n_heads: Positive | None = None
+    n_layers: Positive | None = None
+    use_flash_attention: Execution[bool] = True  # False: attention in plain products
+
+    elsewhere = frozenset({"vocab_size", "d_model", "n_heads", "n_layers", "n_ctx", "dropout"})
+    tiny: ClassVar[dict[str, Any]] = {"freeze_base_model": False}
+    rare: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("vocab_size", "d_model", "n_heads", "n_layers"), "the base's size alone is legal"),
+        "base_model_revision": "a folder has none",
+        "freeze_base_model": "without LoRA nothing would be trained",
+    }
+
+    def lacking(self) -> str:
+        return lacking(self.base_model_name, self.base_model_revision)
+
+    @property
+    def folder(self) -> Path:
+        """Where the base lies. ValueError where it is not here."""
+        if why := self.lacking():
+            raise ValueError(why)
+        found = base_folder(self.base_model_name or "", self.base_model_revision)
+        assert found is not None
+        return found
+
+    @property
+    def base(self) -> Sizes:
+        """Of the base. ValueError as above, and for what is no base."""
+        config = read_config(self.folder)
+        require_known(config, self.folder)
+        return sizes_of(config)
+
+    def completed(self) -> Self:
+        base = self.base
+        sizes = {name: getattr(base, name) for name in ("vocab_size", "d_model", "n_heads", "n_layers")}
+        at = self.folder if Path(self.base_model_name or "").exists() else self.base_model_name
+        return self.model_copy(update={**sizes, "base_model_name": str(at)})
+
+    def problems(self, run: RunConfig) -> list[str]:
+        found = super().problems(run)
+        began = run.init_from_checkpoint is not None or run.resume != "none"
+        if self.freeze_base_model and not run.use_lora and not run.eval_only:
+            found.append(
+                "model_cfg.freeze_base_model leaves nothing to be trained. Set use_lora=true, or "
+                "model_cfg.freeze_base_model=false"
+            )
+        if not self.freeze_base_model and run.use_lora and not began:
+            found.append(
+                "use_lora leaves the base as it is, and model_cfg.freeze_base_model is false. Leave out one of the two"
+            )
+        if self.base_model_revision and self.base_model_name and Path(self.base_model_name).is_dir():
+            found.append(
+                f"model_cfg.base_model_revision ({self.base_model_revision}) is for names on Hugging Face, and "
+                f"model_cfg.base_model_name is a folder. Leave it out"
+            )
+        return found + ([] if self.lacking() else self._unlike_the_base(run))
+
+    def _unlike_the_base(self, run: RunConfig) -> list[str]:
+        try:
+            base = self.base
+        except ValueError as error:
+            return [str(error)]
+        found = [
+            f"model_cfg.{name} ({given}) must be that of {self.base_model_name}, {getattr(base, name)}: leave it out"
+            for name in ("vocab_size", "d_model", "n_heads", "n_layers")
+            if (given := getattr(self, name)) not in (None, getattr(base, name))
+        ]
+        for name in ("train_seq_len", "val_seq_len"):
+            if (length := getattr(run, name)) is not None and length > base.positions:
+                found.append(
+                    f"{name} ({length}) must not exceed the {base.positions} positions of {self.base_model_name}. "
+                    f"Nearest: {name}={base.positions}"
+                )
+        return found
+
+    def remarks(self, run: RunConfig) -> list[str]:
+        why = self.lacking()
+        return [*super().remarks(run), *([f"{why}. What depends on the base was not checked"] if why else [])]
+
+
+class BaseCache(KVCache):
+    """Keys and values of the base's layers, as transformers asks for them."""
+
+    is_compileable = False
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer: int, *more: Any, **others: Any
+    ) -> tuple[Tensor, Tensor]:
+        return self.append(layer, keys, values)
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return self.length
+
+
+class MemoryAdapter(nn.Module):
+    Config = MemoryAdapterConfig
+
+    def __init__(self, cfg: MemoryAdapterConfig) -> None:
+        super().__init__()
+        self.cfg, self.sizes = cfg, cfg.base
+        self.vocab_size = self.sizes.vocab_size
+        self.config = read_config(cfg.folder)
+        self._take(_of_config(self.config, cfg))
+
+    def _take(self, whole: Any) -> None:
+        """Keep the parts of a model of transformers: the layers with their norm, and a head that is not tied."""
+        self.base = whole.base_model
+        self.layers_path = self._layers_path()
+        head = whole.get_output_embeddings()
+        if getattr(head, "bias", None) is not None:
+            raise ValueError(
+                f"model_cfg.base_model_name: the head of a {self.config.model_type} has biases, which is not known here"
+            )
+        self.class_name, self.base_prefix = type(whole).__name__, f"{whole.base_model_prefix}."
+        self.head_name = next(name for name, module in whole.named_modules() if module is head) + ".weight"
+        tied = head.weight is self.embedding_weight
+        self.lm_head = None if tied else head
+        words = inspect.signature(self.base.forward).parameters
+        self.cache_word = "cache" if "cache" in words else "past_key_values"  # before transformers 5.20
+
+    def _layers_path(self) -> str:
+        for path in LAYERS:
+            try:
+                found = self.base.get_submodule(path)
+            except AttributeError:
+                continue
+            if isinstance(found, nn.ModuleList):
+                return path
+        children = [name for name, _ in self.base.named_children()]
+        raise ValueError(
+            f"model_cfg.base_model_name: a {self.config.model_type} has none of the lists of layers "
+            f"{', '.join(LAYERS)}. There are: {shorten(children)}"
+        )
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The base's, in their order."""
+        found = self.base.get_submodule(self.layers_path)
+        assert isinstance(found, nn.ModuleList)
+        return found
+
+    def forward(
+        self, tokens: Tensor, doc_ids: Tensor | None = None, cache: BaseCache | None = None
+    ) -> Tensor:
+        """tokens (B, T) int64 -> hidden (B, T, D) after the base's last norm.
+
+        doc_ids (B, T): attention stays within equal ids, and positions restart at each change. None: one document per
+        row. With a cache the tokens continue what it holds. ValueError beyond the base's positions.
+        """
+        if doc_ids is not None and cache is not None:
+            raise ValueError("doc_ids cannot be combined with a cache: a cached row is one document")
+        past = 0 if cache is None else cache.length
+        length = past + tokens.shape[1]
+        if length > self.sizes.positions:
+            raise ValueError(
+                f"input of {length} tokens exceeds the {self.sizes.positions} positions of the base"
+            )
+        if doc_ids is not None:
+            positions = document_positions(doc_ids)  # (B, T)
+        else:
+            positions = torch.arange(past, length, device=tokens.device).expand(tokens.shape)
+        # transformers makes a mask of its own only where it is given none: one of four dims is taken as it is.
+        given: dict[str, Any] = {
+            "attention_mask": self._mask(tokens, past, doc_ids),
+            "position_ids": positions,
+        }
+        if cache is not None:
+            given[self.cache_word] = cache
+        output = self.base(input_ids=tokens, use_cache=cache is not None, return_dict=True, **given)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
+        return output.last_hidden_state
+
+    def _mask(self, tokens: Tensor, past: int, doc_ids: Tensor | None) -> Tensor:
+        """(B or 1, 1, T, S): what each token sees; bool, or what plain products add to scores."""
+        t = tokens.shape[1]
+        seen = torch.ones(t, past + t, dtype=torch.bool, device=tokens.device).tril(past)[None]  # (1, T, S)
+        if doc_ids is not None:
+            seen = seen & (doc_ids[:, :, None] == doc_ids[:, None, :])  # (B, T, T)
+        seen = seen[:, None]
+        if self.cfg.use_flash_attention:
+            return seen
+        weight = self.embedding_weight
+        dtype = torch.get_autocast_dtype(weight.device.type) if _in_autocast(weight) else weight.dtype
+        hidden = torch.zeros(seen.shape, dtype=dtype, device=tokens.device)
+        return hidden.masked_fill(~seen, torch.finfo(dtype).min)
+
+    # -- head ----------------------------------------------------------------------------------------------------
+
+    @property
+    def embedding_weight(self) -> Tensor:
+        return self.base.get_input_embeddings().weight
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D)"""
+        return self.embedding_weight if self.lm_head is None else self.lm_head.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V)"""
+        return F.linear(hidden, self.head_weight.to(hidden.dtype))
+
+    @property
+    def max_context(self) -> int:
+        return self.sizes.positions
+
+    def init_cache(self, rows: int) -> BaseCache:
+        return BaseCache(self.sizes.n_layers, rows)
+
+    # -- weights -------------------------------------------------------------------------------------------------
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Load the base, as fp32 on the CPU. ValueError where its files do not hold it, or it is none after all."""
+        del generator
+        whole = _of_files(self.cfg)
+        self._take(whole)
+        self.train(self.training)
+        with torch.no_grad():
+            self._try(whole)
+
+    def _try(self, whole: Any) -> None:
+        """Refuse what computes more than its layers, its norm and a product behind them, and what lets a document of a
+        row see the one before."""
+        training = self.training
+        self.eval(), whole.eval()
+        tokens = torch.arange(2 * PROBE)[None] % self.vocab_size
+        packed = self(tokens, doc_ids=torch.arange(2 * PROBE)[None] // PROBE)[:, PROBE:]
+        alone = self(tokens[:, PROBE:])
+        theirs = whole(input_ids=tokens[:, PROBE:], use_cache=False).logits
+        self.train(training)
+        for one, other, what in (
+            (packed, alone, "lets documents of one row see each other"),
+            (self.logits(alone), theirs, "does more than its layers and its head say"),
+        ):
+            if (one - other).abs().max() > SAME * other.abs().max():
+                raise ValueError(
+                    f"model_cfg.base_model_name: a {self.config.model_type} {what}, and cannot be a base here"
+                )
+
+    def external(self) -> list[str]:
+        if not self.cfg.freeze_base_model:
+            return []
+        return ["base", *([] if self.lm_head is None else ["lm_head"])]
+
+    def provenance(self) -> dict[str, str]:
+        frozen = self.cfg.freeze_base_model
+        return {"base_model" if frozen else "base_config": model_digest(self.cfg.folder, weights=frozen)}
+
+    def train(self, mode: bool = True) -> Self:
+        """A frozen base draws no dropout. Its blocks say that they train, as activations are recomputed by that, and
+        so do matrices with adapters, whose dropout it is."""
+        super().train(mode)
+        if self.cfg.freeze_base_model:
+            blocks = set(self.layers)
+            for module in self.base.modules():
+                module.training = mode and (module in blocks or is_adapted(module))
+        return self
+
+    def hf_names(self) -> dict[str, str]:
+        """Our name of each tensor -> its name in files of transformers."""
+        names = {
+            f"base.{name}": self.base_prefix + name for name in self.base.state_dict() if "lora_" not in name
+        }
+        return names if self.lm_head is None else {**names, "lm_head.weight": self.head_name}
+
+    def hf_config(self) -> dict[str, Any]:
+        """Its config.json."""
+        return {**self.config.to_dict(), "architectures": [self.class_name], "dtype": "float32"}
+
+    # -- what the trainer must know ------------------------------------------------------------------------------
+
+    def blocks(self) -> list[str]:
+        return [f"base.{self.layers_path}.{layer}" for layer in range(len(self.layers))]
+
+    @property
+    def hf_transposed(self) -> bool:
+        return any(is_transposed(module) for module in self.layers.modules())
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        leaves = {name.rpartition(".")[2] for name, _ in self.layers.named_modules()}
+        return next((names for names in TARGETS if leaves.issuperset(names)), ())
+
+    def param_roles(self) -> list[Rule]:
+        tables = {f"base.{n}.weight" for n, m in self.base.named_modules() if isinstance(m, nn.Embedding)}
+        matrices = [n for n, p in self.named_parameters() if p.ndim > 1 and n not in tables]
+        return [
+            Rule(_one_of(tables), "embedding"),
+            Rule(r"lm_head\.weight", "head"),
+            Rule(_one_of(matrices), "matrix"),
+            Rule(r".*", "scalar"),
+        ]
+
+    def flops(self, seq_len: int) -> Flops:
+        """Every product of the base's layers, what is masked of attention included in `reference`."""
+        products = sum(
+            module._parameters["weight"].numel()  # type: ignore[union-attr]
+            for module in self.base.modules()
+            if isinstance(module, nn.Linear) or is_transposed(module)
+        )
+        layers, heads = self.sizes.n_layers, self.sizes.n_heads * self.sizes.head_width
+        keys = [mean_keys(seq_len)] * layers
+        return decoder_flops(products, keys, heads, [seq_len] * layers) + matmul_flops(
+            self.head_weight.numel()
+        )
+
+
+def _one_of(names: Any) -> str:
+    return "|".join(map(re.escape, sorted(names))) or r"(?!)"
+
+
+def _in_autocast(tensor: Tensor) -> bool:
+    return torch.is_autocast_enabled(tensor.device.type)
+
+
+def _attention(cfg: MemoryAdapterConfig) -> str:
+    return "sdpa" if cfg.use_flash_attention else "eager"
+
+
+def _of_config(config: Any, cfg: MemoryAdapterConfig) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(config, attn_implementation=_attention(cfg), dtype=torch.float32)
+
+
+def _of_files(cfg: MemoryAdapterConfig) -> Any:
+    """The model that a folder holds. ValueError where its weights are not in safetensors, or not all there."""
+    from transformers import AutoModelForCausalLM
+
+    folder = cfg.folder
+    try:
+        with _silence():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                attn_implementation=_attention(cfg),
+                trust_remote_code=False,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"model_cfg.base_model_name: transformers cannot load {folder}: {error}") from None
+    whole, told = loaded
+    if missing := sorted(told["missing_keys"]):
+        raise ValueError(f"model_cfg.base_model_name: {folder} lacks {shorten(missing)}")
+    return whole
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No bars and no advice of transformers, which are as they were afterwards."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
