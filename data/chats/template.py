@@ -215,9 +215,8 @@ class ChatTemplate:
         begins = True
         for start, end, special in self._pieces(rendered):
             if special is not None:
-                if not (
-                    start == 0 and special == self.tokenizer.eot
-                ):  # the start token stands before every chat
+                # One start token stands before every chat, whether its template writes it or not.
+                if start > 0 or special != self.tokenizer.eot:
                     inside = any(answer.start < end and start < answer.end for answer in answers)
                     ids.append(np.array([special], dtype=np.int64))
                     learned.append(np.array([0 if inside else UNLEARNED], dtype=np.int32))

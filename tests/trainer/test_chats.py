@@ -72,7 +72,7 @@ def whole(words, tmp_path_factory):
     return run(tmp_path_factory.mktemp("whole") / "run", words, *LONG)
 
 
-@pytest.mark.parametrize("at", [3, 11])
+@pytest.mark.parametrize("at", [pytest.param(3, marks=pytest.mark.slow), 11])
 def test_resume_is_exact_in_the_first_epoch_and_behind_it(whole, words, tmp_path, at) -> None:
     again = tmp_path / "again"
     resumed = [f"resume={whole / f'checkpoint-{at}'}", *LONG]
