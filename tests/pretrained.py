@@ -1,11 +1,13 @@
 """Tiny bases as `save_pretrained` of transformers leaves them, from its config objects, with numbers of our own."""
 
 import functools
+import json
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from tests.data.foreign import byte_level, saved
 
@@ -36,8 +38,12 @@ def save_base(path, kind="gpt2", vocabulary=VOCABULARY, seed=0, std=0.05, **entr
         for name, parameter in sorted(model.named_parameters()):
             drawn = std * rng.standard_normal(tuple(parameter.shape))
             parameter.copy_(torch.from_numpy(drawn + (parameter.ndim == 1 and "bias" not in name)))
-    model.save_pretrained(path)
     saved(Path(path), byte_level(), tokenizer_config={"eos_token": "<|endoftext|>"})
+    # By hand, as `save_pretrained` writes nothing in the second process of a group.
+    config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    (Path(path) / "config.json").write_text(json.dumps(config))
+    held = {name: p.detach().clone() for name, p in model.named_parameters()}  # of tied ones the first
+    save_file(held, Path(path) / "model.safetensors", metadata={"format": "pt"})
     return Path(path)
 
 

@@ -181,14 +181,16 @@ def open_session(
     precision, reason = choose_precision(cfg.mixed_precision, device)
     compiled, not_compiled = should_compile(cfg.torch_compile, device)
 
-    if why := model_cfg.lacking():
-        raise ValueError(why)
-    if tokenizer is None and cfg.tokenizer == AUTO:
-        tokenizer = adapter_class(cfg).own_tokenizer(model_cfg)
+    why = model_cfg.lacking()
+    if world.agree(bool(why)):
+        raise ValueError(why or "another process of this run lacks what its model stands on")
 
     def load() -> Dataset:
         with interruptible() if world.is_main else nullcontext():
-            return load_dataset(cfg, unit=adapter_class(cfg).unit(model_cfg), tokenizer=tokenizer, tell=tell)
+            kind, known = adapter_class(cfg), tokenizer
+            if known is None and cfg.tokenizer == AUTO:
+                known = kind.own_tokenizer(model_cfg)
+            return load_dataset(cfg, unit=kind.unit(model_cfg), tokenizer=known, tell=tell)
 
     dataset = world.main_first(load)  # it fills the caches of the tokenizer and the token shards
     require_same_text(world, dataset)

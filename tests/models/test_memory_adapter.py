@@ -18,7 +18,7 @@ from tests.pretrained import base_config, base_of, save_base
 
 pytestmark = pytest.mark.xdist_group("transformers")
 
-KINDS = ("gpt2", "qwen2", "llama")
+KINDS = ("gpt2", "qwen2", pytest.param("llama", marks=pytest.mark.slow))
 IDS = torch.arange(24).view(2, 12) * 7 % 290
 
 
@@ -72,7 +72,10 @@ def test_it_begins_as_the_base_to_the_bit(kind):
     assert {target.path.rpartition(".")[2] for target in adapter.adapted} == set(expected_targets)
 
 
-@pytest.mark.parametrize("attention", ["use_flash_attention=true", "use_flash_attention=false"])
+@pytest.mark.parametrize(
+    "attention",
+    ["use_flash_attention=true", pytest.param("use_flash_attention=false", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_documents_of_a_packed_row_are_as_if_alone(kind, attention):
     adapter = adapter_on(base_of(kind), f"model_cfg.{attention}", b_std=0.3)

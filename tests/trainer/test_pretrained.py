@@ -32,7 +32,7 @@ def begin(command, base, out, *more, status=0):
     return command(*WORDS, f"model_cfg.base_model_name={base}", f"output_dir={out}", *more, status=status)
 
 
-@pytest.fixture(scope="module", params=["gpt2", "qwen2"])
+@pytest.fixture(scope="module", params=[pytest.param("gpt2", marks=pytest.mark.slow), "qwen2"])
 def trained(request, tmp_path_factory):
     """(base, run): a base of its own, and adapters trained beside it."""
     import mytrainer
