@@ -133,6 +133,7 @@ def test_commands_are_understood(somewhere, monkeypatch, capsys, document, words
             "show.open_source",
             "prepare.prepare",
             "prepare.fetch",
+            "doctor.lines_of",
         ):
             monkeypatch.setattr(f"trainer.commands.{name}", parsed)
         with contextlib.suppress(Parsed):

@@ -99,7 +99,7 @@ def test_what_one_process_has_no_memory_for_all_begin_again():
 # -- one process ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", CASES)
+@pytest.mark.parametrize("architecture", ["gpt2", pytest.param("moe", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_a_step_begins_again_as_if_it_had_begun_so(tmp_path, capsys, architecture, where):
     """Bit for bit, and so do its figures."""
