@@ -50,7 +50,9 @@ def stored(tmp_path):
     return store
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in ("small", "code") else [pytest.mark.slow]) for n in SHIPPED]
+)
 def test_a_shipped_file_is_a_gpt2_of_its_sizes(name):
     layers, heads, width, context, rows, dropout, *_ = SHIPPED[name]
     cfg, model_cfg = quiet(str(CONFIGS / f"{name}.json"))
@@ -65,8 +67,15 @@ def test_every_json_file_in_configs_is_shipped():
     assert {path.stem for path in CONFIGS.glob("*.json")} == set(SHIPPED)
 
 
-@pytest.mark.parametrize("name", [n for n in SHIPPED if SHIPPED[n][-1]])
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    ("name", "tied"),
+    [
+        pytest.param(n, tied, marks=[] if tied and n in ("tiny", "150M") else [pytest.mark.slow])
+        for n in SHIPPED
+        if SHIPPED[n][-1]
+        for tied in (True, False)
+    ],
+)
 def test_the_built_model_has_the_parameters_of_the_formula(name, tied):
     layers, _, d, context, *_, total_tied, total_untied = SHIPPED[name]
     cfg, model_cfg = quiet(str(CONFIGS / f"{name}.json"), f"model_cfg.tie_embeddings={tied}")
