@@ -28,7 +28,7 @@ CASES = [
     (["mine.yaml", "seed=1,2", "--info", "-m"], ["command line: --info shows one run, and -m starts several"]),
     (["model=configs"], ["'configs' is a directory", "--hydra_model_cfg='configs/*.yaml' -m"]),
     (["model=mine.toml"], ["cannot read '.toml'. Accepted: .yaml .yml .json"]),
-    (["mine.json"], ["cannot read '.json'"]),
+    (["mine.toml"], ["cannot read '.toml'"]),
     (["mine.yaml", "num_iteration=3"], ["command line: unknown key 'num_iteration'", "'num_iterations'?"]),
     (["mine.yaml", "+lr=3"], ["unknown key 'lr'", "'learning_rate'"]),
     (["mine.yaml", "max_steps=3"], ["unknown key 'max_steps'", "'num_iterations'"]),
