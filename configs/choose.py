@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 import models
-from configs.files import BASE, CONFIGS, EXTENSIONS, ROOT, options, shown, words_of
+from configs.files import BASE, CONFIGS, EXTENSIONS, FORMATS, ROOT, options, shown, words_of
 from configs.grammar import override_choices, parse_override
 from configs.messages import ConfigError
 from configs.request import Request
@@ -36,7 +36,7 @@ def model_paths(request: Request) -> tuple[list[Path], str]:
 
 def _items(value: str) -> tuple[list[str], str]:
     """Split one value of the flag at top-level commas, or take Hydra's sweep functions apart."""
-    if "," in value and Path(value).suffix in EXTENSIONS and os.path.isfile(os.path.expanduser(value)):
+    if "," in value and Path(value).suffix in FORMATS and os.path.isfile(os.path.expanduser(value)):
         return [value], ""  # a comma in its name
     for name in ("choice", "glob", "sort", "shuffle"):
         if value.startswith(f"{name}("):
@@ -68,7 +68,7 @@ def _resolve(item: str, request: Request) -> list[Path]:
     bases, is_name = _bases(item, path, request)
     if any(c in item for c in "*?[") and not any((b / path).exists() for b in bases):
         return _glob(item, path, bases)
-    endings = [""] if path.suffix in EXTENSIONS else [*EXTENSIONS, ""] if is_name else ["", *EXTENSIONS]
+    endings = [""] if path.suffix in FORMATS else [*EXTENSIONS, ""] if is_name else ["", *EXTENSIONS]
     tried = [Path(os.path.abspath(f"{base / path}{end}")) for base in bases for end in endings]
     found = next((t for t in tried if t.exists() and (t != CONFIGS or "/" not in item)), None)
     if path == Path("configs") or (found and found.is_dir()):
@@ -83,8 +83,8 @@ def _resolve(item: str, request: Request) -> list[Path]:
             f"command line: {shown(BASE)} is the shared base, not a model. "
             f"Choose one of: {', '.join(options())}"
         )
-    if found.suffix not in EXTENSIONS:
-        raise ConfigError(f"command line: cannot read '{found.suffix}'. Accepted: {' '.join(EXTENSIONS)}")
+    if found.suffix not in FORMATS:
+        raise ConfigError(f"command line: cannot read '{found.suffix}'. Accepted: {' '.join(FORMATS)}")
     return [found]
 
 
@@ -93,7 +93,7 @@ def _bases(item: str, path: Path, request: Request) -> tuple[list[Path], bool]:
     extra = [_folder("--config-dir", request.config_dir)] if request.config_dir else []
     if request.config_path:
         return [_folder("--config-path", request.config_path), *extra], False
-    if path.suffix in EXTENSIONS or "/" in item:
+    if path.suffix in FORMATS or "/" in item:
         return [Path.cwd(), ROOT, *extra], False
     return [CONFIGS, *extra], True
 
@@ -119,11 +119,11 @@ def _expanded(given: str, flag: str) -> Path:
 def _glob(item: str, path: Path, bases: list[Path]) -> list[Path]:
     for base in bases:
         pattern = str(base / path)
-        if base == CONFIGS and path.suffix not in EXTENSIONS:
+        if base == CONFIGS and path.suffix not in FORMATS:
             matches = [CONFIGS / f"{n}.yaml" for n in fnmatch.filter(options(), item)]
         else:
             matches = [Path(m) for m in sorted(glob.glob(pattern, recursive=True))]
-        found = [m for m in matches if m.suffix in EXTENSIONS and m.resolve() != BASE and m.is_file()]
+        found = [m for m in matches if m.suffix in FORMATS and m.resolve() != BASE and m.is_file()]
         if found:
             return found
     raise ConfigError(f"command line: the pattern '{item}' matches no config")
@@ -132,8 +132,8 @@ def _glob(item: str, path: Path, bases: list[Path]) -> list[Path]:
 def _not_found(item: str, path: Path, tried: list[Path]) -> str:
     if re.match(r"[\w.]+=", item):
         return f"command line: --hydra_model_cfg has no value of its own: '{item}' stands where a model file belongs"
-    if path.suffix and path.suffix not in EXTENSIONS:
-        return f"command line: cannot read '{path.suffix}'. Accepted: {' '.join(EXTENSIONS)}"
+    if path.suffix and path.suffix not in FORMATS:
+        return f"command line: cannot read '{path.suffix}'. Accepted: {' '.join(FORMATS)}"
     if item.startswith("$"):
         return f"command line: no such file: {item}. A variable of the shell that is not set, or within '' quotes"
     if (found := models.alias(item)) is not None:
@@ -148,5 +148,5 @@ def _not_found(item: str, path: Path, tried: list[Path]) -> str:
     if path.suffix or "/" in item:
         names = [f"{path.parent.as_posix()}/{name}{path.suffix or EXTENSIONS[0]}" for name in names]
     near = suggestion(names)
-    places = " and ".join(dict.fromkeys(str(t) for t in tried if t.suffix in EXTENSIONS))
+    places = " and ".join(dict.fromkeys(str(t) for t in tried if t.suffix in FORMATS))
     return f"command line: no such file: {item} (tried {places}).{near}"

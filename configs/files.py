@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 import models
 from configs.defaults_list import parse_entry, placed
+from configs.formats import json_preset
 from configs.messages import ARCHITECTURE_ALIASES, RENAMED, ConfigError, own_words
 from configs.schema import CHOICES
 from naming import did_you_mean, expand_path
@@ -26,6 +27,7 @@ CONFIGS = ROOT / "configs"
 BASE = CONFIGS / "training.yaml"
 PRESETS = CONFIGS / "preset"
 EXTENSIONS = (".yaml", ".yml")
+FORMATS = (*EXTENSIONS, ".json")  # of a model file
 SELF = "_self_"
 _HEADER = re.compile(r"\A(?:#.*\n|\s*\n)*?#\s*@package\s+(?P<package>\S+)")
 _PLAIN = re.compile(r"(?!optional )[^@]*(?<!\.yaml)(?<!\.yml)")  # an entry that Hydra reads as we do
@@ -110,6 +112,8 @@ def read(path: Path, stack: tuple[Path, ...] = (), package: str = "") -> Node:
     if path in stack:
         cycle = (*stack[stack.index(path) :], path)
         raise ConfigError(f"{shown(path)}: inheritance cycle: {' -> '.join(shown(p) for p in cycle)}")
+    if path.suffix == ".json":
+        return _preset(path)
     values, lines = _parse(path)
     entries = values.pop("defaults", [])
     if not isinstance(entries, list):
@@ -148,6 +152,13 @@ def read_model(path: Path) -> Node:
             "so training.yaml would override this file. Put _self_ last"
         )
     return node
+
+
+def _preset(path: Path) -> Node:
+    """A JSON file of sizes: the file of its architecture, and these."""
+    values, lines, notices = json_preset.load(path, shown(path))
+    base = read(CONFIGS / f"{json_preset.ARCHITECTURE}.yaml")
+    return Node(path, values, lines, [base, SELF], plain=False, notices=notices)
 
 
 def _has_base(node: Node) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import models
-from configs.files import EXTENSIONS, check_option, choices, options, words_of
+from configs.files import FORMATS, check_option, choices, options, words_of
 from configs.grammar import entries, field_types, in_quotes, is_text, override_choices, parse_override, quoted
 from configs.hydra_words import (
     COMPLETION,
@@ -185,17 +185,15 @@ def _next(name: str, rest: list[str]) -> str:
 
 
 def _positional(request: Request, word: str) -> None:
-    if Path(word).suffix in EXTENSIONS:
+    if Path(word).suffix in FORMATS:
         request.models.append(word)
         return
     if word in COMMANDS:
         raise ConfigError(f"command line: the command comes first: python mytrainer.py {word} ...")
     if Path(word).suffix:
-        raise ConfigError(
-            f"command line: cannot read '{Path(word).suffix}'. Accepted: {' '.join(EXTENSIONS)}"
-        )
+        raise ConfigError(f"command line: cannot read '{Path(word).suffix}'. Accepted: {' '.join(FORMATS)}")
     raise ConfigError(
-        f"command line: '{word}' is neither a command nor key=value nor a .yaml file."
+        f"command line: '{word}' is neither a command nor key=value nor a model file."
         + (f" The model: --hydra_model_cfg={word}" if word in options() else did_you_mean(word, COMMANDS))
     )
 
