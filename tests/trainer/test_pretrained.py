@@ -125,6 +125,12 @@ def test_transformers_opens_it_added_up_and_peft_beside_the_base(trained, tmp_pa
     assert set(found.provenance()) == {"base_model", "base"}
 
 
+def test_its_model_file_leaves_open_what_the_base_says(trained, command):
+    _, run = trained
+    words = ["eval", "--config", "configs/memory_adapter.yaml", "--checkpoint", run, "--device", "cpu"]
+    assert json.loads(command(*words)[0])["type"] == "memory_adapter"
+
+
 def test_it_writes_text_from_many_prompts(trained, command):
     _, run = trained
     words = ["--max_new_tokens", 5, "--device", "cpu", "--temperature", 0]

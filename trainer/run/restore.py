@@ -357,7 +357,9 @@ def _compare_architectures(given: str, found: Restored) -> None:
             f"checkpoint knows its architecture"
         )
     mine, theirs = found.adapter.model_cfg.model_dump(), other_model.model_dump()
-    open_, free = {k for k in ("vocab_size",) if theirs.get(k) is None}, type(other_model).free()
+    # Filled in once there is a tokenizer, or a base.
+    open_ = {k for k in {"vocab_size", *other_model.elsewhere} if theirs.get(k) is None}
+    free = type(other_model).free()
     differing = [
         f"model_cfg.{k} {theirs.get(k)} (there {mine[k]})"
         for k in mine
