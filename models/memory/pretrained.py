@@ -57,7 +57,7 @@ def lacking(name: str | None, revision: str | None) -> str:
     if not name:
         return (
             "model_cfg.base_model_name is not given: the folder of a causal language model of transformers, or its "
-            "name on Hugging Face. Without one, type memory or vanilla trains a model from scratch"
+            "name on Hugging Face. Without one, type vanilla trains a model from scratch"
         )
     if not _has_transformers():
         return f"model_cfg.base_model_name: {INSTALL}"
