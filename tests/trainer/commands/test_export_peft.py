@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.contract.tiny import config, session_of
 from tests.huggingface_folder import edit_json, huggingface_folder
@@ -80,6 +81,21 @@ def test_what_is_not_understood_is_refused(trained, tmp_path, entries, told):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     edit_json(tmp_path / "adapter_config.json", **entries)
     with pytest.raises(ValueError, match=told):
+        restore(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["renamed", "left out"])
+def test_matrices_that_do_not_fit_are_refused(trained, tmp_path, change):
+    *_, folder = trained
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    held = load_file(folder / "adapter_model.safetensors")
+    name = sorted(held)[0]
+    matrix = held.pop(name)
+    if change == "renamed":
+        held[name.replace("lora_A", "lora_X")] = matrix
+    save_file(held, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="lora_A"):
         restore(tmp_path)
 
 

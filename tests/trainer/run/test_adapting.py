@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from configs.messages import ConfigError
+from tests.contract.test_run import assert_same_state
 from tests.contract.tiny import config, session_of
 from trainer.loop import train
 from trainer.run.checkpoint import load_tensors
@@ -77,6 +78,23 @@ def test_another_base_is_refused(base, adapted, tmp_path):
     finally:
         shutil.rmtree(base, ignore_errors=True)
         moved.rename(base)
+
+
+def test_targets_in_another_order_go_on_with_their_own_state(base, tmp_path):
+    words = [
+        *SHORT,
+        "use_lora=true",
+        f"init_from_checkpoint={base}",
+        "lora_lr=0.05",
+        "save_steps=1",
+        "ema_decay=0.5",
+    ]
+    run, again = tmp_path / "run", tmp_path / "again"
+    train(*config("vanilla", *words, "lora_targets=[q_proj,v_proj]"), run)  # matrices of one shape
+    shutil.copytree(run / "checkpoint-1", again / "checkpoint-1")
+    cfg, model_cfg = config("vanilla", *words, "lora_targets=[v_proj,q_proj]")
+    train(cfg.model_copy(update={"resume": "auto"}), model_cfg, again)
+    assert_same_state(run / "checkpoint-2", again / "checkpoint-2")
 
 
 def test_a_run_begins_with_the_whole(adapted):
