@@ -22,6 +22,7 @@ from typing import Any
 
 from benchmarks import pytest_results
 from benchmarks.open_points import QUESTIONS
+from benchmarks.sessions import without_a_base
 from kernels import KERNELS
 from kernels.spec import spec_of
 from models import ARCHITECTURES
@@ -150,7 +151,8 @@ def steps(device: str, tiny: bool, work: Path) -> dict[str, Step]:
     as_a_user = [*short] if tiny else [model, "time_budget=8", f"device={device}"]
     texts = ["--turns", "1", "--max_new_tokens", "2", "--batch", "1,2", "--prompt", "4"] if tiny else []
     decoders = [word for word in sizes if not word.startswith(("device=", "batch_size="))]
-    next_token = {name for name, row in ARCHITECTURES.items() if row.adapter.startswith("adapters.default:")}
+    measurable = set(without_a_base())
+    next_token = {n for n in measurable if ARCHITECTURES[n].adapter.startswith("adapters.default:")}
     of_kernels, small_sizes = "tests/kernels", "test_small_sizes"  # 700 of 800 tests
     on_gpu = device != "cpu"
     measured = [op for op in KERNELS if spec_of(op) is not None]
@@ -196,9 +198,7 @@ def steps(device: str, tiny: bool, work: Path) -> dict[str, Step]:
             "launch choices for this GPU", run.kernels([*of_losses, *others], "--tune") if on_gpu else []
         ),
         "6a": Step("next-token architectures against gpt2", run.against_gpt2(next_token)),
-        "6b": Step(
-            "the other architectures against gpt2", run.against_gpt2(ARCHITECTURES.keys() - next_token)
-        ),
+        "6b": Step("the other architectures against gpt2", run.against_gpt2(measurable - next_token)),
         "7": Step("open points", run.open_points()),
         "8": Step(
             "generation of gpt2 at 124M",

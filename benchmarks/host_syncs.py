@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.sessions import opened, write
-from models import ARCHITECTURES
+from benchmarks.sessions import opened, without_a_base, write
 from trainer.loop import Trainer
 from trainer.run.record import RunRecord
 from trainer.session import Session
@@ -27,7 +26,7 @@ STEPS = 5  # that are watched, behind one that is not
 def main(output: str, *words: str) -> int:
     on_gpu = torch.cuda.is_available() and "device=cpu" not in words
     found: dict[str, Any] = {"watched": on_gpu, "steps": STEPS, "architectures": {}}
-    for type_ in ARCHITECTURES:
+    for type_ in without_a_base():
         s = opened(type_, list(words))
         refused = _refused(s, on_gpu)
         found["architectures"][type_] = {"declared": list(s.adapter.waits), "refused": refused}

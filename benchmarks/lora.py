@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import mytrainer
-from benchmarks.sessions import write
+from benchmarks.sessions import without_a_base, write
 from data.scored import text_to_score
-from models import ARCHITECTURES
 from trainer.run.checkpoint import checkpoints_in
 from trainer.run.restore import restore
 
@@ -28,7 +27,7 @@ LORA = ["use_lora=true", "lora_rank=8", "lora_alpha=16", "lora_dropout=0", "lora
 
 def main(output: str, text: str, types: str = "all", *words: str) -> int:
     found: dict[str, Any] = {"text": text, "overrides": words, "architectures": {}}
-    for type_ in ARCHITECTURES if types == "all" else types.split(","):
+    for type_ in without_a_base() if types == "all" else types.split(","):
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             f = adapted(type_, text, [*WORDS, *words], Path(folder))

@@ -10,13 +10,19 @@ import torch
 
 from configs.compose import compose
 from configs.validate import architecture_config
+from models import ARCHITECTURES
 from trainer.distributed import World, choose_device
 from trainer.optim.optimizers import clip_gradients
 from trainer.run.files import write_atomically
 from trainer.session import Session, open_session
 from trainer.step import accumulate_gradients
 
-__all__ = ["opened", "step", "write"]
+__all__ = ["opened", "step", "without_a_base", "write"]
+
+
+def without_a_base() -> list[str]:
+    """The architectures that can be measured as they are: another needs weights that were trained elsewhere."""
+    return [name for name in ARCHITECTURES if not architecture_config(name, None, lambda key: "").elsewhere]
 
 
 def opened(type_: str, words: list[str]) -> Session:

@@ -40,7 +40,7 @@ def test_every_architecture_is_measured(tmp_path):
     types = {
         type_ for name in ("6a", "6b") for part in known[name].parts for type_ in part.command[4].split(",")
     }
-    assert types == set(ARCHITECTURES)
+    assert types == set(ARCHITECTURES) - {"memory_adapter"}, "which needs a base"
 
 
 def test_beginnings_of_names_mean_all_of_them(capsys):
