@@ -71,7 +71,7 @@ class ChatTemplate:
     @cached_property
     def digest(self) -> str:
         """What tells this template, and how it is applied, from others."""
-        return hashlib.sha256(f"1\0{self.source or 'chatml'}".encode()).hexdigest()
+        return hashlib.sha256(f"2\0{self.source or 'chatml'}".encode()).hexdigest()
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
@@ -145,15 +145,36 @@ class ChatTemplate:
     # -- answers ---------------------------------------------------------------------------------------------------
 
     def _by_blocks(self, chat: Sequence[Message]) -> tuple[str, list[_Answer]]:
-        """By `{% generation %}` blocks, which come out between marks."""
-        marked = self._render(chat)
-        rendered, spans = _unmarked(marked)
+        """By `{% generation %}` blocks, which come out between marks; some end in front of the token that ends a turn,
+        others behind the line that it ends."""
+        rendered, spans = _unmarked(self._render(chat))
         contents = [self._shielded(turn.content) for turn in chat if turn.role == "assistant"]
         said = contents if len(contents) == len(spans) else [""] * len(spans)
-        return rendered, [
-            _Answer(start, end, self._content(rendered, start, end, content))
-            for (start, end), content in zip(spans, said, strict=True)
-        ]
+        found = []
+        for (start, end), words in zip(spans, said, strict=True):
+            content = self._content(rendered, start, end, words)
+            specials = list(self._specials.finditer(rendered, content[1], end))
+            behind = self._behind(rendered, end)
+            if specials:
+                end = specials[-1].end()
+            elif behind and behind[0] == self._closing:
+                end = behind.end()
+            found.append(_Answer(start, end, content))
+        return rendered, found
+
+    @cached_property
+    def _closing(self) -> str:
+        """The special token behind the answer with which a chat ends, "" where there is none."""
+        try:
+            rendered, spans = _unmarked(self._render([Message("user", "a"), Message("assistant", "b")]))
+        except DataError:  # some templates take no such chat
+            return ""
+        found = self._behind(rendered, spans[-1][1]) if spans else None
+        return found[0] if found else ""
+
+    def _behind(self, whole: str, end: int) -> re.Match[str] | None:
+        """A special token with no more than blanks in front of it."""
+        return self._specials.match(whole, end + len(whole[end:]) - len(whole[end:].lstrip()))
 
     def _by_prefixes(self, chat: Sequence[Message], whole: str) -> list[_Answer] | None:
         """By the text up to each answer and up to its end; None where either does not begin the whole."""
@@ -194,18 +215,20 @@ class ChatTemplate:
             )
         found = []
         for start, end in spans:
-            behind = self._specials.match(whole, end + len(whole[end:]) - len(whole[end:].lstrip()))
+            behind = self._behind(whole, end)
             found.append(_Answer(start, behind.end() if behind else end, (start, end)))
         return found
 
     def _content(self, whole: str, start: int, end: int, content: str) -> tuple[int, int]:
-        """Where in an answer the turn's content stands; all of it up to the token that ends it, where it is another."""
+        """Where in an answer the turn's content stands; all of it up to the token that ends it, where it is another.
+        The last such place: templates put headers and empty thoughts in front, in which a short answer may stand."""
+        specials = [found.start() for found in self._specials.finditer(whole, start, end)]
+        limit = specials[-1] if specials else end
         for said in (content, content.strip()):
-            place = whole.find(said, start, end)
+            place = whole.rfind(said, start, limit)
             if place >= 0:
                 return place, place + len(said)
-        last = [found.start() for found in self._specials.finditer(whole, start, end)]
-        return start, last[-1] if last else end
+        return start, limit
 
     # -- tokens ----------------------------------------------------------------------------------------------------
 
