@@ -128,7 +128,9 @@ def test_sizes_and_tokens_that_text_never_becomes(published, config, name: str, 
     assert len(nothing) == size - theirs.max_token_value - 1 + size - len(theirs._mergeable_ranks)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "o200k_base" else n for n in NAMES]
+)
 def test_in_the_form_of_hugging_face(published, name: str) -> None:
     mine, _ = published[name]
     theirs = Tokenizer.from_str(json.dumps(mine.to_huggingface()))

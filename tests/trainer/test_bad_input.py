@@ -322,7 +322,7 @@ def test_no_room_for_a_checkpoint(train, work, run, size):
     assert train("output_dir=run", "resume=auto", "num_iterations=9", "save_steps=1")[0] == 0
 
 
-@pytest.mark.parametrize("size", [20, 3000, 5000, 9000])
+@pytest.mark.parametrize("size", [20, 9000, *(pytest.param(n, marks=pytest.mark.slow) for n in (3000, 5000))])
 def test_no_room_for_the_small_files(train, work, run, size):
     """config.yaml, manifest.json, metrics.jsonl, ... : whichever is the first to fail says so."""
     with largest_file(size):
