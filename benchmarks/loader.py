@@ -81,6 +81,8 @@ def report(folder: str) -> None:
         tokenizer=tokenizer,
         near_copies=None,
         train_seq_len=SEQ_LEN,
+        training_mode="pretraining",
+        packing=True,
     )
     load_tokenizer(Path(tokenizer))  # imports what is needed
     before, began = anonymous(), _clocks()

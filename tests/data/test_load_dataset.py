@@ -151,6 +151,7 @@ def test_processes_at_once_end_with_one_sound_cache(config, book, cache) -> None
         "import sys; from types import SimpleNamespace; from data import load_dataset\n"
         "cfg = SimpleNamespace(data='text', input_file=sys.argv[1], data_root=None, near_copies=None)\n"
         "cfg.tokenizer, cfg.train_seq_len, cfg.val_files, cfg.document_separator = 'bpe-300', 32, None, None\n"
+        "cfg.training_mode, cfg.packing = 'pretraining', True\n"
         "print(load_dataset(cfg, cache_dir=sys.argv[2]).tokenizer.digest)\n"
     )
     project = Path(data.__file__).resolve().parent.parent

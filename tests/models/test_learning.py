@@ -20,8 +20,10 @@ from trainer.run.restore import restore
 
 DEEPSEEK = "model_cfg.gate_type=deepseek_v3"
 DUAL = ["mamba", "model_cfg.version=2", "model_cfg.headdim=32", "model_cfg.d_state=32"]
-NEXT_TOKEN = [
-    name for name, row in ARCHITECTURES.items() if issubclass(load(row.adapter), DefaultModelAdapter)
+NEXT_TOKEN = [  # whose sizes and tokens are not those of weights that were trained elsewhere
+    name
+    for name, row in ARCHITECTURES.items()
+    if issubclass(load(row.adapter), DefaultModelAdapter) and not load(row.model).Config.elsewhere
 ]
 WIDTH = 64
 RUN = [  # of 32 symbols, order 1; the recipe is each architecture's own
