@@ -6,6 +6,7 @@ import io
 import json
 import math
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -282,6 +283,24 @@ def test_a_chat_goes_on_over_turns_on_a_terminal(whole, command, monkeypatch) ->
     assert [text for text, _ in asked] == [
         template.tokenizer.decode(template.prompt(expected[:n])).decode() for n in (1, 3)
     ]
+
+
+def test_ctrl_c_at_a_question_ends_the_chat(whole, command, monkeypatch) -> None:
+    """A read goes on behind a signal, unless somebody raises."""
+    answers(monkeypatch, ["one"])
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+        def readline(self, *_) -> str:
+            signal.raise_signal(signal.SIGINT)
+            return "asked all the same\n"
+
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    out, _ = command("generate", "--checkpoint", whole, "--prompt", "first?", "--chat")
+    assert out == "one\n"
 
 
 @pytest.mark.parametrize(

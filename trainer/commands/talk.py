@@ -34,7 +34,7 @@ def talk(restored: Restored, args: argparse.Namespace, options: GenerateOptions,
         raise ValueError("num_samples: several answers are given to one question alone: --prompt <question>")
     print(f"note: asked as {template.name} has it", file=sys.stderr)
     chat = [Message("system", args.system)] if args.system is not None else []
-    question = args.prompt or _asked()
+    question = args.prompt or _asked(stop)
     options = replace(options, stop_ids=(*options.stop_ids, *template.stop_ids))
     turn = 0
     while question:
@@ -43,14 +43,18 @@ def talk(restored: Restored, args: argparse.Namespace, options: GenerateOptions,
         if answers is None or not live or args.num_samples > 1:
             break
         chat.append(Message("assistant", answers[0]))
-        question, turn = _asked(), turn + 1
+        question, turn = _asked(stop), turn + 1
     return 0
 
 
-def _asked() -> str:
-    """The next question; "" at an empty line or the end."""
+def _asked(stop: StopSignal) -> str:
+    """The next question; "" at an empty line, at the end and where the chat is to end."""
     print(ASK, end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().rstrip("\n")
+    try:
+        with stop.at_once():  # reading goes on behind a signal otherwise
+            return sys.stdin.readline().rstrip("\n")
+    except StopRequested:
+        return ""
 
 
 def _answers(
