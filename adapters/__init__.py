@@ -12,6 +12,7 @@ import torch
 
 import models
 from adapters.rates import hold_still
+from data.tokenizer_choice import AUTO
 from kernels.choose import Kernels
 from naming import load, shorten
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from configs.schema import ModelConfig, RunConfig
     from data.tokenizers import Tokenizer
 
-__all__ = ["adapter_class", "build_adapter", "complete_model_config"]
+__all__ = ["adapter_class", "build_adapter", "complete_model_config", "own_tokenizer"]
 
 
 def adapter_class(cfg: RunConfig) -> type[ModelAdapter]:
@@ -32,6 +33,11 @@ def adapter_class(cfg: RunConfig) -> type[ModelAdapter]:
     if not (isinstance(cls, type) and issubclass(cls, ModelAdapter)):
         raise ValueError(f"model_adapter {spec!r} is not a subclass of adapters.base.ModelAdapter")
     return cls
+
+
+def own_tokenizer(cfg: RunConfig, model_cfg: ModelConfig) -> Tokenizer | None:
+    """What the weights that a run stands on know the ids of, where it leaves the choice open; else None."""
+    return adapter_class(cfg).own_tokenizer(model_cfg) if cfg.tokenizer == AUTO else None
 
 
 def complete_model_config(model_cfg: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:

@@ -382,11 +382,8 @@ def token_stores(
     keys = [s.key for s in sides.values() if isinstance(s, InShards) and s.is_of(tokenizer)]
     shards = f"-{'-'.join(keys)}" if keys else ""
     folder = cache / "tokens" / f"{corpus.fingerprint[:16]}-{tokenizer.digest[:16]}{shards}-v{CACHE_FORMAT}"
-    if (folder / "meta.json").exists():
-        try:
-            return load_stores(folder, list(sides), tokenizer), folder
-        except DataError as error:
-            notes.append(f"rebuilt: {error}")
+    if stores := _cached(folder, lambda: load_stores(folder, list(sides), tokenizer), notes):
+        return stores, folder
     try:
         tokenizer.save(folder / "tokenizer.json")
         write_stores(folder, sides, tokenizer)
@@ -406,6 +403,18 @@ def token_stores(
     return {side: encode_documents(documents, tokenizer) for side, documents in sides.items()}, None
 
 
+def _cached(
+    folder: Path, load: Callable[[], dict[str, TokenStore]], notes: list[str]
+) -> dict[str, TokenStore] | None:
+    """What a folder of the cache holds, None where there is none, or nothing sound."""
+    if (folder / "meta.json").exists():
+        try:
+            return load()
+        except DataError as error:
+            notes.append(f"rebuilt: {error}")
+    return None
+
+
 def _chat_stores(
     corpus: Corpus, tokenizer: Tokenizer, cache: Path, notes: list[str]
 ) -> tuple[dict[str, TokenStore], Path | None]:
@@ -420,11 +429,8 @@ def _chat_stores(
     sides = {"train": corpus.train, "heldout": corpus.heldout}
     key = f"{corpus.fingerprint[:16]}-{tokenizer.digest[:16]}-chats-{template.digest[:16]}-v{CACHE_FORMAT}"
     folder = cache / "tokens" / key
-    if (folder / "meta.json").exists():
-        try:
-            return load_chats(folder, list(sides), template), folder
-        except DataError as error:
-            notes.append(f"rebuilt: {error}")
+    if stores := _cached(folder, lambda: load_chats(folder, list(sides), template), notes):
+        return stores, folder
     try:
         tokenizer.save(folder / "tokenizer.json")
         write_chats(folder, sides, template)

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from adapters import adapter_class, build_adapter
+from adapters import adapter_class, build_adapter, own_tokenizer
 from adapters.base import ModelAdapter, weighted_loss
 from data import Dataset, load_dataset, unheard
 from data.chats.rows import heldout_rows
 from data.rows import HeldoutRows, TrainingRows
-from data.tokenizer_choice import AUTO
 from kernels.choose import Kernels
 from models.layers.recompute import recomputing
 from naming import shorten
@@ -187,10 +186,8 @@ def open_session(
 
     def load() -> Dataset:
         with interruptible() if world.is_main else nullcontext():
-            kind, known = adapter_class(cfg), tokenizer
-            if known is None and cfg.tokenizer == AUTO:
-                known = kind.own_tokenizer(model_cfg)
-            return load_dataset(cfg, unit=kind.unit(model_cfg), tokenizer=known, tell=tell)
+            known = own_tokenizer(cfg, model_cfg) if tokenizer is None else tokenizer
+            return load_dataset(cfg, unit=adapter_class(cfg).unit(model_cfg), tokenizer=known, tell=tell)
 
     dataset = world.main_first(load)  # it fills the caches of the tokenizer and the token shards
     require_same_text(world, dataset)

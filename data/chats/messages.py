@@ -14,7 +14,7 @@ from data.errors import DataError
 from data.stream import utf8
 from naming import did_you_mean, not_one_of, shorten
 
-__all__ = ["Message", "answer_bytes", "chat_document", "chat_fields", "messages_of"]
+__all__ = ["Message", "chat_document", "chat_fields", "messages_of"]
 
 ROLES = ("system", "user", "assistant", "tool")
 SPEAKERS = {"human": "user", "gpt": "assistant"}  # as `from` calls them
@@ -83,11 +83,6 @@ def document_of(chat: Sequence[Message]) -> bytes:
 def messages_of(document: bytes) -> list[Message]:
     """The turns of such a document."""
     return [Message(*turn) for turn in json.loads(document)]
-
-
-def answer_bytes(chat: Sequence[Message]) -> int:
-    """UTF-8 bytes of what the assistant says."""
-    return sum(len(utf8(turn.content)) for turn in chat if turn.role == "assistant")
 
 
 def _turn(turn: Any, where: str) -> Message:

@@ -59,13 +59,8 @@ class WholeRows(TrainingRows):
         seed: int = 0,
         packing: bool = True,
     ):
-        self.store, self.eot, self.seq_len, self.lookahead, self.packing = (
-            store,
-            eot,
-            seq_len,
-            lookahead,
-            packing,
-        )
+        self.store, self.eot, self.seq_len, self.lookahead = store, eot, seq_len, lookahead
+        self.packing = packing
         every = np.arange(store.n_docs)
         self.answers = store.answers if isinstance(store, ChatStore) else None
         whole = store.lengths_of(every) + (self.answers is None)  # the end of a text is a target
@@ -73,10 +68,8 @@ class WholeRows(TrainingRows):
         self._counting = (
             store.learned_in(every, seq_len)[0] if isinstance(store, ChatStore) else self._targets
         )
-        self.cut_documents, self.cut_targets = (
-            int((whole > seq_len).sum()),
-            int((whole - self._targets).sum()),
-        )
+        self.cut_documents = int((whole > seq_len).sum())
+        self.cut_targets = int((whole - self._targets).sum())
         self._order = DocumentOrder(store.n_docs, seed)
         self._plans: dict[tuple[int, int], _Plan] = {}
         self._lock = threading.RLock()  # a run's loader and its main thread may both ask for rows

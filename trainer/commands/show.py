@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from configs.compose import compose
 from configs.help import list_configs
 from data.config import Unit
-from data.tokenizer_choice import AUTO, vocabulary_size
+from data.tokenizer_choice import vocabulary_size
 from trainer.batching import plan_run
 from trainer.optim.stages import stages_of
 from trainer.run.resume import tokenizer_to_take
@@ -58,11 +58,10 @@ def main(argv: list[str]) -> int:
 
 def _vocabulary(cfg: RunConfig, model_cfg: ModelConfig, unit: Unit, given: int | None) -> Any:
     """Stands in for the tokenizer, whose size follows from its name unless it is a file, or comes with weights."""
-    if given is None and cfg.tokenizer == AUTO:
-        from adapters import adapter_class
+    from adapters import own_tokenizer
 
-        own = adapter_class(cfg).own_tokenizer(model_cfg)
-        given = own.vocab_size if own else None
+    if given is None and (own := own_tokenizer(cfg, model_cfg)) is not None:
+        given = own.vocab_size
     if given is None and cfg.init_from_checkpoint:
         source = open_source(cfg.init_from_checkpoint, lambda text: print(text, file=sys.stderr))
         if (theirs := tokenizer_to_take(cfg, source)) is not None:

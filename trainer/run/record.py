@@ -88,9 +88,8 @@ class RunRecord:
         self._sinks += chosen_trackers(s.cfg, self.console.note)
         for sink in self._sinks:
             sink.begin(facts)
-        if (
-            s.dataset.chats
-        ):  # what answers score, given the rest of their chats, compares with no score of text
+        # What answers score, given the rest of their chats, compares with no score of text.
+        if s.dataset.chats:
             return
         try:
             self._yardsticks = start_background(

@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import ValidationError
 
-from adapters import adapter_class, build_adapter
+from adapters import adapter_class, build_adapter, own_tokenizer
 from adapters.base import ModelAdapter
 from adapters.lora import merge
 from configs.messages import ConfigError
 from configs.removed import REMOVED
 from data.chats.rows import heldout_rows
 from data.rows import HeldoutRows
-from data.tokenizer_choice import AUTO
 from naming import did_you_mean, not_one_of
 from trainer.distributed import World, choose_device
 from trainer.errors import TrainingError
@@ -329,9 +328,9 @@ def _untrained(args: argparse.Namespace, changes: dict[str, Any]) -> Restored:
             f"--checkpoint {cfg.init_from_checkpoint}"
         )
     tune_host(cfg, device)
-    kind = adapter_class(cfg)
-    own = kind.own_tokenizer(model_cfg) if cfg.tokenizer == AUTO else None
-    tokenizer = own or load_dataset(cfg, unit=kind.unit(model_cfg)).tokenizer
+    tokenizer = own_tokenizer(cfg, model_cfg)
+    if tokenizer is None:
+        tokenizer = load_dataset(cfg, unit=adapter_class(cfg).unit(model_cfg)).tokenizer
     adapter = build_adapter(cfg, model_cfg, tokenizer, device)
     precision, _ = choose_precision(cfg.mixed_precision, device)
     return Restored(cfg, adapter.eval(), tokenizer, device, precision, None, "untrained", Source.rows)

@@ -10,8 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from data import load_corpus
-from data.chats.messages import Message, answer_bytes, chat_document, messages_of
+from data.chats.messages import Message, chat_document, messages_of
+from data.chats.store import encode_chats
+from data.chats.template import ChatTemplate
+from data.corpus import Document
 from data.errors import DataError
+from data.tokenizers import ByteTokenizer
 
 CHAT = [Message("user", "hi"), Message("assistant", "hello")]
 SHAPES = {
@@ -46,8 +50,10 @@ def test_what_is_null_or_empty_is_left_out() -> None:
 
 def test_bytes_of_answers_are_utf8_and_a_lone_surrogate_is_replaced() -> None:
     turns = [{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "é"}]
-    chat = messages_of(chat_document({"messages": turns}, "text", "here"))
-    assert chat[0].content == "\ufffd" and answer_bytes(chat) == 2
+    document = chat_document({"messages": turns}, "text", "here")
+    assert messages_of(document)[0].content == "\ufffd"
+    chats = encode_chats([Document("a", document)], ChatTemplate(ByteTokenizer()))
+    assert chats.doc_bytes.tolist() == [2]
 
 
 @pytest.mark.parametrize(
