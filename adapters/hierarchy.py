@@ -30,7 +30,7 @@ class HierarchyAdapter(DefaultModelAdapter):
 
     no_masks = "the lengths of chunks are learned from all bytes of a row, those of padding too"
     # How many chunks there are, once for each stage.
-    host_syncs = ("_local_scalar_dense",)
+    host_syncs = ("_local_scalar_dense", "_to_copy")
 
     @property
     def console_metrics(self) -> tuple[str, ...]:  # type: ignore[override]

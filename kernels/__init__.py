@@ -138,7 +138,9 @@ KERNELS: dict[str, Kernel] = {
         "kernels.grouped_linear:grouped_linear",
         description="rows in groups, each times a matrix of its own",
         implementations={
-            REFERENCE: Implementation("kernels.grouped_linear.reference:reference", host_syncs=("_to_copy",)),
+            REFERENCE: Implementation(
+                "kernels.grouped_linear.reference:reference", host_syncs=("_to_copy", "_local_scalar_dense")
+            ),
             "by_groups": Implementation("kernels.grouped_linear.by_groups:by_groups", devices=("cpu",)),
             "grouped_mm": Implementation(
                 "kernels.grouped_linear.grouped_mm:grouped_mm",

@@ -42,7 +42,8 @@ def gradients(outputs: Sequence[Tensor], sample: Sample, dy: Sequence[Tensor]) -
 
 
 def deviation(found: Tensor, exact: Tensor) -> float:
-    """The largest difference over the largest value; inf where one is not finite and the other is, or shapes differ."""
+    """The largest difference over the largest value, itself where all values are exactly 0; inf where one is not finite
+    and the other is, or shapes differ."""
     if found.shape != exact.shape:
         return math.inf
     if not exact.numel():
@@ -50,7 +51,7 @@ def deviation(found: Tensor, exact: Tensor) -> float:
     found, exact = found.double(), exact.double()  # numbers of places and decisions too
     difference = torch.where(found == exact, 0.0, (found - exact).abs())
     largest = torch.where(exact.isfinite(), exact.abs(), 0).max().item()
-    worst = difference.max().item() / max(largest, 1e-3)
+    worst = difference.max().item() / (max(largest, 1e-3) if largest else 1.0)
     return worst if math.isfinite(worst) else math.inf
 
 

@@ -298,8 +298,8 @@ class CurrentBestGPT(Decoder):
     def _set_rotation(self) -> None:
         omega, scale = rotation_of(self.cfg, self.stage)
         if not self.frequencies.is_meta:
-            self.frequencies.copy_(torch.tensor(omega, dtype=torch.float64))
-            self.score_scale.copy_(torch.tensor(scale, dtype=torch.float64))
+            self.frequencies.copy_(torch.tensor(omega, dtype=torch.float64), non_blocking=True)
+            self.score_scale.copy_(torch.tensor(scale, dtype=torch.float64), non_blocking=True)
 
     def init_cache(self, rows: int) -> StateCache:
         """Keys and values of layers, as many as their windows and composed heads see, those of paired heads by

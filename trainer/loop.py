@@ -45,6 +45,7 @@ from trainer.diagnose import explain_non_finite
 from trainer.distributed import World, open_world
 from trainer.errors import StopRequested, TrainingError, sentence
 from trainer.evaluate import Score, evaluate, try_scoring
+from trainer.fetch import Fetched
 from trainer.memory import NoRoom, begin_again, with_fewer_rows
 from trainer.meter import Meter
 from trainer.optim.optimizers import clip_gradients
@@ -170,7 +171,7 @@ class Trainer:
         self.last_norm: Tensor = torch.zeros((), device=self.world.device)
         # 1.0 from the first non-finite step on; keeps later updates from building on it until the host has seen it.
         self.halted = torch.zeros((), device=self.world.device)
-        self.unread_flag: tuple[int, Tensor] | None = None
+        self.unread_flag: tuple[int, Fetched] | None = None
         self.denominators: list[str] | None = None  # their names, from the first step of this life on
         self.unreadable = ""  # why this process cannot read the text of the next step
         self.last_save = time.monotonic()
@@ -334,7 +335,7 @@ class Trainer:
             s.ema.update(found_inf)
         self.progress.step = step + 1
         self._raise_if_not_finite()
-        self.unread_flag = (step, found_inf)
+        self.unread_flag = (step, Fetched(found_inf))
 
     def _take_note(self, output: StepOutput) -> None:
         """Of one micro-batch of a step."""

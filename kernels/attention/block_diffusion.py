@@ -58,7 +58,8 @@ class OnePass:
         noisy_query = query + length * self.noisy_only >= length
         noisy_key = key >= length
         mine, its = self.blocks[query % length], self.blocks[key % length]
-        return ((noisy_query == noisy_key) & (mine == its)) | (~noisy_key & (mine > its))
+        # Not `==` of truth values: torch's compiler fails on bounds of it.
+        return (~(noisy_query ^ noisy_key) & (mine == its)) | (~noisy_key & (mine > its))
 
 
 class Sparse(NamedTuple):

@@ -1,7 +1,8 @@
 """Attention by torch's FlexAttention: masks as a function of two positions, whole tiles skipped where nothing is seen.
 
 Lengths are padded to the 128 of a tile: a mask of another length than its tensors is silently wrong, and ragged ones
-gave NaN. On a CPU it has no backward.
+gave NaN. On a CPU it has no backward. It runs compiled or not at all, and nothing is compiled while a mode of dispatch
+looks on (a counter of operations, say), so that such a mode sees blocks of plain operations (chunked.py).
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from kernels.attention.plan import Backend, Options
+from kernels.attention import chunked
+from kernels.attention.plan import Backend, Options, Plan
 from kernels.attention.visible import Visible
 
 __all__ = ["BACKEND", "MIN_WIDTH", "TILE", "mask_function"]
@@ -26,13 +29,17 @@ MIN_WIDTH = 16  # of a head
 
 
 class Built(NamedTuple):
-    mask: BlockMask
+    """`mask` None where it is not to be compiled."""
+
+    mask: BlockMask | None
     softcap: Callable[..., Tensor] | None
-    queries: int
-    keys: int
+    visible: Visible
 
 
 def build(visible: Visible, options: Options) -> Built:
+    softcap = _softcap(options.softcap)
+    if _looked_on(visible.device):
+        return Built(None, softcap, visible)
     by_row = visible.doc_ids is not None or (visible.mask is not None and visible.mask.shape[0] > 1)
     # One graph for all lengths: a mask is the same from it, and outputs may not be to the last bit.
     make = _compiled(create_block_mask, dynamic=None) if visible.device.type == "cuda" else create_block_mask
@@ -45,7 +52,7 @@ def build(visible: Visible, options: Options) -> Built:
         device=visible.device,
         BLOCK_SIZE=TILE,
     )
-    return Built(mask, _softcap(options.softcap), visible.queries, visible.keys)
+    return Built(mask, softcap, visible)
 
 
 def mask_function(visible: Visible) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
@@ -88,11 +95,14 @@ def _softcap(limit: float | None) -> Callable[..., Tensor] | None:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, built: Built, options: Options) -> Tensor:
     queries, keys = q.shape[2], k.shape[2]
-    if (queries, keys) != (built.queries, built.keys):
+    visible = built.visible
+    if (queries, keys) != (visible.queries, visible.keys):
         raise ValueError(
-            f"attention: the mask was made for {built.queries} queries and {built.keys} keys, and these are {queries} "
-            f"and {keys}"
+            f"attention: the mask was made for {visible.queries} queries and {visible.keys} keys, and these are "
+            f"{queries} and {keys}"
         )
+    if built.mask is None or _looked_on(q.device):
+        return Plan.of(chunked.BACKEND, visible, options).run(q, k, v)
     q, k, v = (F.pad(t, (0, 0, 0, -t.shape[2] % TILE)) for t in (q, k, v))
     inside = torch.compiler.is_compiling() or q.device.type != "cuda"
     run: Any = flex_attention if inside else _compiled(flex_attention)
@@ -106,6 +116,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, built: Built, options: Options) -> T
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return found[:, :, :queries]
+
+
+def _looked_on(device: torch.device) -> bool:
+    compiled = device.type == "cuda" and not torch.compiler.is_compiling()
+    return compiled and _get_current_dispatch_mode() is not None
 
 
 @cache

@@ -55,7 +55,7 @@ class _Chunked(torch.autograd.Function):
         ]
         total = torch.zeros((), dtype=stats, device=hidden.device)
         nats, ce = [hidden.new_empty(0, dtype=stats)], []
-        for start in range(0, len(hidden), chunk_rows):
+        for start in range(0, max(1, len(hidden)), chunk_rows):  # no rows: one empty chunk, for its results
             rows = slice(start, min(start + chunk_rows, len(hidden)))
             with torch.enable_grad():
                 h, w, b = (

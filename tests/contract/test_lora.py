@@ -75,7 +75,8 @@ def test_merged_weights_say_what_adapters_said(architecture, targets):
     beside = score(adapter)
     merge(adapter)
     assert not any("lora_" in name for name in adapter.model.state_dict())
-    torch.testing.assert_close(score(adapter), beside, rtol=3e-5, atol=0)
+    rtol = 3e-5 if adapter.device.type == "cpu" else 3e-3  # products in TF32, as of runs in fp32
+    torch.testing.assert_close(score(adapter), beside, rtol=rtol, atol=0)
     assert not torch.allclose(beside, plain, rtol=1e-4), "adapters act"
 
 

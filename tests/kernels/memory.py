@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = ["allocations", "guarded"]
 
@@ -15,14 +16,15 @@ BAND = 512  # elements on either side: tiles that run over by a row or two, alig
 
 @contextmanager
 def allocations(change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """In the body `torch.empty` and its kin give `change` of what they make; the meta device has nothing to change."""
+    """In the body `torch.empty` and its kin give `change` of what they make, but of tensors that hold no data: those of
+    the meta device, and those that a compiler traces with."""
     names = ("empty", "empty_like", "empty_strided")
     originals = {name: getattr(torch, name) for name in names}
     new_empty = Tensor.new_empty
 
     def changed(t: Tensor) -> Tensor:
         with torch.no_grad():
-            return t if t.device.type == "meta" else change(t)
+            return t if t.device.type == "meta" or isinstance(t, FakeTensor) else change(t)
 
     for name, original in originals.items():
         setattr(torch, name, lambda *a, original=original, **k: changed(original(*a, **k)))

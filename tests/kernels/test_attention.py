@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_mask
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from data.offsets import document_offsets
 from kernels.attention import (
@@ -586,6 +587,31 @@ def test_flex_is_compiled_where_blocks_are_not(monkeypatch, graph_breaks):
     assert blocks.frame_count > 0 and ran_as_written == []
     torch.testing.assert_close(found, (x + 1).sin())
     assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+class Watched(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_nothing_is_compiled_while_a_mode_of_dispatch_looks_on(where, monkeypatch):
+    """Frames that torch does not compile for its sake would stay so in the whole process."""
+    if where == "cpu":
+        monkeypatch.setattr(flex, "_looked_on", lambda device: _get_current_dispatch_mode() is not None)
+    generator = torch.Generator(where).manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, 40, 16, generator=generator, device=where)
+    visible = Visible(2, 40, 40, q.device, True, None, torch.arange(40, device=where).expand(2, 40) // 9)
+    wanted = by_definition(q, k, v, visible.allowed())
+    compiled = []
+    monkeypatch.setattr(
+        flex, "_compiled", lambda function, real=flex._compiled: compiled.append(1) or real(function)
+    )
+    with Watched():
+        torch.testing.assert_close(flex.BACKEND(q, k, v, visible=visible), wanted, rtol=1e-5, atol=1e-5)
+    assert not compiled
+    again = replace(visible)
+    torch.testing.assert_close(flex.BACKEND(q, k, v, visible=again), wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_flex_is_compiled_for_more_shapes_than_blocks_are(monkeypatch):

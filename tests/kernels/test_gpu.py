@@ -40,6 +40,14 @@ SMALL = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def room_for_others():
+    """What a test took of the GPU's memory is not kept from other processes."""
+    yield
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 def refusal(op: str, name: str, sample: Sample, device: torch.device, dtype: torch.dtype) -> str:
     """Why the implementation cannot run this call; "" if it can."""
     return Kernels().lacking(op, name, Call(device, dtype, **sample.known))
@@ -225,5 +233,6 @@ def test_attention_where_every_logit_is_far_below_zero(where, dtype, documents, 
     assert -130 < scores.item() < -110
     for found, right in zip((y, *grads), (wanted, *wanted_grads), strict=True):
         assert torch.isfinite(found).all()
-        # Sums of 15 x 64 terms that cancel: coarse, but NaN and noise are not mistaken for it.
-        assert (found.double() - right).norm() <= (0.1 if dtype == HALF else 1e-3) * right.norm()
+        # Gradients of scores are rounded by 2^-9 and cancel over keys 62 times as long as what is left of their sum:
+        # coarse in bf16, but NaN and noise are not mistaken for it.
+        assert (found.double() - right).norm() <= (0.3 if dtype == HALF else 1e-3) * right.norm()

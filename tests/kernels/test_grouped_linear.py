@@ -50,7 +50,7 @@ def test_a_cpu_takes_what_is_fastest_there_and_waits_for_nobody():
         grouped_linear(*call_of(dtype=dtype), kernels)
         assert kernels.used == {"grouped_linear": expected} and kernels.host_syncs == ()
     grouped_linear(*call_of(), kernels := Kernels({"default": "reference"}))
-    assert kernels.host_syncs == ("_to_copy",)
+    assert kernels.host_syncs == ("_to_copy", "_local_scalar_dense")
 
 
 @pytest.mark.parametrize("kernels", EVERY)
