@@ -55,7 +55,7 @@ class OnePass:
     def sees(self, query: Tensor, key: Tensor) -> Tensor:
         """Whether query number `query` may look at key number `key`: `mask` without documents, one pair at a time."""
         length = self.length
-        noisy_query = query + length * self.noisy_only >= length
+        noisy_query = query >= (0 if self.noisy_only else length)
         noisy_key = key >= length
         mine, its = self.blocks[query % length], self.blocks[key % length]
         # Not `==` of truth values: torch's compiler fails on bounds of it.
