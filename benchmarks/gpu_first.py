@@ -81,8 +81,8 @@ class Commands:
         plugin = ("-p", "benchmarks.pytest_results", "--results", lines)
         return Part(name, _python("-m", "pytest", "-q", *plugin, *words), lines)
 
-    def gpu_tests(self, name: str, *words: str) -> Part:
-        return self.pytest(name, "-m", "gpu", "-n", "0", *words)
+    def gpu_tests(self, name: str, workers: int, *words: str) -> Part:
+        return self.pytest(name, "-m", "gpu", "-n", str(workers), "--dist", "load", *words)
 
     def ours(self, name: str, *words: str) -> Part:
         """A command of mytrainer.py that writes JSON."""
@@ -180,13 +180,13 @@ def steps(device: str, tiny: bool, work: Path) -> dict[str, Step]:
         ),
         "1c": Step(
             "kernels at small sizes on the GPU",
-            [run.gpu_tests("kernels-small", of_kernels, "-k", small_sizes)],
+            [run.gpu_tests("kernels-small", 8, of_kernels, "-k", small_sizes)],
         ),
         "1d": Step(
             "kernels at the sizes of models, and their launch choices",
-            [run.gpu_tests("kernels-large", of_kernels, "-k", f"not {small_sizes}")],
+            [run.gpu_tests("kernels-large", 2, of_kernels, "-k", f"not {small_sizes}")],
         ),
-        "1e": Step("the other tests that need a GPU", [run.gpu_tests("others", f"--ignore={of_kernels}")]),
+        "1e": Step("the other tests that need a GPU", [run.gpu_tests("others", 8, f"--ignore={of_kernels}")]),
         "2": Step("a run as a user starts it", [run.train("first-run", *as_a_user)]),
         "3": Step("waits for the GPU in a step", [run.driver("host_syncs", *sizes, *compiled)]),
         "4a": Step("a step of gpt2 at 124M, bf16", [run.bench_step("gpt2")]),

@@ -69,18 +69,26 @@ def tune(
     measured, launches = dict(before.get("measured", {})), dict(before.get("launch", {}))
     path = tuned.path_of(gpu.name)
     refused: list[dict[str, Any]] = []
-    for op in ops:
-        spec = spec_of(op)
-        if spec is None or TRITON not in KERNELS[op].implementations:
-            continue
+    tunable = {op: spec for op in ops if (spec := spec_of(op)) and TRITON in KERNELS[op].implementations}
+
+    def weigh(op: str) -> None:
+        tell(f"measuring {op}")
+        measured[op] = {TRITON: _worth(op, tunable[op], device, timer)}
+        _write(path, {**found, "measured": measured, "launch": launches})
+
+    for op in tunable:  # before the many choices: whoever is stopped has what `auto` goes by
+        weigh(op)
+    for op, spec in tunable.items():
+        better = False
         for size in spec.large:
             tell(f"tuning {op}, {size}")
             for asked, choice in _choices(op, spec, size, device, timer, refused):
                 entries = [e for e in launches.get(asked.kernel, []) if e["key"] != asked.key]
                 launches[asked.kernel] = [*entries, {"key": asked.key, "choice": choice}]
+                better = True
             _write(path, {**found, "measured": measured, "launch": launches})
-        measured[op] = {TRITON: _worth(op, spec, device, timer)}
-        _write(path, {**found, "measured": measured, "launch": launches})
+        if better:
+            weigh(op)
     return {"file": str(path), **tuned.read(gpu.name), "refused": refused}
 
 
