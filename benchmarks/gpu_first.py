@@ -79,7 +79,10 @@ class Commands:
     def pytest(self, name: str, *words: str) -> Part:
         lines = self.work / f"{name}.jsonl"
         plugin = ("-p", "benchmarks.pytest_results", "--results", lines)
-        settings = ("-c", ROOT / "pyproject.toml")  # not what lies beside the results, which it would look for
+        settings = (
+            "-c",
+            ROOT / "pyproject.toml",
+        )  # not what lies beside the results, which it would look for
         return Part(name, _python("-m", "pytest", "-q", *settings, *plugin, *words), lines)
 
     def gpu_tests(self, name: str, workers: int, *words: str) -> Part:

@@ -31,7 +31,7 @@ from data.bin import absolute
 from data.corpus import Document, fingerprint, in_hash_order
 from data.encoder import Encoders, _encode
 from data.errors import DataError
-from data.prepare import Wanted, prepare
+from data.prepare import Wanted, _first_of_each, prepare
 from data.prepared import MANIFEST, manifest_digest, prepared_tokenizer, require_unchanged
 from data.rows import HeldoutRows, TrainingRows
 from data.scored import text_to_score
@@ -730,3 +730,18 @@ def test_a_megabyte_of_one_character_is_a_document(written, opened, tmp_path, mo
     assert long in sizes
     if character == "^":
         assert sizes[long] == 250_001
+
+
+def test_the_first_of_each_digest_is_found_whatever_its_first_half_is():
+    draw = np.random.default_rng(0)
+    halves = draw.integers(0, 3, (2, 40, 8)).astype(
+        np.uint8
+    )  # few values of few bytes: halves are shared, wholes too
+    halves[..., 1:] = 0
+    digests = np.concatenate([*halves, draw.integers(0, 256, (40, 16))], axis=1).astype(np.uint8)  # (40, 32)
+    wanted = sorted({bytes(row[:16]): place for place, row in reversed(list(enumerate(digests)))}.values())
+    assert 3 < len(wanted) < 10
+    for cut in (0, 7, 40):
+        found = _first_of_each([digests[:cut], digests[cut:]])
+        assert found.tolist() == wanted
+    assert _first_of_each([digests[:0], digests[:0]]).tolist() == []
