@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 from adapters.default import DefaultModelAdapter
+from data.cache import kept_digest
 from data.huggingface.folder import read_huggingface_tokenizer
+from models.memory.pretrained import model_digest
 
 if TYPE_CHECKING:
     from configs.schema import ModelConfig
@@ -23,6 +25,12 @@ class PretrainedAdapter(DefaultModelAdapter):
         """The base's, whose start token begins documents. ValueError where the base is not here or has none."""
         cfg: Any = cast("MemoryAdapterConfig", model_cfg)
         return read_huggingface_tokenizer(cfg.folder, cfg.base.vocab_size)
+
+    def provenance(self) -> dict[str, str]:
+        folder = self.model_cfg.folder
+        if self.model_cfg.freeze_base_model:
+            return {**super().provenance(), "base_model": model_digest(folder, kept_digest)}
+        return {**super().provenance(), "base_config": model_digest(folder, None)}
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ entry.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 import time
@@ -62,3 +63,19 @@ def file_digest(path: Path) -> str:
     """sha256 of a file's bytes, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def kept_digest(path: Path) -> str:
+    """`file_digest`, for which a file is read once on this machine as long as its size and time of change stay."""
+    path, status = path.resolve(), path.stat()
+    told = json.dumps([str(path), status.st_size, status.st_mtime_ns])
+    record = (
+        cache_root() / "checked" / hashlib.sha256(told.encode("utf-8", "backslashreplace")).hexdigest()[:32]
+    )
+    with suppress(OSError, ValueError):
+        if len(bytes.fromhex(kept := record.read_text(encoding="ascii"))) == 32:
+            return kept
+    found = file_digest(path)
+    with suppress(OSError):  # where nothing can be kept it is read each time
+        write_atomic(record, lambda file: file.write(found.encode("ascii")))
+    return found

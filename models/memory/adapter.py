@@ -30,7 +30,6 @@ from models.memory.pretrained import (
     Sizes,
     base_folder,
     lacking,
-    model_digest,
     read_config,
     require_known,
     sizes_of,
@@ -300,10 +299,6 @@ class MemoryAdapter(nn.Module):
         if not self.cfg.freeze_base_model:
             return []
         return ["base", *([] if self.lm_head is None else ["lm_head"])]
-
-    def provenance(self) -> dict[str, str]:
-        frozen = self.cfg.freeze_base_model
-        return {"base_model" if frozen else "base_config": model_digest(self.cfg.folder, weights=frozen)}
 
     def train(self, mode: bool = True) -> Self:
         """A frozen base draws no dropout. Its blocks say that they train, as activations are recomputed by that, and

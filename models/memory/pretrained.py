@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -150,21 +151,13 @@ def require_known(config: Any, where: Path) -> None:
         )
 
 
-def model_digest(folder: Path, weights: bool = True) -> str:
-    """sha256 that tells a base from others: of what its config.json says and, with `weights`, of their files."""
+def model_digest(folder: Path, digest_of: Callable[[Path], str] | None) -> str:
+    """sha256 that tells a base from others: of what its config.json says and of the digests of its files of weights,
+    where it is known how to get at these."""
     entries = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kept = {name: value for name, value in entries.items() if name not in _OF_NAMES}
     found = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
-    for path in sorted(folder.glob("*.safetensors")) if weights else []:
-        status = path.stat()
-        digest = _digest(path.resolve(), status.st_size, status.st_mtime_ns)
-        found.update(f"{path.name} {digest}\n".encode())
+    if digest_of:
+        for path in sorted(folder.glob("*.safetensors")):
+            found.update(f"{path.name} {digest_of(path)}\n".encode())
     return found.hexdigest()
-
-
-@lru_cache(maxsize=256)
-def _digest(path: Path, size: int, changed: int) -> str:
-    """Read once by a process, as long as the file stays what it was."""
-    del size, changed
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

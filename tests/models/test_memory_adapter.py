@@ -11,6 +11,7 @@ from adapters.lora import attach, merge
 from adapters.memory import PretrainedAdapter
 from configs.compose import compose
 from configs.messages import ConfigError
+from data.cache import file_digest
 from models.layers.recompute import recomputing
 from models.memory.pretrained import model_digest
 from tests.contract.tiny import batch_of, context
@@ -201,10 +202,14 @@ def test_counts_of_qwen_by_its_config_alone(tmp_path):
 def test_a_digest_is_of_weights_and_config_and_not_of_the_place(tmp_path):
     base = base_of("gpt2")
     again, other = save_base(tmp_path / "again"), save_base(tmp_path / "other", seed=1)
-    assert model_digest(base) == model_digest(again) != model_digest(other)
-    assert model_digest(again, weights=False) == model_digest(other, weights=False)
+    assert (
+        model_digest(base, file_digest)
+        == model_digest(again, file_digest)
+        != model_digest(other, file_digest)
+    )
+    assert model_digest(again, None) == model_digest(other, None)
     wider = save_base(tmp_path / "wider", n_positions=64)
-    assert model_digest(again, weights=False) != model_digest(wider, weights=False)
+    assert model_digest(again, None) != model_digest(wider, None)
 
 
 @pytest.mark.parametrize(
