@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -33,6 +34,10 @@ SHIELD, BEGIN, END = "\ufdd0", "\ufdd1", "\ufdd2"
 _NONCHARACTERS = re.compile(f"[{SHIELD}{BEGIN}{END}]")
 CHATML = ("<|im_start|>", "<|im_end|>")
 UNLEARNED = -1  # in `Encoded.answers`
+CHANGED = (
+    "the tokenizer's chat template changes what turns say, so that it does not show where answers stand. Put "
+    "{% generation %} and {% endgeneration %} around them in the template"
+)
 
 
 class Encoded(NamedTuple):
@@ -71,13 +76,15 @@ class ChatTemplate:
     @cached_property
     def digest(self) -> str:
         """What tells this template, and how it is applied, from others."""
-        return hashlib.sha256(f"2\0{self.source or 'chatml'}".encode()).hexdigest()
+        return hashlib.sha256(f"3\0{self.source or 'chatml'}".encode()).hexdigest()
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer."""
+        """Tokens that end an answer: special ones that are learned behind what it says."""
         found = self.encode([Message("user", "a"), Message("assistant", "b")])
-        learned = found.ids[found.answers != UNLEARNED].tolist()
+        said = np.flatnonzero(found.answers > 0)
+        behind = slice(said[-1] + 1 if len(said) else 0, None)
+        learned = found.ids[behind][found.answers[behind] != UNLEARNED].tolist()
         return tuple(sorted({i for i in learned if i in self._special.values()} | self.tokenizer.ends))
 
     def text(self, chat: Sequence[Message]) -> str:
@@ -147,7 +154,8 @@ class ChatTemplate:
     def _by_blocks(self, chat: Sequence[Message]) -> tuple[str, list[_Answer]]:
         """By `{% generation %}` blocks, which come out between marks; some end in front of the token that ends a turn,
         others behind the line that it ends."""
-        rendered, spans = _unmarked(self._render(chat))
+        rendered, marks = _unmarked(self._render(chat))
+        spans = [(start, end) for start, end in marks if start is not None]
         contents = [self._shielded(turn.content) for turn in chat if turn.role == "assistant"]
         said = contents if len(contents) == len(spans) else [""] * len(spans)
         found = []
@@ -192,8 +200,19 @@ class ChatTemplate:
             start, end = len(before), len(behind)
             content = self._content(whole, start, end, self._shielded(turn.content))
             special = self._specials.search(whole, content[1], end)
+            if not self._opens:  # and so what was learned would begin with the header
+                start = content[0]
             found.append(_Answer(start, special.end() if special else end, content))
         return found
+
+    @cached_property
+    def _opens(self) -> bool:
+        """Whether the template says where an answer begins."""
+        asked = [Message("user", "a")]
+        try:
+            return self._render(asked, opens=True) != self._render(asked)
+        except DataError:  # some templates take no chat that ends so
+            return True
 
     def _by_marks(self, chat: Sequence[Message], whole: str) -> list[_Answer]:
         """By marks around what the assistant says, without the blanks at its ends, which templates may take away."""
@@ -208,16 +227,36 @@ class ChatTemplate:
             return turn._replace(content=f"{content[:place]}{BEGIN}{bare}{END}{behind}")
 
         rendered, spans = _unmarked(self._fill([marked(turn) for turn in chat]))
-        if rendered != whole or len(spans) != sum(turn.role == "assistant" for turn in chat):
-            raise DataError(
-                "the tokenizer's chat template changes what turns say, so that it does not show where answers stand. "
-                "Put {% generation %} and {% endgeneration %} around them in the template"
-            )
+        places = [place for place, turn in enumerate(chat) if turn.role == "assistant"]
+        if rendered != whole or len(spans) != len(places):
+            raise DataError(CHANGED)
         found = []
-        for start, end in spans:
+        for (begin, end), place in zip(spans, places, strict=True):
+            start = self._begin(chat, place, whole, end) if begin is None else begin
             behind = self._behind(whole, end)
             found.append(_Answer(start, behind.end() if behind else end, (start, end)))
         return found
+
+    def _begin(self, chat: Sequence[Message], place: int, whole: str, end: int) -> int:
+        """Where an answer begins of which the template leaves out the beginning, as some do with what was thought:
+        behind the header of an answer, or with the longest end of the turn that stands there."""
+        try:
+            before = self._render(chat[:place], opens=True)
+        except DataError:
+            before = ""
+        if (
+            before
+            and self._opens
+            and whole.startswith(before)
+            and self._specials.search(whole, len(before), end) is None
+        ):
+            return len(before)
+        content = self._shielded(chat[place].content).strip()
+        shared = len(os.path.commonprefix([content[::-1], whole[:end][::-1]]))
+        kept = content[len(content) - shared :].lstrip()
+        if not kept:
+            raise DataError(CHANGED)
+        return end - len(kept)
 
     def _content(self, whole: str, start: int, end: int, content: str) -> tuple[int, int]:
         """Where in an answer the turn's content stands; all of it up to the token that ends it, where it is another.
@@ -319,17 +358,25 @@ def _bare(text: str) -> str:
     return _NONCHARACTERS.sub("", text)
 
 
-def _unmarked(marked: str) -> tuple[str, list[tuple[int, int]]]:
-    """The text without marks, and the characters between each pair of them."""
-    parts, spans, length, start = [], [], 0, 0
+def _unmarked(marked: str) -> tuple[str, list[tuple[int | None, int]]]:
+    """The text without marks, and the characters between each pair of them; from None where the first is missing.
+    DataError where the second is."""
+    parts: list[str] = []
+    spans: list[tuple[int | None, int]] = []
+    length, start = 0, None
     for part in re.split(f"([{BEGIN}{END}])", marked):
         if part == BEGIN:
+            if start is not None:
+                raise DataError(CHANGED)
             start = length
         elif part == END:
             spans.append((start, length))
+            start = None
         else:
             parts.append(part)
             length += len(part)
+    if start is not None:
+        raise DataError(CHANGED)
     return "".join(parts), spans
 
 

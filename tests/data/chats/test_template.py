@@ -135,6 +135,52 @@ def test_every_answer_and_its_end_is_learned_and_nothing_else(template) -> None:
     assert learned(made(template), TURNS) == ["yes<|im_end|>", "no<|im_end|>"]
 
 
+# Of earlier answers what was thought goes, the mark of a beginning with it; the last keeps it.
+QWEN3 = (
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% set text = m.content %}{% set thought = '' %}{% if '</think>' in text %}"
+    "{% set thought = text.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
+    "{% set text = text.split('</think>')[-1].lstrip('\n') %}{% endif %}{% if loop.index0 > ns.last %}"
+    "{{ '<think>\n' + thought.strip('\n') + '\n</think>\n\n' + text.lstrip('\n') }}{% else %}{{ text }}{% endif %}"
+    "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+R1 = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("system", [False, True])
+@pytest.mark.parametrize(
+    ("template", "last"),
+    [(QWEN3, "<think>\nho\n</think>\n\nno<|im_end|>"), (R1, "no<|im_end|>")],
+    ids=["qwen3", "r1"],
+)
+def test_of_answers_that_lose_their_thoughts_what_stays_is_learned(template, last, system) -> None:
+    chat = [
+        Message(USER, "q1"),
+        Message(ANSWER, "<think>hm</think>\n\nyes"),
+        Message(USER, "yes or no?"),
+        Message(ANSWER, "<think>ho</think>no"),
+    ]
+    tokenizer = made(template)
+    assert learned(tokenizer, [Message(SYSTEM, "s")] * system + chat) == ["yes<|im_end|>", last]
+    assert learned(tokenizer, [Message(USER, "q"), Message(ANSWER, "plain"), *chat[2:]]) == [
+        "plain<|im_end|>",
+        last,
+    ]
+
+
+def test_a_template_that_never_says_where_an_answer_begins_shows_it_by_what_is_said() -> None:
+    tokenizer = made(CHATML.partition("{% if add_generation_prompt %}")[0])
+    assert learned(tokenizer, TURNS) == ["yes<|im_end|>", "no<|im_end|>"]
+    names = {index: name for name, index in tokenizer.special_tokens.items()}
+    assert {names[i] for i in ChatTemplate(tokenizer).stop_ids} == set(SPECIAL) - {"<|im_start|>"}
+
+
 def test_templates_with_and_without_blocks_give_the_same_mask() -> None:
     chats = [TURNS, [Message(SYSTEM, "s"), *TURNS, Message(ANSWER, "")], [Message(ANSWER, "first é")]]
     for chat in chats:
@@ -238,6 +284,10 @@ def test_of_several_templates_the_default_one_is_taken() -> None:
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses a chat"),
         (
             "{{ messages|length }}{% for m in messages %}{{ m.content[1:] }}{% endfor %}",
+            "changes what turns say",
+        ),
+        (
+            "{% for m in messages %}{{ m.content.split('e')[0] }}{% endfor %}{{ messages|length }}",
             "changes what turns say",
         ),
     ],
