@@ -374,7 +374,19 @@ def _attention(cfg: MemoryAdapterConfig) -> str:
 def _of_config(config: Any, cfg: MemoryAdapterConfig) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_config(config, attn_implementation=_attention(cfg), dtype=torch.float32)
+    how = {"attn_implementation": _attention(cfg), "dtype": torch.float32}
+    try:
+        return AutoModelForCausalLM.from_config(config, **how)
+    except Exception as error:  # whatever it raises of what a config.json may say
+        raise ValueError(_cannot(cfg.folder, error)) from None
+
+
+def _cannot(folder: Path, error: Exception) -> str:
+    said = " ".join(str(error).split())
+    eager = ". Add model_cfg.use_flash_attention=false" if "scaled_dot_product_attention" in said else ""
+    return (
+        f"model_cfg.base_model_name: transformers cannot load {folder}: {type(error).__name__}: {said}{eager}"
+    )
 
 
 def _of_files(cfg: MemoryAdapterConfig) -> Any:
@@ -393,8 +405,8 @@ def _of_files(cfg: MemoryAdapterConfig) -> Any:
                 use_safetensors=True,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"model_cfg.base_model_name: transformers cannot load {folder}: {error}") from None
+    except Exception as error:  # whatever it raises of damaged files
+        raise ValueError(_cannot(folder, error)) from None
     whole, told = loaded
     if missing := sorted(told["missing_keys"]):
         raise ValueError(f"model_cfg.base_model_name: {folder} lacks {shorten(missing)}")

@@ -95,10 +95,10 @@ def _config(folder: Path, changed: int) -> Any:
 
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever it raises of what a file may say
         raise ValueError(
             f"model_cfg.base_model_name: transformers cannot read {folder / 'config.json'}, and code of a folder is "
-            f"never executed: {str(error).splitlines()[0]}"
+            f"never executed: {' '.join(str(error).split())}"
         ) from None
 
 
@@ -134,6 +134,8 @@ def require_known(config: Any, where: Path) -> None:
         raise ValueError(
             f"model_cfg.base_model_name: {kind}, whose config.json does not say {', '.join(missing)}"
         )
+    if none := [name for name in needed if getattr(config, name) < 1]:
+        raise ValueError(f"model_cfg.base_model_name: {kind}, whose {none[0]} is {getattr(config, none[0])}")
     windows = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     strange = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
     if windows or strange:

@@ -234,6 +234,28 @@ def test_what_does_not_fit_the_base_is_refused(words, told):
         configured(base_of("gpt2"), *words)
 
 
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads is 0|cannot read"),
+        ({"hidden_size": "a"}, "cannot read|does not say hidden_size"),
+        ({"hidden_act": "foo"}, "cannot load .*KeyError: 'foo'"),
+        (None, "cannot load .*SafetensorError"),
+    ],
+    ids=["no heads", "no number", "no function", "cut off"],
+)
+def test_a_damaged_base_is_told_by_name(tmp_path, damage, told):
+    base = save_base(tmp_path / "base", "qwen2")
+    if damage is None:
+        weights = base / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    else:
+        entries = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps(entries | damage))
+    with pytest.raises(ValueError, match=told):
+        adapter_on(base)
+
+
 def test_sizes_that_are_the_bases_are_taken_and_presets_set_none():
     _, model_cfg = configured(base_of("gpt2"), "model_cfg.d_model=64", "model_cfg.n_layers=2", "preset=nano")
     assert (model_cfg.d_model, model_cfg.n_layers, model_cfg.n_heads) == (64, 2, None)

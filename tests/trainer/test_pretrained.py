@@ -125,6 +125,22 @@ def test_transformers_opens_it_added_up_and_peft_beside_the_base(trained, tmp_pa
     assert set(found.provenance()) == {"base_model", "base"}
 
 
+def test_adapters_of_another_base_of_the_same_shapes_are_refused(trained, tmp_path, command):
+    base, run = trained
+    command("export", "--checkpoint", run, "--to", "peft", "--output", tmp_path / "peft")
+    entries = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+    assert entries["revision"] is None
+    kind = json.loads((base / "config.json").read_text())["model_type"]
+    other = save_base(tmp_path / "other", kind, seed=5)
+    words = [f"init_from_checkpoint={tmp_path / 'peft'}", "num_iterations=1"]
+    _, err = begin(command, other, tmp_path / "a", *words, status=2)
+    assert f"adapts {base}, and model_cfg.base_model_name={other} is another model" in err
+    moved = json.dumps(entries | {"base_model_name_or_path": "somebody/model"})
+    (tmp_path / "peft/adapter_config.json").write_text(moved)
+    out, err = begin(command, base, tmp_path / "b", *words)
+    assert "adapts somebody/model, which is not on this machine" in out + err
+
+
 def test_its_model_file_leaves_open_what_the_base_says(trained, command):
     _, run = trained
     words = ["eval", "--config", "configs/memory_adapter.yaml", "--checkpoint", run, "--device", "cpu"]

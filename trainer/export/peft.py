@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from configs.saved import ADAPTER_CONFIG
+from configs.saved import ADAPTER_CONFIG, read_json
 from models.huggingface import to_config
 from models.layers.huggingface import HuggingFaceDecoder
 from models.memory.adapter import MemoryAdapter
 from trainer.export.form import Contents, Form
 from trainer.export.rounding import Rounding
-from trainer.run.peft import ADAPTERS, PREFIX
+from trainer.run.peft import ADAPTERS, PREFIX, is_peft
 
 if TYPE_CHECKING:
     from configs.schema import ModelConfig, RunConfig
@@ -38,7 +38,6 @@ class Peft(Form):
     def contents(self, restored: Restored, rounding: Rounding) -> Contents:
         model, low_rank = restored.adapter.model, restored.adapter.low_rank
         assert low_rank is not None
-        on_base = isinstance(model, MemoryAdapter)
         if not isinstance(model, HuggingFaceDecoder | MemoryAdapter):  # an adapter may bring its own
             raise ValueError(f"to: a {type(model).__name__} has no names in transformers. {_ANY_WAY}")
         if stacks := [target.path for target in restored.adapter.adapted if target.parameter != "weight"]:
@@ -55,14 +54,16 @@ class Peft(Form):
             for here, there in theirs.items()
             for name in ("lora_A", "lora_B")
         }
-        on_disk = restored.cfg.init_from_checkpoint
-        base = on_disk if on_disk and (Path(on_disk) / "config.json").is_file() else None
+        named, revision = restored.cfg.init_from_checkpoint, None
+        if isinstance(model, MemoryAdapter) and not named:
+            named, revision = model.cfg.base_model_name, model.cfg.base_model_revision
+        elif named and not _is_of_transformers(Path(named)):
+            named = None
         config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": restored.adapter.model_cfg.base_model_name
-            if on_base and not on_disk
-            else base,
+            "base_model_name_or_path": named,
+            "revision": revision,
             "r": low_rank.rank,
             "lora_alpha": low_rank.alpha,
             "lora_dropout": low_rank.dropout,
@@ -74,8 +75,20 @@ class Peft(Form):
         return Contents(tensors, {ADAPTER_CONFIG: config})
 
     def opened_by(self, folder: Path, contents: Contents) -> list[str]:
+        entries: Any = contents.files[ADAPTER_CONFIG]
+        named = entries["base_model_name_or_path"]
+        base = repr(named) if named else "BASE"
+        remark = "" if named else "  # of what the run began from (init_from_checkpoint): export --to hf"
         return [
             "from peft import PeftModel; from transformers import AutoModelForCausalLM",
-            "base = AutoModelForCausalLM.from_pretrained(BASE)  # the weights that were adapted: export --to hf",
+            f"base = AutoModelForCausalLM.from_pretrained({base}){remark}",
             f"model = PeftModel.from_pretrained(base, {str(folder)!r})",
         ]
+
+
+def _is_of_transformers(folder: Path) -> bool:
+    return (
+        not is_peft(folder)
+        and (folder / "config.json").is_file()
+        and "model_type" in read_json(folder / "config.json")
+    )

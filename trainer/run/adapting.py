@@ -22,7 +22,7 @@ def source_of(cfg: RunConfig, model_cfg: ModelConfig, note: Callable[[str], None
     """The weights that a run begins from. ValueError as `open_source`."""
     path = expand_path(str(cfg.init_from_checkpoint))
     if model_cfg.elsewhere and is_peft(path):
-        return AdaptersOfBase(path, cfg, model_cfg)
+        return AdaptersOfBase(path, cfg, model_cfg, note)
     return open_source(path, note)
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from adapters import adapter_class
 from adapters.lora import attach, merge
 from configs.saved import ADAPTER_CONFIG, adapted_base, read_json
+from data.cache import kept_digest
+from models.memory.pretrained import base_folder, model_digest
 from naming import require_fit, shapes
 from trainer.run.huggingface import HuggingFaceFolder
 from trainer.run.source import Note, Source, load_weights
@@ -28,6 +34,15 @@ PREFIX = "base_model.model."  # of every name there
 _OTHERWISE: dict[str, Any] = {
     **{"use_rslora": False, "use_dora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {}},
     **{"alpha_pattern": {}, "layers_to_transform": None, "lora_bias": False, "target_parameters": None},
+    **{"exclude_modules": None, "layer_replication": None, "use_qalora": False},
+    "alora_invocation_tokens": None,
+}
+# Others than these change the weights that adapters stand beside.
+_BEGINNINGS = (True, False, None, "gaussian", "orthogonal")
+_NUMBERS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+    "r": (int, lambda v: v > 0, "a positive whole number"),
+    "lora_alpha": (int | float, lambda v: 0 < v < math.inf, "a positive number"),
+    "lora_dropout": (int | float, lambda v: 0 <= v < 1, "at least 0 and below 1"),
 }
 
 
@@ -46,6 +61,14 @@ def _entries(path: Path) -> dict[str, Any]:
             f"{path / ADAPTER_CONFIG}: {strange[0]} is {entries[strange[0]]!r}, and adapters are known with "
             f"{_OTHERWISE[strange[0]]!r} alone"
         )
+    if (begun := entries.get("init_lora_weights")) not in _BEGINNINGS:
+        raise ValueError(
+            f"{path / ADAPTER_CONFIG}: init_lora_weights is {begun!r}, which changes the weights that were adapted too"
+        )
+    for key, (kind, fits, allowed) in _NUMBERS.items():
+        value = entries.get(key, 0.0 if key == "lora_dropout" else None)
+        if isinstance(value, bool) or not isinstance(value, kind) or not fits(value):
+            raise ValueError(f"{path / ADAPTER_CONFIG}: {key} must be {allowed}, got {value!r}")
     if not (path / ADAPTERS).is_file():
         raise ValueError(f"{path}: {ADAPTERS} is missing, and no other file is read, as none is executed")
     return entries
@@ -55,10 +78,20 @@ def _fields(entries: dict[str, Any]) -> dict[str, Any]:
     """Of a run with such adapters, but for what they stand beside."""
     return {
         "use_lora": True,
-        "lora_rank": int(entries["r"]),
+        "lora_rank": entries["r"],
         "lora_alpha": float(entries["lora_alpha"]),
-        "lora_dropout": float(entries.get("lora_dropout") or 0.0),
+        "lora_dropout": float(entries.get("lora_dropout", 0.0)),
     }
+
+
+def _digest(path: Path, entries: dict[str, Any], base: str) -> str:
+    """What tells adapters from others: their numbers, where and how strongly they act, and what they stand beside."""
+    said = [
+        kept_digest(path / ADAPTERS),
+        base,
+        *(entries.get(key) for key in ("r", "lora_alpha", "target_modules")),
+    ]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _targets(path: Path, entries: dict[str, Any]) -> str | list[str]:
@@ -96,6 +129,10 @@ class PeftFolder(Source):
         return self.base.type
 
     @cached_property
+    def digest(self) -> str:
+        return _digest(self.path, self.entries, self.base.digest)
+
+    @cached_property
     def tokenizer(self) -> Tokenizer:
         return self.base.tokenizer
 
@@ -130,9 +167,31 @@ class AdaptersOfBase(Source):
 
     weights, adapts = "Hugging Face", True
 
-    def __init__(self, path: Path, cfg: RunConfig, model_cfg: ModelConfig) -> None:
+    def __init__(self, path: Path, cfg: RunConfig, model_cfg: ModelConfig, note: Note) -> None:
         super().__init__(path)
         self.entries, self.cfg, self.model_cfg = _entries(path), cfg, model_cfg
+        self._require_base(note)
+
+    def _require_base(self, note: Note) -> None:
+        """ValueError where the base that the folder names is here, and is another than the run's."""
+        model_cfg: Any = self.model_cfg
+        named, mine = self.entries.get("base_model_name_or_path"), model_cfg.base_model_name
+        if not named or named == mine:
+            return
+        theirs = base_folder(named, self.entries.get("revision"))
+        if theirs is None or not (theirs / "config.json").is_file():
+            note(
+                f"{self.path} adapts {named}, which is not on this machine: whether {mine} is the same is not known"
+            )
+        elif model_digest(theirs, kept_digest) != model_digest(model_cfg.folder, kept_digest):
+            raise ValueError(
+                f"init_from_checkpoint: {self.path} adapts {named}, and model_cfg.base_model_name={mine} is another "
+                f"model: its weights or its config.json differ"
+            )
+
+    @cached_property
+    def digest(self) -> str:
+        return _digest(self.path, self.entries, "")
 
     @classmethod
     def open(cls, path: Path, warn: Note) -> Source | None:

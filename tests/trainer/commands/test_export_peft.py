@@ -1,6 +1,7 @@
 """What `export --to peft` writes, opened by PEFT; and a run that begins with such a folder."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -73,6 +74,12 @@ def test_a_run_begins_with_it(trained):
         ({"use_dora": True}, "use_dora is True, and adapters are known with False alone"),
         ({"base_model_name_or_path": "nowhere"}, "base_model_name_or_path is 'nowhere'"),
         ({"r": 3}, "lora_A"),
+        ({"r": None}, "r must be a positive whole number, got None"),
+        ({"r": "abc"}, "r must be a positive whole number, got 'abc'"),
+        ({"lora_alpha": 0}, "lora_alpha must be a positive number, got 0"),
+        ({"lora_dropout": 2}, "lora_dropout must be at least 0 and below 1, got 2"),
+        ({"exclude_modules": ["q_proj"]}, r"exclude_modules is \['q_proj'\]"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the weights"),
     ],
 )
 def test_what_is_not_understood_is_refused(trained, tmp_path, entries, told):
@@ -97,6 +104,56 @@ def test_matrices_that_do_not_fit_are_refused(trained, tmp_path, change):
     save_file(held, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="lora_A"):
         restore(tmp_path)
+
+
+def copied(trained, folder):
+    """The adapters and their base, which may be changed."""
+    _, base, _, peft = trained
+    shutil.copytree(base, folder / "base")
+    shutil.copytree(peft, folder / "peft")
+    edit_json(folder / "peft" / "adapter_config.json", base_model_name_or_path=str(folder / "base"))
+    return folder / "peft"
+
+
+def test_adapters_are_told_from_others_by_base_and_strength(trained, tmp_path):
+    path = copied(trained, tmp_path)
+    before = open_source(path, print).digest
+    assert open_source(path, print).digest == before
+    edit_json(path / "adapter_config.json", lora_alpha=99)
+    stronger = open_source(path, print).digest
+    (weights,) = (tmp_path / "base").glob("*.safetensors")
+    tensors = load_file(weights)
+    first = sorted(tensors)[0]
+    save_file(tensors | {first: tensors[first] + 1}, weights, metadata={"format": "pt"})
+    assert len({before, stronger, open_source(path, print).digest}) == 3
+
+
+def test_a_run_as_the_base_is_no_folder_of_transformers(tmp_path, capsys):
+    """Nothing is named that PEFT could not open, and the hint says what to put there."""
+    import mytrainer
+
+    train(*config("gpt2", *STEPS[1:], "num_iterations=1", "train_seq_len=16"), tmp_path / "base")
+    words = [f"init_from_checkpoint={tmp_path / 'base'}", "use_lora=true", "lora_rank=2", "train_seq_len=16"]
+    train(*config("gpt2", *STEPS, *words), tmp_path / "run")
+    told = [
+        "export",
+        "--checkpoint",
+        str(tmp_path / "run"),
+        "--to",
+        "peft",
+        "--output",
+        str(tmp_path / "peft"),
+    ]
+    assert mytrainer.main(told) == 0
+    assert "from_pretrained(BASE)  # of what the run began from" in capsys.readouterr().out
+    assert json.loads((tmp_path / "peft/adapter_config.json").read_text())["base_model_name_or_path"] is None
+    with pytest.raises(ValueError, match="base_model_name_or_path is None, .* write their folder into it"):
+        open_source(tmp_path / "peft", print)
+    told = ["export", "--checkpoint", str(tmp_path / "base"), "--to", "hf", "--output", str(tmp_path / "hf")]
+    assert mytrainer.main(told) == 0
+    edit_json(tmp_path / "peft" / "adapter_config.json", base_model_name_or_path=str(tmp_path / "hf"))
+    ids = torch.arange(12)[None] * 5 % 250
+    torch.testing.assert_close(logits(tmp_path / "peft", ids), logits(tmp_path / "run", ids))
 
 
 def test_only_adapters_are_exported_so(trained, tmp_path, capsys):
