@@ -11,6 +11,7 @@ from configs.hardware import uses_cuda
 from configs.messages import ConfigError
 from configs.request import Request
 from configs.schema import STEPS
+from configs.weights import on_a_base
 from naming import command_line
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ def automatic_preset(
         return "none"
     on_cuda = uses_cuda(str(request.values.get("device", "auto")))
     preset, why = ("small", "CUDA") if on_cuda else ("nano", "no CUDA device")
+    if any(on_a_base(n.stated("type"), n.stated("model_adapter")) for n in nodes):
+        request.notices.append(f"preset auto: {preset} ({why}): rows and steps; sizes are those of the base")
+        return preset
     size = description(CONFIGS / "preset" / f"{preset}.yaml").split(".")[0].split(",")[0]
     command = command_line(f"--hydra_model_cfg={','.join(shown(n.path) for n in nodes)}", "preset=none")
     request.notices.append(f"preset auto: {preset} ({why}, embedded corpus; {size}). Full size: {command}")

@@ -102,7 +102,7 @@ def sizes_given(request: Request, nodes: list[Node]) -> list[Sizes]:
     """Those that the runs of a command line begin with, as far as they are of the architecture."""
     types = {request.values.get("type") or node.stated("type") or node.path.stem for node in nodes}
     stated = [node.stated(FIELD) for node in nodes] if FIELD not in request.keys else _given(request)
-    if not any(stated) or all(_on_a_base(type_, None) for type_ in types):
+    if not any(stated) or all(on_a_base(type_, None) for type_ in types):
         return []
     return [sizes for given in stated if (sizes := sizes_at(given)) is not None and sizes.type in types]
 
@@ -151,7 +151,7 @@ def take_sizes(
 ) -> Callable[[str], str]:
     """Put the sizes of the weights into the tree of a run that begins from such a folder. Gives `where`, which knows
     them. ConfigError for another architecture, and for what the command line says otherwise."""
-    if tree.get(FIELD) and _on_a_base(tree.get("type"), tree.get("model_adapter")):
+    if tree.get(FIELD) and on_a_base(tree.get("type"), tree.get("model_adapter")):
         return where
     sizes = sizes_at(tree.get(FIELD))
     if sizes is None or not isinstance(tree.get("model_cfg"), dict):  # what is none, the typed check refuses
@@ -173,7 +173,7 @@ def take_sizes(
     return lambda key: str(sizes.source) if key in decided else where(key)
 
 
-def _on_a_base(type_: Any, adapter: str | None) -> bool:
+def on_a_base(type_: Any, adapter: str | None) -> bool:
     """Whether another model decides the sizes, so that adapters alone can be taken of a folder."""
     from configs.validate import architecture_config
 

@@ -83,10 +83,14 @@ class WholeRows(TrainingRows):
 
     def _nothing_to_learn(self) -> str:
         longest = int(self.store.lengths_of(np.arange(self.store.n_docs)).max(initial=0))
+        longer = (
+            f"The longest has {longest} tokens: set train_seq_len={longest}, or look"
+            if longest > self.seq_len
+            else "Look"
+        )
         return (
             f"no training chat has a token of an answer among its first {self.seq_len} tokens, so that there is "
-            f"nothing to learn. The longest has {longest} tokens: set train_seq_len={longest}, or look at the roles of "
-            f"its turns"
+            f"nothing to learn. {longer} at the roles of its turns"
         )
 
     @property

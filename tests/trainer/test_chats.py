@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from adapters import adapter_class
 from adapters.base import Context, weighted_loss
@@ -228,6 +229,35 @@ def test_eval_scores_the_answers_of_a_run_and_of_other_chats(whole, command, tmp
     assert json.loads(out)["score"]["of"] == "text" and "(answers)" not in err
 
 
+def test_eval_reads_rows_of_other_fields_and_what_a_model_file_names(whole, command, tmp_path) -> None:
+    (tmp_path / "alpaca.jsonl").write_text(json.dumps({"ask": "1", "more": "", "say": "é" * 5}) + "\n")
+    words = ["eval", "--checkpoint", whole, "--input_file", tmp_path / "alpaca.jsonl"]
+    _, err = command(*words, status=2)
+    assert "text_field" in err
+    out, _ = command(*words, "--text_field", "ask", "more", "say")
+    assert (json.loads(out)["score"]["bytes"], json.loads(out)["score"]["of"]) == (10, "answers")
+    out, _ = command(*words, "--text_field", "say", "--training_mode", "pretraining")
+    assert (json.loads(out)["score"]["bytes"], json.loads(out)["score"]["of"]) == (10, "text")
+    # A file beside the checkpoint says which text, where it names one.
+    sizes = json.loads((whole / "config.json").read_text())["model_cfg"]
+    (tmp_path / "more.jsonl").write_text(json.dumps({"ask": "2", "more": "", "say": "other"}) + "\n")
+    text = {
+        "data": "jsonl",
+        "train_files": [str(tmp_path / "more.jsonl")],
+        "val_files": [str(tmp_path / "alpaca.jsonl")],
+        "text_field": ["ask", "more", "say"],
+        "training_mode": "instruction_finetuning",
+    }
+    model = {"defaults": ["training", "_self_"], "type": "gpt2", "model_cfg": sizes, "train_seq_len": 32}
+    for name, said in (("with.yaml", model | text), ("without.yaml", model)):
+        (tmp_path / name).write_text(yaml.safe_dump(said, sort_keys=False))
+    out, _ = command("eval", "--config", tmp_path / "with.yaml", "--checkpoint", whole)
+    assert json.loads(out)["score"]["bytes"] == 10
+    out, _ = command("eval", "--config", tmp_path / "without.yaml", "--checkpoint", whole)
+    own, _ = command("eval", "--checkpoint", whole)
+    assert json.loads(out) == json.loads(own)
+
+
 def test_no_yardstick_of_text_stands_beside_answers(whole) -> None:
     assert json.loads((whole / "summary.json").read_text())["yardsticks"] == {}
 
@@ -309,6 +339,10 @@ def test_ctrl_c_at_a_question_ends_the_chat(whole, command, monkeypatch) -> None
         ((), "no question, and no terminal"),
         (("--infill", "a ____", "--chat"), "infill fills gaps"),
         (("--prompt", "x", "--no_chat", "--system", "s"), "system belongs to a chat"),
+        (
+            ("--prompt", "x", "--ignore_document_end"),
+            "an answer ends with its turn: leave it out, or --no_chat",
+        ),
     ],
 )
 def test_bad_questions_are_refused(whole, command, monkeypatch, more, message) -> None:

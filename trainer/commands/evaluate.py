@@ -6,17 +6,18 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from adapters.base import ModelAdapter
 from data import SOURCES, readers, source_of
+from data.config import Mode
 from data.huggingface.sets import HUB_NAME
 from data.scored import text_to_score
 from naming import expand_path
 from trainer.annotate import annotation_of
 from trainer.run.files import output_file, write_atomically
 from trainer.run.lines import refuse_taken_names_of_score
-from trainer.run.restore import add_checkpoint_arguments, restore_named
+from trainer.run.restore import NO_RUN, add_checkpoint_arguments, named, restore_named
 from trainer.signals import StopSignal
 from trainer.view.console import Console
 from trainer.view.format import bits_per_byte, ranking_notes, score_lines
@@ -44,6 +45,14 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--split", help="all of this split of a data set (default: the run's eval_split)")
     parser.add_argument(
+        "--text_field", nargs="+", help="the field with the text, or several (default: the run's)"
+    )
+    parser.add_argument(
+        "--training_mode",
+        choices=get_args(Mode),
+        help="whether documents are texts or chats (default: the run's)",
+    )
+    parser.add_argument(
         "--near_copies", choices=("drop", "keep"), help="held-out text that stands in training"
     )
     parser.add_argument("--val_seq_len", type=int, help="context in tokens (default: the run's)")
@@ -59,6 +68,8 @@ def main(argv: list[str]) -> int:
     for name in ("val_seq_len", "val_bytes", "max_samples", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"{name}: must be at least 1, got {getattr(args, name)}")
+    if args.dataset is not None and (args.data or args.input_file):
+        raise ValueError("dataset: it says what --data and --input_file say. Leave out one or the other")
     if args.dataset is not None:
         _read_dataset(args)
     if args.input_file and args.data is None:
@@ -84,10 +95,12 @@ def main(argv: list[str]) -> int:
     known = source is None or trained_on is not None
     console = Console(live=False, stream=sys.stderr)
     with console.doing("reading the text"):
-        asked, split = _asked(args, cfg), _split(args, cfg)
+        beside = _of_file(args, cfg)  # scored as a run of it would be
+        asked, split = _asked(args, cfg.model_copy(update=beside) if beside else cfg), _split(args, cfg)
         if split is not None:
             asked = asked.model_copy(update={"dataset_split": split, "eval_split": None})
-        run = cfg if known else None
+        run = asked if beside else cfg if known else None
+        trained_on = None if beside else trained_on
         text = text_to_score(run, asked, restored.tokenizer, trained_on, whole=split is not None)
     limit = args.val_bytes or (None if text.whole or args.max_samples else cfg.val_bytes)
     rows = restored.rows(text.store, limit, max_documents=args.max_samples)
@@ -167,11 +180,11 @@ def _draw(path: Path, title: str, found: dict[str, Any]) -> str:
 def _read_dataset(args: argparse.Namespace) -> None:
     """Put what `--dataset` names where `--data` and `--input_file` have it. A set of Hugging Face stays there alone."""
     given = args.dataset
-    if args.data or args.input_file:
-        raise ValueError("dataset: it says what --data and --input_file say. Leave out one or the other")
     if given in SOURCES:
         args.data = given
-    elif (path := expand_path(given)).is_file() or (path.is_dir() and args.split is None):
+    elif (path := expand_path(given)).is_file() or (
+        path.is_dir() and args.split is None and not _is_set(path)
+    ):
         args.input_file = given
     elif path.is_dir() or ("/" in given and HUB_NAME.fullmatch(given)):
         args.data = "hf"
@@ -180,6 +193,14 @@ def _read_dataset(args: argparse.Namespace) -> None:
             f"dataset: {given!r} is no file or folder here (looked from {Path.cwd()}), no set of the hub (owner/name), "
             f"and none of {', '.join(SOURCES)}"
         )
+
+
+def _is_set(folder: Path) -> bool:
+    """Whether `datasets` saved it, or it holds files that it reads and no text."""
+    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return True
+    endings = {file.suffix for file in folder.iterdir() if file.is_file()}
+    return bool(endings & {".arrow", ".json"}) and ".txt" not in endings
 
 
 def _split(args: argparse.Namespace, run: RunConfig) -> str | None:
@@ -197,6 +218,10 @@ def _split(args: argparse.Namespace, run: RunConfig) -> str | None:
 def _asked(args: argparse.Namespace, run: RunConfig) -> RunConfig:
     """The data to score; `run` itself where none is named. A path is looked for from here, not in the run's folder."""
     changes: dict[str, Any] = {}
+    if args.text_field:
+        changes["text_field"] = args.text_field[0] if len(args.text_field) == 1 else args.text_field
+    if args.training_mode:
+        changes["training_mode"] = args.training_mode
     if args.data:
         changes["data"] = args.data
     if args.input_file:
@@ -208,3 +233,17 @@ def _asked(args: argparse.Namespace, run: RunConfig) -> RunConfig:
     if args.near_copies or args.data not in (None, run.data):
         changes["near_copies"] = args.near_copies
     return run.model_copy(update=changes) if changes else run
+
+
+def _of_file(args: argparse.Namespace, run: RunConfig) -> dict[str, Any]:
+    """What a model file beside a checkpoint says of the text, where it names one; nothing where the arguments do."""
+    from configs.compose import compose
+
+    if not (args.hydra_model_cfg and named(args)) or args.data:
+        return {}
+    file = f"--hydra_model_cfg={args.hydra_model_cfg}"
+    other, _ = compose([file, "preset=none", *NO_RUN], notify=lambda text: None)
+    if other.data == type(other).model_fields["data"].default:
+        return {}
+    read = {"data", "near_copies", "training_mode", *SOURCES[other.data].reads}
+    return {name: getattr(other, name) for name in read if getattr(other, name) != getattr(run, name)}

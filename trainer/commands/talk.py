@@ -27,6 +27,11 @@ def talk(restored: Restored, args: argparse.Namespace, options: GenerateOptions,
     for a system turn that the template refuses.
     """
     template = ChatTemplate(restored.tokenizer)
+    if args.ignore_document_end:
+        raise ValueError(
+            "ignore_document_end goes on behind the end of a text, and an answer ends with its turn: "
+            "leave it out, or --no_chat"
+        )
     live = sys.stdin.isatty() and sys.stdout.isatty()
     if not (args.prompt or live):
         raise ValueError("chat: there is no question, and no terminal to ask for one: --prompt <question>")

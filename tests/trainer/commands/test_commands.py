@@ -378,6 +378,8 @@ def test_eval_of_a_split_of_a_data_set(command, tmp_path):
         found, _ = evaluated(command, "--dataset", tmp_path / "set", "--split", split)
         assert (found["split"], found["num_samples"]) == (split, len(texts))
         assert found["score"]["bytes"] == sum(map(len, texts))
+    found, _ = evaluated(command, "--dataset", tmp_path / "set")
+    assert (found["split"], found["num_samples"]) == ("test", 8), "eval_split of the run"
     status, _, err = command(
         "eval", "--model_name", "dante", "--dataset", tmp_path / "set", "--split", "tets"
     )
