@@ -80,6 +80,15 @@ ARCHITECTURES: dict[str, Architecture] = {
         "mixture of depths (Raposo et al. 2024)",
         aliases={"mixture-of-depths": {}},
     ),
+    "memory": Architecture(
+        "models.memory.transformer:MemoryTransformer",
+        "adapters.memory:MemoryModelAdapter",
+        "blocks that also attend to a bank of learned tokens",
+        own_words={
+            "use_lora": "it is a field of the run: top-level use_lora",
+            "base_model_name": "a memory on a pretrained base is type=memory_adapter",
+        },
+    ),
     "memory_adapter": Architecture(
         "models.memory.adapter:MemoryAdapter",
         "adapters.memory:PretrainedAdapter",
