@@ -208,8 +208,8 @@ class MemoryConfig(VanillaConfig):
             )
         if placement == "custom" and given is None:
             found.append(
-                f"model_cfg.memory_layer_placement=custom needs model_cfg.memory_layer_indices, a list of blocks, as [0, "
-                f"{layers - 1}]"
+                f"model_cfg.memory_layer_placement=custom needs model_cfg.memory_layer_indices, a list of blocks, as "
+                f"[0, {layers - 1}]"
             )
         elif placement != "custom" and given is not None:
             found.append(
