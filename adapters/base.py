@@ -695,7 +695,7 @@ class ModelAdapter(nn.Module):
 
     def added(self, name: str) -> bool:
         """Whether a tensor of the model is of a part that stands beside another architecture, whose weights may begin
-        a run of this one: the part then is as it is initialised. By default the model's own `added`, if there is one."""
+        a run of this one: the part then is as it is initialised. By default the model's own, if there is one."""
         return self.model.added(name) if hasattr(self.model, "added") else False
 
     def with_added(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
