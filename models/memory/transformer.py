@@ -51,7 +51,9 @@ class MemoryTransformer(Vanilla):
     ) -> tuple[Any, ...]:
         """The plan of attention, the rotation, and what blocks are told of the memory."""
         plan, rotation = super().shared(tokens, past, doc_ids, cu_seqlens)
-        banks = tuple(bank.tokens() for bank in self.every_bank)
+        # Here, as what blocks share is converted once: autocast would do it in the first block alone, and again in
+        # every one whose activations are recomputed.
+        banks = tuple(bank.tokens().to(compute_dtype(bank.weight)) for bank in self.every_bank)
         return plan, rotation, self._reading(tokens, past, doc_ids, banks, valid)
 
     def _reading(
