@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,12 @@ from tests.contract.tiny import (
     context,
     loss_and_gradients,
     move_away_from_uniform,
+    session_of,
 )
+from trainer.loop import train
+from trainer.run.checkpoint import load_tensors
+from trainer.run.resume import start_from_weights
+from trainer.run.source import open_source
 
 CHAPTERS = "model_cfg.use_chapters=true"
 ALL_LOSSES = (CHAPTERS, "model_cfg.use_auxiliary_loss=true", "model_cfg.use_z_loss=true")
@@ -156,6 +162,38 @@ def test_scores_that_look_ahead_do_not_look_at_padding():
     assert torch.equal(adapter.likelihood(batch, context(1, phase="eval")).nats, before)
     batch.tokens[:, 19] = (batch.tokens[:, 19] + 1) % 60
     assert not torch.equal(adapter.likelihood(batch, context(1, phase="eval")).nats, before)
+
+
+# -- weights of another -----------------------------------------------------------------------------------------------
+
+
+def begun(path, *more):
+    """A session that begins with the weights of a run, and what was said of it."""
+    said: list[str] = []
+    session = session_of("memory", "ema_decay=0.9", *more)
+    console = SimpleNamespace(note=said.append, warn=said.append)
+    start_from_weights(session, open_source(path, said.append), console)  # type: ignore[arg-type]
+    return session, "; ".join(said)
+
+
+def test_weights_of_vanilla_begin_a_run_whose_memory_starts_anew(tmp_path):
+    """Averages too; a memory of another size is refused, and not started anew in silence."""
+    words = ["num_iterations=1", "val_loss_every=0", "sample_tokens=0", "ema_decay=0.9"]
+    train(*config("vanilla", *words), tmp_path / "control")
+    session, said = begun(tmp_path / "control")
+    assert "what memory adds to vanilla starts anew: layers.0.memory." in said
+    theirs, mine = load_tensors(tmp_path / "control", "model.pt"), session.adapter.model.state_dict()
+    fresh = adapter_of("memory").model.state_dict()
+    assert theirs.keys() < mine.keys()
+    for name, value in mine.items():
+        assert torch.equal(value, theirs.get(name, fresh[name])), name
+    average = load_tensors(tmp_path / "control", "ema.pt")["shadow"]
+    for name, value in session.ema.shadow.items():
+        assert torch.equal(value, average.get(name, fresh[name])), name
+    train(*config("memory", *words), tmp_path / "memory")
+    assert "what memory adds" not in begun(tmp_path / "memory")[1]
+    with pytest.raises(ValueError, match="banks.0.weight"):
+        begun(tmp_path / "memory", "model_cfg.num_memory_tokens=32")
 
 
 # -- operations -------------------------------------------------------------------------------------------------------
