@@ -85,8 +85,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         "adapters.memory:MemoryModelAdapter",
         "blocks that also attend to a bank of learned tokens",
         own_words={
-            "use_lora": "it is a field of the run: top-level use_lora",
-            "base_model_name": "a memory on a pretrained base is type=memory_adapter",
+            "use_lora": "adapters are the top-level field use_lora, the memory is model_cfg.vanilla_mode=false",
+            "base_model_name": "without a base it is type=memory, beside a pretrained one type=memory_adapter",
         },
     ),
     "memory_adapter": Architecture(

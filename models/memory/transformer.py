@@ -176,8 +176,10 @@ class MemoryTransformer(Vanilla):
         (`bank_flops`)."""
         return sum((self.memory_flops(layer) for layer in self.memories), super().flops(seq_len))
 
-    def active_parameters(self) -> int:
-        """Of banks of which a token reads chapters, that share of their tokens."""
+    def active_parameters(self) -> int | None:
+        """Of banks of which a token reads chapters, that share of their tokens; None where it reads all."""
+        if not self.cfg.routed:
+            return None
         total = sum(p.numel() for p in self.parameters())
         unread = self.cfg.num_memory_tokens - self.cfg.keys_per_token
         return total - sum(unread * bank.weight.shape[1] for bank in self.every_bank)
