@@ -176,6 +176,10 @@ class MemoryTransformer(Vanilla):
         (`bank_flops`)."""
         return sum((self.memory_flops(layer) for layer in self.memories), super().flops(seq_len))
 
+    def passes(self, path: str) -> float:
+        """Keys and values are of the bank: no token passes what makes them."""
+        return 0.0 if ".memory.attn.k_proj" in path or ".memory.attn.v_proj" in path else 1.0
+
     def active_parameters(self) -> int | None:
         """Of banks of which a token reads chapters, that share of their tokens; None where it reads all."""
         if not self.cfg.routed:

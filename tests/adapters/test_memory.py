@@ -239,3 +239,9 @@ def test_what_acts_on_a_token_is_its_chapters():
     assert adapter_of("memory").active_parameters() is None, "all"
     keys = [adapter_of("memory", CHAPTERS, f"model_cfg.top_k_chapters={k}").flops(32).keys for k in (1, 2)]
     assert keys[1] - keys[0] == 2 * 4
+
+
+def test_a_memory_that_stays_as_it_is_costs_no_gradients_of_it():
+    """Of what multiplies a token: queries and outputs of two layers, 64 x 64 each."""
+    planned, held = (adapter_of("memory", f"memory_lr={rate}").cost(32) for rate in (0.1, 0.0))
+    assert planned.training_per_token - held.training_per_token == 2 * 4 * 64 * 64
