@@ -692,3 +692,14 @@ class ModelAdapter(nn.Module):
             frozen = {n for n, p in named if not p.requires_grad and not re.fullmatch(LOW_RANK, n)}
         state = self.model.state_dict()
         return {n: value for n, value in state.items() if n not in frozen and not self.is_external(n)}
+
+    def added(self, name: str) -> bool:
+        """Whether a tensor of the model is of a part that stands beside another architecture, whose weights may begin
+        a run of this one: the part then is as it is initialised. By default the model's own, if there is one."""
+        return self.model.added(name) if hasattr(self.model, "added") else False
+
+    def with_added(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of another model, with the parts that are `added`, as they are here; unchanged where they have any of
+        these."""
+        own = {name: value.detach() for name, value in self.trained_state().items() if self.added(name)}
+        return state if state.keys() & own.keys() else {**own, **state}

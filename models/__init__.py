@@ -80,6 +80,15 @@ ARCHITECTURES: dict[str, Architecture] = {
         "mixture of depths (Raposo et al. 2024)",
         aliases={"mixture-of-depths": {}},
     ),
+    "memory": Architecture(
+        "models.memory.transformer:MemoryTransformer",
+        "adapters.memory:MemoryModelAdapter",
+        "blocks that also attend to a bank of learned tokens",
+        own_words={
+            "use_lora": "adapters are the top-level field use_lora, the memory is model_cfg.vanilla_mode=false",
+            "base_model_name": "without a base it is type=memory, beside a pretrained one type=memory_adapter",
+        },
+    ),
     "memory_adapter": Architecture(
         "models.memory.adapter:MemoryAdapter",
         "adapters.memory:PretrainedAdapter",

@@ -272,15 +272,19 @@ class Vanilla(HuggingFaceDecoder):
     def init_part(self, part: nn.Module, generator: torch.Generator) -> None:
         """N(0, 0.02^2), residual projections N(0, (0.02 / sqrt(2L))^2), biases 0, gains 1."""
         for name, module in part.named_modules():
-            if isinstance(module, RMSNorm | LayerNorm):
-                module.init_weights()
-            elif isinstance(module, nn.Embedding):
-                normal_(module.weight, INIT_STD, generator)
-            elif isinstance(module, nn.Linear):
-                residual = name.endswith(("o_proj", "down_proj"))
-                normal_(module.weight, residual_std(self.cfg.n_layers) if residual else INIT_STD, generator)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+            self.init_module(name, module, generator)
+
+    def init_module(self, name: str, module: nn.Module, generator: torch.Generator) -> None:
+        """As `init_part`, of the parameters of `module` itself."""
+        if isinstance(module, RMSNorm | LayerNorm):
+            module.init_weights()
+        elif isinstance(module, nn.Embedding):
+            normal_(module.weight, INIT_STD, generator)
+        elif isinstance(module, nn.Linear):
+            residual = name.endswith(("o_proj", "down_proj"))
+            normal_(module.weight, residual_std(self.cfg.n_layers) if residual else INIT_STD, generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     def blocks(self) -> list[str]:
         return [f"layers.{layer}" for layer in range(self.cfg.n_layers)]

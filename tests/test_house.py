@@ -154,9 +154,11 @@ def test_the_trainer_names_no_architecture():
     for path in sorted((ROOT / "trainer").rglob("*.py")):
         if path.parent.name == "bench":
             continue  # compares gpt2 with a plain loop
+        # The machine has a memory too.
+        types = {*ARCHITECTURES} - ({"memory"} if path.parent.name == "doctor" else set())
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                assert node.value not in ARCHITECTURES, f"{path.name}:{node.lineno} names {node.value!r}"
+                assert node.value not in types, f"{path.name}:{node.lineno} names {node.value!r}"
 
 
 def test_every_generic_field_is_read_by_the_code():

@@ -188,7 +188,12 @@ def targets_of(model: nn.Module, wanted: str | Sequence[str], rules: Sequence[Ru
         ValueError: something matches nothing, or what cannot be adapted: an embedding, a router, a matrix that another
             module has too.
     """
-    able = _able(model)
+    memory = ("memory", "memory_bank")
+    able = {
+        path: target
+        for path, target in _able(model).items()
+        if rule_for(rules, target.name).role not in memory
+    }
     if wanted == "all-linear":
         linear = [target for target in able.values() if target.parameter == "weight"]
         return [target for target in linear if rule_for(rules, target.name).role == "matrix"]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from adapters import adapter_class
+from naming import shorten
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,4 +40,9 @@ def with_own_fits(
             note(
                 f"{name} {'comes with the weights' if brought else 'is fitted anew, to the text of this run'}"
             )
-    return state
+    whole = s.adapter.with_added(state)
+    if len(whole) > len(state):
+        note(
+            f"what {s.cfg.type} adds to {source.type} starts anew: {shorten([n for n in whole if n not in state])}"
+        )
+    return whole

@@ -236,5 +236,6 @@ def start_from_weights(s: Session, source: Source, console: Console) -> None:
     source.begin(s, console.note)
     s.adapter.constrain(torch.zeros((), device=s.world.device))
     if s.ema:
-        s.ema.restart(None if source.adapts else source.average())
+        average = None if source.adapts else source.average()
+        s.ema.restart(average and s.adapter.with_added(average))
     console.note(f"{took} from {source.path}; optimizer and step start anew")

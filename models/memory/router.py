@@ -1,0 +1,223 @@
+"""Which chapters of a memory a token reads: what a router sees of the text so far, and what it decides.
+
+A decision never sees a later token, unless the run says so (`lookahead`). Losses that keep chapters in use: Fedus et
+al. 2021 (Switch, arXiv:2101.03961, eq. 4-6), Shazeer et al. 2017 (1701.06538, eq. 6-7), Zoph et al. 2022 (ST-MoE,
+2202.08906, eq. 5).
+
+Shapes: B rows, T tokens, S tokens with those of a cache, D width, C chapters to choose from, K of them chosen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.precision import at_least_fp32, own_dtypes
+from models.layers.cache import KVCache
+from models.layers.init import INIT_STD, normal_
+from models.layers.recompute import Kept
+
+if TYPE_CHECKING:
+    from models.memory.config import MemoryConfig, Strategy
+
+__all__ = ["Choice", "MemoryCache", "Pooling", "Router", "auxiliary", "balance", "squared_normaliser"]
+
+
+class MemoryCache(KVCache):
+    """Keys and values, and of each routed layer the states that decisions of later tokens are pooled of: the first of
+    a text, or the latest."""
+
+    def __init__(self, n_layers: int, rows: int) -> None:
+        super().__init__(n_layers, rows)
+        self.pooled: dict[int, Tensor] = {}  # by layer, (B, n, D); replaced, never written into
+
+    def select(self, rows: Tensor) -> None:
+        super().select(rows)
+        self.pooled = {layer: states.index_select(0, rows) for layer, states in self.pooled.items()}
+
+    def snapshot(self) -> tuple[int, dict[int, Tensor]]:  # type: ignore[override]
+        return self.length, dict(self.pooled)
+
+    def restore(self, snapshot: tuple[int, dict[int, Tensor]]) -> None:  # type: ignore[override]
+        length, pooled = snapshot
+        super().truncate(length)
+        self.pooled = dict(pooled)
+
+    def truncate(self, length: int) -> None:
+        if self.pooled and length != self.length:
+            raise ValueError("states that decisions are pooled of cannot be cut back; restore a snapshot")
+        super().truncate(length)
+
+
+@dataclass(frozen=True, eq=False)
+class Pooling:
+    """How decisions are pooled in a pass. `first` (B, T) int64: where in its row the document of each token begins;
+    None: one document each. `valid` (B, T) bool, of `lookahead` alone: which tokens are text; None: all. `past`: tokens
+    that a cache holds.
+
+    `sequence`: one decision for a document, the mean of its first `window` tokens, for those behind them; the first
+    ones have that of 0, as nothing is known of the text. With `lookahead` the mean of all, for all. `rolling`: of the
+    last `window` tokens, the token itself included. `token`: the token itself.
+    """
+
+    strategy: Strategy
+    window: int
+    lookahead: bool = False
+    first: Tensor | None = None
+    valid: Tensor | None = None
+    past: int = 0
+
+    def __call__(self, x: Tensor, layer: int, cache: MemoryCache | None) -> tuple[Tensor, Tensor]:
+        """x (B, T, D) -> what the router reads z (B, T, D), in at least fp32; where decisions are made (B, T) bool:
+        once for a document, or everywhere; never those of 0."""
+        x = x.to(at_least_fp32(x.dtype))
+        if self.strategy == "token" or (self.strategy == "rolling" and self.window == 1):
+            return x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        if self.strategy == "rolling":
+            return self._rolling(x, layer, cache)
+        if self.lookahead:
+            assert cache is None, "what follows is not known"
+            return self._whole(x)
+        return self._prefix(x, layer, cache)
+
+    def _places(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each token, (B, T): where it stands in its row, and where its document begins."""
+        here = torch.arange(self.past, self.past + x.shape[1], device=x.device).expand(x.shape[:2])
+        return here, torch.zeros_like(here) if self.first is None else self.first
+
+    def _rolling(self, x: Tensor, layer: int, cache: MemoryCache | None) -> tuple[Tensor, Tensor]:
+        here, first = self._places(x)
+        start = torch.maximum(first, here - self.window + 1)
+        before = 0
+        if cache is not None:
+            x, before = _behind(cache, layer, x)
+            cache.pooled[layer] = x[:, max(0, x.shape[1] - self.window + 1) :]
+        shift = self.past - before  # of the first state at hand
+        return means(x, start - shift, here - shift), torch.ones_like(here, dtype=torch.bool)
+
+    def _prefix(self, x: Tensor, layer: int, cache: MemoryCache | None) -> tuple[Tensor, Tensor]:
+        here, first = self._places(x)
+        decided = here - first >= self.window  # (B, T)
+        if cache is None:
+            last = (first + self.window - 1).clamp(max=x.shape[1] - 1)
+            pooled = means(x, first, last)
+        else:
+            missing = max(0, self.window - self.past)
+            cache.pooled[layer] = held = _behind(cache, layer, x[:, :missing])[0]
+            pooled = held.mean(1, keepdim=True).expand(x.shape)
+        return torch.where(decided[..., None], pooled, 0.0), here - first == self.window
+
+    def _whole(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        here, first = self._places(x)
+        valid = torch.ones_like(here, dtype=torch.bool) if self.valid is None else self.valid
+        number = torch.zeros_like(here).scatter_add(1, first, valid.long())  # (B, T), where documents begin
+        sums = torch.zeros_like(x).scatter_add(
+            1, first[..., None].expand(x.shape), x.masked_fill(~valid[..., None], 0.0)
+        )
+        pooled = sums / number.clamp(min=1)[..., None]
+        return pooled.gather(1, first[..., None].expand(x.shape)), (here == first) & valid
+
+
+def _behind(cache: MemoryCache, layer: int, x: Tensor) -> tuple[Tensor, int]:
+    """What the cache holds of a layer, with x (B, T, D) behind it; and how many it held."""
+    held = cache.pooled.get(layer)
+    return (x, 0) if held is None else (torch.cat((held, x), 1), held.shape[1])
+
+
+def means(x: Tensor, start: Tensor, last: Tensor) -> Tensor:
+    """x (B, S, D), places (B, T) both, start <= last -> means over x[start..last], (B, T, D)."""
+    sums = F.pad(x.cumsum(1), (0, 0, 1, 0))  # (B, 1 + S, D)
+
+    def upto(place: Tensor) -> Tensor:
+        return sums.gather(1, place[..., None].expand(*place.shape, x.shape[2]))
+
+    return (upto(last + 1) - upto(start)) / (last + 1 - start)[..., None]
+
+
+@dataclass
+class Choice:
+    """`chapters` (B, T, J) int64: those that a token reads, the shared ones first; `bias` (B, T, J) of the logits of
+    their keys; `factor` (B, T, J): of their tokens, None = 1; `gain` (B, T): 1, with the gradient of the chosen
+    probability; `logits` (B, T, C)."""
+
+    chapters: Tensor
+    bias: Tensor
+    factor: Tensor | None
+    gain: Tensor
+    logits: Tensor
+
+
+class Router(nn.Module):
+    """Linear scores of chapters, in at least fp32; the best K, of equal ones the first."""
+
+    def __init__(self, cfg: MemoryConfig) -> None:
+        super().__init__()
+        self.top_k, self.shared, self.weighting = (
+            cfg.top_k_chapters,
+            cfg.num_shared_chapters,
+            cfg.chapter_weighting,
+        )
+        self.scale = cfg.routed_scaling_factor
+        self.weight = nn.Parameter(torch.empty(cfg.routed_chapters, cfg.d_model))
+        self.bias = nn.Parameter(torch.empty(cfg.routed_chapters))
+        self.kept = Kept()
+
+    def forward(self, z: Tensor) -> Choice:
+        """z (B, T, D)"""
+        with own_dtypes(z.device):
+            logits = self.kept(F.linear(z, self.weight.to(z.dtype), self.bias.to(z.dtype)))  # (B, T, C)
+            chosen = best(logits.detach(), self.top_k)  # (B, T, K)
+            shares = logits.softmax(-1).gather(-1, chosen)
+            total = shares.sum(-1, keepdim=True)
+            weights = shares / total
+            bias, factor = torch.full_like(weights, 0.0), None
+            if self.weighting == "log_bias":
+                bias = (self.top_k * weights).log()
+            elif self.weighting == "scale_memory":
+                factor = F.pad(weights, (self.shared, 0), value=1.0)
+            if self.scale != 1:
+                bias = bias + torch.tensor(self.scale).log().item()
+            everyone = torch.arange(self.shared, device=z.device).expand(*z.shape[:2], -1)
+            return Choice(
+                chapters=torch.cat((everyone, chosen + self.shared), -1),
+                bias=F.pad(bias, (self.shared, 0)),
+                factor=factor,
+                gain=(total / total.detach()).squeeze(-1),
+                logits=logits,
+            )
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        normal_(self.weight, INIT_STD, generator)
+        nn.init.zeros_(self.bias)
+
+
+def best(logits: Tensor, k: int) -> Tensor:
+    """Places of the k highest of (..., C), the highest first; of equal ones the first: `topk` does not promise it."""
+    return logits.argsort(dim=-1, descending=True, stable=True)[..., :k]
+
+
+def balance(logits: Tensor, chosen: Tensor) -> Tensor:
+    """C sum_c f_c P_c of decisions (n, C), of which (n, K) were chosen: f_c the share of all choices that went to c,
+    P_c its mean probability. 1 where all are alike; 0 of no decisions."""
+    chapters = logits.shape[-1]
+    went = torch.zeros(chapters, dtype=logits.dtype, device=logits.device)
+    went = went.scatter_add(0, chosen.flatten(), torch.ones_like(chosen.flatten(), dtype=logits.dtype))
+    share = went / max(1, chosen.numel())
+    return chapters * (share * logits.softmax(-1).sum(0) / max(1, len(logits))).sum()
+
+
+def auxiliary(logits: Tensor) -> Tensor:
+    """Var(I) / mean(I)^2 over chapters, of their importance I_c = sum p_c over decisions (n, C): 0 where all are alike,
+    and of no decisions."""
+    importance = logits.softmax(-1).sum(0)  # (C,)
+    mean = importance.mean()
+    return ((importance - mean) ** 2).mean() / (mean**2 if len(logits) else 1.0)
+
+
+def squared_normaliser(logits: Tensor) -> Tensor:
+    """Mean of logsumexp^2 over decisions (n, C); 0 of none."""
+    return (logits.logsumexp(-1) ** 2).sum() / max(1, len(logits))
