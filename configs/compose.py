@@ -21,7 +21,7 @@ from configs.files import BASE, CONFIGS, Locations, Node, digest, options, read,
 from configs.frontend import parse
 from configs.grammar import override_choices, parse_override
 from configs.hydra_app import MODEL_GROUP, compose_tree, register
-from configs.messages import REDACTED, ConfigError, is_secret
+from configs.messages import REDACTED, ConfigError, is_secret, loads_code
 from configs.paths import usable_paths
 from configs.registry import Model, Registry, amendments
 from configs.request import Request
@@ -109,6 +109,7 @@ def prepare(argv: list[str]) -> Plan:
     registry = Registry(use_presets=not preset and "preset" not in request.values)
     added = [_option(n, request, registry) for n in nodes]
     names = {model.option: model for model in added}
+    _explain_rows(request, nodes)
     overrides = list(request.overrides)
     if preset:
         request.values["preset"] = preset
@@ -155,6 +156,19 @@ def _models(request: Request) -> tuple[list[Node], str]:
         return [], ""
 
 
+def _explain_rows(request: Request, nodes: list[Node]) -> None:
+    """Where a file of another project calls the rows of a step so, `batch_size` on the command line is still ours."""
+    counts = {"batch_size", "gradient_accumulation_steps", "global_batch_size"}
+    if counts & request.keys != {"batch_size"}:
+        return
+    for node in nodes:
+        if node.rows:
+            request.notices.append(
+                f"batch_size on the command line is the rows of a micro-step; a step has the "
+                f"{node.stated('global_batch_size')} of {shown(node.path)}. To change these: global_batch_size=<rows>"
+            )
+
+
 def _imply_source(request: Request, nodes: list[Node]) -> None:
     """`input_file=F`, `train_files=F`, `dataset_name=D` or `mix=[...]` alone means the source of text that reads it; no
     file has to say so, nor the command line."""
@@ -188,6 +202,7 @@ def _option(node: Node, request: Request, registry: Registry) -> Model:
         request.notices.append(f"{shown(node.path)} states no type: taken as {type_}")
         added = registry.add(node, type_, {"type": type_})
     _refuse_own_words(added, _types(request, type_), request)
+    _refuse_loading(added, request)
     return added
 
 
@@ -206,6 +221,23 @@ def _refuse_own_words(model: Model, types: list[str], request: Request) -> None:
         for node in (*model.layers, *model.amendments.values()):
             for key, line in node.lines.items():
                 refuse_own_words(type_, [key], f"{shown(node.path)}:{line}")
+
+
+def _refuse_loading(model: Model, request: Request) -> None:
+    """Raises where a file sets an environment variable that decides what code a program loads: a configuration may come
+    from anywhere, and runs nothing. Who types such a variable means it."""
+    problems = []
+    for node in (*model.layers, *model.amendments.values()):
+        env = node.values.get("env")
+        for name in env if isinstance(env, dict) else ():
+            if loads_code(str(name)) and f"env.{name}" not in request.keys:
+                line = node.lines.get(f"env.{name}", node.lines.get("env", 1))
+                problems.append(
+                    f"{shown(node.path)}:{line}: env.{name} changes what programs load, which no file may. Give it "
+                    f"on the command line, env.{name}=<value>, or set it in the shell"
+                )
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
 
 
 def _refuse_amended(node: Node, request: Request) -> None:
