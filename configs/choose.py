@@ -123,7 +123,9 @@ def _glob(item: str, path: Path, bases: list[Path]) -> list[Path]:
             matches = [CONFIGS / f"{n}.yaml" for n in fnmatch.filter(options(), item)]
         else:
             matches = [Path(m) for m in sorted(glob.glob(pattern, recursive=True))]
-        found = [m for m in matches if m.suffix in FORMATS and m.resolve() != BASE and m.is_file()]
+        # Python files are configurations where they are asked for; beside others they are mostly programs.
+        fits = [e for e in FORMATS if e != ".py" or path.suffix == ".py"]
+        found = [m for m in matches if m.suffix in fits and m.resolve() != BASE and m.is_file()]
         if found:
             return found
     raise ConfigError(f"command line: the pattern '{item}' matches no config")

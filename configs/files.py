@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 import models
 from configs.defaults_list import parse_entry, placed
-from configs.formats import directives, gpt_keys, json_preset
+from configs.formats import directives, gpt_keys, json_preset, legacy_py
 from configs.messages import ARCHITECTURE_ALIASES, RENAMED, ConfigError, own_words
 from configs.schema import CHOICES
 from naming import did_you_mean, expand_path
@@ -27,7 +27,7 @@ CONFIGS = ROOT / "configs"
 BASE = CONFIGS / "training.yaml"
 PRESETS = CONFIGS / "preset"
 EXTENSIONS = (".yaml", ".yml")
-FORMATS = (*EXTENSIONS, ".json", ".config")  # of a model file
+FORMATS = (*EXTENSIONS, ".json", ".config", ".py")  # of a model file
 SELF = "_self_"
 ANY_TYPE = "vanilla"  # of files that say none in formats of other projects
 _HEADER = re.compile(r"\A(?:#.*\n|\s*\n)*?#\s*@package\s+(?P<package>\S+)")
@@ -119,6 +119,8 @@ def read(path: Path, stack: tuple[Path, ...] = (), package: str = "", type_: str
         return _preset(path)
     if path.suffix == ".config":
         return _directives(path, stack, type_)
+    if path.suffix == ".py":
+        return _assignments(path, type_)
     values, lines = _parse(path)
     entries = values.pop("defaults", [])
     if not isinstance(entries, list):
@@ -170,14 +172,22 @@ def _preset(path: Path) -> Node:
 def _directives(path: Path, stack: tuple[Path, ...], type_: str | None) -> Node:
     """A file of directives: that of its FROM, else the file of its architecture, and what it says."""
     parent, entries = directives.load(path, shown(path))
-    own = next((e for e in entries if (e.section, e.key) == ("MODEL", "type")), None)
-    wanted = type_ or (_known_type(own, shown(path)) if own else None)
+    wanted = type_ or _known_type(entries, "MODEL", shown(path))
     base = _from(path, parent, (*stack, path), wanted) if parent else None
     return _turned(path, entries, base, wanted, "MODEL type=gpt2")
 
 
-def _known_type(stated: gpt_keys.Stated, where: str) -> str:
-    """The architecture that a file names. ConfigError where there is none."""
+def _assignments(path: Path, type_: str | None) -> Node:
+    """A Python file of settings: the file of its architecture, and what it says."""
+    entries = legacy_py.load(path, shown(path))
+    return _turned(path, entries, None, type_ or _known_type(entries, "", shown(path)), "type = 'gpt2'")
+
+
+def _known_type(entries: list[gpt_keys.Stated], section: str, where: str) -> str | None:
+    """The architecture that a file names, if it does. ConfigError where there is no such one."""
+    stated = next((e for e in entries if (e.section, e.key) == (section, "type")), None)
+    if stated is None:
+        return None
     if not isinstance(stated.value, str):
         raise ConfigError(f"{where}:{stated.line}: type: expected a name, got {stated.value!r}")
     try:

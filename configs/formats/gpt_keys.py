@@ -293,8 +293,15 @@ def _count(entry: Stated) -> int:
 
 def _refuse_marks(value: Any) -> None:
     """ValueError for text that our own files would not take as it is."""
-    for item in value if isinstance(value, list) else [value]:
-        if isinstance(item, list):
+    inner = (
+        [*value, *value.values()]
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, list)
+        else [value]
+    )
+    for item in inner:
+        if isinstance(item, list | dict):
             _refuse_marks(item)
         elif isinstance(item, str) and ("${" in item or item == "???"):
             raise ValueError(f"{item!r}: '${{' and '???' have a meaning in YAML files and none here")
