@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 import models
-from configs.files import BASE, CONFIGS, EXTENSIONS, FORMATS, ROOT, options, shown, words_of
+from configs.files import BASE, CONFIGS, DATA_FORMATS, EXTENSIONS, FORMATS, ROOT, options, shown, words_of
 from configs.grammar import override_choices, parse_override
 from configs.messages import ConfigError
 from configs.request import Request
@@ -124,7 +124,7 @@ def _glob(item: str, path: Path, bases: list[Path]) -> list[Path]:
         else:
             matches = [Path(m) for m in sorted(glob.glob(pattern, recursive=True))]
         # Python files are configurations where they are asked for; beside others they are mostly programs.
-        fits = [e for e in FORMATS if e != ".py" or path.suffix == ".py"]
+        fits = FORMATS if path.suffix == ".py" else DATA_FORMATS
         found = [m for m in matches if m.suffix in fits and m.resolve() != BASE and m.is_file()]
         if found:
             return found
