@@ -60,7 +60,8 @@ def named(cases):
 
 @pytest.fixture
 def somewhere(tmp_path, monkeypatch):
-    """A directory with what the documents take for granted: a home, notes, chats, settings, a run called dante, an older run."""
+    """A directory with what the documents take for granted: a home, notes, chats, settings, a run called dante, an
+    older run."""
     for name, value in (("HOME", str(tmp_path)), ("HYDRA_FULL_ERROR", "0"), ("PYTHONPATH", "")):
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)

@@ -143,8 +143,8 @@ TABLE: dict[str, dict[str, Callable[[Any], Fields]]] = {
 # Words of an architecture for a field of its own that in every other one are the context.
 _OWN_WORDS = {("bd3lm", "block_size"): "block_length"}
 # How a parent divides its steps, and how their size changes, is for its own batch size.
-_WHOLE_STEPS = {"batch_size": "auto", "gradient_accumulation_steps": None, "batch_stages": None}
-_WORDS = {key: section for section, keys in TABLE.items() for key in keys}  # block_size: DATA
+WHOLE_STEPS = {"batch_size": "auto", "gradient_accumulation_steps": None, "batch_stages": None}
+WORDS = {key: section for section, keys in TABLE.items() for key in keys}  # block_size: DATA
 
 
 def turn(
@@ -195,8 +195,8 @@ def _settle_rows(turned: Turned, last: Stated, other: Stated | None, where: str)
         return [
             f"{place}: gradient_accumulation_steps means nothing without batch_size, which no file states"
         ]
-    turned.values |= {"global_batch_size": rows * steps, **_WHOLE_STEPS}
-    turned.lines |= dict.fromkeys(("global_batch_size", *_WHOLE_STEPS), last.line)
+    turned.values |= {"global_batch_size": rows * steps, **WHOLE_STEPS}
+    turned.lines |= dict.fromkeys(("global_batch_size", *WHOLE_STEPS), last.line)
     return []
 
 
@@ -221,7 +221,7 @@ def _fields(entry: Stated, type_: str, own: frozenset[str] | None) -> Fields:
         return {_advanced(key, own): value}
     if section == "MODEL" and (field := _own_field(key, type_, own)):
         return {f"model_cfg.{field}": value}
-    section = section or _WORDS.get(key, "")
+    section = section or WORDS.get(key, "")
     if key not in TABLE.get(section, {}):
         raise ValueError(_unknown(entry, own))
     try:
@@ -241,7 +241,7 @@ def _own_field(key: str, type_: str, own: frozenset[str] | None) -> str:
     if own is None:  # whatever the table does not know is for the class outside to judge
         return (
             ""
-            if root in TABLE["MODEL"] or root in _WORDS
+            if root in TABLE["MODEL"] or root in WORDS
             else ARCHITECTURE_ALIASES.get(root, root) + dot + rest
         )
     known = root in own or (root not in TABLE["MODEL"] and ARCHITECTURE_ALIASES.get(root) in own)
@@ -253,8 +253,8 @@ def _advanced(key: str, own: frozenset[str] | None) -> str:
     root = key.partition(".")[0]
     if root == "env":
         raise ValueError(f"'{key}' belongs under ENV, not ADVANCED")
-    if key in _WORDS:
-        raise ValueError(f"'{key}' belongs under {_WORDS[key]}, not ADVANCED")
+    if key in WORDS:
+        raise ValueError(f"'{key}' belongs under {WORDS[key]}, not ADVANCED")
     if root in (own or ()):
         return f"model_cfg.{key}"
     if root in GENERIC_FIELDS and key != "model_cfg":
@@ -270,15 +270,15 @@ def _advanced(key: str, own: frozenset[str] | None) -> str:
 def _unknown(entry: Stated, own: frozenset[str] | None) -> str:
     """What to say of a key that its directive does not have, or that no file has."""
     key, section = entry.key, entry.section
-    if section and key in _WORDS:
-        return f"'{key}' belongs under {_WORDS[key]}, not {section}"
+    if section and key in WORDS:
+        return f"'{key}' belongs under {WORDS[key]}, not {section}"
     if section and key in GENERIC_FIELDS:
         return (
             f"'{key}' belongs under ADVANCED, not {section}"
             if key not in _OURS
-            else (f"unknown key '{key}'. This format calls it {_WORDS[_OURS[key]]} {_OURS[key]}")
+            else (f"unknown key '{key}'. This format calls it {WORDS[_OURS[key]]} {_OURS[key]}")
         )
-    known = {*(TABLE[section] if section else _WORDS), *((own or ()) if section == "MODEL" else ())}
+    known = {*(TABLE[section] if section else WORDS), *((own or ()) if section == "MODEL" else ())}
     near = [_OURS[key]] if key in _OURS else nearest(key, sorted(known))
     return f"unknown key '{key}'.{suggestion(near)} Known: {', '.join(sorted(known))}"
 

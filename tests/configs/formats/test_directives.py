@@ -390,6 +390,7 @@ def test_paths_that_lead_away_are_said_before_the_start(stored, tmp_path):
         ),
         ("MODEL type=gpt2 use_rope=True", [":1:", "use_rope", "gpt2"]),
     ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
 def test_mistakes_are_told_with_their_line(stored, text, parts):
     told = "\n".join(refused(stored(text)))

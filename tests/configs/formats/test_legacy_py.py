@@ -216,6 +216,7 @@ def test_whatever_is_more_than_a_value_is_refused_and_not_run(stored, tmp_path, 
         ("\nn_embd = 770", [":2: model_cfg.d_model (770) must be divisible by", "768"]),
         ("n_embd = {}", [":1: model_cfg.d_model: expected int, got {} (dict)"]),
     ],
+    ids=lambda value: value[:20] if isinstance(value, str) else "",
 )
 def test_mistakes_are_told_with_their_line(stored, text, parts):
     told = "\n".join(refused(stored(text)))
