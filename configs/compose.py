@@ -142,7 +142,7 @@ def _models(request: Request) -> tuple[list[Node], str]:
         if not request.models and not request.needs_no_model:
             if request.problems:  # a word that could not be read may have been the model
                 return [], ""
-            implied = weights.implied_model(request) or runs.implied_model(request)
+            implied = weights.implied_model(request) or runs.implied_model(request) or _of_size(request)
             if implied is None:
                 raise ConfigError(
                     "no model chosen. Give --hydra_model_cfg=configs/<name>.yaml; "
@@ -154,6 +154,12 @@ def _models(request: Request) -> tuple[list[Node], str]:
     except ConfigError as error:
         request.problems += error.problems
         return [], ""
+
+
+def _of_size(request: Request) -> str | None:
+    """The model file of a command that names a size alone: a gpt2, where a JSON file is of that size."""
+    path = CONFIGS / f"{request.values.get('preset')}.json"
+    return str(path) if path.is_file() else None
 
 
 def _explain_rows(request: Request, nodes: list[Node]) -> None:

@@ -109,6 +109,7 @@ def _value(node: ast.expr, names: dict[str, Any], depth: int) -> Any:
     def inner(part: ast.expr) -> Any:
         return _value(part, names, depth + 1)
 
+    value: Any
     if isinstance(node, ast.Constant):
         value = node.value
         if not (value is None or isinstance(value, bool | int | float | str)):
@@ -196,9 +197,10 @@ def _part(node: ast.expr, inner: Callable[[ast.expr], Any]) -> str:
     """A piece of an f-string: text, or a name alone."""
     if isinstance(node, ast.Constant):
         return str(node.value)
-    plain = isinstance(node, ast.FormattedValue) and node.conversion == -1 and node.format_spec is None
-    if not plain or not isinstance(node.value, ast.Name):
-        raise _Refused(node, "an f-string holds names alone, without a format")
+    if not isinstance(node, ast.FormattedValue) or not isinstance(node.value, ast.Name):
+        raise _Refused(node, "an f-string holds names alone")
+    if node.conversion != -1 or node.format_spec is not None:
+        raise _Refused(node, "an f-string holds names without a format")
     value = inner(node.value)
     if isinstance(value, list | dict):
         raise _Refused(node, "an f-string holds names of texts and numbers")
