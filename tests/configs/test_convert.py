@@ -75,8 +75,17 @@ def test_both_formats_say_the_same_and_after_one_round_nothing_changes(tmp_path,
     assert tree(again) == tree(file)
 
 
-@pytest.mark.parametrize("name", ["150M.json", "inheritance-test.config", "mine.py"])
-@pytest.mark.parametrize("to", WRITERS)
+@pytest.mark.parametrize(
+    ("name", "to"),
+    [
+        ("150M.json", "config"),
+        ("mine.py", "yaml"),
+        pytest.param("150M.json", "yaml", marks=pytest.mark.slow),
+        pytest.param("mine.py", "config", marks=pytest.mark.slow),
+        pytest.param("inheritance-test.config", "config", marks=pytest.mark.slow),
+        pytest.param("inheritance-test.config", "yaml", marks=pytest.mark.slow),
+    ],
+)
 def test_every_format_is_read(tmp_path, name, to):
     (tmp_path / "mine.py").write_text("type = 'gpt2'\nn_layer = 2\nbatch_size = 3\nwandb_run_name = '007'\n")
     path = tmp_path / name if name == "mine.py" else CONFIGS / name

@@ -207,7 +207,7 @@ def _keys(line):
     return [(section, word.partition("=")[0]) for word in rest if "=" in word]
 
 
-@pytest.mark.parametrize("name", [*slow("standard", "large"), "small", "inheritance-test"])
+@pytest.mark.parametrize("name", [*slow("small", "standard", "large"), "inheritance-test"])
 def test_shipped_files_are_what_they_say(name):
     sizes = {
         "small": (2, 128, 4, 32),
@@ -230,7 +230,7 @@ def test_the_command_line_wins_and_what_batch_size_is_there_is_said():
     assert any("taken as vanilla (gpt2: MODEL type=gpt2)" in text for text in said)
 
 
-@pytest.mark.parametrize("type_", [*slow("mdl", "ngpt", "current-best"), "gpt2", "mamba"])
+@pytest.mark.parametrize("type_", [*slow("mdl", "ngpt", "current-best", "gpt2"), "mamba"])
 def test_any_architecture_can_be_named(stored, type_):
     sizes = SIZES if type_ != "mamba" else SIZES.replace("n_head=2 ", "")
     cfg, model_cfg = quiet(stored(f"MODEL type={type_}\n{sizes}"))
