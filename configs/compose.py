@@ -17,7 +17,7 @@ from typing import Any
 
 from configs import runs, weights
 from configs.choose import model_paths
-from configs.files import BASE, CONFIGS, Locations, Node, digest, options, read, read_model, shown
+from configs.files import BASE, CONFIGS, EXTENSIONS, Locations, Node, digest, options, read, read_model, shown
 from configs.frontend import parse
 from configs.grammar import override_choices, parse_override
 from configs.hydra_app import MODEL_GROUP, compose_tree, register
@@ -29,6 +29,7 @@ from configs.schema import GENERIC_FIELDS, ModelConfig, RunConfig
 from configs.size import automatic_preset, without_preset_budget
 from configs.unread import unread
 from configs.validate import architecture_config, refuse_own_words, validate
+from naming import load
 
 ANY_MODEL = "vanilla"  # every configuration has one: for commands that read nothing of it
 
@@ -75,7 +76,7 @@ def compose(
     """
     plan = prepare_one(overrides)
     checked = check(plan, tree_of(plan))
-    for text in plan.notices:
+    for text in [*plan.notices, *two_rates(plan, checked.cfg)]:
         (notify or _to_stderr)(text)
     return checked.cfg, checked.model_cfg
 
@@ -298,3 +299,20 @@ def check(plan: Plan, tree: dict[str, Any], option: str | None = None) -> Checke
     runs.refuse_overwrite(tree, folder)
     path = plan.models[option].path
     return Checked(cfg, model_cfg, folder, f"{path} (sha256 {digest(path)})")
+
+
+def two_rates(plan: Plan, cfg: RunConfig) -> list[str]:
+    """A remark for who trains: what `learning_rate` is the rate of, where the command line or a file of another project
+    states it and matrices have one of their own."""
+    own = load("trainer.optim:OPTIMIZERS")[cfg.optimizer].rate
+    if (
+        own == "learning_rate" or own in plan.request.keys or cfg.use_lora
+    ):  # of which adapters alone are stepped
+        return []
+    foreign = [n for m in plan.models.values() for n in m.layers if n.path.suffix not in EXTENSIONS]
+    if "learning_rate" not in plan.request.keys and not any("learning_rate" in n.lines for n in foreign):
+        return []
+    return [
+        f"learning_rate ({cfg.learning_rate:g}) is the rate of everything but the matrices, which {cfg.optimizer} "
+        f"steps at {own} ({getattr(cfg, own):g})"
+    ]

@@ -221,6 +221,28 @@ def test_shipped_files_are_what_they_say(name):
     assert {p.stem for p in CONFIGS.glob("*.config")} == set(sizes)
 
 
+@pytest.mark.parametrize(
+    ("file", "words", "said"),
+    [
+        ("TRAIN learning_rate=3e-4", [], True),
+        ("TRAIN max_iters=3", [], False),
+        ("TRAIN max_iters=3", ["learning_rate=3e-4"], True),
+        ("TRAIN max_iters=3", ["learning_rate=3e-4", "muon_learning_rate=0.01"], False),
+        ("TRAIN learning_rate=3e-4\nADVANCED optimizer=adamw", [], False),
+    ],
+)
+def test_a_rate_that_is_not_that_of_the_matrices_is_said_to_be_so(stored, file, words, said):
+    notices: list[str] = []
+    compose([stored(file), *words], notify=notices.append)
+    found = [text for text in notices if "everything but the matrices" in text]
+    assert len(found) == said
+    assert (
+        not said
+        or "learning_rate (0.0003)" in found[0]
+        and "muon steps at muon_learning_rate (0.02)" in found[0]
+    )
+
+
 def test_the_command_line_wins_and_what_batch_size_is_there_is_said():
     said: list[str] = []
     words = ["--hydra_model_cfg=configs/small.config", "--batch_size=16", "model_cfg.n_layers=3"]
