@@ -169,7 +169,7 @@ def _explain_rows(request: Request, nodes: list[Node]) -> None:
     if counts & request.keys != {"batch_size"}:
         return
     for node in nodes:
-        if node.rows:
+        if node.rows.get("batch_size"):
             request.notices.append(
                 f"batch_size on the command line is the rows of a micro-step; a step has the "
                 f"{node.stated('global_batch_size')} of {shown(node.path)}. To change these: global_batch_size=<rows>"
@@ -305,9 +305,8 @@ def two_rates(plan: Plan, cfg: RunConfig) -> list[str]:
     """A remark for who trains: what `learning_rate` is the rate of, where the command line or a file of another project
     states it and matrices have one of their own."""
     own = load("trainer.optim:OPTIMIZERS")[cfg.optimizer].rate
-    if (
-        own == "learning_rate" or own in plan.request.keys or cfg.use_lora
-    ):  # of which adapters alone are stepped
+    one = own == "learning_rate" or cfg.use_lora  # which steps nothing but adapters, all by AdamW
+    if one or own in plan.request.keys:
         return []
     foreign = [n for m in plan.models.values() for n in m.layers if n.path.suffix not in EXTENSIONS]
     if "learning_rate" not in plan.request.keys and not any("learning_rate" in n.lines for n in foreign):
