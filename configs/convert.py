@@ -197,7 +197,7 @@ def _word(value: str, quoted: bool) -> str:
         raise ValueError(f"{unfit!r} cannot be written as a directive's value")
     if not quoted and _BARE.fullmatch(value) and _is_text(value):
         return value
-    escaped = value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n").replace("\t", r"\t")
+    escaped = value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
     return f'"{escaped}"'
 
 
