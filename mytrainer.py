@@ -50,6 +50,7 @@ COMMANDS = {
     "export": "trainer.commands.export:main",
     "show": "trainer.commands.show:main",
     "show_configs": "trainer.commands.show:main",
+    "convert": "trainer.commands.convert:main",
     "bench": "trainer.commands.bench:main",
     "doctor": "trainer.commands.doctor:main",
     "prepare": "trainer.commands.prepare:main",

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 import models
-from configs.files import BASE, CONFIGS, EXTENSIONS, FORMATS, ROOT, options, shown, words_of
+from configs.files import BASE, CONFIGS, DATA_FORMATS, EXTENSIONS, FORMATS, ROOT, options, shown, words_of
 from configs.grammar import override_choices, parse_override
 from configs.messages import ConfigError
 from configs.request import Request
@@ -123,7 +123,9 @@ def _glob(item: str, path: Path, bases: list[Path]) -> list[Path]:
             matches = [CONFIGS / f"{n}.yaml" for n in fnmatch.filter(options(), item)]
         else:
             matches = [Path(m) for m in sorted(glob.glob(pattern, recursive=True))]
-        found = [m for m in matches if m.suffix in FORMATS and m.resolve() != BASE and m.is_file()]
+        # Python files are configurations where they are asked for; beside others they are mostly programs.
+        fits = FORMATS if path.suffix == ".py" else DATA_FORMATS
+        found = [m for m in matches if m.suffix in fits and m.resolve() != BASE and m.is_file()]
         if found:
             return found
     raise ConfigError(f"command line: the pattern '{item}' matches no config")

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterator
 
 from configs.compose import prepare
-from configs.files import EXTENSIONS, choices, options
+from configs.files import FORMATS, choices, options
 from configs.frontend import COMMANDS, GROUPS, MODEL_FLAGS
 from configs.grammar import field_types
 from configs.hydra_app import compose_unresolved
@@ -48,7 +48,7 @@ def complete(line: str) -> list[str]:
 
 
 def _models(begun: str) -> list[str]:
-    return [*options(), *(f for f in _files(begun) if f.endswith(("/", *EXTENSIONS)))]
+    return [*options(), *(f for f in _files(begun) if f.endswith(("/", *FORMATS)))]
 
 
 def _files(begun: str) -> list[str]:

@@ -17,11 +17,11 @@ from typing import Any
 
 from configs import runs, weights
 from configs.choose import model_paths
-from configs.files import BASE, CONFIGS, Locations, Node, digest, options, read, read_model, shown
+from configs.files import BASE, CONFIGS, EXTENSIONS, Locations, Node, digest, options, read, read_model, shown
 from configs.frontend import parse
 from configs.grammar import override_choices, parse_override
 from configs.hydra_app import MODEL_GROUP, compose_tree, register
-from configs.messages import REDACTED, ConfigError, is_secret
+from configs.messages import REDACTED, ConfigError, is_secret, loads_code
 from configs.paths import usable_paths
 from configs.registry import Model, Registry, amendments
 from configs.request import Request
@@ -29,6 +29,7 @@ from configs.schema import GENERIC_FIELDS, ModelConfig, RunConfig
 from configs.size import automatic_preset, without_preset_budget
 from configs.unread import unread
 from configs.validate import architecture_config, refuse_own_words, validate
+from naming import load
 
 ANY_MODEL = "vanilla"  # every configuration has one: for commands that read nothing of it
 
@@ -75,7 +76,7 @@ def compose(
     """
     plan = prepare_one(overrides)
     checked = check(plan, tree_of(plan))
-    for text in plan.notices:
+    for text in [*plan.notices, *two_rates(plan, checked.cfg)]:
         (notify or _to_stderr)(text)
     return checked.cfg, checked.model_cfg
 
@@ -109,6 +110,7 @@ def prepare(argv: list[str]) -> Plan:
     registry = Registry(use_presets=not preset and "preset" not in request.values)
     added = [_option(n, request, registry) for n in nodes]
     names = {model.option: model for model in added}
+    _explain_rows(request, nodes)
     overrides = list(request.overrides)
     if preset:
         request.values["preset"] = preset
@@ -141,7 +143,7 @@ def _models(request: Request) -> tuple[list[Node], str]:
         if not request.models and not request.needs_no_model:
             if request.problems:  # a word that could not be read may have been the model
                 return [], ""
-            implied = weights.implied_model(request) or runs.implied_model(request)
+            implied = weights.implied_model(request) or runs.implied_model(request) or _of_size(request)
             if implied is None:
                 raise ConfigError(
                     "no model chosen. Give --hydra_model_cfg=configs/<name>.yaml; "
@@ -153,6 +155,25 @@ def _models(request: Request) -> tuple[list[Node], str]:
     except ConfigError as error:
         request.problems += error.problems
         return [], ""
+
+
+def _of_size(request: Request) -> str | None:
+    """The model file of a command that names a size alone: a gpt2, where a JSON file is of that size."""
+    path = CONFIGS / f"{request.values.get('preset')}.json"
+    return str(path) if path.is_file() else None
+
+
+def _explain_rows(request: Request, nodes: list[Node]) -> None:
+    """Where a file of another project calls the rows of a step so, `batch_size` on the command line is still ours."""
+    counts = {"batch_size", "gradient_accumulation_steps", "global_batch_size"}
+    if counts & request.keys != {"batch_size"}:
+        return
+    for node in nodes:
+        if node.rows.get("batch_size"):
+            request.notices.append(
+                f"batch_size on the command line is the rows of a micro-step; a step has the "
+                f"{node.stated('global_batch_size')} of {shown(node.path)}. To change these: global_batch_size=<rows>"
+            )
 
 
 def _imply_source(request: Request, nodes: list[Node]) -> None:
@@ -188,6 +209,7 @@ def _option(node: Node, request: Request, registry: Registry) -> Model:
         request.notices.append(f"{shown(node.path)} states no type: taken as {type_}")
         added = registry.add(node, type_, {"type": type_})
     _refuse_own_words(added, _types(request, type_), request)
+    _refuse_loading(added, request)
     return added
 
 
@@ -206,6 +228,23 @@ def _refuse_own_words(model: Model, types: list[str], request: Request) -> None:
         for node in (*model.layers, *model.amendments.values()):
             for key, line in node.lines.items():
                 refuse_own_words(type_, [key], f"{shown(node.path)}:{line}")
+
+
+def _refuse_loading(model: Model, request: Request) -> None:
+    """Raises where a file sets an environment variable that decides what code a program loads: a configuration may come
+    from anywhere, and runs nothing. Who types such a variable means it."""
+    problems = []
+    for node in (*model.layers, *model.amendments.values()):
+        env = node.values.get("env")
+        for name in env if isinstance(env, dict) else ():
+            if loads_code(str(name)) and f"env.{name}" not in request.keys:
+                line = node.lines.get(f"env.{name}", node.lines.get("env", 1))
+                problems.append(
+                    f"{shown(node.path)}:{line}: env.{name} changes what programs load, which no file may. Give it "
+                    f"on the command line, env.{name}=<value>, or set it in the shell"
+                )
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
 
 
 def _refuse_amended(node: Node, request: Request) -> None:
@@ -260,3 +299,19 @@ def check(plan: Plan, tree: dict[str, Any], option: str | None = None) -> Checke
     runs.refuse_overwrite(tree, folder)
     path = plan.models[option].path
     return Checked(cfg, model_cfg, folder, f"{path} (sha256 {digest(path)})")
+
+
+def two_rates(plan: Plan, cfg: RunConfig) -> list[str]:
+    """A remark for who trains: what `learning_rate` is the rate of, where the command line or a file of another project
+    states it and matrices have one of their own."""
+    own = load("trainer.optim:OPTIMIZERS")[cfg.optimizer].rate
+    one = own == "learning_rate" or cfg.use_lora  # which steps nothing but adapters, all by AdamW
+    if one or own in plan.request.keys:
+        return []
+    foreign = [n for m in plan.models.values() for n in m.layers if n.path.suffix not in EXTENSIONS]
+    if "learning_rate" not in plan.request.keys and not any("learning_rate" in n.lines for n in foreign):
+        return []
+    return [
+        f"learning_rate ({cfg.learning_rate:g}) is the rate of everything but the matrices, which {cfg.optimizer} "
+        f"steps at {own} ({getattr(cfg, own):g})"
+    ]

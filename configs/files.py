@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 import models
 from configs.defaults_list import parse_entry, placed
-from configs.formats import json_preset
+from configs.formats import directives, gpt_keys, json_preset, legacy_py
 from configs.messages import ARCHITECTURE_ALIASES, RENAMED, ConfigError, own_words
 from configs.schema import CHOICES
 from naming import did_you_mean, expand_path
@@ -27,8 +27,10 @@ CONFIGS = ROOT / "configs"
 BASE = CONFIGS / "training.yaml"
 PRESETS = CONFIGS / "preset"
 EXTENSIONS = (".yaml", ".yml")
-FORMATS = (*EXTENSIONS, ".json")  # of a model file
+DATA_FORMATS = (*EXTENSIONS, ".json", ".config")  # which no program is written in
+FORMATS = (*DATA_FORMATS, ".py")  # of a model file
 SELF = "_self_"
+ANY_TYPE = "vanilla"  # of files that say none in formats of other projects
 _HEADER = re.compile(r"\A(?:#.*\n|\s*\n)*?#\s*@package\s+(?P<package>\S+)")
 _PLAIN = re.compile(r"(?!optional )[^@]*(?<!\.yaml)(?<!\.yml)")  # an entry that Hydra reads as we do
 
@@ -84,6 +86,7 @@ class Node:
     parents: list[Node | str]  # in order, SELF among them
     plain: bool  # Hydra's loader would read the same: nothing folded, every entry a plain name
     notices: list[str] = dataclasses.field(default_factory=list)
+    rows: dict[str, Any] = dataclasses.field(default_factory=dict)  # see `gpt_keys.ROWS`; {} in our own files
 
     def chain(self) -> Iterator[Node]:
         """This file and its parents in the order in which they apply."""
@@ -106,14 +109,19 @@ class Node:
         return self.plain and self.path.is_relative_to(CONFIGS) and all(p.native() for p in parents)
 
 
-def read(path: Path, stack: tuple[Path, ...] = (), package: str = "") -> Node:
-    """A file and, recursively, the files of its `defaults`. Its fields stand under `package`. Raises ConfigError."""
+def read(path: Path, stack: tuple[Path, ...] = (), package: str = "", type_: str | None = None) -> Node:
+    """A file and, recursively, the files of its `defaults`. Its fields stand under `package`. `type_`: the architecture
+    that a file which builds on it says; of directives that changes which fields they mean. Raises ConfigError."""
     path = path.resolve()
     if path in stack:
         cycle = (*stack[stack.index(path) :], path)
         raise ConfigError(f"{shown(path)}: inheritance cycle: {' -> '.join(shown(p) for p in cycle)}")
     if path.suffix == ".json":
         return _preset(path)
+    if path.suffix == ".config":
+        return _directives(path, stack, type_)
+    if path.suffix == ".py":
+        return _assignments(path, type_)
     values, lines = _parse(path)
     entries = values.pop("defaults", [])
     if not isinstance(entries, list):
@@ -158,7 +166,94 @@ def _preset(path: Path) -> Node:
     """A JSON file of sizes: the file of its architecture, and these."""
     values, lines, notices = json_preset.load(path, shown(path))
     base = read(CONFIGS / f"{json_preset.ARCHITECTURE}.yaml")
-    return Node(path, values, lines, [base, SELF], plain=False, notices=notices)
+    rows = {"batch_size": values["global_batch_size"]}
+    return Node(path, values, lines, [base, SELF], plain=False, notices=notices, rows=rows)
+
+
+def _directives(path: Path, stack: tuple[Path, ...], type_: str | None) -> Node:
+    """A file of directives: that of its FROM, else the file of its architecture, and what it says."""
+    parent, entries = directives.load(path, shown(path))
+    wanted = type_ or _known_type(entries, "MODEL", shown(path))
+    base = _from(path, parent, (*stack, path), wanted) if parent else None
+    return _turned(path, entries, base, wanted, "MODEL type=gpt2")
+
+
+def _assignments(path: Path, type_: str | None) -> Node:
+    """A Python file of settings: the file of its architecture, and what it says."""
+    entries = legacy_py.load(path, shown(path))
+    return _turned(path, entries, None, type_ or _known_type(entries, "", shown(path)), "type = 'gpt2'")
+
+
+def _known_type(entries: list[gpt_keys.Stated], section: str, where: str) -> str | None:
+    """The architecture that a file names, if it does. ConfigError where there is no such one."""
+    stated = next((e for e in entries if (e.section, e.key) == (section, "type")), None)
+    if stated is None:
+        return None
+    if not isinstance(stated.value, str):
+        raise ConfigError(f"{where}:{stated.line}: type: expected a name, got {stated.value!r}")
+    try:
+        models.resolve((models.alias(stated.value) or (stated.value,))[0])
+    except ValueError as error:
+        raise ConfigError(f"{where}:{stated.line}: {error}") from None
+    return stated.value
+
+
+def _turned(
+    path: Path, entries: list[gpt_keys.Stated], base: Node | None, wanted: str | None, example: str
+) -> Node:
+    """A file with the keys of GPT trainers over what it builds on, for an architecture that it or a file over it names.
+    `example`: how a file of the format names one."""
+    notices = []
+    stated = base.stated("type") if base else None
+    word = wanted or stated
+    if word is None:
+        word = ANY_TYPE
+        notices.append(f"{shown(path)} states no type: taken as {word} (gpt2: {example})")
+    type_, meant = models.alias(word) or (word, {})
+    if stated not in (None, type_):
+        assert base
+        raise ConfigError(
+            f"{shown(path)}: it is to be of type {type_}, and {shown(base.path)}, on which it builds, is of type "
+            f"{stated}. Leave one of them out"
+        )
+    home = CONFIGS / f"{type_}.yaml" if type_ in models.ARCHITECTURES else BASE
+    own = frozenset(read(home).values["model_cfg"]) if home != BASE else None
+    turned = gpt_keys.turn(entries, type_, own, base.rows if base else {}, shown(path))
+    for name, value in meant.items():
+        turned.values["model_cfg"].setdefault(name, value)
+    if isinstance(turned.values.get("kernels"), str):
+        turned.values["kernels"] = {"default": turned.values["kernels"]}
+    notices += turned.notices
+    parents: list[Node | str] = [base or read(home), SELF]
+    return Node(path, turned.values, turned.lines, parents, False, notices, turned.rows)
+
+
+def _from(path: Path, wanted: gpt_keys.Stated, stack: tuple[Path, ...], type_: str | None) -> Node:
+    """The file behind FROM: one beside the other or below it, else one in configs/."""
+    where = f"{shown(path)}:{wanted.line}"
+    try:
+        given = expand_path(wanted.value)
+    except ValueError as error:
+        raise ConfigError(f"{where}: FROM {error}") from None
+    tried = [folder / f"{given}{end}" for folder in (path.parent, CONFIGS) for end in ("", ".config")]
+    found = next((t for t in tried if t.is_file()), None)
+    if found is None:
+        places = ", ".join(dict.fromkeys(shown(t) for t in tried))
+        raise ConfigError(f"{where}: FROM {wanted.value!r}: no such config (tried {places})")
+    home = path.parent.resolve()
+    if not any(found.resolve().is_relative_to(folder) for folder in (home, CONFIGS)):
+        raise ConfigError(
+            f"{where}: FROM {wanted.value!r} leads to {found.resolve()}, out of {shown(home)}. A file builds on those "
+            "beside it and on configs/ alone: copy it there"
+        )
+    if found.suffix not in FORMATS:
+        raise ConfigError(
+            f"{where}: FROM {wanted.value!r}: cannot read {found.suffix!r}. Accepted: {' '.join(FORMATS)}"
+        )
+    node = read(found, stack, type_=type_)
+    if given.is_absolute() or ".." in given.parts:
+        node.notices.insert(0, f"{where}: FROM leads to {found.resolve()}")
+    return node
 
 
 def _has_base(node: Node) -> bool:

@@ -81,6 +81,11 @@ NO_FIELDS = {
     "use_liger": "how the loss of a head is computed is a choice of the run: kernels.linear_cross_entropy",
 }
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
+_LOADS = re.compile(
+    r"(LD|DYLD)_\w+|PYTHON(PATH|HOME|STARTUP|USERBASE|PLATLIBDIR|EXECUTABLE|BREAKPOINT|WARNINGS|INSPECT|CASEOK|NOUSERSITE)"
+    r"|PATH|BASH_ENV|GCONV_PATH|CC|CXX|CUDA_HOME|CUDA_PATH|TRITON_\w*_PATH|NCCL_\w*PLUGIN",
+    re.IGNORECASE,
+)
 REDACTED = "<redacted>"
 
 
@@ -116,6 +121,11 @@ class ConfigError(ValueError):
 def is_secret(name: str) -> bool:
     """Whether an environment variable of this name must never be written or printed."""
     return bool(_SECRET.search(name))
+
+
+def loads_code(name: str) -> bool:
+    """Whether an environment variable of this name decides what code a program loads, or where it looks for it."""
+    return bool(_LOADS.fullmatch(name))
 
 
 def suggest_key(key: str, siblings: Iterable[str], paths: Iterable[str] = ()) -> str:

@@ -29,7 +29,7 @@ from omegaconf import OmegaConf  # noqa: E402
 
 import models  # noqa: E402
 from configs.compose import compose, compose_tree, model_config_class, prepare  # noqa: E402
-from configs.files import BASE, CONFIGS, EXTENSIONS, choices, options, read  # noqa: E402
+from configs.files import BASE, CONFIGS, DATA_FORMATS, choices, options, read  # noqa: E402
 from configs.frontend import GROUPS  # noqa: E402
 from configs.messages import ConfigError  # noqa: E402
 from configs.schema import CHOICES, RunConfig, redacted  # noqa: E402
@@ -203,7 +203,7 @@ def _architectures() -> list[str]:
 def other_files(folder: Path) -> Iterator[Path]:
     """The model files besides: yours, and those of the papers. The folders of options are no models."""
     own = {BASE, *(folder / f"{name}.yaml" for name in models.ARCHITECTURES)}
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in EXTENSIONS and p not in own):
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in DATA_FORMATS and p not in own):
         if path.relative_to(folder).parts[0] not in GROUPS:
             yield path
 

@@ -91,12 +91,19 @@ def _raise(problems: list[str], where: Where) -> None:
 
 
 def _placed(problem: str, where: Where) -> str:
+    """The problem behind the place of the first key that it names; of others that stand in another file, theirs."""
+    places: dict[str, str] = {}
     for key in re.findall(r"[A-Za-z_][\w.]*", problem):
         key = "mix" if key.startswith("mix.") else key  # an entry of a list has no place of its own
         if key.startswith(("model_cfg.", "kernels.")) or key in GENERIC_FIELDS:
-            place = where(key)
-            return f"{place}: {problem}" if place else problem
-    return problem
+            places.setdefault(key, where(key))
+    if not (first := next(iter(places.values()), "")):
+        return problem
+    files = {key: place for key, place in places.items() if ":" in place and ":" in first}
+    others = [
+        f"{k} is from {p}" for k, p in files.items() if p.rpartition(":")[0] != first.rpartition(":")[0]
+    ]
+    return f"{first}: {problem}" + (f" ({', '.join(others)})" if others else "")
 
 
 def _generic(values: dict[str, Any], where: Where, notices: list[str]) -> RunConfig:

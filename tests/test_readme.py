@@ -60,7 +60,8 @@ def named(cases):
 
 @pytest.fixture
 def somewhere(tmp_path, monkeypatch):
-    """A directory with what the documents take for granted: a home, notes, chats, a run called dante, an older run."""
+    """A directory with what the documents take for granted: a home, notes, chats, settings, a run called dante, an
+    older run."""
     for name, value in (("HOME", str(tmp_path)), ("HYDRA_FULL_ERROR", "0"), ("PYTHONPATH", "")):
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
@@ -68,6 +69,7 @@ def somewhere(tmp_path, monkeypatch):
     monkeypatch.setattr("configs.frontend.missing_program", lambda launcher: [])  # SLURM is there
     (tmp_path / "my_notes").mkdir()
     (tmp_path / "chats.jsonl").touch()
+    (tmp_path / "train_mine.py").write_text("n_layer = 6\n")
     (tmp_path / "my experiments").mkdir()
     (tmp_path / "my experiments/mine.yaml").write_text("defaults: [gpt2, _self_]\n")
     return tmp_path

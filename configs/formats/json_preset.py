@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from configs.formats.text import read_text
 from configs.messages import ConfigError
 from naming import did_you_mean
 
@@ -58,12 +59,7 @@ def load(path: Path, where: str) -> tuple[dict[str, Any], dict[str, int], list[s
 
 def _parse(path: Path, where: str) -> tuple[dict[str, Any], dict[str, int]]:
     """The object of a file, and the line of each key."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except OSError as error:
-        raise ConfigError(f"{where}: cannot be read: {error.strerror or error}") from None
+    text = read_text(path, where)
     places: dict[str, list[int]] = {}
     for found in re.finditer(r'(?<!\\)"(\w+)"\s*:', text):
         places.setdefault(found[1], []).append(text.count("\n", 0, found.start()) + 1)

@@ -17,7 +17,7 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 
 from configs.completion import asked_of, complete
-from configs.compose import Checked, Plan, check, prepare, tree_of
+from configs.compose import Checked, Plan, check, prepare, tree_of, two_rates
 from configs.dump import job_text
 from configs.files import CONFIGS, ROOT, digest
 from configs.grid import check_grid
@@ -136,6 +136,7 @@ def _checked(plan: Plan, tree: dict[str, Any]) -> tuple[Checked, Path]:
     checked = check(plan, tree)
     if why := checked.model_cfg.lacking():
         raise ConfigError(why)
+    plan.notices += two_rates(plan, checked.cfg)
     _say(plan)
     folder = launch.run_folder(checked.cfg, checked.folder)
     launch.require_writable(folder)

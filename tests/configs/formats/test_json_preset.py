@@ -63,6 +63,12 @@ def test_a_shipped_file_is_a_gpt2_of_its_sizes(name):
     assert (cfg.train_seq_len, cfg.global_batch_size, cfg.batch_size) == (context, rows, "auto")
 
 
+def test_a_size_alone_is_the_file_of_that_size():
+    (alone, alone_cfg), (file, file_cfg) = quiet("preset=tiny"), quiet(str(CONFIGS / "tiny.json"))
+    assert alone_cfg == file_cfg and alone == file.model_copy(update={"preset": "tiny"})
+    assert "no model chosen" in refused("preset=nano")[0]  # of which there is none
+
+
 def test_every_json_file_in_configs_is_shipped():
     assert {path.stem for path in CONFIGS.glob("*.json")} == set(SHIPPED)
 

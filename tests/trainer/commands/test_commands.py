@@ -637,10 +637,10 @@ def test_show_lists_the_configurations(command, monkeypatch, no_data):
 
 @pytest.mark.parametrize("name", ["show", "show_configs"])
 def test_show_ignores_no_word(command, name):
-    for words in (["preset=small"], ["--jsn"], ["nope=1", "--json"], ["-m"]):
+    for words in (["preset=nano"], ["--jsn"], ["nope=1", "--json"], ["-m"]):
         status, out, err = command(name, *words)
         assert (status, out) == (2, "") and err.startswith("config error: "), words
-    assert "no model chosen. Give --hydra_model_cfg=" in command(name, "preset=small")[2]
+    assert "no model chosen. Give --hydra_model_cfg=" in command(name, "preset=nano")[2]
     for model in ("model=gpt2", "hydra_model_cfg=gpt2", "configs/gpt2.yaml"):
         status, out, err = command(name, model, "preset=nano", "--json")
         assert status == 0 and json.loads(out)["type"] == "gpt2", err
