@@ -387,7 +387,7 @@ def token_stores(
     try:
         tokenizer.save(folder / "tokenizer.json")
         write_stores(folder, sides, tokenizer)
-        stores = load_stores(folder, list(sides), tokenizer, check=False)
+        stores = _held(folder, lambda: load_stores(folder, list(sides), tokenizer, check=False))
         if isinstance(corpus.train, Texts):
             size = sum(store.tokens.nbytes for store in stores.values())
             written = f"written to the cache: {size:,} bytes in {folder}"
@@ -409,10 +409,18 @@ def _cached(
     """What a folder of the cache holds, None where there is none, or nothing sound."""
     if (folder / "meta.json").exists():
         try:
-            return load()
+            return _held(folder, load)
         except DataError as error:
             notes.append(f"rebuilt: {error}")
     return None
+
+
+def _held(folder: Path, load: Callable[[], dict[str, TokenStore]]) -> dict[str, TokenStore]:
+    """What a folder of the cache holds, which is not deleted while any of it is read."""
+    from data.held import hold
+
+    held = hold(folder)
+    return {side: replace(store, held=held) for side, store in load().items()}
 
 
 def _chat_stores(
@@ -434,7 +442,7 @@ def _chat_stores(
     try:
         tokenizer.save(folder / "tokenizer.json")
         write_chats(folder, sides, template)
-        return load_chats(folder, list(sides), template), folder
+        return _held(folder, lambda: load_chats(folder, list(sides), template)), folder
     except OSError as error:
         notes.append(f"tokens could not be cached: {error}")
     return {side: encode_chats(documents, template) for side, documents in sides.items()}, None

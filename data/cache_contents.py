@@ -1,7 +1,10 @@
 """What lies in the cache, by kind, and deleting it. Everything there can be made anew, from the text or by the network.
 
 An entry is known by the folder that it lies in and by how such entries are called: what anybody else has put there is
-not touched, and no link is followed.
+not touched. Of an entry that is a link the link is deleted, not what it leads to. The folder of a kind may be one, to
+a larger disk: what lies there is its entries.
+
+What is being written stays, and tokens that a process reads (`data/held.py`).
 """
 
 from __future__ import annotations
@@ -12,17 +15,19 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import filelock
 
 from data.errors import DataError
+from data.held import alone
 from naming import not_one_of
 
 __all__ = ["KINDS", "Entry", "Kind", "chosen_kinds", "contents", "delete"]
 
+READ = "a process is reading it"
 BUSY = 600.0  # seconds: what was written to since may be being written
 
 
@@ -87,6 +92,9 @@ def _entry(kind: str, path: Path, used: set[str]) -> Entry:
             if trained[1] in used
             else ""
         )
+    elif kind == "tokens":
+        with alone(path) as free:
+            kept = "" if free else READ
     if not kept and kind not in ("texts", "checked") and time.time() - changed < BUSY:
         kept = "it was written to in the last ten minutes"
     return Entry(kind, path, size, changed, kept)
@@ -125,12 +133,17 @@ def chosen_kinds(words: Sequence[str]) -> list[str]:
     return [kind for kind in KINDS if kind in words or "all" in words]
 
 
-def delete(entries: Sequence[Entry]) -> None:
-    """Those of them that may be. Raises OSError."""
-    for entry in entries:
-        if entry.kept:
-            continue
-        if entry.path.is_dir() and not entry.path.is_symlink():
-            shutil.rmtree(entry.path)
-        else:
-            entry.path.unlink(missing_ok=True)
+def delete(entries: Sequence[Entry]) -> list[Entry]:
+    """Those of them that may be. All as they are then: some may have begun to be read. Raises OSError."""
+    return [entry if entry.kept else _deleted(entry) for entry in entries]
+
+
+def _deleted(entry: Entry) -> Entry:
+    if not entry.path.is_dir() or entry.path.is_symlink():
+        entry.path.unlink(missing_ok=True)
+        return entry
+    with alone(entry.path) as free:
+        if not free:
+            return replace(entry, kept=READ)
+        shutil.rmtree(entry.path)
+    return entry

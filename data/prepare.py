@@ -15,9 +15,8 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -54,8 +53,15 @@ __all__ = ["LARGEST_SHARD", "SMALLEST_SHARD", "Prepared", "Wanted", "prepare"]
 PARTS, LOCK = ".parts", ".lock"
 LARGEST_SHARD = (1 << 31) - 1  # tokens: the header counts them in an int32
 SMALLEST_SHARD = 1_000
+# Names that a preparation writes: nothing else in its folder is deleted or listed.
+_SIDE = f"(?:{'|'.join(SIDES.values())})"
+_SHARD = re.compile(rf"\.?({_SIDE})_(\d{{6,}})\.(?:bin|utf8)")  # with a dot while it is being written
+_PART = re.compile(rf"({_SIDE})_(\d{{6,}})\.(?:lengths\.npy|lossy\.npy|json)")
 # Files that were being written by `write_atomic` when a preparation was killed.
-_ABANDONED = re.compile(r"\.(?:shards|partial|tokenizer|train|val)\..*\.\w{8}")
+_ABANDONED = re.compile(
+    rf"\.(?:(?:shards|partial|tokenizer)\.json|{_SIDE}\.(?:offsets|begins|sizes|digests|lossy)\.npy)\.\w{{8}}"
+)
+_ABANDONED_PART = re.compile(rf"\.{_PART.pattern}\.\w{{8}}")
 Progress = Callable[[int, int], object]  # bytes of text that are done, and of all
 
 
@@ -322,16 +328,13 @@ def _complete(folder: Path, start: str) -> list[dict[str, Any]]:
             break
         found.append(record)
     names = {name for record in found for name in record["sha256"]}
-    for path in [
-        *folder.glob(f"{start}_*"),
-        *(folder / PARTS).glob(f"{start}_*.npy"),
-        *folder.glob(f".{start}_*"),
-    ]:
-        if path.relative_to(folder).as_posix() not in names:
-            path.unlink()
-    for path in (folder / PARTS).glob(f"{start}_*.json"):
-        if int(path.stem.rpartition("_")[2]) >= len(found):
-            path.unlink()
+    for where, known in ((folder, _SHARD), (folder / PARTS, _PART)):
+        for path in list(where.iterdir()):
+            named = known.fullmatch(path.name)
+            if named is None or named[1] != start or path.relative_to(folder).as_posix() in names:
+                continue
+            if path.suffix != ".json" or int(named[2]) >= len(found):
+                path.unlink()
     return found
 
 
@@ -386,12 +389,14 @@ class _Shard:
         self.sizes: list[int] = []
         self.lossy: list[bool] = []
         self._open = ExitStack()
+        self._begun: list[Path] = []
         self._ids = self._file(f"{name}.bin")
         self._text = self._file(f"{name}.utf8") if text else None
         self._ids.write(bytes(HEADER))
 
     def _file(self, name: str) -> BinaryIO:
-        return self._open.enter_context(open(self.folder / f".{name}", "wb"))
+        self._begun.append(self.folder / f".{name}")
+        return self._open.enter_context(open(self._begun[-1], "wb"))
 
     def __enter__(self) -> _Shard:
         return self
@@ -400,7 +405,7 @@ class _Shard:
         try:
             self._open.close()
         finally:  # what is not complete makes room
-            for path in self.folder.glob(f".{self.name}.*"):
+            for path in self._begun:
                 path.unlink(missing_ok=True)
 
     def has_room(self, encoded: Encoded, shard_tokens: int) -> bool:
@@ -453,8 +458,8 @@ def _save(path: Path, array: np.ndarray) -> None:
 
 def _write_index(
     folder: Path, start: str, documents: Sequence[Document], shards: Sequence[Mapping[str, Any]]
-) -> None:
-    """A row for each document of a side."""
+) -> list[str]:
+    """A row for each document of a side; names of the files."""
     parts = {
         what: np.concatenate(
             [map_array(folder / PARTS / f"{Path(shard['file']).stem}.{what}.npy") for shard in shards]
@@ -464,13 +469,17 @@ def _write_index(
     }
     offsets = np.concatenate([[0], np.cumsum(parts["lengths"], dtype=np.int64)])
     assert len(offsets) == len(documents) + 1
-    _save(folder / f"{start}.offsets.npy", offsets)
-    # A separator stands in front of each, and shards lie one behind the other.
-    _save(folder / f"{start}.begins.npy", offsets[:-1] + np.arange(1, len(offsets)))
-    _save(folder / f"{start}.sizes.npy", sizes(documents))
-    _save(folder / f"{start}.digests.npy", _digests(documents))
-    if parts["lossy"].any():
-        _save(folder / f"{start}.lossy.npy", parts["lossy"])
+    arrays = {
+        "offsets": offsets,
+        # A separator stands in front of each, and shards lie one behind the other.
+        "begins": offsets[:-1] + np.arange(1, len(offsets)),
+        "sizes": sizes(documents),
+        "digests": _digests(documents),
+        **({"lossy": parts["lossy"]} if parts["lossy"].any() else {}),
+    }
+    for what, array in arrays.items():
+        _save(folder / f"{start}.{what}.npy", array)
+    return [f"{start}.{what}.npy" for what in arrays]
 
 
 def _finish(
@@ -481,12 +490,16 @@ def _finish(
     overlap: Overlap | None,
 ) -> dict[str, Any]:
     """The manifest, with which the folder is complete."""
-    for side, start in SIDES.items():
-        _write_index(folder, start, _documents(corpus, side), shards[side])
-    files = sorted(path.name for path in folder.iterdir() if path.name[0] != "." and path.name != PARTIAL)
     known = {
-        name: digest for side in SIDES for shard in shards[side] for name, digest in shard["sha256"].items()
+        name: digest
+        for side in SIDES
+        for shard in shards[side]
+        for name, digest in shard["sha256"].items()
+        if Path(name).parent != Path(PARTS)
     }
+    files = [TOKENIZER, *known]
+    for side, start in SIDES.items():
+        files += _write_index(folder, start, _documents(corpus, side), shards[side])
     manifest: dict[str, Any] = {**asked, "notes": list(corpus.notes)}
     manifest["near_copies"] = overlap.as_dict() if overlap else None
     for side in SIDES:
@@ -501,7 +514,7 @@ def _finish(
             "bytes": (folder / name).stat().st_size,
             "sha256": known.get(name) or file_digest(folder / name),
         }
-        for name in files
+        for name in sorted(files)
     }
     manifest["digest"] = manifest_digest(manifest)
     content = json.dumps(manifest, indent=1)
@@ -513,5 +526,11 @@ def _finish(
 
 def _tidy(folder: Path) -> None:
     """What only a folder that is not complete needs."""
-    shutil.rmtree(folder / PARTS, ignore_errors=True)
+    parts = folder / PARTS
+    if parts.is_dir():
+        for path in list(parts.iterdir()):
+            if _PART.fullmatch(path.name) or _ABANDONED_PART.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+        with suppress(OSError):  # it holds something else
+            parts.rmdir()
     (folder / PARTIAL).unlink(missing_ok=True)

@@ -288,6 +288,8 @@ class ShardFiles:
             file = self._file(number)
             yield file
             status = os.fstat(file.fileno())
+        except FileNotFoundError:
+            raise _changed(shard) from None
         except OSError as error:
             raise DataError(f"{shard.path!r} cannot be read: {error.strerror}.") from error
         if (status.st_size, status.st_mtime_ns) != (shard.size, shard.changed):
@@ -307,7 +309,8 @@ def _changed(shard: Shard) -> DataError:
     way_out = (
         "It is made again by a new start" if shard.kind == CACHED else "Restore it, or start anew with it"
     )
-    return DataError(f"{shard.path!r} has changed since it was first read. {way_out}")
+    happened = "has changed" if os.path.lexists(shard.path) else "is gone: it was deleted or moved"
+    return DataError(f"{shard.path!r} {happened} since it was first read. {way_out}")
 
 
 class ShardTokens:

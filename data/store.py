@@ -16,6 +16,7 @@ from data.arrays import ArrayWriter, map_array
 from data.cache import file_digest, write_atomic
 from data.corpus import Document, Marker
 from data.errors import DataError
+from data.held import Held
 from data.shard_text import InShards
 from data.shards import ShardFiles, ShardTokens
 from data.tokenizers import Tokenizer, spans_of, text_of
@@ -38,7 +39,7 @@ class TokenStore:
     every text, the text itself is not kept; else raw (sum of doc_bytes,) uint8 is all of it, and lossy (n_docs,) bool
     says of which documents they do not.
     `marks` are those of the corpus. `sources`: name and documents of each source of a mixture that is scored by itself
-    too, one source behind the other.
+    too, one source behind the other. `held` keeps the folder of the cache from being deleted as long as this lives.
     """
 
     tokens: np.ndarray | ShardTokens
@@ -49,6 +50,7 @@ class TokenStore:
     raw: np.ndarray | ShardTokens | None = None
     marks: Mapping[str, Marker] = field(default_factory=dict)
     sources: tuple[tuple[str, int], ...] = ()
+    held: Held | None = None
 
     @property
     def n_docs(self) -> int:

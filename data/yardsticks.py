@@ -30,6 +30,7 @@ import numpy as np
 
 from data.cache import write_atomic
 from data.errors import DataError
+from data.held import hold
 from data.ngrams import Texts, by_order
 from data.rows import select_heldout
 from data.store import TokenStore, load_stores, save_stores
@@ -282,6 +283,7 @@ def main(argv: list[str] | None = None) -> int:
             os.nice(10)
         threading.Thread(target=_leave_when_stdin_closes, daemon=True).start()
     try:
+        _held = hold(options.folder)  # until the result is written there
         tokenizer = load_tokenizer(options.folder / "tokenizer.json")
         stores = load_stores(options.folder, ["train", "heldout"], tokenizer)
     except DataError as error:

@@ -18,7 +18,7 @@ from data.cuts import SECTION_BYTES, sections
 from data.errors import DataError
 from data.huggingface.tokenizer import HuggingFaceTokenizer
 from data.rows import HeldoutRows, TrainingRows
-from data.shards import ShardFiles, ShardTokens, open_shard
+from data.shards import ShardFiles, ShardTokens, document_starts, open_shard
 from data.store import TokenStore, load_stores
 from data.tokenizers import ByteTokenizer
 from data.yardsticks import compute
@@ -189,12 +189,16 @@ def test_megatron_s_lengths_are_added_up_in_64_bits(tmp_path) -> None:
         file.seek(4 * (1 << 30))
         file.write(np.arange(1, 6, dtype="<i4").tobytes())
     megatron_index(path, lengths, range(4), "<i4")
-    from data.shards import document_starts
-
     starts = document_starts(path)
     assert (4 * starts).tolist() == [0, 2147483648, 4294967296]
     files = ShardFiles([open_shard(path, np.dtype(np.uint16))], np.uint16)
     assert files.read(int(starts[2]), len(files)).tolist() == [1, 2, 3, 4, 5]
+
+
+def test_documents_of_megatron_begin_beyond_what_32_bits_count(tmp_path) -> None:
+    """Their starts in ids, as their bytes above, of which half as many ids are enough."""
+    megatron_index(tmp_path / "big.bin", [1 << 30] * 3, range(4), "<u2")
+    assert document_starts(tmp_path / "big.bin").tolist() == [0, 1 << 30, 1 << 31]
 
 
 def test_rows_end_inside_documents_without_a_separator(load, bpe, tmp_path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import filelock
@@ -30,9 +33,13 @@ def cache(config, tmp_path, monkeypatch) -> Path:
     (cache / "tokenizers/bpe-300-0123456789abcdef-v1.json").write_text("of a text whose tokens are gone")
     (cache / "checked").mkdir()
     (cache / "checked" / ("a" * 32)).write_text("folder")
+    age(cache)
+    return cache
+
+
+def age(cache: Path) -> None:
     for path in cache.rglob("*"):
         os.utime(path, (time.time() - 2 * BUSY,) * 2)
-    return cache
 
 
 def held(cache: Path) -> dict[str, bytes]:
@@ -93,6 +100,42 @@ def test_what_is_being_written_stays(cache) -> None:
         kept[text] == "a process is writing it"
         and kept[tokens] == "it was written to in the last ten minutes"
     )
+
+
+def test_tokens_that_a_run_reads_stay_until_it_ends(cache, config, tmp_path) -> None:
+    cfg = config(data="jsonl", train_files=str(tmp_path / "text.jsonl"), tokenizer="bpe-300")
+    rows = load_dataset(cfg).training_rows(32)  # what a run keeps of its text
+    age(cache)
+    (entry,) = [entry for entry in contents(cache) if entry.kind == "tokens"]
+    assert entry.kept == "a process is reading it"
+    delete(contents(cache))
+    assert (entry.path / "train.tokens.npy").exists()
+    (late,) = delete([replace(entry, kept="")])  # it was looked at before the run began
+    assert late == entry and (entry.path / "train.tokens.npy").exists()
+    del rows
+    assert [entry.kept for entry in contents(cache) if entry.kind == "tokens"] == [""]
+
+
+def test_tokens_that_another_process_reads_stay_whatever_ends_it(cache) -> None:
+    (entry,) = [entry for entry in contents(cache) if entry.kind == "tokens"]
+    assert not entry.kept
+    script = f"from data.held import hold; held = hold({str(entry.path)!r}); print(bool(held)); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", script], **pipes) as process:
+        assert process.stdout.readline() == b"True\n"
+        (held,) = [entry for entry in contents(cache) if entry.kind == "tokens"]
+        process.kill()
+    assert held.kept == "a process is reading it"
+    assert [entry.kept for entry in contents(cache) if entry.kind == "tokens"] == [""]
+
+
+def test_the_folder_of_a_kind_may_lie_on_another_disk(cache, tmp_path) -> None:
+    (cache / "tokens").rename(tmp_path / "larger")
+    (cache / "tokens").symlink_to(tmp_path / "larger")
+    (tmp_path / "larger/notes.txt").write_text("mine")
+    delete(contents(cache))
+    assert [path.name for path in (tmp_path / "larger").iterdir()] == ["notes.txt"]
+    assert (cache / "tokens").is_symlink()
 
 
 def test_words_name_kinds() -> None:

@@ -437,6 +437,30 @@ def test_a_shard_that_was_damaged_meanwhile_is_made_again(written, tmp_path, mon
     assert found.kept == before + found.manifest["heldout"]["documents"]
 
 
+def test_files_of_others_in_the_folder_stay_and_are_not_listed(
+    written, opened, tmp_path, monkeypatch
+) -> None:
+    whole = written("whole").manifest
+    with monkeypatch.context() as patch:
+        patch.setattr(data.prepare, "_finish", lambda *_: (_ for _ in ()).throw(Stop))
+        with pytest.raises(Stop):
+            written()
+    out = tmp_path / "out"
+    names = {"README.md", "train_log.txt", "val_000000.bin.bak", ".train_000000.swp", ".train.log.20240101"}
+    names |= {".parts/train_notes.npy", "train_1.bin"}
+    for name in names:
+        (out / name).write_text("mine")
+    begun = {".train_000099.bin", "train_000099.bin", ".parts/train_000099.json", ".val.sizes.npy.a1b2c3d4"}
+    for name in begun:
+        (out / name).write_text("of a preparation that was killed")
+    assert written().manifest == whole
+    assert {name for name in names if (out / name).exists()} == names
+    assert not [name for name in begun if (out / name).exists()]
+    for name in names:
+        (out / name).unlink()
+    assert opened().train.total_bytes
+
+
 def test_a_full_disk_gives_a_message_and_leaves_what_is_complete(written, tmp_path, monkeypatch) -> None:
     written("whole")
     with monkeypatch.context() as patch:

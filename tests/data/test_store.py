@@ -124,6 +124,14 @@ def test_the_cache_may_be_deleted_while_it_is_read(folder, byte_store) -> None:
     )
 
 
+def test_a_file_that_is_gone_before_it_is_read_is_said_to_be_gone(folder) -> None:
+    files = opened(folder).tokens.files
+    (folder / "train.tokens.npy").unlink()
+    files._files.clear()  # as where more files are open than there is room for
+    with pytest.raises(DataError, match=r"train.tokens.npy' is gone: .*made again by a new start"):
+        files.read(0, 1)
+
+
 @pytest.mark.parametrize("size", [200, 40_000])
 def test_a_cached_file_that_shrinks_is_named(folder, size) -> None:
     rows = TrainingRows(opened(folder), 256, 100)

@@ -245,12 +245,12 @@ def _clean(args: argparse.Namespace, words: Sequence[str]) -> int:
             f"{about.about}"
         )
     chosen = [entry for entry in entries if entry.kind in kinds]
+    if not args.dry_run:
+        chosen = delete(chosen)
     gone = [entry for entry in chosen if not entry.kept]
     for entry in chosen:
         what = f"left ({entry.kept})" if entry.kept else "would be deleted" if args.dry_run else "deleted"
         print(f"{what}: {entry.path} {quantity(entry.bytes)}B")
-    if not args.dry_run:
-        delete(gone)
     if kinds:
         does = "would be" if args.dry_run else "are"
         print(f"{quantity(sum(entry.bytes for entry in gone))}B {does} free")
