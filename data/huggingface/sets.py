@@ -24,6 +24,7 @@ from naming import expand_path, not_one_of, shorten
 
 BATCH_ROWS = 256
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+ROWS = (".jsonl", ".json", ".parquet")  # how single files end that are a set
 USUAL_EVAL_SPLIT = "test"
 
 
@@ -96,16 +97,16 @@ def _require_package() -> None:
 
 
 def _folder(cfg: HuggingFaceConfig) -> Path | None:
-    """The folder of a set on this disk; None for a name of the hub."""
+    """The folder or file of a set on this disk; None for a name of the hub."""
     if not cfg.dataset_name:
         raise DataError("data=hf needs dataset_name=<folder or name>")
     path = expand_path(cfg.data_root or "") / expand_path(cfg.dataset_name)
-    if path.is_dir():
+    if path.is_dir() or (path.is_file() and path.suffix in ROWS):
         return path
     if path.exists():
         raise DataError(
-            f"dataset_name: {str(path)!r} is a file, and a set is a folder. Name its folder, or read files of JSON "
-            f"lines or parquet by data=jsonl or data=parquet"
+            f"dataset_name: {str(path)!r} is no file of rows ({', '.join(ROWS)}) and no folder. Text is read by "
+            f"data=text input_file=<file>, files that are packed by data=jsonl train_files=<file>"
         )
     if not HUB_NAME.fullmatch(cfg.dataset_name):
         raise DataError(
@@ -128,7 +129,12 @@ def _opened(cfg: HuggingFaceConfig, folder: Path) -> Any:
         raise DataError(
             f"dataset_subset: {str(folder)!r} was saved by save_to_disk, and such a folder has no subsets. Leave it out"
         )
+    if folder.is_file() and cfg.dataset_subset:
+        raise DataError(f"dataset_subset: {str(folder)!r} is one file, which has no subsets. Leave it out")
     try:
+        if folder.is_file():
+            files = {"train": folder.name}
+            return datasets.load_dataset(str(folder.parent), data_files=files, streaming=True)
         if saved:
             return datasets.load_from_disk(str(folder))
         return datasets.load_dataset(str(folder), cfg.dataset_subset, streaming=True)
@@ -178,6 +184,8 @@ class SplitPart:
         """Of a name of the hub the name alone: what was fetched is what there is."""
         if self.folder is None:
             return [(f"hub:{self.cfg.dataset_name}", 0, 0)]
+        if self.folder.is_file():
+            return FilePart(self.folder.name, self.folder).stamps()
         found = []
         for place, folders, files in os.walk(self.folder):
             folders.sort()

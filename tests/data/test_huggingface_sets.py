@@ -90,6 +90,23 @@ def test_a_folder_of_files_is_read_as_the_package_reads_it(load, tmp_path, kind)
     assert (texts_of(corpus.train), texts_of(corpus.heldout)) == (TEXTS[:150], TEXTS[150:])
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+def test_a_file_of_rows_is_a_set_of_its_own(load, config, tmp_path, kind) -> None:
+    as_lines(tmp_path / "a.jsonl", TEXTS)
+    lines, _ = load_corpus(config(data="jsonl", train_files=str(tmp_path / "a.jsonl")), tmp_path / "cache")
+    path = tmp_path / f"mine.{kind}"
+    if kind == "parquet":
+        rows(TEXTS).to_parquet(path)
+    elif kind == "json":
+        path.write_text(json.dumps([{"text": text} for text in TEXTS]))
+    else:
+        as_lines(path, TEXTS)
+    corpus = load(dataset_name=path.name)
+    assert corpus.fingerprint == lines.fingerprint and "the set has no split but train" in corpus.notes
+    again = load(dataset_name=path.name)
+    assert again.fingerprint == corpus.fingerprint
+
+
 def test_dataset_subset_is_one_of_those_that_a_folder_names(load, tmp_path) -> None:
     named = "".join(
         f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/*\n" for name in ("a", "b")
@@ -149,7 +166,12 @@ def test_text_field_and_held_out_copies(load, tmp_path) -> None:
             {"dataset_name": "mine", "text_field": ["text", "body"]},
             r"lacks the column 'body' \(it has 'text', 'id'\)",
         ),
-        ({"dataset_name": "a.jsonl"}, "a.jsonl' is a file, and a set is a folder"),
+        ({"dataset_name": "a.csv"}, r"a.csv' is no file of rows \(.jsonl, .json, .parquet\)"),
+        ({"dataset_name": "a.jsonl", "dataset_subset": "x"}, "a.jsonl' is one file, which has no subsets"),
+        (
+            {"dataset_name": "a.jsonl", "dataset_split": "test", "eval_split": None},
+            "dataset_split: 'test' is not one of train",
+        ),
         (
             {"dataset_name": "no/such/folder"},
             "there is no folder '.*no/such/folder', and no set of the hub is called",
@@ -164,6 +186,7 @@ def test_what_is_no_set_says_so(load, tmp_path, fields, message) -> None:
     arrow.write_bytes(arrow.read_bytes()[:100])
     as_lines(tmp_path / "files/train.jsonl", TEXTS)
     as_lines(tmp_path / "a.jsonl", TEXTS)
+    (tmp_path / "a.csv").write_text("text\n")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=message):
         load(**fields)
