@@ -280,7 +280,10 @@ def form_of(config: Mapping[str, Any], source: str) -> Row:
     if isinstance(given, str) and given in _BEYOND:
         raise ConfigError(f"{source}: model_type is {given}: {_BEYOND[given]}")
     if not isinstance(given, str) or given not in ROWS:
-        raise ConfigError(f"{source}: model_type: {not_one_of(given, ROWS)}")
+        raise ConfigError(
+            f"{source}: model_type: {not_one_of(given, ROWS)}. A causal model of another type may be a base: "
+            f"type=memory_adapter model_cfg.base_model_name=<its folder>"
+        )
     return ROWS[given]
 
 
