@@ -122,7 +122,7 @@ def load_public(cfg: PublicConfig) -> Stream:
             f"--repo-type dataset --local-dir <folder>; then set data_root=<folder>. With other shards: "
             f"data=bin train_files=<files> val_files=<files>"
         )
-    train, heldout = (sorted(map(Path, there[side])) for side in ("train", "val"))
+    train, heldout = (KINDS["bin"].in_order(map(Path, there[side])) for side in ("train", "val"))
     named_ = [[(path.name, path) for path in side] for side in (train, heldout)]
     return stream_of(cfg, Named(named_[0], named_[1], cfg.data, (), KINDS["bin"], False))
 

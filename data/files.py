@@ -31,10 +31,12 @@ _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+# How a zstd file begins: with a frame, or with one to be skipped (RFC 8878, 3.1).
+ZSTD = (b"\x28\xb5\x2f\xfd", *(bytes([first]) + b"\x2a\x4d\x18" for first in range(0x50, 0x60)))
 # How a file begins that a program packed -> what it is, how to have its text.
 _PACKED = (
     (b"\x1f\x8b", "gzip-compressed", "gunzip -k {}"),
-    (b"\x28\xb5\x2f\xfd", "zstd-compressed", "unzstd {}"),
+    (ZSTD, "zstd-compressed", "unzstd {}"),
     (b"\xfd7zXZ\0", "xz-compressed", "unxz -k {}"),
     (b"BZh", "bzip2-compressed", "bunzip2 -k {}"),
     (b"PK\x03\x04", "a zip archive (or an office document)", "unzip {}"),

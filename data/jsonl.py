@@ -23,11 +23,12 @@ from data import named
 from data.chats.messages import chat_document
 from data.config import CHATS, Mode
 from data.errors import DataError
+from data.files import ZSTD
 from data.named import KINDS, FilesConfig, named_files
 from data.stream import FilePart, Row, Stream, fields_of, joined, utf8
 from naming import did_you_mean, shorten
 
-GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+GZIP = b"\x1f\x8b"
 # Bytes of a zstd file that are unpacked together: what comes of them is not bounded, and usually ten times as much.
 ZSTD_BLOCK = 4096
 MEND = "Mend the line, or take it out of the file"
@@ -139,12 +140,13 @@ class JsonlPart(FilePart):
 
 
 def _unpacked(file: IO[bytes], path: Path) -> IO[bytes] | io.BufferedIOBase:
-    """What a file holds, by how it begins and not by its name."""
+    """What a file holds, by how it begins and not by its name, but where it ends before that is plain."""
     start = file.read(4)
     file.seek(0)
     if start.startswith(GZIP):
         return gzip.GzipFile(fileobj=file, mode="rb")
-    if start == ZSTD:
+    cut = 0 < len(start) < 4 and path.suffix == ".zst" and any(mark.startswith(start) for mark in ZSTD)
+    if start in ZSTD or cut:
         return io.BufferedReader(_Frames(file, path))
     return file
 

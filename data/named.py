@@ -1,11 +1,13 @@
 """Which files a run names: `train_files` or `input_file`, and `val_files`, for sources whose text lies in files of one
-kind. Patterns (`*`, `?`, `[ab]`, `**`) match files in sorted order; a folder means the files of the kind below it."""
+kind. Patterns (`*`, `?`, `[ab]`, `**`) match files in sorted order; a folder means the files of the kind below it.
+Shards go on with one another, and are sorted by their numbers: `t_9.bin` before `t_10.bin`."""
 
 from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -28,13 +30,28 @@ class FilesConfig(Protocol):
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file: `source` reads it, in a folder it is known by how its names end."""
+    """A kind of file: `source` reads it, in a folder it is known by how its names end. `numbered`: numbers in names say
+    which file goes on with which."""
 
     source: str
     suffixes: tuple[str, ...]
+    numbered: bool = False
+
+    def in_order(self, paths: Iterable[Path]) -> list[Path]:
+        """By name; of shards by the numbers in them as numbers, however many digits these have."""
+        ordered = sorted(paths, key=str)
+        return sorted(ordered, key=by_number) if self.numbered else ordered
 
 
-KINDS = {name: Kind(name, source.suffixes) for name, source in SOURCES.items() if source.suffixes}
+def by_number(path: Path) -> list[str | int]:
+    """A key to sort by: text and numbers by turns."""
+    parts = re.split(r"([0-9]+)", str(path))
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)]
+
+
+KINDS = {
+    name: Kind(name, source.suffixes, name == "bin") for name, source in SOURCES.items() if source.suffixes
+}
 
 
 @dataclass(frozen=True)
@@ -142,7 +159,7 @@ def _matched(patterns: Sequence[str], field: str, kind: Kind, notes: list[str]) 
     for pattern in patterns:
         path = Path(pattern)
         if glob.has_magic(pattern) and not os.path.lexists(pattern):
-            paths = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
+            paths = kind.in_order(map(Path, glob.glob(pattern, recursive=True)))
             files = [path for path in paths if path.is_file()]
             if not files:
                 raise DataError(f"{field}: {pattern!r} matches no file (looked from {os.getcwd()})")
@@ -177,7 +194,7 @@ def _in_folder(folder: Path, kind: Kind, notes: list[str]) -> list[Path]:
             f"{str(folder)!r} has no file of {kind.source}{said}. They are those ending in {' '.join(kind.suffixes)}."
         )
     notes += about
-    return [folder / name for name in names]
+    return kind.in_order(folder / name for name in names)
 
 
 def _require_kind(path: Path, field: str, kind: Kind) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from data.corpus import Document
 from data.cuts import SECTION_BYTES, sections
 from data.errors import DataError
 from data.huggingface.tokenizer import HuggingFaceTokenizer
+from data.named import KINDS
 from data.rows import HeldoutRows, TrainingRows
 from data.shards import ShardFiles, ShardTokens, document_starts, open_shard
 from data.store import TokenStore, load_stores
@@ -145,6 +147,28 @@ def test_a_shard_goes_on_with_the_one_before_it(load, bpe, ids, tmp_path) -> Non
     assert both(found) == [TEXTS[:3], TEXTS[3:6]]
     headerless(tmp_path / "t/x_3.bin", np.concatenate([[bpe.eot], c, [bpe.eot, bpe.eot]]))
     assert texts(load(train_files="t/*.bin", val_files="v.bin").train)[1:] == [bpe.decode(b[:9]), TEXTS[2]]
+
+
+@pytest.mark.parametrize("named", ["t/x_*.bin", "t"])
+def test_shards_are_in_the_order_of_their_numbers(load, bpe, ids, tmp_path, named) -> None:
+    """A document goes over from the ninth to the tenth."""
+    stream = before(ids[:40], bpe.eot)
+    cuts = np.linspace(0, len(stream), 5, dtype=int)
+    for number, (start, stop) in enumerate(itertools.pairwise(cuts), start=8):
+        headerless(tmp_path / f"t/x_{number}.bin", stream[start:stop])
+    headerless(tmp_path / "v.bin", behind(ids[40:42], bpe.eot))
+    found = load(
+        **{"input_file" if named == "t" else "train_files": named}, val_files=str(tmp_path / "v.bin")
+    )
+    assert both(found) == [TEXTS[:40], TEXTS[40:42]]
+
+
+def test_numbers_order_shards_and_no_other_files() -> None:
+    names = ["b/x_2.bin", "b/x_10.bin", "b/x_010.bin", "a10/x.bin", "a9/x.bin", "x.bin", "x².bin", "7.bin"]
+    assert [str(path) for path in KINDS["bin"].in_order(map(Path, names))] == [
+        *("7.bin", "a9/x.bin", "a10/x.bin", "b/x_2.bin", "b/x_010.bin", "b/x_10.bin", "x.bin", "x².bin")
+    ]
+    assert [str(path) for path in KINDS["jsonl"].in_order(map(Path, names))] == sorted(names)
 
 
 def test_a_shard_that_is_not_the_next_begins_its_own_document(load, bpe, ids, tmp_path) -> None:

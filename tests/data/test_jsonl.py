@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,24 @@ def test_members_of_a_compressed_file_are_read_one_behind_the_other(tmp_path, ki
     raw = packed(LINES)
     halves = compress(kind, raw[:777]) + compress(kind, raw[777:])
     assert texts(write(tmp_path / "b.txt", halves)) == [row["text"].encode() for row in LINES]
+
+
+@pytest.mark.parametrize("number", [0x184D2A50, 0x184D2A5F])
+def test_frames_of_zstd_that_are_to_be_skipped_are_skipped(tmp_path, number) -> None:
+    frames = [compress("zst", packed(LINES[:1])), compress("zst", packed(LINES[1:2]))]
+    skipped = struct.pack("<II", number, 5000) + b"x" * 5000  # more than is unpacked together
+    path = write(tmp_path / "a.jsonl.zst", skipped + frames[0] + skipped + frames[1] + skipped)
+    assert texts(path) == [row["text"].encode() for row in LINES[:2]]
+    with pytest.raises(DataError, match=r"a.jsonl.zst' is damaged or cut off"):
+        texts(write(path, skipped[:-1]))
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3, 4])
+@pytest.mark.parametrize("begin", [b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18"])
+def test_a_zstd_file_of_which_next_to_nothing_is_left_is_cut_off(tmp_path, begin, kept) -> None:
+    pytest.importorskip("zstandard")
+    with pytest.raises(DataError, match=r"cut.jsonl.zst' is damaged or cut off"):
+        texts(write(tmp_path / "cut.jsonl.zst", begin[:kept]))
 
 
 @pytest.mark.parametrize("kind", ["gz", "zst"])
