@@ -140,7 +140,7 @@ ABLE = [name for name in TYPES if not adapter_class(config(name)[0]).masks(confi
 def test_who_takes_chats() -> None:
     assert set(ABLE) == {
         *("gpt2", "vanilla", "megabyte", "mtp", "mtm", "current_best_gpt"),
-        *("mamba", "ngpt", "nsa", "rd", "memory_adapter"),
+        *("mamba", "ngpt", "nsa", "rd", "memory", "memory_adapter"),
     }
 
 
