@@ -184,8 +184,13 @@ def _imply_source(request: Request, nodes: list[Node]) -> None:
     stated = [n for node in nodes for n in node.chain() if n.path != BASE and n.values.get("data")]
     if "data" in request.keys or stated:
         return
-    for field in ("input_file", "train_files", "dataset_name", "mix"):
-        value = request.values.get(field) or next((v for n in nodes if (v := n.stated(field))), None)
+    found = {
+        field: request.values.get(field) or next((v for n in nodes if (v := n.stated(field))), None)
+        for field in ("input_file", "train_files", "dataset_name", "mix")
+    }
+    # A mixture is meant whatever else is: its entries have the other fields.
+    for field in sorted(found, key=lambda field: field != "mix" or found[field] is None):
+        value = found[field]
         if value is None and field not in request.keys:
             continue
         source = source_of(field, value)

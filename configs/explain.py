@@ -44,7 +44,7 @@ def _key(loc: tuple[Any, ...], model: type[BaseModel]) -> str:
     inside = field is not None and any(
         typing.get_origin(a) in (dict, list, tuple) for a in _leaves(field.annotation)
     )
-    members = ("dict[", "list[", "tuple[", "literal[", "constrained-")
+    members = ("dict[", "list[", "tuple[", "literal[", "constrained-", "function-")
     rest = [str(p) for p in loc[1:] if inside and not str(p).startswith(members)]
     return ".".join([str(loc[0]), *rest])
 

@@ -176,7 +176,10 @@ def _source(run: RunConfig) -> list[str]:
     for field in ("input_file", "train_files", "dataset_name", "mix"):
         if getattr(run, field) and field not in source.reads:
             those = " or ".join(f"data={name}" for name in readers(field))
-            problems.append(f"{field} is read by {those} only, and data is '{run.data}'. Add {those}")
+            way_out = (
+                f"Add {those}" if run.data != "mix" else f"Drop {field}, or move it into an entry of mix"
+            )
+            problems.append(f"{field} is read by {those} only, and data is '{run.data}'. {way_out}")
     with_rows = [name for name, row in SOURCES.items() if "text_field" in row.reads]
     if run.training_mode == "instruction_finetuning" and run.data not in with_rows:
         problems.append(

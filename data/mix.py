@@ -97,8 +97,12 @@ def fields_of(data: str) -> tuple[str, ...]:
     if data == "mix":
         raise DataError("a mixture within a mixture is none: list its sources in this one")
     if data not in SOURCES:
-        raise DataError(not_one_of(data, [name for name in SOURCES if name != "mix"]))
+        raise DataError(not_one_of(data, _single()))
     return (*OWN, *SOURCES[data].reads)
+
+
+def _single() -> list[str]:
+    return [name for name in SOURCES if name != "mix"]
 
 
 def entries_of(cfg: MixConfig) -> list[Entry]:
@@ -110,7 +114,7 @@ def entries_of(cfg: MixConfig) -> list[Entry]:
     entries = []
     for place, stated in enumerate(cfg.mix):
         if not stated.get("data"):
-            raise DataError(f"mix.{place}: names no source. Add data: <one of {', '.join(SOURCES)}>")
+            raise DataError(f"mix.{place}: names no source. Add data: <one of {', '.join(_single())}>")
         try:
             known = fields_of(stated["data"])
         except DataError as error:

@@ -103,6 +103,7 @@ def prepare(
             "training_mode: chats are read from their rows at every start, as shards hold no turns. Leave it at "
             "pretraining to prepare text"
         )
+    _require_place(wanted.folder)
     corpus, tokenizer, overlap, notes = _read(cfg, wanted, cache, tell)
     asked = {
         "format_version": FORMAT_VERSION,
@@ -227,6 +228,13 @@ def _digests(documents: Sequence[Document]) -> np.ndarray:
 
 
 # -- the folder ----------------------------------------------------------------------------------------------------
+
+
+def _require_place(folder: Path) -> None:
+    """DataError where the folder, or one that it is to lie in, is something else."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise DataError(f"{str(there)!r} is there and is no folder. Name a new folder: --out <folder>")
 
 
 def _begin(folder: Path, asked: Mapping[str, Any], tokenizer: Tokenizer) -> None:

@@ -90,6 +90,18 @@ def test_what_a_run_of_a_mixture_does_not_read_is_said(work, texts) -> None:
         ),
         (["mix=[{data: text, weight: 1, text_field: x}]"], "unknown key 'mix.0.text_field' of data=text."),
         (["mix=[{weight: 1}]"], "required key 'mix.0.data' has no value"),
+        (
+            ["mix=[{data: jsonl, train_files: 5, weight: 1}]"],
+            "mix.0.train_files: expected str or list or null, got 5 (int)",
+        ),
+        (
+            ["mix=[{data: jsonl, train_files: [5], weight: 1}]"],
+            "mix.0.train_files.0: expected str, got 5 (int)",
+        ),
+        (
+            [f"mix=[{TEXT}]", "train_files=c.jsonl"],
+            "data is 'mix'. Drop train_files, or move it into an entry of mix",
+        ),
         (["mix=[{data: mix, weight: 1}]"], "mix.0.data: a mixture within a mixture is none"),
         (["mix=[{data: txt, weight: 1}]"], "mix.0.data: 'txt' is not one of"),
         (["mix=[{data: text, weight: 1}]"], "mix.0: data=text needs input_file=<file or folder>"),
@@ -112,6 +124,11 @@ def test_what_is_wrong_with_an_entry_is_said_with_its_place(work, texts, words, 
     with pytest.raises(ConfigError, match=re.escape(said)) as caught:
         composed(*words)
     assert caught.value.problems[-1].startswith("command line: ")
+    assert len(caught.value.problems) == 1
+
+
+def test_a_mixture_that_is_null_is_none(work, texts) -> None:
+    assert composed("input_file=a.txt", "mix=null").data == "text"
 
 
 def test_problems_of_all_entries_are_told_together(work, texts) -> None:

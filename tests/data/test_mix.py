@@ -324,7 +324,7 @@ def test_entries_that_are_none(mixed, config, cache, tmp_path) -> None:
     for entry, said in (
         ({"data": "mix"}, "mix.1.data: a mixture within a mixture is none"),
         ({"data": "jsonl2"}, "mix.1.data: 'jsonl2' is not one of .*Did you mean 'jsonl'"),
-        ({"data": None}, "mix.1: names no source"),
+        ({"data": None}, r"mix.1: names no source. Add data: <one of embedded, (?!.*\bmix\b)"),
         ({"text_feild": "x"}, "mix.1.text_feild: .*Did you mean 'text_field'"),
         ({"document_separator": "x"}, "mix.1.document_separator: .* is not one of"),
         ({"name": "notes"}, "several entries are called 'notes'"),

@@ -513,6 +513,11 @@ def test_one_folder_holds_one_text_and_one_tokenizer(written, tmp_path) -> None:
         written(shard_tokens=3000)
     with pytest.raises(DataError, match="out' was begun with text False, and True is asked for"):
         written(text=True)
+    for place in ("text.jsonl", "text.jsonl/out"):
+        with pytest.raises(
+            DataError, match=r"text.jsonl' is there and is no folder. Name a new folder: --out"
+        ):
+            written(place)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.txt").write_text("mine")
     with pytest.raises(DataError, match="full' holds other files .'thesis.txt'.. Name a new folder"):
