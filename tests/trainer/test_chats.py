@@ -258,6 +258,17 @@ def test_eval_reads_rows_of_other_fields_and_what_a_model_file_names(whole, comm
     assert json.loads(out) == json.loads(own)
 
 
+@pytest.mark.parametrize(("precision", "tolerance"), [("no", 1e-6), ("bf16", 1e-3)])
+def test_eval_gives_one_score_for_every_number_of_rows(whole, command, precision, tolerance) -> None:
+    """Of a trained model: to rounding, which bf16 does to a part in a thousand of the perplexity."""
+    words = ["eval", "--checkpoint", whole, "--mixed_precision", precision, "--batch_size"]
+    one, three, sixteen = (json.loads(command(*words, rows)[0])["score"] for rows in (1, 3, 16))
+    assert one["tokens"] == three["tokens"] == sixteen["tokens"]
+    for other in (three, sixteen):
+        assert other["perplexity"] == pytest.approx(one["perplexity"], rel=tolerance)
+        assert other["bits_per_byte"] == pytest.approx(one["bits_per_byte"], rel=tolerance)
+
+
 def test_no_yardstick_of_text_stands_beside_answers(whole) -> None:
     assert json.loads((whole / "summary.json").read_text())["yardsticks"] == {}
 

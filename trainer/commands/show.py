@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from configs.compose import compose
+from configs.files import CONFIGS
 from configs.help import list_configs
 from data.config import Unit
 from data.tokenizer_choice import vocabulary_size
@@ -36,7 +37,9 @@ def main(argv: list[str]) -> int:
         description="Sizes and costs of a configuration. Extra arguments are Hydra overrides: preset=small n=v ...",
         allow_abbrev=False,  # a word that is no option is the configuration's
     )
-    parser.add_argument("--hydra_model_cfg", "--config", help="the model file; none: list what there is")
+    parser.add_argument(
+        "--hydra_model_cfg", "--config", "--config_file", help="the model file; none: list what there is"
+    )
     parser.add_argument("--vocab_size", type=int, help="vocabulary where the file leaves it to the tokenizer")
     parser.add_argument("--json", action="store_true")
     args, overrides = parser.parse_known_args(argv)
@@ -241,7 +244,8 @@ def _page(d: dict[str, Any]) -> str:
 
 def _list_row(name: str, text: str, vocab_size: int | None) -> dict[str, Any]:
     try:
-        cfg, model_cfg = compose([f"--hydra_model_cfg={name}", "preset=none"], notify=lambda text: None)
+        file = CONFIGS / name if (CONFIGS / name).is_file() else name
+        cfg, model_cfg = compose([f"--hydra_model_cfg={file}", "preset=none"], notify=lambda text: None)
         if model_cfg.lacking():
             return {"file": name, "description": text, "parameters": None, "problem": None}
         found = describe(cfg, model_cfg, vocab_size)
@@ -261,11 +265,12 @@ def _list_row(name: str, text: str, vocab_size: int | None) -> dict[str, Any]:
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
-    head = f"{'File':<16}{'Params':>10}{'Layers':>8}{'Heads':>7}{'Embed':>7}  Description"
+    wide = 2 + max(len(row["file"]) for row in rows)
+    head = f"{'File':<{wide}}{'Params':>10}{'Layers':>8}{'Heads':>7}{'Embed':>7}  Description"
     lines = ["=" * 70, "Available Model Configurations", "=" * 70, head]
     for row in rows:
         if row["problem"]:
-            lines.append(f"{row['file']:<16}invalid: {row['problem']}")
+            lines.append(f"{row['file']:<{wide}}invalid: {row['problem']}")
             continue
         layers, heads, width = (
             row[k] if row.get(k) is not None else "-" for k in ("n_layers", "n_heads", "d_model")
@@ -273,9 +278,13 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
         size = "-" if row["parameters"] is None else human(row["parameters"])
         active = f" ({human(row['active'])} active per token)" if row.get("active") is not None else ""
         lines.append(
-            f"{row['file']:<16}{size:>10}{layers:>8}{heads:>7}{width:>7}  {row['description']}{active}"
+            f"{row['file']:<{wide}}{size:>10}{layers:>8}{heads:>7}{width:>7}  {row['description']}{active}"
         )
-    lines += ["", "python mytrainer.py show --hydra_model_cfg=configs/gpt2.yaml preset=small"]
+    lines += [
+        "",
+        "Details:  python mytrainer.py show --hydra_model_cfg=configs/gpt2.yaml preset=small",
+        "Train:    python mytrainer.py --hydra_model_cfg=configs/150M.json",
+    ]
     return "\n".join(lines)
 
 

@@ -630,6 +630,8 @@ def test_show_lists_the_configurations(command, monkeypatch, no_data):
     by_name = {row["file"]: row for row in json.loads(listed)}
     assert status == 0 and by_name.keys() == {name for name, _ in show.list_configs()}, err
     assert by_name["gpt2"]["n_layers"] == 12 and by_name["gpt2"]["parameters"] > 80_000_000
+    assert by_name["150M.json"]["parameters"] == 152_101_632
+    assert by_name["small.config"]["n_layers"] == 2 and by_name["small.config"]["problem"] is None
     monkeypatch.setattr(show, "list_configs", lambda: [("gpt2", "one"), ("vanilla", "another")])
     status, out, err = command("show")
     assert status == 0 and "gpt2 " in out and "vanilla " in out, err
