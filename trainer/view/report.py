@@ -102,6 +102,8 @@ def _facts(run_dir: Path, summary: dict[str, Any], manifest: dict[str, Any]) -> 
     plan = manifest.get("flops_per_token", {}).get("training", 0.0) * summary.get("tokens", 0)
     # Counted along the way: what the data or a draw decided may not be what was planned.
     planned = plan if plan and abs(summary.get("flops", plan) / plan - 1) > 1e-3 else None
+    # That of a GPU is the device's, beside which stands the host's.
+    on_gpu = manifest.get("execution", {}).get("device") == "cuda"
     values = [
         ("parameters", quantity(counts["total"]) if "total" in counts else None),
         ("active per token", quantity(counts["active"]) if "active" in counts else None),
@@ -110,11 +112,11 @@ def _facts(run_dir: Path, summary: dict[str, Any], manifest: dict[str, Any]) -> 
         ("training time", duration(summary["seconds"]) if summary.get("seconds") is not None else None),
         ("tokens/s", quantity(summary["tokens_per_second"]) if summary.get("tokens_per_second") else None),
         (
-            "peak memory",
+            "peak memory, device" if on_gpu else "peak memory",
             f"{quantity(summary['peak_memory_bytes'])}B" if summary.get("peak_memory_bytes") else None,
         ),
         (
-            "of no file",
+            "memory, host" if on_gpu else "of no file",
             f"{quantity(summary['anonymous_memory_bytes'])}B"
             if summary.get("anonymous_memory_bytes")
             else None,

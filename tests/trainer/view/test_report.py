@@ -214,6 +214,19 @@ def test_settings_and_manifest_are_listed(run):
     assert "<th>roles.0.role</th><td>matrix</td>" in text
 
 
+@pytest.mark.parametrize(
+    ("device", "names"),
+    [("cpu", ("peak memory", "of no file")), ("cuda", ("peak memory, device", "memory, host"))],
+)
+def test_memory_is_called_by_where_it_is(run, device, names):
+    used = {"peak_memory_bytes": 937_000_000, "anonymous_memory_bytes": 1_200_000_000}
+    (run / "summary.json").write_text(json.dumps(SUMMARY | used))
+    (run / "manifest.json").write_text(json.dumps({"execution": {"device": device}}))
+    page = write_report(run).read_text()
+    for name, value in zip(names, ("937MB", "1.20GB"), strict=True):
+        assert f"<dt>{name}</dt><dd>{value}</dd>" in page
+
+
 def test_interrupted_run_and_non_finite_values(run):
     for name in ("summary.json", "manifest.json", "samples.txt"):
         (run / name).unlink()
