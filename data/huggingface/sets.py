@@ -120,11 +120,16 @@ def _splits(cfg: HuggingFaceConfig, folder: Path) -> list[str]:
     return sorted(opened) if hasattr(opened, "keys") else [cfg.dataset_split]
 
 
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote the folder."""
+    return any((folder / name).exists() for name in ("dataset_dict.json", "state.json"))
+
+
 def _opened(cfg: HuggingFaceConfig, folder: Path) -> Any:
     """A set on this disk: by split, or the one that was saved alone."""
     import datasets
 
-    saved = any((folder / name).exists() for name in ("dataset_dict.json", "state.json"))
+    saved = is_saved(folder)
     if saved and cfg.dataset_subset:
         raise DataError(
             f"dataset_subset: {str(folder)!r} was saved by save_to_disk, and such a folder has no subsets. Leave it out"

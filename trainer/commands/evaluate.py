@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from adapters.base import ModelAdapter
 from data import SOURCES, readers, source_of
 from data.config import Mode
-from data.huggingface.sets import HUB_NAME
+from data.huggingface.sets import HUB_NAME, is_saved
 from data.scored import text_to_score
 from naming import expand_path
 from trainer.annotate import annotation_of
@@ -197,7 +197,7 @@ def _read_dataset(args: argparse.Namespace) -> None:
 
 def _is_set(folder: Path) -> bool:
     """Whether `datasets` saved it, or it holds files that it reads and no text."""
-    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+    if is_saved(folder):
         return True
     endings = {file.suffix for file in folder.iterdir() if file.is_file()}
     return bool(endings & {".arrow", ".json"}) and ".txt" not in endings

@@ -12,6 +12,7 @@ from configs.files import CONFIGS, read
 from configs.formats import directives
 from configs.formats.gpt_keys import TABLE
 from configs.messages import ConfigError
+from tests.configs.formats.composed import quiet, refused
 
 SIZES = "MODEL n_layer=2 n_head=2 n_embd=64\nDATA block_size=32 batch_size=4\n"
 
@@ -31,16 +32,6 @@ def stored(tmp_path):
 
 def slow(*names: str):
     return [pytest.param(name, marks=pytest.mark.slow) for name in names]
-
-
-def quiet(*words: str):
-    return compose(list(words), notify=lambda text: None)
-
-
-def refused(*words: str) -> list[str]:
-    with pytest.raises(ConfigError) as error:
-        quiet(*words)
-    return error.value.problems
 
 
 def pairs(stored, text: str) -> dict[str, object]:

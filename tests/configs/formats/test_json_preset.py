@@ -10,8 +10,8 @@ from adapters import build_adapter
 from configs import compose
 from configs.compose import prepare, tree_of
 from configs.files import CONFIGS, read
-from configs.messages import ConfigError
 from data.tokenizers import ByteTokenizer
+from tests.configs.formats.composed import quiet, refused
 
 # layers, heads, width, context, rows, dropout; parameters of the built model with its output tied and by itself
 SHIPPED = {
@@ -24,16 +24,6 @@ SHIPPED = {
     "shakespeare": (8, 6, 384, 256, 32, 0.2, None, None),
 }
 PLAIN = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 32, "dropout": 0.25, "bias": True}
-
-
-def quiet(*words: str):
-    return compose(list(words), notify=lambda text: None)
-
-
-def refused(*words: str) -> list[str]:
-    with pytest.raises(ConfigError) as error:
-        quiet(*words)
-    return error.value.problems
 
 
 @pytest.fixture

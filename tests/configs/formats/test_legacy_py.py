@@ -10,7 +10,7 @@ from configs import compose
 from configs.compose import prepare
 from configs.files import read
 from configs.formats import legacy_py
-from configs.messages import ConfigError
+from tests.configs.formats.composed import quiet, refused
 
 SETTINGS = '''"""A small model of characters."""
 out_dir = "out"
@@ -41,16 +41,6 @@ def stored(tmp_path):
         return str(path)
 
     return store
-
-
-def quiet(*words: str):
-    return compose(list(words), notify=lambda text: None)
-
-
-def refused(*words: str) -> list[str]:
-    with pytest.raises(ConfigError) as error:
-        quiet(*words)
-    return error.value.problems
 
 
 def value_of(stored, expression: str, before: str = ""):
