@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import stat
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,9 @@ __all__ = [
 
 FORMAT = 1
 DIGESTS = "digests.json"
+STATE = "training_state.json"
+ALWAYS = ("model.pt", STATE)  # of the files that digests name
+OPTIONAL = ("ema.pt",)
 Content = bytes | Callable[[Any], object]  # of a file: its bytes, or what writes them to one
 
 
@@ -50,15 +54,23 @@ def save_checkpoint(run_dir: Path, step: int, tensors: dict[str, Any], texts: di
     Raises TrainingError when the disk is full or not writable; whatever was saved before is untouched.
     """
     final = run_dir / f"checkpoint-{step}"
-    if final.exists() and damage(final) is None:
+    if (
+        final.exists()
+        and damage(final) is None
+        and _evaluated(load_json(final, STATE)) == _evaluated(json.loads(texts[STATE]))
+    ):
         return final  # a step's state is a function of the run: what is there is what would be written
     writers = {name: partial(torch.save, value) for name, value in tensors.items()}
-    with new_folder(final) as folder:
+    with new_folder(final, replace=True) as folder:
         files: dict[str, Content] = {**writers, **{name: text.encode() for name, text in texts.items()}}
         write_digests(folder, {name: write_file(folder / name, content) for name, content in files.items()})
-        if final.exists():  # damaged: checked above
-            discard(final)
     return final
+
+
+def _evaluated(state: dict[str, Any]) -> Any:
+    """The step of the last evaluation that a training_state.json knows of. A run that was stopped in one is saved
+    before it, and again when it has been made."""
+    return state.get("progress", {}).get("evaluated_at")
 
 
 def write_digests(folder: Path, digests: Mapping[str, str]) -> None:
@@ -100,21 +112,57 @@ def write_file(path: Path, content: Content) -> str:
     return file.hash.hexdigest()
 
 
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None when every file matches its digest."""
+def damage(folder: Path, always: Sequence[str] = ALWAYS, *, may_link: bool = False) -> str | None:
+    """What is wrong with the folder of a checkpoint, or None when every file matches its digest. Nothing is opened that
+    is no file: reading a FIFO would wait forever, and some devices never end.
+
+    `always`: files that digests must name; `may_link`: whether files may lie elsewhere.
+    """
     try:
-        digests = dict(json.loads((checkpoint / DIGESTS).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        if strange := _no_file(folder, may_link):
+            return strange
+        digests = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return f"{DIGESTS} is missing or unreadable"
+    if not isinstance(digests, dict):
+        return f"{DIGESTS} is no JSON object"
+    for name in always:
+        if name not in digests:
+            return f"{DIGESTS} does not name {name}"
     for name, expected in digests.items():
         if Path(name).name != name:
             return f"{DIGESTS} names {name}, which is no file of the folder"
         try:
-            with open(checkpoint / name, "rb") as file:
+            with open(folder / name, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != expected:
                     return f"{name} does not match its digest"
-        except OSError:
+        except (OSError, ValueError):  # the second: a NUL in the name
             return f"{name} is missing"
+    return _unreadable(folder / STATE) if STATE in digests else None
+
+
+def _no_file(folder: Path, may_link: bool) -> str:
+    """The first entry that is neither a file of this folder nor a folder, "" for none. The folder itself may lie behind
+    a link, as on scratch disks."""
+    for entry in sorted(folder.iterdir()):
+        if not may_link and entry.is_symlink() and not entry.resolve().is_relative_to(folder.resolve()):
+            return f"{entry.name} is a link that leaves the folder"
+        mode = entry.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            return f"{entry.name} is no file"
+    return ""
+
+
+def _unreadable(path: Path) -> str | None:
+    """What is wrong with a JSON file whose digest is right, as far as every version can say."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return f"{path.name} is no JSON"
+    if not isinstance(content, dict):
+        return f"{path.name} is no JSON object"
+    if content.get("format", FORMAT) != FORMAT:
+        return f"{path.name} has format {content['format']!r}, and this trainer reads {FORMAT}"
     return None
 
 
@@ -163,10 +211,18 @@ def load_tensors(checkpoint: Path, name: str) -> Any:
     return torch.load(checkpoint / name, map_location="cpu", weights_only=True)
 
 
-def prune(run_dir: Path, keep: int | None) -> None:
-    """Delete the oldest checkpoints beyond `keep`. Link folders keep their files: hard links outlive this."""
-    if keep is not None:
-        for old in checkpoints_in(run_dir)[:-keep]:
+def prune(run_dir: Path, keep: int | None, newest: Path, is_sound: Callable[[Path], bool]) -> None:
+    """Delete what lies before the checkpoint `newest`, which was just written, beyond `keep` with it. Damaged ones do
+    not count, and go. Those of later steps are damaged, as else the run would have gone on there: they stay for whoever
+    wants to look until it comes by. Link folders keep their files: hard links outlive this."""
+    if keep is None:
+        return
+    found = checkpoints_in(run_dir)
+    kept = 1
+    for old in reversed(found[: found.index(newest)]):
+        if kept < keep and is_sound(old):
+            kept += 1
+        else:
             discard(old)
 
 
@@ -174,20 +230,28 @@ def link_folder(checkpoint: Path, target: Path) -> None:
     """Make `target` a folder of hard links (copies where impossible) to a checkpoint's files."""
     ready = beside(target)
     ready.mkdir()
-    for file in checkpoint.iterdir():
+    for file in _files(checkpoint):
         _link(file, ready / file.name)
     replace_folder(target, ready)
 
 
 def link_files(checkpoint: Path, run_dir: Path) -> None:
-    """Put the newest checkpoint's files at the top of the run folder, each replaced atomically."""
-    for file in checkpoint.iterdir():
+    """Put the newest checkpoint's files at the top of the run folder, each replaced atomically. What it no longer has
+    goes: it would keep the room of an older one."""
+    for file in _files(checkpoint):
         if file.name == DIGESTS:
             continue
         temporary = beside(run_dir / file.name)
         _link(file, temporary)
         os.replace(temporary, run_dir / file.name)
         temporary.unlink(missing_ok=True)  # renaming one link over another of the same file does nothing
+    for name in OPTIONAL:
+        if not (checkpoint / name).exists():
+            (run_dir / name).unlink(missing_ok=True)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file())
 
 
 def _link(source: Path, target: Path) -> None:
