@@ -35,7 +35,7 @@ from omegaconf import OmegaConf
 from configs.grammar import in_quotes
 from configs.hardware import UNSET, process_count, process_group
 from configs.messages import REDACTED, ConfigError
-from configs.runs import OUTPUTS
+from configs.runs import OUTPUTS, checkpoints
 from configs.schema import ModelConfig, RunConfig, redacted
 from configs.validate import validate
 from data import SOURCES
@@ -328,7 +328,11 @@ def _of_process(post: Path, folder: Path, ended: Ended) -> TrainingError | None:
         memory = ", as the system does where memory runs out" if name == "SIGKILL" else ""
         how = f"was ended by {name}{memory}"
     log = _keep_log(post, folder, ended.rank)
-    return TrainingError(f"{ended} {how}.{log} {in_quotes('resume', folder)} goes on with what was saved")
+    saved = checkpoints(folder)
+    kept = (
+        f"{in_quotes('resume', folder)} goes on from {saved[-1].name}" if saved else "Nothing had been saved"
+    )
+    return TrainingError(f"{ended} {how}.{log} {kept}")
 
 
 def _keep_log(post: Path, folder: Path, rank: int) -> str:

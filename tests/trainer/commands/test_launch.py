@@ -377,6 +377,37 @@ def test_a_signal_reaches_every_process_once(work):
     assert [(work / "out" / f"saved-{r}").read_text() for r in (0, 1)] == ["1", "1"]
 
 
+@pytest.mark.slow
+def test_processes_save_and_leave_when_who_started_them_is_killed(work):
+    process = popen(work, "mine.yaml", "seed=14", "num_gpus=2", "device=cpu", "output_dir=out")
+    wait_for(work / "out" / "waiting-0", work / "out" / "waiting-1")
+    process.kill()
+    wait_for(work / "out" / "saved-0", work / "out" / "saved-1")
+    assert [(work / "out" / f"saved-{r}").read_text() for r in (0, 1)] == ["1", "1"]
+    process.communicate(timeout=60)  # nobody holds its output any more
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_named_and_the_other_says_nothing_of_it(tmp_path):
+    words = overrides(
+        "gpt2", "num_gpus=2", f"output_dir={tmp_path}", "num_iterations=100000", "val_loss_every=0"
+    )
+    command = [sys.executable, str(ROOT / "mytrainer.py"), *words]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "metrics.jsonl")
+    (worker,) = (
+        int(pid)
+        for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    )
+    os.kill(worker, signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in said and "gloo" not in said
+    assert f"error: process 1 of 2 (pid {worker}) was ended by SIGKILL" in said
+    assert f"Its log is {tmp_path}/process-1.log. Nothing had been saved" in said
+    assert f"pid {worker}" in (tmp_path / "process-1.log").read_text()
+
+
 # -- small parts -----------------------------------------------------------------------------------------
 
 
@@ -426,6 +457,7 @@ def test_a_worker_that_was_killed_can_say_nothing(tmp_path, monkeypatch):
     """Which it was, and where its log lies; not what the others made of it."""
     post, folder = tmp_path / "post", tmp_path / "run"
     post.mkdir()
+    (folder / "checkpoint-40").mkdir(parents=True)
     (post / "process-1.log").write_text("Fatal Python error")
     monkeypatch.setenv("RANK", "0")
     launch._send_error(post, LostPeer("another process of the run has ended"))
@@ -435,7 +467,7 @@ def test_a_worker_that_was_killed_can_say_nothing(tmp_path, monkeypatch):
         assert failed.value.status == 1
         assert str(failed.value.error) == (
             f"process 1 of 2 (pid 77) was ended by {number.name}{why}. Its log is {folder}/process-1.log. "
-            f"resume={folder} goes on with what was saved"
+            f"resume={folder} goes on from checkpoint-40"
         )
     assert (folder / "process-1.log").read_text() == "Fatal Python error"
 
