@@ -52,7 +52,7 @@ from trainer.optim.optimizers import clip_gradients
 from trainer.optim.schedules import jump, momentum_at, schedule_factor
 from trainer.optim.stages import common_rows, stages_of
 from trainer.run.adapting import source_of
-from trainer.run.checkpoint import load_json, load_tensors, newest_checkpoint
+from trainer.run.checkpoint import as_written, load_json, load_named_tensors, load_tensors, newest_checkpoint
 from trainer.run.folder import BEST
 from trainer.run.lines import refuse_taken_names, refuse_taken_names_of_score
 from trainer.run.progress import Progress
@@ -548,20 +548,21 @@ class Trainer:
     def resume(self, checkpoint: Path, saved: dict[str, Any]) -> None:
         s = self.s
         before = check_resumable(s, checkpoint, saved, self.console.note)
-        load_weights(s.adapter, load_tensors(checkpoint, "model.pt"), f"{checkpoint}/model.pt")
+        load_weights(s.adapter, load_named_tensors(checkpoint, "model.pt"), f"{checkpoint}/model.pt")
         if names := non_finite(s.adapter):
             raise TrainingError(
                 f"{checkpoint} holds weights that are not finite: {shorten(names)}. Go on from an earlier checkpoint, "
                 f"with a new output_dir"
             )
         state = load_tensors(checkpoint, saved["optimizer_file"])
-        load_optimizers(s, state["optimizers"], checkpoint)
-        s.scaler.load_state_dict(state["scaler"])
+        with as_written(checkpoint / saved["optimizer_file"]):
+            load_optimizers(s, state["optimizers"], checkpoint)
+            s.scaler.load_state_dict(state["scaler"])
+            self.meter.load_state_dict(state["meter"], self.world)
         if s.ema and not load_average(s.ema, checkpoint):
             self.console.note(
                 f"{checkpoint.name} keeps no average of the weights: ema_decay begins one at its weights"
             )
-        self.meter.load_state_dict(state["meter"], self.world)
         self.progress = Progress.from_json(saved["progress"], self.planned_flops)
         self._settle_best(checkpoint, scores_alike(before, self.cfg))
         if told := go_on_mixing(s.rows, saved):

@@ -180,8 +180,8 @@ def run_here(
         return train(cfg, model_cfg, folder, text)
     except Exception as error:
         of_this_process = of_the_machine(error)
-        if process_group()[1] > 1 and (told := of_a_lost_peer(error)):
-            raise JobFailed(1, LostPeer(told), everywhere=True) from error
+        if process_group()[1] > 1 and (lost := of_a_lost_peer(error)):
+            raise JobFailed(1, LostPeer(lost), everywhere=True) from error
         known = of_this_process or isinstance(error, TrainingError | ValueError | OSError)
         if not known or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
@@ -228,9 +228,14 @@ def _run_workers(
             rank = str(len(children))
             own = {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
             with open(post / _LOG.format(rank), "ab") as log:
-                says = {"stdout": log, "stderr": log} if children else {}
+                said = log if children else None
                 worker = subprocess.Popen(
-                    command, env={**env, **own}, stdin=subprocess.PIPE, start_new_session=True, **says
+                    command,
+                    env={**env, **own},
+                    stdin=subprocess.PIPE,
+                    stdout=said,
+                    stderr=said,
+                    start_new_session=True,
                 )
             children.append(worker)
         try:

@@ -12,9 +12,11 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -22,16 +24,20 @@ import torch
 from configs.grammar import word
 from configs.weights import nothing_at
 from naming import command_line, expand_path
+from trainer.errors import TrainingError, of_the_machine, sentence
 from trainer.run.files import beside, checkpoints_in, discard, new_folder, replace_folder
 
 __all__ = [
     "FORMAT",
+    "STATE",
+    "as_written",
     "checkpoints_in",
     "damage",
     "find_checkpoint",
     "link_files",
     "link_folder",
     "load_json",
+    "load_named_tensors",
     "load_tensors",
     "newest_checkpoint",
     "prune",
@@ -166,28 +172,32 @@ def _unreadable(path: Path) -> str | None:
     return None
 
 
-def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest undamaged checkpoint of a run; damaged ones are reported and passed over."""
+def newest_checkpoint(
+    run_dir: Path, warn: Callable[[str], None], wrong_with: Callable[[Path], str | None] = damage
+) -> Path | None:
+    """The newest checkpoint of a run with which nothing is wrong; others are reported and passed over."""
     for checkpoint in reversed(checkpoints_in(run_dir)):
-        problem = damage(checkpoint)
+        problem = wrong_with(checkpoint)
         if problem is None:
             return checkpoint
         warn(f"{checkpoint} is damaged ({problem}); using the one before it")
     return None
 
 
-def find_checkpoint(path: str | Path, warn: Callable[[str], None]) -> Path:
+def find_checkpoint(
+    path: str | Path, warn: Callable[[str], None], wrong_with: Callable[[Path], str | None] = damage
+) -> Path:
     """A checkpoint folder from what a person names: the folder itself, a run folder (its newest), or a link
     folder such as `best_model`."""
     path = expand_path(path)
     if not path.exists():
         raise ValueError(nothing_at(path))
     if (path / "training_state.json").exists() and (path / DIGESTS).exists() and not checkpoints_in(path):
-        problem = damage(path)
+        problem = wrong_with(path)
         if problem:
             raise ValueError(f"{path} is damaged: {problem}")
         return path
-    found = newest_checkpoint(path, warn)
+    found = newest_checkpoint(path, warn, wrong_with)
     if found is None:
         raise ValueError(f"{path} holds no complete checkpoint.{_how_to_start_over(path)}")
     return found
@@ -207,8 +217,42 @@ def load_json(checkpoint: Path, name: str) -> Any:
 
 
 def load_tensors(checkpoint: Path, name: str) -> Any:
-    """Tensors and plain containers only: nothing in a checkpoint is executed."""
-    return torch.load(checkpoint / name, map_location="cpu", weights_only=True)
+    """Tensors and plain containers: nothing in a checkpoint is executed. ValueError where the file holds others."""
+    with as_written(checkpoint / name):
+        return torch.load(checkpoint / name, map_location="cpu", weights_only=True)
+
+
+def load_named_tensors(checkpoint: Path, name: str, *keys: str) -> dict[str, torch.Tensor]:
+    """Tensors by name, below `keys` of what a file holds. ValueError where it holds others."""
+    found = load_tensors(checkpoint, name)
+    with as_written(checkpoint / name):
+        for key in keys:
+            found = found[key]
+        if not isinstance(found, dict) or not all(
+            isinstance(tensor, torch.Tensor) for tensor in found.values()
+        ):
+            raise TypeError("no tensors by name")
+    return found
+
+
+@contextmanager
+def as_written(path: Path) -> Iterator[None]:
+    """Around what takes a file for one that was written here, whose digest alone is known to be right: a ValueError
+    names the file where it is another."""
+    try:
+        yield
+    except (
+        ArithmeticError,
+        AttributeError,
+        EOFError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        UnpicklingError,
+    ) as error:
+        if isinstance(error, TrainingError) or of_the_machine(error):
+            raise
+        raise ValueError(f"{path} is not as this trainer writes it ({sentence(error)})") from error
 
 
 def prune(run_dir: Path, keep: int | None, newest: Path, is_sound: Callable[[Path], bool]) -> None:

@@ -16,6 +16,7 @@ from data.tokenizers import load_tokenizer
 from models.gpt2 import GPT2
 from models.layers.roles import Rule
 from tests.contract.tiny import config
+from tests.trainer.forged import forge, tensor_file
 from trainer import loop
 from trainer.commands.show import describe
 from trainer.errors import TrainingError
@@ -465,6 +466,41 @@ def test_a_score_without_averaging_that_was_interrupted_is_made_again(tmp_path, 
     assert [sorted(line) for line in lines(tmp_path / "cut")] == [
         sorted(line) for line in lines(tmp_path / "whole")
     ]
+
+
+# -- content that is other than was saved, with digests that say it is not -----------------------------------
+
+
+def test_a_state_that_lacks_what_a_run_needs_is_passed_over(trained, tmp_path, capsys):
+    path = cut_back(trained, tmp_path / "run", 6)
+    saved = load_json(path / "checkpoint-6", "training_state.json")
+    saved["progress"] |= {"tokens": None, "luck": 1}
+    forge(path / "checkpoint-6", "training_state.json", json.dumps(saved).encode())
+    saved = load_json(path / "checkpoint-5", "training_state.json")
+    forge(path / "checkpoint-5", "training_state.json", json.dumps(saved | {"position": "x"}).encode())
+    (path / "summary.json").unlink()
+    run(path, "resume=auto")
+    said = capsys.readouterr().out
+    for told in ("position: Input should be a valid integer", "tokens: Input should", "luck: Extra inputs"):
+        assert told in said
+    assert "checkpoint-6 is damaged (" in said and "resumed checkpoint-4 at step 4" in said
+    assert summary(path)["score"] == summary(trained)["score"]
+
+
+FORGED = {
+    "model.pt": [b"", b"hello", tensor_file([]), tensor_file({"wte.weight": None})],
+    "optimizer.pt": [tensor_file({}), tensor_file({"optimizers": [], "scaler": {}, "meter": None})],
+    "tokenizer.json": [b"[" * 100_000],
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_file_that_was_not_written_here_is_named(trained, tmp_path, name):
+    path = cut_back(trained, tmp_path / "run", 6)
+    for content in FORGED[name]:
+        forge(path / "checkpoint-6", name, content)
+        with pytest.raises(ValueError, match=f"checkpoint-6/{name}'? is not a"):
+            run(path, "resume=auto", "num_iterations=7")
 
 
 # -- weights that are not finite -----------------------------------------------------------------------------
