@@ -303,5 +303,9 @@ def _explain(error: Exception, command: str) -> tuple[int, str] | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:  # before or behind the command
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 guest.settle(ADDED)

@@ -126,7 +126,7 @@ def saved_architecture(values: Mapping[str, Any], folder: Path | None) -> tuple[
     ):
         try:
             saved = json.loads(candidate.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
         if isinstance(saved, dict) and {"format", "type", "model_cfg"} <= saved.keys():
             return saved, candidate

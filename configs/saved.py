@@ -56,10 +56,16 @@ class Architecture(_Record):
     provenance: dict[str, Any] | None = None
 
 
+class Text(_Record):
+    """What tells a text from others"""
+
+    fingerprint: str
+
+
 class Trained(_Record):
     """training_state.json, as far as weights go"""
 
-    data: dict[str, Any] | None
+    data: Text | None
     training_config: dict[str, Any]
 
 

@@ -234,7 +234,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise DataError(f"tokenizer {str(path)!r} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"tokenizer {str(path)!r} is not a JSON file: {error}.") from error
     if isinstance(content, dict) and "format_version" not in content and "model" in content:
         return _of_transformers(path)

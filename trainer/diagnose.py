@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from adapters.base import ModelAdapter
     from trainer.batching import StepBatch
 
-__all__ = ["explain_non_finite"]
+__all__ = ["explain_non_finite", "non_finite"]
 
 
 def _bad(value: Any) -> bool:
@@ -24,6 +24,15 @@ def _bad(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return any(_bad(v) for v in value)
     return False
+
+
+def non_finite(adapter: ModelAdapter) -> list[str]:
+    """Names of the trained parameters of which some number is not finite."""
+    named = [(name, p.detach()) for name, p in adapter.named_model_parameters() if p.requires_grad]
+    if not named:
+        return []
+    whole = torch.stack([torch.isfinite(p).all() for _, p in named]).tolist()  # waits for the device once
+    return [name for (name, _), finite in zip(named, whole, strict=True) if not finite]
 
 
 def explain_non_finite(
@@ -41,7 +50,7 @@ def explain_non_finite(
     adapter.on_step_start(batch.ctx, total_steps)
     for name, parameter in adapter.named_model_parameters():
         if _bad(parameter.detach()):
-            return f"parameter {name} is not finite before the step"
+            return f"parameter {name} is not finite before the step: an earlier update left it so"
     first: list[str] = []
     hooks = [
         module.register_forward_hook(_recorder(name, first))

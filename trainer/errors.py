@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-__all__ = ["StopRequested", "TrainingError", "of_the_machine", "sentence"]
+__all__ = [
+    "LostPeer",
+    "StopRequested",
+    "TrainingError",
+    "of_a_lost_peer",
+    "of_the_machine",
+    "sentence",
+]
 
 
 class TrainingError(RuntimeError):
     """A run cannot go on: the message says what happened, what was kept, and what to do. Exit status 1."""
+
+
+class LostPeer(TrainingError):
+    """An exchange broke off as another process of the run has ended: why, that one or its launcher can say better."""
 
 
 class StopRequested(BaseException):
@@ -32,6 +43,17 @@ def of_the_machine(error: BaseException) -> str:
                 f"torch_compile: the model could not be compiled ({sentence(cause)}). Set torch_compile=false"
             )
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return ""
+
+
+def of_a_lost_peer(error: BaseException) -> str:
+    """What a person should know of an exchange that broke off; "" for any other failure. Torch has no type of its own
+    for all of them."""
+    text = str(error)
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    broken = isinstance(error, RuntimeError) and ("gloo" in text or "Connection closed by peer" in text)
+    if broken or kinds & {"DistBackendError", "DistNetworkError", "DistStoreError"}:
+        return f"another process of the run has ended, or cannot be reached ({sentence(error)})"
     return ""
 
 

@@ -38,10 +38,10 @@ from torch import Tensor
 
 from configs.grammar import word
 from data.errors import DataError
-from naming import command_line
+from naming import command_line, shorten
 from trainer.batching import StepBatch
 from trainer.budget import decide, decided_before
-from trainer.diagnose import explain_non_finite
+from trainer.diagnose import explain_non_finite, non_finite
 from trainer.distributed import World, open_world
 from trainer.errors import StopRequested, TrainingError, sentence
 from trainer.evaluate import Score, evaluate, try_scoring
@@ -52,7 +52,7 @@ from trainer.optim.optimizers import clip_gradients
 from trainer.optim.schedules import jump, momentum_at, schedule_factor
 from trainer.optim.stages import common_rows, stages_of
 from trainer.run.adapting import source_of
-from trainer.run.checkpoint import load_json, load_tensors, newest_checkpoint
+from trainer.run.checkpoint import as_written, load_json, load_named_tensors, load_tensors, newest_checkpoint
 from trainer.run.folder import BEST
 from trainer.run.lines import refuse_taken_names, refuse_taken_names_of_score
 from trainer.run.progress import Progress
@@ -88,7 +88,9 @@ def train(
     config_text: Callable[[RunConfig], str] | None = None,
 ) -> float:
     """Train, score and sample; returns bits per byte (of the best model if `save_best_model`), NaN if stopped
-    before the first score. `config_text` makes the config.yaml of the run folder, the text that reproduces the run."""
+    before the first score. `config_text` makes the config.yaml of the run folder, the text that reproduces the run.
+
+    Raises SystemExit (128 + the number of the signal) where a stop was asked for and nothing could be saved."""
     with (
         StopSignal("saving, then leaving") as stop,
         open_world(cfg) as world,
@@ -104,7 +106,7 @@ def train(
             return trainer.run()
         except StopRequested:
             record.stopped(0, stop.name, saved=False)
-            return math.nan
+    raise SystemExit(stop.status)  # out here, where the other processes have been taken leave of
 
 
 def _trainer(
@@ -118,6 +120,8 @@ def _trainer(
     """A trainer before its first step, or where a checkpoint goes on. `tell`: what is being done."""
     console = record.console
     checkpoint = world.on_main(lambda: checkpoint_to_resume(cfg, record.folder, console.warn))
+    if checkpoint:
+        record.make_way()
     saved = load_json(checkpoint, "training_state.json") if checkpoint else {}
     begun = world.on_main(record.folder.read_config)
     if (decided := decided_before(cfg, saved.get("training_config"), begun)) is not cfg:
@@ -203,7 +207,7 @@ class Trainer:
                 self.record.evaluation(self.progress, score)
                 self._sample()
             return self._finish(score) if score else self._leave()
-        if self._evaluation_due() and not self._evaluate():
+        if not (self._evaluate() if self._evaluation_due() else self._make_up_sample()):
             return self._leave()
         self.s.adapter.train()
         begin = self.progress.step
@@ -240,7 +244,7 @@ class Trainer:
                     f"{self.progress.best_bits_per_byte:.4f} bits per byte at step {self.progress.best_step}"
                 )
                 break
-        self._raise_if_not_finite()
+        self._require_finite()
         score = self._final_score()
         return self._finish(score) if score else self._leave()
 
@@ -371,6 +375,21 @@ class Trainer:
             f"Try a lower learning rate, a longer warm-up or mixed_precision=no"
         )
 
+    def _require_finite(self) -> None:
+        """Before weights are scored or saved: TrainingError where some are not finite. An update can leave such of
+        gradients that are, which the loss of the next step alone would show."""
+        self._raise_if_not_finite()
+        if not (names := non_finite(self.s.adapter)):
+            return
+        step = self.progress.step
+        rates = ", ".join(f"{k} {v:.2e}" for k, v in self._learning_rates(step - 1).items())
+        newest = newest_checkpoint(self.record.folder.path, self.console.warn)
+        kept = f"{newest} is from before" if newest else "no checkpoint had been saved yet"
+        raise TrainingError(
+            f"the update of step {step - 1} left weights that are not finite: {shorten(names)}. Learning rates: "
+            f"{rates}. They were not saved; {kept}. Try a lower learning rate, a longer warm-up or mixed_precision=no"
+        )
+
     def _of_stage(self, step: int) -> str:
         stages = self.s.loader.stages
         rows, rate = stages.rows_at(step), stages.rate_at(step)
@@ -428,27 +447,42 @@ class Trainer:
                 self._save()
             raise
 
-    def _sample(self) -> None:
-        """Append a text to samples.txt, once per step; one process writes it."""
+    def _make_up_sample(self) -> bool:
+        """The text of an evaluation after which an earlier life was stopped. False when a stop was asked for again."""
+        step = self.progress.step
+        return step == 0 or self.progress.evaluated_at != step or self._sample()
+
+    def _sample(self) -> bool:
+        """Append a text to samples.txt, once per step. False when a stop was asked for meanwhile."""
+        return not self.world.agree(self.world.is_main and not self._write_sample())
+
+    def _write_sample(self) -> bool:
         step, folder = self.progress.step, self.record.folder
-        if not self.world.is_main or not self.cfg.sample_tokens or folder.sampled_at == step:
-            return
+        if not self.cfg.sample_tokens or folder.sampled_at == step:
+            return True
         try:
             eager = torch.compiler.set_stance("force_eager")
             with self.console.doing("writing a sample"), eager, self.s.averaged_weights():
                 text = sample_text(self.s, lambda: self.stop.requested)
-            if text is not None:
-                folder.add_sample(step, text)
+            if text is None:
+                return False
+            folder.add_sample(step, text)
         except Exception as error:  # a text is to look at: no training ends for it, whatever its model does
             self.console.warn(f"no sample of step {step}: {sentence(error)}")
+        return True
 
     def _evaluate(self) -> bool:
         """Score the held-out text and take note of it. False when a stop was asked for meanwhile."""
-        self._raise_if_not_finite()
+        self._require_finite()
+        p, cfg = self.progress, self.cfg
+        raw = None
+        if self.s.ema and p.step >= self.total:  # once, to show what averaging does
+            raw = self._score(self.interim_rows, averaged=False)
+            if raw is None:
+                return False
         score = self._score(self.interim_rows)
         if score is None:
             return False
-        p, cfg = self.progress, self.cfg
         p.evaluated_at = p.step
         self.s.adapter.after_evaluation(p.step)
         if p.best_bits_per_byte - score.bits_per_byte > cfg.early_stopping_threshold:
@@ -460,15 +494,13 @@ class Trainer:
             p.best_bits_per_byte, p.best_step = score.bits_per_byte, p.step
             p.best_standard_error = score.standard_error
         self.record.evaluation(p, score)
-        if self.s.ema and p.step >= self.total:  # once, to show what averaging does
-            raw = self._score(self.interim_rows, averaged=False)
-            if raw:
-                self.record.raw_evaluation(p, raw)
-        self._sample()
+        if raw:
+            self.record.raw_evaluation(p, raw)
+        sampled = self._sample()
         if better and (cfg.save_best_model or cfg.save_only_best):
             self._save(best=cfg.save_best_model)
         self.latest = score
-        return True
+        return sampled
 
     def _out_of_patience(self, waited: int | None = None) -> bool:
         """`waited`: evaluations without improvement, if not those of now."""
@@ -508,7 +540,7 @@ class Trainer:
     # -- saving, resuming, leaving -------------------------------------------------------------------------------
 
     def _save(self, best: bool = False) -> None:
-        self._raise_if_not_finite()
+        self._require_finite()
         with self.console.doing("saving"):
             self.record.save(self.s, self.progress, self.meter, best=best)
         self.last_save = time.monotonic()
@@ -516,15 +548,21 @@ class Trainer:
     def resume(self, checkpoint: Path, saved: dict[str, Any]) -> None:
         s = self.s
         before = check_resumable(s, checkpoint, saved, self.console.note)
-        load_weights(s.adapter, load_tensors(checkpoint, "model.pt"), f"{checkpoint}/model.pt")
+        load_weights(s.adapter, load_named_tensors(checkpoint, "model.pt"), f"{checkpoint}/model.pt")
+        if names := non_finite(s.adapter):
+            raise TrainingError(
+                f"{checkpoint} holds weights that are not finite: {shorten(names)}. Go on from an earlier checkpoint, "
+                f"with a new output_dir"
+            )
         state = load_tensors(checkpoint, saved["optimizer_file"])
-        load_optimizers(s, state["optimizers"], checkpoint)
-        s.scaler.load_state_dict(state["scaler"])
+        with as_written(checkpoint / saved["optimizer_file"]):
+            load_optimizers(s, state["optimizers"], checkpoint)
+            s.scaler.load_state_dict(state["scaler"])
+            self.meter.load_state_dict(state["meter"], self.world)
         if s.ema and not load_average(s.ema, checkpoint):
             self.console.note(
                 f"{checkpoint.name} keeps no average of the weights: ema_decay begins one at its weights"
             )
-        self.meter.load_state_dict(state["meter"], self.world)
         self.progress = Progress.from_json(saved["progress"], self.planned_flops)
         self._settle_best(checkpoint, scores_alike(before, self.cfg))
         if told := go_on_mixing(s.rows, saved):
@@ -558,10 +596,11 @@ class Trainer:
         p.best_bits_per_byte, p.best_step, p.evaluations_without_improvement = math.inf, -1, 0
 
     def _leave(self) -> float:
-        """A stop was asked for: save, say how to go on, end well."""
-        if self.cfg.save_checkpoint and self.progress.step > 0:
-            self._save()
-        self.record.stopped(self.progress.step, self.stop.name, saved=self.cfg.save_checkpoint)
+        """A stop was asked for: save, say how to go on, end well. Raises StopRequested where nothing can be saved."""
+        if not self.cfg.save_checkpoint or self.progress.step == 0:
+            raise StopRequested
+        self._save()
+        self.record.stopped(self.progress.step, self.stop.name, saved=True)
         return self.progress.best_bits_per_byte if self.progress.best_step >= 0 else math.nan
 
     def _finish(self, score: Score) -> float:

@@ -76,6 +76,11 @@ class StopSignal:
         self._raises = self._left = False  # `at_once` is open; a request has been acted on by it
         self._previous: dict[int, object] = {}
 
+    @property
+    def status(self) -> int:
+        """With which a process ends that was asked to and had nothing to save; the request may have been another's."""
+        return 128 + (self._number or signal.SIGTERM)
+
     @contextmanager
     def at_once(self) -> Iterator[None]:
         """While open, where there is nothing to save yet, a request raises StopRequested wherever it arrives."""

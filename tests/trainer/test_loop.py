@@ -515,7 +515,9 @@ def test_a_signal_while_the_text_is_read_leaves_at_once_and_nothing_behind(tmp_p
         raise AssertionError("it went on")
 
     monkeypatch.setattr(session, "load_dataset", reading)
-    assert math.isnan(run(tmp_path / "run"))
+    with pytest.raises(SystemExit) as left:
+        run(tmp_path / "run")
+    assert left.value.code == 128 + signal.SIGHUP
     assert "SIGHUP received: nothing was saved" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -13,8 +14,9 @@ from data import SOURCES, readers, source_of
 from data.config import Mode
 from data.huggingface.sets import HUB_NAME, is_saved
 from data.scored import text_to_score
-from naming import expand_path
+from naming import expand_path, shorten
 from trainer.annotate import annotation_of
+from trainer.diagnose import non_finite
 from trainer.run.files import output_file, write_atomically
 from trainer.run.lines import refuse_taken_names_of_score
 from trainer.run.restore import NO_RUN, add_checkpoint_arguments, named, restore_named
@@ -90,6 +92,12 @@ def main(argv: list[str]) -> int:
             f"picture: {adapter.__name__} of type={cfg.type} has nothing to draw of a text (it defines no annotate). "
             f"Leave picture out"
         )
+    if broken := non_finite(restored.adapter):
+        known_so_far = {"checkpoint": str(checkpoint), "type": cfg.type, "weights": restored.weights}
+        none = dict.fromkeys(("avg_loss", "perplexity", "score"))
+        return _no_score(
+            known_so_far | none, f"{checkpoint} holds weights that are not finite: {shorten(broken)}", output
+        )
     source = restored.source
     trained_on = source.data if source else None
     known = source is None or trained_on is not None
@@ -128,6 +136,9 @@ def main(argv: list[str]) -> int:
         "precision": restored.precision,
         "score": score.as_dict(),
     }
+    if not math.isfinite(score.bits_per_byte):
+        told = f"the score of {checkpoint} is {score.bits_per_byte}. Try --mixed_precision no"
+        return _no_score(result, told, output)
     drawn, kept = "", result
     if picture:
         context = cfg.val_seq_len or cfg.train_seq_len
@@ -135,7 +146,7 @@ def main(argv: list[str]) -> int:
         kept = result | {"annotation": found}
         drawn = _draw(picture, f"{cfg.type} on {text}", found)
     if output:  # before anything is printed: nobody may be reading that to its end
-        write_atomically(output, json.dumps(kept, indent=2) + "\n")
+        write_atomically(output, json.dumps(_without_nan(kept), indent=2) + "\n")
     whence = f" of {checkpoint}" if checkpoint and not known else ""
     print(f"{cfg.type} ({restored.weights} weights{whence}) on {text}", file=sys.stderr)
     if restored.weights == "untrained":
@@ -161,8 +172,27 @@ def main(argv: list[str]) -> int:
         print(f"  {name:<18}{value}", file=sys.stderr)
     for note in [*ranking_notes(shown, {}), *text.notes]:
         print(f"  {note}", file=sys.stderr)
-    print(json.dumps(result))
+    print(json.dumps(_without_nan(result)))
     return 0
+
+
+def _no_score(result: dict[str, Any], why: str, output: Path | None) -> int:
+    """Say that there is none, in the result too, whose numbers that are none are null."""
+    text = json.dumps(_without_nan(result) | {"error": why})
+    if output:
+        write_atomically(output, text + "\n")
+    print(f"error: {why}", file=sys.stderr)
+    print(text)
+    return 1
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no number that is not finite."""
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _draw(path: Path, title: str, found: dict[str, Any]) -> str:

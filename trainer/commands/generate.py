@@ -10,8 +10,10 @@ import time
 from adapters.base import GenerateOptions, Generation, Speculation
 from data.config import CHATS
 from data.tokenizers import StreamDecoder, Tokenizer
+from naming import shorten
 from trainer.commands.talk import talk
-from trainer.errors import StopRequested
+from trainer.diagnose import non_finite
+from trainer.errors import StopRequested, TrainingError
 from trainer.precision import autocast
 from trainer.run.restore import Restored, add_checkpoint_arguments, restore_named
 from trainer.signals import StopSignal
@@ -122,6 +124,11 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, GenerateOptions]:
 def main(argv: list[str]) -> int:
     args, options = _parse(argv)
     restored = restore_named(args)
+    if broken := non_finite(restored.adapter):
+        raise TrainingError(
+            f"{restored.checkpoint} holds weights that are not finite: {shorten(broken)}. There is no text to "
+            f"draw from them"
+        )
     if _is_chat(args, restored):
         with StopSignal("ending the chat here") as stop, autocast(restored.precision, restored.device):
             return talk(restored, args, options, stop)

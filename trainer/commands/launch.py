@@ -8,19 +8,23 @@ in which case rank 0 alone reads the command line and tells the others.
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import json
 import math
 import os
 import queue
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -28,14 +32,15 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from configs.grammar import in_quotes
 from configs.hardware import UNSET, process_count, process_group
 from configs.messages import REDACTED, ConfigError
-from configs.runs import OUTPUTS
+from configs.runs import OUTPUTS, checkpoints
 from configs.schema import ModelConfig, RunConfig, redacted
 from configs.validate import validate
 from data import SOURCES
 from naming import load
-from trainer.errors import TrainingError, of_the_machine, sentence
+from trainer.errors import LostPeer, TrainingError, of_a_lost_peer, of_the_machine, sentence
 from trainer.signals import hold_stop_signals, pass_on, stop_signals
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,6 +48,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _POST = "MYTRAINER_WORKERS"
 _KEY = "mytrainer/launch"
 _BEGUN = "begun"  # a file of each of them, once it can save and leave when asked to
+_LOG = "process-{}.log"  # what each of them said that is for no console
 
 
 class JobFailed(RuntimeError):
@@ -174,6 +180,8 @@ def run_here(
         return train(cfg, model_cfg, folder, text)
     except Exception as error:
         of_this_process = of_the_machine(error)
+        if process_group()[1] > 1 and (lost := of_a_lost_peer(error)):
+            raise JobFailed(1, LostPeer(lost), everywhere=True) from error
         known = of_this_process or isinstance(error, TrainingError | ValueError | OSError)
         if not known or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
@@ -190,8 +198,8 @@ def run_workers(cfg: RunConfig, folder: Path, processes: int, origin: str) -> fl
     received: list[int] = []
     try:
         with tempfile.TemporaryDirectory(prefix="mytrainer-") as post:
-            status = _run_workers(Path(post), cfg, folder, processes, origin, received)
-            return _outcome(Path(post), status, received)
+            ended = _run_workers(Path(post), cfg, folder, processes, origin, received)
+            return _outcome(Path(post), folder, ended, received)
     except SystemExit:
         pass_on(received[0])  # here, as it may end a caller's process, and nobody would delete the folder
         raise
@@ -199,8 +207,8 @@ def run_workers(cfg: RunConfig, folder: Path, processes: int, origin: str) -> fl
 
 def _run_workers(
     post: Path, cfg: RunConfig, folder: Path, processes: int, origin: str, received: list[int]
-) -> int:
-    """Start the worker(s), pass signals on to them (and take note of those in `received`), wait; their status."""
+) -> Ended:
+    """Start the worker(s), pass signals on to them (and take note of those in `received`), wait; how they ended."""
     config = post / "config.yaml"
     config.write_text(config_text(cfg, of_this_start=True), encoding="utf-8")
     command = [sys.executable, str(ROOT / "mytrainer.py"), "worker", str(config), str(folder), origin]
@@ -213,13 +221,33 @@ def _run_workers(
         # Ours, as torchrun has it: no process of the run opens one of its own.
         env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     children: list[subprocess.Popen[bytes]] = []
-    with _forwarding(children, [post / f"{_BEGUN}-{rank}" for rank in range(processes)], received):
-        # Sessions of their own: Ctrl-C in a terminal reaches the workers once, through us.
+    with _forwarding(children, _begun(post, processes), received):
+        # Sessions of their own: Ctrl-C in a terminal reaches the workers once, through us. Each has a pipe from us,
+        # which closes however we end.
         while len(children) < processes and not received:
             rank = str(len(children))
             own = {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
-            children.append(subprocess.Popen(command, env={**env, **own}, start_new_session=True))
-        return _wait(children)
+            with open(post / _LOG.format(rank), "ab") as log:
+                said = log if children else None
+                worker = subprocess.Popen(
+                    command,
+                    env={**env, **own},
+                    stdin=subprocess.PIPE,
+                    stdout=said,
+                    stderr=said,
+                    start_new_session=True,
+                )
+            children.append(worker)
+        try:
+            return _wait(children)
+        finally:
+            for child in children:
+                assert child.stdin is not None
+                child.stdin.close()
+
+
+def _begun(post: Path, processes: int) -> list[Path]:
+    return [post / f"{_BEGUN}-{rank}" for rank in range(processes)]
 
 
 def _meeting_place() -> Any:
@@ -230,54 +258,97 @@ def _meeting_place() -> Any:
     return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
-def _wait(children: list[subprocess.Popen[bytes]], grace: float = 20.0) -> int:
-    """Wait for all; the exit status of the one that failed first, or 0. When one fails the others usually do so by
-    themselves; one that hangs in an exchange with the dead is ended after `grace` seconds."""
-    status, failed_at = 0, math.inf
+@dataclass(frozen=True)
+class Ended:
+    """How the processes of a run ended: the exit status of the one that failed first, or 0."""
+
+    status: int
+    rank: int = 0
+    processes: int = 1
+    pid: int = 0
+
+    def __str__(self) -> str:
+        return f"process {self.rank} of {self.processes} (pid {self.pid})"
+
+
+def _wait(children: list[subprocess.Popen[bytes]], grace: float = 20.0) -> Ended:
+    """Wait for all. When one fails the others usually do so by themselves; one that hangs in an exchange with the dead
+    is ended after `grace` seconds."""
+    failed, failed_at = Ended(0), math.inf
     while None in [
         child.poll() for child in children
     ]:  # of every one: a failed one is among them at any place
-        if not status and (status := _failed(children)):
+        if not failed.status and (failed := _failed(children)).status:
             failed_at = time.monotonic()
         if time.monotonic() - failed_at > grace:
             for child in children:
                 child.kill()
         time.sleep(0.05)
-    return status or _failed(children)
+    return failed if failed.status else _failed(children)
 
 
-def _failed(children: list[subprocess.Popen[bytes]]) -> int:
-    return next((child.returncode for child in children if child.returncode), 0)
+def _failed(children: list[subprocess.Popen[bytes]]) -> Ended:
+    """Of several that have: one that a signal ended, as the others may only have lost it."""
+    found = [
+        Ended(child.returncode, rank, len(children), child.pid)
+        for rank, child in enumerate(children)
+        if child.returncode
+    ]
+    return min(found, key=lambda ended: ended.status > 0, default=Ended(0))
 
 
-def _outcome(post: Path, status: int, received: list[int]) -> float:
+def _outcome(post: Path, folder: Path, ended: Ended, received: list[int]) -> float:
     """What rank 0 reported; the launcher's own status counts where it could not."""
     result: dict[str, Any] = {}
     report = post / "result.json"
     if report.exists():
         result = json.loads(report.read_text(encoding="utf-8"))
-    ended, status = status, result.get("status", 1) if status else 0
+    status = result.get("status", 1) if ended.status else 0
     if received:  # no further job of a sweep is started either
-        if not result:
+        if not result and len(received) == 1:  # at a second one the processes say it
             print(f"{signal.Signals(received[0]).name} received: nothing was saved", file=sys.stderr)
         raise SystemExit(result.get("status", 128 + received[0]))
     if status or not result:
-        errors = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(post.glob("error-*.json"))]
-        error = _ERRORS[errors[0]["kind"]](errors[0]["text"]) if errors else _killed(ended)
-        raise JobFailed(status or 1, error)
+        raise JobFailed(
+            status or 1, _sent(post, "error") or _of_process(post, folder, ended) or _sent(post, "lost")
+        )
     score = result["score"]
     return math.nan if score is None else score
 
 
-def _killed(status: int) -> TrainingError | None:
-    """Of a process that a signal ended, as it can say nothing itself."""
-    if status >= 0:
+def _sent(post: Path, name: str) -> Exception | None:
+    """The first error of that name which a process has sent."""
+    sent = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(post.glob(f"{name}-*.json"))]
+    return _ERRORS[sent[0]["kind"]](sent[0]["text"]) if sent else None
+
+
+def _of_process(post: Path, folder: Path, ended: Ended) -> TrainingError | None:
+    """Of a process that could not say itself how it ended, or not on the console, with where its log lies from now on.
+    None where a traceback has said it."""
+    if ended.status >= 0 and (ended.rank == 0 or (post / f"lost-{ended.rank}.json").exists()):
         return None
-    name = signal.Signals(-status).name
-    memory = ", as the system does where memory runs out" if name == "SIGKILL" else ""
-    return TrainingError(
-        f"a process of the run was ended by {name}{memory}. resume=<its folder> goes on with what was saved"
+    how = f"failed with status {ended.status}"
+    if ended.status < 0:
+        name = signal.Signals(-ended.status).name
+        memory = ", as the system does where memory runs out" if name == "SIGKILL" else ""
+        how = f"was ended by {name}{memory}"
+    log = _keep_log(post, folder, ended.rank)
+    saved = checkpoints(folder)
+    kept = (
+        f"{in_quotes('resume', folder)} goes on from {saved[-1].name}" if saved else "Nothing had been saved"
     )
+    return TrainingError(f"{ended} {how}.{log} {kept}")
+
+
+def _keep_log(post: Path, folder: Path, rank: int) -> str:
+    """Put the log of a process into the run folder: a sentence on where that is, behind a space."""
+    log = folder / _LOG.format(rank)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(post / log.name, log)
+    except OSError:
+        return ""
+    return f" Its log is {log}."
 
 
 # How the error of a worker process travels; what it derives from counts.
@@ -296,7 +367,8 @@ def _send(post: Path, name: str, content: dict[str, Any]) -> None:
 
 def _send_error(post: Path, error: Exception) -> None:
     kind = next(name for name, type_ in _ERRORS.items() if isinstance(error, type_))
-    _send(post, f"error-{rank()}", {"kind": kind, "text": str(error)})
+    name = "lost" if isinstance(error, LostPeer) else "error"
+    _send(post, f"{name}-{rank()}", {"kind": kind, "text": str(error)})
 
 
 @contextmanager
@@ -328,21 +400,45 @@ def worker_main(argv: list[str]) -> int:
     """`worker <config.yaml> <run folder> <origin>`: one process of a run that `run_workers` started."""
     config, folder, origin = Path(argv[0]), Path(argv[1]), argv[2]
     post = Path(os.environ[_POST])
+    orphaned = threading.Event()
+    threading.Thread(target=_end_with_parent, args=(post, orphaned), name="parent", daemon=True).start()
     status, score = 1, math.nan
-    try:
-        env = OmegaConf.to_container(OmegaConf.load(config)).get("env") or {}  # type: ignore[union-attr]
-        apply_env(env)
-        score = run_here(*read_config(config), folder, partial(config_text, origin=origin))
-        status = 0
-    except (JobFailed, ConfigError) as error:  # whoever started us says it
-        failed = error if isinstance(error, JobFailed) else JobFailed(2, error)
-        status = failed.status
-        if failed.error is not None and failed.to_be_said:
-            _send_error(post, failed.error)
-    finally:
-        if rank() == 0:
-            _send(post, "result", {"status": status, "score": None if math.isnan(score) else score})
+    with open(post / _LOG.format(rank()), "a", encoding="utf-8") as log:
+        print(f"process {rank()} of {process_group()[1]}, pid {os.getpid()}", file=log, flush=True)
+        faulthandler.enable(log)
+        try:
+            env = OmegaConf.to_container(OmegaConf.load(config)).get("env") or {}  # type: ignore[union-attr]
+            apply_env(env)
+            score = run_here(*read_config(config), folder, partial(config_text, origin=origin))
+            status = 0
+        except (JobFailed, ConfigError) as error:  # whoever started us says it
+            failed = error if isinstance(error, JobFailed) else JobFailed(2, error)
+            status = failed.status
+            if failed.error is not None and failed.to_be_said:
+                _send_error(post, failed.error)
+                traceback.print_exception(failed, file=log)
+        except SystemExit as leaving:  # asked to stop, with nothing saved
+            status = leaving.code if isinstance(leaving.code, int) else 1
+        finally:
+            faulthandler.disable()
+            if rank() == 0:
+                _send(post, "result", {"status": status, "score": None if math.isnan(score) else score})
+    if orphaned.is_set():  # nobody else deletes it
+        shutil.rmtree(post, ignore_errors=True)
     return status
+
+
+def _end_with_parent(post: Path, orphaned: threading.Event) -> None:
+    """Save and leave when whoever started this process has ended, by whatever: its end of our standard input closes.
+    Where the processes are not all there yet they have nothing to lose, and would wait for each other."""
+    hold_stop_signals()  # for the main thread to hear
+    while os.read(0, 1):
+        pass
+    orphaned.set()
+    if all(path.exists() for path in _begun(post, process_group()[1])):
+        os.kill(os.getpid(), signal.SIGTERM)
+    else:
+        os._exit(128 + signal.SIGTERM)
 
 
 # -- under torchrun or accelerate ----------------------------------------------------------------------------

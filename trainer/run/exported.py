@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from adapters.base import ModelAdapter
-from configs.saved import EXPORT, Export, is_export, lacking
+from configs.saved import EXPORT, EXPORTED, Export, is_export, lacking
 from trainer.run.checkpoint import damage
 from trainer.run.source import Note, Source, Trained
 from trainer.run.tensor_files import WEIGHTS, read_tensors
@@ -29,7 +29,7 @@ class Exported(Trained):
     def open(cls, path: Path, warn: Note) -> Source | None:
         if not is_export(path):
             return None
-        if problem := lacking(path) or damage(path):
+        if problem := lacking(path) or damage(path, EXPORTED, may_link=True):
             raise ValueError(f"{path} is damaged: {problem}. Export it again")
         return cls(path)
 

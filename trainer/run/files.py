@@ -91,15 +91,19 @@ def append(path: Path, content: str | bytes) -> None:
 
 
 @contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """A folder to put flushed files into, called `target` once the body has ended well; else it is removed. In the
-    place of `target` there may be an empty folder. Raises TrainingError if it cannot be written."""
+    place of `target` there may be an empty folder, or any that is to be replaced. Raises TrainingError if it cannot be
+    written."""
     ready = beside(target)
     try:
         ready.mkdir(parents=True)
         yield ready
         sync_folder(ready)
-        os.rename(ready, target)
+        if replace:
+            replace_folder(target, ready)
+        else:
+            os.rename(ready, target)
         sync_folder(target.parent)
     except (OSError, RuntimeError) as error:
         raise could_not_write(target, error) from error
@@ -125,7 +129,11 @@ def replace_folder(target: Path, ready: Path) -> None:
         return
     retired = beside(target, RETIRED)
     os.rename(target, retired)
-    os.rename(ready, target)
+    try:
+        os.rename(ready, target)
+    except OSError:
+        os.rename(retired, target)
+        raise
     shutil.rmtree(retired)
 
 

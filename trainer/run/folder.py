@@ -8,9 +8,11 @@ metrics.dropped.jsonl  samples.dropped.txt  what lives cut short had written bey
 from __future__ import annotations
 
 import json
+import os
 import re
+import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,18 @@ from trainer.run.metrics import MetricsWriter
 __all__ = ["BEST", "RunFolder"]
 
 BEST = "best_model"
+# Written along the run, each whole in itself: no state is read from them.
+SIDE = (
+    "config.yaml",
+    "manifest.json",
+    "metrics.jsonl",
+    "metrics.dropped.jsonl",
+    "samples.txt",
+    "samples.dropped.txt",
+    "summary.json",
+    "annotation.json",
+    "report.html",
+)
 
 
 class RunFolder:
@@ -41,6 +55,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self.sampled_at = -1  # step of the last text in samples.txt
+        self._sound: set[Path] = set()  # checkpoints that were looked through in this life, or written
         self._lock = filelock.FileLock(str(self.path / ".lock"))
 
     def lock(self) -> None:
@@ -83,9 +98,17 @@ class RunFolder:
         self.write(name, json.dumps(value, indent=2) + "\n")
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """{} where there is no such file."""
+        """{} where there is no such file. ValueError where it holds no JSON object."""
         path = self.path / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not path.exists():
+            return {}
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+        if not isinstance(found, dict):
+            raise ValueError("no JSON object")
+        return found
 
     # -- what a life cut short left ------------------------------------------------------------------------------
 
@@ -94,19 +117,53 @@ class RunFolder:
         whether the score of `step` is in what is gone on with. They are made anew, as before or, with other settings,
         otherwise: the old ones are kept beside. A sentence on them, "" where there are none."""
         dropped = self.path / "metrics.dropped.jsonl"
-        lines = MetricsWriter(self.path).truncate_after(step, scored=scored, aside=dropped)
+        lines, strange = MetricsWriter(self.path, repair=False).truncate_after(
+            step, scored=scored, aside=dropped
+        )
         self._drop_samples_after(step)
-        if not lines:
-            return ""
-        return f"metrics.jsonl had {lines} lines beyond step {step}, of a life cut short: moved to {dropped.name}"
+        told = []
+        if lines:
+            told.append(f"{lines} lines beyond step {step}, of a life cut short: moved to {dropped.name}")
+        if strange:
+            told.append(f"{strange} lines that are none of a run: left out")
+        return f"metrics.jsonl had {' and '.join(told)}" if told else ""
 
     def read_config(self) -> dict[str, Any]:
         """The generic fields in config.yaml; {} where there is none that can be read."""
         try:
             found = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
+        except (OSError, ValueError, RecursionError, yaml.YAMLError):
             return {}
         return found if isinstance(found, dict) else {}
+
+    def read_summary(self, note: Callable[[str], None]) -> dict[str, Any]:
+        """summary.json; {} where there is none, or none that is as it was written, which is set aside."""
+        try:
+            found = self.read_json("summary.json")
+            if found:
+                best = found.get("best", found["score"])
+                whole = [found["steps"], best["bits_per_byte"], found["score"]["bits_per_byte"]]
+                whole.append(found.get("evaluations_without_improvement", 0))
+                if not all(isinstance(number, int | float) for number in whole):
+                    raise TypeError
+        except (ValueError, KeyError, TypeError):
+            note(self.set_aside("summary.json", "is not as it was written"))
+            return {}
+        return found
+
+    def set_aside(self, name: str, why: str) -> str:
+        """Give a file that stands in the way another name; a sentence on that."""
+        path = self.path / name
+        aside = path.with_name(f"{name}.damaged-{secrets.token_hex(4)}")
+        with self._explained():
+            os.rename(path, aside)
+        return f"{name} {why}: it is called {aside.name} now, and made anew"
+
+    def make_way(self) -> list[str]:
+        """Set aside what has the name of a file that is written along the run and is none, such as a FIFO, which would
+        be waited for. Sentences on that."""
+        there = [name for name in SIDE if os.path.lexists(self.path / name)]
+        return [self.set_aside(name, "is no file") for name in there if not (self.path / name).is_file()]
 
     # -- samples -----------------------------------------------------------------------------------------------
 
@@ -116,7 +173,11 @@ class RunFolder:
 
     def _drop_samples_after(self, step: int) -> None:
         text = self._samples()
-        starts = [(int(m[1]), m.start()) for m in re.finditer(rb"^--- step (\d+) ---$", text, re.MULTILINE)]
+        starts = [
+            (int(m[1]), m.start()) for m in re.finditer(rb"^--- step (\d{1,18}) ---$", text, re.MULTILINE)
+        ]
+        if starts and not text.endswith(b"\n\n"):  # cut in the middle: that text is drawn again
+            starts[-1] = (step + 1, starts[-1][1])
         late = [start for number, start in starts if number > step]
         if late:
             append(self.path / "samples.dropped.txt", text[late[0] :])
@@ -139,11 +200,18 @@ class RunFolder:
     ) -> None:
         """Write `checkpoint-<step>/`, point the links to it, delete the oldest beyond `keep`."""
         checkpoint = save_checkpoint(self.path, step, tensors, texts)
+        self._sound.add(checkpoint)
         with self._explained():
             if best:
                 link_folder(checkpoint, self.path / BEST)
             link_files(checkpoint, self.path)
-            prune(self.path, keep)
+            prune(self.path, keep, checkpoint, self._is_sound)
+
+    def _is_sound(self, checkpoint: Path) -> bool:
+        """Whether all of it can be read, which is found out once."""
+        if checkpoint not in self._sound and damage(checkpoint) is None:
+            self._sound.add(checkpoint)
+        return checkpoint in self._sound
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

@@ -23,30 +23,34 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 class MetricsWriter:
     """Appends to `<run_dir>/metrics.jsonl`. A line that an earlier process left half-written is removed."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, *, repair: bool = True) -> None:
         self.path = Path(run_dir) / "metrics.jsonl"
-        self.truncate_after(math.inf)
+        if repair:
+            self.truncate_after(math.inf)
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one object: numbers (of Python, numpy or one-element tensors), strings, lists, mappings."""
         append(self.path, json.dumps(_to_json(line), allow_nan=False) + "\n")
 
-    def truncate_after(self, step: float, *, scored: bool = True, aside: Path | None = None) -> int:
+    def truncate_after(
+        self, step: float, *, scored: bool = True, aside: Path | None = None
+    ) -> tuple[int, int]:
         """Drop lines of steps beyond `step`, the score of `step` itself unless `scored`, and unreadable lines; the file
         is replaced in one go. Before that what can be read of them goes to the end of the file `aside`, if there is to
-        be one. Returns how many lines these are."""
+        be one. Returns how many lines these are, and how many are whole and none of a run."""
         if not self.path.exists():
-            return 0
+            return 0, 0
         lines = [(line, _parse(line)) for line in self.path.read_bytes().splitlines(keepends=True)]
         readable = [(line, record) for line, record in lines if record is not None]
         late = [line for line, record in readable if _is_later(record, step, scored)]
         if len(lines) == len(readable) and not late:
-            return 0
+            return 0, 0
         if aside is not None and late:
             append(aside, b"".join(late))
         kept = [line for line, record in readable if not _is_later(record, step, scored)]
         write_atomically(self.path, b"".join(kept))
-        return len(late)
+        strange = sum(record is None and line.endswith(b"\n") for line, record in lines)
+        return len(late), strange
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -117,9 +121,11 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(line)
-    except ValueError:  # also what is not UTF-8
+    except (ValueError, RecursionError):  # the first: also what is not UTF-8
         return None
-    return _restore(record) if isinstance(record, dict) else None
+    if not isinstance(record, dict) or not isinstance(record.get("step", 0), int | float):
+        return None
+    return _restore(record)
 
 
 def _is_later(record: dict[str, Any], step: float, scored: bool) -> bool:

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_type_hints
 
-__all__ = ["Progress"]
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, create_model
+
+from configs.messages import ConfigError
+from configs.saved import CONFIG, Architecture, Text, Trained, read_record, told
+from trainer.run.checkpoint import STATE, damage
+
+__all__ = ["Progress", "cannot_go_on_from"]
 
 
 @dataclass
@@ -42,3 +49,45 @@ class Progress:
         best = saved["best_bits_per_byte"]
         planned = {"flops": flops_per_token * saved["tokens"]}
         return cls(**{**planned, **saved, "best_bits_per_byte": math.inf if best is None else best})
+
+
+class _Execution(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    world_size: PositiveInt
+    micro_rows: PositiveInt
+
+
+class _State(Trained):
+    """training_state.json, as a run needs it that goes on"""
+
+    data: Text
+    execution: _Execution
+    position: int
+    optimizer_file: str
+    progress: dict[str, Any]
+    val_rows: PositiveInt = 1
+
+
+# The progress in it, as `to_json` writes that. Older runs knew fewer of its entries, and all of these three.
+_Saved = create_model(
+    "_Saved",
+    __config__=ConfigDict(strict=True, extra="forbid"),
+    **{field.name: (get_type_hints(Progress)[field.name], field.default) for field in fields(Progress)}
+    | {"step": (int, ...), "tokens": (int, ...), "best_bits_per_byte": (float | None, ...)},
+)
+
+
+def cannot_go_on_from(checkpoint: Path) -> str | None:
+    """Why a run cannot go on from a checkpoint: it is damaged, or does not say what it must. None where it can."""
+    try:
+        if problem := damage(checkpoint):
+            return problem
+        state = read_record(checkpoint / STATE, _State)
+        _Saved.model_validate(state["progress"])
+        read_record(checkpoint / CONFIG, Architecture)
+    except ValidationError as error:
+        return f"{STATE}: {'; '.join(told(error))}"
+    except ConfigError as error:
+        return str(error)
+    return None

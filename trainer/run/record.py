@@ -69,6 +69,11 @@ class RunRecord:
         if self.world.is_main:
             self.folder.unlock(failed=error is not None or not self._sinks)
 
+    def make_way(self) -> None:
+        """Of a run that goes on: have nothing stand where its files are written."""
+        for told in self.world.on_main(self.folder.make_way):
+            self.console.note(told)
+
     def begin(self, s: Session, progress: Progress) -> None:
         if not self.world.is_main:
             return
@@ -101,8 +106,10 @@ class RunRecord:
     def _other_kernels(self, kernels: Mapping[str, Mapping[str, str]]) -> list[str]:
         """Operations that an earlier life of the run computed otherwise: numbers are then rounded otherwise, too."""
         try:
-            earlier = json.loads((self.folder.path / "manifest.json").read_text(encoding="utf-8"))["kernels"]
-        except (OSError, ValueError, KeyError):
+            earlier = self.folder.read_json("manifest.json").get("kernels")
+        except (OSError, ValueError):
+            return []
+        if not isinstance(earlier, dict) or not all(isinstance(chosen, dict) for chosen in earlier.values()):
             return []
         return [
             f"{op} is computed by {name} from here on, by {' and '.join(earlier[op])} before ({why})"
@@ -175,7 +182,7 @@ class RunRecord:
 
     def summary(self) -> dict[str, Any]:
         """summary.json, on every process; {} where no life of the run came to its end."""
-        return self.world.on_main(lambda: self.folder.read_json("summary.json"))
+        return self.world.on_main(lambda: self.folder.read_summary(self.console.note))
 
     def complete(self, step: int, final: bool = True) -> None:
         """Make of the results what is made of them; a life may have been cut short before it was. `final`: also

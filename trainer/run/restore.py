@@ -30,7 +30,7 @@ from trainer.errors import TrainingError
 from trainer.evaluate import Score, evaluate, try_scoring
 from trainer.memory import NoRoom, largest_that_fits
 from trainer.precision import choose_precision, tune_host
-from trainer.run.checkpoint import load_tensors
+from trainer.run.checkpoint import as_written, load_named_tensors, load_tensors
 from trainer.run.source import Source, load_weights, open_source
 
 if TYPE_CHECKING:
@@ -223,7 +223,9 @@ def as_trained(cfg: RunConfig) -> RunConfig:
 def load_average(ema: EMA, checkpoint: Path) -> bool:
     """Go on with the average that a checkpoint keeps. Where it keeps none, begin one at the present weights; False."""
     if (checkpoint / "ema.pt").is_file():
-        ema.load_state_dict(load_tensors(checkpoint, "ema.pt"))
+        saved = load_tensors(checkpoint, "ema.pt")
+        with as_written(checkpoint / "ema.pt"):
+            ema.load_state_dict(saved)
         return True
     ema.restart()
     return False
@@ -235,7 +237,7 @@ def weights_of(s: Session, checkpoint: Path) -> Iterator[None]:
     own = {name: tensor.clone() for name, tensor in s.adapter.trained_state().items()}
     average = copy.deepcopy(s.ema.state_dict()) if s.ema else None
     try:
-        load_weights(s.adapter, load_tensors(checkpoint, "model.pt"), f"{checkpoint}/model.pt")
+        load_weights(s.adapter, load_named_tensors(checkpoint, "model.pt"), f"{checkpoint}/model.pt")
         if s.ema:
             load_average(s.ema, checkpoint)
         yield

@@ -18,6 +18,7 @@ from data.tokenizers import Tokenizer
 from naming import command_line
 from trainer.run.checkpoint import checkpoints_in, find_checkpoint, newest_checkpoint
 from trainer.run.facts import architecture, execution
+from trainer.run.progress import cannot_go_on_from
 from trainer.run.source import Source, require_same_provenance
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def checkpoint_to_resume(cfg: RunConfig, folder: RunFolder, warn: Callable[[str]
     if cfg.resume == "none":
         folder.refuse_to_overwrite()
         return None
-    newest = newest_checkpoint(folder.path, warn)
+    newest = newest_checkpoint(folder.path, warn, cannot_go_on_from)
     if cfg.resume == "auto":
         if newest is None and (damaged := checkpoints_in(folder.path)):
             raise ValueError(
@@ -69,7 +70,7 @@ def checkpoint_to_resume(cfg: RunConfig, folder: RunFolder, warn: Callable[[str]
                 f"{folder.path} holds no checkpoint: its run ended before the first one, and starts over at step 0"
             )
         return newest
-    found = find_checkpoint(cfg.resume, warn)
+    found = find_checkpoint(cfg.resume, warn, cannot_go_on_from)
     if newest is not None and found.resolve() != newest.resolve():
         raise ValueError(
             f"{folder.path} holds {newest.name}, which going on from {found} would overwrite. Choose a new output_dir "

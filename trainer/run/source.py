@@ -28,7 +28,7 @@ from data.cache import file_digest
 from data.tokenizers import Tokenizer, load_tokenizer
 from models import ARCHITECTURES
 from naming import expand_path, load, require_fit, shapes, shorten
-from trainer.run.checkpoint import find_checkpoint, load_tensors
+from trainer.run.checkpoint import find_checkpoint, load_named_tensors
 
 if TYPE_CHECKING:
     from adapters.base import ModelAdapter
@@ -117,10 +117,11 @@ class Source(ABC):
         average = self.average()
         if average is None:
             return False
+        own = {name: p for name, p in adapter.named_model_parameters() if name in average}
+        require_fit(f"the average in {self.path}", shapes(own), shapes({name: average[name] for name in own}))
         with torch.no_grad():
-            for name, parameter in adapter.named_model_parameters():
-                if name in average:
-                    parameter.copy_(average[name])
+            for name, parameter in own.items():
+                parameter.copy_(average[name])
         # An average of points of a set need not lie on it.
         adapter.constrain(torch.zeros((), device=adapter.device))
         return True
@@ -232,12 +233,12 @@ class Checkpoint(Trained):
         return cls(find_checkpoint(path, warn))
 
     def state(self) -> dict[str, torch.Tensor]:
-        return load_tensors(self.path, self.file)
+        return load_named_tensors(self.path, self.file)
 
     def average(self) -> dict[str, torch.Tensor] | None:
         if not (self.path / "ema.pt").is_file():
             return None
-        return load_tensors(self.path, "ema.pt")["shadow"]
+        return load_named_tensors(self.path, "ema.pt", "shadow")
 
 
 def open_source(given: str | Path, warn: Note) -> Source:

@@ -1,5 +1,6 @@
 """The commands around training: generate, eval, show, bench. One tiny trained run serves them all."""
 
+import dataclasses
 import io
 import json
 import math
@@ -21,11 +22,13 @@ from configs.messages import ConfigError
 from data.tokenizers import ByteTokenizer
 from models.patches.config import MegabyteConfig
 from tests.contract.tiny import config
+from tests.trainer.forged import forge, tensor_file
 from trainer.commands import evaluate
 from trainer.commands.bench import step as bench_step
 from trainer.commands.generate import _Printer
 from trainer.loaded import load
 from trainer.loop import train
+from trainer.run.checkpoint import load_tensors
 from trainer.run.restore import Restored
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -313,6 +316,36 @@ def test_eval_finds_the_score_of_the_run_to_the_last_digit(command, runs, tmp_pa
     assert f"bits per byte     {found['score']['bits_per_byte']:.3f}" in err
     raw, _ = evaluated(command, "--raw")
     assert raw["score"]["bits_per_byte"] != found["score"]["bits_per_byte"] and raw["weights"] == "raw"
+
+
+def strict(text):
+    return json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
+
+
+def test_weights_that_are_not_finite_are_named(command, runs, tmp_path):
+    shutil.copytree(runs / "checkpoints/dante/checkpoint-12", tmp_path / "checkpoint-12")
+    broken = tmp_path / "checkpoint-12"
+    for name, key in (("model.pt", None), ("ema.pt", "shadow")):
+        state = load_tensors(broken, name)
+        next(iter((state[key] if key else state).values())).view(-1)[3] = math.nan
+        forge(broken, name, tensor_file(state))
+    written = tmp_path / "score.json"
+    status, out, err = command("eval", "--checkpoint", broken, "--output", written)
+    assert status == 1 and re.search(
+        "^error: .*checkpoint-12 holds weights that are not finite: .*wte", err, re.M
+    )
+    assert strict(out)["score"] is None and strict(written.read_text()) == strict(out)
+    status, out, err = command("generate", "--checkpoint", broken)
+    assert (status, out) == (1, "") and "holds weights that are not finite" in err
+
+
+def test_a_score_that_is_no_number_is_an_error_and_valid_json(command, monkeypatch):
+    score = Restored.score
+    monkeypatch.setattr(
+        Restored, "score", lambda *a, **k: dataclasses.replace(score(*a, **k), bits_per_byte=math.nan)
+    )
+    status, out, err = command("eval", "--model_name", "dante")
+    assert status == 1 and "error: the score of " in err and strict(out)["score"]["bits_per_byte"] is None
 
 
 def test_eval_at_other_settings(command):

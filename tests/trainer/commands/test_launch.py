@@ -22,7 +22,7 @@ from configs.messages import ConfigError
 from configs.schema import RunConfig
 from tests.contract.tiny import overrides
 from trainer.commands import launch, train
-from trainer.errors import TrainingError
+from trainer.errors import LostPeer, TrainingError
 
 ROOT = Path(__file__).resolve().parents[3]
 ARCHITECTURE = """
@@ -377,6 +377,37 @@ def test_a_signal_reaches_every_process_once(work):
     assert [(work / "out" / f"saved-{r}").read_text() for r in (0, 1)] == ["1", "1"]
 
 
+@pytest.mark.slow
+def test_processes_save_and_leave_when_who_started_them_is_killed(work):
+    process = popen(work, "mine.yaml", "seed=14", "num_gpus=2", "device=cpu", "output_dir=out")
+    wait_for(work / "out" / "waiting-0", work / "out" / "waiting-1")
+    process.kill()
+    wait_for(work / "out" / "saved-0", work / "out" / "saved-1")
+    assert [(work / "out" / f"saved-{r}").read_text() for r in (0, 1)] == ["1", "1"]
+    process.communicate(timeout=60)  # nobody holds its output any more
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_named_and_the_other_says_nothing_of_it(tmp_path):
+    words = overrides(
+        "gpt2", "num_gpus=2", f"output_dir={tmp_path}", "num_iterations=100000", "val_loss_every=0"
+    )
+    command = [sys.executable, str(ROOT / "mytrainer.py"), *words]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "metrics.jsonl")
+    (worker,) = (
+        int(pid)
+        for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    )
+    os.kill(worker, signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in said and "gloo" not in said
+    assert f"error: process 1 of 2 (pid {worker}) was ended by SIGKILL" in said
+    assert f"Its log is {tmp_path}/process-1.log. Nothing had been saved" in said
+    assert f"pid {worker}" in (tmp_path / "process-1.log").read_text()
+
+
 # -- small parts -----------------------------------------------------------------------------------------
 
 
@@ -393,14 +424,16 @@ def test_env_already_set_wins(monkeypatch, capsys):
 def test_outcome_of_a_worker(tmp_path):
     report = tmp_path / "result.json"
     with pytest.raises(launch.JobFailed):
-        launch._outcome(tmp_path, 0, [])  # ended well, it says, without a word about the score
+        launch._outcome(
+            tmp_path, tmp_path, launch.Ended(0), []
+        )  # ended well, it says, without a word about the score
     report.write_text('{"status": 0, "score": 1.25}')
-    assert launch._outcome(tmp_path, 0, []) == 1.25
+    assert launch._outcome(tmp_path, tmp_path, launch.Ended(0), []) == 1.25
     report.write_text('{"status": 0, "score": null}')
-    assert math.isnan(launch._outcome(tmp_path, 0, []))
+    assert math.isnan(launch._outcome(tmp_path, tmp_path, launch.Ended(0), []))
     report.write_text('{"status": 2, "score": null}')
     with pytest.raises(launch.JobFailed) as failed:
-        launch._outcome(tmp_path, 1, [])
+        launch._outcome(tmp_path, tmp_path, launch.Ended(1), [])
     assert failed.value.status == 2 and failed.value.error is None
 
 
@@ -416,19 +449,41 @@ def test_outcome_of_a_worker(tmp_path):
 def test_what_a_worker_could_not_do_arrives_as_its_own_error(tmp_path, error, kind):
     launch._send_error(tmp_path, error)
     with pytest.raises(launch.JobFailed) as failed:
-        launch._outcome(tmp_path, 1, [])
+        launch._outcome(tmp_path, tmp_path, launch.Ended(1), [])
     assert type(failed.value.error) is kind and str(failed.value.error) == str(error)
 
 
-def test_a_worker_that_was_killed_can_say_nothing(tmp_path):
+def test_a_worker_that_was_killed_can_say_nothing(tmp_path, monkeypatch):
+    """Which it was, and where its log lies; not what the others made of it."""
+    post, folder = tmp_path / "post", tmp_path / "run"
+    post.mkdir()
+    (folder / "checkpoint-40").mkdir(parents=True)
+    (post / "process-1.log").write_text("Fatal Python error")
+    monkeypatch.setenv("RANK", "0")
+    launch._send_error(post, LostPeer("another process of the run has ended"))
+    for number, why in ((signal.SIGKILL, ", as the system does where memory runs out"), (signal.SIGSEGV, "")):
+        with pytest.raises(launch.JobFailed) as failed:
+            launch._outcome(post, folder, launch.Ended(-number, 1, 2, 77), [])
+        assert failed.value.status == 1
+        assert str(failed.value.error) == (
+            f"process 1 of 2 (pid 77) was ended by {number.name}{why}. Its log is {folder}/process-1.log. "
+            f"resume={folder} goes on from checkpoint-40"
+        )
+    assert (folder / "process-1.log").read_text() == "Fatal Python error"
+
+
+def test_a_worker_that_failed_beside_the_first_is_named(tmp_path):
+    """What it said is on no console."""
+    (tmp_path / "process-1.log").write_text("Traceback")
     with pytest.raises(launch.JobFailed) as failed:
-        launch._outcome(tmp_path, -signal.SIGKILL, [])
-    assert failed.value.status == 1
-    assert str(failed.value.error).startswith("a process of the run was ended by SIGKILL, as the system does")
+        launch._outcome(tmp_path, tmp_path / "run", launch.Ended(1, 1, 2, 77), [])
+    assert "process 1 of 2 (pid 77) failed with status 1. Its log is " in str(failed.value.error)
 
 
 class Child:
     """A process that has ended, or does when it is killed."""
+
+    pid = 7
 
     def __init__(self, returncode):
         self.ends_with, self.returncode = returncode, None
@@ -445,10 +500,15 @@ class Child:
 def test_who_waits_for_a_failed_process_is_ended(failed):
     children = [Child(None), Child(None)]
     children[failed].ends_with = 3
-    assert launch._wait(children, grace=0.0) == 3, (
-        "that of the one that failed, not of the one that was ended"
-    )
+    ended = launch._wait(children, grace=0.0)
+    assert (ended.status, ended.rank) == (3, failed), "the one that failed, not the one that was ended"
     assert sorted(child.returncode for child in children) == [-9, 3]
+
+
+def test_a_process_that_a_signal_ended_is_the_one_that_failed():
+    """The other has only lost it."""
+    children = [Child(1), Child(-signal.SIGKILL)]
+    assert launch._wait(children) == launch.Ended(-signal.SIGKILL, 1, 2, 7)
 
 
 def test_run_folder_names(tmp_path):

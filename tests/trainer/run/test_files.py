@@ -77,7 +77,7 @@ def test_a_checkpoint_is_gone_at_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        ck.prune(tmp_path, 1)
+        ck.prune(tmp_path, 1, tmp_path / "checkpoint-2", pytest.fail)
     assert [p.name for p in ck.checkpoints_in(tmp_path)] == ["checkpoint-2"]
 
 

@@ -1,9 +1,13 @@
 """What of a run's state is gone on with, or taken along into another, and what is said where it is not."""
 
 import dataclasses
+import hashlib
 import json
 import math
+import os
+import re
 import shutil
+import signal
 
 import pytest
 import torch
@@ -12,8 +16,10 @@ from data.tokenizers import load_tokenizer
 from models.gpt2 import GPT2
 from models.layers.roles import Rule
 from tests.contract.tiny import config
+from tests.trainer.forged import forge, tensor_file
 from trainer import loop
 from trainer.commands.show import describe
+from trainer.errors import TrainingError
 from trainer.loop import train
 from trainer.precision import LossScaler
 from trainer.run.checkpoint import checkpoints_in, load_json, load_tensors
@@ -160,7 +166,7 @@ def test_totals_are_of_all_lives(trained, tmp_path):
     saved["progress"] |= {"seconds_total": 1000.0, "peak_memory_bytes": 2**50}
     place.write_text(json.dumps(saved))
     digests = load_json(path / "checkpoint-3", "digests.json")
-    del digests["training_state.json"]
+    digests["training_state.json"] = hashlib.sha256(place.read_bytes()).hexdigest()
     (path / "checkpoint-3" / "digests.json").write_text(json.dumps(digests))
     run(path, "resume=auto")
     found = summary(path)
@@ -385,3 +391,196 @@ def test_a_report_that_was_not_written_any_more_is(trained, tmp_path):
     (path / "report.html").unlink()
     run(path, "resume=auto")
     assert (path / "report.html").exists()
+
+
+# -- stopped between two things that belong together ---------------------------------------------------------
+
+
+def asked_to_stop(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_what_an_evaluation_found_is_saved_though_its_step_had_been(tmp_path, monkeypatch):
+    """Stopped in the evaluation of step 3, which is made in the next life: that its score is the best is known to the
+    checkpoint of that step from then on."""
+    keep = ["save_best_model=true", "save_total_limit=1", "val_loss_every=1"]
+    evaluate, asked = loop.evaluate, []
+
+    def stopping(*args, **kwargs):
+        asked.append(1)
+        return None if len(asked) == 3 else evaluate(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", stopping)
+        run(tmp_path, *keep)
+    assert load_json(tmp_path / "checkpoint-3", "training_state.json")["progress"]["best_step"] == 2
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop.Trainer, "_train_step", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(tmp_path, *keep, "resume=auto")
+    for name in ("checkpoint-3", "best_model"):
+        progress = load_json(tmp_path / name, "training_state.json")["progress"]
+        assert (progress["best_step"], progress["evaluated_at"]) == (3, 3)
+    assert [c.name for c in checkpoints_in(tmp_path)] == ["checkpoint-3"]
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_text_that_was_interrupted_is_written_by_the_next_life(trained, tmp_path, monkeypatch, step):
+    keep = ["save_steps=1", "save_total_limit=null"]
+
+    def interrupted(s, should_stop):
+        if loop_step(tmp_path) == step:
+            asked_to_stop()
+            return None
+        return sample_text(s, should_stop)
+
+    sample_text = loop.sample_text
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "sample_text", interrupted)
+        run(tmp_path, *keep)
+    assert not (tmp_path / "summary.json").exists()
+    assert f"--- step {step} ---" not in RunFolder(tmp_path)._samples().decode()
+    run(tmp_path, *keep, "resume=auto")
+    assert (tmp_path / "samples.txt").read_bytes() == (trained / "samples.txt").read_bytes()
+    assert [(line["step"], line.get("loss")) for line in lines(tmp_path)] == [
+        (line["step"], line.get("loss")) for line in lines(trained)
+    ]
+
+
+def loop_step(path):
+    """The step of the last line of a run that goes on."""
+    return lines(path)[-1]["step"]
+
+
+def test_a_score_without_averaging_that_was_interrupted_is_made_again(tmp_path, monkeypatch):
+    words, evaluate, asked = ["ema_decay=0.9", "val_loss_every=0"], loop.evaluate, []
+
+    def stopping(*args, **kwargs):
+        asked.append(1)
+        return None if len(asked) == 2 else evaluate(*args, **kwargs)
+
+    run(tmp_path / "whole", *words)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", stopping)
+        run(tmp_path / "cut", *words)
+    run(tmp_path / "cut", *words, "resume=auto")
+    assert [sorted(line) for line in lines(tmp_path / "cut")] == [
+        sorted(line) for line in lines(tmp_path / "whole")
+    ]
+
+
+# -- content that is other than was saved, with digests that say it is not -----------------------------------
+
+
+def test_a_state_that_lacks_what_a_run_needs_is_passed_over(trained, tmp_path, capsys):
+    path = cut_back(trained, tmp_path / "run", 6)
+    saved = load_json(path / "checkpoint-6", "training_state.json")
+    saved["progress"] |= {"tokens": None, "luck": 1}
+    forge(path / "checkpoint-6", "training_state.json", json.dumps(saved).encode())
+    saved = load_json(path / "checkpoint-5", "training_state.json")
+    forge(path / "checkpoint-5", "training_state.json", json.dumps(saved | {"position": "x"}).encode())
+    (path / "summary.json").unlink()
+    run(path, "resume=auto")
+    said = capsys.readouterr().out
+    for told in ("position: Input should be a valid integer", "tokens: Input should", "luck: Extra inputs"):
+        assert told in said
+    assert "checkpoint-6 is damaged (" in said and "resumed checkpoint-4 at step 4" in said
+    assert summary(path)["score"] == summary(trained)["score"]
+
+
+FORGED = {
+    "model.pt": [b"", b"hello", tensor_file([]), tensor_file({"wte.weight": None})],
+    "optimizer.pt": [tensor_file({}), tensor_file({"optimizers": [], "scaler": {}, "meter": None})],
+    "tokenizer.json": [b"[" * 100_000],
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_file_that_was_not_written_here_is_named(trained, tmp_path, name):
+    path = cut_back(trained, tmp_path / "run", 6)
+    for content in FORGED[name]:
+        forge(path / "checkpoint-6", name, content)
+        with pytest.raises(ValueError, match=f"checkpoint-6/{name}'? is not a"):
+            run(path, "resume=auto", "num_iterations=7")
+
+
+# -- weights that are not finite -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("then", ["save", "score"])
+def test_what_an_update_ruins_is_not_saved(tmp_path, monkeypatch, then):
+    """Gradients are finite, and so is the loss of that step: only the weights say it."""
+    step = loop.Trainer._train_step
+
+    def ruining(self, batch, denominators):
+        step(self, batch, denominators)
+        if batch.step == 3:
+            with torch.no_grad():
+                next(iter(self.s.adapter.parameters())).view(-1)[0] = math.nan
+
+    monkeypatch.setattr(loop.Trainer, "_train_step", ruining)
+    words = ["save_steps=1"] if then == "save" else ["save_steps=3", "val_loss_every=4"]
+    said = "the update of step 3 left weights that are not finite: .*They were not saved; .*checkpoint-3 is from before"
+    with pytest.raises(TrainingError, match=said):
+        run(tmp_path, "val_loss_every=0", *words)
+    assert checkpoints_in(tmp_path)[-1].name == "checkpoint-3"
+
+
+# -- files beside checkpoints --------------------------------------------------------------------------------
+
+STRANGE = {
+    "metrics.jsonl": [b"[1]\n", b"null\n", b'{"step": "x"}\n', b"[" * 100_000 + b"\n", b"\xff\xfe\n"],
+    "samples.txt": ["--- step 2 ---\n€".encode()[:-1]],
+    "summary.json": [b"", b"[]", b'{"steps": 6}', b'{"steps": 6, "score": 1}', b"[" * 100_000],
+    "manifest.json": [b"", b"[]", b'{"kernels": []}', b'{"kernels": {"x": 1}}'],
+    "annotation.json": [b"\xff"],
+    "config.yaml": [b"\xff", b"[", b"- 1\n"],
+    "report.html": [b""],
+}
+
+
+def test_files_that_are_none_of_a_run_are_told_of(tmp_path):
+    folder, notes = RunFolder(tmp_path), []
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join([*STRANGE["metrics.jsonl"], b'{"step": 1}\n{"st']))
+    assert folder.drop_later(1, scored=True) == "metrics.jsonl had 5 lines that are none of a run: left out"
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    for content in STRANGE["summary.json"]:
+        (tmp_path / "summary.json").write_bytes(content)
+        assert folder.read_summary(notes.append) == {} and not (tmp_path / "summary.json").exists()
+    assert all(re.match("summary.json is not as it was written.* summary.json.damaged-", n) for n in notes)
+    assert len(list(tmp_path.glob("summary.json.damaged-*"))) == len(notes) == len(STRANGE["summary.json"])
+    os.mkfifo(tmp_path / "samples.txt")
+    (tmp_path / "report.html").mkdir()
+    assert [told.split()[0] for told in folder.make_way()] == ["samples.txt", "report.html"]
+    for more in ("", "--- step 2 ---\nb"):
+        (tmp_path / "samples.txt").write_text(f"--- step 1 ---\na\n\n{more}")
+        folder.drop_later(2, scored=True)
+        assert folder.sampled_at == 1
+        assert (tmp_path / "samples.txt").read_text() == "--- step 1 ---\na\n\n", "the other is drawn again"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STRANGE)
+def test_no_file_beside_the_checkpoints_blocks_a_run(trained, tmp_path, capsys, name):
+    for number, content in enumerate([*STRANGE[name], None]):
+        path = cut_back(trained, tmp_path / str(number), 4)
+        if name in ("summary.json", "report.html"):  # where a run has ended
+            shutil.copytree(trained, path, dirs_exist_ok=True)
+        if content is None:
+            (path / name).unlink(missing_ok=True)
+            os.mkfifo(path / name)
+        elif name == "metrics.jsonl":  # beside whole lines
+            (path / name).write_bytes(content + (path / name).read_bytes())
+        else:
+            (path / name).write_bytes(content)
+        capsys.readouterr()
+        run(path, "resume=auto", "save_steps=1", "save_total_limit=null")
+        said = capsys.readouterr().out
+        if content is None:
+            assert f"{name} is no file: it is called {name}.damaged-" in said
+        elif name == "metrics.jsonl":
+            assert "1 lines that are none of a run: left out" in said
+        elif name == "summary.json":
+            assert "summary.json is not as it was written: it is called summary.json.damaged-" in said
+        if name != "metrics.jsonl" or content is not None:
+            assert [line["step"] for line in lines(path)] == [line["step"] for line in lines(trained)]
+        assert summary(path)["score"] == summary(trained)["score"]
