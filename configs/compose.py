@@ -26,7 +26,9 @@ from configs.paths import usable_paths
 from configs.registry import Model, Registry, amendments
 from configs.request import Request
 from configs.schema import GENERIC_FIELDS, ModelConfig, RunConfig
+from configs.shape import misshapen
 from configs.size import automatic_preset, without_preset_budget
+from configs.strangers import tame
 from configs.unread import unread
 from configs.validate import architecture_config, refuse_own_words, validate
 from naming import load
@@ -107,6 +109,7 @@ def prepare(argv: list[str]) -> Plan:
     saved = runs.saved_architecture(request.values, folder)
     begun_from = [] if saved else weights.sizes_given(request, nodes)
     preset = automatic_preset(request, nodes, saved, begun_from)
+    tame(nodes, request.implied, request.keys, request.notices)
     registry = Registry(use_presets=not preset and "preset" not in request.values)
     added = [_option(n, request, registry) for n in nodes]
     names = {model.option: model for model in added}
@@ -290,6 +293,8 @@ def check(plan: Plan, tree: dict[str, Any], option: str | None = None) -> Checke
     that `validate` knows."""
     option = option or next(iter(plan.models))
     where: Callable[[str], str] = plan.where(option, tree)
+    if problems := [*misshapen(tree, where)]:
+        raise ConfigError(problems)
     tree.update(usable_paths(tree, where))
     folder = runs.named_folder(tree, plan.request.keys)
     saved = plan.saved or runs.saved_architecture(tree, folder)

@@ -27,7 +27,7 @@ from configs.hydra_app import APP, compose_hydra, sweep_folder
 from configs.hydra_words import is_setting
 from configs.messages import ConfigError
 from configs.runs import checkpoints, named_folder
-from configs.schema import env_strings
+from configs.schema import env_strings, no_variable
 from configs.validate import validate
 from configs.weights import take_sizes
 from trainer import clock
@@ -93,7 +93,7 @@ def _how_to_go_on(folder: Path) -> str:
 def _env(value: object) -> dict[str, str]:
     """The variables of a tree that is not checked yet; what is none is refused later."""
     given = env_strings(value) if isinstance(value, dict) else {}
-    return {k: v for k, v in given.items() if isinstance(v, str)}
+    return {k: v for k, v in given.items() if isinstance(v, str) and not no_variable(k, v)}
 
 
 def _say(plan: Plan) -> None:
