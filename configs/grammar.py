@@ -15,7 +15,6 @@ from hydra.errors import HydraException
 from configs.messages import ConfigError
 from configs.schema import GENERIC_FIELDS, RunConfig
 
-
 _MOST_POINTS = 1_000_000  # of one range
 
 
@@ -69,8 +68,8 @@ def refuse_endless(key: str, parsed: Override) -> None:
     if not abs(count) <= _MOST_POINTS:  # NaN neither
         many = f"about {abs(count):.3g}" if math.isfinite(count) else "no end of"
         raise ConfigError(
-            f"command line: {key}: {parsed.input_line.partition('=')[2]} has {many} values; {_MOST_POINTS:,} at most can "
-            f"stand in a sweep. {'A step that is not 0 is needed' if not step else 'Take a larger step'}"
+            f"command line: {key}: {parsed.input_line.partition('=')[2]} has {many} values; {_MOST_POINTS:,} at most "
+            f"can stand in a sweep. {'A step that is not 0 is needed' if not step else 'Take a larger step'}"
         )
 
 

@@ -135,7 +135,13 @@ def saved_architecture(values: Mapping[str, Any], folder: Path | None) -> tuple[
     return None
 
 
-_SAVED = {"type": str, "model_cfg": dict, "model_adapter": str | None, "train_seq_len": int, "preset": str | None}
+_SAVED = {
+    "type": str,
+    "model_cfg": dict,
+    "model_adapter": str | None,
+    "train_seq_len": int,
+    "preset": str | None,
+}
 
 
 def _refuse_damaged(saved: Mapping[str, Any], source: Path) -> None:
@@ -143,7 +149,9 @@ def _refuse_damaged(saved: Mapping[str, Any], source: Path) -> None:
     wrong = [name for name, kind in _SAVED.items() if name in saved and not isinstance(saved[name], kind)]
     if wrong:
         told = ", ".join(f"{name} is {shorten_text(repr(saved[name]))}" for name in wrong)
-        raise ConfigError(f"{source} is not as this trainer writes it: {told}. Name another checkpoint of the run")
+        raise ConfigError(
+            f"{source} is not as this trainer writes it: {told}. Name another checkpoint of the run"
+        )
 
 
 @dataclass(frozen=True)

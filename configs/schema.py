@@ -443,7 +443,9 @@ class RunConfig(BaseModel):
     wandb_project: Text = "mytrainer"
     wandb_run_name: Text | None = None
     use_tensorboard: bool = False
-    env: Annotated[dict[str, str], BeforeValidator(env_strings), AfterValidator(_variables)] = Field(default_factory=dict)
+    env: Annotated[dict[str, str], BeforeValidator(env_strings), AfterValidator(_variables)] = Field(
+        default_factory=dict
+    )
 
 
 GENERIC_FIELDS: tuple[str, ...] = tuple(RunConfig.model_fields)

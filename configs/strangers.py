@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
 from omegaconf.grammar_parser import parse
 
-from configs.files import CONFIGS, Node, shown
+from configs.files import CONFIGS, Node
 from configs.messages import REDACTED, ConfigError, loads_code
 
 # Variables that change how a run goes, and neither what is loaded nor where something is sent.
@@ -34,8 +34,8 @@ def is_of_a_run(path: Path) -> bool:
 
 
 def tame(nodes: Iterable[Node], implied: Path | None, typed: set[str], notices: list[str]) -> None:
-    """Take out of the files of runs, in place, what they set in the environment. `implied`: one that is known to be of a
-    run; `typed`: keys of the command line. ConfigError for what looks there."""
+    """Take out of the files of runs, in place, what they set in the environment. `implied`: one that is known to be of
+    a run; `typed`: keys of the command line. ConfigError for what looks there."""
     problems: list[str] = []
     for node in nodes:
         if node.path != implied and not is_of_a_run(node.path):
@@ -65,8 +65,8 @@ def _resolvers(node: Node) -> Iterator[str]:
     for key, value in _leaves(node.values, ""):
         if (name := resolver(value)) is not None:
             yield (
-                f"{node.place(key)}: {key}: ${{{name}:...}} looks beyond the file, which no file of a run may. Give its "
-                f"value there, or on the command line"
+                f"{node.place(key)}: {key}: ${{{name}:...}} looks beyond the file, which no file of a run may. Give "
+                f"its value there, or on the command line"
             )
 
 

@@ -7,6 +7,7 @@ counted first.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,11 +16,12 @@ from omegaconf import OmegaConf
 from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 
-__all__ = ["Unreadable", "parse"]
+__all__ = ["Unreadable", "literal", "parse"]
 
 _MOST_VALUES = 100_000  # of a file, those behind aliases counted wherever they stand
 _MOST_NESTED = 50
-# What the reading of a value raises, besides YAML's own errors: of tags (`!!int x`), of marks (`${`), of endless numbers.
+_MARK = re.compile(r"(\\*)\$\{")
+# What reading a value raises, besides YAML's own errors: of tags (`!!int x`), of marks (`${`), of endless numbers.
 _ERRORS = (OmegaConfBaseException, ValueError, TypeError, LookupError, ArithmeticError)
 
 
@@ -33,8 +35,8 @@ class Unreadable(ValueError):
 
 @functools.lru_cache(maxsize=256)
 def parse(text: str) -> tuple[Any, yaml.Node | None]:
-    """Values and tree; neither is to be changed. Raises yaml.YAMLError or Unreadable. Kept by their text, as every point
-    of a sweep reads the same files and YAML in pure Python takes tens of milliseconds each time."""
+    """Values and tree; neither is to be changed. Raises yaml.YAMLError or Unreadable. Kept by their text, as every
+    point of a sweep reads the same files and YAML in pure Python takes tens of milliseconds each time."""
     try:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
     except RecursionError:
@@ -47,6 +49,15 @@ def parse(text: str) -> tuple[Any, yaml.Node | None]:
     except _ERRORS as error:
         blamed = next(_unreadable(tree), None)
         raise (blamed or Unreadable(_first_line(error))) from None
+
+
+def literal(value: Any) -> Any:
+    """A value, mappings and lists included, in whose texts `${` is written so that reading gives these very letters."""
+    if isinstance(value, dict):
+        return {key: literal(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [literal(inner) for inner in value]
+    return _MARK.sub(r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def _measure(node: yaml.Node, known: dict[int, tuple[int, int]], above: frozenset[int]) -> tuple[int, int]:

@@ -31,7 +31,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--case", type=int, help="show one case, and what comes of it")
     args = parser.parse_args(argv)
     campaign: Campaign = load(CAMPAIGNS[args.campaign])
-    numbers = range(args.first, args.first + args.cases) if args.case is None else range(args.case, args.case + 1)
+    numbers = (
+        range(args.first, args.first + args.cases) if args.case is None else range(args.case, args.case + 1)
+    )
     figures = Figures.read(args.json, args.campaign)
     with tempfile.TemporaryDirectory() as folder:
         for found in run(campaign, args.seed, numbers, Path(folder), args.workers):

@@ -30,7 +30,10 @@ class Case:
     words: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        files = [f"--- {name}\n{data.decode('utf-8', 'backslashreplace')[:3000]}" for name, data in self.files.items()]
+        files = [
+            f"--- {name}\n{data.decode('utf-8', 'backslashreplace')[:3000]}"
+            for name, data in self.files.items()
+        ]
         return "\n".join([*files, f"--- {self.kind}: {self.words!r}"])
 
 
@@ -43,7 +46,11 @@ def make(seed: int, number: int) -> Case:
     case = _KINDS[number % len(_KINDS)](rng)
     case.files.setdefault("bait.py", hostile.BAIT.encode())
     if case.kind != "run" and rng.random() < 0.1:
-        case.words = ["convert", *(w for w in case.files if w != "bait.py"), *rng.choice([[], ["out.yaml"], ["out.config"]])]
+        case.words = [
+            "convert",
+            *(w for w in case.files if w.startswith("mine")),
+            *rng.choice([[], ["out.yaml"], ["out.config"]]),
+        ]
     elif rng.random() < 0.3:
         case.words += hostile.words(rng)
     return case
@@ -65,17 +72,32 @@ def _of_tree(rng: random.Random) -> Case:
         ]
     )
     data = write(rng, hostile.tree(rng)).encode("utf-8", "surrogatepass")
-    return Case("tree", {f"mine{ending}": data}, [f"--hydra_model_cfg=mine{ending}"])
+    other = hostile.as_yaml(rng, {hostile.key(rng): hostile.value(rng)}).encode()
+    files = {f"mine{ending}": data, "other.yaml": other}
+    return Case("tree", files, [f"--hydra_model_cfg=mine{ending}"])
 
 
 def _of_mutation(rng: random.Random) -> Case:
     path = rng.choice(_shipped())
     name = f"mine{path.suffix}"
-    return Case("mutated file", {name: hostile.mutated(rng, path.read_bytes())}, [f"--hydra_model_cfg={name}"])
+    return Case(
+        "mutated file", {name: hostile.mutated(rng, path.read_bytes())}, [f"--hydra_model_cfg={name}"]
+    )
 
 
 def _of_words(rng: random.Random) -> Case:
-    model = rng.choice([*(p.name for p in _shipped() if p.suffix != ".yaml"), *options(), "gpt2", "vanilla", "mine.yaml", "no", "*.yaml", "gpt2,mamba"])
+    model = rng.choice(
+        [
+            *(p.name for p in _shipped() if p.suffix != ".yaml"),
+            *options(),
+            "gpt2",
+            "vanilla",
+            "mine.yaml",
+            "no",
+            "*.yaml",
+            "gpt2,mamba",
+        ]
+    )
     mine = b"defaults: [training, _self_]\ntype: gpt2\n"
     words = [f"--hydra_model_cfg={model}", *hostile.words(rng)]
     if rng.random() < 0.3:
@@ -101,7 +123,9 @@ _KINDS: list[Callable[[random.Random], Case]] = [_of_bytes, _of_tree, _of_mutati
 
 def _shipped() -> list[Path]:
     """Model files of every format."""
-    return sorted(p for p in CONFIGS.iterdir() if p.suffix in FORMATS[:-1]) + [CONFIGS / "preset" / "nano.yaml"]
+    return sorted(p for p in CONFIGS.iterdir() if p.suffix in FORMATS[:-1]) + [
+        CONFIGS / "preset" / "nano.yaml"
+    ]
 
 
 # --- how it is tried -------------------------------------------------------------------------------------

@@ -61,7 +61,9 @@ class Figures:
             for kind, counts in self.outcomes().items()
         ]
         total = sum(len(cases) for cases in self.seeds.values())
-        return "\n".join([*lines, f"{total} cases of {len(self.seeds)} seeds, {len(self.bad(good))} of them bad"])
+        return "\n".join(
+            [*lines, f"{total} cases of {len(self.seeds)} seeds, {len(self.bad(good))} of them bad"]
+        )
 
     def _all(self) -> list[Found]:
         return [found for cases in self.seeds.values() for found in cases.values()]

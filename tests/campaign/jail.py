@@ -1,7 +1,7 @@
 """Forked workers in which cases are tried, and an audit hook that sees what a case does to the machine.
 
-A worker tries case after case. The kernel ends one that computes for too long (`SIGPROF`), its parent one that waits for
-too long; the case is then a hang, and another worker goes on with the next. The hook lets nothing happen that it
+A worker tries case after case. The kernel ends one that computes for too long (`SIGPROF`), its parent one that waits
+for too long; the case is then a hang, and another worker goes on with the next. The hook lets nothing happen that it
 counts: a case that would write, start or import is stopped there.
 """
 
@@ -28,9 +28,26 @@ MORE_MEMORY = 2 << 30  # bytes of address space that a worker may add to what it
 LIFE = 200  # cases of one worker
 
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-_CHANGES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
+_CHANGES = (
+    "os.remove",
+    "os.rename",
+    "os.mkdir",
+    "os.rmdir",
+    "os.link",
+    "os.symlink",
+    "os.truncate",
+    "os.chmod",
+)
 _CHANGES += ("os.chown", "os.utime", "os.setxattr", "shutil.rmtree", "shutil.move", "shutil.copyfile")
-_PROCESSES = ("subprocess.Popen", "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn")
+_PROCESSES = (
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.fork",
+    "os.forkpty",
+    "os.posix_spawn",
+    "os.spawn",
+)
 _PROCESSES += ("pty.spawn", "socket.connect", "socket.bind", "webbrowser.open", "urllib.Request", "os.kill")
 _READERS = ("configs", "yaml", "omegaconf", "hydra")  # packages that read files, and run none
 
@@ -62,15 +79,14 @@ class Watch:
 
     def __init__(self) -> None:
         self.armed = False
-        self.writable: Path | None = None
-        self.baits: frozenset[str] = frozenset()
+        self.folder = Path("/nowhere")
+        self.writes = False
         self.seen: Stopped | None = None
         sys.addaudithook(self._hear)
 
     def arm(self, folder: Path, *, writes: bool) -> None:
-        """From now on. `writes`: whether the case may write within its folder; modules that lie there are baits."""
-        self.writable = folder if writes else None
-        self.baits = frozenset(p.stem for p in folder.iterdir() if p.suffix == ".py")
+        """From now on. `writes`: whether the case may write within its folder. Modules there are never to be run."""
+        self.folder, self.writes = folder, writes
         self.seen, self.armed = None, True
 
     def _hear(self, event: str, args: tuple[Any, ...]) -> None:
@@ -92,17 +108,16 @@ class Watch:
             return "" if self._may_write(args[0]) else "touched file"
         if event in _PROCESSES:
             return "executed code"
-        if event == "import":
-            return "executed code" if str(args[0]).partition(".")[0] in self.baits else ""
-        if event == "exec":
-            return "executed code" if self._by_a_reader() else ""
+        if event == "exec":  # of a module's code too, however it is imported
+            inside = Path(args[0].co_filename).is_relative_to(self.folder)
+            return "executed code" if inside or self._by_a_reader() else ""
         return ""
 
     def _may_write(self, path: Any) -> bool:
         if not isinstance(path, str | bytes | os.PathLike):
             return isinstance(path, int)  # a file that is open already
         real = os.path.realpath(os.fsdecode(path))
-        return real == os.devnull or bool(self.writable and Path(real).is_relative_to(self.writable))
+        return real == os.devnull or (self.writes and Path(real).is_relative_to(self.folder))
 
     @staticmethod
     def _by_a_reader() -> bool:
@@ -179,7 +194,9 @@ class _Worker:
             kind = self.campaign.make(self.seed, case).kind
             number = os.waitstatus_to_exitcode(status)
             hang = detail or (f"computed for more than {CPU_SECONDS} s" if number == -signal.SIGPROF else "")
-            yield Found(case, kind, "hang" if hang else "traceback", hang or f"the process ended with {number}")
+            yield Found(
+                case, kind, "hang" if hang else "traceback", hang or f"the process ended with {number}"
+            )
 
     def end(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
