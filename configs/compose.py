@@ -26,7 +26,10 @@ from configs.paths import usable_paths
 from configs.registry import Model, Registry, amendments
 from configs.request import Request
 from configs.schema import GENERIC_FIELDS, ModelConfig, RunConfig
+from configs.secret import reads_secret, secret_value
+from configs.shape import misshapen
 from configs.size import automatic_preset, without_preset_budget
+from configs.strangers import tame
 from configs.unread import unread
 from configs.validate import architecture_config, refuse_own_words, validate
 from naming import load
@@ -107,6 +110,7 @@ def prepare(argv: list[str]) -> Plan:
     saved = runs.saved_architecture(request.values, folder)
     begun_from = [] if saved else weights.sizes_given(request, nodes)
     preset = automatic_preset(request, nodes, saved, begun_from)
+    tame(nodes, request.implied, request.keys, request.notices)
     registry = Registry(use_presets=not preset and "preset" not in request.values)
     added = [_option(n, request, registry) for n in nodes]
     names = {model.option: model for model in added}
@@ -274,15 +278,23 @@ def _added(override: str) -> str:
 def _hide_secrets(request: Request, nodes: list[Node], overrides: list[str]) -> dict[str, str]:
     """Take secret environment variables out of what Hydra sees, prints and saves; returns them."""
     given = [n.values.get("env") for node in nodes for n in node.chain()]
-    secrets = {k: str(v) for env in given if isinstance(env, dict) for k, v in env.items() if is_secret(k)}
-    for key in [k for k in request.keys if k.startswith("env.") and is_secret(k)]:
+    secrets = {
+        str(k): v
+        for env in given
+        if isinstance(env, dict)
+        for k, v in env.items()
+        if is_secret(str(k)) or reads_secret(v)
+    }
+    of_line = [k for k in request.keys if k.startswith("env.")]
+    for key in [k for k in of_line if is_secret(k) or reads_secret(request.values.get(k))]:
         if key in request.sweeps:
             raise ConfigError(f"command line: {key} is a secret and cannot be swept over")
         if key in request.values:
-            secrets[key.removeprefix("env.")] = str(request.values[key])
+            secrets[key.removeprefix("env.")] = request.values[key]
             overrides[:] = [o for o in overrides if not o.startswith(f"++{key}=")]
+    values = {name: secret_value(name, given) for name, given in secrets.items()}
     overrides += [f"++env.{name}='{REDACTED}'" for name in secrets]
-    return {k: v for k, v in secrets.items() if v != REDACTED}
+    return {k: v for k, v in values.items() if v != REDACTED}
 
 
 def check(plan: Plan, tree: dict[str, Any], option: str | None = None) -> Checked:
@@ -290,6 +302,8 @@ def check(plan: Plan, tree: dict[str, Any], option: str | None = None) -> Checke
     that `validate` knows."""
     option = option or next(iter(plan.models))
     where: Callable[[str], str] = plan.where(option, tree)
+    if problems := [*misshapen(tree, where)]:
+        raise ConfigError(problems)
     tree.update(usable_paths(tree, where))
     folder = runs.named_folder(tree, plan.request.keys)
     saved = plan.saved or runs.saved_architecture(tree, folder)

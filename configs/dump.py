@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from configs.compose import Plan, tree_of
 from configs.files import CONFIGS, read
+from configs.formats.yaml_text import literal
 from configs.hydra_app import compose_unresolved
 from configs.messages import ConfigError
 from naming import did_you_mean
@@ -16,12 +18,15 @@ from naming import did_you_mean
 def job_text(plan: Plan) -> str:
     """The YAML text. Run as a file of its own it composes to the same; with --package, that part alone."""
     flags = dict(f.partition("=")[::2] for f in plan.request.flags)
-    tree = tree_of(plan) if "--resolve" in flags else compose_unresolved(plan.overrides)
+    tree = literal(tree_of(plan)) if "--resolve" in flags else compose_unresolved(plan.overrides)
     tree["model_cfg"] = _of_the_type(tree.get("type"), tree.get("model_cfg"))
     package = flags.get("--package", "_global_")
     if package == "_global_":
         return OmegaConf.to_yaml(OmegaConf.create({"defaults": ["training", "_self_"], **tree}))
-    part = OmegaConf.select(OmegaConf.create(tree), package)
+    try:
+        part = OmegaConf.select(OmegaConf.create(tree), package)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"command line: --package: {str(error).partition(chr(10))[0]}") from None
     if part is None:
         raise ConfigError(f"command line: --package: no '{package}' here.{did_you_mean(package, tree)}")
     return f"# @package {package}\n{OmegaConf.to_yaml(part)}" if OmegaConf.is_config(part) else f"{part}\n"

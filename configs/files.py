@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import hashlib
 import json
 import re
@@ -13,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
 
 import models
 from configs.defaults_list import parse_entry, placed
-from configs.formats import directives, gpt_keys, json_preset, legacy_py
+from configs.formats import directives, gpt_keys, json_preset, legacy_py, yaml_text
 from configs.messages import ARCHITECTURE_ALIASES, RENAMED, ConfigError, own_words
 from configs.schema import CHOICES
+from configs.shape import misshapen
 from naming import did_you_mean, expand_path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,6 +87,10 @@ class Node:
     notices: list[str] = dataclasses.field(default_factory=list)
     rows: dict[str, Any] = dataclasses.field(default_factory=dict)  # see `gpt_keys.ROWS`; {} in our own files
 
+    def place(self, key: str) -> str:
+        """Where a key stands, for messages."""
+        return f"{shown(self.path)}:{self.lines.get(key, 1)}"
+
     def chain(self) -> Iterator[Node]:
         """This file and its parents in the order in which they apply."""
         for parent in self.parents:
@@ -128,13 +131,13 @@ def read(path: Path, stack: tuple[Path, ...] = (), package: str = "", type_: str
         raise ConfigError(
             f"{shown(path)}:{lines['defaults']}: defaults must be a list, e.g. [training, _self_]"
         )
-    if "hydra" in values:
-        raise ConfigError(
-            f"{shown(path)}:{lines.get('hydra', 1)}: settings of Hydra cannot stand in a model file. Give them on the "
-            "command line, e.g. hydra.sweep.dir=<folder>; folders of further files by --config-dir=<folder>"
-        )
     at = lines.get("defaults", 1)
     values, lines = placed(values, lines, package)
+    if "hydra" in values:
+        raise ConfigError(
+            f"{shown(path)}:{lines.get('hydra', at)}: settings of Hydra cannot stand in a model file. Give them on the "
+            "command line, e.g. hydra.sweep.dir=<folder>; folders of further files by --config-dir=<folder>"
+        )
     folded, notices = _fold(path, values, lines)
     plain = not (folded or package) and all(isinstance(e, str) and _PLAIN.fullmatch(e) for e in entries)
     parents: list[Node | str] = []
@@ -159,6 +162,8 @@ def read_model(path: Path) -> Node:
             f"{shown(path)}:{node.lines['defaults']}: defaults lists _self_ before training, "
             "so training.yaml would override this file. Put _self_ last"
         )
+    if problems := [p for n in node.chain() for p in misshapen(n.values, n.place)]:
+        raise ConfigError(problems)
     return node
 
 
@@ -263,12 +268,14 @@ def _has_base(node: Node) -> bool:
 def _parse(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     try:
         text = path.read_text(encoding="utf-8")
-        values, tree = _parse_text(text)
+        values, tree = yaml_text.parse(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(f"{shown(path)}{line}: {place}{error.problem}") from None
+    except yaml_text.Unreadable as error:
+        raise ConfigError(f"{shown(path)}{f':{error.line}' if error.line else ''}: {error}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{shown(path)}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -288,14 +295,6 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         )
     own = {str(k): copy.deepcopy(v) for k, v in values.items()}
     return own, dict(_lines(tree, "")) if tree is not None else {}
-
-
-@functools.lru_cache(maxsize=256)
-def _parse_text(text: str) -> tuple[Any, yaml.Node | None]:
-    """Values, and the tree that knows their lines; neither is to be changed. Kept by their text, as every point of a
-    sweep reads the same files and YAML in pure Python takes tens of milliseconds each time."""
-    values = OmegaConf.to_container(OmegaConf.create(text) if text.strip() else OmegaConf.create({}))
-    return values, yaml.compose(text, Loader=yaml.SafeLoader)
 
 
 def _lines(tree: yaml.Node, prefix: str) -> Iterator[tuple[str, int]]:

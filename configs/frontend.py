@@ -11,7 +11,16 @@ from pathlib import Path
 
 import models
 from configs.files import FORMATS, check_option, choices, options, words_of
-from configs.grammar import entries, field_types, in_quotes, is_text, override_choices, parse_override, quoted
+from configs.grammar import (
+    entries,
+    field_types,
+    in_quotes,
+    is_text,
+    override_choices,
+    parse_override,
+    quoted,
+    refuse_endless,
+)
 from configs.hydra_words import (
     COMPLETION,
     FLAGS,
@@ -239,6 +248,7 @@ def _override(request: Request, word: str, spelled: str | None = None) -> None:
     prefix = "" if key in GENERIC_FIELDS else "++"
     parsed = parse_override(f"{prefix}{key}={quoted(key, value)}")
     if parsed.is_sweep_override():
+        refuse_endless(key, parsed)
         request.sweeps.add(key)
     else:
         request.values[key] = parsed.value()
@@ -255,6 +265,7 @@ def _setting(request: Request, word: str, key: str, value: str) -> None:
         request.flags += mode_flag(value)
         return
     check_plugin(key, value)
+    parse_override(word)
     request.settings[key] = value
     request.write(key, word)
 

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import types
 import typing
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Glob, Override
+from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, RangeSweep
 from hydra.errors import HydraException
 
 from configs.messages import ConfigError
 from configs.schema import GENERIC_FIELDS, RunConfig
 
+_MOST_POINTS = 1_000_000  # of one range
+
+
+def _parsed(text: str) -> Override:
+    """HydraException also for what its grammar takes and Python does not."""
+    try:
+        return OverridesParser.create().parse_override(text)
+    except ValueError:
+        raise HydraException("a number has too many digits") from None
+    except RecursionError:
+        raise HydraException("nested too deep") from None
+
 
 def parse_override(text: str) -> Override:
     """One `key=value`. ConfigError if Hydra's grammar has no place for the value."""
     try:
-        return OverridesParser.create().parse_override(text)
+        return _parsed(text)
     except HydraException as error:
         key, _, value = text.lstrip("+").partition("=")
         reason = str(error).splitlines()[0]
@@ -32,7 +45,7 @@ def word(key: str, value: object) -> str:
     """`key=value` as a word of our command line that means this text, in quotes where Hydra's grammar needs them."""
     text = str(value)
     try:
-        parsed = OverridesParser.create().parse_override(f"x={quoted(key, text)}")
+        parsed = _parsed(f"x={quoted(key, text)}")
         plain = not parsed.is_sweep_override() and parsed.value() == text
     except HydraException:
         plain = False
@@ -43,6 +56,21 @@ def word(key: str, value: object) -> str:
 def in_quotes(key: str, value: object) -> str:
     """The same as one types it in a shell."""
     return shlex.quote(word(key, value))
+
+
+def refuse_endless(key: str, parsed: Override) -> None:
+    """ConfigError for a range of which no list can be made."""
+    value = parsed.value()
+    if not isinstance(value, RangeSweep):
+        return
+    start, stop, step = (float(part or 0) for part in (value.start, value.stop, value.step))
+    count = (stop - start) / step if step else math.inf
+    if not abs(count) <= _MOST_POINTS:  # NaN neither
+        many = f"about {abs(count):.3g}" if math.isfinite(count) else "no end of"
+        raise ConfigError(
+            f"command line: {key}: {parsed.input_line.partition('=')[2]} has {many} values; {_MOST_POINTS:,} at most "
+            f"can stand in a sweep. {'A step that is not 0 is needed' if not step else 'Take a larger step'}"
+        )
 
 
 def override_choices(parsed: Override, available: list[str]) -> list[str]:
@@ -79,7 +107,7 @@ def quoted(key: str, value: str) -> str:
     if not is_text(key) or value[:1] in ("'", '"') or value == "null" or value.startswith("${"):
         return value
     try:
-        parsed = OverridesParser.create().parse_override(f"x={value}")
+        parsed = _parsed(f"x={value}")
         if parsed.is_sweep_override() or isinstance(parsed.value(), str):
             return value
         if key.startswith("env.") and isinstance(parsed.value(), list | dict):

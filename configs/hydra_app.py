@@ -19,6 +19,7 @@ from configs.files import ROOT, choices, options
 from configs.messages import ConfigError
 from configs.registry import AMENDMENTS
 from configs.schema import GENERIC_FIELDS
+from configs.secret import kept_secret
 from naming import did_you_mean
 
 APP = "mytrainer"
@@ -61,7 +62,10 @@ def register() -> None:
 def _hydra(where: Where) -> Iterator[None]:
     GlobalHydra.instance().clear()
     try:
-        with hydra.initialize_config_dir(config_dir=str(ROOT), version_base="1.3", job_name=APP):
+        with (
+            kept_secret(),
+            hydra.initialize_config_dir(config_dir=str(ROOT), version_base="1.3", job_name=APP),
+        ):
             yield
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_in_our_words(error, where)) from error
@@ -87,6 +91,7 @@ def _in_our_words(error: Exception, where: Where) -> str:
         name = missing[1]
         hint = did_you_mean(name, GENERIC_FIELDS)
         reason = f"${{{name}}} names no field" + (f".{hint}" if hint else "")
+    reason = reason.removeprefix("ValueError raised while resolving interpolation: ")  # of configs/secret.py
     return f"{where(key) or 'config'}: {key}: {reason}"
 
 

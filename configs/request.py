@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from configs.hydra_words import COMPLETION
@@ -22,6 +23,7 @@ class Request:
     spelled: dict[str, str] = dataclasses.field(default_factory=dict)  # every key given -> as it was written
     settings: dict[str, str] = dataclasses.field(default_factory=dict)  # Hydra's own: hydra.*
     sweeps: set[str] = dataclasses.field(default_factory=set)  # keys with more than one value
+    implied: Path | None = None  # the file of a run that stands for the model
     problems: list[str] = dataclasses.field(default_factory=list)
     notices: list[str] = dataclasses.field(default_factory=list)
     _written: dict[str, str] = dataclasses.field(default_factory=dict)  # key -> its override

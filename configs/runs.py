@@ -14,7 +14,7 @@ from configs.grammar import in_quotes
 from configs.messages import ConfigError, differences
 from configs.removed import REMOVED, YOUNGER
 from configs.request import Request
-from naming import did_you_mean
+from naming import did_you_mean, shorten_text
 
 RUNS = Path("checkpoints")  # of runs with a name
 OUTPUTS = Path("outputs")  # of those without
@@ -82,6 +82,7 @@ def implied_model(request: Request) -> str | None:
         if name not in request.keys and not re.search(rf"^{name}:", said, re.MULTILINE):
             request.overrides.append(f"{name}={before}")
             request.values[name] = before
+    request.implied = config.resolve()
     return str(config.absolute())
 
 
@@ -129,8 +130,28 @@ def saved_architecture(values: Mapping[str, Any], folder: Path | None) -> tuple[
         except (OSError, ValueError, RecursionError):
             continue
         if isinstance(saved, dict) and {"format", "type", "model_cfg"} <= saved.keys():
+            _refuse_damaged(saved, candidate)
             return saved, candidate
     return None
+
+
+_SAVED = {
+    "type": str,
+    "model_cfg": dict,
+    "model_adapter": str | None,
+    "train_seq_len": int,
+    "preset": str | None,
+}
+
+
+def _refuse_damaged(saved: Mapping[str, Any], source: Path) -> None:
+    """ConfigError where an entry of config.json is none that was written there."""
+    wrong = [name for name, kind in _SAVED.items() if name in saved and not isinstance(saved[name], kind)]
+    if wrong:
+        told = ", ".join(f"{name} is {shorten_text(repr(saved[name]))}" for name in wrong)
+        raise ConfigError(
+            f"{source} is not as this trainer writes it: {told}. Name another checkpoint of the run"
+        )
 
 
 @dataclass(frozen=True)

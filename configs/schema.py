@@ -8,6 +8,7 @@ wanted), closed (unknown keys are errors) and frozen.
 
 from __future__ import annotations
 
+import os
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -123,6 +124,23 @@ def env_strings(value: Any) -> Any:
     return {
         k: str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for k, v in value.items()
     }
+
+
+def no_variable(name: str, value: str) -> str:
+    """Why an environment cannot hold this, "" where it can."""
+    if not name or "=" in name or "\0" in name + value:
+        return f"{shorten_text(name)!r}: the name of a variable is not empty and has no '=', and neither has a NUL"
+    try:
+        os.fsencode(name + value)
+    except UnicodeEncodeError:
+        return f"{shorten_text(name)!r}: {shorten_text(value)!r} is not UTF-8 text"
+    return ""
+
+
+def _variables(env: dict[str, str]) -> dict[str, str]:
+    if problem := next((p for name, value in env.items() if (p := no_variable(name, value))), None):
+        raise ValueError(problem)
+    return env
 
 
 def kernel_mapping(value: Any) -> Any:
@@ -425,7 +443,9 @@ class RunConfig(BaseModel):
     wandb_project: Text = "mytrainer"
     wandb_run_name: Text | None = None
     use_tensorboard: bool = False
-    env: Annotated[dict[str, str], BeforeValidator(env_strings)] = Field(default_factory=dict)
+    env: Annotated[dict[str, str], BeforeValidator(env_strings), AfterValidator(_variables)] = Field(
+        default_factory=dict
+    )
 
 
 GENERIC_FIELDS: tuple[str, ...] = tuple(RunConfig.model_fields)

@@ -32,6 +32,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from configs.formats.yaml_text import literal
 from configs.grammar import in_quotes
 from configs.hardware import UNSET, process_count, process_group
 from configs.messages import REDACTED, ConfigError
@@ -104,7 +105,8 @@ def config_text(cfg: RunConfig, origin: str = "", *, of_this_start: bool = False
     lines = ["# The resolved configuration of this run. Running it again reproduces the run."]
     lines += [f"# Composed from {origin}"] if origin else []
     once = {} if of_this_start else {"resume": "none", "eval_only": False}
-    body = OmegaConf.to_yaml(OmegaConf.create({"defaults": ["training", "_self_"], **redacted(cfg), **once}))
+    said = literal({**redacted(cfg), **once})
+    body = OmegaConf.to_yaml(OmegaConf.create({"defaults": ["training", "_self_"], **said}))
     return "\n".join(lines) + "\n" + body
 
 
@@ -125,7 +127,7 @@ def with_absolute_paths(cfg: RunConfig) -> RunConfig:
 
 def read_config(path: Path) -> tuple[RunConfig, ModelConfig]:
     """The inverse of `config_text`, from a file. Raises ConfigError."""
-    tree = OmegaConf.to_container(OmegaConf.load(path))
+    tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     assert isinstance(tree, dict)
     return validate({str(k): v for k, v in tree.items() if k != "defaults"})
 
@@ -407,7 +409,7 @@ def worker_main(argv: list[str]) -> int:
         print(f"process {rank()} of {process_group()[1]}, pid {os.getpid()}", file=log, flush=True)
         faulthandler.enable(log)
         try:
-            env = OmegaConf.to_container(OmegaConf.load(config)).get("env") or {}  # type: ignore[union-attr]
+            env = OmegaConf.to_container(OmegaConf.load(config), resolve=True).get("env") or {}  # type: ignore[union-attr]
             apply_env(env)
             score = run_here(*read_config(config), folder, partial(config_text, origin=origin))
             status = 0

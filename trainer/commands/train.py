@@ -15,11 +15,13 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from configs.completion import asked_of, complete
 from configs.compose import Checked, Plan, check, prepare, tree_of, two_rates
 from configs.dump import job_text
 from configs.files import CONFIGS, ROOT, digest
+from configs.formats.yaml_text import literal
 from configs.grid import check_grid
 from configs.hardware import require_meeting_place
 from configs.help import help_text
@@ -27,7 +29,8 @@ from configs.hydra_app import APP, compose_hydra, sweep_folder
 from configs.hydra_words import is_setting
 from configs.messages import ConfigError
 from configs.runs import checkpoints, named_folder
-from configs.schema import env_strings
+from configs.schema import env_strings, no_variable
+from configs.secret import kept_secret
 from configs.validate import validate
 from configs.weights import take_sizes
 from trainer import clock
@@ -93,7 +96,7 @@ def _how_to_go_on(folder: Path) -> str:
 def _env(value: object) -> dict[str, str]:
     """The variables of a tree that is not checked yet; what is none is refused later."""
     given = env_strings(value) if isinstance(value, dict) else {}
-    return {k: v for k, v in given.items() if isinstance(v, str)}
+    return {k: v for k, v in given.items() if isinstance(v, str) and not no_variable(k, v)}
 
 
 def _say(plan: Plan) -> None:
@@ -110,7 +113,7 @@ def _show(plan: Plan) -> int:
         print(help_text())
         if len(plan.models) == 1 and not request.sweeps:
             print("This configuration; override anything in it (key=value):\n")
-            print(OmegaConf.to_yaml(OmegaConf.create(tree_of(plan))))
+            print(OmegaConf.to_yaml(OmegaConf.create(literal(tree_of(plan)))))
         return 0
     if request.completes and asked_of(request.overrides)[0] == "query":
         print("\n".join(complete(os.environ.get("COMP_LINE", ""))))
@@ -166,7 +169,7 @@ def _sweep(plan: Plan) -> int:
 def sweep_job(cfg: DictConfig) -> float:
     """One job of a sweep, wherever a Hydra launcher runs it; the training has a process of its own."""
     clock.start()
-    values = OmegaConf.to_container(cfg, resolve=True)
+    values = _resolved(cfg)
     assert isinstance(values, dict)
     job = HydraConfig.get()
     try:
@@ -181,6 +184,14 @@ def sweep_job(cfg: DictConfig) -> float:
     except launch.JobFailed as failed:
         failed.say()
         raise CompactHydraException(f"job {job.job.num}: {failed}") from None
+
+
+def _resolved(cfg: DictConfig) -> Any:
+    try:
+        with kept_secret():
+            return OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise CompactHydraException(str(error).partition("\n")[0]) from None
 
 
 def _origin(job: HydraConf) -> str:

@@ -1,0 +1,111 @@
+"""YAML that people wrote: values as OmegaConf reads them, and the tree that knows their lines.
+
+A few lines of aliases can stand for more values than memory holds, and OmegaConf follows each: what a file comes to is
+counted first.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf._utils import get_yaml_loader
+from omegaconf.errors import OmegaConfBaseException
+
+__all__ = ["Unreadable", "literal", "parse"]
+
+_MOST_VALUES = 100_000  # of a file, those behind aliases counted wherever they stand
+_MOST_NESTED = 50
+_MARK = re.compile(r"(\\*)\$\{")
+# What reading a value raises, besides YAML's own errors: of tags (`!!int x`), of marks (`${`), of endless numbers.
+_ERRORS = (OmegaConfBaseException, ValueError, TypeError, LookupError, ArithmeticError)
+
+
+class Unreadable(ValueError):
+    """A value that is none. `line`: where it stands, None if that is not known."""
+
+    def __init__(self, text: str, line: int | None = None) -> None:
+        super().__init__(text)
+        self.line = line
+
+
+@functools.lru_cache(maxsize=256)
+def parse(text: str) -> tuple[Any, yaml.Node | None]:
+    """Values and tree; neither is to be changed. Raises yaml.YAMLError or Unreadable. Kept by their text, as every
+    point of a sweep reads the same files and YAML in pure Python takes tens of milliseconds each time."""
+    try:
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+    except RecursionError:
+        raise Unreadable(f"lists and mappings are nested {_MOST_NESTED} deep at most") from None
+    if tree is None or isinstance(tree, yaml.ScalarNode):
+        return {}, tree
+    _measure(tree, {}, frozenset())
+    try:
+        return OmegaConf.to_container(OmegaConf.create(text)), tree
+    except _ERRORS as error:
+        blamed = next(_unreadable(tree), None)
+        raise (blamed or Unreadable(_first_line(error))) from None
+
+
+def literal(value: Any) -> Any:
+    """A value, mappings and lists included, in whose texts `${` is written so that reading gives these very letters."""
+    if isinstance(value, dict):
+        return {key: literal(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [literal(inner) for inner in value]
+    return _MARK.sub(r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def _measure(node: yaml.Node, known: dict[int, tuple[int, int]], above: frozenset[int]) -> tuple[int, int]:
+    """(values that a node comes to, how deep it is nested). Raises Unreadable where either is too much."""
+    if id(node) in known:
+        return known[id(node)]
+    line = node.start_mark.line + 1
+    if id(node) in above:
+        raise Unreadable("an alias leads back to where it stands", line)
+    if len(above) >= _MOST_NESTED:
+        raise Unreadable(f"lists and mappings are nested {_MOST_NESTED} deep at most", line)
+    count, depth = 1, 0
+    for inner in _inner(node):
+        more, below = _measure(inner, known, above | {id(node)})
+        count, depth = count + more, max(depth, below + 1)
+        if count > _MOST_VALUES:
+            raise Unreadable(f"its aliases come to more than {_MOST_VALUES:,} values", line)
+        if len(above) + depth > _MOST_NESTED:
+            raise Unreadable(f"lists and mappings are nested {_MOST_NESTED} deep at most", line)
+    known[id(node)] = count, depth
+    return known[id(node)]
+
+
+def _inner(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [part for pair in node.value for part in pair]
+    return node.value if isinstance(node, yaml.SequenceNode) else []
+
+
+def _unreadable(node: yaml.Node) -> Iterator[Unreadable]:
+    """What is wrong with each scalar that cannot be read."""
+    for inner in _inner(node):
+        yield from _unreadable(inner)
+    if not isinstance(node, yaml.ScalarNode):
+        return
+    try:
+        OmegaConf.create([get_yaml_loader()("").construct_object(node)])
+    except yaml.YAMLError:
+        raise  # which knows its place
+    except _ERRORS as error:
+        given = node.value if len(node.value) <= 60 else f"{node.value[:57]}..."
+        why = "" if isinstance(error, LookupError) else f": {_first_line(error)}"
+        kind = node.tag.rpartition(":")[2]
+        text = f"{given!r} cannot be read" + (f" as {kind}" if kind != "str" else "") + why
+        if "${" in node.value:
+            text += ". For these very letters write \\${"
+        yield Unreadable(text, node.start_mark.line + 1)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
