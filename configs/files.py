@@ -36,9 +36,28 @@ _PLAIN = re.compile(r"(?!optional )[^@]*(?<!\.yaml)(?<!\.yml)")  # an entry that
 
 
 def options(folder: str = "") -> list[str]:
-    """Names of the YAML files in `configs/<folder>`; the shared base is not among them."""
-    found = (p for p in sorted((CONFIGS / folder).iterdir()) if p.suffix in EXTENSIONS and p != BASE)
-    return [p.stem for p in found]
+    """Names of the YAML files in `configs/<folder>`; the shared base is not among them. Sizes in JSON are presets."""
+    found = {p.stem for p in (CONFIGS / folder).iterdir() if p.suffix in EXTENSIONS and p != BASE}
+    return sorted(found | (sizes() if folder == PRESETS.name else set()))
+
+
+def sizes() -> set[str]:
+    """Names of the JSON files in `configs/`."""
+    return {path.stem for path in CONFIGS.glob("*.json")}
+
+
+def option_path(group: str, name: str) -> Path:
+    """Where an option of a group is. A preset may also be any JSON file, by its path."""
+    if group == PRESETS.name and Path(name).suffix == ".json":
+        return Path(name)
+    path = CONFIGS / group / f"{name}.yaml"
+    return CONFIGS / f"{name}.json" if group == PRESETS.name and name in sizes() else path
+
+
+def read_option(group: str, name: str) -> Node:
+    """An option of a group. Raises ConfigError."""
+    path = option_path(group, name)
+    return _size(path, name) if path.suffix == ".json" else read(path)
 
 
 def choices(group: str) -> list[str]:
@@ -64,7 +83,9 @@ def description(path: Path) -> str:
 
 def describe(group: str, name: str) -> str:
     """One line about an option: what its file says, else the table's row."""
-    path = CONFIGS / group / f"{name}.yaml"
+    path = option_path(group, name)
+    if path.suffix == ".json":
+        return json_preset.description(path)
     return description(path) if path.is_file() else CHOICES[group].table[name].description
 
 
@@ -87,6 +108,7 @@ class Node:
     plain: bool  # Hydra's loader would read the same: nothing folded, every entry a plain name
     notices: list[str] = dataclasses.field(default_factory=list)
     rows: dict[str, Any] = dataclasses.field(default_factory=dict)  # see `gpt_keys.ROWS`; {} in our own files
+    size: str = ""  # the preset that it is
 
     def chain(self) -> Iterator[Node]:
         """This file and its parents in the order in which they apply."""
@@ -99,7 +121,7 @@ class Node:
     def stated(self, key: str, *, presets: bool = True) -> Any:
         """The value that the chain gives to a top-level key, `None` where it is missing or `???`. `presets`: whether
         those in the chain count."""
-        chain = [n for n in self.chain() if presets or n.path.parent != PRESETS]
+        chain = [n for n in self.chain() if presets or not n.size]
         values = [n.values[key] for n in chain if n.values.get(key) not in (None, "???")]
         return values[-1] if values else None
 
@@ -142,7 +164,8 @@ def read(path: Path, stack: tuple[Path, ...] = (), package: str = "", type_: str
         parents += _parents(path, at, entry, (*stack, path), package)
     if SELF not in parents:
         parents.append(SELF)
-    return Node(path, values, lines, parents, plain, notices)
+    size = path.stem if path.parent == PRESETS else ""
+    return Node(path, values, lines, parents, plain, notices, size=size)
 
 
 def read_model(path: Path) -> Node:
@@ -168,6 +191,14 @@ def _preset(path: Path) -> Node:
     base = read(CONFIGS / f"{json_preset.ARCHITECTURE}.yaml")
     rows = {"batch_size": values["global_batch_size"]}
     return Node(path, values, lines, [base, SELF], plain=False, notices=notices, rows=rows)
+
+
+def _size(path: Path, name: str) -> Node:
+    """The same file as a preset of this name: its sizes, whatever the architecture."""
+    values, lines, notices = json_preset.load(path, shown(path))
+    del values["type"]
+    values = {"preset": name, **values, **gpt_keys.WHOLE_STEPS}
+    return Node(path, values, lines, [SELF], plain=False, notices=notices, size=name)
 
 
 def _directives(path: Path, stack: tuple[Path, ...], type_: str | None) -> Node:
@@ -377,7 +408,10 @@ def _parents(path: Path, line: int, entry: Any, stack: tuple[Path, ...], package
     nodes: list[Node | str] = []
     for wanted in parse_entry(entry, where):
         found, tried = _find_parent(path, where, wanted.name)
-        if found is not None:
+        size = wanted.name.removeprefix(f"{PRESETS.name}/")
+        if found is None and size != wanted.name and size in sizes():
+            nodes.append(read_option(PRESETS.name, size))
+        elif found is not None:
             inner = ".".join(part for part in (package, wanted.package) if part)
             nodes.append(read(found, stack, inner))
         elif not wanted.optional:

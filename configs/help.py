@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 from configs.files import CONFIGS, choices, describe, description, options
+from configs.formats import json_preset
 
 
 def list_configs() -> list[tuple[str, str]]:
     """(name, one-line description) of every model file in configs/: those of sizes alone, of directives, and YAML."""
-    found = [(path.name, _of_json(path)) for path in sorted(CONFIGS.glob("*.json"))]
+    found = [(path.name, json_preset.description(path)) for path in sorted(CONFIGS.glob("*.json"))]
     found += [(path.name, description(path)) for path in sorted(CONFIGS.glob("*.config"))]
     return [*found, *((name, description(CONFIGS / f"{name}.yaml")) for name in options())]
-
-
-def _of_json(path: Path) -> str:
-    try:
-        stated = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError):
-        return ""  # what is wrong is said where it is read
-    return str(stated.get("description", "")) if isinstance(stated, dict) else ""
 
 
 def help_text() -> str:

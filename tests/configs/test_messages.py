@@ -129,7 +129,7 @@ CASES = [
     (["mine.yaml", "document_separator=' '"], ["document_separator: ", "a line of its own"]),
     (["mine.yaml", "data=text", "input_file=no.txt"], ["input_file: no such file or folder: no.txt"]),
     (["mine.yaml", "data=txt"], ["no data 'txt'. Did you mean 'text'? Available: bin, embedded, fineweb10B,"]),
-    (["mine.yaml", "preset=huge"], ["no preset 'huge'", "Available: 150M, 200M, 250M, nano, none, small, tiny"]),
+    (["mine.yaml", "preset=huge"], ["no preset 'huge'", "Available: 150M, 200M, 250M, code, nano, none, shak"]),
     (["mine.yaml", "tokenizer=gpt3"], ["tokenizer: 'gpt3' is not one of auto, byte, bpe-<N>"]),
     (["mine.yaml", "tokenizer=bpe-100"], ["tokenizer: 'bpe-100' is too small"]),
     (["mine.yaml", "resume=auto"], ["resume=auto needs model_name or output_dir"]),
