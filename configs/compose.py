@@ -120,7 +120,7 @@ def prepare(argv: list[str]) -> Plan:
     begun_from = [] if saved else weights.sizes_given(request, nodes)
     preset = automatic_preset(request, nodes, saved, begun_from)
     # The config.yaml of a run states all that a preset brought to it, whose file may be gone.
-    of_run = bool(saved and folder) and [n.path for n in nodes] == [(Path(folder) / "config.yaml").resolve()]
+    of_run = saved and folder and [n.path for n in nodes] == [(folder / "config.yaml").resolve()]
     registry = Registry(use_presets=not (preset or of_run or "preset" in request.values))
     added = [_option(n, request, registry) for n in nodes]
     names = {model.option: model for model in added}

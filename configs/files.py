@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 import models
 from configs.defaults_list import parse_entry, placed
-from configs.formats import directives, gpt_keys, json_preset, legacy_py
+from configs.formats import directives, gpt_keys, json_preset, legacy_py, yaml_words
 from configs.messages import ARCHITECTURE_ALIASES, RENAMED, ConfigError, own_words
 from configs.schema import CHOICES
 from naming import did_you_mean, expand_path
@@ -144,7 +144,7 @@ def read(path: Path, stack: tuple[Path, ...] = (), package: str = "", type_: str
         return _directives(path, stack, type_)
     if path.suffix == ".py":
         return _assignments(path, type_)
-    values, lines = _parse(path)
+    values, lines, otherwise = _parse(path)
     entries = values.pop("defaults", [])
     if not isinstance(entries, list):
         raise ConfigError(
@@ -158,7 +158,9 @@ def read(path: Path, stack: tuple[Path, ...] = (), package: str = "", type_: str
     at = lines.get("defaults", 1)
     values, lines = placed(values, lines, package)
     folded, notices = _fold(path, values, lines)
-    plain = not (folded or package) and all(isinstance(e, str) and _PLAIN.fullmatch(e) for e in entries)
+    plain = not (folded or package or otherwise) and all(
+        isinstance(e, str) and _PLAIN.fullmatch(e) for e in entries
+    )
     parents: list[Node | str] = []
     for entry in entries:
         parents += _parents(path, at, entry, (*stack, path), package)
@@ -291,10 +293,11 @@ def _has_base(node: Node) -> bool:
     return any(n.path.name == BASE.name for n in node.chain())
 
 
-def _parse(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+def _parse(path: Path) -> tuple[dict[str, Any], dict[str, int], bool]:
+    """Values of a file, their lines, and whether Hydra's loader would read others."""
     try:
         text = path.read_text(encoding="utf-8")
-        values, tree = _parse_text(text)
+        values, tree, otherwise = _parse_text(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -318,15 +321,16 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
             f"written. Leave it out; the list that names a file can place it: {path.stem}@{header['package']}"
         )
     own = {str(k): copy.deepcopy(v) for k, v in values.items()}
-    return own, dict(_lines(tree, "")) if tree is not None else {}
+    return own, dict(_lines(tree, "")) if tree is not None else {}, otherwise
 
 
 @functools.lru_cache(maxsize=256)
-def _parse_text(text: str) -> tuple[Any, yaml.Node | None]:
-    """Values, and the tree that knows their lines; neither is to be changed. Kept by their text, as every point of a
-    sweep reads the same files and YAML in pure Python takes tens of milliseconds each time."""
-    values = OmegaConf.to_container(OmegaConf.create(text) if text.strip() else OmegaConf.create({}))
-    return values, yaml.compose(text, Loader=yaml.SafeLoader)
+def _parse_text(text: str) -> tuple[Any, yaml.Node | None, bool]:
+    """See `yaml_words.load`; nothing of it is to be changed. Kept by its text, as every point of a sweep reads the same
+    files and YAML in pure Python takes tens of milliseconds each time."""
+    values, tree, otherwise = yaml_words.load(text)
+    values = {values: None} if isinstance(values, str) else values
+    return OmegaConf.to_container(OmegaConf.create({} if values is None else values)), tree, otherwise
 
 
 def _lines(tree: yaml.Node, prefix: str) -> Iterator[tuple[str, int]]:

@@ -30,6 +30,7 @@ from configs.hydra_words import (
 )
 from configs.messages import (
     ARCHITECTURE_ALIASES,
+    MOVED,
     RENAMED,
     ConfigError,
     suggest_key,
@@ -165,13 +166,13 @@ def _generic_flag(request: Request, name: str, key: str, value: str | None, rest
         _gpt_flag(request, name, key, value, of_gpt)
         return
     if field not in GENERIC_FIELDS and field.split(".")[0] not in _OPEN:
-        if field in REMOVED:
+        if value is None and rest and not rest[0].startswith("-") and "=" not in rest[0]:
+            rest.pop(0)  # its value: one problem, not two
+        if field in REMOVED or field in MOVED or ARCHITECTURE_ALIASES.get(field, field) in ARCHITECTURE_WORDS:
             raise ConfigError(unknown_key(field))
         names = (*GENERIC_FIELDS, "hydra_model_cfg", *sorted(gpt_flags.NAMES))
         hint = suggest_key(key, names, _ARCHITECTURE_PATHS)
         hint = hint.replace(" '", " '--")
-        if value is None and rest and not rest[0].startswith("-") and "=" not in rest[0]:
-            rest.pop(0)  # its value: one problem, not two
         raise ConfigError(f"command line: unknown option {name}.{hint}")
     switch = field in GENERIC_FIELDS and bool in field_types(field)
     _override(request, f"{key}={_value(name, value, rest, switch=switch)}")
@@ -352,6 +353,8 @@ def unknown_key(key: str, where: str = "command line") -> str:
     word = ARCHITECTURE_ALIASES.get(root, root)
     if word in ARCHITECTURE_WORDS and not leaf:
         return f"{where}: '{root}' is an architecture field here: set model_cfg.{word}"
+    if key in MOVED:
+        return f"{where}: '{key}' is an architecture field here: set model_cfg.{MOVED[key]}"
     return f"{where}: unknown key '{key}'.{suggest_key(key, GENERIC_FIELDS, _ARCHITECTURE_PATHS)}"
 
 

@@ -1,4 +1,4 @@
-"""A flat JSON object with the sizes of a GPT, as model files, where it is a `gpt2` of these sizes, and as presets of any type.
+"""A flat JSON object with the sizes of a GPT: as a model file a `gpt2` of these sizes, as a preset those of any type.
 
 Keys are turned one by one, nothing is computed from two of them: `n_layer` is `n_layers`, `n_embd` `d_model`, `n_head`
 `n_heads`, `block_size` the context and the length of rows, `batch_size` the rows of a step (`global_batch_size`).
