@@ -68,7 +68,7 @@ def choices(group: str) -> list[str]:
 def description(path: Path) -> str:
     """First comment line of a YAML file that says something; what is wrong with one that cannot be read."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         return f"invalid: not UTF-8 text ({error.reason} at byte {error.start})"
     except OSError as error:
@@ -76,7 +76,7 @@ def description(path: Path) -> str:
     for line in text.splitlines():
         if not line.startswith("#"):
             break
-        if "@package" not in line:
+        if "@package" not in line and "yaml-language-server:" not in line:
             return line.lstrip("# ").strip()
     return ""
 

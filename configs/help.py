@@ -23,7 +23,7 @@ def help_text() -> str:
     return f"""Train:  python mytrainer.py --hydra_model_cfg=configs/<name>.yaml [preset=<size>] [key=value]
 Sweep:  python mytrainer.py --hydra_model_cfg=a,b learning_rate=1e-3,3e-4 -m    (a process per point)
 Go on:  python mytrainer.py --model_name <name> [--num_iterations N]           (checkpoints/<name>)
-Other:  python mytrainer.py generate | eval | export | show | convert | bench | doctor | prepare --help
+Other:  python mytrainer.py generate | eval | export | show | convert | schema | bench | doctor | prepare --help
 
 Show instead of run: --cfg job [--resolve] [--package model_cfg], --info defaults-tree
 
