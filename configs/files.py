@@ -395,13 +395,19 @@ def _fold(path: Path, values: dict[str, Any], lines: dict[str, int]) -> tuple[bo
         if isinstance(values.get("model_cfg"), dict):
             accepted = _fold_fields(values["model_cfg"], "model_cfg.")
     except ConfigError as error:
-        raise ConfigError([f"{shown(path)}: {p}" for p in error.problems]) from None
+        raise ConfigError([f"{_at(path, lines, p)}: {p}" for p in error.problems]) from None
     if isinstance(values.get("kernels"), str):
         values["kernels"] = {"default": values["kernels"]}
         accepted.append(("kernels", "kernels.default"))
     for old, new in renamed + accepted:
         lines.setdefault(new, lines.get(old, 1))
     return bool(renamed or accepted), [f"{shown(path)}: '{old}' is read as '{new}'" for old, new in renamed]
+
+
+def _at(path: Path, lines: dict[str, int], problem: str) -> str:
+    """The place in a file of the last key that a problem names."""
+    named = [lines[word] for word in re.findall(r"[\w.]+\w", problem) if word in lines]
+    return f"{shown(path)}:{max(named)}" if named else shown(path)
 
 
 def _parents(path: Path, line: int, entry: Any, stack: tuple[Path, ...], package: str) -> list[Node | str]:

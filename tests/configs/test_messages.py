@@ -211,10 +211,10 @@ FILES = [
     ("defaults: [mine, _self_]\nmodel_cfg:\n  n_heads: 5", "mine.yaml:6", "nearest: 95, 100"),
     (
         "defaults: [mine, _self_]\nmodel_cfg: {d_model: 96, model_dim: 48}",
-        "x.yaml",
+        "x.yaml:2",
         "name the same field and differ",
     ),
-    ("defaults: [mine, _self_]\nseq_len: 3\ntrain_seq_len: 4", "x.yaml", "name the same field and differ"),
+    ("defaults: [mine, _self_]\nseq_len: 3\ntrain_seq_len: 4", "x.yaml:3", "name the same field and differ"),
     ("defaults: [mine, _self_]\npreset: huge", "x.yaml", "no preset 'huge'"),
     ("defaults: [mine, _self_]\nkernels: fast", "x.yaml:2", "kernels.default: 'fast' is not one of"),
     ("defaults: [mine, _self_]\nkernels: 3", "x.yaml:2", "kernels: expected mapping, got 3 (int)"),
