@@ -51,6 +51,7 @@ COMMANDS = {
     "show": "trainer.commands.show:main",
     "show_configs": "trainer.commands.show:main",
     "convert": "trainer.commands.convert:main",
+    "schema": "trainer.commands.schema:main",
     "bench": "trainer.commands.bench:main",
     "doctor": "trainer.commands.doctor:main",
     "prepare": "trainer.commands.prepare:main",

@@ -17,8 +17,20 @@ from typing import Any
 
 from configs import runs, weights
 from configs.choose import model_paths
-from configs.files import BASE, CONFIGS, EXTENSIONS, Locations, Node, digest, options, read, read_model, shown
-from configs.frontend import parse
+from configs.files import (
+    BASE,
+    CONFIGS,
+    EXTENSIONS,
+    Locations,
+    Node,
+    digest,
+    option_path,
+    options,
+    read_model,
+    read_option,
+    shown,
+)
+from configs.frontend import as_gpt, parse
 from configs.grammar import override_choices, parse_override
 from configs.hydra_app import MODEL_GROUP, compose_tree, register
 from configs.messages import REDACTED, ConfigError, is_secret, loads_code
@@ -54,7 +66,7 @@ class Plan:
             return Locations([], self.request.keys)
         model = self.models[option or next(iter(self.models))]
         chosen = [(g, tree.get(g)) for g in ("data", "preset") if g in self.request.values]
-        layers = [read(CONFIGS / g / f"{n}.yaml") for g, n in chosen if n in options(g)]
+        layers = [read_option(g, str(n)) for g, n in chosen if option_path(g, str(n)).is_file()]
         amendment = model.amendments.get(str(tree.get("preset"))) if "preset" in self.request.values else None
         layers += [amendment] if amendment else []
         return Locations([*model.layers, *layers], self.request.keys)
@@ -111,7 +123,9 @@ def prepare(argv: list[str]) -> Plan:
     begun_from = [] if saved else weights.sizes_given(request, nodes)
     preset = automatic_preset(request, nodes, saved, begun_from)
     tame(nodes, request.implied, request.keys, request.notices)
-    registry = Registry(use_presets=not preset and "preset" not in request.values)
+    # The config.yaml of a run states all that a preset brought to it, whose file may be gone.
+    of_run = saved and folder and [n.path for n in nodes] == [(folder / "config.yaml").resolve()]
+    registry = Registry(use_presets=not (preset or of_run or "preset" in request.values))
     added = [_option(n, request, registry) for n in nodes]
     names = {model.option: model for model in added}
     _explain_rows(request, nodes)
@@ -128,7 +142,8 @@ def prepare(argv: list[str]) -> Plan:
     if len(names) > 1:
         overrides = [_added(o) for o in overrides]
     secrets = _hide_secrets(request, nodes, overrides)
-    register()
+    register(request.sizes)
+    request.notices += _sizes_said(request)
     request.notices += [note for n in nodes for node in n.chain() for note in node.notices]
     return Plan(request, overrides, names, saved, secrets, list(dict.fromkeys(request.notices)))
 
@@ -147,6 +162,9 @@ def _models(request: Request) -> tuple[list[Node], str]:
         if not request.models and not request.needs_no_model:
             if request.problems:  # a word that could not be read may have been the model
                 return [], ""
+            if request.gpt_sizes.keys() - {"batch_size"} and not _goes_on(request):
+                as_gpt(request)
+                return _models(request)
             implied = weights.implied_model(request) or runs.implied_model(request) or _of_size(request)
             if implied is None:
                 raise ConfigError(
@@ -161,10 +179,22 @@ def _models(request: Request) -> tuple[list[Node], str]:
         return [], ""
 
 
+def _goes_on(request: Request) -> bool:
+    """Whether a command without a model names a run that is there, or weights that say theirs."""
+    folder = runs.run_meant(request)
+    named = bool(folder and (folder / "config.yaml").is_file())
+    return named or any(request.values.get(key) for key in ("preset", "init_from_checkpoint"))
+
+
 def _of_size(request: Request) -> str | None:
     """The model file of a command that names a size alone: a gpt2, where a JSON file is of that size."""
     path = CONFIGS / f"{request.values.get('preset')}.json"
     return str(path) if path.is_file() else None
+
+
+def _sizes_said(request: Request) -> list[str]:
+    """What the presets of one's own say of themselves, and of what they leave out."""
+    return [note for path in request.sizes.values() for note in read_option("preset", str(path)).notices]
 
 
 def _explain_rows(request: Request, nodes: list[Node]) -> None:

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ValidationError
 
 from naming import did_you_mean, not_one_of
 
+# Words that YAML 1.1 reads as truth values, and nothing else does.
+_SWITCHES = {"yes": "true", "on": "true", "no": "false", "off": "false"}
 _NAMES = {int: "int", float: "float", str: "str", bool: "bool", type(None): "null"}
 
 
@@ -98,6 +100,8 @@ def _shown(value: Any) -> str:
 def _hint(value: Any, annotation: Any) -> str:
     if isinstance(value, float) and value.is_integer() and int in _leaves(annotation):
         return f". Write {int(value)}"
+    if isinstance(value, str) and bool in _leaves(annotation) and value.lower() in _SWITCHES:
+        return f". Write {_SWITCHES[value.lower()]}"
     if isinstance(value, str) and {int, float} & set(_leaves(annotation)):
         try:
             return f". Write {float(value):g} without quotes"

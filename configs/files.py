@@ -35,9 +35,28 @@ _PLAIN = re.compile(r"(?!optional )[^@]*(?<!\.yaml)(?<!\.yml)")  # an entry that
 
 
 def options(folder: str = "") -> list[str]:
-    """Names of the YAML files in `configs/<folder>`; the shared base is not among them."""
-    found = (p for p in sorted((CONFIGS / folder).iterdir()) if p.suffix in EXTENSIONS and p != BASE)
-    return [p.stem for p in found]
+    """Names of the YAML files in `configs/<folder>`; the shared base is not among them. Sizes in JSON are presets."""
+    found = {p.stem for p in (CONFIGS / folder).iterdir() if p.suffix in EXTENSIONS and p != BASE}
+    return sorted(found | (sizes() if folder == PRESETS.name else set()))
+
+
+def sizes() -> set[str]:
+    """Names of the JSON files in `configs/`."""
+    return {path.stem for path in CONFIGS.glob("*.json")}
+
+
+def option_path(group: str, name: str) -> Path:
+    """Where an option of a group is. A preset may also be any JSON file, by its path."""
+    if group == PRESETS.name and Path(name).suffix == ".json":
+        return Path(name)
+    path = CONFIGS / group / f"{name}.yaml"
+    return CONFIGS / f"{name}.json" if group == PRESETS.name and name in sizes() else path
+
+
+def read_option(group: str, name: str) -> Node:
+    """An option of a group. Raises ConfigError."""
+    path = option_path(group, name)
+    return _size(path, name) if path.suffix == ".json" else read(path)
 
 
 def choices(group: str) -> list[str]:
@@ -48,7 +67,7 @@ def choices(group: str) -> list[str]:
 def description(path: Path) -> str:
     """First comment line of a YAML file that says something; what is wrong with one that cannot be read."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         return f"invalid: not UTF-8 text ({error.reason} at byte {error.start})"
     except OSError as error:
@@ -56,14 +75,16 @@ def description(path: Path) -> str:
     for line in text.splitlines():
         if not line.startswith("#"):
             break
-        if "@package" not in line:
+        if "@package" not in line and "yaml-language-server:" not in line:
             return line.lstrip("# ").strip()
     return ""
 
 
 def describe(group: str, name: str) -> str:
     """One line about an option: what its file says, else the table's row."""
-    path = CONFIGS / group / f"{name}.yaml"
+    path = option_path(group, name)
+    if path.suffix == ".json":
+        return json_preset.description(path)
     return description(path) if path.is_file() else CHOICES[group].table[name].description
 
 
@@ -86,6 +107,7 @@ class Node:
     plain: bool  # Hydra's loader would read the same: nothing folded, every entry a plain name
     notices: list[str] = dataclasses.field(default_factory=list)
     rows: dict[str, Any] = dataclasses.field(default_factory=dict)  # see `gpt_keys.ROWS`; {} in our own files
+    size: str = ""  # the preset that it is
 
     def place(self, key: str) -> str:
         """Where a key stands, for messages."""
@@ -102,7 +124,7 @@ class Node:
     def stated(self, key: str, *, presets: bool = True) -> Any:
         """The value that the chain gives to a top-level key, `None` where it is missing or `???`. `presets`: whether
         those in the chain count."""
-        chain = [n for n in self.chain() if presets or n.path.parent != PRESETS]
+        chain = [n for n in self.chain() if presets or not n.size]
         values = [n.values[key] for n in chain if n.values.get(key) not in (None, "???")]
         return values[-1] if values else None
 
@@ -125,7 +147,7 @@ def read(path: Path, stack: tuple[Path, ...] = (), package: str = "", type_: str
         return _directives(path, stack, type_)
     if path.suffix == ".py":
         return _assignments(path, type_)
-    values, lines = _parse(path)
+    values, lines, otherwise = _parse(path)
     entries = values.pop("defaults", [])
     if not isinstance(entries, list):
         raise ConfigError(
@@ -139,13 +161,16 @@ def read(path: Path, stack: tuple[Path, ...] = (), package: str = "", type_: str
             "command line, e.g. hydra.sweep.dir=<folder>; folders of further files by --config-dir=<folder>"
         )
     folded, notices = _fold(path, values, lines)
-    plain = not (folded or package) and all(isinstance(e, str) and _PLAIN.fullmatch(e) for e in entries)
+    plain = not (folded or package or otherwise) and all(
+        isinstance(e, str) and _PLAIN.fullmatch(e) for e in entries
+    )
     parents: list[Node | str] = []
     for entry in entries:
         parents += _parents(path, at, entry, (*stack, path), package)
     if SELF not in parents:
         parents.append(SELF)
-    return Node(path, values, lines, parents, plain, notices)
+    size = path.stem if path.parent == PRESETS else ""
+    return Node(path, values, lines, parents, plain, notices, size=size)
 
 
 def read_model(path: Path) -> Node:
@@ -173,6 +198,14 @@ def _preset(path: Path) -> Node:
     base = read(CONFIGS / f"{json_preset.ARCHITECTURE}.yaml")
     rows = {"batch_size": values["global_batch_size"]}
     return Node(path, values, lines, [base, SELF], plain=False, notices=notices, rows=rows)
+
+
+def _size(path: Path, name: str) -> Node:
+    """The same file as a preset of this name: its sizes, whatever the architecture."""
+    values, lines, notices = json_preset.load(path, shown(path))
+    del values["type"]
+    values = {"preset": name, **values, **gpt_keys.WHOLE_STEPS}
+    return Node(path, values, lines, [SELF], plain=False, notices=notices, size=name)
 
 
 def _directives(path: Path, stack: tuple[Path, ...], type_: str | None) -> Node:
@@ -265,10 +298,11 @@ def _has_base(node: Node) -> bool:
     return any(n.path.name == BASE.name for n in node.chain())
 
 
-def _parse(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+def _parse(path: Path) -> tuple[dict[str, Any], dict[str, int], bool]:
+    """Values of a file, their lines, and whether Hydra's loader would read others."""
     try:
         text = path.read_text(encoding="utf-8")
-        values, tree = yaml_text.parse(text)
+        values, tree, otherwise = yaml_text.parse(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -294,7 +328,7 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
             f"written. Leave it out; the list that names a file can place it: {path.stem}@{header['package']}"
         )
     own = {str(k): copy.deepcopy(v) for k, v in values.items()}
-    return own, dict(_lines(tree, "")) if tree is not None else {}
+    return own, dict(_lines(tree, "")) if tree is not None else {}, otherwise
 
 
 def _lines(tree: yaml.Node, prefix: str) -> Iterator[tuple[str, int]]:
@@ -359,13 +393,19 @@ def _fold(path: Path, values: dict[str, Any], lines: dict[str, int]) -> tuple[bo
         if isinstance(values.get("model_cfg"), dict):
             accepted = _fold_fields(values["model_cfg"], "model_cfg.")
     except ConfigError as error:
-        raise ConfigError([f"{shown(path)}: {p}" for p in error.problems]) from None
+        raise ConfigError([f"{_at(path, lines, p)}: {p}" for p in error.problems]) from None
     if isinstance(values.get("kernels"), str):
         values["kernels"] = {"default": values["kernels"]}
         accepted.append(("kernels", "kernels.default"))
     for old, new in renamed + accepted:
         lines.setdefault(new, lines.get(old, 1))
     return bool(renamed or accepted), [f"{shown(path)}: '{old}' is read as '{new}'" for old, new in renamed]
+
+
+def _at(path: Path, lines: dict[str, int], problem: str) -> str:
+    """The place in a file of the last key that a problem names."""
+    named = [lines[word] for word in re.findall(r"[\w.]+\w", problem) if word in lines]
+    return f"{shown(path)}:{max(named)}" if named else shown(path)
 
 
 def _parents(path: Path, line: int, entry: Any, stack: tuple[Path, ...], package: str) -> list[Node | str]:
@@ -376,7 +416,10 @@ def _parents(path: Path, line: int, entry: Any, stack: tuple[Path, ...], package
     nodes: list[Node | str] = []
     for wanted in parse_entry(entry, where):
         found, tried = _find_parent(path, where, wanted.name)
-        if found is not None:
+        size = wanted.name.removeprefix(f"{PRESETS.name}/")
+        if found is None and size != wanted.name and size in sizes():
+            nodes.append(read_option(PRESETS.name, size))
+        elif found is not None:
             inner = ".".join(part for part in (package, wanted.package) if part)
             nodes.append(read(found, stack, inner))
         elif not wanted.optional:

@@ -7,10 +7,13 @@ disk here except the folder listing of `configs/`. Problems are collected, not r
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 import models
-from configs.files import FORMATS, check_option, choices, options, words_of
+from configs import gpt_flags
+from configs.files import CONFIGS, FORMATS, ROOT, check_option, choices, options, words_of
 from configs.grammar import (
     entries,
     field_types,
@@ -36,6 +39,7 @@ from configs.hydra_words import (
 )
 from configs.messages import (
     ARCHITECTURE_ALIASES,
+    MOVED,
     RENAMED,
     ConfigError,
     suggest_key,
@@ -45,10 +49,10 @@ from configs.removed import REMOVED
 from configs.request import Request
 from configs.schema import GENERIC_FIELDS
 from configs.unread import overruled
-from naming import did_you_mean, not_one_of
+from naming import did_you_mean, expand_path, not_one_of
 
 MODEL_FLAGS = ("hydra_model_cfg", "model", "config", "config-name", "cn")
-COMMANDS = ("train", "generate", "eval", "export", "show", "convert", "bench", "doctor", "prepare")
+COMMANDS = ("train", "generate", "eval", "export", "show", "convert", "schema", "bench", "doctor", "prepare")
 GROUPS = ("preset", "data")
 SIZE_KEYS = ("n_layers", "d_model", "n_heads", "n_kv_heads", "ffn_hidden", "n_ctx")
 ARCHITECTURE_WORDS = {
@@ -74,6 +78,7 @@ def parse(argv: list[str]) -> Request:
         request.overrides = [word for word in argv if word not in COMPLETION]
         return request
     words = list(argv)
+    request.config_file = gpt_flags.config_file(words)
     while words:
         word = words.pop(0)
         try:
@@ -92,6 +97,7 @@ def parse(argv: list[str]) -> Request:
 def _settle(request: Request) -> None:
     """What only the whole line can tell."""
     try:
+        _config_file(request)
         request.values.update(usable_paths(request.values, lambda key: "command line"))
     except ConfigError as error:
         request.problems += error.problems
@@ -154,6 +160,9 @@ def _flag(request: Request, word: str, rest: list[str]) -> None:
     elif name in ("--config-dir", "-cd"):
         request.config_dir = value if equals else _next(name, rest)
         request.flags.append(f"--config-dir={request.config_dir}")
+    elif key == gpt_flags.CONFIG_FILE:
+        if not (value if equals else _next(name, rest)):
+            raise ConfigError(f"command line: {name} needs a value: {name}=<file>")
     else:
         _generic_flag(request, name, key, value if equals else None, rest)
 
@@ -161,21 +170,81 @@ def _flag(request: Request, word: str, rest: list[str]) -> None:
 def _generic_flag(request: Request, name: str, key: str, value: str | None, rest: list[str]) -> None:
     """`--key=value`, `--key value`, and `--key` alone for a field that is true or false."""
     field = RENAMED.get(key, key)
+    if (of_gpt := key in gpt_flags.NAMES) or key in gpt_flags.SIZES:
+        value = _value(name, value, rest, switch=key in gpt_flags.SWITCHES)
+        _gpt_flag(request, name, key, value, of_gpt)
+        return
     if field not in GENERIC_FIELDS and field.split(".")[0] not in _OPEN:
-        if field in REMOVED:
-            raise ConfigError(unknown_key(field))
-        hint = suggest_key(key, (*GENERIC_FIELDS, "hydra_model_cfg"), _ARCHITECTURE_PATHS)
-        hint = hint.replace(" '", " '--")
         if value is None and rest and not rest[0].startswith("-") and "=" not in rest[0]:
             rest.pop(0)  # its value: one problem, not two
+        if field in REMOVED or field in MOVED or ARCHITECTURE_ALIASES.get(field, field) in ARCHITECTURE_WORDS:
+            raise ConfigError(unknown_key(field))
+        names = (*GENERIC_FIELDS, "hydra_model_cfg", *sorted(gpt_flags.NAMES))
+        hint = suggest_key(key, names, _ARCHITECTURE_PATHS)
+        hint = hint.replace(" '", " '--")
         raise ConfigError(f"command line: unknown option {name}.{hint}")
-    if value is None:
-        is_switch = field in GENERIC_FIELDS and bool in field_types(field)
-        follows = bool(rest) and not rest[0].startswith("--") and "=" not in rest[0]
-        value = rest.pop(0) if rest and (follows or not is_switch) else ("true" if is_switch else "")
-        if value == "":
-            raise ConfigError(f"command line: {name} needs a value: {name}=<value>")
-    _override(request, f"{key}={value}")
+    switch = field in GENERIC_FIELDS and bool in field_types(field)
+    _override(request, f"{key}={_value(name, value, rest, switch=switch)}")
+
+
+def _value(name: str, value: str | None, rest: list[str], *, switch: bool) -> str:
+    """What an option is given, behind `=` or as the next word. `switch`: alone it is true."""
+    if value is not None:
+        return value
+    follows = bool(rest) and not rest[0].startswith("--") and "=" not in rest[0]
+    value = rest.pop(0) if rest and (follows or not switch) else ("true" if switch else "")
+    if value == "":
+        raise ConfigError(f"command line: {name} needs a value: {name}=<value>")
+    return value
+
+
+def _gpt_flag(request: Request, name: str, key: str, value: str, of_gpt: bool) -> None:
+    """An option that GPT trainers have; `of_gpt`: and our fields have not."""
+    if key in gpt_flags.SIZES and gpt_flags.is_size(request.config_file):
+        request.notices.append(f"ignored {name} {value}: the architecture comes from {request.config_file}")
+        return
+    if key in gpt_flags.SIZES:
+        request.gpt_sizes[key] = value
+    try:
+        words = gpt_flags.overrides(key, value) if of_gpt else [f"{key}={value}"]
+    except ValueError as error:
+        raise ConfigError(f"command line: {name}: {str(error).removeprefix(f'{key}: ')}") from None
+    for word in words:
+        _override(request, word, name if of_gpt else None)
+
+
+def _config_file(request: Request) -> None:
+    """The file of `--config_file`: the model, or where another is chosen, the size of that one."""
+    given = request.config_file
+    if not given:
+        return
+    if not request.models:
+        _model(request, f"--{gpt_flags.CONFIG_FILE}", given)
+    elif gpt_flags.is_size(given):
+        request.claim("preset", f"--{gpt_flags.CONFIG_FILE}")
+        request.values["preset"], chosen = _size(request, given)
+        request.write("preset", f"configs/preset={chosen}")
+    else:
+        raise ConfigError(
+            f"command line: --{gpt_flags.CONFIG_FILE}: {given} is a model file, and --hydra_model_cfg names one "
+            "already. Leave one of them out, or give sizes in JSON"
+        )
+
+
+def as_gpt(request: Request) -> None:
+    """Sizes without a model: a `gpt2`, and what is left out as GPT trainers have it."""
+    request.models.append("gpt2")
+    left_out = {key: value for key, value in gpt_flags.SIZES.items() if key not in request.gpt_sizes}
+    for key, value in left_out.items():
+        if key != "batch_size":
+            _gpt_flag(request, f"--{key}", key, value, of_gpt=True)
+    if not {"global_batch_size", "gradient_accumulation_steps"} & request.keys:
+        rows = request.withdraw("batch_size") or gpt_flags.SIZES["batch_size"]
+        _override(request, f"global_batch_size={rows}", "--batch_size")
+    if "preset" not in request.values:
+        _override(request, "preset=none")
+    told = ", ".join(f"--{key} {value}" for key, value in left_out.items() if value != "null")
+    request.notices.append("no model chosen: gpt2 of these sizes" + (f", with {told}" if told else ""))
 
 
 def _model(request: Request, name: str, value: str) -> None:
@@ -295,6 +364,8 @@ def unknown_key(key: str, where: str = "command line") -> str:
     word = ARCHITECTURE_ALIASES.get(root, root)
     if word in ARCHITECTURE_WORDS and not leaf:
         return f"{where}: '{root}' is an architecture field here: set model_cfg.{word}"
+    if key in MOVED:
+        return f"{where}: '{key}' is an architecture field here: set model_cfg.{MOVED[key]}"
     return f"{where}: unknown key '{key}'.{suggest_key(key, GENERIC_FIELDS, _ARCHITECTURE_PATHS)}"
 
 
@@ -310,8 +381,12 @@ def _deletion(request: Request, key: str) -> None:
 def _group(request: Request, group: str, value: str) -> None:
     parsed = parse_override(f"configs/{group}={value}")
     names = override_choices(parsed, choices(group))
-    for name in names if group != "preset" else [n for n in names if n != "auto"]:
-        check_option(group, name, "command line")
+    if group == "preset" and any(Path(name).suffix == ".json" for name in names):
+        names, chosen = map(list, zip(*(_size(request, name) for name in names), strict=True))
+        parsed = parse_override(f"configs/{group}={','.join(chosen)}")
+    else:
+        for name in names if group != "preset" else [n for n in names if n != "auto"]:
+            check_option(group, name, "command line")
     if len(names) > 1 or parsed.is_sweep_override():
         request.sweeps.add(group)
         if "auto" in names:
@@ -323,4 +398,30 @@ def _group(request: Request, group: str, value: str) -> None:
     else:
         request.values[group] = names[0]
         if names[0] != "auto":
-            request.write(group, f"configs/{group}={names[0]}")
+            request.write(group, parsed.input_line or "")
+
+
+def _size(request: Request, given: str) -> tuple[str, str]:
+    """A preset as it is recorded, by its name or the path of its file, and as Hydra chooses it."""
+    if Path(given).suffix != ".json":
+        return given, given if given == "auto" else check_option("preset", given, "command line")
+    try:
+        path = expand_path(given)
+    except ValueError as error:
+        raise ConfigError(f"command line: preset: {error}") from None
+    tried = [Path(os.path.abspath(base / path)) for base in (Path.cwd(), ROOT)]
+    found = next((t for t in tried if t.is_file()), None)
+    if found is None:
+        raise ConfigError(
+            f"command line: preset: no such file: {given} (tried {' and '.join(map(str, tried))})."
+            + did_you_mean(path.stem, choices("preset"))
+        )
+    if found.parent == CONFIGS:
+        return found.stem, found.stem
+    stem = name = re.sub(r"[^A-Za-z0-9_-]+", "_", found.stem) or "size"
+    number = 1
+    while name in options("preset") or request.sizes.get(name, found) != found:
+        number += 1
+        name = f"{stem}-{number}"
+    request.sizes[name] = found
+    return str(found), name

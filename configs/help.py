@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 from configs.files import CONFIGS, choices, describe, description, options
+from configs.formats import json_preset
 
 
 def list_configs() -> list[tuple[str, str]]:
     """(name, one-line description) of every model file in configs/: those of sizes alone, of directives, and YAML."""
-    found = [(path.name, _of_json(path)) for path in sorted(CONFIGS.glob("*.json"))]
+    found = [(path.name, json_preset.description(path)) for path in sorted(CONFIGS.glob("*.json"))]
     found += [(path.name, description(path)) for path in sorted(CONFIGS.glob("*.config"))]
     return [*found, *((name, description(CONFIGS / f"{name}.yaml")) for name in options())]
-
-
-def _of_json(path: Path) -> str:
-    try:
-        stated = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError):
-        return ""  # what is wrong is said where it is read
-    return str(stated.get("description", "")) if isinstance(stated, dict) else ""
 
 
 def help_text() -> str:
@@ -33,7 +23,7 @@ def help_text() -> str:
     return f"""Train:  python mytrainer.py --hydra_model_cfg=configs/<name>.yaml [preset=<size>] [key=value]
 Sweep:  python mytrainer.py --hydra_model_cfg=a,b learning_rate=1e-3,3e-4 -m    (a process per point)
 Go on:  python mytrainer.py --model_name <name> [--num_iterations N]           (checkpoints/<name>)
-Other:  python mytrainer.py generate | eval | export | show | convert | bench | doctor | prepare --help
+Other:  python mytrainer.py generate | eval | export | show | convert | schema | bench | doctor | prepare --help
 
 Show instead of run: --cfg job [--resolve] [--package model_cfg], --info defaults-tree
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
@@ -15,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
-from configs.files import ROOT, choices, options
+from configs.files import ROOT, choices, options, read_option, sizes
 from configs.messages import ConfigError
 from configs.registry import AMENDMENTS
 from configs.schema import GENERIC_FIELDS
@@ -30,8 +31,9 @@ _LIST_FOR_MAPPING = re.compile(
 )
 
 
-def register() -> None:
-    """Store the root config: three group choices and Hydra's own settings."""
+def register(own: Mapping[str, Path]) -> None:
+    """Store the root config: three group choices and Hydra's own settings. `own`: presets that are files of one's own,
+    by their option. ConfigError for what is wrong with one of these."""
     settings: dict[str, Any] = {
         "job": {"name": APP, "chdir": False},
         # By the clock to be found, and by a number of its own: two sweeps may start in one second.
@@ -54,8 +56,19 @@ def register() -> None:
     }
     store = ConfigStore.instance()
     store.store(name=APP, node=node)
+    for name in sizes():
+        with suppress(ConfigError):  # it is of who asks for that one
+            _store_size(name, name)
+    for option, path in own.items():
+        _store_size(option, str(path))
     for name in set(choices("data")) - set(options("data")):  # rows of the table need no file
         store.store(group="configs/data", name=name, node={"data": name}, package="_global_")
+
+
+def _store_size(option: str, name: str) -> None:
+    """A JSON file as an option of the group of presets."""
+    values = read_option("preset", name).values
+    ConfigStore.instance().store(group="configs/preset", name=option, node=values, package="_global_")
 
 
 @contextmanager

@@ -62,21 +62,48 @@ SYNONYMS = {
     "wandb_name": "wandb_run_name",
     "tensorboard": "use_tensorboard",
 }
+# Fields of a model that other projects have beside the generic ones -> what an architecture calls them.
+MOVED = {
+    "n_mtp_tokens": "n_mtp_tokens",
+    "use_deepseek_mtp": "use_deepseek_mtp",
+    "sliding_window_size": "sliding_window",
+    "num_selected_blocks": "num_selected_blocks",
+    "compress_block_size": "compress_block_size",
+    "selection_block_size": "selection_block_size",
+}
+_NO_SHARDS = (
+    "every process of num_gpus holds all weights, and gradients are averaged; weights are not sharded. What does not "
+    "fit takes gradient_checkpointing=true, or fewer rows at a time (batch_size)"
+)
+_OTHER_TEXT = (
+    "text is data=<source> with its files (input_file, train_files), and data_root leads relative paths"
+)
 _NO_FP8 = "products in FP8 are not offered, mixed_precision=bf16 is the narrowest format here"
 # Fields of other code that are none here, by the last part of their name -> what to use, or why there is nothing.
 NO_FIELDS = {
+    "BLOCK_SIZE": "tiles of kernels follow from shape and GPU (bench kernels --tune finds them). How attention is "
+    "computed is a choice of the run: kernels.attention",
+    "IS_MODAL": _OTHER_TEXT,
+    "bfloat16": "weights are fp32, and what is computed in 16 bits is a choice of the run: mixed_precision=bf16. "
+    "Weights in files: save_precision=bf16",
     "dispatch": "how experts are computed is a choice of the run: kernels.grouped_linear=reference loops over them, "
     "auto takes what suits the device",
     "decode": "how text is written is said where it is: generate --speculative",
+    "distributed_strategy": _NO_SHARDS,
     "dummy": "in the code that hnet_x_nsa follows it put plain attention in the place of a GPU's, to try shapes out "
     "on a CPU. Here every model runs on either, and kernels.attention chooses",
     "eos_id": "the token that ends a document is the tokenizer's; of bytes it is 256, and begins the next one too",
     "fp8_mlp": _NO_FP8,
+    "fsdp_sharding_strategy": _NO_SHARDS,
+    "local_data_path": _OTHER_TEXT,
     "memory_efficient": "logits of one head exist at a time in any case. How its loss is computed is a choice of the "
     "run: kernels.linear_cross_entropy",
+    "modal_data_path": _OTHER_TEXT,
     "pad_id": "what fills a row or a patch up stands for no id, and nothing sees it",
     "proj_fp8": _NO_FP8,
     "spec_heads": "how many tokens are drafted is said where text is written: generate --speculative --draft N",
+    "use_adam_mini": "Adam-mini is not offered. optimizer=muon keeps half of Adam's state for matrices, optimizer=sgd "
+    "for everything",
     "use_fp8": _NO_FP8,
     "use_liger": "how the loss of a head is computed is a choice of the run: kernels.linear_cross_entropy",
 }

@@ -18,7 +18,17 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
-from configs.files import BASE, CONFIGS, PRESETS, SELF, Node, check_option, options, read, shown
+from configs.files import (
+    BASE,
+    CONFIGS,
+    SELF,
+    Node,
+    check_option,
+    options,
+    read,
+    read_option,
+    shown,
+)
 from configs.messages import ConfigError
 from configs.schema import STEPS
 
@@ -88,7 +98,7 @@ class Registry:
             return name
         defaults: list[str] = []
         for parent in node.parents:
-            if isinstance(parent, Node) and parent.path.parent == PRESETS:
+            if isinstance(parent, Node) and parent.size:
                 defaults += self._preset(parent, model)
             elif isinstance(parent, Node):
                 defaults.append(self._option(parent, model))
@@ -96,7 +106,7 @@ class Registry:
                 preset = node.values.get("preset")
                 if self.use_presets and preset not in (None, "auto"):
                     check_option("preset", preset, shown(node.path))
-                    defaults += self._preset(read(PRESETS / f"{preset}.yaml"), model)
+                    defaults += self._preset(read_option("preset", preset), model)
                 defaults.append(SELF)
                 model.layers.append(node)
         values = {**(extra or {}), **node.values}
@@ -107,7 +117,7 @@ class Registry:
 
     def _preset(self, node: Node, model: Model) -> list[str]:
         """Entries of `defaults` for a preset that a file names, and for what amends it."""
-        preset = node.path.stem
+        preset = node.size
         model.layers.append(node)
         if preset not in model.amendments:
             return [f"preset/{preset}"]
@@ -116,9 +126,7 @@ class Registry:
 
     def _untouched(self, node: Node) -> bool:
         # Only our own loader applies a preset that a file names.
-        named = (
-            n.path.parent == PRESETS or n.values.get("preset") not in (None, "auto") for n in node.chain()
-        )
+        named = (n.size or n.values.get("preset") not in (None, "auto") for n in node.chain())
         return node.native() and not any(named)
 
     def _unique(self, path: Path) -> str:

@@ -24,6 +24,13 @@ class Request:
     settings: dict[str, str] = dataclasses.field(default_factory=dict)  # Hydra's own: hydra.*
     sweeps: set[str] = dataclasses.field(default_factory=set)  # keys with more than one value
     implied: Path | None = None  # the file of a run that stands for the model
+    sizes: dict[str, Path] = dataclasses.field(
+        default_factory=dict
+    )  # presets of one's own: option -> JSON file
+    config_file: str = ""  # of --config_file
+    gpt_sizes: dict[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # --n_layer and the like: key -> value
     problems: list[str] = dataclasses.field(default_factory=list)
     notices: list[str] = dataclasses.field(default_factory=list)
     _written: dict[str, str] = dataclasses.field(default_factory=dict)  # key -> its override
@@ -74,6 +81,16 @@ class Request:
             self.sweeps.discard(key)
             self.values.pop(key, None)
         self.spelled[key] = spelled
+
+    def withdraw(self, key: str) -> str:
+        """Take a key back, as if it had not been given; its value in Hydra's grammar, "" if it was not."""
+        value = self.written(key) if key in self._written else ""
+        if value:
+            self.overrides.remove(self._written.pop(key))
+        self.spelled.pop(key, None)
+        self.values.pop(key, None)
+        self.sweeps.discard(key)
+        return value
 
     def write(self, key: str, override: str) -> None:
         """The override of a key that was claimed."""

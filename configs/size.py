@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.files import CONFIGS, Node, description, options, shown
+from configs.files import CONFIGS, Node, describe, options, shown
 from configs.frontend import SIZE_KEYS
 from configs.hardware import uses_cuda
 from configs.messages import ConfigError
@@ -52,7 +52,7 @@ def automatic_preset(
     if any(on_a_base(n.stated("type"), n.stated("model_adapter")) for n in nodes):
         request.notices.append(f"preset auto: {preset} ({why}): rows and steps; sizes are those of the base")
         return preset
-    size = description(CONFIGS / "preset" / f"{preset}.yaml").split(".")[0].split(",")[0]
+    size = describe("preset", preset).split(".")[0].split(",")[0]
     command = command_line(f"--hydra_model_cfg={','.join(shown(n.path) for n in nodes)}", "preset=none")
     request.notices.append(f"preset auto: {preset} ({why}, embedded corpus; {size}). Full size: {command}")
     return preset

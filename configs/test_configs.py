@@ -29,7 +29,7 @@ from omegaconf import OmegaConf  # noqa: E402
 
 import models  # noqa: E402
 from configs.compose import compose, compose_tree, model_config_class, prepare  # noqa: E402
-from configs.files import BASE, CONFIGS, DATA_FORMATS, choices, options, read  # noqa: E402
+from configs.files import BASE, CONFIGS, DATA_FORMATS, choices, option_path, options, read  # noqa: E402
 from configs.frontend import GROUPS  # noqa: E402
 from configs.messages import ConfigError  # noqa: E402
 from configs.schema import CHOICES, RunConfig, redacted  # noqa: E402
@@ -181,8 +181,11 @@ def check_option(group: str, name: str) -> None:
     """An option file composes over any model, and says so in its own field."""
     words = _needed(name) if group == "data" else []
     assert getattr(_compose(f"model={_architectures()[0]}", f"{group}={name}", *words), group) == name
-    text = (CONFIGS / group / f"{name}.yaml").read_text(encoding="utf-8")
-    assert text.startswith("# @package _global_\n"), "must begin with '# @package _global_'"
+    path = option_path(group, name)
+    text = path.read_text(encoding="utf-8")
+    assert path.suffix == ".json" or text.startswith("# @package _global_\n"), (
+        "must begin with '# @package _global_'"
+    )
 
 
 def check_mistake(words: list[str], message: str) -> None:
@@ -216,7 +219,7 @@ def checks(build: bool) -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"configs/{path.relative_to(CONFIGS)}", functools.partial(check_own_file, path, build)
     for group in GROUPS:
         for name in filter(_composes, options(group)):
-            yield f"configs/{group}/{name}.yaml", functools.partial(check_option, group, name)
+            yield f"{group}={name}", functools.partial(check_option, group, name)
     for path in sorted((CONFIGS / "preset" / "for").glob("*.yaml")):
         yield f"configs/{path.relative_to(CONFIGS)}", functools.partial(read, path)
     for words, message in MISTAKES:

@@ -14,11 +14,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from configs.explain import explain
-from configs.files import CONFIGS, fold_names, fold_type
+from configs.files import fold_names, fold_type, option_path, read_option
 from configs.frontend import unknown_key
 from configs.hardware import launched, process_group, uses_cuda, world_size
 from configs.messages import ARCHITECTURE_ALIASES, RENAMED, ConfigError, suggest_key
@@ -456,19 +455,25 @@ def _drop_preset_extras(
 ) -> dict[str, Any]:
     """`model_cfg` without the sizes that a preset brought and this architecture has no counterpart for. What the
     command line says stays, though the preset says the same: it is an unknown key there."""
-    file = CONFIGS / "preset" / f"{run.preset}.yaml"
-    if not file.is_file():
+    # A run that goes on has the architecture that it has, whatever became of the file.
+    if run.resume != "none" or not option_path("preset", run.preset).is_file():
         return run.model_cfg
-    brought = OmegaConf.select(OmegaConf.load(file), "model_cfg") or {}
+    brought = read_option("preset", run.preset).values.get("model_cfg") or {}
+    of_tokens = {"vocab_size"} if config_class.unit == "byte" else set()
     extras = {
         k
         for k, v in run.model_cfg.items()
-        if (k not in config_class.model_fields or k in config_class.elsewhere)
+        if (k not in config_class.model_fields or k in config_class.elsewhere or k in of_tokens)
         and brought.get(k, ...) == v
         and where(f"model_cfg.{k}") != "command line"
     }
+    if extras & of_tokens:
+        notices.append(
+            f"preset {run.preset}: {run.type} reads bytes, whose vocabulary is its own; vocab_size left out"
+        )
     # What it turns off is missed by nobody.
-    if missed := sorted(k for k in extras - config_class.own_sizes - config_class.elsewhere if brought[k]):
+    told = config_class.own_sizes | config_class.elsewhere | of_tokens
+    if missed := sorted(k for k in extras - told if brought[k]):
         notices.append(f"preset {run.preset}: {run.type} has no {', '.join(missed)}; left out")
     return {k: v for k, v in run.model_cfg.items() if k not in extras}
 

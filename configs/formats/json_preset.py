@@ -1,4 +1,4 @@
-"""A flat JSON object with the sizes of a GPT, as model files: it is a `gpt2` of these sizes.
+"""A flat JSON object with the sizes of a GPT: as a model file a `gpt2` of these sizes, as a preset those of any type.
 
 Keys are turned one by one, nothing is computed from two of them: `n_layer` is `n_layers`, `n_embd` `d_model`, `n_head`
 `n_heads`, `block_size` the context and the length of rows, `batch_size` the rows of a step (`global_batch_size`).
@@ -55,6 +55,15 @@ def load(path: Path, where: str) -> tuple[dict[str, Any], dict[str, int], list[s
             (values[root] if root else values)[leaf] = value
             lines[field] = places.get(key, 1)
     return values, lines, notices
+
+
+def description(path: Path) -> str:
+    """What a file says that it is, "" where it says nothing; what is wrong with it is said where it is read."""
+    try:
+        stated = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
+        return ""
+    return str(stated.get("description", "")) if isinstance(stated, dict) else ""
 
 
 def _parse(path: Path, where: str) -> tuple[dict[str, Any], dict[str, int]]:

@@ -1,7 +1,11 @@
-"""YAML that people wrote: values as OmegaConf reads them, and the tree that knows their lines.
+"""YAML that people wrote: its values, and the tree that knows their lines.
 
 A few lines of aliases can stand for more values than memory holds, and OmegaConf follows each: what a file comes to is
 counted first.
+
+Bare words mean what they mean in every other format and on the command line. YAML 1.1, which PyYAML reads, takes `010`
+for 8, `12:30` for 750, `0b11` for 3 and `on` for true; YAML 1.2, JSON and Hydra's grammar do not. Here they are text,
+which a field that wants a number or a truth value refuses.
 """
 
 from __future__ import annotations
@@ -20,6 +24,10 @@ __all__ = ["Unreadable", "literal", "parse"]
 
 _MOST_VALUES = 100_000  # of a file, those behind aliases counted wherever they stand
 _MOST_NESTED = 50
+_TEXT = "tag:yaml.org,2002:str"
+_NULL = "tag:yaml.org,2002:null"
+_OTHERWISE = re.compile(r"(?i:yes|no|on|off)|[+-]?0[0-9_].*|[+-]?0[xXbB].*|[^.].*:.*", re.DOTALL)
+_Base: Any = get_yaml_loader()  # that of OmegaConf, which refuses keys given twice
 _MARK = re.compile(r"(\\*)\$\{")
 # What reading a value raises, besides YAML's own errors: of tags (`!!int x`), of marks (`${`), of endless numbers.
 _ERRORS = (OmegaConfBaseException, ValueError, TypeError, LookupError, ArithmeticError)
@@ -33,22 +41,56 @@ class Unreadable(ValueError):
         self.line = line
 
 
+class _Loader(_Base):  # type: ignore[misc]
+    otherwise = False  # whether OmegaConf's own loader would read another value
+
+    def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> Any:
+        tag = super().resolve(kind, value, implicit)
+        plain = kind is yaml.ScalarNode and implicit[0] and tag not in (_TEXT, _NULL)
+        if plain and _OTHERWISE.fullmatch(value):
+            self.otherwise = True
+            return _TEXT
+        return tag
+
+
 @functools.lru_cache(maxsize=256)
-def parse(text: str) -> tuple[Any, yaml.Node | None]:
-    """Values and tree; neither is to be changed. Raises yaml.YAMLError or Unreadable. Kept by their text, as every
-    point of a sweep reads the same files and YAML in pure Python takes tens of milliseconds each time."""
+def parse(text: str) -> tuple[Any, yaml.Node | None, bool]:
+    """Values, tree, and whether OmegaConf's own loader would read others; nothing of it is to be changed. Values of
+    `env` are text as it is written. Raises yaml.YAMLError or Unreadable. Kept by their text, as every point of a sweep
+    reads the same files and YAML in pure Python takes tens of milliseconds each time."""
+    loader = _Loader(text.removeprefix("\ufeff"))
     try:
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        tree = loader.get_single_node()
+        if tree is None or isinstance(tree, yaml.ScalarNode):
+            return {}, tree, False
+        _measure(tree, {}, frozenset())
+        otherwise = _env_as_written(tree) or loader.otherwise
+        return OmegaConf.to_container(OmegaConf.create(loader.construct_document(tree))), tree, otherwise
     except RecursionError:
         raise Unreadable(f"lists and mappings are nested {_MOST_NESTED} deep at most") from None
-    if tree is None or isinstance(tree, yaml.ScalarNode):
-        return {}, tree
-    _measure(tree, {}, frozenset())
-    try:
-        return OmegaConf.to_container(OmegaConf.create(text)), tree
     except _ERRORS as error:
+        if isinstance(error, Unreadable):
+            raise
         blamed = next(_unreadable(tree), None)
         raise (blamed or Unreadable(_first_line(error))) from None
+    finally:
+        loader.dispose()
+
+
+def _env_as_written(tree: yaml.Node) -> bool:
+    """Make numbers and truth values in `env` text, in place; whether there were any."""
+    entries = [value for key, value in tree.value if key.value == "env"] if _is_mapping(tree) else []
+    scalars = [value for env in entries if _is_mapping(env) for _, value in env.value]
+    others = [
+        node for node in scalars if isinstance(node, yaml.ScalarNode) and node.tag not in (_TEXT, _NULL)
+    ]
+    for node in others:
+        node.tag = _TEXT
+    return bool(others)
+
+
+def _is_mapping(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.MappingNode)
 
 
 def literal(value: Any) -> Any:
@@ -94,7 +136,7 @@ def _unreadable(node: yaml.Node) -> Iterator[Unreadable]:
     if not isinstance(node, yaml.ScalarNode):
         return
     try:
-        OmegaConf.create([get_yaml_loader()("").construct_object(node)])
+        OmegaConf.create([_Loader("").construct_object(node)])
     except yaml.YAMLError:
         raise  # which knows its place
     except _ERRORS as error:

@@ -54,7 +54,7 @@ def test_shipped_files_are_found_from_any_directory(work, value):
 
 def test_priority_class_then_base_then_file_then_preset_then_command_line(work):
     cfg, model_cfg = quiet("model=mine.yaml", "preset=tiny", "model_cfg.n_layers=7", "seed=3")
-    assert model_cfg.bias is True  # the class
+    assert model_cfg.tag is None  # the class
     assert cfg.logging_steps == 10  # training.yaml
     assert cfg.learning_rate == 0.001  # the file
     assert (model_cfg.d_model, cfg.train_seq_len, cfg.preset) == (192, 128, "tiny")

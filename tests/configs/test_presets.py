@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
-from omegaconf import OmegaConf
+import yaml
 
 from configs import compose
 from configs.compose import compose_tree, prepare
-from configs.files import CONFIGS, options
+from configs.files import CONFIGS, options, read_option
 from configs.grid import check_grid
 from configs.messages import ConfigError
+from configs.schema import redacted
 from models import ARCHITECTURES
 from trainer.commands import train
 
-SIZES = {"n_layers", "d_model", "n_heads", "n_ctx", "dropout"}  # what any architecture may have
+# What any architecture may have.
+SIZES = {"n_layers", "d_model", "n_heads", "n_ctx", "dropout", "bias", "vocab_size"}
 AMENDMENT = """
 model_cfg: {tag: small}
 num_iterations: 77
@@ -33,7 +37,7 @@ def amended(write):
 
 @pytest.mark.parametrize("preset", options("preset"))
 def test_presets_set_sizes_and_never_learning_rates(preset):
-    stated = OmegaConf.to_container(OmegaConf.load(CONFIGS / "preset" / f"{preset}.yaml"))
+    stated = read_option("preset", preset).values
     batch = {
         "train_seq_len",
         "batch_size",
@@ -63,6 +67,69 @@ def test_a_size_may_mean_something_more_for_one_type():
     assert quiet("model=bd3lm", "preset=nano", "global_batch_size=7")[0].global_batch_size == 7
     assert quiet("model=bd3lm", "preset=none")[0].global_batch_size == 512
     assert quiet("model=gpt2", "preset=nano")[0].global_batch_size == 16
+
+
+def test_a_size_in_json_is_one_of_any_architecture():
+    cfg, model_cfg = quiet("model=vanilla", "preset=150M")
+    sizes = {"n_layers": 16, "d_model": 768, "n_heads": 12, "n_ctx": 256, "vocab_size": 50304}
+    assert sizes.items() <= model_cfg.model_dump().items() and (model_cfg.dropout, model_cfg.bias) == (
+        0.2,
+        False,
+    )
+    assert (cfg.preset, cfg.train_seq_len, cfg.global_batch_size) == ("150M", 256, 32)
+    assert quiet("model=vanilla", "preset=150M", "model_cfg.n_layers=8")[1].n_layers == 8
+
+
+@pytest.mark.parametrize("type_", ["megabyte", "hnet"])
+def test_the_vocabulary_of_a_size_is_none_of_bytes(type_):
+    notes: list[str] = []
+    _, model_cfg = compose([f"model={type_}", "preset=code"], notes.append)
+    assert model_cfg.vocab_size is None and model_cfg.n_ctx == 1024
+    assert f"preset code: {type_} reads bytes, whose vocabulary is its own; vocab_size left out" in notes
+    with pytest.raises(ConfigError, match="is that of a tokenizer, and this model reads bytes"):
+        quiet(f"model={type_}", "preset=code", "model_cfg.vocab_size=50304")
+
+
+OWN = """{"n_layer": 3, "n_head": 2, "n_embd": 64, "block_size": 32, "dropout": 0.0, "bias": false, "batch_size": 8}"""
+
+
+def test_any_json_file_is_a_size_by_its_path(write):
+    path = write("my sizes/tiny.json", OWN)
+    notes: list[str] = []
+    cfg, model_cfg = compose(["mine.yaml", "preset='my sizes/tiny.json'"], notes.append)
+    assert (model_cfg.n_layers, model_cfg.d_model, cfg.global_batch_size) == (3, 64, 8)
+    assert cfg.preset == str(path) and "my sizes/tiny.json: vocab_size not given: 50304" in notes
+    plan = prepare(["mine.yaml", "preset=tiny,'my sizes/tiny.json'", "-m"])
+    assert [point.model_cfg.n_layers for point in check_grid(plan)] == [4, 3]
+    with pytest.raises(
+        ConfigError, match=r"^my sizes/tiny.json:1: model_cfg.d_model \(64\) must be divisible"
+    ):
+        quiet("mine.yaml", "preset='my sizes/tiny.json'", "model_cfg.n_heads=5")
+    with pytest.raises(ConfigError, match=r"preset: no such file: smal.json \(tried .* Did you mean 'small'"):
+        quiet("mine.yaml", "preset=smal.json")
+    path.write_text("{}")
+    with pytest.raises(ConfigError, match="required key 'block_size' has no value"):
+        quiet("mine.yaml", "preset='my sizes/tiny.json'")
+
+
+def test_a_run_goes_on_without_the_file_of_its_size(write):
+    """As its config.yaml states all of it."""
+    cfg, _ = quiet("mine.yaml", f"preset={write('own.json', OWN)}", "model_name=dante")
+    write("own.json", "gone")
+    write(
+        "checkpoints/dante/config.yaml", yaml.safe_dump({"defaults": ["training", "_self_"], **redacted(cfg)})
+    )
+    saved = {
+        "format": 1,
+        "type": cfg.type,
+        "model_cfg": cfg.model_cfg,
+        "train_seq_len": 32,
+        "preset": cfg.preset,
+    }
+    write("checkpoints/dante/config.json", json.dumps(saved))
+    write("checkpoints/dante/checkpoint-5/config.json", json.dumps(saved))
+    again, model_cfg = quiet("--model_name", "dante", "num_iterations=9")
+    assert model_cfg.n_layers == 3 and again.resume == "auto"
 
 
 @pytest.mark.parametrize("type_", sorted(ARCHITECTURES))

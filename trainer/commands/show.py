@@ -37,9 +37,7 @@ def main(argv: list[str]) -> int:
         description="Sizes and costs of a configuration. Extra arguments are Hydra overrides: preset=small n=v ...",
         allow_abbrev=False,  # a word that is no option is the configuration's
     )
-    parser.add_argument(
-        "--hydra_model_cfg", "--config", "--config_file", help="the model file; none: list what there is"
-    )
+    parser.add_argument("--hydra_model_cfg", "--config", help="the model file; none: list what there is")
     parser.add_argument("--vocab_size", type=int, help="vocabulary where the file leaves it to the tokenizer")
     parser.add_argument("--json", action="store_true")
     args, overrides = parser.parse_known_args(argv)

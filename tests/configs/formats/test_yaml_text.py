@@ -38,7 +38,7 @@ def test_what_cannot_be_read_is_told_with_its_line(text, line, said):
 
 
 def test_aliases_and_depths_that_people_use_are_read():
-    values, _ = parse(f"a: &a {{b: 1}}\nc: [*a, *a]\nd: {'[' * 48}{']' * 48}\n")
+    values, _, _ = parse(f"a: &a {{b: 1}}\nc: [*a, *a]\nd: {'[' * 48}{']' * 48}\n")
     assert values["c"] == [{"b": 1}, {"b": 1}]
 
 

@@ -597,8 +597,7 @@ def no_data(monkeypatch):
         monkeypatch.setattr(module, name, fail)
 
 
-GPT2_150M = ["preset=150M", "model_cfg.vocab_size=50304", "model_cfg.bias=false", "model_cfg.n_ctx=256"]
-GPT2_150M += ["train_seq_len=256"]
+GPT2_150M = ["preset=150M"]
 
 
 def test_show_one_configuration(command, no_data):
