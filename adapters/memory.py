@@ -14,6 +14,8 @@ from adapters.base import Annotation, Context, LossTerm, Metric, Prepared, Spans
 from adapters.default import DefaultModelAdapter
 from data.cache import kept_digest
 from data.huggingface.folder import read_huggingface_tokenizer
+from kernels import REFERENCE
+from kernels.choose import Kernels
 from models.layers.decoder import Hidden
 from models.memory.block import LOSSES
 from models.memory.pretrained import model_digest
@@ -32,6 +34,16 @@ class MemoryModelAdapter(DefaultModelAdapter):
     """Terms of runs that choose chapters, beside the cross-entropy: those of `LOSSES` that are switched on, means over
     the layers that choose. Metrics of these: `router_entropy`, nats of a decision, and `chapter_figures`.
     """
+
+    @property
+    def kernels(self) -> Kernels:
+        return self._kernels
+
+    @kernels.setter
+    def kernels(self, kernels: Kernels) -> None:
+        if not self.model_cfg.use_flash_attention:
+            kernels = kernels.with_choice("attention", REFERENCE)
+        DefaultModelAdapter.kernels.fset(self, kernels)  # type: ignore[attr-defined]
 
     @property
     def host_syncs(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from configs.schema import Free, NonNegative, NonNegativeFloat, Positive, Rate
+from configs.schema import Dropout, Execution, Free, NonNegative, NonNegativeFloat, Positive, Rate, divisible
+from kernels import AUTO, REFERENCE
+from models.layers.init import INIT_STD
 from models.vanilla import VanillaConfig
 
 if TYPE_CHECKING:
@@ -32,12 +34,21 @@ _OF_CHAPTERS = (
     *("use_auxiliary_loss", "auxiliary_loss_coefficient", "use_z_loss", "z_loss_coefficient"),
 )
 _CHAPTERS = {"use_chapters": True}
+_OF_BACKBONE = {"attention_dropout", "use_flash_attention", "initializer_range"}
 
 
 class MemoryConfig(VanillaConfig):
+    attention_dropout: Free[Dropout | None] = (
+        None  # of the backbone's attention probabilities; None = dropout
+    )
+    use_flash_attention: Execution[bool] = True  # False: the backbone's attention by its plain definition
+    initializer_range: Rate = INIT_STD  # of matrices that do not write to the residual stream
+
     vanilla_mode: bool = False  # the backbone alone: the control
     num_memory_tokens: Positive = 1024  # N
     memory_dim: Positive | None = None  # m; None = d_model
+    memory_num_heads: Positive | None = None  # of attention to it; None = n_heads
+    memory_num_kv_heads: Positive | None = None  # None = memory_num_heads, or where that is None n_kv_heads
     memory_layer_placement: Literal["all", "first_k", "last_k", "every_n", "custom", "none"] = "all"
     memory_layer_k: Positive = 5
     memory_layer_n: Positive = 3
@@ -81,6 +92,7 @@ class MemoryConfig(VanillaConfig):
         "routing_window_size": 8,
     }
     examples = {
+        "attention_dropout": 0.2,
         "memory_layer_placement": ("first_k", {"memory_layer_k": 1}),
         "memory_layer_k": (1, {"memory_layer_placement": "first_k", "memory_layer_k": 2}),
         "memory_layer_n": (1, {"memory_layer_placement": "every_n", "memory_layer_n": 2}),
@@ -149,12 +161,18 @@ class MemoryConfig(VanillaConfig):
         return self.memory_rank if self.reduced else self.d_model
 
     @property
+    def memory_heads(self) -> tuple[int, int]:
+        """(H, G) of attention to the memory."""
+        own = self.memory_num_heads
+        return own or self.n_heads, self.memory_num_kv_heads or own or self.kv_heads
+
+    @property
     def memory_head_width(self) -> int:
-        return self.attention_width // self.n_heads
+        return self.attention_width // self.memory_heads[0]
 
     @property
     def memory_kv_width(self) -> int:
-        return self.memory_head_width * self.kv_heads
+        return self.memory_head_width * self.memory_heads[1]
 
     @property
     def routed(self) -> bool:
@@ -185,9 +203,15 @@ class MemoryConfig(VanillaConfig):
 
     def problems(self, run: RunConfig) -> list[str]:
         found = super().problems(run)
+        asked = run.kernels.get("attention", AUTO)
+        if not self.use_flash_attention and asked not in (AUTO, REFERENCE):
+            found.append(
+                f"model_cfg.use_flash_attention=false is kernels.attention={REFERENCE}, and kernels.attention is "
+                f"{asked}. Leave out one of the two"
+            )
         if self.vanilla_mode:
             return found
-        found += self._placement_problems() + self._width_problems()
+        found += self._placement_problems() + self._head_problems() + self._width_problems()
         if self.use_chapters:
             found += self._chapter_problems()
         for name in ("use_auxiliary_loss", "use_z_loss"):
@@ -225,17 +249,28 @@ class MemoryConfig(VanillaConfig):
                 found.append(f"model_cfg.memory_layer_indices names block {twice[0]} twice; name it once")
         return found
 
+    def _head_problems(self) -> list[str]:
+        (heads, groups), own, found = self.memory_heads, self.memory_num_heads, []
+        if own is not None and not self.reduced:
+            found += divisible("d_model", self.d_model, "memory_num_heads", heads)
+        if (own, self.memory_num_kv_heads) != (None, None) and heads % groups:
+            legal = [n for n in range(1, heads + 1) if heads % n == 0]
+            near = [max(n for n in legal if n < groups), *[n for n in legal if n > groups][:1]]
+            found.append(
+                f"model_cfg.memory_num_kv_heads ({groups}) must divide model_cfg."
+                f"{'n_heads' if own is None else 'memory_num_heads'} ({heads}); nearest: "
+                f"{' or '.join(map(str, near))}"
+            )
+        return found
+
     def _width_problems(self) -> list[str]:
-        found, rank = [], self.memory_rank
+        found, rank, heads = [], self.memory_rank, self.memory_heads[0]
         if self.reduced:
-            if rank % self.n_heads:
-                near = [
-                    n
-                    for n in (rank // self.n_heads * self.n_heads, -(-rank // self.n_heads) * self.n_heads)
-                    if n
-                ]
+            if rank % heads:
+                near = [n for n in (rank // heads * heads, -(-rank // heads) * heads) if n]
+                name = "n_heads" if self.memory_num_heads is None else "memory_num_heads"
                 found.append(
-                    f"model_cfg.memory_rank ({rank}) must be divisible by model_cfg.n_heads ({self.n_heads}) with "
+                    f"model_cfg.memory_rank ({rank}) must be divisible by model_cfg.{name} ({heads}) with "
                     f"low_rank_mode=reduced_dim; nearest: {' or '.join(map(str, near))}"
                 )
             for name, is_set in (
@@ -314,7 +349,7 @@ class MemoryConfig(VanillaConfig):
 
     def unread(self) -> dict[str, str]:
         found = super().unread()
-        fields = MemoryConfig.model_fields.keys() - VanillaConfig.model_fields.keys()
+        fields = MemoryConfig.model_fields.keys() - VanillaConfig.model_fields.keys() - _OF_BACKBONE
         if not self.memory_layers:
             why = "vanilla_mode=true" if self.vanilla_mode else "memory_layer_placement=none"
             named = {"vanilla_mode", *(() if self.vanilla_mode else ("memory_layer_placement",))}

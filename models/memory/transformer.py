@@ -79,15 +79,24 @@ class MemoryTransformer(Vanilla):
         plan = plan_attention(
             visible,
             dtype=compute_dtype(self.embedding_weight),
-            heads=(c.n_heads, c.kv_heads),
+            heads=c.memory_heads,
             width=c.memory_head_width,
             kernels=self.kernels,
             dropout=c.dropout if self.training else 0.0,
         )
         return Reading(banks, plan, None)
 
+    @property
+    def attention_dropout(self) -> float:
+        c = self.cfg
+        return c.dropout if c.attention_dropout is None else c.attention_dropout
+
     def new_block(self, layer: int) -> nn.Module:
         return (MemoryBlock if layer in self.cfg.bank_of else PlainBlock)(self.cfg, layer)
+
+    @property
+    def init_std(self) -> float:
+        return self.cfg.initializer_range
 
     def init_weights(self, generator: torch.Generator) -> None:
         """The backbone first, as the control's; the memory from a generator of its own, of the seed + 1."""
