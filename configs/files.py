@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 import models
 from configs.defaults_list import parse_entry, placed
-from configs.formats import directives, gpt_keys, json_preset, legacy_py
+from configs.formats import directives, gpt_keys, json_preset, legacy_py, memory_sections
 from configs.messages import ARCHITECTURE_ALIASES, RENAMED, ConfigError, own_words
 from configs.schema import CHOICES
 from naming import did_you_mean, expand_path
@@ -123,6 +123,8 @@ def read(path: Path, stack: tuple[Path, ...] = (), package: str = "", type_: str
     if path.suffix == ".py":
         return _assignments(path, type_)
     values, lines = _parse(path)
+    if memory_sections.is_sections(values):
+        return _sections(path, values, lines)
     entries = values.pop("defaults", [])
     if not isinstance(entries, list):
         raise ConfigError(
@@ -142,7 +144,9 @@ def read(path: Path, stack: tuple[Path, ...] = (), package: str = "", type_: str
         parents += _parents(path, at, entry, (*stack, path), package)
     if SELF not in parents:
         parents.append(SELF)
-    return Node(path, values, lines, parents, plain, notices)
+    node = Node(path, values, lines, parents, plain, notices)
+    _fold_of_type(node)
+    return node
 
 
 def read_model(path: Path) -> Node:
@@ -168,6 +172,14 @@ def _preset(path: Path) -> Node:
     base = read(CONFIGS / f"{json_preset.ARCHITECTURE}.yaml")
     rows = {"batch_size": values["global_batch_size"]}
     return Node(path, values, lines, [base, SELF], plain=False, notices=notices, rows=rows)
+
+
+def _sections(path: Path, values: dict[str, Any], lines: dict[str, int]) -> Node:
+    """A file of three sections: the file of its architecture, and these."""
+    base = read(CONFIGS / f"{memory_sections.type_of(values)}.yaml")
+    own = frozenset(base.values["model_cfg"])
+    turned, places, notices = memory_sections.turn(values, lines, own, shown(path))
+    return Node(path, turned, places, [base, SELF], plain=False, notices=notices)
 
 
 def _directives(path: Path, stack: tuple[Path, ...], type_: str | None) -> Node:
@@ -367,6 +379,20 @@ def _fold(path: Path, values: dict[str, Any], lines: dict[str, int]) -> tuple[bo
     for old, new in renamed + accepted:
         lines.setdefault(new, lines.get(old, 1))
     return bool(renamed or accepted), [f"{shown(path)}: '{old}' is read as '{new}'" for old, new in renamed]
+
+
+def _fold_of_type(node: Node) -> None:
+    """Give fields the one spelling that the node's type alone has others for, in place."""
+    row, fields = models.ARCHITECTURES.get(str(node.stated("type"))), node.values.get("model_cfg")
+    if row is None or not isinstance(fields, dict):
+        return
+    try:
+        folded = fold_names(fields, dict(row.spellings), "model_cfg.")
+    except ConfigError as error:
+        raise ConfigError([f"{shown(node.path)}: {p}" for p in error.problems]) from None
+    for old, new in folded:
+        node.lines.setdefault(new, node.lines.get(old, 1))
+    node.plain = node.plain and not folded
 
 
 def _parents(path: Path, line: int, entry: Any, stack: tuple[Path, ...], package: str) -> list[Node | str]:

@@ -209,6 +209,11 @@ class MemoryConfig(VanillaConfig):
                 f"model_cfg.use_flash_attention=false is kernels.attention={REFERENCE}, and kernels.attention is "
                 f"{asked}. Leave out one of the two"
             )
+        if self.use_rope and run.train_seq_len > self.n_ctx:  # a table of positions says it by itself
+            found.append(
+                f"train_seq_len ({run.train_seq_len}) must not exceed model_cfg.n_ctx ({self.n_ctx}). Nearest: "
+                f"train_seq_len={self.n_ctx}, or model_cfg.n_ctx={run.train_seq_len}"
+            )
         if self.vanilla_mode:
             return found
         found += self._placement_problems() + self._head_problems() + self._width_problems()
