@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from configs.schema import Free, NonNegative, NonNegativeFloat, Positive, Rate
+from configs.schema import Free, ModelConfig, NonNegative, NonNegativeFloat, Positive, Rate
 from models.vanilla import VanillaConfig
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
 
-__all__ = ["MemoryConfig", "Strategy"]
+__all__ = ["MemoryConfig", "MemoryFields", "Strategy"]
 
 Strategy = Literal["sequence", "rolling", "token"]
 # YAML has lists; frozen configurations hold tuples.
@@ -34,7 +34,9 @@ _OF_CHAPTERS = (
 _CHAPTERS = {"use_chapters": True}
 
 
-class MemoryConfig(VanillaConfig):
+class MemoryFields(ModelConfig):
+    """Those of a memory, whatever reads it: blocks of our own, or of a pretrained base."""
+
     vanilla_mode: bool = False  # the backbone alone: the control
     num_memory_tokens: Positive = 1024  # N
     memory_dim: Positive | None = None  # m; None = d_model
@@ -108,6 +110,8 @@ class MemoryConfig(VanillaConfig):
     }
     rare = {"tokens_per_chapter": "what is given must be what it is; another number is refused"}
 
+
+class MemoryConfig(MemoryFields, VanillaConfig):
     # -- what follows from the fields ------------------------------------------------------------------------------
 
     @property
@@ -178,16 +182,26 @@ class MemoryConfig(VanillaConfig):
         return (self.num_shared_chapters + self.top_k_chapters) * self.chapter_size
 
     @property
+    def without(self) -> str:
+        """The field and value by which no block reads a memory; "" where some does."""
+        if self.memory_layers:
+            return ""
+        return "vanilla_mode=true" if self.vanilla_mode else "memory_layer_placement=none"
+
+    @property
     def looks_ahead(self) -> bool:
         return self.routed and self.routing_causality == "lookahead"
 
     # -- what is wrong ---------------------------------------------------------------------------------------------
 
     def problems(self, run: RunConfig) -> list[str]:
-        found = super().problems(run)
+        return super().problems(run) + self.memory_problems()
+
+    def memory_problems(self) -> list[str]:
+        """Of the memory alone."""
         if self.vanilla_mode:
-            return found
-        found += self._placement_problems() + self._width_problems()
+            return []
+        found = self._placement_problems() + self._width_problems()
         if self.use_chapters:
             found += self._chapter_problems()
         for name in ("use_auxiliary_loss", "use_z_loss"):
@@ -298,7 +312,11 @@ class MemoryConfig(VanillaConfig):
         return found
 
     def remarks(self, run: RunConfig) -> list[str]:
-        found = super().remarks(run)
+        return super().remarks(run) + self.memory_remarks(run)
+
+    def memory_remarks(self, run: RunConfig) -> list[str]:
+        """Of the memory alone."""
+        found = []
         if self.looks_ahead and "sequence" in (self.routing_strategy_train, self.routing_strategy_inference):
             found.append(
                 "model_cfg.routing_causality=lookahead lets a token see later ones by way of its chapters: no score of "
@@ -314,9 +332,8 @@ class MemoryConfig(VanillaConfig):
 
     def unread(self) -> dict[str, str]:
         found = super().unread()
-        fields = MemoryConfig.model_fields.keys() - VanillaConfig.model_fields.keys()
-        if not self.memory_layers:
-            why = "vanilla_mode=true" if self.vanilla_mode else "memory_layer_placement=none"
+        fields = MemoryFields.model_fields.keys() - ModelConfig.model_fields.keys()
+        if why := self.without:
             named = {"vanilla_mode", *(() if self.vanilla_mode else ("memory_layer_placement",))}
             return found | dict.fromkeys(fields - named, why)
         for name, placements in _OF_PLACEMENT.items():
