@@ -409,6 +409,12 @@ class MemoryAdapter(ReadsMemory):
         """Its config.json."""
         return {**self.config.to_dict(), "architectures": [self.class_name], "dtype": "float32"}
 
+    def kernel_calls(self, seq_len: int) -> dict[str, dict[str, Any]]:
+        """Of the memory: what the base computes is no matter of ours."""
+        if not self.banks or self.memory.use_chapters:
+            return {}
+        return {"attention": self.memory_attention_call(seq_len)}
+
     # -- what the trainer must know ------------------------------------------------------------------------------
 
     def blocks(self) -> list[str]:

@@ -6,11 +6,12 @@ Shapes: B rows, T tokens, N memory tokens of width m.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kernels.attention import Visible, plan_attention
+from kernels.attention import Visible, attention_call, plan_attention
 from kernels.choose import UsesKernels
 from kernels.precision import compute_dtype
 from models.layers.decoder import document_positions
@@ -67,6 +68,12 @@ class ReadsMemory(UsesKernels):
             dropout=c.dropout if self.training else 0.0,
         )
         return Reading(banks, plan, None)
+
+    def memory_attention_call(self, seq_len: int) -> dict[str, Any]:
+        """What the rule of choice may know of attention to all of the memory, from rows of so many tokens."""
+        c, nowhere = self.memory_cfg, torch.device("meta")
+        facts = Visible(1, seq_len, c.num_memory_tokens, nowhere, causal=False).facts
+        return attention_call(facts, (c.n_heads, c.kv_heads), c.memory_head_width, dropout=c.dropout)
 
     def init_memory(self, generator: torch.Generator) -> None:
         """From a generator of its own, of the seed + 1, so that all else is as without a memory."""
