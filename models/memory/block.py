@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from models.layers.init import normal_
 from models.layers.norms import LayerNorm, RMSNorm
 from models.memory.attention import MemoryAttention, init_projection
-from models.memory.router import MemoryCache, Pooling, Router, auxiliary, balance, squared_normaliser
+from models.memory.router import MemoryCache, Pooling, Router
 from models.vanilla import MLP, Block, Rotation
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LOSSES", "MemoryBlock", "MemoryLayer", "Reading"]
 
-# Losses of routers, as layers tell them -> the switch and the field of its weight.
+# Losses of routers -> the switch and the field of its weight.
 LOSSES = {
     "load_balance": ("use_load_balance_loss", "load_balance_coefficient"),
     "aux": ("use_auxiliary_loss", "auxiliary_loss_coefficient"),
@@ -74,19 +74,20 @@ class MemoryLayer(nn.Module):
         return F.dropout(y, self.dropout, self.training)
 
     def _told(self, logits: Tensor, chosen: Tensor, decided: Tensor) -> dict[str, Tensor]:
-        """In training losses of the decisions (), the sum of their entropies and their number; always `chosen`
-        (B, T, K) int64, `decided` (B, T) and `load` (C,) int64, decisions for each chapter."""
+        """`chosen` (B, T, K) int64, `decided` (B, T) and `load` (C,) int64, decisions for each chapter. In training
+        also sums over decisions, of which losses are made: of probabilities, `importance` (C,), of squared normalisers
+        and of entropies."""
         with torch.no_grad():
             takes = decided[..., None].expand(chosen.shape).long().flatten()
             load = takes.new_zeros(logits.shape[-1]).scatter_add(0, chosen.flatten(), takes)
         told = {"chosen": chosen, "decided": decided, "load": load}
         if not self.training:
             return told
-        made, taken = logits[decided], chosen[decided]  # (n, C), (n, K)
-        shares = made.detach().log_softmax(-1)
-        told["entropy"] = -(shares.exp() * shares).sum()
-        told["load_balance"] = balance(made, taken)
-        told["aux"], told["z"] = auxiliary(made), squared_normaliser(made)
+        made = decided.to(logits.dtype)  # (B, T)
+        shares = logits.log_softmax(-1)  # (B, T, C)
+        told["importance"] = (shares.exp() * made[..., None]).sum((0, 1))
+        told["squares"] = (logits.logsumexp(-1) ** 2 * made).sum()
+        told["entropy"] = -((shares.exp() * shares).detach().sum(-1) * made).sum()
         return told
 
     def init_weights(self, generator: torch.Generator) -> None:

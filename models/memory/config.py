@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from configs.schema import Dropout, Execution, Free, NonNegative, NonNegativeFloat, Positive, Rate, divisible
+from configs.schema import (
+    Dropout,
+    Execution,
+    Free,
+    ModelConfig,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    Rate,
+    divisible,
+)
 from kernels import AUTO, REFERENCE
 from models.layers.init import INIT_STD
 from models.vanilla import VanillaConfig
@@ -18,7 +28,7 @@ from models.vanilla import VanillaConfig
 if TYPE_CHECKING:
     from configs.schema import RunConfig
 
-__all__ = ["MemoryConfig", "Strategy"]
+__all__ = ["MemoryConfig", "MemoryFields", "Strategy"]
 
 Strategy = Literal["sequence", "rolling", "token"]
 # YAML has lists; frozen configurations hold tuples.
@@ -34,15 +44,10 @@ _OF_CHAPTERS = (
     *("use_auxiliary_loss", "auxiliary_loss_coefficient", "use_z_loss", "z_loss_coefficient"),
 )
 _CHAPTERS = {"use_chapters": True}
-_OF_BACKBONE = {"attention_dropout", "use_flash_attention", "initializer_range"}
 
 
-class MemoryConfig(VanillaConfig):
-    attention_dropout: Free[Dropout | None] = (
-        None  # of the backbone's attention probabilities; None = dropout
-    )
-    use_flash_attention: Execution[bool] = True  # False: the backbone's attention by its plain definition
-    initializer_range: Rate = INIT_STD  # of matrices that do not write to the residual stream
+class MemoryFields(ModelConfig):
+    """Those of a memory, whatever reads it: blocks of our own, or of a pretrained base."""
 
     vanilla_mode: bool = False  # the backbone alone: the control
     num_memory_tokens: Positive = 1024  # N
@@ -92,7 +97,6 @@ class MemoryConfig(VanillaConfig):
         "routing_window_size": 8,
     }
     examples = {
-        "attention_dropout": 0.2,
         "memory_layer_placement": ("first_k", {"memory_layer_k": 1}),
         "memory_layer_k": (1, {"memory_layer_placement": "first_k", "memory_layer_k": 2}),
         "memory_layer_n": (1, {"memory_layer_placement": "every_n", "memory_layer_n": 2}),
@@ -119,6 +123,14 @@ class MemoryConfig(VanillaConfig):
         "z_loss_coefficient": (0.5, {**_CHAPTERS, "use_z_loss": True}),
     }
     rare = {"tokens_per_chapter": "what is given must be what it is; another number is refused"}
+
+
+class MemoryConfig(MemoryFields, VanillaConfig):
+    attention_dropout: Free[Dropout | None] = None  # of the backbone's probabilities; None = dropout
+    use_flash_attention: Execution[bool] = True  # False: the backbone's attention by its plain definition
+    initializer_range: Rate = INIT_STD  # of matrices that do not write to the residual stream
+
+    examples = {"attention_dropout": 0.2}
 
     # -- what follows from the fields ------------------------------------------------------------------------------
 
@@ -196,6 +208,13 @@ class MemoryConfig(VanillaConfig):
         return (self.num_shared_chapters + self.top_k_chapters) * self.chapter_size
 
     @property
+    def without(self) -> str:
+        """The field and value by which no block reads a memory; "" where some does."""
+        if self.memory_layers:
+            return ""
+        return "vanilla_mode=true" if self.vanilla_mode else "memory_layer_placement=none"
+
+    @property
     def looks_ahead(self) -> bool:
         return self.routed and self.routing_causality == "lookahead"
 
@@ -214,9 +233,13 @@ class MemoryConfig(VanillaConfig):
                 f"train_seq_len ({run.train_seq_len}) must not exceed model_cfg.n_ctx ({self.n_ctx}). Nearest: "
                 f"train_seq_len={self.n_ctx}, or model_cfg.n_ctx={run.train_seq_len}"
             )
+        return found + self.memory_problems()
+
+    def memory_problems(self) -> list[str]:
+        """Of the memory alone."""
         if self.vanilla_mode:
-            return found
-        found += self._placement_problems() + self._head_problems() + self._width_problems()
+            return []
+        found = self._placement_problems() + self._head_problems() + self._width_problems()
         if self.use_chapters:
             found += self._chapter_problems()
         for name in ("use_auxiliary_loss", "use_z_loss"):
@@ -338,7 +361,11 @@ class MemoryConfig(VanillaConfig):
         return found
 
     def remarks(self, run: RunConfig) -> list[str]:
-        found = super().remarks(run)
+        return super().remarks(run) + self.memory_remarks(run)
+
+    def memory_remarks(self, run: RunConfig) -> list[str]:
+        """Of the memory alone."""
+        found = []
         if self.looks_ahead and "sequence" in (self.routing_strategy_train, self.routing_strategy_inference):
             found.append(
                 "model_cfg.routing_causality=lookahead lets a token see later ones by way of its chapters: no score of "
@@ -354,9 +381,8 @@ class MemoryConfig(VanillaConfig):
 
     def unread(self) -> dict[str, str]:
         found = super().unread()
-        fields = MemoryConfig.model_fields.keys() - VanillaConfig.model_fields.keys() - _OF_BACKBONE
-        if not self.memory_layers:
-            why = "vanilla_mode=true" if self.vanilla_mode else "memory_layer_placement=none"
+        fields = MemoryFields.model_fields.keys() - ModelConfig.model_fields.keys()
+        if why := self.without:
             named = {"vanilla_mode", *(() if self.vanilla_mode else ("memory_layer_placement",))}
             return found | dict.fromkeys(fields - named, why)
         for name, placements in _OF_PLACEMENT.items():
