@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.annotation import Annotation, Map, Span, Spans
-from adapters.rates import COMPONENTS
+from adapters.rates import BESIDE, COMPONENTS
 from adapters.shaping import Shaping
 from data.corpus import Document
 from data.rows import HeldoutRows
@@ -594,9 +594,13 @@ class ModelAdapter(nn.Module):
         the tokens."""
         return self.model.passes(path) if hasattr(self.model, "passes") else 1.0
 
+    @property
+    def _has_still_weights(self) -> bool:
+        return bool(self.low_rank or self.still or self.external())
+
     def cost(self, seq_len: int) -> Flops:
         """`flops`, with what adapters add, and without the gradients of weights that have none."""
-        if self.low_rank is None and not self.still:
+        if not self._has_still_weights:
             return self.flops(seq_len)
         with torch.no_grad():  # sizes of matrices are read
             planned = self.flops(seq_len)
@@ -605,7 +609,7 @@ class ModelAdapter(nn.Module):
         for matrix in matrices(self.model):
             weights[moves[matrix.name]] += math.prod(matrix.sides) * self.passes(matrix.path)
         held = weights[False]
-        if self.low_rank or any(role not in COMPONENTS for role in self.still):
+        if self.low_rank or self.external() or any(role not in COMPONENTS for role in self.still):
             # Output layers too, which may be no matrix of a module but rows of the embedding.
             held = planned.weights - weights[True]
         added, rank = Flops(0.0, 0.0), self.low_rank.rank if self.low_rank else 0
@@ -616,7 +620,7 @@ class ModelAdapter(nn.Module):
     def realised(self, flops: float | Tensor, seq_len: int) -> float | Tensor:
         """Of operations that a step really took (`StepOutput.flops`), which know nothing of adapters, what they come to
         with these: as much more or less as the plan does."""
-        if self.low_rank is None and not self.still:
+        if not self._has_still_weights:
             return flops
         with torch.no_grad():
             planned = self.flops(seq_len).training_per_token
@@ -678,18 +682,25 @@ class ModelAdapter(nn.Module):
             return False
         return any(name.startswith(f"{path}.") for path in self.external())
 
+    def beside(self) -> set[str]:
+        """Names of the parameters that train, and are kept, where LoRA leaves all others as they are."""
+        patterns = [(re.compile(rule.pattern), rule.role in BESIDE) for rule in self.param_roles()]
+        names = [name for name, _ in self.named_model_parameters()]
+        return {n for n in names if next((own for pattern, own in patterns if pattern.fullmatch(n)), False)}
+
     def freeze_external(self) -> None:
         """Have nothing train what comes from elsewhere."""
         for path in self.external():
             self.model.get_submodule(path).requires_grad_(False)
 
     def trained_state(self) -> dict[str, Tensor]:
-        """What checkpoints hold of the model: its state without external parts, and without what adapters stand beside.
+        """What checkpoints hold of the model: its state without external parts, and without what adapters change.
         Live tensors, not copies."""
         frozen = set()
         if self.low_rank:
             named = self.model.named_parameters(remove_duplicate=False)
-            frozen = {n for n, p in named if not p.requires_grad and not re.fullmatch(LOW_RANK, n)}
+            kept = self.beside()
+            frozen = {n for n, p in named if not (p.requires_grad or n in kept or re.fullmatch(LOW_RANK, n))}
         state = self.model.state_dict()
         return {n: value for n, value in state.items() if n not in frozen and not self.is_external(n)}
 

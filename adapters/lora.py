@@ -17,8 +17,8 @@ __all__ = ["attach", "merge"]
 
 
 def attach(adapter: ModelAdapter, cfg: RunConfig, base: str) -> None:
-    """Freeze the model, which has the weights that are adapted, and put adapters beside the matrices that
-    `cfg.lora_targets` names. `base`: what tells these weights from others.
+    """Freeze the model, which has the weights that are adapted, but for a memory that it reads, and put adapters beside
+    the matrices that `cfg.lora_targets` names. `base`: what tells these weights from others.
 
     Raises:
         ValueError: a target cannot be adapted, or the rank is too large for it.
@@ -31,10 +31,13 @@ def attach(adapter: ModelAdapter, cfg: RunConfig, base: str) -> None:
             f"lora_targets=all-linear, or a list of names"
         )
     low_rank = LowRank(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
-    targets = targets_of(adapter.model, wanted, adapter.param_roles())
+    rules = adapter.param_roles()
+    targets = targets_of(adapter.model, wanted, rules)
     on_meta = adapter.device.type == "meta"
     adapt(adapter.model, targets, low_rank, None if on_meta else torch.Generator().manual_seed(cfg.seed))
     adapter.low_rank, adapter.adapted, adapter.base = low_rank, tuple(targets), base
+    for name in adapter.beside():
+        adapter.model.get_parameter(name).requires_grad_(True)
     hold_still(adapter, cfg)
 
 

@@ -14,9 +14,12 @@ from adapters.base import Annotation, Context, LossTerm, Metric, Prepared, Spans
 from adapters.default import DefaultModelAdapter
 from data.cache import kept_digest
 from data.huggingface.folder import read_huggingface_tokenizer
+from kernels import REFERENCE
+from kernels.choose import Kernels
 from models.layers.decoder import Hidden
 from models.memory.block import LOSSES
 from models.memory.pretrained import model_digest
+from models.memory.router import auxiliary, balance, squared_normaliser
 
 if TYPE_CHECKING:
     from configs.schema import ModelConfig
@@ -34,34 +37,51 @@ class MemoryModelAdapter(DefaultModelAdapter):
     """
 
     @property
-    def host_syncs(self) -> tuple[str, ...]:  # type: ignore[override]
-        waits = ("nonzero", "bincount", "_to_copy", "_local_scalar_dense")
-        return waits if self.model_cfg.routed else ()
+    def kernels(self) -> Kernels:
+        return self._kernels
 
-    @classmethod
-    def masks(cls, model_cfg: ModelConfig) -> str:
-        cfg: Any = cast("MemoryConfig", model_cfg)
-        return "chapters are chosen by all tokens of a document, those of padding too" if cfg.routed else ""
+    @kernels.setter
+    def kernels(self, kernels: Kernels) -> None:
+        if not self.model_cfg.use_flash_attention:
+            kernels = kernels.with_choice("attention", REFERENCE)
+        DefaultModelAdapter.kernels.fset(self, kernels)  # type: ignore[attr-defined]
+
+    @property
+    def memory_cfg(self) -> MemoryConfig:
+        return self.model.memory_cfg
+
+    @property
+    def host_syncs(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("bincount", "_to_copy", "_local_scalar_dense") if self.memory_cfg.routed else ()
 
     @property
     def depends_on_split(self) -> str:
-        c = self.model_cfg
-        uneven = [n for n, (switch, weight) in LOSSES.items() if getattr(c, switch) and getattr(c, weight)]
-        if c.routed and uneven:
-            return f"the losses of routers ({', '.join(uneven)}) are those of a micro-batch of a process"
+        if self.memory_cfg.routed and (uneven := self._losses):
+            return f"the losses of routers ({', '.join(uneven)}) are those of a micro-batch of all processes"
         return super().depends_on_split
 
+    @property
+    def _losses(self) -> dict[str, float]:
+        """Those of `LOSSES` that are switched on, with their weights."""
+        c = self.memory_cfg
+        return {
+            name: weight
+            for name, (switch, field) in LOSSES.items()
+            if getattr(c, switch) and (weight := getattr(c, field))
+        }
+
     def prepare(self, batch: Batch, ctx: Context) -> Prepared:
-        """Also the host's `share`, of the step's rows, the denominator `rows` where chapters are chosen, and where they
-        are by the whole text, `valid` (B, S) bool: all up to the last target that counts."""
+        """Also the host's `share`, of the step's rows, and where chapters are chosen the denominator `rows`, `valid`
+        (B, S) bool, all up to a row's last target that counts, and the host's `alone`: whether the other processes do
+        something else, as where it is found out how many rows fit into memory."""
         prepared = super().prepare(batch, ctx)
         prepared.host["share"] = len(batch.rows) / ctx.rows_in_step
-        if not self.model_cfg.routed:
+        if not self.memory_cfg.routed:
             return prepared
         prepared.denominators["rows"] = float(len(batch.rows))
-        if self.model_cfg.looks_ahead:
-            counted = torch.from_numpy((batch.weights > 0) | (batch.end_weights > 0))
-            prepared.tensors["valid"] = counted.flip(1).cummax(1).values.flip(1)
+        prepared.host["alone"] = ctx.of_draws != "drawn"
+        counted = torch.from_numpy((batch.weights > 0) | (batch.end_weights > 0))
+        prepared.tensors["valid"] = counted.flip(1).cummax(1).values.flip(1)
         return prepared
 
     def drawn(self, prepared: Prepared) -> dict[str, Any]:
@@ -74,30 +94,57 @@ class MemoryModelAdapter(DefaultModelAdapter):
             per_token = self.model.flops(inputs.shape[1]).training_per_token
             of_bank = prepared.host["share"] * self.model.bank_flops().training_per_token
             output.flops = per_token * inputs.numel() + of_bank
-        told, rows = hidden.extra, len(inputs)
+        told = hidden.extra
         if "load" not in told:
             return output
-        for name, (switch, weight) in LOSSES.items():
-            if getattr(self.model_cfg, switch) and (factor := getattr(self.model_cfg, weight)):
-                total = told[name].mean() * rows
-                output.terms[name] = LossTerm(total, "rows", factor, likelihood=False)
+        output.terms |= self._router_losses(told, len(inputs), prepared.host["alone"])
         decisions = told["decided"].sum()
         output.metrics["router_entropy"] = Metric(told["entropy"].sum(), decisions)
         output.metrics["chapters"] = Metric(told["load"], figures=chapter_figures)
         return output
 
+    def _router_losses(self, told: dict[str, Tensor], rows: int, alone: bool) -> dict[str, LossTerm]:
+        """Those that are switched on, of the decisions of all processes in a micro-batch: of their loads and of their
+        importance shares are made, which are no sums. This one has the gradient of its own decisions, and its rows'
+        part of the value."""
+        if not self._losses:
+            return {}
+        importance = told["importance"]  # (R, C)
+        columns = (
+            told["load"],
+            importance,
+            told["squares"][:, None],
+            torch.full_like(importance[:, :1], rows),
+        )
+        own = torch.cat([column.to(importance.dtype) for column in columns], 1)  # (R, 2 C + 2)
+        seen = own.detach()
+        every = own if alone else own + (self.add_up(seen) - seen)
+        load, importance, squares, of_rows = every.split([*importance.shape[1:] * 2, 1, 1], 1)
+        losses = {
+            "load_balance": balance(load, importance),
+            "aux": auxiliary(importance),
+            "z": squared_normaliser(squares[:, 0], importance),
+        }
+        found = {}
+        for name, weight in self._losses.items():
+            loss = losses[name].mean()
+            value = loss.detach()
+            total = rows * value + of_rows[0, 0] * (loss - value)
+            found[name] = LossTerm(total, "rows", weight, likelihood=False)
+        return found
+
     def annotate(self, text: str | bytes) -> Annotation:
         """The chapters that each token reads in every layer that chooses, the likeliest first."""
-        if not self.model_cfg.routed:
+        if not self.memory_cfg.routed:
             return Annotation()
         ctx = Context(seed=0, step=0, phase="eval", rows_in_step=1)
         hidden = self.hidden(self.prepare(self.one_row(text), ctx).to(self.device))
-        shared = self.model_cfg.num_shared_chapters
+        shared = self.memory_cfg.num_shared_chapters
         chosen = (hidden.extra["chosen"][:, 0, 1:] + shared).tolist()  # (R, L, K)
         return Annotation(
             tuple(
                 Spans.by_token(f"layer {layer}: chapters", [" ".join(map(str, c)) for c in of_layer])
-                for layer, of_layer in zip(self.model_cfg.memory_layers, chosen, strict=True)
+                for layer, of_layer in zip(self.memory_cfg.memory_layers, chosen, strict=True)
             )
         )
 
@@ -116,7 +163,7 @@ def chapter_figures(load: Tensor) -> dict[str, float]:
     }
 
 
-class PretrainedAdapter(DefaultModelAdapter):
+class PretrainedAdapter(MemoryModelAdapter):
     """Where the base is frozen, what it holds is in no checkpoint: the digest of its files binds it to one."""
 
     @classmethod

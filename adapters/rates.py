@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from adapters.base import ModelAdapter
     from configs.schema import RunConfig
 
-__all__ = ["COMPONENTS", "hold_still", "stated_rate"]
+__all__ = ["BESIDE", "COMPONENTS", "hold_still", "stated_rate"]
 
 # Roles that are no part of an architecture's recipe: AdamW steps them, at the first of these rates that is not null.
 COMPONENTS = {
@@ -17,6 +17,7 @@ COMPONENTS = {
     "memory": ("memory_lr",),
     "memory_bank": ("memory_bank_lr", "memory_lr"),
 }
+BESIDE = ("memory", "memory_bank")  # roles of what LoRA leaves to be trained with its adapters
 _BASE = ("base_model_lr",)  # of every other role
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import models
 from configs import runs, weights
 from configs.choose import model_paths
 from configs.files import (
@@ -117,6 +118,7 @@ def prepare(argv: list[str]) -> Plan:
     nodes, function = _models(request)
     if request.problems:
         raise ConfigError(request.problems)
+    _spell(request, nodes)
     _imply_source(request, nodes)
     folder = runs.named_folder(request.values, request.keys)
     saved = runs.saved_architecture(request.values, folder)
@@ -186,6 +188,18 @@ def _goes_on(request: Request) -> bool:
     return named or any(request.values.get(key) for key in ("preset", "init_from_checkpoint"))
 
 
+def _spell(request: Request, nodes: list[Node]) -> None:
+    """Give fields the spelling of their type, where it has others of its own."""
+    types = {str(request.values.get("type") or node.stated("type")) for node in nodes}
+    rows = [models.ARCHITECTURES[type_] for type_ in types if type_ in models.ARCHITECTURES]
+    if len(rows) != len(types) or "type" in request.sweeps:
+        return
+    for word in {word for row in rows for word in row.spellings}:
+        meant = {row.spellings.get(word) for row in rows}
+        if f"model_cfg.{word}" in request.keys and len(meant) == 1:
+            request.respell(f"model_cfg.{word}", f"model_cfg.{meant.pop()}")
+
+
 def _of_size(request: Request) -> str | None:
     """The model file of a command that names a size alone: a gpt2, where a JSON file is of that size."""
     path = CONFIGS / f"{request.values.get('preset')}.json"
@@ -242,8 +256,6 @@ def _option(node: Node, request: Request, registry: Registry) -> Model:
     if type_ or "type" in request.keys:
         added = registry.add(node, str(type_))
     else:
-        import models
-
         type_ = node.path.stem if node.path.stem in models.ARCHITECTURES else "vanilla"
         request.notices.append(f"{shown(node.path)} states no type: taken as {type_}")
         added = registry.add(node, type_, {"type": type_})

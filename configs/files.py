@@ -15,7 +15,7 @@ import yaml
 
 import models
 from configs.defaults_list import parse_entry, placed
-from configs.formats import directives, gpt_keys, json_preset, legacy_py, yaml_text
+from configs.formats import directives, gpt_keys, json_preset, legacy_py, memory_sections, yaml_text
 from configs.messages import ARCHITECTURE_ALIASES, RENAMED, ConfigError, own_words
 from configs.schema import CHOICES
 from configs.shape import misshapen
@@ -148,6 +148,8 @@ def read(path: Path, stack: tuple[Path, ...] = (), package: str = "", type_: str
     if path.suffix == ".py":
         return _assignments(path, type_)
     values, lines, otherwise = _parse(path)
+    if memory_sections.is_sections(values):
+        return _sections(path, values, lines)
     entries = values.pop("defaults", [])
     if not isinstance(entries, list):
         raise ConfigError(
@@ -170,7 +172,9 @@ def read(path: Path, stack: tuple[Path, ...] = (), package: str = "", type_: str
     if SELF not in parents:
         parents.append(SELF)
     size = path.stem if path.parent == PRESETS else ""
-    return Node(path, values, lines, parents, plain, notices, size=size)
+    node = Node(path, values, lines, parents, plain, notices, size=size)
+    _fold_of_type(node)
+    return node
 
 
 def read_model(path: Path) -> Node:
@@ -206,6 +210,14 @@ def _size(path: Path, name: str) -> Node:
     del values["type"]
     values = {"preset": name, **values, **gpt_keys.WHOLE_STEPS}
     return Node(path, values, lines, [SELF], plain=False, notices=notices, size=name)
+
+
+def _sections(path: Path, values: dict[str, Any], lines: dict[str, int]) -> Node:
+    """A file of three sections: the file of its architecture, and these."""
+    base = read(CONFIGS / f"{memory_sections.type_of(values)}.yaml")
+    own = frozenset(base.values["model_cfg"])
+    turned, places, notices = memory_sections.turn(values, lines, own, shown(path))
+    return Node(path, turned, places, [base, SELF], plain=False, notices=notices)
 
 
 def _directives(path: Path, stack: tuple[Path, ...], type_: str | None) -> Node:
@@ -406,6 +418,20 @@ def _at(path: Path, lines: dict[str, int], problem: str) -> str:
     """The place in a file of the last key that a problem names."""
     named = [lines[word] for word in re.findall(r"[\w.]+\w", problem) if word in lines]
     return f"{shown(path)}:{max(named)}" if named else shown(path)
+
+
+def _fold_of_type(node: Node) -> None:
+    """Give fields the one spelling that the node's type alone has others for, in place."""
+    row, fields = models.ARCHITECTURES.get(str(node.stated("type"))), node.values.get("model_cfg")
+    if row is None or not isinstance(fields, dict):
+        return
+    try:
+        folded = fold_names(fields, dict(row.spellings), "model_cfg.")
+    except ConfigError as error:
+        raise ConfigError([f"{shown(node.path)}: {p}" for p in error.problems]) from None
+    for old, new in folded:
+        node.lines.setdefault(new, node.lines.get(old, 1))
+    node.plain = node.plain and not folded
 
 
 def _parents(path: Path, line: int, entry: Any, stack: tuple[Path, ...], package: str) -> list[Node | str]:

@@ -92,6 +92,18 @@ class Request:
         self.sweeps.discard(key)
         return value
 
+    def respell(self, key: str, meant: str) -> None:
+        """A key that was given is another one, which its architecture calls so."""
+        spelled, override = self.spelled.pop(key), self._written.pop(key)
+        self.overrides.remove(override)
+        self.claim(meant, spelled)
+        self.write(meant, override.replace(key, meant, 1))
+        if key in self.values:
+            self.values[meant] = self.values.pop(key)
+        if key in self.sweeps:
+            self.sweeps.remove(key)
+            self.sweeps.add(meant)
+
     def write(self, key: str, override: str) -> None:
         """The override of a key that was claimed."""
         self.overrides.append(override)

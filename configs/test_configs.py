@@ -29,7 +29,16 @@ from omegaconf import OmegaConf  # noqa: E402
 
 import models  # noqa: E402
 from configs.compose import compose, compose_tree, model_config_class, prepare  # noqa: E402
-from configs.files import BASE, CONFIGS, DATA_FORMATS, choices, option_path, options, read  # noqa: E402
+from configs.files import (  # noqa: E402
+    BASE,
+    CONFIGS,
+    DATA_FORMATS,
+    choices,
+    option_path,
+    options,
+    read,
+    read_model,
+)
 from configs.frontend import GROUPS  # noqa: E402
 from configs.messages import ConfigError  # noqa: E402
 from configs.schema import CHOICES, RunConfig, redacted  # noqa: E402
@@ -124,6 +133,9 @@ def check_model_file(
 
 def check_own_file(path: Path, build: bool) -> None:
     """A model file that states what differs, wherever it lies: what a run of it would be checked for."""
+    if read_model(path).stated("dataset_name") and not _composes("hf"):
+        print(f"  not checked: {path.name} is of a data set, which needs the package datasets")
+        return
     cfg = _compose(str(path))
     _check_run(cfg)
     if build:

@@ -82,6 +82,10 @@ class Kernels:
                 if op != "default" and name != AUTO:
                     self._require(op, name, Call(device, None))
 
+    def with_choice(self, op: str, name: str) -> Kernels:
+        """The same with this implementation of an operation."""
+        return Kernels({**self.wanted, op: name}, deterministic=self.deterministic)
+
     def __deepcopy__(self, memo: Any) -> Kernels:
         return self
 

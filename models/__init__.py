@@ -20,6 +20,7 @@ class Architecture:
 
     `own_words`: keys of `model_cfg` that elsewhere are another spelling of a field (`configs.messages`), and that
     whoever knows the paper's code takes for something else; each with what to say instead. They are refused.
+    `spellings`: other words for fields of `model_cfg`, of this type alone.
     `aliases`: other words for the type, each with the fields of `model_cfg` that it means besides.
     """
 
@@ -27,8 +28,17 @@ class Architecture:
     adapter: str = "adapters.default:DefaultModelAdapter"
     description: str = ""
     own_words: Mapping[str, str] = field(default_factory=dict)
+    spellings: Mapping[str, str] = field(default_factory=dict)
     aliases: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
+
+# What descriptions of memories call the sizes of their decoder.
+MEMORY_ALIASES = {
+    "hidden_dim": "d_model",
+    "intermediate_dim": "ffn_hidden",
+    "max_seq_len": "n_ctx",
+    "use_rms_norm": "use_rmsnorm",
+}
 
 ARCHITECTURES: dict[str, Architecture] = {
     "bd3lm": Architecture(
@@ -88,11 +98,13 @@ ARCHITECTURES: dict[str, Architecture] = {
             "use_lora": "adapters are the top-level field use_lora, the memory is model_cfg.vanilla_mode=false",
             "base_model_name": "without a base it is type=memory, beside a pretrained one type=memory_adapter",
         },
+        spellings=MEMORY_ALIASES,
     ),
     "memory_adapter": Architecture(
         "models.memory.adapter:MemoryAdapter",
         "adapters.memory:PretrainedAdapter",
         "beside, or on, a pretrained model of transformers (LoRA: Hu et al. 2021)",
+        spellings={"hidden_dim": "d_model"},
         aliases={"memory-adapter": {}},
     ),
     "moe": Architecture(

@@ -247,8 +247,13 @@ class Vanilla(HuggingFaceDecoder):
 
     def plan(self, visible: Visible, dtype: torch.dtype) -> Plan:
         """How layers attend to what is visible."""
-        dropout = self.cfg.dropout if self.training else 0.0
+        dropout = self.attention_dropout if self.training else 0.0
         return plan_attention(visible, dtype=dtype, dropout=dropout, kernels=self.kernels, **self._heads)
+
+    @property
+    def attention_dropout(self) -> float:
+        """Of attention probabilities."""
+        return self.cfg.dropout
 
     @property
     def _heads(self) -> dict[str, Any]:
@@ -257,7 +262,7 @@ class Vanilla(HuggingFaceDecoder):
 
     def kernel_calls(self, seq_len: int) -> dict[str, dict[str, Any]]:
         facts = training_facts(seq_len, window=self.cfg.sliding_window)
-        return {"attention": attention_call(facts, dropout=self.cfg.dropout, **self._heads)}
+        return {"attention": attention_call(facts, dropout=self.attention_dropout, **self._heads)}
 
     @property
     def embedding_weight(self) -> Tensor:
@@ -279,15 +284,21 @@ class Vanilla(HuggingFaceDecoder):
         if isinstance(module, RMSNorm | LayerNorm):
             module.init_weights()
         elif isinstance(module, nn.Embedding):
-            normal_(module.weight, INIT_STD, generator)
+            normal_(module.weight, self.init_std, generator)
         elif isinstance(module, nn.Linear):
             residual = name.endswith(("o_proj", "down_proj"))
-            normal_(module.weight, residual_std(self.cfg.n_layers) if residual else INIT_STD, generator)
+            std = residual_std(self.cfg.n_layers, self.init_std) if residual else self.init_std
+            normal_(module.weight, std, generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
     def blocks(self) -> list[str]:
         return [f"layers.{layer}" for layer in range(self.cfg.n_layers)]
+
+    @property
+    def init_std(self) -> float:
+        """Of matrices that do not write to the residual stream."""
+        return INIT_STD
 
     lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj")
 

@@ -27,6 +27,7 @@ __all__ = [
     "further",
     "padded_vocabulary",
     "positions_of",
+    "stacked",
     "through",
 ]
 
@@ -194,12 +195,20 @@ def through(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Run x (B, T, D) through blocks. One that has more to tell returns (x, {name: tensor}): such tensors come back
     stacked along a new first dim, over the blocks that told."""
-    told: dict[str, list[Tensor]] = {}
+    told: list[dict[str, Tensor]] = []
     for block in blocks:
         x, more = out if isinstance(out := block(x, *shared, cache), tuple) else (out, {})
+        told.append(more)
+    return x, stacked(told)
+
+
+def stacked(told: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors of the same name along a new first dim."""
+    found: dict[str, list[Tensor]] = {}
+    for more in told:
         for name, tensor in more.items():
-            told.setdefault(name, []).append(tensor)
-    return x, {name: torch.stack(tensors) for name, tensors in told.items()}
+            found.setdefault(name, []).append(tensor)
+    return {name: torch.stack(tensors) for name, tensors in found.items()}
 
 
 def padded_vocabulary(vocab_size: int) -> int:

@@ -10,10 +10,10 @@ __all__ = ["INIT_STD", "normal_", "residual_std", "truncated_normal_", "uniform_
 INIT_STD = 0.02  # GPT-2, and since then almost everyone
 
 
-def residual_std(n_layers: int) -> float:
-    """Std of the two projections of a block that write to the residual stream: their 2L contributions add up
-    to a variance that does not grow with depth (Radford et al. 2019, section 2.3)."""
-    return INIT_STD / (2 * n_layers) ** 0.5
+def residual_std(n_layers: int, std: float = INIT_STD) -> float:
+    """Std of the two projections of a block that write to the residual stream, where other matrices have `std`: their
+    2L contributions add up to a variance that does not grow with depth (Radford et al. 2019, section 2.3)."""
+    return std / (2 * n_layers) ** 0.5
 
 
 @torch.no_grad()

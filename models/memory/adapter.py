@@ -1,7 +1,8 @@
-"""A pretrained causal language model as the base of what is trained beside it (LoRA), or trained on itself.
+"""A pretrained causal language model as the base of what is trained beside it, a memory that its layers read or LoRA or
+both, or trained on itself.
 
-transformers computes the base; documents of a row, positions, cache and head are given to it here. What is hooked into
-its layers besides finds them in `layers`.
+transformers computes the base; documents of a row, positions, cache and head are given to it here. Memory layers are
+put into its layers (`models/memory/insertion.py`).
 
 Shapes: B rows, T tokens, S tokens seen (past ones first), D width, V vocabulary, H heads, G heads of keys and values,
 h head width.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -20,12 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.schema import Execution, Free, ModelConfig, Positive
-from models.layers.cache import KVCache
-from models.layers.decoder import document_positions
+from configs.schema import Dropout, Execution, Free, Positive, Rate
+from models.layers.decoder import Hidden, document_positions, stacked
 from models.layers.flops import Flops, decoder_flops, matmul_flops, mean_keys
 from models.layers.lora import is_adapted, is_transposed
 from models.layers.roles import Rule
+from models.memory.bank import new_bank
+from models.memory.block import MemoryLayer
+from models.memory.config import MemoryConfig, MemoryFields
+from models.memory.insertion import Insertion, Pass, required_between
 from models.memory.pretrained import (
     Sizes,
     base_folder,
@@ -34,6 +38,8 @@ from models.memory.pretrained import (
     require_known,
     sizes_of,
 )
+from models.memory.reader import ReadsMemory
+from models.memory.router import MemoryCache
 from naming import shorten
 
 if TYPE_CHECKING:
@@ -49,8 +55,14 @@ PROBE = 4  # tokens of a document that a loaded base is tried with
 SAME = 1e-3  # of the largest state: rounding of products of other shapes, and nothing else
 
 
-class MemoryAdapterConfig(ModelConfig):
+# Sizes of a base that is not here, where none are given: what does not depend on them can be checked.
+UNKNOWN = {"d_model": 2**20, "n_heads": 1, "n_layers": 10_000}
+
+
+class MemoryAdapterConfig(MemoryFields):
     """All sizes are the base's; those that are given must be the same."""
+
+    vanilla_mode: bool = True  # no memory: adapters alone
 
     base_model_name: Free[str | None] = None  # it may move, what it holds may not change
     base_model_revision: Free[str | None] = None
@@ -60,9 +72,13 @@ class MemoryAdapterConfig(ModelConfig):
     n_heads: Positive | None = None
     n_layers: Positive | None = None
     use_flash_attention: Execution[bool] = True  # False: attention in plain products
+    norm_eps: Rate = 1e-6  # of norms in front of the memory
+    use_rmsnorm: bool = True  # False: LayerNorm there
+    dropout: Free[Dropout] = 0.0  # of what the memory adds
 
     elsewhere = frozenset({"vocab_size", "d_model", "n_heads", "n_layers", "n_ctx", "dropout"})
-    tiny: ClassVar[dict[str, Any]] = {"freeze_base_model": False}
+    tiny: ClassVar[dict[str, Any]] = {"freeze_base_model": False, "vanilla_mode": False}
+    examples: ClassVar[dict[str, Any]] = {"norm_eps": 0.1}
     rare: ClassVar[dict[str, str]] = {
         **dict.fromkeys(("vocab_size", "d_model", "n_heads", "n_layers"), "the base's size alone is legal"),
         "base_model_revision": "a folder has none",
@@ -94,13 +110,26 @@ class MemoryAdapterConfig(ModelConfig):
         at = self.folder if Path(self.base_model_name or "").exists() else self.base_model_name
         return self.model_copy(update={**sizes, "base_model_name": str(at)})
 
+    @property
+    def memory(self) -> MemoryConfig:
+        """That of a memory in our own blocks of the base's sizes."""
+        sizes: dict[str, Any] = {name: getattr(self, name) or unknown for name, unknown in UNKNOWN.items()}
+        if not self.lacking():
+            base = self.base
+            sizes = {name: getattr(base, name) for name in (*UNKNOWN, "ffn_hidden")}
+            sizes |= {"n_kv_heads": base.kv_heads, "n_ctx": base.positions}
+        own = {name: getattr(self, name) for name in MemoryFields.model_fields}
+        norms: dict[str, Any] = {"norm_eps": self.norm_eps, "use_rmsnorm": self.use_rmsnorm}
+        return MemoryConfig(**own, **sizes, **norms, dropout=self.dropout)
+
     def problems(self, run: RunConfig) -> list[str]:
         found = super().problems(run)
         began = run.init_from_checkpoint is not None or run.resume != "none"
-        if self.freeze_base_model and not run.use_lora and not run.eval_only:
+        memoryless = self.vanilla_mode or self.memory_layer_placement == "none"
+        if self.freeze_base_model and memoryless and not run.use_lora and not run.eval_only:
             found.append(
-                "model_cfg.freeze_base_model leaves nothing to be trained. Set use_lora=true, or "
-                "model_cfg.freeze_base_model=false"
+                "model_cfg.freeze_base_model leaves nothing to be trained. Set use_lora=true, "
+                "model_cfg.vanilla_mode=false (a memory), or model_cfg.freeze_base_model=false"
             )
         if not self.freeze_base_model and run.use_lora and not began:
             found.append(
@@ -111,7 +140,16 @@ class MemoryAdapterConfig(ModelConfig):
                 f"model_cfg.base_model_revision ({self.base_model_revision}) is for names on Hugging Face, and "
                 f"model_cfg.base_model_name is a folder. Leave it out"
             )
-        return found + ([] if self.lacking() else self._unlike_the_base(run))
+        if not self.lacking() and (unlike := self._unlike_the_base(run)):
+            return found + unlike
+        memory = self.memory
+        own_heads = memory.memory_num_heads is not None
+        if memory.memory_layers and not (memory.reduced or own_heads) and memory.d_model % memory.n_heads:
+            found.append(
+                f"model_cfg.vanilla_mode=false: a memory has the base's {memory.n_heads} heads, which do not divide "
+                f"its width {memory.d_model}. Nearest: low_rank_mode=reduced_dim with use_low_rank_memory=true"
+            )
+        return found + memory.memory_problems()
 
     def _unlike_the_base(self, run: RunConfig) -> list[str]:
         try:
@@ -132,12 +170,27 @@ class MemoryAdapterConfig(ModelConfig):
         return found
 
     def remarks(self, run: RunConfig) -> list[str]:
-        why = self.lacking()
-        return [*super().remarks(run), *([f"{why}. What depends on the base was not checked"] if why else [])]
+        why, found = self.lacking(), super().remarks(run)
+        if why:
+            found.append(f"{why}. What depends on the base was not checked")
+        if self.freeze_base_model and not self.vanilla_mode and not self.wo_init_zero:
+            found.append(
+                "model_cfg.wo_init_zero=false disturbs a base that stays as it is (model_cfg.freeze_base_model)"
+            )
+        return found + self.memory.memory_remarks(run)
+
+    def unread(self) -> dict[str, str]:
+        memory = self.memory
+        found = super().unread() | {
+            n: why for n, why in memory.unread().items() if n in MemoryFields.model_fields
+        }
+        if why := memory.without:
+            found |= dict.fromkeys(("norm_eps", "use_rmsnorm", "dropout"), why)
+        return found
 
 
-class BaseCache(KVCache):
-    """Keys and values of the base's layers, as transformers asks for them."""
+class BaseCache(MemoryCache):
+    """Keys and values of the base's layers, as transformers asks for them, and what a memory keeps."""
 
     is_compileable = False
 
@@ -150,14 +203,20 @@ class BaseCache(KVCache):
         return self.length
 
 
-class MemoryAdapter(nn.Module):
+class MemoryAdapter(ReadsMemory):
+    """`forward` takes `valid` (B, T) bool besides, which tokens are text, where chapters are chosen."""
+
     Config = MemoryAdapterConfig
 
     def __init__(self, cfg: MemoryAdapterConfig) -> None:
         super().__init__()
-        self.cfg, self.sizes = cfg, cfg.base
+        self.cfg, self.sizes, self.memory = cfg, cfg.base, cfg.memory
         self.vocab_size = self.sizes.vocab_size
         self.config = read_config(cfg.folder)
+        self.banks = nn.ModuleList(new_bank(self.memory) for _ in {*self.memory.bank_of.values()})
+        layers = {str(layer): MemoryLayer(self.memory, layer) for layer in self.memory.memory_layers}
+        self.memory_layers = nn.ModuleDict(layers)
+        self.now = Pass()
         self._take(_of_config(self.config, cfg))
 
     def _take(self, whole: Any) -> None:
@@ -175,6 +234,16 @@ class MemoryAdapter(nn.Module):
         self.lm_head = None if tied else head
         words = inspect.signature(self.base.forward).parameters
         self.cache_word = "cache" if "cache" in words else "past_key_values"  # before transformers 5.20
+        for memory in self.memories:
+            Insertion(self.layers[memory.layer], memory, self.now)
+
+    @property
+    def memory_cfg(self) -> MemoryConfig:
+        return self.memory
+
+    @property
+    def memories(self) -> list[MemoryLayer]:
+        return [layer for layer in self.memory_layers.values() if isinstance(layer, MemoryLayer)]
 
     def _layers_path(self) -> str:
         for path in LAYERS:
@@ -198,13 +267,27 @@ class MemoryAdapter(nn.Module):
         return found
 
     def forward(
-        self, tokens: Tensor, doc_ids: Tensor | None = None, cache: BaseCache | None = None
-    ) -> Tensor:
-        """tokens (B, T) int64 -> hidden (B, T, D) after the base's last norm.
+        self,
+        tokens: Tensor,
+        doc_ids: Tensor | None = None,
+        cache: BaseCache | None = None,
+        valid: Tensor | None = None,
+    ) -> Tensor | Hidden:
+        """tokens (B, T) int64 -> hidden (B, T, D) after the base's last norm, with what routers told beside it.
 
         doc_ids (B, T): attention stays within equal ids, and positions restart at each change. None: one document per
         row. With a cache the tokens continue what it holds. ValueError beyond the base's positions.
         """
+        if not self.banks:
+            return self._of_base(tokens, doc_ids, cache)
+        reading = self.reading(tokens, 0 if cache is None else cache.length, doc_ids, valid)
+        with self.now.of(reading, cache) as told:
+            x = self._of_base(tokens, doc_ids, cache)
+        return Hidden(x, stacked(told)) if told else x
+
+    def _of_base(
+        self, tokens: Tensor, doc_ids: Tensor | None = None, cache: BaseCache | None = None
+    ) -> Tensor:
         if doc_ids is not None and cache is not None:
             raise ValueError("doc_ids cannot be combined with a cache: a cached row is one document")
         past = 0 if cache is None else cache.length
@@ -262,14 +345,16 @@ class MemoryAdapter(nn.Module):
     def max_context(self) -> int:
         return self.sizes.positions
 
-    def init_cache(self, rows: int) -> BaseCache:
-        return BaseCache(self.sizes.n_layers, rows)
+    def init_cache(self, rows: int) -> BaseCache | None:
+        """None where decisions see the whole text: every token changes those of all."""
+        return None if self.sees_all else BaseCache(self.sizes.n_layers, rows)
 
     # -- weights -------------------------------------------------------------------------------------------------
 
     def init_weights(self, generator: torch.Generator) -> None:
-        """Load the base, as fp32 on the CPU. ValueError where its files do not hold it, or it is none after all."""
-        del generator
+        """Load the base, as fp32 on the CPU, and draw the memory. ValueError where files do not hold a base, or it is
+        none after all."""
+        self.init_memory(generator)
         whole = _of_files(self.cfg)
         self._take(whole)
         self.train(self.training)
@@ -277,13 +362,17 @@ class MemoryAdapter(nn.Module):
             self._try(whole)
 
     def _try(self, whole: Any) -> None:
-        """Refuse what computes more than its layers, its norm and a product behind them, and what lets a document of a
-        row see the one before."""
+        """Refuse what computes more than its layers, its norm and a product behind them, what lets a document of a row
+        see the one before, and layers that have no place for the memory."""
         training = self.training
         self.eval(), whole.eval()
         tokens = torch.arange(2 * PROBE)[None] % self.vocab_size
-        packed = self(tokens, doc_ids=torch.arange(2 * PROBE)[None] // PROBE)[:, PROBE:]
-        alone = self(tokens[:, PROBE:])
+        packed = self._of_base(tokens, torch.arange(2 * PROBE)[None] // PROBE)[:, PROBE:]
+        with ExitStack() as places:
+            for memory in self.memories:
+                if memory.mlp is None:
+                    places.enter_context(required_between(self.layers[memory.layer]))
+            alone = self._of_base(tokens[:, PROBE:])
         theirs = whole(input_ids=tokens[:, PROBE:], use_cache=False).logits
         self.train(training)
         for one, other, what in (
@@ -321,6 +410,12 @@ class MemoryAdapter(nn.Module):
         """Its config.json."""
         return {**self.config.to_dict(), "architectures": [self.class_name], "dtype": "float32"}
 
+    def kernel_calls(self, seq_len: int) -> dict[str, dict[str, Any]]:
+        """Of the memory: what the base computes is no matter of ours."""
+        if not self.banks or self.memory.use_chapters:
+            return {}
+        return {"attention": self.memory_attention_call(seq_len)}
+
     # -- what the trainer must know ------------------------------------------------------------------------------
 
     def blocks(self) -> list[str]:
@@ -335,10 +430,15 @@ class MemoryAdapter(nn.Module):
         leaves = {name.rpartition(".")[2] for name, _ in self.layers.named_modules()}
         return next((names for names in TARGETS if leaves.issuperset(names)), ())
 
+    def added(self, name: str) -> bool:
+        return name.startswith(("memory_layers.", "banks."))
+
     def param_roles(self) -> list[Rule]:
         tables = {f"base.{n}.weight" for n, m in self.base.named_modules() if isinstance(m, nn.Embedding)}
         matrices = [n for n, p in self.named_parameters() if p.ndim > 1 and n not in tables]
         return [
+            Rule(r"banks\..*", "memory_bank"),
+            Rule(r"memory_layers\..*", "memory"),
             Rule(_one_of(tables), "embedding"),
             Rule(r"lm_head\.weight", "head"),
             Rule(_one_of(matrices), "matrix"),
@@ -346,7 +446,8 @@ class MemoryAdapter(nn.Module):
         ]
 
     def flops(self, seq_len: int) -> Flops:
-        """Every product of the base's layers, what is masked of attention included in `reference`."""
+        """Every product of the base's layers, what is masked of attention included in `reference`, and what each token
+        costs in the memory."""
         products = sum(
             module._parameters["weight"].numel()  # type: ignore[union-attr]
             for module in self.base.modules()
@@ -354,9 +455,10 @@ class MemoryAdapter(nn.Module):
         )
         layers, heads = self.sizes.n_layers, self.sizes.n_heads * self.sizes.head_width
         keys = [mean_keys(seq_len)] * layers
-        return decoder_flops(products, keys, heads, [seq_len] * layers) + matmul_flops(
+        base = decoder_flops(products, keys, heads, [seq_len] * layers) + matmul_flops(
             self.head_weight.numel()
         )
+        return sum((self.memory_flops(layer) for layer in self.memories), base)
 
 
 def _one_of(names: Any) -> str:

@@ -16,7 +16,7 @@ from models.memory.quant import rounded
 if TYPE_CHECKING:
     from models.memory.config import MemoryConfig
 
-__all__ = ["Bank", "FactorizedBank", "new_bank"]
+__all__ = ["Bank", "FactorizedBank", "bits_of", "new_bank"]
 
 
 class Bank(nn.Module):
@@ -52,6 +52,17 @@ class FactorizedBank(Bank):
     def init_weights(self, generator: torch.Generator) -> None:
         super().init_weights(generator)
         normal_(self.basis, self.basis.shape[1] ** -0.5, generator)
+
+
+def bits_of(model: nn.Module) -> dict[str, int]:
+    """Parameters of a model that are kept in few bits where no training goes on -> in how many."""
+    banks = [(path, module) for path, module in model.named_modules() if isinstance(module, Bank)]
+    return {
+        f"{path}.{name}": bank.bits
+        for path, bank in banks
+        if bank.bits is not None
+        for name, _ in bank.named_parameters()
+    }
 
 
 def new_bank(cfg: MemoryConfig) -> Bank:

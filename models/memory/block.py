@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers.init import INIT_STD, normal_
+from models.layers.init import normal_
 from models.layers.norms import LayerNorm, RMSNorm
 from models.memory.attention import MemoryAttention, init_projection
-from models.memory.router import MemoryCache, Pooling, Router, auxiliary, balance, squared_normaliser
+from models.memory.router import MemoryCache, Pooling, Router
 from models.vanilla import MLP, Block, Rotation
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LOSSES", "MemoryBlock", "MemoryLayer", "Reading"]
 
-# Losses of routers, as layers tell them -> the switch and the field of its weight.
+# Losses of routers -> the switch and the field of its weight.
 LOSSES = {
     "load_balance": ("use_load_balance_loss", "load_balance_coefficient"),
     "aux": ("use_auxiliary_loss", "auxiliary_loss_coefficient"),
@@ -48,7 +48,7 @@ class MemoryLayer(nn.Module):
     def __init__(self, cfg: MemoryConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.dropout, self.bank = layer, cfg.dropout, cfg.bank_of[layer]
-        self.wo_init_zero = cfg.wo_init_zero
+        self.wo_init_zero, self.init_std = cfg.wo_init_zero, cfg.initializer_range
         self.norm = cfg.norm(cfg.d_model)
         self.attn = MemoryAttention(cfg)
         self.router = Router(cfg) if cfg.use_chapters else None
@@ -74,41 +74,42 @@ class MemoryLayer(nn.Module):
         return F.dropout(y, self.dropout, self.training)
 
     def _told(self, logits: Tensor, chosen: Tensor, decided: Tensor) -> dict[str, Tensor]:
-        """In training losses of the decisions (), the sum of their entropies and their number; always `chosen`
-        (B, T, K) int64, `decided` (B, T) and `load` (C,) int64, decisions for each chapter."""
+        """`chosen` (B, T, K) int64, `decided` (B, T) and `load` (C,) int64, decisions for each chapter. In training
+        also sums over decisions, of which losses are made: of probabilities, `importance` (C,), of squared normalisers
+        and of entropies."""
         with torch.no_grad():
             takes = decided[..., None].expand(chosen.shape).long().flatten()
             load = takes.new_zeros(logits.shape[-1]).scatter_add(0, chosen.flatten(), takes)
         told = {"chosen": chosen, "decided": decided, "load": load}
         if not self.training:
             return told
-        made, taken = logits[decided], chosen[decided]  # (n, C), (n, K)
-        shares = made.detach().log_softmax(-1)
-        told["entropy"] = -(shares.exp() * shares).sum()
-        told["load_balance"] = balance(made, taken)
-        told["aux"], told["z"] = auxiliary(made), squared_normaliser(made)
+        made = decided.to(logits.dtype)  # (B, T)
+        shares = logits.log_softmax(-1)  # (B, T, C)
+        told["importance"] = (shares.exp() * made[..., None]).sum((0, 1))
+        told["squares"] = (logits.logsumexp(-1) ** 2 * made).sum()
+        told["entropy"] = -((shares.exp() * shares).detach().sum(-1) * made).sum()
         return told
 
     def init_weights(self, generator: torch.Generator) -> None:
-        """N(0, 0.02^2), or 0 of what writes to the stream; gains 1, biases 0."""
+        """N(0, initializer_range^2), or 0 of what writes to the stream; gains 1, biases 0."""
         draw = partial(normal_, generator=generator)
         ends = [self.attn.o_proj]
         for projection in (self.attn.q_proj, self.attn.k_proj, self.attn.v_proj):
-            init_projection(projection, INIT_STD, draw)
+            init_projection(projection, self.init_std, draw)
         if self.router is not None:
             self.router.init_weights(generator)
         if self.mlp is not None:
             ends.append(self.mlp.down_proj)
             for part in (self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj):
                 if part is not None and part is not self.mlp.down_proj:
-                    draw(part.weight, INIT_STD)
+                    draw(part.weight, self.init_std)
                 if part is not None and part.bias is not None:
                     nn.init.zeros_(part.bias)
         for end in ends:
             if self.wo_init_zero:
                 nn.init.zeros_(end.weight)
             else:
-                draw(end.weight, INIT_STD)
+                draw(end.weight, self.init_std)
         for norm in (self.norm, self.mlp_norm):
             if isinstance(norm, RMSNorm | LayerNorm):
                 norm.init_weights()

@@ -10,13 +10,25 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from configs.schema import Free, NonNegative, NonNegativeFloat, Positive, Rate
+from configs.schema import (
+    Dropout,
+    Execution,
+    Free,
+    ModelConfig,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    Rate,
+    divisible,
+)
+from kernels import AUTO, REFERENCE
+from models.layers.init import INIT_STD
 from models.vanilla import VanillaConfig
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
 
-__all__ = ["MemoryConfig", "Strategy"]
+__all__ = ["MemoryConfig", "MemoryFields", "Strategy"]
 
 Strategy = Literal["sequence", "rolling", "token"]
 # YAML has lists; frozen configurations hold tuples.
@@ -34,10 +46,14 @@ _OF_CHAPTERS = (
 _CHAPTERS = {"use_chapters": True}
 
 
-class MemoryConfig(VanillaConfig):
+class MemoryFields(ModelConfig):
+    """Those of a memory, whatever reads it: blocks of our own, or of a pretrained base."""
+
     vanilla_mode: bool = False  # the backbone alone: the control
     num_memory_tokens: Positive = 1024  # N
     memory_dim: Positive | None = None  # m; None = d_model
+    memory_num_heads: Positive | None = None  # of attention to it; None = n_heads
+    memory_num_kv_heads: Positive | None = None  # None = memory_num_heads, or where that is None n_kv_heads
     memory_layer_placement: Literal["all", "first_k", "last_k", "every_n", "custom", "none"] = "all"
     memory_layer_k: Positive = 5
     memory_layer_n: Positive = 3
@@ -108,6 +124,14 @@ class MemoryConfig(VanillaConfig):
     }
     rare = {"tokens_per_chapter": "what is given must be what it is; another number is refused"}
 
+
+class MemoryConfig(MemoryFields, VanillaConfig):
+    attention_dropout: Free[Dropout | None] = None  # of the backbone's probabilities; None = dropout
+    use_flash_attention: Execution[bool] = True  # False: the backbone's attention by its plain definition
+    initializer_range: Rate = INIT_STD  # of matrices that do not write to the residual stream
+
+    examples = {"attention_dropout": 0.2}
+
     # -- what follows from the fields ------------------------------------------------------------------------------
 
     @property
@@ -149,12 +173,18 @@ class MemoryConfig(VanillaConfig):
         return self.memory_rank if self.reduced else self.d_model
 
     @property
+    def memory_heads(self) -> tuple[int, int]:
+        """(H, G) of attention to the memory."""
+        own = self.memory_num_heads
+        return own or self.n_heads, self.memory_num_kv_heads or own or self.kv_heads
+
+    @property
     def memory_head_width(self) -> int:
-        return self.attention_width // self.n_heads
+        return self.attention_width // self.memory_heads[0]
 
     @property
     def memory_kv_width(self) -> int:
-        return self.memory_head_width * self.kv_heads
+        return self.memory_head_width * self.memory_heads[1]
 
     @property
     def routed(self) -> bool:
@@ -178,6 +208,13 @@ class MemoryConfig(VanillaConfig):
         return (self.num_shared_chapters + self.top_k_chapters) * self.chapter_size
 
     @property
+    def without(self) -> str:
+        """The field and value by which no block reads a memory; "" where some does."""
+        if self.memory_layers:
+            return ""
+        return "vanilla_mode=true" if self.vanilla_mode else "memory_layer_placement=none"
+
+    @property
     def looks_ahead(self) -> bool:
         return self.routed and self.routing_causality == "lookahead"
 
@@ -185,9 +222,24 @@ class MemoryConfig(VanillaConfig):
 
     def problems(self, run: RunConfig) -> list[str]:
         found = super().problems(run)
+        asked = run.kernels.get("attention", AUTO)
+        if not self.use_flash_attention and asked not in (AUTO, REFERENCE):
+            found.append(
+                f"model_cfg.use_flash_attention=false is kernels.attention={REFERENCE}, and kernels.attention is "
+                f"{asked}. Leave out one of the two"
+            )
+        if self.use_rope and run.train_seq_len > self.n_ctx:  # a table of positions says it by itself
+            found.append(
+                f"train_seq_len ({run.train_seq_len}) must not exceed model_cfg.n_ctx ({self.n_ctx}). Nearest: "
+                f"train_seq_len={self.n_ctx}, or model_cfg.n_ctx={run.train_seq_len}"
+            )
+        return found + self.memory_problems()
+
+    def memory_problems(self) -> list[str]:
+        """Of the memory alone."""
         if self.vanilla_mode:
-            return found
-        found += self._placement_problems() + self._width_problems()
+            return []
+        found = self._placement_problems() + self._head_problems() + self._width_problems()
         if self.use_chapters:
             found += self._chapter_problems()
         for name in ("use_auxiliary_loss", "use_z_loss"):
@@ -225,17 +277,28 @@ class MemoryConfig(VanillaConfig):
                 found.append(f"model_cfg.memory_layer_indices names block {twice[0]} twice; name it once")
         return found
 
+    def _head_problems(self) -> list[str]:
+        (heads, groups), own, found = self.memory_heads, self.memory_num_heads, []
+        if own is not None and not self.reduced:
+            found += divisible("d_model", self.d_model, "memory_num_heads", heads)
+        if (own, self.memory_num_kv_heads) != (None, None) and heads % groups:
+            legal = [n for n in range(1, heads + 1) if heads % n == 0]
+            near = [max(n for n in legal if n < groups), *[n for n in legal if n > groups][:1]]
+            found.append(
+                f"model_cfg.memory_num_kv_heads ({groups}) must divide model_cfg."
+                f"{'n_heads' if own is None else 'memory_num_heads'} ({heads}); nearest: "
+                f"{' or '.join(map(str, near))}"
+            )
+        return found
+
     def _width_problems(self) -> list[str]:
-        found, rank = [], self.memory_rank
+        found, rank, heads = [], self.memory_rank, self.memory_heads[0]
         if self.reduced:
-            if rank % self.n_heads:
-                near = [
-                    n
-                    for n in (rank // self.n_heads * self.n_heads, -(-rank // self.n_heads) * self.n_heads)
-                    if n
-                ]
+            if rank % heads:
+                near = [n for n in (rank // heads * heads, -(-rank // heads) * heads) if n]
+                name = "n_heads" if self.memory_num_heads is None else "memory_num_heads"
                 found.append(
-                    f"model_cfg.memory_rank ({rank}) must be divisible by model_cfg.n_heads ({self.n_heads}) with "
+                    f"model_cfg.memory_rank ({rank}) must be divisible by model_cfg.{name} ({heads}) with "
                     f"low_rank_mode=reduced_dim; nearest: {' or '.join(map(str, near))}"
                 )
             for name, is_set in (
@@ -298,7 +361,11 @@ class MemoryConfig(VanillaConfig):
         return found
 
     def remarks(self, run: RunConfig) -> list[str]:
-        found = super().remarks(run)
+        return super().remarks(run) + self.memory_remarks(run)
+
+    def memory_remarks(self, run: RunConfig) -> list[str]:
+        """Of the memory alone."""
+        found = []
         if self.looks_ahead and "sequence" in (self.routing_strategy_train, self.routing_strategy_inference):
             found.append(
                 "model_cfg.routing_causality=lookahead lets a token see later ones by way of its chapters: no score of "
@@ -314,9 +381,8 @@ class MemoryConfig(VanillaConfig):
 
     def unread(self) -> dict[str, str]:
         found = super().unread()
-        fields = MemoryConfig.model_fields.keys() - VanillaConfig.model_fields.keys()
-        if not self.memory_layers:
-            why = "vanilla_mode=true" if self.vanilla_mode else "memory_layer_placement=none"
+        fields = MemoryFields.model_fields.keys() - ModelConfig.model_fields.keys()
+        if why := self.without:
             named = {"vanilla_mode", *(() if self.vanilla_mode else ("memory_layer_placement",))}
             return found | dict.fromkeys(fields - named, why)
         for name, placements in _OF_PLACEMENT.items():

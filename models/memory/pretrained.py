@@ -21,12 +21,14 @@ __all__ = ["Sizes", "base_folder", "lacking", "model_digest", "read_config", "re
 INSTALL = "a pretrained base needs transformers from version 5 on: pip install -e '.[hf]'"
 _OF_HEADS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 _OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_OF_FFN = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")  # where it is not 4 times the width
 _OF_NAMES = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """`positions`: the longest text; `head_width` of an attention head, of which there are `kv_heads` for keys."""
+    """`positions`: the longest text; `head_width` of an attention head, of which there are `kv_heads` for keys;
+    `ffn_hidden`: of the feed-forward layer."""
 
     d_model: int
     n_layers: int
@@ -35,6 +37,7 @@ class Sizes:
     head_width: int
     positions: int
     vocab_size: int
+    ffn_hidden: int
 
 
 def base_folder(name: str, revision: str | None) -> Path | None:
@@ -113,6 +116,9 @@ def sizes_of(config: Any) -> Sizes:
         head_width=getattr(config, "head_dim", None) or width // heads,
         positions=config.max_position_embeddings,
         vocab_size=config.vocab_size,
+        ffn_hidden=next(
+            (n for name in _OF_FFN if isinstance(n := getattr(config, name, None), int)), 4 * width
+        ),
     )
 
 

@@ -56,8 +56,8 @@ class MemoryCache(KVCache):
 @dataclass(frozen=True, eq=False)
 class Pooling:
     """How decisions are pooled in a pass. `first` (B, T) int64: where in its row the document of each token begins;
-    None: one document each. `valid` (B, T) bool, of `lookahead` alone: which tokens are text; None: all. `past`: tokens
-    that a cache holds.
+    None: one document each. `valid` (B, T) bool: which tokens are text, behind which there is padding; None: all.
+    `past`: tokens that a cache holds.
 
     `sequence`: one decision for a document, the mean of its first `window` tokens, for those behind them; the first
     ones have that of 0, as nothing is known of the text. With `lookahead` the mean of all, for all. `rolling`: of the
@@ -73,8 +73,11 @@ class Pooling:
 
     def __call__(self, x: Tensor, layer: int, cache: MemoryCache | None) -> tuple[Tensor, Tensor]:
         """x (B, T, D) -> what the router reads z (B, T, D), in at least fp32; where decisions are made (B, T) bool:
-        once for a document, or everywhere; never those of 0."""
-        x = x.to(at_least_fp32(x.dtype))
+        once for a document, or everywhere; never those of 0, and none of padding."""
+        z, decided = self._pooled(x.to(at_least_fp32(x.dtype)), layer, cache)
+        return z, decided if self.valid is None else decided & self.valid
+
+    def _pooled(self, x: Tensor, layer: int, cache: MemoryCache | None) -> tuple[Tensor, Tensor]:
         if self.strategy == "token" or (self.strategy == "rolling" and self.window == 1):
             return x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         if self.strategy == "rolling":
@@ -200,24 +203,25 @@ def best(logits: Tensor, k: int) -> Tensor:
     return logits.argsort(dim=-1, descending=True, stable=True)[..., :k]
 
 
-def balance(logits: Tensor, chosen: Tensor) -> Tensor:
-    """C sum_c f_c P_c of decisions (n, C), of which (n, K) were chosen: f_c the share of all choices that went to c,
-    P_c its mean probability. 1 where all are alike; 0 of no decisions."""
-    chapters = logits.shape[-1]
-    went = torch.zeros(chapters, dtype=logits.dtype, device=logits.device)
-    went = went.scatter_add(0, chosen.flatten(), torch.ones_like(chosen.flatten(), dtype=logits.dtype))
-    share = went / max(1, chosen.numel())
-    return chapters * (share * logits.softmax(-1).sum(0) / max(1, len(logits))).sum()
+def balance(load: Tensor, importance: Tensor) -> Tensor:
+    """C sum_c f_c P_c of each layer (R,): f_c the share of all choices that went to c, of which there are `load`
+    (R, C), P_c its mean probability. 1 where all are alike; 0 of no decisions."""
+    share = load / load.sum(-1, keepdim=True).clamp(min=1)
+    return load.shape[-1] * (share * importance).sum(-1) / decisions(importance)
 
 
-def auxiliary(logits: Tensor) -> Tensor:
-    """Var(I) / mean(I)^2 over chapters, of their importance I_c = sum p_c over decisions (n, C): 0 where all are alike,
+def auxiliary(importance: Tensor) -> Tensor:
+    """Var(I) / mean(I)^2 over chapters, of their importance I_c = sum p_c over decisions (R, C): 0 where all are alike,
     and of no decisions."""
-    importance = logits.softmax(-1).sum(0)  # (C,)
-    mean = importance.mean()
-    return ((importance - mean) ** 2).mean() / (mean**2 if len(logits) else 1.0)
+    mean = decisions(importance)[:, None] / importance.shape[-1]
+    return (((importance - importance.mean(-1, keepdim=True)) / mean) ** 2).mean(-1)
 
 
-def squared_normaliser(logits: Tensor) -> Tensor:
-    """Mean of logsumexp^2 over decisions (n, C); 0 of none."""
-    return (logits.logsumexp(-1) ** 2).sum() / max(1, len(logits))
+def squared_normaliser(squares: Tensor, importance: Tensor) -> Tensor:
+    """Mean of logsumexp^2 over decisions, of which `squares` (R,) are the sums; 0 of none."""
+    return squares / decisions(importance)
+
+
+def decisions(importance: Tensor) -> Tensor:
+    """How many there are (R,), as probabilities of each add up to 1; of none 1."""
+    return importance.detach().sum(-1).clamp(min=1)

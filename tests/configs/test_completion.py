@@ -14,7 +14,7 @@ from trainer.commands import train
     [
         ("python mytrainer.py sho", ["show"]),
         ("python mytrainer.py --hydra_model_cfg=gp", ["--hydra_model_cfg=gpt2"]),
-        ("python /some/where/mytrainer.py --hydra_model_cfg van", ["vanilla"]),
+        ("python /some/where/mytrainer.py --hydra_model_cfg ngp", ["ngpt"]),
         ("python mytrainer.py model=mi", ["model=mine.yaml"]),
         ("python mytrainer.py model=gpt2 preset=t", ["preset=tiny"]),
         ("python mytrainer.py model=gpt2 data=m", ["data=mix"]),

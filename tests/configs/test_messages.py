@@ -6,12 +6,12 @@ import pytest
 
 from configs import compose
 from configs.compose import prepare, tree_of
-from configs.files import CONFIGS, description
+from configs.files import CONFIGS, description, options
 from configs.grid import check_grid
 from configs.messages import ConfigError
 from models import ARCHITECTURES
 
-ALL = ", ".join(sorted(ARCHITECTURES))
+ALL = ", ".join(options())
 
 CASES = [
     # words, text that the message must contain

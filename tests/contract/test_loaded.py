@@ -73,8 +73,13 @@ def test_a_row_knows_its_token_and_of_next_token_models_none_behind_it(readable)
         torch.testing.assert_close(before[:-1], after[:-1], rtol=1e-5, atol=1e-5)
 
 
+def hooks(model):
+    """How many each module has, none by itself but where a memory reads what others compute."""
+    return [len(module._forward_hooks) for module in model.modules()]
+
+
 def test_a_block_shows_its_states_or_says_why_it_has_none(readable):
-    blocks = readable.adapter.blocks()
+    blocks, before = readable.adapter.blocks(), hooks(readable.model)
     for layer, path in enumerate(blocks):
         try:
             states = readable.hidden(SHORT, layer)
@@ -83,7 +88,7 @@ def test_a_block_shows_its_states_or_says_why_it_has_none(readable):
             continue
         assert len(states) == len(readable.ids(SHORT))
         assert torch.equal(states, readable.hidden(SHORT, layer - len(blocks)))
-    assert not any(module._forward_hooks for module in readable.model.modules())
+    assert hooks(readable.model) == before
 
 
 def test_it_writes_what_the_command_prints(loaded, whole_run, command):
@@ -111,6 +116,7 @@ def test_the_weights_are_those_that_were_asked_for(loaded, whole_run):
     "text", ["", "0", "0123 gr\N{LATIN SMALL LETTER O WITH DIAERESIS}\0\N{BUTTERFLY}\n01 <b>&"]
 )
 def test_what_is_drawn_of_a_text_fits_it_and_is_the_same_each_time(loaded, text):
+    before = hooks(loaded.model)
     found, again = loaded.annotate(text), loaded.annotate(text.encode())  # which check that it fits
     assert found.spans == again.spans
     for of, other in zip(found.maps, again.maps, strict=True):
@@ -120,7 +126,7 @@ def test_what_is_drawn_of_a_text_fits_it_and_is_the_same_each_time(loaded, text)
     assert len(set(names)) == len(names), "people are to tell them apart"
     if type(loaded.adapter).annotate is ModelAdapter.annotate:
         assert not found
-    assert not any(module._forward_hooks for module in loaded.model.modules())
+    assert hooks(loaded.model) == before
 
 
 def test_looking_changes_nothing(readable):

@@ -12,6 +12,10 @@ FORMS: dict[str, Entry] = {
         "trainer.export.huggingface:HuggingFace",
         description="a folder that transformers opens, of architectures that it has too",
     ),
+    "memory": Entry(
+        "trainer.export.memory:MemoryAlone",
+        description="the memory alone, its bank in the bits that it is kept in, of types that have one",
+    ),
     "peft": Entry(
         "trainer.export.peft:Peft",
         description="adapters alone (use_lora), in a folder that PEFT opens beside such a base",

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from configs.saved import WEIGHTS
+from models.memory.adapter import MemoryAdapterConfig
 from trainer.export.rounding import Rounding
 
 if TYPE_CHECKING:
     from configs.schema import ModelConfig, RunConfig
     from trainer.run.restore import Restored
 
-__all__ = ["Contents", "Form"]
+__all__ = ["Contents", "Form", "require_no_memory"]
 
 
 @dataclass(frozen=True)
@@ -45,3 +46,12 @@ class Form(ABC):
     @abstractmethod
     def opened_by(self, folder: Path, contents: Contents) -> list[str]:
         """Lines that open the folder, for people to copy."""
+
+
+def require_no_memory(model_cfg: ModelConfig) -> None:
+    """ValueError where layers of a pretrained base read a memory, which forms of others know nothing of."""
+    if isinstance(model_cfg, MemoryAdapterConfig) and model_cfg.memory.memory_layers:
+        raise ValueError(
+            "to: transformers and PEFT have no place for a memory (model_cfg.vanilla_mode=false), and without it the "
+            "weights compute something else. --to safetensors keeps it, with the adapters, beside the base"
+        )

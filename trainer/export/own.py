@@ -11,6 +11,8 @@ from torch import Tensor
 
 from configs.saved import EXPORT
 from configs.schema import redacted
+from models.memory.bank import bits_of
+from models.memory.quant import packed_state
 from naming import command_line
 from trainer.export.form import Contents, Form
 from trainer.export.rounding import Rounding
@@ -33,7 +35,12 @@ class Own(Form):
         adapter, source = restored.adapter, restored.source
         tensors, shared = _unshared(adapter.trained_state())
         parameters = {name for name, _ in adapter.model.named_parameters(remove_duplicate=False)}
-        tensors = {name: rounding(name, t) if name in parameters else t for name, t in tensors.items()}
+        bits = bits_of(adapter.model)
+        tensors = {
+            name: rounding(name, t) if name in parameters and name not in bits else t
+            for name, t in tensors.items()
+        }
+        tensors = packed_state(tensors, bits)
         record = {
             "weights": restored.weights,
             "rounded": rounding.changed,

@@ -8,6 +8,7 @@ import torch
 
 from adapters.base import ModelAdapter
 from configs.saved import EXPORT, EXPORTED, Export, is_export, lacking
+from models.memory.quant import unpacked_state
 from trainer.run.checkpoint import damage
 from trainer.run.source import Note, Source, Trained
 from trainer.run.tensor_files import WEIGHTS, read_tensors
@@ -34,7 +35,7 @@ class Exported(Trained):
         return cls(path)
 
     def state(self) -> dict[str, torch.Tensor]:
-        tensors = read_tensors(self.path / self.file)
+        tensors = unpacked_state(read_tensors(self.path / self.file))
         return tensors | {name: tensors[kept] for name, kept in self.shared.items() if kept in tensors}
 
     def fill(self, adapter: ModelAdapter) -> None:

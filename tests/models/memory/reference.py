@@ -60,7 +60,8 @@ def chosen(router, z, cfg):
 def memory_layer(layer, bank, x, cfg, first=None, strategy="sequence"):
     """x (B, T, D), normalised -> what is added to the stream (B, T, D), before any feed-forward layer of its own."""
     memory, size = bank_of(bank, cfg), cfg.num_memory_tokens // cfg.num_chapters
-    width, share = cfg.attention_width // cfg.n_heads, cfg.n_heads // cfg.kv_heads
+    heads_of_queries, groups = cfg.memory_heads
+    width, share = cfg.attention_width // heads_of_queries, heads_of_queries // groups
     out = torch.zeros_like(x)
     for b in range(x.shape[0]):
         for t in range(x.shape[1]):
@@ -77,7 +78,7 @@ def memory_layer(layer, bank, x, cfg, first=None, strategy="sequence"):
                 *(rows @ matrix(p) for p in (layer.attn.k_proj, layer.attn.v_proj)),
             )
             heads = []
-            for head in range(cfg.n_heads):
+            for head in range(heads_of_queries):
                 of_head, group = slice(head * width, head * width + width), head // share
                 of_group = slice(group * width, group * width + width)
                 scores = k[:, of_group] @ q[of_head] / math.sqrt(width) + added

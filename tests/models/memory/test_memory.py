@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
+from adapters import build_adapter
 from configs.schema import RunConfig
 from data.offsets import document_offsets
 from models.layers.roles import rule_for
 from models.memory.block import MemoryBlock
 from models.memory.config import MemoryConfig
 from models.memory.quant import levels, quantized, rounded
+from tests.contract.tiny import Letters, batch_for, config, context
 from tests.models.memory.reference import bank_of, memory_layer
 from tests.models.tiny import build, tokens_of
 
@@ -21,6 +25,8 @@ REDUCED = {**FACTORIZED, "memory_rank": 8, "low_rank_mode": "reduced_dim"}
 VARIANTS = {
     "standard": {},
     "another width, grouped heads": {"memory_dim": 6, "n_kv_heads": 2},
+    "heads of its own": {"memory_num_heads": 8, "memory_num_kv_heads": 2},
+    "heads of its own, not grouped": {"memory_num_heads": 2, "n_kv_heads": 1},
     "factorized": FACTORIZED,
     "reduced_dim": REDUCED,
     "low-rank projections": {"use_low_rank_projections": True, "projection_rank": 3},
@@ -239,6 +245,45 @@ def test_gradients_of_a_rounded_bank_are_those_where_it_was_rounded_to(fields):
     torch.testing.assert_close(model.banks[0].tokens(), bank_of(model.banks[0], model.cfg))
 
 
+# -- fields of the backbone --------------------------------------------------------------------------------------------
+
+
+def test_attention_has_a_dropout_of_its_own():
+    """Where none is said, the backbone's; the memory keeps that one."""
+    assert model_of(dropout=0.3).attention_dropout == 0.3
+    model, plans = model_of(dropout=0.3, attention_dropout=0.0).train(), []
+    model.layers[0].register_forward_pre_hook(lambda m, given: plans.append((given[1], given[3].plan)))
+    states(model, tokens_of(ROWS, LENGTH))
+    ((own, of_memory),) = plans
+    assert own.options.dropout == 0.0 and of_memory.options.dropout == 0.3
+    model.cfg = model.cfg.model_copy(update={"dropout": 0.0, "attention_dropout": 0.5})
+    states(model, tokens_of(ROWS, LENGTH))
+    own, of_memory = plans[-1]
+    assert own.options.dropout == 0.5 and of_memory.options.dropout == 0.0
+
+
+def test_matrices_begin_with_the_std_that_is_asked_for():
+    model, control = (
+        build("memory", std=None, num_memory_tokens=8, wo_init_zero=False, **more)
+        for more in ({"initializer_range": 0.1}, {})
+    )
+    larger = {n for n, p in model.named_parameters() if torch.allclose(p, 5 * control.state_dict()[n])}
+    zero = {n for n, p in model.named_parameters() if not p.any()}
+    alike = {n for n, _ in model.named_parameters() if "norm" in n or n.startswith("banks.")}
+    assert larger - zero == {n for n, _ in model.named_parameters()} - alike - zero
+
+
+def test_plain_attention_is_the_same_attention():
+    found = {}
+    for choice in (True, False):
+        cfg, model_cfg = config("memory", f"model_cfg.use_flash_attention={json.dumps(choice)}")
+        adapter = build_adapter(cfg, model_cfg, Letters()).double().eval()
+        assert adapter.kernels.wanted.get("attention") == (None if choice else "reference")
+        found[choice] = adapter.clean_states(batch_for(adapter), context(phase="eval"))
+        assert (adapter.kernels.used["attention"].keys() == {"reference"}) == (not choice)
+    torch.testing.assert_close(found[True], found[False])
+
+
 # -- which blocks, which banks ----------------------------------------------------------------------------------------
 
 
@@ -342,6 +387,13 @@ BAD = [
     (
         {**REDUCED, "memory_rank": 12, "use_low_rank_projections": True},
         "use_low_rank_projections has no meaning",
+    ),
+    ({"memory_num_heads": 5}, "nearest: 765, 770"),
+    ({"memory_num_heads": 6, "memory_num_kv_heads": 4}, "nearest: 3 or 6"),
+    ({"memory_num_kv_heads": 5}, r"must divide model_cfg.n_heads \(12\); nearest: 4 or 6"),
+    (
+        {"use_low_rank_memory": True, "low_rank_mode": "reduced_dim", "memory_num_heads": 6},
+        r"memory_num_heads \(6\) with low_rank_mode=reduced_dim; nearest: 60 or 66",
     ),
     ({**FACTORIZED, "memory_rank": 800}, "Nearest: memory_rank=768"),
     ({"use_low_rank_projections": True, "projection_rank": 768}, "Nearest: projection_rank=767"),

@@ -232,14 +232,26 @@ def test_losses_at_their_known_values():
     one_each = 50.0 * torch.eye(chapters, dtype=torch.float64).repeat(n // chapters, 1)
     collapsed = 50.0 * torch.eye(chapters, dtype=torch.float64)[:1].repeat(n, 1)
     two = torch.tensor([[50.0, 50.0, 0.0, 0.0]], dtype=torch.float64).repeat(n, 1)
+
+    def importance(logits):
+        return logits.softmax(-1).sum(0)[None]
+
+    def balance_of(logits, k):
+        load = best(logits, k).flatten().bincount(minlength=chapters)[None]
+        return balance(load, importance(logits))
+
+    def z_of(logits):
+        return squared_normaliser((logits.logsumexp(-1) ** 2).sum()[None], importance(logits))
+
     for logits, k, expected in ((alike, 2, 1.0), (one_each, 1, 1.0), (collapsed, 1, 4.0), (two, 2, 2.0)):
-        assert float(balance(logits, best(logits, k))) == pytest.approx(expected)
-    assert float(auxiliary(alike)) == 0 and float(auxiliary(one_each)) == pytest.approx(0, abs=1e-12)
-    assert float(auxiliary(collapsed)) == pytest.approx(3.0)
-    assert float(squared_normaliser(alike - math.log(chapters))) == pytest.approx(0, abs=1e-20)
-    assert float(squared_normaliser(alike)) == pytest.approx(math.log(chapters) ** 2)
+        assert float(balance_of(logits, k)) == pytest.approx(expected)
+    assert float(auxiliary(importance(alike))) == 0
+    assert float(auxiliary(importance(one_each))) == pytest.approx(0, abs=1e-12)
+    assert float(auxiliary(importance(collapsed))) == pytest.approx(3.0)
+    assert float(z_of(alike - math.log(chapters))) == pytest.approx(0, abs=1e-20)
+    assert float(z_of(alike)) == pytest.approx(math.log(chapters) ** 2)
     nothing = torch.zeros(0, chapters, requires_grad=True)
-    total = balance(nothing, best(nothing, 1)) + auxiliary(nothing) + squared_normaliser(nothing)
+    total = (balance_of(nothing, 1) + auxiliary(importance(nothing)) + z_of(nothing)).sum()
     assert float(total.detach()) == 0
     total.backward()
 
@@ -252,7 +264,9 @@ def test_layers_are_balanced_each_by_itself():
             layer.router.weight.zero_(), layer.router.bias.zero_()
             layer.router.bias[kept] = 50.0
     told = model.train()(tokens_of(ROWS, LENGTH)).extra
-    assert told["load_balance"].tolist() == pytest.approx([2.0, 2.0])
+    assert balance(told["load"], told["importance"]).tolist() == pytest.approx([2.0, 2.0])
+    together = balance(told["load"].sum(0)[None], told["importance"].sum(0)[None])
+    assert float(together.detach()) == pytest.approx(1.0)
     torch.testing.assert_close(
         told["entropy"] / (ROWS * LENGTH), torch.full((2,), math.log(2), dtype=torch.float64)
     )

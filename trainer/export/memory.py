@@ -1,0 +1,46 @@
+"""The memory of a model alone: tensors by our names, a bank in the bits that it is kept in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from models.layers.roles import rule_for
+from models.memory.bank import bits_of
+from models.memory.quant import packed_state
+from trainer.export.form import Contents, Form
+from trainer.export.rounding import Rounding
+from trainer.run.facts import architecture
+
+if TYPE_CHECKING:
+    from configs.schema import ModelConfig, RunConfig
+    from trainer.run.restore import Restored
+
+__all__ = ["MemoryAlone"]
+
+_ROLES = ("memory", "memory_bank")
+
+
+class MemoryAlone(Form):
+    file, whole = "memory.safetensors", False
+
+    def check(self, cfg: RunConfig, model_cfg: ModelConfig) -> None:
+        if "num_memory_tokens" not in type(model_cfg).model_fields:
+            raise ValueError(f"to: memory is for models with a memory, and type={cfg.type} has none")
+
+    def contents(self, restored: Restored, rounding: Rounding) -> Contents:
+        adapter = restored.adapter
+        rules, bits = adapter.param_roles(), bits_of(adapter.model)
+        trained = adapter.trained_state()
+        own = {n for n, _ in adapter.named_model_parameters() if rule_for(rules, n).role in _ROLES}
+        state = {name: tensor.contiguous() for name, tensor in trained.items() if name in own}
+        if not state:
+            raise ValueError(
+                "to: memory is for models with a memory, and this one was trained without (vanilla_mode)"
+            )
+        state = {name: t if name in bits else rounding(name, t) for name, t in state.items()}
+        record = architecture(restored.cfg, adapter, restored.micro_rows)
+        return Contents(packed_state(state, bits), {"memory.json": record})
+
+    def opened_by(self, folder: Path, contents: Contents) -> list[str]:
+        return [f"from safetensors.torch import load_file; load_file({str(folder / self.file)!r})"]
