@@ -22,6 +22,10 @@ class Request:
     spelled: dict[str, str] = dataclasses.field(default_factory=dict)  # every key given -> as it was written
     settings: dict[str, str] = dataclasses.field(default_factory=dict)  # Hydra's own: hydra.*
     sweeps: set[str] = dataclasses.field(default_factory=set)  # keys with more than one value
+    sweep_limit: int | None = None  # points that a grid may have, where the command line says so
+    words: list[list[str]] = dataclasses.field(
+        default_factory=list
+    )  # as they were given, a flag with its value; without those that name models
     problems: list[str] = dataclasses.field(default_factory=list)
     notices: list[str] = dataclasses.field(default_factory=list)
     _written: dict[str, str] = dataclasses.field(default_factory=dict)  # key -> its override

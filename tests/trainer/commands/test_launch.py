@@ -58,7 +58,9 @@ def train(cfg, model_cfg, folder, config_text):
             time.sleep(0.02)
         Path(folder, f"saved-{os.environ.get('RANK', '0')}").write_text(str(len(stopped)))
         return float("nan")
-    return abs(cfg.learning_rate - 0.5)
+    score = {"bits_per_byte": abs(cfg.learning_rate - 0.5)}
+    Path(folder, "summary.json").write_text(json.dumps({"score": score}))
+    return score["bits_per_byte"]
 """
 # Python runs this at start-up: `trainer.loop` is there before anyone imports it, and no torch with it.
 SITE = f"""{TRAIN}
@@ -139,7 +141,7 @@ def test_a_single_run_trains_in_this_process_and_leaves_one_folder(work, run):
     assert (found["seed"], found["plain"], found["env"], found["pid"]) == (5, "x", "t0p", os.getpid())
     created = {p.name for p in work.iterdir()} - {"__pycache__"}
     assert created == {"plain_arch.py", "mine.yaml", "out"}
-    assert {p.name for p in (work / "out").iterdir()} == {"config.yaml", "ran-0.json"}
+    assert {p.name for p in (work / "out").iterdir()} == {"config.yaml", "ran-0.json", "summary.json"}
     saved = "".join(
         p.read_text() for p in (work / "out").rglob("*.*") if p.is_file() and p.name != "ran-0.json"
     )
