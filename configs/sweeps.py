@@ -6,6 +6,7 @@ further words of the command line are put behind it.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,15 +66,18 @@ def repeated(argv: list[str]) -> tuple[list[str], Path] | None:
             "gone on with without -m"
         )
     told = _told(record)
-    words = [text for given in asked.words if not _says_resume(given) for text in given]
+    folder = Path(os.path.abspath(folder))
+    words = [text for given in asked.words if _key(given[0]) != "resume" for text in given]
+    words.append(word("hydra.sweep.dir", folder))
     models = asked.models or told["models"]
-    place = word("hydra.sweep.dir", folder.absolute())
-    old = [text for text in told["words"] if not text.startswith("hydra.sweep.dir=")]
-    return [*(f"--hydra_model_cfg={m}" for m in models), *old, *words, place], folder.absolute()
+    said = {_key(text) for text in words}
+    old = [text for text in told["words"] if _key(text) not in said]
+    return [*(f"--hydra_model_cfg={m}" for m in models), *old, *words], folder
 
 
-def _says_resume(given: list[str]) -> bool:
-    return given[0].lstrip("-+").partition("=")[0] == "resume"
+def _key(text: str) -> str:
+    """The key of `key=value`, the whole of another word."""
+    return text.lstrip("-+").partition("=")[0] if "=" in text or text.startswith("--") else text
 
 
 def _told(record: Path) -> dict[str, list[str]]:

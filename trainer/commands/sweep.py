@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,21 @@ def start_sweep(plan: Plan, earlier: Path | None = None) -> int:
         status = _status(plan, [*own, word("hydra.sweep.dir", folder)]) if own is not None else 0
     finally:
         found = write_tables(folder) if folder.is_dir() else []
+        _say_what_came_of_it(folder, found, len(numbers))
     begun = [job for job in found if job.lives[-1]["begin"] >= began]
     return status or int(any(job.state == "failed" for job in begun))
+
+
+def _say_what_came_of_it(folder: Path, jobs: list[Job], points: int) -> None:
+    """`points`: how many jobs a grid has."""
+    if not jobs:
+        return
+    ended = Counter("killed" if job.state == "running" else job.state for job in jobs)
+    ended["not begun"] = max(0, points - len(jobs))
+    counts = ", ".join(f"{count} {state}" for state, count in ended.items() if count)
+    print(f"sweep folder {folder}: {counts}; summary.csv, summary.json, compare.html")
+    if ended.total() > ended["ok"]:
+        print(f"go on with: {command_line(word('resume', folder), '-m')}")
 
 
 def _there(folder: Path, earlier: Path | None) -> list[Job]:
@@ -180,9 +194,9 @@ def _fail(settings: HydraConf, job: Job, why: str, told: str, state: str = "fail
     """Record it, and raise. Where a grid is started in batches, an error would keep Hydra from the later ones."""
     job.end(state, why)
     if settings.sweeper.get("max_batch_size"):
-        print(f"job {settings.job.num}: {told}", file=sys.stderr)
+        print(f"job {job.place.name}: {told}", file=sys.stderr)
         return
-    raise CompactHydraException(f"job {settings.job.num}: {told}")
+    raise CompactHydraException(f"job {job.place.name}: {told}")
 
 
 def _checked(tree: dict[str, Any], settings: HydraConf) -> tuple[RunConfig, ModelConfig, Path | None]:

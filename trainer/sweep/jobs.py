@@ -100,12 +100,12 @@ class Job:
 
     @classmethod
     def new(cls, place: Path, run: Path, cfg: RunConfig) -> Job:
-        return cls(place.absolute(), run.absolute(), redacted(cfg))
+        return cls(Path(os.path.abspath(place)), Path(os.path.abspath(run)), redacted(cfg))
 
 
 def jobs_in(sweep: Path) -> list[Job]:
     """Those that have begun, by number, those without one last. Raises ValueError where a record is damaged."""
-    found = [Job.read(path) for path in Path(sweep).absolute().rglob(RECORD)]
+    found = [Job.read(path) for path in Path(os.path.abspath(sweep)).rglob(RECORD)]
     return sorted(found, key=lambda job: (job.number is None, job.number or 0, str(job.place)))
 
 

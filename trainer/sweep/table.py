@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ MEASURES = ("steps", "tokens", "bytes", "flops", "seconds", "seconds_total", "to
 
 def write_tables(folder: Path) -> list[Job]:
     """Write the three; returns the jobs. A sweep of which nothing has begun leaves nothing."""
+    folder = Path(os.path.abspath(folder))
     jobs = jobs_in(folder)
     if not jobs:
         return []
@@ -56,8 +58,8 @@ def _row(job: Job, config: dict[str, Any], varied: list[str], folder: Path) -> d
     killed = job.state == "running"  # nobody is left who runs it
     why = "killed, as no one wrote down how it ended" if killed else job.why
     return {
-        "job": job.place.relative_to(folder.absolute()).as_posix(),
-        "run": Path(_relative(job.run, folder)).as_posix(),
+        "job": Path(os.path.relpath(job.place, folder)).as_posix(),
+        "run": Path(os.path.relpath(job.run, folder)).as_posix(),
         "state": "killed" if killed else job.state,
         "why": why,
         "fields": {name: config.get(name) for name in varied},
@@ -66,13 +68,6 @@ def _row(job: Job, config: dict[str, Any], varied: list[str], folder: Path) -> d
         "parameters": (summary.get("parameters") or {}).get("total"),
         **{name: summary.get(name) for name in MEASURES},
     }
-
-
-def _relative(path: Path, folder: Path) -> str:
-    try:
-        return str(path.relative_to(folder.absolute()))
-    except ValueError:
-        return str(path)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
