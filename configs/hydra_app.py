@@ -144,7 +144,7 @@ class Composer:
             self._bases[chosen] = None if "${" in repr(base) else base
         known = self._bases[chosen]
         values = [o for o in parsed if not _chooses(o) and not _is_hydras(o)]
-        if known is None or any(o.is_delete() or "${" in (o.input_line or "") for o in values):
+        if known is None or any(o.is_delete() or "${" in repr(o.value()) for o in values):
             return compose_tree(list(overrides), where)
         tree = copy.deepcopy(known)
         for override in values:

@@ -19,9 +19,16 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
 
 
+def as_another_process() -> None:
+    """Jobs are processes: none sees what another set."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = "4,7"
+
+
 def test_each_has_its_own_and_what_was_set_comes_back():
-    with gpus.own_gpus(1) as first, gpus.own_gpus(1) as second:
-        assert (first, second, os.environ["CUDA_VISIBLE_DEVICES"]) == (["4"], ["7"], "7")
+    with gpus.own_gpus(1) as first:
+        as_another_process()
+        with gpus.own_gpus(1) as second:
+            assert (first, second, os.environ["CUDA_VISIBLE_DEVICES"]) == (["4"], ["7"], "7")
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,7"
 
 
@@ -33,6 +40,7 @@ def test_one_that_asks_for_more_waits_until_they_are_free():
             got.append(mine)
 
     with gpus.own_gpus(1):
+        as_another_process()
         thread = threading.Thread(target=job)
         thread.start()
         thread.join(0.1)
