@@ -54,6 +54,7 @@ from naming import did_you_mean, expand_path, not_one_of
 MODEL_FLAGS = ("hydra_model_cfg", "model", "config", "config-name", "cn")
 COMMANDS = ("train", "generate", "eval", "export", "show", "convert", "schema", "bench", "doctor", "prepare")
 GROUPS = ("preset", "data")
+SWEEP_LIMIT = "sweep_limit"  # of a command, no field of a run
 SIZE_KEYS = ("n_layers", "d_model", "n_heads", "n_kv_heads", "ffn_hidden", "n_ctx")
 ARCHITECTURE_WORDS = {
     "vocab_size",
@@ -80,6 +81,7 @@ def parse(argv: list[str]) -> Request:
     words = list(argv)
     request.config_file = gpt_flags.config_file(words)
     while words:
+        given, named = list(words), len(request.models)
         word = words.pop(0)
         try:
             if word.startswith("-") and len(word) > 1 and not word[1].isdigit():
@@ -90,6 +92,8 @@ def parse(argv: list[str]) -> Request:
                 _override(request, word)
         except ConfigError as error:
             request.problems += error.problems
+        if len(request.models) == named:
+            request.words.append(given[: len(given) - len(words)])
     _settle(request)
     return request
 
@@ -123,6 +127,8 @@ def _settings(request: Request) -> list[str]:
         problems.append(
             f"command line: {RUN_DIR} is the folder of one run. Those of a sweep lie in hydra.sweep.dir=<folder>"
         )
+    if request.sweep_limit is not None and not request.multirun:
+        problems.append(f"command line: {SWEEP_LIMIT}: a run does not read it. It is for sweeps: add -m")
     if request.multirun and request.mode == "run":
         problems += missing_program(request.settings.get("hydra/launcher", ""))
     return problems
@@ -174,7 +180,7 @@ def _generic_flag(request: Request, name: str, key: str, value: str | None, rest
         value = _value(name, value, rest, switch=key in gpt_flags.SWITCHES)
         _gpt_flag(request, name, key, value, of_gpt)
         return
-    if field not in GENERIC_FIELDS and field.split(".")[0] not in _OPEN:
+    if field not in (*GENERIC_FIELDS, SWEEP_LIMIT) and field.split(".")[0] not in _OPEN:
         if value is None and rest and not rest[0].startswith("-") and "=" not in rest[0]:
             rest.pop(0)  # its value: one problem, not two
         if field in REMOVED or field in MOVED or ARCHITECTURE_ALIASES.get(field, field) in ARCHITECTURE_WORDS:
@@ -286,6 +292,9 @@ def _override(request: Request, word: str, spelled: str | None = None) -> None:
     if is_setting(key):
         _setting(request, word, key, value)
         return
+    if key == SWEEP_LIMIT:
+        request.sweep_limit = _limit(value)
+        return
     spelled = spelled or key.removeprefix("configs/")
     key = _canonical(request, key)
     within = key.startswith("model_cfg.") and not mark.startswith("~")
@@ -322,6 +331,16 @@ def _override(request: Request, word: str, spelled: str | None = None) -> None:
     else:
         request.values[key] = parsed.value()
     request.write(key, parsed.input_line or "")
+
+
+def _limit(value: str) -> int:
+    """What `sweep_limit` says."""
+    if not value.isdecimal() or int(value) < 1:
+        raise ConfigError(
+            f"command line: {SWEEP_LIMIT}: expected a number of points, 1 or more, got {value or 'nothing'}. Nearest: "
+            f"{SWEEP_LIMIT}=1"
+        )
+    return int(value)
 
 
 def _setting(request: Request, word: str, key: str, value: str) -> None:

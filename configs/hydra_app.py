@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
@@ -12,6 +13,8 @@ from typing import Any
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
@@ -31,10 +34,11 @@ _LIST_FOR_MAPPING = re.compile(
 )
 
 
-def register(own: Mapping[str, Path]) -> None:
+def register(own: Mapping[str, Path], callbacks: Mapping[str, Any] | None = None) -> None:
     """Store the root config: three group choices and Hydra's own settings. `own`: presets that are files of one's own,
-    by their option. ConfigError for what is wrong with one of these."""
+    by their option; `callbacks`: Hydra's, by name. ConfigError for what is wrong with one of these presets."""
     settings: dict[str, Any] = {
+        "callbacks": dict(callbacks or {}),
         "job": {"name": APP, "chdir": False},
         # By the clock to be found, and by a number of its own: two sweeps may start in one second.
         "sweep": {
@@ -42,6 +46,11 @@ def register(own: Mapping[str, Path]) -> None:
             "subdir": "${hydra.job.num}",
         },
     }
+    if callbacks:  # of a sweep: its jobs may not be numbered from 0 on
+        settings["sweep"]["subdir"] = (
+            "${job_number:${hydra.job.num},${hydra.callbacks.sweep.numbers},${hydra.callbacks.sweep.first}}"
+        )
+    OmegaConf.register_new_resolver("job_number", job_number, replace=True)
     node = {
         "defaults": [
             {MODEL_GROUP: None},
@@ -69,6 +78,11 @@ def _store_size(option: str, name: str) -> None:
     """A JSON file as an option of the group of presets."""
     values = read_option("preset", name).values
     ConfigStore.instance().store(group="configs/preset", name=option, node=values, package="_global_")
+
+
+def job_number(number: int, numbers: Sequence[int], first: int) -> int:
+    """The number of Hydra's job `number` in the sweep's folder: `numbers` says it, of those beyond `first` and on."""
+    return numbers[number] if number < len(numbers) else first + number - len(numbers)
 
 
 @contextmanager
@@ -122,12 +136,71 @@ def compose_tree(overrides: list[str], where: Where = lambda key: "") -> dict[st
         return {str(key): _resolved(cfg, key) for key in cfg if key != "hydra"}
 
 
-def compose_unresolved(overrides: list[str]) -> dict[str, Any]:
+def compose_unresolved(overrides: list[str], where: Where = lambda key: "") -> dict[str, Any]:
     """The same with ${...} as it was written."""
-    with _hydra(lambda key: ""):
+    with _hydra(where):
         tree = OmegaConf.to_container(hydra.compose(APP, overrides))
     assert isinstance(tree, dict)
     return {str(k): v for k, v in tree.items()}
+
+
+class Composer:
+    """Compositions of many points, which give what `compose_tree` does: files are read and merged once for each choice
+    of files, and what the command line sets is put on top. Where values refer to others, or are deleted, Hydra
+    composes every point by itself."""
+
+    def __init__(self) -> None:
+        self._bases: dict[tuple[str, ...], dict[str, Any] | None] = {}
+        self._parsed: dict[str, Override] = {}
+
+    def tree(self, overrides: Sequence[str], where: Where = lambda key: "") -> dict[str, Any]:
+        """Raises ConfigError as `compose_tree` does."""
+        parsed = [self._read(text) for text in overrides]
+        chosen = tuple(t for t, o in zip(overrides, parsed, strict=True) if _chooses(o))
+        if chosen not in self._bases:
+            base = compose_unresolved(list(chosen), where)
+            self._bases[chosen] = None if "${" in repr(base) else base
+        known = self._bases[chosen]
+        values = [o for o in parsed if not _chooses(o) and not _is_hydras(o)]
+        if known is None or any(o.is_delete() or "${" in repr(o.value()) for o in values):
+            return compose_tree(list(overrides), where)
+        tree = copy.deepcopy(known)
+        for override in values:
+            if not _put(tree, override):
+                return compose_tree(list(overrides), where)
+        return tree
+
+    def _read(self, text: str) -> Override:
+        if text not in self._parsed:
+            self._parsed[text] = OverridesParser.create().parse_override(text)
+        return self._parsed[text]
+
+
+def _chooses(override: Override) -> bool:
+    """Whether an override is a choice of files."""
+    return override.key_or_group.startswith("configs/") or override.key_or_group == "configs"
+
+
+def _is_hydras(override: Override) -> bool:
+    return override.key_or_group.partition(".")[0].partition("/")[0] == "hydra"
+
+
+def _put(tree: dict[str, Any], override: Override) -> bool:
+    """Set what an override says as Hydra does. False where that is more than setting it."""
+    *path, last = override.key_or_group.split(".")
+    for name in path:
+        if name not in tree and not override.is_force_add():
+            return False
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            return False
+    value = override.value()
+    if not override.is_force_add() and (override.is_add() or last not in tree):
+        return False
+    if isinstance(value, dict) or isinstance(tree.get(last), dict):
+        return False  # mappings are merged, and other things in their place refused
+    tree[last] = copy.deepcopy(value)
+    return True
 
 
 def _resolved(cfg: DictConfig, key: Any) -> Any:

@@ -31,6 +31,10 @@ class Request:
     gpt_sizes: dict[str, str] = dataclasses.field(
         default_factory=dict
     )  # --n_layer and the like: key -> value
+    sweep_limit: int | None = None  # points that a grid may have, where the command line says so
+    words: list[list[str]] = dataclasses.field(
+        default_factory=list
+    )  # as they were given, a flag with its value; without those that name models
     problems: list[str] = dataclasses.field(default_factory=list)
     notices: list[str] = dataclasses.field(default_factory=list)
     _written: dict[str, str] = dataclasses.field(default_factory=dict)  # key -> its override

@@ -16,6 +16,7 @@ from configs import compose
 from configs.compose import check, compose_tree, prepare
 from configs.files import options
 from configs.grid import check_grid
+from configs.sweeps import repeated
 from data import SOURCES
 from data.prepared import MANIFEST, TOKENIZER
 from data.tokenizers import ByteTokenizer
@@ -86,6 +87,13 @@ def make_run(folder, model_name=None):
     (folder / "config.json").write_text(json.dumps(saved))
 
 
+def make_sweep(folder):
+    """What a sweep records of its command."""
+    told = {"models": ["gpt2"], "words": ["preset=nano", "seed=1,2", "-m"]}
+    folder.mkdir(parents=True)
+    (folder / "multirun.yaml").write_text(json.dumps({"hydra": {"callbacks": {"sweep": told}}}))
+
+
 def make_weights(folder):
     """A folder of transformers with a GPT-2 of 124M parameters, as far as its config.json tells."""
     saved(
@@ -145,14 +153,15 @@ def test_commands_are_understood(somewhere, monkeypatch, capsys, document, words
         if word.startswith("input_file=shards/"):
             make_shards(Path(word.partition("=")[2]))
         if word.startswith("resume="):
-            make_run(Path(word.partition("=")[2]))
+            (make_sweep if "-m" in argv else make_run)(Path(word.partition("=")[2]))
     if "--model_name" in argv and not any("hydra_model_cfg" in word for word in argv):
         make_run(Path("checkpoints/dante"), "dante")
     if any(word.startswith("hydra/launcher=submitit") for word in argv):
         pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     if any(word.startswith("hydra/sweeper=optuna") for word in argv):
         pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    plan = prepare(argv)
+    again = repeated(argv)
+    plan = prepare(again[0] if again else argv)
     if plan.request.multirun:
         check_grid(plan)
     elif plan.models:

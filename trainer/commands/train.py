@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
-import hydra
-from hydra.conf import HydraConf
-from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 
 from configs.completion import asked_of, complete
 from configs.compose import Checked, Plan, check, prepare, tree_of, two_rates
 from configs.dump import job_text
-from configs.files import CONFIGS, ROOT, digest
 from configs.formats.yaml_text import literal
-from configs.grid import check_grid
 from configs.hardware import require_meeting_place
 from configs.help import help_text
-from configs.hydra_app import APP, compose_hydra, sweep_folder
-from configs.hydra_words import is_setting
+from configs.hydra_app import compose_hydra
 from configs.messages import ConfigError
-from configs.runs import checkpoints, named_folder
+from configs.runs import checkpoints
 from configs.schema import env_strings, no_variable
-from configs.secret import kept_secret
-from configs.validate import validate
-from configs.weights import take_sizes
-from trainer import clock
+from configs.sweeps import repeated
 from trainer.commands import launch
+from trainer.commands.sweep import go_to_where_it_began, hand_over, start_sweep
 from trainer.errors import TrainingError
 
 
@@ -48,12 +36,14 @@ def main(argv: list[str]) -> int:
 
 
 def _lead(argv: list[str]) -> int:
+    if again := repeated(argv):
+        argv = go_to_where_it_began(*again)
     plan = prepare(argv)
     if plan.request.mode != "run":
         return _show(plan)
     if plan.request.multirun:
         launch.apply_env({}, plan.secrets)
-        return _sweep(plan)
+        return start_sweep(plan, again[1] if again else None)
     ready = _checked(plan, composed(plan))
     try:
         _start(plan, *ready)
@@ -128,7 +118,7 @@ def _show(plan: Plan) -> int:
     _say(plan)
     if request.mode in ("cfg", "info"):
         compose_hydra(plan.overrides, plan.where(None, request.values))  # its mistakes in our words
-    _hydra(plan, lambda cfg: None)
+    hand_over(plan, lambda cfg: None)
     if request.mode == "cfg" and len(plan.models) == 1:
         check(plan, tree_of(plan))
     return 0
@@ -149,70 +139,3 @@ def _checked(plan: Plan, tree: dict[str, Any]) -> tuple[Checked, Path]:
 def _start(plan: Plan, checked: Checked, folder: Path) -> None:
     sys.argv = [sys.argv[0], *plan.overrides]  # the manifest keeps these words; no secret is among them
     launch.start(checked.cfg, checked.model_cfg, folder, origin=checked.origin)
-
-
-def _sweep(plan: Plan) -> int:
-    if launch.launched():
-        raise ConfigError(
-            "a sweep starts its own processes. Instead of torchrun use: python mytrainer.py ... num_gpus=N -m"
-        )
-    check_grid(plan)
-    model = f"configs@_global_='{next(iter(plan.models))}'"
-    settings = [o for o in plan.overrides if is_setting(o.lstrip("+~"))]
-    folder = sweep_folder([*settings, model], plan.where(None, plan.request.values))
-    launch.require_writable(Path(folder).absolute().parent)
-    _say(plan)
-    _hydra(plan, sweep_job)
-    return 0
-
-
-def sweep_job(cfg: DictConfig) -> float:
-    """One job of a sweep, wherever a Hydra launcher runs it; the training has a process of its own."""
-    clock.start()
-    values = _resolved(cfg)
-    assert isinstance(values, dict)
-    job = HydraConfig.get()
-    try:
-        explicit = {o.partition("=")[0].lstrip("+") for o in job.overrides.task}
-        tree = {str(k): v for k, v in values.items()}
-        where = take_sizes(tree, explicit, [], lambda key: "command line" if key in explicit else "")
-        run_cfg, model_cfg = validate(tree, where)
-        folder = named_folder(run_cfg.model_dump(), explicit) or Path(job.runtime.output_dir)
-        return launch.start(run_cfg, model_cfg, folder, isolated=True, origin=_origin(job))
-    except ConfigError as error:
-        raise CompactHydraException(error.report()) from None
-    except launch.JobFailed as failed:
-        failed.say()
-        raise CompactHydraException(f"job {job.job.num}: {failed}") from None
-
-
-def _resolved(cfg: DictConfig) -> Any:
-    try:
-        with kept_secret():
-            return OmegaConf.to_container(cfg, resolve=True)
-    except OmegaConfBaseException as error:
-        raise CompactHydraException(str(error).partition("\n")[0]) from None
-
-
-def _origin(job: HydraConf) -> str:
-    """The model file of a sweep job and its digest."""
-    option = job.runtime.choices["configs@_global_"]
-    path = CONFIGS / f"{option}.yaml"
-    if not path.is_file():
-        path = Path(ConfigStore.instance().load(f"configs/{option}.yaml").provider or "")
-    return f"{path} (sha256 {digest(path)})" if path.is_file() else option
-
-
-def _hydra(plan: Plan, task: object) -> None:
-    """Hand over to `hydra.main`: sweeps, --cfg and --info. Its parser wants the flags first."""
-    _guard_argparse()
-    # The run folder's config.yaml says more than Hydra's own record, which a second run would write over.
-    sys.argv = [sys.argv[0], *plan.request.flags, "hydra.output_subdir=null", *plan.overrides]
-    os.environ.setdefault("HYDRA_FULL_ERROR", "0")
-    hydra.main(version_base="1.3", config_path=str(ROOT), config_name=APP)(task)()  # type: ignore[arg-type]
-
-
-def _guard_argparse() -> None:
-    """Python 3.14 checks help texts when an option is added; one of Hydra 1.3 is not a string."""
-    if hasattr(argparse.ArgumentParser, "_check_help"):
-        argparse.ArgumentParser._check_help = lambda self, action: None  # type: ignore[attr-defined]

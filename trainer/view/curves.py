@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
 
 from trainer.run.lines import is_own_name
 from trainer.view.charts import MAX_SERIES, Chart, Series, style
 
-__all__ = ["curves"]
+__all__ = ["axis_buttons", "curves", "figure"]
 
 Line = dict[str, Any]
 Curve = tuple[str, str, bool]  # key of a line, name in the legend, whether points are marked
@@ -30,14 +30,16 @@ def curves(metrics: list[Line]) -> str:
             for axis in AXES
         }
         if any(drawn.values()):
-            figures.append(_figure(title, drawn))
+            figures.append(figure(title, drawn))
     if not figures:
         return ""
-    buttons = "".join(
-        f'<button type="button" data-axis="{axis}">{name}</button>' for axis, name in AXES.items()
-    )
-    heading = f'<h2>Curves <span class="axes">over {buttons}</span></h2>'
+    heading = f'<h2>Curves <span class="axes">over {axis_buttons(AXES)}</span></h2>'
     return f'<section>{heading}<div class="charts">{"".join(figures)}</div></section>'
+
+
+def axis_buttons(axes: Mapping[str, str]) -> str:
+    """A button for each x axis: the one pressed is shown in all charts. `axes`: names on them."""
+    return "".join(f'<button type="button" data-axis="{axis}">{name}</button>' for axis, name in axes.items())
 
 
 # --- which ----------------------------------------------------------------------------------------------
@@ -118,7 +120,8 @@ def _number(line: Line, key: str) -> bool:
     return isinstance(line.get(key), int | float)
 
 
-def _figure(title: str, drawn: dict[str, list[Series]]) -> str:
+def figure(title: str, drawn: Mapping[str, list[Series]]) -> str:
+    """A chart once per x axis (the keys), with one legend."""
     some = next(series for series in drawn.values() if series)
     legend = "".join(f'<span><i class="{style(i)}"></i>{escape(s.name)}</span>' for i, s in enumerate(some))
     charts = "".join(

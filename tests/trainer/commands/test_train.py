@@ -21,6 +21,18 @@ def trained(tmp_path, monkeypatch):
     return calls
 
 
+def ended(started: list):
+    """Stands for `launch.start`: a run that comes to its end at once."""
+
+    def start(cfg, model_cfg, folder, **options):
+        started.append((cfg, model_cfg, folder))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "summary.json").write_text('{"score": {"bits_per_byte": 1.0}}')
+        return 1.0
+
+    return start
+
+
 def test_a_single_run_is_composed_once_and_never_by_hydra_main(trained, monkeypatch):
     composed: list = []
     once = hydra.compose
@@ -43,10 +55,10 @@ def test_a_mode_of_hydra_starts_a_sweep_and_the_last_of_a_field_counts_in_it(
     trained, in_process, monkeypatch, capsys
 ):
     started: list = []
-    monkeypatch.setattr(command.launch, "start", lambda cfg, *args, **kwargs: started.append(cfg) or 1.0)
+    monkeypatch.setattr(command.launch, "start", ended(started))
     words = ["model=gpt2", "preset=tiny", "env={FOO: 1}", "learning_rate=0.1", "learning_rate=0.2,0.3"]
     assert command.main([*words, "hydra.mode=MULTIRUN"]) == 0
-    assert [(c.learning_rate, c.env) for c in started] == [(0.2, {"FOO": "1"}), (0.3, {"FOO": "1"})]
+    assert [(c.learning_rate, c.env) for c, _, _ in started] == [(0.2, {"FOO": "1"}), (0.3, {"FOO": "1"})]
     assert "note: learning_rate is given more than once; the last value counts" in capsys.readouterr().err
 
 
@@ -54,7 +66,7 @@ def test_jobs_of_a_sweep_that_begin_from_a_folder_of_transformers_have_its_sizes
     trained, tmp_path, in_process, monkeypatch
 ):
     started: list = []
-    monkeypatch.setattr(command.launch, "start", lambda *args, **kwargs: started.append(args) or 1.0)
+    monkeypatch.setattr(command.launch, "start", ended(started))
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf/config.json").write_text('{"model_type": "gpt2", "n_embd": 24, "vocab_size": 77}')
     (tmp_path / "hf/model.safetensors").touch()

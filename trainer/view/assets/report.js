@@ -1,13 +1,13 @@
 "use strict";
 
-// The x axis: all three charts are in the page, CSS shows the one that <body data-axis> names.
+// The x axis: the chart of every axis is in the page, CSS shows the one that <body data-axis> names.
 const buttons = document.querySelectorAll("button[data-axis]");
 function show(axis) {
   document.body.dataset.axis = axis;
   for (const b of buttons) b.setAttribute("aria-pressed", b.dataset.axis === axis);
 }
 for (const b of buttons) b.addEventListener("click", () => show(b.dataset.axis));
-show("step");
+show(document.body.dataset.axis);
 
 // Pointing at a chart prints the nearest values, read back from the drawn points.
 function duration(s) {
