@@ -23,7 +23,7 @@ PAIRS, VOCABULARY = 64, 256
 RATE, EVERY = 3e-3, 50
 
 
-def main(steps: str = "1050", output: str = "") -> int:
+def main(steps: str = "500", output: str = "") -> int:
     began = time.perf_counter()
     found = {**learned(int(steps)), "seconds": time.perf_counter() - began}
     for step, right in found["right"].items():

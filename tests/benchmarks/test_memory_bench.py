@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.memory_bench import PAIRS, learned
 
-STEPS = 750
+STEPS = 400
 
 
 @pytest.mark.slow
