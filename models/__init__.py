@@ -103,8 +103,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "memory_adapter": Architecture(
         "models.memory.adapter:MemoryAdapter",
         "adapters.memory:PretrainedAdapter",
-        "beside, or on, a pretrained model of transformers (LoRA: Hu et al. 2021)",
-        spellings={"hidden_dim": "d_model"},
+        "a memory or LoRA beside a pretrained model of transformers, or that trained on (Hu et al. 2021)",
+        spellings={"hidden_dim": "d_model", "use_rms_norm": "use_rmsnorm"},
         aliases={"memory-adapter": {}},
     ),
     "moe": Architecture(

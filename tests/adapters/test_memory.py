@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -17,10 +19,12 @@ from configs.compose import compose
 from configs.messages import ConfigError
 from data.tokenizers import ByteTokenizer
 from models.memory.router import auxiliary, balance, squared_normaliser
+from tests.contract.pair import Pair, train_here
 from tests.contract.test_run import after_steps, assert_equal_states
 from tests.contract.tiny import (
     adapter_of,
     batch_for,
+    batch_of,
     config,
     context,
     loss_and_gradients,
@@ -100,6 +104,49 @@ def test_recomputing_activations_under_autocast_changes_nothing(more):
     )
     assert again[0] == plain[0]
     assert_equal_states(again[1], plain[1])
+
+
+@pytest.mark.slow
+def test_two_processes_balance_their_chapters_as_one(tmp_path):
+    """Losses of routers, and their gradients, are of all decisions of a step, however few a process has."""
+    words = [
+        *(*ALL_LOSSES, "model_cfg.routing_strategy_train=token", "model_cfg.wo_init_zero=false"),
+        *("model_cfg.load_balance_coefficient=3.0", "model_cfg.auxiliary_loss_coefficient=3.0"),
+        *("model_cfg.z_loss_coefficient=1.0", "optimizer=sgd", "learning_rate=0.1", "num_iterations=4"),
+        *("logging_steps=1", "val_loss_every=0", "sample_tokens=0", "max_grad_norm=0"),
+    ]
+    train(*config("memory", *words, "batch_size=4"), tmp_path / "one")
+    with Pair() as pair:
+        pair.ask(train_here, "memory", [*words, "batch_size=2"], tmp_path / "two")
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    one, two = ([line for line in lines if "loss" in line] for lines in (one, two))
+    assert [line["step"] for line in one] == [line["step"] for line in two] == [1, 2, 3, 4]
+    for left, right in zip(one, two, strict=True):
+        for key in ("loss", "loss_load_balance", "loss_aux", "loss_z", "grad_norm"):
+            assert math.isclose(left[key], right[key], rel_tol=2e-5), (left["step"], key)
+    weights, others = (load_tensors(tmp_path / name, "model.pt") for name in ("one", "two"))
+    for name, value in weights.items():
+        torch.testing.assert_close(others[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_padding_is_in_no_decision_of_training():
+    """Rows with room behind them have the losses and loads of rows without (`chapters`), whatever decides."""
+    for strategy in ("sequence", "rolling", "token"):
+        words = (*ALL_LOSSES, f"model_cfg.routing_strategy_train={strategy}")
+        adapter = adapter_of("memory", *words, dtype=torch.float64)
+        move_away_from_uniform(adapter)
+        padded = batch_for(adapter, length=32)
+        whole = batch_of(padded.tokens[:, :21])
+        padded.weights[:, 20:] = 0
+        padded.doc_ids[:, 21:] = 1 + np.arange(12)
+        one, other = (adapter(adapter.prepare(batch, context())) for batch in (whole, padded))
+        for name, term in one.terms.items():
+            torch.testing.assert_close(other.terms[name].sum, term.sum, rtol=1e-9, atol=1e-9, msg=name)
+        assert torch.equal(one.metrics["chapters"].sum, other.metrics["chapters"].sum)
+        assert int(one.metrics["chapters"].sum.sum()) > 0
 
 
 # -- what is told -----------------------------------------------------------------------------------------------------

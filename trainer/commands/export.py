@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
         source = open_source(given, say)
         form.check(*source.config(lambda text: None))  # what there is to note, `restore` says
         restored = restore(source, raw=args.raw, device="cpu")
-        if form.whole:
+        if form.adds_up(restored.adapter):
             restored.merge()
     precision = args.save_precision or restored.cfg.save_precision
     rounding = Rounding(None if precision == _AS_TRAINED else precision)

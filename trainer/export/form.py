@@ -15,6 +15,7 @@ from models.memory.adapter import MemoryAdapterConfig
 from trainer.export.rounding import Rounding
 
 if TYPE_CHECKING:
+    from adapters.base import ModelAdapter
     from configs.schema import ModelConfig, RunConfig
     from trainer.run.restore import Restored
 
@@ -32,12 +33,15 @@ class Contents:
 
 class Form(ABC):
     file = WEIGHTS  # of the weights
-    whole = True  # whether what adapters say is added to the weights first
     digests = False  # whether digests.json goes with it, by which a damaged file is known
 
     @abstractmethod
     def check(self, cfg: RunConfig, model_cfg: ModelConfig) -> None:
         """ValueError if this form has no place for such a model. Asked before any weights are read."""
+
+    def adds_up(self, adapter: ModelAdapter) -> bool:
+        """Whether what adapters say is added to the weights first."""
+        return True
 
     @abstractmethod
     def contents(self, restored: Restored, rounding: Rounding) -> Contents:

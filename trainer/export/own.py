@@ -19,6 +19,7 @@ from trainer.export.rounding import Rounding
 from trainer.run.facts import architecture
 
 if TYPE_CHECKING:
+    from adapters.base import ModelAdapter
     from configs.schema import ModelConfig, RunConfig
     from trainer.run.restore import Restored
 
@@ -27,6 +28,10 @@ __all__ = ["Own"]
 
 class Own(Form):
     digests = True
+
+    def adds_up(self, adapter: ModelAdapter) -> bool:
+        """Not to a base that is not written."""
+        return not adapter.external()
 
     def check(self, cfg: RunConfig, model_cfg: ModelConfig) -> None:
         pass  # every architecture has this form

@@ -14,6 +14,7 @@ from trainer.export.rounding import Rounding
 from trainer.run.peft import ADAPTERS, PREFIX, is_peft
 
 if TYPE_CHECKING:
+    from adapters.base import ModelAdapter
     from configs.schema import ModelConfig, RunConfig
     from trainer.run.restore import Restored
 
@@ -23,7 +24,10 @@ _ANY_WAY = "--to safetensors takes every architecture, and what its adapters add
 
 
 class Peft(Form):
-    file, whole = ADAPTERS, False
+    file = ADAPTERS
+
+    def adds_up(self, adapter: ModelAdapter) -> bool:
+        return False
 
     def check(self, cfg: RunConfig, model_cfg: ModelConfig) -> None:
         if not cfg.use_lora:

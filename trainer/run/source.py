@@ -26,7 +26,7 @@ from configs.validate import read_saved
 from configs.weights import not_weights
 from data.cache import file_digest
 from data.tokenizers import Tokenizer, load_tokenizer
-from models import ARCHITECTURES
+from models import ARCHITECTURES, resolve
 from naming import expand_path, load, require_fit, shapes, shorten
 from trainer.run.checkpoint import find_checkpoint, load_tensors
 
@@ -197,7 +197,10 @@ class Trained(Source):
     def fill(self, adapter: ModelAdapter) -> None:
         if self.adapts:
             self._adapt(adapter)
-        self._fill(adapter, self.state())
+        state = self.state()
+        if type(adapter.model) is not load(resolve(self.type).model):  # beside which it may have more
+            state = adapter.with_added(state)
+        self._fill(adapter, state)
 
     def _adapt(self, adapter: ModelAdapter) -> None:
         """Give a model what it was trained beside: the weights of the base, and adapters."""

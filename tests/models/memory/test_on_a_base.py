@@ -304,6 +304,8 @@ def test_counts_of_the_shipped_files_by_the_config_of_qwen_alone(file, memory, a
     trained = {n: p.numel() for n, p in adapter.named_model_parameters() if p.requires_grad}
     assert sum(trained.values()) == memory + adapters
     assert sum(size for n, size in trained.items() if "lora_" in n) == adapters
+    layers = "0, 4, 8, 12, 16, 20, 24" if adapters else "0, 1, 2, 3, 4, 23, 24, 25, 26, 27"
+    assert adapter.notes[1].endswith(f"read by its layers {layers}")
 
 
 @pytest.mark.parametrize(
