@@ -23,7 +23,7 @@ PAIRS, VOCABULARY = 64, 256
 RATE, EVERY = 3e-3, 50
 
 
-def main(steps: str = "500", output: str = "") -> int:
+def main(steps: str = "400", output: str = "") -> int:
     began = time.perf_counter()
     found = {**learned(int(steps)), "seconds": time.perf_counter() - began}
     for step, right in found["right"].items():
@@ -46,7 +46,7 @@ def learned(steps: int, seed: int = 0, **fields: Any) -> dict[str, Any]:
         "d_model": 64,
         "n_heads": 4,
         "n_layers": 2,
-        "tie_embeddings": False,
+        "initializer_range": 0.1,
     }
     model = MemoryTransformer(MemoryConfig(**{**sizes, "num_memory_tokens": 128, **fields}))
     model.init_weights(generator)

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.memory_bench import PAIRS, learned
 
-STEPS = 400
+STEPS = 300
 
 
 @pytest.mark.slow
