@@ -182,7 +182,12 @@ class PretrainedAdapter(MemoryModelAdapter):
     def notes(self) -> tuple[str, ...]:
         cfg, sizes = self.model_cfg, self.model.sizes
         how = "frozen" if cfg.freeze_base_model else "trained"
-        return (
+        base = (
             f"base {cfg.base_model_name} ({self.model.config.model_type}, {sizes.n_layers} layers of width "
-            f"{sizes.d_model}, {how})",
+            f"{sizes.d_model}, {how})"
         )
+        memory = self.memory_cfg
+        if memory.without:
+            return (base,)
+        layers = ", ".join(map(str, memory.memory_layers))
+        return base, f"a memory of {memory.num_memory_tokens:,} tokens, read by its layers {layers}"

@@ -206,6 +206,22 @@ def test_a_factorized_bank_of_full_rank_is_the_standard_one():
     torch.testing.assert_close(states(model, tokens), states(control, tokens))
 
 
+@pytest.mark.parametrize("rank", [1, 4, 8])
+def test_a_factorized_bank_made_of_the_largest_singular_values_is_off_by_the_others(rank):
+    """Eckart and Young 1936: in the Frobenius norm by all of them, in the spectral norm by the largest."""
+    model = model_of(use_low_rank_memory=True, memory_rank=rank, memory_dim=8)
+    whole = torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    left, values, right = torch.linalg.svd(whole)
+    with torch.no_grad():
+        model.banks[0].weight.copy_(left[:, :rank] * values[:rank])
+        model.banks[0].basis.copy_(right[:rank].mT)
+        error = whole - model.banks[0].tokens()
+    torch.testing.assert_close(error.norm() ** 2, (values[rank:] ** 2).sum())
+    assert float(torch.linalg.matrix_norm(error, 2)) == pytest.approx(
+        [*map(float, values), 0.0][rank], abs=1e-12
+    )
+
+
 def test_a_factorized_bank_begins_with_the_std_of_the_bank():
     model = build(
         "memory",

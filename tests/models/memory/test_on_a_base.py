@@ -196,7 +196,8 @@ def test_what_has_a_gradient_in_the_first_step_and_the_second(more):
     more = (*more, *(["model_cfg.routing_strategy_train=token"] if CHAPTERS[0] in more else []))
     adapter = reading(base_of("qwen2"), *more, "model_cfg.use_load_balance_loss=false", away=False).train()
     trained = {n: p for n, p in adapter.named_model_parameters() if p.requires_grad}
-    assert {n for n in trained if "lora_" not in n} == adapter.beside()
+    memory = {n for n in adapter.model.state_dict() if n.startswith(("banks.", "memory_layers."))}
+    assert {n for n in trained if "lora_" not in n} == adapter.beside() == memory != set()
     assert any("lora_" in n for n in trained) == ("use_lora=true" in more)
     before = {n: value.clone() for n, value in adapter.model.state_dict().items()}
     optimizer = torch.optim.SGD(trained.values(), 0.5)
@@ -304,6 +305,8 @@ def test_counts_of_the_shipped_files_by_the_config_of_qwen_alone(file, memory, a
     trained = {n: p.numel() for n, p in adapter.named_model_parameters() if p.requires_grad}
     assert sum(trained.values()) == memory + adapters
     assert sum(size for n, size in trained.items() if "lora_" in n) == adapters
+    layers = "0, 4, 8, 12, 16, 20, 24" if adapters else "0, 1, 2, 3, 4, 23, 24, 25, 26, 27"
+    assert adapter.notes[1].endswith(f"read by its layers {layers}")
 
 
 @pytest.mark.parametrize(
