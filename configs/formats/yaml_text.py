@@ -79,8 +79,7 @@ def parse(text: str) -> tuple[Any, yaml.Node | None, bool]:
 
 def _env_as_written(tree: yaml.Node) -> bool:
     """Make numbers and truth values in `env` text, in place; whether there were any."""
-    entries = [value for key, value in tree.value if key.value == "env"] if _is_mapping(tree) else []
-    scalars = [value for env in entries if _is_mapping(env) for _, value in env.value]
+    scalars = [value for key, env in _entries(tree) if key.value == "env" for _, value in _entries(env)]
     others = [
         node for node in scalars if isinstance(node, yaml.ScalarNode) and node.tag not in (_TEXT, _NULL)
     ]
@@ -89,8 +88,9 @@ def _env_as_written(tree: yaml.Node) -> bool:
     return bool(others)
 
 
-def _is_mapping(node: yaml.Node) -> bool:
-    return isinstance(node, yaml.MappingNode)
+def _entries(node: yaml.Node) -> list[tuple[yaml.Node, yaml.Node]]:
+    """Keys and values of a mapping; nothing of anything else."""
+    return node.value if isinstance(node, yaml.MappingNode) else []
 
 
 def literal(value: Any) -> Any:

@@ -126,9 +126,9 @@ def test_a_yaml_file_builds_on_what_it_built_on(tmp_path):
         ),
         ("mix: [{data: embedded}]", "mix: {'data': 'embedded'} cannot be written"),
         ("batch_size: 3", "batch_size: batch_size means something else in a file of directives"),
+        ("env: {A: null}", "env.A: expected text, got None"),
         ("env: {lower: x}", "env.lower: names of ENV"),
         ("env: {HF_TOKEN: x}", "env.HF_TOKEN is a secret, which is written to no file"),
-        ("env: {A: true}", "env.A: expected text, got True"),
         ('sample_prompt: "a\\rb"', "sample_prompt: '\\r' cannot be written"),
     ],
 )
