@@ -344,7 +344,7 @@ def check(plan: Plan, tree: dict[str, Any], option: str | None = None) -> Checke
     that `validate` knows."""
     option = option or next(iter(plan.models))
     where: Callable[[str], str] = plan.where(option, tree)
-    if problems := [*misshapen(tree, where)]:
+    if problems := [*misshapen(tree, where, resolved=True)]:
         raise ConfigError(problems)
     tree.update(usable_paths(tree, where))
     folder = runs.named_folder(tree, plan.request.keys)

@@ -191,7 +191,7 @@ def read_model(path: Path) -> Node:
             f"{shown(path)}:{node.lines['defaults']}: defaults lists _self_ before training, "
             "so training.yaml would override this file. Put _self_ last"
         )
-    if problems := [p for n in node.chain() for p in misshapen(n.values, n.place)]:
+    if problems := [p for n in node.chain() for p in misshapen(n.values, n.place, resolved=False)]:
         raise ConfigError(problems)
     return node
 

@@ -67,8 +67,9 @@ def refuse_endless(key: str, parsed: Override) -> None:
     count = (stop - start) / step if step else math.inf
     if not abs(count) <= _MOST_POINTS:  # NaN neither
         many = f"about {abs(count):.3g}" if math.isfinite(count) else "no end of"
+        given = (parsed.input_line or "").partition("=")[2]
         raise ConfigError(
-            f"command line: {key}: {parsed.input_line.partition('=')[2]} has {many} values; {_MOST_POINTS:,} at most "
+            f"command line: {key}: {given} has {many} values; {_MOST_POINTS:,} at most "
             f"can stand in a sweep. {'A step that is not 0 is needed' if not step else 'Take a larger step'}"
         )
 

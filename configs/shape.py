@@ -15,13 +15,14 @@ from configs.schema import GENERIC_FIELDS, PATHS
 _OPEN = ("model_cfg", "env")  # fields with fields within
 
 
-def misshapen(values: Mapping[str, Any], where: Callable[[str], str]) -> Iterator[str]:
-    """Problems of generic fields, each at the place that `where` knows of a key."""
+def misshapen(values: Mapping[str, Any], where: Callable[[str], str], *, resolved: bool) -> Iterator[str]:
+    """Problems of generic fields, each at the place that `where` knows of a key. `resolved`: whether a `${...}` is the
+    text that it looks like."""
     for name, value in values.items():
         if value is None or name not in GENERIC_FIELDS:
             continue
         text = isinstance(value, str)
-        if name in _OPEN and not isinstance(value, Mapping) and not (text and "${" in value):
+        if name in _OPEN and not isinstance(value, Mapping) and (resolved or not (text and "${" in value)):
             expected = "mapping"
         elif isinstance(value, list | Mapping) and not _takes(name):
             expected = "one value"

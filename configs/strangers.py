@@ -19,6 +19,8 @@ from omegaconf.grammar_parser import parse
 from configs.files import CONFIGS, Node
 from configs.messages import REDACTED, ConfigError, loads_code
 
+__all__ = ["is_of_a_run", "resolver", "tame"]
+
 # Variables that change how a run goes, and neither what is loaded nor where something is sent.
 _HARMLESS = re.compile(
     r"(OMP|MKL|OPENBLAS|NUMEXPR)_\w+|TOKENIZERS_PARALLELISM|PYTHONUNBUFFERED|PYTHONHASHSEED|NO_COLOR|COLUMNS|TZ"
@@ -50,7 +52,7 @@ def tame(nodes: Iterable[Node], implied: Path | None, typed: set[str], notices: 
 
 def _drop_env(node: Node, typed: set[str]) -> Iterator[str]:
     """Take out variables that nobody asked for; what is said of each."""
-    env = node.values.get("env")
+    env: Any = node.values.get("env")
     for name, value in list(env.items()) if isinstance(env, dict) else ():
         harmless = _HARMLESS.fullmatch(str(name)) or value == REDACTED  # which asks for it
         if not harmless and f"env.{name}" not in typed and not loads_code(str(name)):  # that is refused
@@ -98,6 +100,3 @@ def resolver(text: str) -> str | None:
         if isinstance(context, ParserRuleContext):
             waiting += context.children or []
     return None
-
-
-__all__ = ["is_of_a_run", "resolver", "tame"]

@@ -38,6 +38,8 @@ def run(work, write):
         ("preset: {}", r"f.yaml:3: preset: expected one value, got \{\} \(dict\)"),
         ("data: [text]", r"f.yaml:3: data: expected one value"),
         ("model_cfg: 5", r"f.yaml:3: model_cfg: expected mapping"),
+        ("model_cfg: '${type}'", r"model_cfg: expected mapping"),
+        ("model_cfg: '\\${type}'", r"f.yaml:3: model_cfg: expected mapping, got '\$"),
         ("env: {'': x}", r"env: '': the name of a variable is not empty"),
         ('env: {A: "\\0"}', r"env: 'A': .* neither has a NUL"),
         ("output_dir: ~nosuchuser/x", r"no home folder for '~nosuchuser'"),

@@ -44,6 +44,7 @@ def test_aliases_and_depths_that_people_use_are_read():
 
 def test_any_text_comes_back_as_it_was_written():
     rng = random.Random(3)
-    texts = ["".join(rng.choices("\\${}a:'\" ", k=rng.randrange(10))) for _ in range(150)]
+    texts = ["\\${", "\\\\${a}", "${"]
+    texts += ["".join(rng.choices("\\${}a:'\" ", k=rng.randrange(10))) for _ in range(150)]
     written = OmegaConf.to_yaml(OmegaConf.create(literal({"a": texts, "b": {"c": "${d}"}})))
     assert OmegaConf.to_container(OmegaConf.create(written), resolve=True) == {"a": texts, "b": {"c": "${d}"}}
