@@ -75,10 +75,10 @@ def test_a_sweep_that_goes_on_trains_what_is_missing_and_numbers_what_is_new(swe
     sweep.ends = {2: launch.JobFailed(1, TrainingError("killed"))}
     sweep(*WORDS, "seed=1,2")
     sweep.ends = {}
-    assert sweep("resume=s", "seed=3,2,1") == 0
-    assert sweep.seeds == [3, 2]  # the one that is done is left alone
-    assert states() == {"0": (1, "ok"), "1": (2, "ok"), "2": (3, "ok")}
-    new, again = sweep.configs
+    assert sweep("resume=s", "seed=3,2,1,4") == 0
+    assert sweep.seeds == [3, 2, 4]  # the one that is done is left alone
+    assert states() == {"0": (1, "ok"), "1": (2, "ok"), "2": (3, "ok"), "3": (4, "ok")}
+    new, again, _ = sweep.configs
     assert (new.resume, again.resume) == ("none", "auto") and again.output_dir.endswith("s/1")
     assert sweep("resume=s", "device=cpu") == 0 and sweep.seeds == []  # another machine, the same runs
 
