@@ -31,7 +31,7 @@ def test_a_grid_composed_once_is_what_hydra_composes_of_each_point():
     plan = prepare(["--hydra_model_cfg=gpt2,configs/small.config", *words, "sample_prompt='a, b'", "-m"])
     composer, found = Composer(), points(plan)
     assert len(found) == 16
-    for point in found[::3]:
+    for point in found[::5]:
         assert composer.tree(point) == tree_of(plan, point)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
@@ -254,6 +255,8 @@ def hand_over(plan: Plan, task: object, settings: list[str] | None = None) -> No
     """Hand over to `hydra.main`: sweeps, --cfg and --info. Its parser wants the flags first. `settings`: more of
     Hydra's own."""
     _guard_argparse()
+    # It would compose every point of a grid once more, slowly, before the first starts.
+    BasicSweeper.validate_batch_is_legal = lambda self, batch: None  # type: ignore[method-assign]
     # The run folder's config.yaml says more than Hydra's own record, which a second run would write over.
     own = [*plan.overrides, *(settings or [])]
     sys.argv = [sys.argv[0], *plan.request.flags, "hydra.output_subdir=null", *own]

@@ -70,7 +70,7 @@ def _curves(folder: Path, varied: list[str], rows: list[dict[str, Any]]) -> str:
     left = sum(row["comparable"] for row in rows) - len(shown)
     note = f'<p class="hint">The best {len(shown)} runs; {left} more are in the table.</p>' if left else ""
     heading = f'<h2>Held-out text <span class="axes">over {axis_buttons(AXES)}</span></h2>'
-    hint = '<p class="hint">Scores along the way may be of less text than those in the table</p>'
+    hint = '<p class="hint">Scores along the way may be of less text than those in the table.</p>'
     return f"<section>{heading}{figure('Bits per byte', drawn)}{hint}{note}</section>"
 
 

@@ -47,6 +47,8 @@ def train(cfg, model_cfg, folder, config_text):
     Path(folder, f"ran-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(facts))
     if cfg.seed == 13:
         raise TrainingError("step 3 is not finite")
+    if cfg.seed == 15:
+        os.kill(os.getpid(), 9)
     if cfg.seed == 14:
         stopped = []
         import signal
@@ -321,6 +323,69 @@ def test_optuna_minimises_the_score(work):
     longer = [OmegaConf.load(f / "config.yaml").learning_rate for f in jobs(work)]
     assert len(set(longer)) == 5 and set(rates) < set(longer)
     assert [f.name for f in jobs(work)] == ["0", "1", "2", "3", "4"]
+
+
+@pytest.mark.slow
+def test_of_four_trials_one_diverges_one_is_killed_and_four_rows_are_there(work):
+    require_optuna()
+    words = [
+        "hydra/sweeper=optuna",
+        "hydra/sweeper/sampler=grid",
+        "hydra.sweeper.n_trials=4",
+        "hydra.sweep.dir=s",
+    ]
+    done = started(work, "mine.yaml", *words, "seed=choice(13,15,1,2)", "-m")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    rows = json.loads((work / "s" / "summary.json").read_text())["jobs"]
+    assert {row["fields"]["seed"]: row["state"] for row in rows} == {
+        1: "ok",
+        2: "ok",
+        13: "failed",
+        15: "failed",
+    }
+    why = {row["fields"]["seed"]: row["why"] for row in rows}
+    assert why[13] == "step 3 is not finite" and "ended by SIGKILL" in why[15]
+
+
+SBATCH = """#!/bin/sh
+cp "$1" "$SEEN"
+for task in 0 1; do
+  SLURM_JOB_ID=7 SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=$task SLURM_NTASKS=1 SLURM_PROCID=0 SLURM_LOCALID=0 \\
+    SLURM_NODEID=0 SLURM_JOB_NUM_NODES=1 SLURM_JOB_NODELIST=here sh "$1" > "$SEEN.$task" 2>&1 &
+done
+echo "Submitted batch job 7"
+"""
+# Its own options end where Python begins.
+SRUN = """#!/bin/sh
+while case "$1" in *python*) false ;; *) true ;; esac; do shift; done
+exec "$@"
+"""
+SACCT = """#!/bin/sh
+printf 'JobID|State|NodeList\\n7_0|RUNNING|here\\n7_1|RUNNING|here\\n'
+"""
+
+
+@pytest.mark.slow
+def test_slurm_is_handed_one_job_a_point_with_what_was_asked_for(work, monkeypatch):
+    pytest.importorskip("submitit")
+    (work / "bin").mkdir()
+    for name, text in (("sbatch", SBATCH), ("srun", SRUN), ("sacct", SACCT), ("scontrol", "#!/bin/sh\n")):
+        (work / "bin" / name).write_text(text)
+        (work / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(work / "bin"), prepend=os.pathsep)
+    monkeypatch.setenv("SEEN", str(work / "seen"))
+    launcher = ["partition=gpu", "gpus_per_node=2", "timeout_min=30", "array_parallelism=2"]
+    words = ["hydra/launcher=submitit_slurm", *(f"hydra.launcher.{word}" for word in launcher)]
+    done = started(work, "mine.yaml", "seed=1,13", *words, "hydra.sweep.dir=s", "-m")
+    assert done.returncode == 1 and "job 1: the run ended with exit status 1" in done.stderr
+    script = (work / "seen").read_text()
+    for line in ("--array=0-1%2", "--partition=gpu", "--gpus-per-node=2", "--time=30", "--signal=USR2@"):
+        assert f"#SBATCH {line}" in script
+    assert f"{sys.executable} -u -m submitit.core._submit" in script and str(work / "s") in script
+    assert [row["state"] for row in json.loads((work / "s" / "summary.json").read_text())["jobs"]] == [
+        "ok",
+        "failed",
+    ]
 
 
 @pytest.mark.slow

@@ -64,6 +64,7 @@ def test_one_that_fails_or_diverges_or_is_stopped_leaves_the_others_alone(sweep,
     assert "python mytrainer.py resume=" in told.out
 
 
+@pytest.mark.slow
 def test_batches_after_one_with_a_failure_are_started(sweep):
     sweep.ends = {1: launch.JobFailed(1, TrainingError("no memory"))}
     assert sweep(*WORDS, "seed=1,2,3", "hydra.sweeper.max_batch_size=1") == 1
@@ -74,14 +75,15 @@ def test_a_sweep_that_goes_on_trains_what_is_missing_and_numbers_what_is_new(swe
     sweep.ends = {2: launch.JobFailed(1, TrainingError("killed"))}
     sweep(*WORDS, "seed=1,2")
     sweep.ends = {}
-    assert sweep("resume=s", "seed=3,2,1") == 0
-    assert sweep.seeds == [3, 2]  # the one that is done is left alone
-    assert states() == {"0": (1, "ok"), "1": (2, "ok"), "2": (3, "ok")}
-    new, again = sweep.configs
+    assert sweep("resume=s", "seed=3,2,1,4") == 0
+    assert sweep.seeds == [3, 2, 4]  # the one that is done is left alone
+    assert states() == {"0": (1, "ok"), "1": (2, "ok"), "2": (3, "ok"), "3": (4, "ok")}
+    new, again, _ = sweep.configs
     assert (new.resume, again.resume) == ("none", "auto") and again.output_dir.endswith("s/1")
     assert sweep("resume=s", "device=cpu") == 0 and sweep.seeds == []  # another machine, the same runs
 
 
+@pytest.mark.slow
 def test_a_stop_ends_the_sweep_and_it_goes_on_where_it_was(sweep, capsys):
     sweep.ends = {2: SystemExit(0)}
     assert sweep(*WORDS, "seed=1,2,3") == 0 and sweep.seeds == [1, 2]
@@ -90,6 +92,7 @@ def test_a_stop_ends_the_sweep_and_it_goes_on_where_it_was(sweep, capsys):
     assert sweep("resume=s") == 0 and sweep.seeds == [2, 3]
 
 
+@pytest.mark.slow
 def test_named_runs_lie_elsewhere_and_are_in_the_table(sweep):
     sweep.ends = {2: launch.JobFailed(1, TrainingError("killed"))}
     assert sweep(*WORDS, "seed=1", "model_name=a,b") == 0
@@ -99,6 +102,7 @@ def test_named_runs_lie_elsewhere_and_are_in_the_table(sweep):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_sweeps_do_not_share_a_folder_and_no_run_is_there_twice(sweep):
     assert sweep(*WORDS, "seed=1") == 0
     with pytest.raises(
@@ -110,6 +114,7 @@ def test_two_sweeps_do_not_share_a_folder_and_no_run_is_there_twice(sweep):
     assert not Path("t").exists()
 
 
+@pytest.mark.slow
 def test_a_trial_that_cannot_be_is_a_failed_job(sweep, monkeypatch):
     """Those of other sweepers are checked when they start."""
     monkeypatch.setattr("trainer.commands.sweep.check_grid", lambda *args, **kwargs: None)
