@@ -44,7 +44,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 PATIENCE = 120.0  # seconds of a life on a busy machine, after which it hangs
 # What may differ: the place, times and what follows from them, memory, the words of the command line.
 TIMED = re.compile(
-    r"output_dir|seconds|tokens_per_second|memory|argv|started|date|load_average|mfu|threads|torch"
+    r"output_dir|git_|seconds|tokens_per_second|memory|argv|started|date|load_average|mfu|threads|torch"
 )
 NOT_COMPARED = re.compile(
     r"\.lock|report\.html|.*\.dropped\.(jsonl|txt)|config\.yaml|digests\.json|process-\d+\.log"
