@@ -222,7 +222,9 @@ def count_words(texts: Iterable[bytes]) -> Counter[str]:
         # One by one: a list of all words of a long text would take many times its memory.
         found = (match[0] for match in pattern.finditer(stretch.decode("utf-8")))
         while some := list(islice(found, WORDS_AT_A_TIME)):
-            memory += sum(PER_BYTE * len(word.encode()) + PER_WORD for word in set(some) - words.keys())
+            # Asked one by one: what a set less the keys takes grows with all words there are, for every document.
+            new = (word for word in set(some) if word not in words)
+            memory += sum(PER_BYTE * len(word.encode()) + PER_WORD for word in new)
             words.update(some)
             if memory > WORD_MEMORY:
                 return words
