@@ -42,9 +42,10 @@ CALLS = ("mkdir", "rename", "replace", "link", "unlink", "rmdir", "fsync")
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS, errno.EMFILE)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 PATIENCE = 120.0  # seconds of a life on a busy machine, after which it hangs
-# What may differ: the place, times and what follows from them, memory, the words of the command line.
+# What may differ: the place, times and what follows from them, memory, the words of the command line, and the kernels,
+# which are those of the last life.
 TIMED = re.compile(
-    r"output_dir|git_|seconds|tokens_per_second|memory|argv|started|date|load_average|mfu|threads|torch"
+    r"output_dir|git_|^kernels$|seconds|tokens_per_second|memory|argv|started|date|load_average|mfu|threads|torch"
 )
 NOT_COMPARED = re.compile(
     r"\.lock|report\.html|.*\.dropped\.(jsonl|txt)|config\.yaml|digests\.json|process-\d+\.log"
