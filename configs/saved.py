@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from configs.messages import ConfigError
 from naming import shorten_text
@@ -18,6 +18,7 @@ __all__ = [
     "EXPORTED",
     "Architecture",
     "Export",
+    "Text",
     "Trained",
     "WEIGHTS",
     "WeightsAre",
@@ -56,10 +57,13 @@ class Architecture(_Record):
     provenance: dict[str, Any] | None = None
 
 
-class Text(_Record):
-    """What tells a text from others"""
+def _tells_apart(entries: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(entries.get("fingerprint"), str):
+        raise ValueError("a fingerprint is needed")
+    return entries
 
-    fingerprint: str
+
+Text = Annotated[dict[str, Any], AfterValidator(_tells_apart)]  # what tells it from others
 
 
 class Trained(_Record):

@@ -406,7 +406,7 @@ def worker_main(argv: list[str]) -> int:
     threading.Thread(target=_end_with_parent, args=(post, orphaned), name="parent", daemon=True).start()
     status, score = 1, math.nan
     with open(post / _LOG.format(rank()), "a", encoding="utf-8") as log:
-        print(f"process {rank()} of {process_group()[1]}, pid {os.getpid()}", file=log, flush=True)
+        print(f"process {rank()} of {process_group()[1]} begins", file=log, flush=True)
         faulthandler.enable(log)
         try:
             env = OmegaConf.to_container(OmegaConf.load(config), resolve=True).get("env") or {}  # type: ignore[union-attr]
@@ -433,12 +433,14 @@ def worker_main(argv: list[str]) -> int:
 def _end_with_parent(post: Path, orphaned: threading.Event) -> None:
     """Save and leave when whoever started this process has ended, by whatever: its end of our standard input closes.
     Where the processes are not all there yet they have nothing to lose, and would wait for each other."""
-    hold_stop_signals()  # for the main thread to hear
+    hold_stop_signals()  # what the launcher passes on is for the main thread to hear
     while os.read(0, 1):
         pass
     orphaned.set()
     if all(path.exists() for path in _begun(post, process_group()[1])):
-        os.kill(os.getpid(), signal.SIGTERM)
+        main = threading.main_thread().ident
+        assert main is not None
+        signal.pthread_kill(main, signal.SIGTERM)
     else:
         os._exit(128 + signal.SIGTERM)
 

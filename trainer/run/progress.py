@@ -70,12 +70,11 @@ class _State(Trained):
 
 
 # The progress in it, as `to_json` writes that. Older runs knew fewer of its entries, and all of these three.
-_Saved = create_model(
-    "_Saved",
-    __config__=ConfigDict(strict=True, extra="forbid"),
-    **{field.name: (get_type_hints(Progress)[field.name], field.default) for field in fields(Progress)}
-    | {"step": (int, ...), "tokens": (int, ...), "best_bits_per_byte": (float | None, ...)},
-)
+_entries: Any = {
+    field.name: (get_type_hints(Progress)[field.name], field.default) for field in fields(Progress)
+}
+_entries |= {"step": (int, ...), "tokens": (int, ...), "best_bits_per_byte": (float | None, ...)}
+_Saved = create_model("_Saved", __config__=ConfigDict(strict=True, extra="forbid"), **_entries)
 
 
 def cannot_go_on_from(checkpoint: Path) -> str | None:
