@@ -41,7 +41,6 @@ from trainer.sweep import jobs as kept
 from trainer.sweep import study
 from trainer.sweep.gpus import own_gpus
 from trainer.sweep.jobs import Job, jobs_in
-from trainer.sweep.table import write_tables
 from trainer.view.console import Console
 
 STOPPED = "stopped before its end"
@@ -92,6 +91,8 @@ def start_sweep(plan: Plan, earlier: Path | None = None) -> int:
         # The folder is the same though Hydra composes once more, at another time.
         status = _status(plan, [*own, word("hydra.sweep.dir", folder)]) if own is not None else 0
     finally:
+        from trainer.sweep.table import write_tables  # now: torch comes with it, and jobs set its environment
+
         found = write_tables(folder) if folder.is_dir() else []
         _say_what_came_of_it(folder, found, len(numbers))
     begun = [job for job in found if job.lives[-1]["begin"] >= began]
