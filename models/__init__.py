@@ -104,7 +104,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "models.memory.adapter:MemoryAdapter",
         "adapters.memory:PretrainedAdapter",
         "a memory or LoRA beside a pretrained model of transformers, or that trained on (Hu et al. 2021)",
-        spellings={"hidden_dim": "d_model", "use_rms_norm": "use_rmsnorm"},
+        spellings=MEMORY_ALIASES,
         aliases={"memory-adapter": {}},
     ),
     "moe": Architecture(

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from pydantic import TypeAdapter, ValidationError
 
 from configs.messages import ARCHITECTURE_ALIASES, ConfigError
-from configs.schema import GENERIC_FIELDS
+from configs.schema import GENERIC_FIELDS, OpenFraction, Rate
 from models import MEMORY_ALIASES
 from naming import did_you_mean, nearest, not_one_of, suggestion
 
@@ -69,8 +70,20 @@ TABLE: dict[str, dict[str, Callable[[Any], Fields]]] = {
         "fsdp_sharding_strategy": _sharding,
     },
 }
-# Files without a base may say how one would be held.
-_OF_A_BASE = {"base_model_name", "base_model_revision", "freeze_base_model"}
+# Files without a base may say how one would be held, and files with one what it decides by itself.
+_OF_A_BASE: dict[str, Any] = {
+    "base_model_name": None,
+    "base_model_revision": str | None,
+    "freeze_base_model": bool,
+}
+_DECIDED: dict[str, Any] = {
+    "use_rope": bool,
+    "rope_theta": Rate,
+    "attention_dropout": OpenFraction,
+    "tie_embeddings": bool,
+}
+# Those of a base.
+_SIZES = {"vocab_size", "d_model", "n_heads", "n_kv_heads", "n_layers", "ffn_hidden", "n_ctx"}
 # Read together, by `_modes`.
 _MODES = ("vanilla_mode", "use_memory_adapter", "use_lora", "use_both_memory_and_lora")
 # The splits of a data set that a file names; those of `memory_sections.yaml` are of the one there.
@@ -110,17 +123,20 @@ def turn(
         raise ConfigError(problems)
     type_ = type_of(values)
     stated: Sections = {name: dict(values.get(name) or {}) for name in SECTIONS}
-    fields = _of_defaults(stated, own)
+    fields = _of_defaults(stated, own, type_)
     owners: dict[str, str] = {}  # our field -> the key that set it
     places: dict[str, int] = {}
     notices = []
     for section, key, value in _entries(stated):
         line = lines.get(f"{section}.{key}", 1)
         try:
-            if type_ == "memory_adapter" and section == "model" and not _own_field(key, own):
+            if type_ == "memory_adapter" and section == "model" and key in _DECIDED:
+                _require(_DECIDED[key], value)
                 notices.append(f"{where}:{line}: {key} is the base's, which decides it")
                 continue
-            meant = _fields(section, key, value, own, type_)
+            meant = _fields(section, key, value, own)
+            if key == "tokenizer_name" and value == stated["model"].get("base_model_name"):
+                meant["tokenizer"] = "auto"  # the base's own, by its name
         except ValueError as error:
             problems.append(f"{where}:{line}: {section}.{key}: {error}")
             continue
@@ -149,21 +165,21 @@ def defaults() -> Sections:
 
 def _entries(sections: Sections) -> Iterator[tuple[str, str, Any]]:
     for section in SECTIONS:
-        yield from ((section, key, value) for key, value in sections[section].items() if key not in _MODES)
+        for key, value in sections[section].items():
+            if section != "memory" or key not in _MODES:
+                yield section, key, value
 
 
-def _of_defaults(stated: Sections, own: frozenset[str]) -> Fields:
-    """Those of the type, of what a file does not state."""
+def _of_defaults(stated: Sections, own: frozenset[str], type_: str) -> Fields:
+    """Those of the type, of what a file does not state: on a base no sizes, which are the base's."""
     fields: Fields = {
         "batch_stages": None,
         "global_batch_size": None,
     }  # the rows of a step follow from two others
     for section, key, value in _entries(defaults()):
-        if section == "training" or _own_field(key, own) or key in TABLE[section]:
-            fields |= _fields(section, key, value, own, "")
-    unknown = [field for field in fields if field.startswith("model_cfg.") and field[10:] not in own]
-    for field in unknown:  # sizes of a base, say
-        del fields[field]
+        of_base = type_ == "memory_adapter" and SPELLINGS.get(key, key) in _SIZES
+        if section == "training" or key in TABLE[section] or (_own_field(key, own) and not of_base):
+            fields |= _fields(section, key, value, own)
     return fields | (_SPLITS if "dataset_name" in stated["training"] else {})
 
 
@@ -173,10 +189,30 @@ def _own_field(key: str, own: frozenset[str]) -> str:
     return name if name in own else ""
 
 
-def _fields(section: str, key: str, value: Any, own: frozenset[str], type_: str) -> Fields:
+def _home(key: str) -> str:
+    """The section of a key, in either spelling, "" of one that is in none."""
+    meant = SPELLINGS.get(key, key)
+    for section, entries in defaults().items():
+        if meant in (SPELLINGS.get(name, name) for name in entries):
+            return section
+    return "training" if key in GENERIC_FIELDS and key not in _NOT_HERE else ""
+
+
+def _require(kind: Any, value: Any) -> None:
+    """ValueError unless a value is of a kind."""
+    try:
+        TypeAdapter(kind).validate_python(value, strict=True)
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"]
+        raise ValueError(f"{problem[0].lower()}{problem[1:]}, got {value!r}") from None
+
+
+def _fields(section: str, key: str, value: Any, own: frozenset[str]) -> Fields:
     """What one entry means. ValueError where it means nothing."""
     if isinstance(value, str) and ("${" in value or value == "???"):
         raise ValueError(f"{value!r}: '${{' and '???' have a meaning in our YAML files and none here")
+    if (home := _home(key)) not in ("", section):
+        raise ValueError(f"it belongs under {home}")
     if turned := TABLE[section].get(key):
         return turned(value)
     if section == "training" and key in GENERIC_FIELDS and key not in _NOT_HERE:
@@ -184,10 +220,9 @@ def _fields(section: str, key: str, value: Any, own: frozenset[str], type_: str)
     if section != "training" and (field := _own_field(key, own)):
         return {f"model_cfg.{field}": value}
     if section == "model" and key in _OF_A_BASE:
+        _require(_OF_A_BASE[key], value)
         return {}
     known = {*TABLE[section], *(GENERIC_FIELDS if section == "training" else {*own, *SPELLINGS})}
-    if home := next((name for name in SECTIONS if name != section and key in defaults()[name]), ""):
-        raise ValueError(f"it belongs under {home}")
     raise ValueError(f"unknown key.{suggestion(nearest(key, sorted(known - _NOT_HERE)))}")
 
 

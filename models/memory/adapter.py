@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.schema import Dropout, Execution, Free, Positive, Rate
+from configs.schema import Execution, Free, OpenFraction, Positive, Rate
 from models.layers.decoder import Hidden, document_positions, stacked
 from models.layers.flops import Flops, decoder_flops, matmul_flops, mean_keys
+from models.layers.init import INIT_STD
 from models.layers.lora import is_adapted, is_transposed
 from models.layers.roles import Rule
 from models.memory.bank import new_bank
@@ -57,6 +58,8 @@ SAME = 1e-3  # of the largest state: rounding of products of other shapes, and n
 
 # Sizes of a base that is not here, where none are given: what does not depend on them can be checked.
 UNKNOWN = {"d_model": 2**20, "n_heads": 1, "n_layers": 10_000}
+# Fields of sizes, which are the base's.
+SIZES = ("vocab_size", "d_model", "n_heads", "n_kv_heads", "n_layers", "ffn_hidden")
 
 
 class MemoryAdapterConfig(MemoryFields):
@@ -70,17 +73,21 @@ class MemoryAdapterConfig(MemoryFields):
     vocab_size: Positive | None = None
     d_model: Positive | None = None
     n_heads: Positive | None = None
+    n_kv_heads: Positive | None = None
     n_layers: Positive | None = None
+    ffn_hidden: Positive | None = None
+    n_ctx: Free[Positive | None] = None  # the longest text; None = the base's positions
     use_flash_attention: Execution[bool] = True  # False: attention in plain products
     norm_eps: Rate = 1e-6  # of norms in front of the memory
     use_rmsnorm: bool = True  # False: LayerNorm there
-    dropout: Free[Dropout] = 0.0  # of what the memory adds
+    dropout: Free[OpenFraction] = 0.0  # of what the memory adds
+    initializer_range: Rate = INIT_STD  # of the memory's matrices that do not write to the residual stream
 
-    elsewhere = frozenset({"vocab_size", "d_model", "n_heads", "n_layers", "n_ctx", "dropout"})
+    elsewhere = frozenset({*SIZES, "n_ctx", "dropout"})
     tiny: ClassVar[dict[str, Any]] = {"freeze_base_model": False, "vanilla_mode": False}
-    examples: ClassVar[dict[str, Any]] = {"norm_eps": 0.1}
+    examples: ClassVar[dict[str, Any]] = {"norm_eps": 0.1, "n_ctx": 64}
     rare: ClassVar[dict[str, str]] = {
-        **dict.fromkeys(("vocab_size", "d_model", "n_heads", "n_layers"), "the base's size alone is legal"),
+        **dict.fromkeys(SIZES, "the base's size alone is legal"),
         "base_model_revision": "a folder has none",
         "freeze_base_model": "without LoRA nothing would be trained",
     }
@@ -106,7 +113,7 @@ class MemoryAdapterConfig(MemoryFields):
 
     def completed(self) -> Self:
         base = self.base
-        sizes = {name: getattr(base, name) for name in ("vocab_size", "d_model", "n_heads", "n_layers")}
+        sizes = {name: getattr(base, name) for name in SIZES} | {"n_ctx": self.n_ctx or base.positions}
         at = self.folder if Path(self.base_model_name or "").exists() else self.base_model_name
         return self.model_copy(update={**sizes, "base_model_name": str(at)})
 
@@ -116,11 +123,12 @@ class MemoryAdapterConfig(MemoryFields):
         sizes: dict[str, Any] = {name: getattr(self, name) or unknown for name, unknown in UNKNOWN.items()}
         if not self.lacking():
             base = self.base
-            sizes = {name: getattr(base, name) for name in (*UNKNOWN, "ffn_hidden")}
-            sizes |= {"n_kv_heads": base.kv_heads, "n_ctx": base.positions}
+            sizes = {name: getattr(base, name) for name in SIZES if name != "vocab_size"}
+            sizes |= {"n_ctx": base.positions}
         own = {name: getattr(self, name) for name in MemoryFields.model_fields}
         norms: dict[str, Any] = {"norm_eps": self.norm_eps, "use_rmsnorm": self.use_rmsnorm}
-        return MemoryConfig(**own, **sizes, **norms, dropout=self.dropout)
+        drawn: dict[str, Any] = {"dropout": self.dropout, "initializer_range": self.initializer_range}
+        return MemoryConfig(**own, **sizes, **norms, **drawn)
 
     def problems(self, run: RunConfig) -> list[str]:
         found = super().problems(run)
@@ -140,6 +148,7 @@ class MemoryAdapterConfig(MemoryFields):
                 f"model_cfg.base_model_revision ({self.base_model_revision}) is for names on Hugging Face, and "
                 f"model_cfg.base_model_name is a folder. Leave it out"
             )
+        found += within(run, self.n_ctx, f"model_cfg.n_ctx ({self.n_ctx})") if self.n_ctx else []
         if not self.lacking() and (unlike := self._unlike_the_base(run)):
             return found + unlike
         memory = self.memory
@@ -158,16 +167,15 @@ class MemoryAdapterConfig(MemoryFields):
             return [str(error)]
         found = [
             f"model_cfg.{name} ({given}) must be that of {self.base_model_name}, {getattr(base, name)}: leave it out"
-            for name in ("vocab_size", "d_model", "n_heads", "n_layers")
+            for name in SIZES
             if (given := getattr(self, name)) not in (None, getattr(base, name))
         ]
-        for name in ("train_seq_len", "val_seq_len"):
-            if (length := getattr(run, name)) is not None and length > base.positions:
-                found.append(
-                    f"{name} ({length}) must not exceed the {base.positions} positions of {self.base_model_name}. "
-                    f"Nearest: {name}={base.positions}"
-                )
-        return found
+        positions = f"the {base.positions} positions of {self.base_model_name}"
+        if self.n_ctx and self.n_ctx > base.positions:
+            found.append(
+                f"model_cfg.n_ctx ({self.n_ctx}) must not exceed {positions}. Nearest: model_cfg.n_ctx={base.positions}"
+            )
+        return found + within(run, base.positions, positions)
 
     def remarks(self, run: RunConfig) -> list[str]:
         why, found = self.lacking(), super().remarks(run)
@@ -185,8 +193,17 @@ class MemoryAdapterConfig(MemoryFields):
             n: why for n, why in memory.unread().items() if n in MemoryFields.model_fields
         }
         if why := memory.without:
-            found |= dict.fromkeys(("norm_eps", "use_rmsnorm", "dropout"), why)
+            found |= dict.fromkeys(("norm_eps", "use_rmsnorm", "dropout", "initializer_range"), why)
         return found
+
+
+def within(run: RunConfig, limit: int, of: str) -> list[str]:
+    """Rows of a run that are longer than `limit`, which is that `of` something."""
+    return [
+        f"{name} ({length}) must not exceed {of}. Nearest: {name}={limit}"
+        for name in ("train_seq_len", "val_seq_len")
+        if (length := getattr(run, name)) is not None and length > limit
+    ]
 
 
 class BaseCache(MemoryCache):
@@ -292,10 +309,8 @@ class MemoryAdapter(ReadsMemory):
             raise ValueError("doc_ids cannot be combined with a cache: a cached row is one document")
         past = 0 if cache is None else cache.length
         length = past + tokens.shape[1]
-        if length > self.sizes.positions:
-            raise ValueError(
-                f"input of {length} tokens exceeds the {self.sizes.positions} positions of the base"
-            )
+        if length > self.max_context:
+            raise ValueError(f"input of {length} tokens exceeds the {self.max_context} positions of the base")
         if doc_ids is not None:
             positions = document_positions(doc_ids)  # (B, T)
         else:
@@ -343,7 +358,7 @@ class MemoryAdapter(ReadsMemory):
 
     @property
     def max_context(self) -> int:
-        return self.sizes.positions
+        return self.cfg.n_ctx or self.sizes.positions
 
     def init_cache(self, rows: int) -> BaseCache | None:
         """None where decisions see the whole text: every token changes those of all."""

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from configs.schema import (
-    Dropout,
     Execution,
     Free,
     ModelConfig,
     NonNegative,
     NonNegativeFloat,
+    OpenFraction,
     Positive,
     Rate,
     divisible,
@@ -126,7 +126,8 @@ class MemoryFields(ModelConfig):
 
 
 class MemoryConfig(MemoryFields, VanillaConfig):
-    attention_dropout: Free[Dropout | None] = None  # of the backbone's probabilities; None = dropout
+    dropout: Free[OpenFraction] = 0.0
+    attention_dropout: Free[OpenFraction | None] = None  # of the backbone's probabilities; None = dropout
     use_flash_attention: Execution[bool] = True  # False: the backbone's attention by its plain definition
     initializer_range: Rate = INIT_STD  # of matrices that do not write to the residual stream
 

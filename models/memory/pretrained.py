@@ -27,13 +27,13 @@ _OF_NAMES = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "a
 
 @dataclass(frozen=True)
 class Sizes:
-    """`positions`: the longest text; `head_width` of an attention head, of which there are `kv_heads` for keys;
+    """`positions`: the longest text; `head_width` of an attention head, of which there are `n_kv_heads` for keys;
     `ffn_hidden`: of the feed-forward layer."""
 
     d_model: int
     n_layers: int
     n_heads: int
-    kv_heads: int
+    n_kv_heads: int
     head_width: int
     positions: int
     vocab_size: int
@@ -112,7 +112,7 @@ def sizes_of(config: Any) -> Sizes:
         d_model=width,
         n_layers=config.num_hidden_layers,
         n_heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        n_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_width=getattr(config, "head_dim", None) or width // heads,
         positions=config.max_position_embeddings,
         vocab_size=config.vocab_size,

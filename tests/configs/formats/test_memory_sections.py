@@ -8,6 +8,7 @@ import yaml
 from configs.files import read_model
 from configs.formats import memory_sections
 from tests.configs.formats.composed import quiet, refused
+from tests.pretrained import base_of
 
 SMALL = """
 model:
@@ -270,6 +271,23 @@ WRONG = [
     ("training", {"distributed_strategy": "dpp"}, "Did you mean 'ddp'"),
     ("training", {"fsdp_sharding_strategy": "FULL"}, "'FULL' is not one of FULL_SHARD"),
     ("training", {"hidden_dim": 64}, "training.hidden_dim: it belongs under model"),
+    ("memory", {"hidden_dim": 64}, "memory.hidden_dim: it belongs under model"),
+    ("memory", {"d_model": 64}, "memory.d_model: it belongs under model"),
+    ("model", {"use_chapters": False}, "model.use_chapters: it belongs under memory"),
+    ("model", {"use_lora": True}, "model.use_lora: it belongs under memory"),
+    ("training", {"lora_rank": 4}, "training.lora_rank: it belongs under memory"),
+    ("memory", {"num_iterations": 4}, "memory.num_iterations: it belongs under training"),
+    (
+        "model",
+        {"freeze_base_model": "banana"},
+        "freeze_base_model: input should be a valid boolean, got 'banana'",
+    ),
+    ("model", {"dropout": 1.0}, "model_cfg.dropout: must satisfy 0 <= dropout < 1"),
+    (
+        "model",
+        {"attention_dropout": 1.0},
+        "model_cfg.attention_dropout: must satisfy 0 <= attention_dropout < 1",
+    ),
     (
         "memory",
         {"num_memory_token": 64},
@@ -306,6 +324,57 @@ def test_a_base_of_no_use_is_dropped(file):
     )
 
 
+def on_a_base(tmp_path, base, model="", training="max_length: 32"):
+    """Path of a file of three sections on a base, with these entries."""
+    path = tmp_path / "on_a_base.yaml"
+    path.write_text(
+        f"model: {{base_model_name: {base}, {model}}}\nmemory: {{num_memory_tokens: 8}}\n"
+        f"training: {{training_mode: pretraining, {training}}}\n"
+    )
+    return str(path)
+
+
+@pytest.mark.xdist_group("transformers")
+def test_sizes_beside_a_base_are_the_base_s(tmp_path):
+    base = base_of("qwen2")
+    _, model_cfg = quiet(on_a_base(tmp_path, base), *EMBEDDED)
+    full = model_cfg.completed()
+    assert (full.vocab_size, full.d_model, full.n_heads, full.n_layers) == (300, 64, 4, 2)
+    assert (full.n_kv_heads, full.ffn_hidden, full.n_ctx) == (2, 96, 128)
+    same = (
+        "vocab_size: 300, hidden_dim: 64, num_heads: 4, num_kv_heads: 2, num_layers: 2, intermediate_dim: 96"
+    )
+    stated = quiet(on_a_base(tmp_path, base, f"{same}, max_seq_len: 64, tokenizer_name: {base}"), *EMBEDDED)
+    assert stated[1].completed() == full.model_copy(update={"n_ctx": 64}) and stated[0].tokenizer == "auto"
+    assert quiet(on_a_base(tmp_path, base, "tokenizer_name: byte"), *EMBEDDED)[0].tokenizer == "byte"
+
+
+@pytest.mark.xdist_group("transformers")
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("hidden_dim: 32", "model_cfg.d_model (32) must be that of"),
+        ("intermediate_dim: 32", "model_cfg.ffn_hidden (32) must be that of"),
+        ("num_kv_heads: 1", "model_cfg.n_kv_heads (1) must be that of"),
+        ("max_seq_len: 256", "model_cfg.n_ctx (256) must not exceed the 128 positions of"),
+        (
+            "max_seq_len: 16",
+            "train_seq_len (32) must not exceed model_cfg.n_ctx (16). Nearest: train_seq_len=16",
+        ),
+        ("max_seq_len: many", "model_cfg.n_ctx"),
+        ("hiden_dim: 64", "model.hiden_dim: unknown key. Did you mean 'hidden_dim'"),
+        ("rope_theta: -1", "model.rope_theta: input should be greater than 0, got -1"),
+        ("use_rope: often", "model.use_rope: input should be a valid boolean, got 'often'"),
+        ("attention_dropout: 1.0", "model.attention_dropout: input should be less than 1, got 1.0"),
+        ("freeze_base_model: banana", "freeze_base_model"),
+        ("initializer_range: 0", "initializer_range"),
+    ],
+)
+def test_what_is_wrong_beside_a_base_is_told(model, message, tmp_path):
+    (problem,) = refused(on_a_base(tmp_path, base_of("qwen2"), model), *EMBEDDED)
+    assert message in problem
+
+
 BASE_SMALL = """
 model: {hidden_dim: 768, num_heads: 12, num_layers: 12, intermediate_dim: 3072, vocab_size: 32000, max_seq_len: 8192,
         use_rope: true, tokenizer_name: bpe-32000}
@@ -318,6 +387,18 @@ training: {memory_lr: 1.0e-4, lora_lr: 1.0e-4, base_model_lr: 1.0e-4, training_m
            weight_decay: 0.1, scheduler: cosine, mixed_precision: bf16, save_steps: 2000, eval_steps: 1000,
            save_total_limit: 3, output_dir: outputs/base_small}
 """
+ADAPTER = """
+model: {base_model_name: Qwen/Qwen2.5-1.5B, freeze_base_model: true}
+memory: {vanilla_mode: false, num_memory_tokens: 2048,
+         memory_layer_placement: custom, memory_layer_indices: [0, 1, 2, 3, 4, 23, 24, 25, 26, 27],
+         memory_sharing: shared, memory_block_variant: A, use_chapters: true, num_chapters: 8, top_k_chapters: 2,
+         use_low_rank_memory: true, memory_rank: 256, low_rank_mode: factorized,
+         use_low_rank_projections: true, projection_rank: 128}
+training: {memory_lr: 2.0e-4, lora_lr: 1.0e-4, base_model_lr: 0.0, training_mode: instruction_finetuning,
+           dataset_name: HuggingFaceH4/ultrachat_200k, dataset_split: train_sft, eval_split: test_sft,
+           text_field: messages, max_length: 4096, batch_size: 2, gradient_accumulation_steps: 16, max_steps: 5000,
+           warmup_steps: 100, weight_decay: 0.01, output_dir: outputs/adapter_qwen2.5_1.5b}
+"""
 SHIPPED = {
     "base_small": BASE_SMALL,
     "vanilla_control": BASE_SMALL.replace(
@@ -325,6 +406,16 @@ SHIPPED = {
     )
     .replace("use_chapters: true", "use_chapters: false")
     .replace("base_small", "vanilla_control"),
+    "adapter_qwen2.5_1.5b": ADAPTER,
+    "memory_lora_combined": ADAPTER.replace("num_memory_tokens: 2048", "num_memory_tokens: 1024")
+    .replace(
+        "custom, memory_layer_indices: [0, 1, 2, 3, 4, 23, 24, 25, 26, 27]",
+        "every_n, memory_layer_n: 4, use_both_memory_and_lora: true",
+    )
+    .replace("num_chapters: 8, top_k_chapters: 2", "num_chapters: 4, top_k_chapters: 1")
+    .replace("memory_rank: 256", "memory_rank: 128")
+    .replace("use_low_rank_projections: true, projection_rank: 128", "use_low_rank_projections: false")
+    .replace("outputs/adapter_qwen2.5_1.5b", "outputs/memory_lora_combined"),
 }
 
 

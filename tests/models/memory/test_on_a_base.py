@@ -79,6 +79,17 @@ def logits(adapter, *args, **given):
         return adapter.model.logits(out.states if isinstance(out, Hidden) else out)
 
 
+def test_matrices_begin_with_the_std_that_is_asked_for():
+    """Queries, keys and values; the bank has one of its own."""
+    control, wider = (
+        reading(base_of("qwen2"), *more, away=False).model.state_dict()
+        for more in ((), ("model_cfg.initializer_range=0.1",))
+    )
+    moved = {name for name, tensor in wider.items() if not torch.equal(tensor, control[name])}
+    assert moved == {f"memory_layers.{i}.attn.{of}_proj.weight" for i in range(2) for of in "qkv"}
+    assert all(torch.allclose(wider[name], 5 * control[name]) for name in moved)
+
+
 # -- where it stands --------------------------------------------------------------------------------------------------
 
 

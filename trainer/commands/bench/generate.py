@@ -141,7 +141,7 @@ def _model(args: argparse.Namespace) -> Restored:
         words = [f"--hydra_model_cfg={args.hydra_model_cfg}", *args.overrides]
         _, model_cfg = compose(words, notify=lambda text: None)
         needed = -(-(1 + max(args.prompt) + args.max_new_tokens) // CONTEXT_MULTIPLE) * CONTEXT_MULTIPLE
-        if getattr(model_cfg, "n_ctx", needed) < needed:
+        if (getattr(model_cfg, "n_ctx", None) or needed) < needed:
             args.overrides = [*args.overrides, f"model_cfg.n_ctx={needed}"]
     return restore_named(args)
 
