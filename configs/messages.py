@@ -114,6 +114,7 @@ _LOADS = re.compile(
     re.IGNORECASE,
 )
 REDACTED = "<redacted>"
+TRUSTED = "MYTRAINER_TRUST"  # by which processes of a run hear whose code they may import
 
 
 def own_words(spelled: Iterable[str]) -> str:
@@ -152,7 +153,7 @@ def is_secret(name: str) -> bool:
 
 def loads_code(name: str) -> bool:
     """Whether an environment variable of this name decides what code a program loads, or where it looks for it."""
-    return bool(_LOADS.fullmatch(name))
+    return name == TRUSTED or bool(_LOADS.fullmatch(name))
 
 
 def suggest_key(key: str, siblings: Iterable[str], paths: Iterable[str] = ()) -> str:
