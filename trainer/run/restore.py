@@ -33,6 +33,7 @@ from trainer.memory import NoRoom, largest_that_fits
 from trainer.precision import choose_precision, tune_host
 from trainer.run.checkpoint import as_written, load_named_tensors, load_tensors
 from trainer.run.source import Source, load_weights, open_source
+from trainer.view.stream import patient
 
 if TYPE_CHECKING:
     from configs.saved import WeightsAre
@@ -134,7 +135,7 @@ class Restored:
 
 
 def say(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
+    print(f"note: {text}", file=patient(sys.stderr))
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
