@@ -26,11 +26,11 @@ from tests.trainer.forged import forge, tensor_file
 from trainer.commands import evaluate
 from trainer.commands.bench import step as bench_step
 from trainer.commands.generate import _Printer
-from trainer.view.stream import patient
 from trainer.loaded import load
 from trainer.loop import train
 from trainer.run.checkpoint import load_tensors
 from trainer.run.restore import Restored
+from trainer.view.stream import patient
 
 ROOT = Path(__file__).resolve().parents[3]
 
