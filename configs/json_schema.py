@@ -158,5 +158,6 @@ def _of_type(name: str, definition: str) -> dict[str, Any]:
 
 
 def shipped() -> list[Path]:
-    """The YAML files of this folder and below."""
-    return sorted(p for p in CONFIGS.rglob("*") if p.suffix in EXTENSIONS)
+    """The YAML files of this folder and below, but for those of other projects' forms."""
+    found = (p for p in CONFIGS.rglob("*") if p.suffix in EXTENSIONS)
+    return sorted(p for p in found if p.parent.name != "formats")

@@ -179,12 +179,14 @@ def _where(fault: str) -> str:
 def _nothing_starts() -> Iterator[None]:
     """The command line as it is, without what comes behind the checks: a run, its folder, Hydra's own pages."""
     from configs.compose import check
-    from trainer.commands import launch, train
+    from trainer.commands import launch, sweep, train
 
     with (
         mock.patch.object(train, "_checked", lambda plan, tree: (check(plan, tree), Path())),
         mock.patch.object(train, "_start", lambda plan, checked, folder: None),
-        mock.patch.object(train, "_hydra", lambda plan, task: None),
+        mock.patch.object(train, "hand_over", lambda plan, task: None),
+        mock.patch.object(sweep, "_status", lambda plan, settings: 0),
+        mock.patch.object(sweep.study, "settings", lambda *args: []),
         mock.patch.object(launch, "require_writable", lambda folder: None),
         mock.patch.object(logging.root, "handlers", []),
     ):

@@ -11,11 +11,11 @@ from configs.grid import check_grid
 from configs.messages import ConfigError
 from models import ARCHITECTURES
 
-ALL = ", ".join(options())
+FILES, TYPES = ", ".join(options()), ", ".join(sorted(ARCHITECTURES))
 
 CASES = [
     # words, text that the message must contain
-    ([], [f"no model chosen. Give --hydra_model_cfg=configs/<name>.yaml; available: {ALL}"]),
+    ([], [f"no model chosen. Give --hydra_model_cfg=configs/<name>.yaml; available: {FILES}"]),
     (["configs/gpt3.yaml"], ["no such file: configs/gpt3.yaml (tried ", "Did you mean ", "'configs/gpt2.yaml'?"]),
     (["model=$MODEL"], ["no such file: $MODEL. A variable of the shell that is not set, or within '' quotes"]),
     (["--config-path", ".", "-cn", "gpt2"], ["It is in configs/, whose place --config-path takes; --config-dir adds"]),
@@ -23,7 +23,7 @@ CASES = [
     (["model=configs/x*.yaml"], ["the pattern 'configs/x*.yaml' matches no config"]),
     (["model=glob(x*)"], ["matches no config"]),
     (["model=gpt2,vanilla"], ["2 configs given for one run. Add -m to run them as a sweep"]),
-    (["configs/training.yaml"], [f"configs/training.yaml is the shared base, not a model. Choose one of: {ALL}"]),
+    (["configs/training.yaml"], [f"configs/training.yaml is the shared base, not a model. Choose one of: {FILES}"]),
     (["mine.yaml", "--cfg", "job", "-m"], ["command line: --cfg shows one run, and -m starts several. Leave out -m"]),
     (["mine.yaml", "seed=1,2", "--info", "-m"], ["command line: --info shows one run, and -m starts several"]),
     (["model=configs"], ["'configs' is a directory", "--hydra_model_cfg='configs/*.yaml' -m"]),
@@ -151,7 +151,7 @@ CASES = [
     ),
     (["model=vanilla", "type=bd3lm", "model_cfg.block_size=32"], ["model_cfg.block_size is not clear for type"]),
     (["type=gpt2,bd3lm", "mine.yaml", "model_cfg.block_size=32", "-m"], ["not clear for type 'bd3lm'"]),
-    (["mine.yaml", "type=gtp2"], [f"unknown type 'gtp2'. Did you mean 'gpt2'? Registered: {ALL}"]),
+    (["mine.yaml", "type=gtp2"], [f"unknown type 'gtp2'. Did you mean 'gpt2'? Registered: {TYPES}"]),
     (["mine.yaml", "type=no_such_module:X"], ["type: cannot import 'no_such_module:X'"]),
     (["mine.yaml", "model_adapter=fake_arch:Nope"], ["model_adapter: cannot import 'fake_arch:Nope'"]),
     (["mine.yaml", "~seed"], ["'seed' is required and cannot be deleted"]),

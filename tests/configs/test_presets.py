@@ -245,7 +245,13 @@ def test_a_grid_over_models_and_sizes_amends_each_by_its_type(write, amended):
 
 def test_jobs_of_a_sweep_are_amended_as_they_were_checked(write, amended, in_process, monkeypatch):
     started: list = []
-    monkeypatch.setattr(train.launch, "start", lambda cfg, *args, **kwargs: started.append(cfg) or 1.0)
+
+    def start(cfg, model_cfg, folder, **kwargs) -> float:
+        started.append(cfg)
+        (folder / "summary.json").write_text('{"score": {"bits_per_byte": 1.0}}')
+        return 1.0
+
+    monkeypatch.setattr(train.launch, "start", start)
     write("other.yaml", "defaults: [mdl, _self_]\n")
     assert train.main(["model=mine.yaml,other.yaml", "preset=nano", "-m"]) == 0
     assert [c.num_iterations for c in started] == [77, 300]
