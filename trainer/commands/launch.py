@@ -32,6 +32,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from configs import trust
 from configs.formats.yaml_text import literal
 from configs.grammar import in_quotes
 from configs.hardware import UNSET, process_count, process_group
@@ -160,7 +161,13 @@ def start(
     require_writable(folder)
     cfg = with_absolute_paths(cfg)
     if launched():
-        _tell({"config": cfg.model_dump(mode="json"), "folder": str(folder), "env": _secret_env(cfg)})
+        _tell(
+            {
+                "config": cfg.model_dump(mode="json"),
+                "folder": str(folder),
+                "env": {**_secret_env(cfg), **trust.passed_on()},
+            }
+        )
         return run_here(cfg, model_cfg, folder, partial(config_text, origin=origin))
     processes = process_count(cfg.num_gpus, cfg.device)
     if processes > 1 or isolated:
@@ -201,7 +208,7 @@ def run_workers(cfg: RunConfig, folder: Path, processes: int, origin: str) -> fl
     try:
         with tempfile.TemporaryDirectory(prefix="mytrainer-") as post:
             ended = _run_workers(Path(post), cfg, folder, processes, origin, received)
-            return _outcome(Path(post), folder, ended, received)
+            return _outcome(Path(post), cfg, folder, ended, received)
     except SystemExit:
         pass_on(received[0])  # here, as it may end a caller's process, and nobody would delete the folder
         raise
@@ -299,7 +306,7 @@ def _failed(children: list[subprocess.Popen[bytes]]) -> Ended:
     return min(found, key=lambda ended: ended.status > 0, default=Ended(0))
 
 
-def _outcome(post: Path, folder: Path, ended: Ended, received: list[int]) -> float:
+def _outcome(post: Path, cfg: RunConfig, folder: Path, ended: Ended, received: list[int]) -> float:
     """What rank 0 reported; the launcher's own status counts where it could not."""
     result: dict[str, Any] = {}
     report = post / "result.json"
@@ -312,7 +319,7 @@ def _outcome(post: Path, folder: Path, ended: Ended, received: list[int]) -> flo
         raise SystemExit(result.get("status", 128 + received[0]))
     if status or not result:
         raise JobFailed(
-            status or 1, _sent(post, "error") or _of_process(post, folder, ended) or _sent(post, "lost")
+            status or 1, _sent(post, "error") or _of_process(post, cfg, folder, ended) or _sent(post, "lost")
         )
     score = result["score"]
     return math.nan if score is None else score
@@ -324,7 +331,7 @@ def _sent(post: Path, name: str) -> Exception | None:
     return _ERRORS[sent[0]["kind"]](sent[0]["text"]) if sent else None
 
 
-def _of_process(post: Path, folder: Path, ended: Ended) -> TrainingError | None:
+def _of_process(post: Path, cfg: RunConfig, folder: Path, ended: Ended) -> TrainingError | None:
     """Of a process that could not say itself how it ended, or not on the console, with where its log lies from now on.
     None where a traceback has said it."""
     if ended.status >= 0 and (ended.rank == 0 or (post / f"lost-{ended.rank}.json").exists()):
@@ -336,9 +343,8 @@ def _of_process(post: Path, folder: Path, ended: Ended) -> TrainingError | None:
         how = f"was ended by {name}{memory}"
     log = _keep_log(post, folder, ended.rank)
     saved = checkpoints(folder)
-    kept = (
-        f"{in_quotes('resume', folder)} goes on from {saved[-1].name}" if saved else "Nothing had been saved"
-    )
+    again = " ".join([in_quotes("resume", folder), *trust.words(cfg.type, cfg.model_adapter)])
+    kept = f"{again} goes on from {saved[-1].name}" if saved else "Nothing had been saved"
     return TrainingError(f"{ended} {how}.{log} {kept}")
 
 

@@ -469,7 +469,10 @@ def test_code_that_comes_with_weights_is_not_executed(command, copy, monkeypatch
     seal(copy)
     monkeypatch.chdir(copy)
     refused(
-        command("eval", "--checkpoint", ".", status=2), f"{field}: stranger:Model lies in .", "nothing there"
+        command("eval", "--checkpoint", ".", status=2),
+        f"{field}: stranger:Model would run the code of module stranger, which lies in .",
+        "nothing there",
+        "--trust stranger",
     )
     assert not (copy / "executed").exists()
 
