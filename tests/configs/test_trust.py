@@ -147,7 +147,7 @@ def test_it_is_stored_nowhere(run):
 
 
 def test_processes_of_a_run_inherit_it_and_files_cannot_set_it(work, write, monkeypatch):
-    monkeypatch.setenv(trust.TRUSTED, "")
+    monkeypatch.setenv(trust.TRUSTED, "")  # nothing is yet
     trust.pass_on(frozenset({"b", "a.c"}))
     assert os.environ[trust.TRUSTED] == "a.c,b" and trust.trusted() == {"a.c", "b"}
     assert trust.passed_on() == {trust.TRUSTED: "a.c,b"}

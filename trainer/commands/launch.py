@@ -208,7 +208,7 @@ def run_workers(cfg: RunConfig, folder: Path, processes: int, origin: str) -> fl
     try:
         with tempfile.TemporaryDirectory(prefix="mytrainer-") as post:
             ended = _run_workers(Path(post), cfg, folder, processes, origin, received)
-            return _outcome(Path(post), cfg, folder, ended, received)
+            return _outcome(Path(post), folder, ended, received)
     except SystemExit:
         pass_on(received[0])  # here, as it may end a caller's process, and nobody would delete the folder
         raise
@@ -306,7 +306,7 @@ def _failed(children: list[subprocess.Popen[bytes]]) -> Ended:
     return min(found, key=lambda ended: ended.status > 0, default=Ended(0))
 
 
-def _outcome(post: Path, cfg: RunConfig, folder: Path, ended: Ended, received: list[int]) -> float:
+def _outcome(post: Path, folder: Path, ended: Ended, received: list[int]) -> float:
     """What rank 0 reported; the launcher's own status counts where it could not."""
     result: dict[str, Any] = {}
     report = post / "result.json"
@@ -319,7 +319,7 @@ def _outcome(post: Path, cfg: RunConfig, folder: Path, ended: Ended, received: l
         raise SystemExit(result.get("status", 128 + received[0]))
     if status or not result:
         raise JobFailed(
-            status or 1, _sent(post, "error") or _of_process(post, cfg, folder, ended) or _sent(post, "lost")
+            status or 1, _sent(post, "error") or _of_process(post, folder, ended) or _sent(post, "lost")
         )
     score = result["score"]
     return math.nan if score is None else score
@@ -331,7 +331,7 @@ def _sent(post: Path, name: str) -> Exception | None:
     return _ERRORS[sent[0]["kind"]](sent[0]["text"]) if sent else None
 
 
-def _of_process(post: Path, cfg: RunConfig, folder: Path, ended: Ended) -> TrainingError | None:
+def _of_process(post: Path, folder: Path, ended: Ended) -> TrainingError | None:
     """Of a process that could not say itself how it ended, or not on the console, with where its log lies from now on.
     None where a traceback has said it."""
     if ended.status >= 0 and (ended.rank == 0 or (post / f"lost-{ended.rank}.json").exists()):
@@ -343,7 +343,7 @@ def _of_process(post: Path, cfg: RunConfig, folder: Path, ended: Ended) -> Train
         how = f"was ended by {name}{memory}"
     log = _keep_log(post, folder, ended.rank)
     saved = checkpoints(folder)
-    again = " ".join([in_quotes("resume", folder), *trust.words(cfg.type, cfg.model_adapter)])
+    again = " ".join([in_quotes("resume", folder), *trust.repeated(trust.trusted())])
     kept = f"{again} goes on from {saved[-1].name}" if saved else "Nothing had been saved"
     return TrainingError(f"{ended} {how}.{log} {kept}")
 

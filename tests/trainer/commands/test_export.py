@@ -465,6 +465,7 @@ def test_code_that_comes_with_weights_is_not_executed(command, copy, monkeypatch
     (copy / "stranger.py").write_text(f"open({str(copy / 'executed')!r}, 'w')\nclass Model: pass\n")
     record = json.loads((copy / EXPORT).read_text())
     record["training_config"][field] = "stranger:Model"
+    edit_json(copy / "config.json", **{field: "stranger:Model"})
     (copy / EXPORT).write_text(json.dumps(record))
     seal(copy)
     monkeypatch.chdir(copy)
