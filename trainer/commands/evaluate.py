@@ -131,7 +131,7 @@ def main(argv: list[str]) -> int:
         "num_tokens": score.tokens,
         "avg_loss": score.nats_per_token,
         "perplexity": score.perplexity,
-        "non_causal_routing": restored.adapter.non_causal_routing,
+        "non_causal_routing": score.non_causal_routing,
         "data_fingerprint": text.fingerprint,
         "overlap": text.overlap and text.overlap.as_dict(),
         "precision": restored.precision,
@@ -152,11 +152,6 @@ def main(argv: list[str]) -> int:
     print(f"{cfg.type} ({restored.weights} weights{whence}) on {text}", file=sys.stderr)
     if restored.weights == "untrained":
         print("  no checkpoint was given: this is the model before any training", file=sys.stderr)
-    if restored.adapter.non_causal_routing:
-        print(
-            "  non-causal routing: choices saw later tokens, so this is no score of text to come",
-            file=sys.stderr,
-        )
     shown = score.as_dict()
     lines = [
         ("Dataset", text.name),
