@@ -56,6 +56,7 @@ class Score:
     context_bytes: float
     comparable: bool
     lossy_documents: int = 0  # of which the tokens do not give the text back
+    non_causal_routing: bool = False  # choices saw later tokens: see `ModelAdapter.non_causal_routing`
     # Nats per token of what a bound consists of, and of other estimates or scores beside it.
     parts: dict[str, float] = field(default_factory=dict)
     estimates: dict[str, float] = field(default_factory=dict)
@@ -170,8 +171,9 @@ def evaluate(
         documents=len(rows.documents),
         context_tokens=rows.seq_len,
         context_bytes=round(rows.seq_len * rows.total_bytes / total["tokens"], 1),
-        comparable=rows.complete and not rows.lossy_documents,
+        comparable=rows.complete and not rows.lossy_documents and not adapter.non_causal_routing,
         lossy_documents=rows.lossy_documents,
+        non_causal_routing=adapter.non_causal_routing,
         parts={name: total[f"part {name}"] / total["tokens"] for name in found.parts},
         estimates={name: total[f"estimate {name}"] / total["tokens"] for name in found.estimates},
         metrics=metrics.read(world),

@@ -48,7 +48,7 @@ def _projection(cfg: MemoryConfig, into: int, out: int) -> nn.Module:
 class MemoryAttention(nn.Module):
     def __init__(self, cfg: MemoryConfig) -> None:
         super().__init__()
-        self.head_width, self.chapters = cfg.memory_head_width, cfg.num_chapters
+        self.head_width, self.chapters, self.dropout = cfg.memory_head_width, cfg.num_chapters, cfg.dropout
         self.q_proj = _projection(cfg, cfg.d_model, cfg.attention_width)
         self.k_proj = _projection(cfg, cfg.token_width, cfg.memory_kv_width)
         self.v_proj = _projection(cfg, cfg.token_width, cfg.memory_kv_width)
@@ -73,19 +73,26 @@ class MemoryAttention(nn.Module):
         dtype = compute_dtype(q)
         k, v = (t.to(dtype).unflatten(0, (self.chapters, -1)) for t in (k, v))  # (C, P, G, e)
         with own_dtypes(q.device):
-            y = chapter_attention(q.to(dtype), k, v, choice.chapters, choice.bias, choice.factor)
+            dropout = self.dropout if self.training else 0.0
+            y = chapter_attention(q.to(dtype), k, v, choice.chapters, choice.bias, choice.factor, dropout)
             return (y * choice.gain[..., None, None]).to(dtype)
 
 
 @torch.compiler.disable
 def chapter_attention(
-    q: Tensor, k: Tensor, v: Tensor, chapters: Tensor, bias: Tensor, factor: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chapters: Tensor,
+    bias: Tensor,
+    factor: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """One softmax over all tokens of a token's chapters, (B, T, H, e) in at least fp32.
 
     q (B, T, H, e); k, v (C, P, G, e); chapters (B, T, J) int64, different ones; bias (B, T, J), of all logits of a
-    chapter; factor (B, T, J), of its keys and values. Differentiable in all but `chapters`. Waits for the device, as
-    how many tokens chose a chapter decides shapes.
+    chapter; factor (B, T, J), of its keys and values; dropout, of the softmax's probabilities. Differentiable in all
+    but `chapters`. Waits for the device, as how many tokens chose a chapter decides shapes.
     """
     rows, length, heads, width = q.shape
     number = chapters.shape[2]
@@ -94,7 +101,7 @@ def chapter_attention(
     of_pairs = q.flatten(0, 1).index_select(0, order // number)  # (n, H, e), sorted by chapter
     if factor is not None:
         of_pairs = of_pairs * factor.flatten()[order][:, None, None].to(of_pairs.dtype)
-    parts, totals = _Parts.apply(of_pairs, k, v, counts, width**-0.5)  # (n, H, e), (n, H)
+    parts, totals = _Parts.apply(of_pairs, k, v, counts, width**-0.5, dropout)  # (n, H, e), (n, H)
     back = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
     pairs = (rows, length, number, heads)
     parts = parts.index_select(0, back).view(*pairs, width)
@@ -106,26 +113,30 @@ def chapter_attention(
 
 class _Parts(torch.autograd.Function):
     """Attention of tokens to one chapter each: q (n, H, e), sorted by chapter, of which `counts` have each -> outputs
-    (n, H, e) and log-normalisers (n, H), in at least fp32. Scores are made again in backward."""
+    (n, H, e) and log-normalisers (n, H), in at least fp32. Scores are made again in backward, and from its seed what
+    dropout leaves of their probabilities: normalisers are those of all."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, counts: list[int], scale: float
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, counts: list[int], scale: float, dropout: float
     ) -> tuple[Tensor, Tensor]:
         exact = at_least_fp32(q.dtype)
         parts, totals = (
             torch.empty(q.shape, dtype=exact, device=q.device),
             q.new_empty(q.shape[:2], dtype=exact),
         )
+        seed = int(torch.randint(2**62, ())) if dropout else 0
+        factors = _Dropout(dropout, seed, q.device)
         for chapter, some in _pieces(counts, q.shape[1] * k.shape[1]):
             keys, values = _by_head(k[chapter]), _by_head(v[chapter])  # (G, P, e)
             scores = _scores(_grouped(q[some], keys), keys, scale, exact)  # (G, c R, P)
             total = scores.logsumexp(-1, keepdim=True)
-            shares = (scores - total).exp().to(q.dtype)
+            shares = (scores - total).exp()
+            shares = (shares * factors(shares)).to(q.dtype)
             parts[some] = _ungrouped((shares @ values).to(exact), q[some])
             totals[some] = _ungrouped(total, q[some]).squeeze(-1)
         ctx.save_for_backward(q, k, v, parts, totals)
-        ctx.counts, ctx.scale = counts, scale
+        ctx.counts, ctx.scale, ctx.dropout, ctx.seed = counts, scale, dropout, seed
         return parts, totals
 
     @staticmethod
@@ -137,23 +148,38 @@ class _Parts(torch.autograd.Function):
         # Sums over the pieces of a chapter in at least fp32.
         of_keys: dict[int, Tensor] = {}
         of_values: dict[int, Tensor] = {}
+        factors = _Dropout(ctx.dropout, ctx.seed, q.device)
         for chapter, some in _pieces(ctx.counts, q.shape[1] * k.shape[1]):
             keys, values = _by_head(k[chapter]), _by_head(v[chapter])
             asked, grads = _grouped(q[some], keys), _grouped(dparts[some].to(q.dtype), keys)  # (G, c R, e)
             total, moved = (_grouped(t[some][..., None], keys) for t in (totals, shift))  # (G, c R, 1)
             shares = (_scores(asked, keys, ctx.scale, exact) - total).exp()
-            dscores = shares * ((grads @ values.mT).to(exact) + moved) * ctx.scale
+            kept = factors(shares)
+            dscores = shares * ((grads @ values.mT).to(exact) * kept + moved) * ctx.scale
             dscores = dscores.to(q.dtype)
             dq[some] = _ungrouped(dscores @ keys, q[some])
             for found, product in (
-                (of_values, shares.to(q.dtype).mT @ grads),
+                (of_values, (shares * kept).to(q.dtype).mT @ grads),
                 (of_keys, dscores.mT @ asked),
             ):
                 found[chapter] = found[chapter] + product.to(exact) if chapter in found else product.to(exact)
         for found, into in ((of_keys, dk), (of_values, dv)):
             for chapter, gradient in found.items():
                 into[chapter] = gradient.transpose(0, 1).to(into.dtype)
-        return dq, dk, dv, None, None
+        return dq, dk, dv, None, None, None
+
+
+class _Dropout:
+    """Factors of probabilities, one call after the other: the same again from the same seed."""
+
+    def __init__(self, p: float, seed: int, device: torch.device) -> None:
+        self.p = p
+        self.generator = torch.Generator(device).manual_seed(seed) if p else None
+
+    def __call__(self, shares: Tensor) -> Tensor | float:
+        if self.generator is None:
+            return 1.0
+        return torch.empty_like(shares).bernoulli_(1 - self.p, generator=self.generator) / (1 - self.p)
 
 
 def _pieces(counts: list[int], scores: int) -> Iterator[tuple[int, slice]]:

@@ -24,7 +24,9 @@ from tests.contract.tiny import config, session_of
 from tests.data.foreign import byte_level
 from trainer.distributed import World
 from trainer.evaluate import evaluate
-from trainer.view.format import score_lines
+from trainer.run.lines import evaluation_line
+from trainer.run.progress import Progress
+from trainer.view.format import ranking_notes, score_lines
 
 CPU = torch.device("cpu")
 
@@ -433,3 +435,16 @@ def test_a_score_of_text_that_the_tokens_lose_is_marked_and_counts_raw_bytes():
         uniform(tokenizer), HeldoutRows(encode_documents([Document("1", b"the cat")], tokenizer), 0, 32)
     )
     assert fair.comparable and not fair.lossy_documents
+
+
+def test_a_score_by_choices_that_saw_later_tokens_says_so_wherever_it_is_kept():
+    tokenizer = ByteTokenizer()
+    store = encode_documents([Document("1", b"the cat sat")], tokenizer)
+    fair, other = uniform(tokenizer), uniform(tokenizer)
+    other.model.non_causal_routing = True
+    for adapter, marked in ((fair, False), (other, True)):
+        found = score(adapter, HeldoutRows(store, tokenizer.eot, 32))
+        assert (found.non_causal_routing, found.comparable) == (marked, not marked)
+        assert evaluation_line(Progress(), found)["val_non_causal_routing"] is marked
+        notes = ranking_notes(found.as_dict(), {})
+        assert [note.startswith("non-causal routing") for note in notes] == [True] * marked

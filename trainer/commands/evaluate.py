@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from adapters.base import ModelAdapter
+from configs.trust import trusting
 from data import SOURCES, readers, source_of
 from data.config import Mode
 from data.huggingface.sets import HUB_NAME, is_saved
@@ -130,7 +131,7 @@ def main(argv: list[str]) -> int:
         "num_tokens": score.tokens,
         "avg_loss": score.nats_per_token,
         "perplexity": score.perplexity,
-        "non_causal_routing": restored.adapter.non_causal_routing,
+        "non_causal_routing": score.non_causal_routing,
         "data_fingerprint": text.fingerprint,
         "overlap": text.overlap and text.overlap.as_dict(),
         "precision": restored.precision,
@@ -151,11 +152,6 @@ def main(argv: list[str]) -> int:
     print(f"{cfg.type} ({restored.weights} weights{whence}) on {text}", file=sys.stderr)
     if restored.weights == "untrained":
         print("  no checkpoint was given: this is the model before any training", file=sys.stderr)
-    if restored.adapter.non_causal_routing:
-        print(
-            "  non-causal routing: choices saw later tokens, so this is no score of text to come",
-            file=sys.stderr,
-        )
     shown = score.as_dict()
     lines = [
         ("Dataset", text.name),
@@ -272,7 +268,8 @@ def _of_file(args: argparse.Namespace, run: RunConfig) -> dict[str, Any]:
     if not (args.hydra_model_cfg and named(args)) or args.data:
         return {}
     file = f"--hydra_model_cfg={args.hydra_model_cfg}"
-    other, _ = compose([file, "preset=none", *NO_RUN], notify=lambda text: None)
+    with trusting(args.trust):
+        other, _ = compose([file, "preset=none", *NO_RUN], notify=lambda text: None)
     if other.data == type(other).model_fields["data"].default:
         return {}
     read = {"data", "near_copies", "training_mode", *SOURCES[other.data].reads}

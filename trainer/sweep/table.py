@@ -104,6 +104,8 @@ def _mark_other(rows: list[dict[str, Any]], jobs: list[Job]) -> None:
             why = "another held-out text"
         elif score.get("lossy_documents"):
             why = "tokens do not give the text back"
+        elif score.get("non_causal_routing"):
+            why = "choices saw later tokens"
         elif score.get("comparable") is False:
             why = "scored on a part chosen by tokens"
         row |= {"comparable": not why, "differs": why}

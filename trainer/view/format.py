@@ -149,12 +149,16 @@ def ranking(
 def ranking_notes(score: dict[str, Any], yardsticks: dict[str, float]) -> list[str]:
     """Sentences without which the ranking would mislead."""
     notes = []
+    if non_causal := score.get("non_causal_routing"):
+        notes.append(
+            "non-causal routing: choices saw later tokens, so this is no score of text to come, and not comparable"
+        )
     if score.get("of") == "answers":
         notes.append(
             "of the answers of chats, given what comes before them, and of the tokens that end them: another score "
             "than that of text, and not to be compared with one"
         )
-        if score.get("comparable") is False:
+        if score.get("comparable") is False and not non_causal:
             notes.append("chats longer than a row were cut: a longer val_seq_len scores more of them")
         return notes
     if score.get("kind") == "bound":
@@ -170,7 +174,7 @@ def ranking_notes(score: dict[str, Any], yardsticks: dict[str, float]) -> list[s
             f"of {lossy:,} of {score['documents']:,} documents the tokens do not give the text back: what is lost "
             f"costs nothing, so this score does not compare with those of other tokenizers"
         )
-    elif score.get("comparable") is False:
+    elif score.get("comparable") is False and not non_causal:
         notes.append("scored on a part chosen by tokens: not comparable with other runs")
     if sampled := yardsticks.get("ngram_training_bytes"):
         notes.append(f"the n-grams were trained on {quantity(sampled)}B of the training text")

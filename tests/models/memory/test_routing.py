@@ -70,6 +70,58 @@ def test_chapters_are_read_as_through_a_mask(factors, scores, monkeypatch):
         torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.parametrize("scores", [2**22, 20], ids=["whole", "in pieces"])
+def test_dropout_is_of_the_probabilities_of_all_tokens_of_the_chapters(scores, monkeypatch):
+    """Values and gradients, of the same factors: found of values that are one-hot, which leave the probabilities."""
+    monkeypatch.setattr(attention, "SCORES", scores)
+    q, k, v, bias = drawn(2, 40, 4, 3), drawn(6, 2, 2, 3, seed=1), drawn(6, 2, 2, 3, seed=2), drawn(2, 40, 3)
+    chapters = drawn(2, 40, 6, seed=3).argsort(-1)[..., 3:]
+    given = [t.requires_grad_() for t in (q, k, v, bias)]
+
+    def softmax():
+        added = torch.full((2, 40, 6), -torch.inf, dtype=q.dtype).scatter(2, chapters, bias)
+        weights = torch.einsum("bthe,cphe->bthcp", q, k.repeat_interleave(2, 2)) / math.sqrt(3)
+        return (weights + added[:, :, None, :, None]).flatten(3).softmax(-1)  # (B, T, H, C P)
+
+    one_hot = torch.eye(12, dtype=q.dtype).view(6, 2, 1, 12).expand(6, 2, 2, 12)
+    wide = [torch.nn.functional.pad(t, (0, 9)) * 2 for t in (q, k)]  # as wide, of the same scores
+    torch.manual_seed(4)
+    left = chapter_attention(wide[0], wide[1] / 2, one_hot, chapters, bias, dropout=0.25).detach()
+    factors = torch.where(softmax() > 0, left / softmax(), 0.0).detach()
+    read = factors[softmax() > 0]
+    assert ((read == 0) | ((read - 4 / 3).abs() < 1e-9)).all()
+    assert abs((read == 0).double().mean() - 0.25) < 0.04  # of 1920: three deviations
+    torch.manual_seed(4)
+    out = chapter_attention(q, k, v, chapters, bias, dropout=0.25)
+    values = v.repeat_interleave(2, 2).flatten(0, 1)  # (C P, H, e)
+    expected = torch.einsum("bthn,nhe->bthe", softmax() * factors, values)
+    torch.testing.assert_close(out, expected)
+    weight = drawn(*out.shape, seed=6)
+    for mine, theirs in zip(
+        torch.autograd.grad((out * weight).sum(), given),
+        torch.autograd.grad((expected * weight).sum(), given),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_dropout_reaches_probabilities_in_training_alone(monkeypatch):
+    found = []
+
+    def chapter_attention(*args):
+        found.append(args[-1])
+        return attention_of_chapters(*args)
+
+    attention_of_chapters = attention.chapter_attention
+    monkeypatch.setattr(attention, "chapter_attention", chapter_attention)
+    model = routed("token", dropout=0.25)
+    for training in (True, False):
+        model.train(training)
+        states(model, tokens_of(ROWS, LENGTH))
+    layers = len(model.memories)
+    assert found == [0.25] * layers + [0.0] * layers
+
+
 @pytest.mark.parametrize("weighting", ["none", "log_bias", "scale_memory"])
 def test_all_chapters_are_all_of_the_memory(weighting):
     """Whatever the router says without weights; with them where it says nothing."""
