@@ -171,6 +171,7 @@ def load(
     overrides: Sequence[str] = (),
     val_seq_len: int | None = None,
     mixed_precision: str | None = None,
+    trust: str | Sequence[str] = (),
 ) -> Loaded:
     """Open a trained model, as `eval` and `generate` do, to look into it.
 
@@ -186,6 +187,8 @@ def load(
             `["model_cfg.sampler=first_hitting"]`.
         val_seq_len: context of `score` in tokens, instead of the run's.
         mixed_precision: auto, no, bf16 or fp16, instead of the run's: "no" is fp32, to look at small differences.
+        trust: modules whose code may run although only the files there name them: a `type` or `model_adapter` outside
+            of this trainer is imported by name. "my_pkg.my_mod", or several.
 
     Returns:
         A `Loaded` with `model`, `tokenizer` and `config`, and
@@ -210,6 +213,7 @@ def load(
             overrides=overrides,
             val_seq_len=val_seq_len,
             mixed_precision=mixed_precision,
+            trust=trust,
         )
 
 

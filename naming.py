@@ -23,6 +23,8 @@ __all__ = [
     "expand_path",
     "load",
     "look_up",
+    "module_name",
+    "module_of",
     "nearest",
     "not_one_of",
     "require_fit",
@@ -60,21 +62,41 @@ def look_up(table: Mapping[str, Row], name: str, what: str) -> Row:
     return table[name]
 
 
+def module_of(spec: str) -> str:
+    """The module of "package.module:Name". ValueError for what is no such name."""
+    module, _, name = spec.partition(":")
+    try:
+        return module_name(module if name.isidentifier() else "")
+    except ValueError:
+        hint = f". Nearest: '{near}'" if (near := spec.replace("-", "_")) != spec and _is_spec(near) else ""
+        raise ValueError(f"'{spec}': expected package.module:Name{hint}") from None
+
+
+def _is_spec(text: str) -> bool:
+    module, _, name = text.partition(":")
+    return name.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
+def module_name(text: str) -> str:
+    """A dotted name of a module as it is. ValueError for what no module can be called."""
+    if not all(part.isidentifier() for part in text.split(".")):
+        raise ValueError(f"'{text}': expected the name of a module, package.module")
+    return text
+
+
 def load(spec: str) -> Any:
     """Import the object that "package.module:name" names. ValueError if either part does not exist."""
-    module_name, _, name = spec.partition(":")
-    if not name.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
-        raise ValueError(f"'{spec}': expected package.module:Name")
+    named, name = module_of(spec), spec.partition(":")[2]
     try:
-        module = importlib.import_module(module_name)
+        module = importlib.import_module(named)
     except ModuleNotFoundError as error:
         # A missing dependency of an existing module is that module's error, not a wrong name.
-        if error.name is None or not (module_name + ".").startswith(error.name + "."):
+        if error.name is None or not (named + ".").startswith(error.name + "."):
             raise
         raise ValueError(f"'{spec}': no module named '{error.name}'") from None
     if not hasattr(module, name):
         hint = did_you_mean(name, dir(module), limit=1)
-        raise ValueError(f"'{spec}': module '{module_name}' has no '{name}'" + (f".{hint}" if hint else ""))
+        raise ValueError(f"'{spec}': module '{named}' has no '{name}'" + (f".{hint}" if hint else ""))
     return getattr(module, name)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import models
-from configs import runs, weights
+from configs import runs, trust, weights
 from configs.choose import model_paths
 from configs.files import (
     BASE,
@@ -42,7 +42,7 @@ from configs.schema import GENERIC_FIELDS, ModelConfig, RunConfig
 from configs.secret import reads_secret, secret_value
 from configs.shape import misshapen
 from configs.size import automatic_preset, without_preset_budget
-from configs.strangers import tame
+from configs.strangers import refuse_code, tame
 from configs.unread import unread
 from configs.validate import architecture_config, refuse_own_words, validate
 from naming import load
@@ -60,6 +60,7 @@ class Plan:
     saved: tuple[dict[str, Any], Path] | None  # the architecture of the run that goes on
     secrets: dict[str, str]  # environment variables that must not reach any file
     notices: list[str]
+    trusted: frozenset[str]  # modules outside of the table that may be imported
 
     def where(self, option: str | None, tree: Mapping[str, Any]) -> Locations:
         """Origins of the keys of a composition with this model (None: the first)."""
@@ -112,8 +113,9 @@ def model_config_class(cfg: RunConfig) -> type[ModelConfig]:
     return architecture_config(cfg.type, cfg.model_adapter, lambda key: "")
 
 
-def prepare(argv: list[str]) -> Plan:
-    """Understand a command line. Raises ConfigError with all problems of its words together."""
+def prepare(argv: list[str], recorded: Path | None = None) -> Plan:
+    """Understand a command line. Raises ConfigError with all problems of its words together. `recorded`: the record of
+    a sweep that it was read from."""
     request = parse(argv)
     nodes, function = _models(request)
     if request.problems:
@@ -122,6 +124,7 @@ def prepare(argv: list[str]) -> Plan:
     _imply_source(request, nodes)
     folder = runs.named_folder(request.values, request.keys)
     saved = runs.saved_architecture(request.values, folder)
+    trusted = refuse_code(nodes, request, saved, recorded)
     begun_from = [] if saved else weights.sizes_given(request, nodes)
     preset = automatic_preset(request, nodes, saved, begun_from)
     tame(nodes, request.implied, request.keys, request.notices)
@@ -147,7 +150,7 @@ def prepare(argv: list[str]) -> Plan:
     register(request.sizes)
     request.notices += _sizes_said(request)
     request.notices += [note for n in nodes for node in n.chain() for note in node.notices]
-    return Plan(request, overrides, names, saved, secrets, list(dict.fromkeys(request.notices)))
+    return Plan(request, overrides, names, saved, secrets, list(dict.fromkeys(request.notices)), trusted)
 
 
 def prepare_one(words: list[str]) -> Plan:
@@ -350,6 +353,7 @@ def check(plan: Plan, tree: dict[str, Any], option: str | None = None) -> Checke
     folder = runs.named_folder(tree, plan.request.keys)
     saved = plan.saved or runs.saved_architecture(tree, folder)
     if saved:
+        trust.refuse(saved[0], str(saved[1]), runs.folder_of_path(saved[1].parent), plan.trusted)
         free = architecture_config(saved[0]["type"], saved[0].get("model_adapter"), lambda key: "").free()
         runs.apply_lock(tree, *saved, plan.request.keys, plan.notices, free)
     else:

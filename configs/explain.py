@@ -104,7 +104,8 @@ def _hint(value: Any, annotation: Any) -> str:
         return f". Write {_SWITCHES[value.lower()]}"
     if isinstance(value, str) and {int, float} & set(_leaves(annotation)):
         try:
-            return f". Write {float(value):g} without quotes"
+            meant = f"{float(value):g}"
+            return f". Write {meant} without quotes" if meant == value else f". Write {meant}"
         except ValueError:
             return ""
     return ""

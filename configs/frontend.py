@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 import models
-from configs import gpt_flags
+from configs import gpt_flags, trust
 from configs.files import CONFIGS, FORMATS, ROOT, check_option, choices, options, words_of
 from configs.grammar import (
     entries,
@@ -180,7 +180,7 @@ def _generic_flag(request: Request, name: str, key: str, value: str | None, rest
         value = _value(name, value, rest, switch=key in gpt_flags.SWITCHES)
         _gpt_flag(request, name, key, value, of_gpt)
         return
-    if field not in (*GENERIC_FIELDS, SWEEP_LIMIT) and field.split(".")[0] not in _OPEN:
+    if field not in (*GENERIC_FIELDS, SWEEP_LIMIT, trust.WORD) and field.split(".")[0] not in _OPEN:
         if value is None and rest and not rest[0].startswith("-") and "=" not in rest[0]:
             rest.pop(0)  # its value: one problem, not two
         if field in REMOVED or field in MOVED or ARCHITECTURE_ALIASES.get(field, field) in ARCHITECTURE_WORDS:
@@ -295,6 +295,9 @@ def _override(request: Request, word: str, spelled: str | None = None) -> None:
     if key == SWEEP_LIMIT:
         request.sweep_limit = _limit(value)
         return
+    if key == trust.WORD:
+        request.trust |= _trust(value)
+        return
     spelled = spelled or key.removeprefix("configs/")
     key = _canonical(request, key)
     within = key.startswith("model_cfg.") and not mark.startswith("~")
@@ -341,6 +344,17 @@ def _limit(value: str) -> int:
             f"{SWEEP_LIMIT}=1"
         )
     return int(value)
+
+
+def _trust(value: str) -> frozenset[str]:
+    """What `trust` says."""
+    try:
+        modules = trust.modules_of(value.strip("'\"[]").replace(" ", ""))
+    except ValueError as error:
+        raise ConfigError(f"command line: {error}") from None
+    if not modules:
+        raise ConfigError(f"command line: {trust.WORD}: expected the name of a module, got nothing")
+    return modules
 
 
 def _setting(request: Request, word: str, key: str, value: str) -> None:

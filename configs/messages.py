@@ -110,10 +110,12 @@ NO_FIELDS = {
 _SECRET = re.compile(r"KEY|TOKEN(?!IZERS_)|SECRET|PASS|AUTH|CREDENTIAL|DATABASE_URL", re.IGNORECASE)
 _LOADS = re.compile(
     r"(LD|DYLD)_\w+|GIT_\w+|PYTHON(PATH|HOME|STARTUP|USERBASE|PLATLIBDIR|EXECUTABLE|BREAKPOINT|WARNINGS|INSPECT|CASEOK|NOUSERSITE)"
-    r"|PATH|BASH_ENV|GCONV_PATH|CC|CXX|CUDA_HOME|CUDA_PATH|TRITON_\w*_PATH|NCCL_\w*PLUGIN",
+    r"|PATH|BASH_ENV|GCONV_PATH|CC|CXX|CUDA_HOME|CUDA_PATH|TRITON_\w*_PATH|NCCL_\w*PLUGIN"
+    r"|\w*TRUST_REMOTE_CODE",
     re.IGNORECASE,
 )
 REDACTED = "<redacted>"
+TRUSTED = "MYTRAINER_TRUST"  # by which processes of a run hear whose code they may import
 
 
 def own_words(spelled: Iterable[str]) -> str:
@@ -152,7 +154,7 @@ def is_secret(name: str) -> bool:
 
 def loads_code(name: str) -> bool:
     """Whether an environment variable of this name decides what code a program loads, or where it looks for it."""
-    return bool(_LOADS.fullmatch(name))
+    return name == TRUSTED or bool(_LOADS.fullmatch(name))
 
 
 def suggest_key(key: str, siblings: Iterable[str], paths: Iterable[str] = ()) -> str:

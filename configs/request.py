@@ -32,6 +32,7 @@ class Request:
         default_factory=dict
     )  # --n_layer and the like: key -> value
     sweep_limit: int | None = None  # points that a grid may have, where the command line says so
+    trust: frozenset[str] = frozenset()  # modules that files of runs may name
     words: list[list[str]] = dataclasses.field(
         default_factory=list
     )  # as they were given, a flag with its value; without those that name models

@@ -16,10 +16,14 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
 from omegaconf.grammar_parser import parse
 
-from configs.files import CONFIGS, Node
+from configs import trust
+from configs.files import CONFIGS, Node, shown
+from configs.grammar import override_choices, parse_override
 from configs.messages import REDACTED, ConfigError, loads_code
+from configs.request import Request
+from configs.runs import folder_of_path
 
-__all__ = ["is_of_a_run", "resolver", "tame"]
+__all__ = ["is_of_a_run", "of_runs", "refuse_code", "resolver", "tame"]
 
 # Variables that change how a run goes, and neither what is loaded nor where something is sent.
 _HARMLESS = re.compile(
@@ -31,21 +35,63 @@ _HARMLESS = re.compile(
 
 
 def is_of_a_run(path: Path) -> bool:
-    """Whether a file lies in a run folder, beside what a run writes there."""
-    return (path.parent / "manifest.json").exists()
+    """Whether a file lies in a run folder, beside what a run writes there, or in one of its checkpoints."""
+    return any((path.parent / name).exists() for name in ("manifest.json", "training_state.json"))
+
+
+def of_runs(nodes: Iterable[Node], implied: Path | None) -> Iterator[Node]:
+    """The files that are of runs: `implied`, and others that lie in a run folder, each with its parents there."""
+    for node in nodes:
+        whole = node.path == implied or is_of_a_run(node.path)
+        for inner in node.chain():
+            if (whole or is_of_a_run(inner.path)) and not inner.path.is_relative_to(CONFIGS):
+                yield inner
+
+
+def refuse_code(
+    nodes: list[Node],
+    request: Request,
+    saved: tuple[dict[str, Any], Path] | None,
+    recorded: Path | None = None,
+) -> frozenset[str]:
+    """ConfigError where a file of a run names code to import that the command line does not trust. Returns the modules
+    that may be imported: those that it trusts, and those that the user's own words and files name. `recorded`: the
+    record that the words were read from, which are a run's then, as are the files that they name."""
+    typed = {field: _given(field, request) for field in trust.NAMES_CODE if field in request.keys}
+    every = [inner for node in nodes for inner in node.chain() if not inner.path.is_relative_to(CONFIGS)]
+    theirs = every if recorded else list(of_runs(nodes, request.implied))
+    known = trust.trusted() | request.trust
+    if recorded:
+        for field, specs in typed.items():
+            for spec in specs:
+                trust.refuse({field: spec}, str(recorded), recorded.parent, known)
+    else:
+        of_others = {inner.path for inner in theirs}
+        mine = [inner.values for inner in every if inner.path not in of_others]
+        named = {f: [*typed.get(f, ()), *(values.get(f) for values in mine)] for f in trust.NAMES_CODE}
+        known |= {module for field, specs in named.items() for module in trust.foreign_modules(field, specs)}
+    for inner in theirs:
+        said = {field: value for field, value in inner.values.items() if field not in typed}
+        trust.refuse(said, shown(inner.path), inner.path.parent, known)
+    if saved:
+        trust.refuse(saved[0], str(saved[1]), folder_of_path(saved[1].parent), known)
+    return known
+
+
+def _given(field: str, request: Request) -> list[Any]:
+    """The values of a field on the command line, several in a sweep."""
+    if field in request.sweeps:
+        return override_choices(parse_override(f"{field}={request.written(field)}"), [])
+    return [request.values.get(field)]
 
 
 def tame(nodes: Iterable[Node], implied: Path | None, typed: set[str], notices: list[str]) -> None:
     """Take out of the files of runs, in place, what they set in the environment. `implied`: one that is known to be of
     a run; `typed`: keys of the command line. ConfigError for what looks there."""
     problems: list[str] = []
-    for node in nodes:
-        if node.path != implied and not is_of_a_run(node.path):
-            continue
-        for inner in node.chain():
-            if not inner.path.is_relative_to(CONFIGS):
-                problems += _resolvers(inner)
-                notices += _drop_env(inner, typed)
+    for node in of_runs(nodes, implied):
+        problems += _resolvers(node)
+        notices += _drop_env(node, typed)
     if problems:
         raise ConfigError(problems)
 

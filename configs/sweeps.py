@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
+from configs import trust
 from configs.frontend import parse
 from configs.grammar import word
 from configs.hardware import uses_cuda
@@ -40,7 +41,7 @@ def on_one_gpu(tree: dict[str, Any], launcher: Mapping[str, Any]) -> None:
 
 def recorded_words(request: Request, secrets: Mapping[str, str]) -> dict[str, list[str]]:
     """The command as Hydra's settings keep it: `models` and the other `words`, without secrets."""
-    words = [text for given in request.words for text in given]
+    words = [text for given in request.words if _key(given[0]) != trust.WORD for text in given]
     for secret in sorted(secrets.values(), key=len, reverse=True):
         words = [text.replace(secret, REDACTED) for text in words]
     return {"models": [_plain(text) for text in request.models], "words": [_plain(text) for text in words]}
@@ -71,7 +72,7 @@ def repeated(argv: list[str]) -> tuple[list[str], Path] | None:
     words.append(word("hydra.sweep.dir", folder))
     models = asked.models or told["models"]
     said = {_key(text) for text in words}
-    old = [text for text in told["words"] if _key(text) not in said]
+    old = [text for text in told["words"] if _key(text) not in {*said, trust.WORD}]
     return [*(f"--hydra_model_cfg={m}" for m in models), *old, *words], folder
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from configs import trust
 from configs.explain import explain
 from configs.files import fold_names, fold_type, option_path, read_option
 from configs.frontend import unknown_key
@@ -77,6 +78,7 @@ def read_saved(
     files are not looked at: a run may be scored where its data is not. `source` is named in the notices."""
     known = drop_removed(generic, GENERIC_FIELDS, lambda key: source, notices)
     cfg = RunConfig.model_validate({**YOUNGER, **known})
+    trust.refuse({"type": cfg.type, "model_adapter": cfg.model_adapter}, source, Path(source))
     config_class = architecture_config(cfg.type, cfg.model_adapter, lambda key: source)
     kept = drop_removed(model_cfg, config_class.model_fields, lambda key: source, notices, "model_cfg.")
     architecture = config_class.model_validate(kept)

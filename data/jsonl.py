@@ -31,6 +31,8 @@ from naming import did_you_mean, shorten
 GZIP = b"\x1f\x8b"
 # Bytes of a zstd file that are unpacked together: what comes of them is not bounded, and usually ten times as much.
 ZSTD_BLOCK = 4096
+# Text is packed to a tenth, and rarely to a hundredth; what unpacks to more is made to fill memory and disks.
+RATIO, SPARED = 200, 1 << 24  # so many bytes of a file may be anything
 MEND = "Mend the line, or take it out of the file"
 _WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -144,11 +146,32 @@ def _unpacked(file: IO[bytes], path: Path) -> IO[bytes] | io.BufferedIOBase:
     start = file.read(4)
     file.seek(0)
     if start.startswith(GZIP):
-        return gzip.GzipFile(fileobj=file, mode="rb")
+        return io.BufferedReader(_Bounded(gzip.GzipFile(fileobj=file, mode="rb"), file, path), 1 << 16)
     cut = 0 < len(start) < 4 and path.suffix == ".zst" and any(mark.startswith(start) for mark in ZSTD)
     if start in ZSTD or cut:
-        return io.BufferedReader(_Frames(file, path))
+        return io.BufferedReader(_Bounded(_Frames(file, path), file, path), 1 << 16)
     return file
+
+
+class _Bounded(io.RawIOBase):
+    """What comes of `packed`, as long as it is not more than text can be. DataError from there on."""
+
+    def __init__(self, unpacked: gzip.GzipFile | io.RawIOBase, packed: IO[bytes], path: Path):
+        self._unpacked, self._packed, self._path = unpacked, packed, path
+        self._count = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count: int = self._unpacked.readinto(buffer)  # type: ignore[assignment]
+        self._count += count
+        if self._count > max(SPARED, RATIO * (read := self._packed.tell())):
+            raise DataError(
+                f"{str(self._path)!r} unpacks to more than {RATIO} times its size ({self._count:,} bytes of the first "
+                f"{read:,}), which no text does. If it is meant, unpack it yourself"
+            )
+        return count
 
 
 class _Frames(io.RawIOBase):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from naming import did_you_mean
+from naming import did_you_mean, module_of
 
 __all__ = ["ARCHITECTURES", "Architecture", "alias", "resolve"]
 
@@ -167,6 +167,7 @@ def resolve(type_: str) -> Architecture:
     if type_ in ARCHITECTURES:
         return ARCHITECTURES[type_]
     if ":" in type_:
+        module_of(type_)
         return Architecture(type_)
     raise ValueError(
         f"unknown type '{type_}'.{did_you_mean(type_, ARCHITECTURES)} "

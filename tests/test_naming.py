@@ -38,7 +38,7 @@ def test_a_name_that_a_table_does_not_have():
     ("spec", "message"),
     [
         ("math", "'math': expected package.module:Name"),
-        ("a-b:C", "'a-b:C': expected package.module:Name"),
+        ("a-b:C", "'a-b:C': expected package.module:Name. Nearest: 'a_b:C'"),
         ("math:sqr", "'math:sqr': module 'math' has no 'sqr'. Did you mean 'sqrt'?"),
         ("math:zzz", "'math:zzz': module 'math' has no 'zzz'"),
         ("collections.nowhere:X", "'collections.nowhere:X': no module named 'collections.nowhere'"),

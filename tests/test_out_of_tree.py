@@ -162,7 +162,14 @@ def test_a_model_of_somebody_else(elsewhere, command):
     command("--hydra_model_cfg=mine.yaml", "output_dir=out", "num_iterations=30")
     first = json.loads((elsewhere / "out/summary.json").read_text())
     assert first["type"] == "my_pkg.my_mod:Convolution"
-    command("resume=out", "num_iterations=60")
+    _, err = command("resume=out", "num_iterations=60", status=2)
+    assert "trust=my_pkg.my_mod" in err, "what a run names is imported once one says so"
+    told, _ = command("resume=out", "num_iterations=60", "trust=my_pkg.my_mod")
+    assert (
+        "num_iterations=120 trust=my_pkg.my_mod" in told and "--prompt 'def ' --trust my_pkg.my_mod" in told
+    )
+    stored = [p for p in (elsewhere / "out").rglob("*") if p.is_file() and b"trust" in p.read_bytes()]
+    assert not stored and "MYTRAINER_TRUST" not in (elsewhere / "out/manifest.json").read_text()
     summary = json.loads((elsewhere / "out/summary.json").read_text())
     assert summary["score"]["bits_per_byte"] < min(first["score"]["bits_per_byte"], 5.2), (
         "it has learnt something"
@@ -171,11 +178,30 @@ def test_a_model_of_somebody_else(elsewhere, command):
     parameters = {"embedding": 257 * 48, "matrix": 2 * 48 * 48 * 3, "scalar": 2 * 48, "head": 257 * 48}
     assert manifest["parameters"]["by_role"] == parameters
 
-    text = ["generate", "--checkpoint", "out", "--device", "cpu", "--prompt", "01", "--max_new_tokens", "40"]
+    trust = ["--trust", "my_pkg"]
+    _, err = command("generate", "--checkpoint", "out", status=2)
+    assert "--trust my_pkg.my_mod" in err
+    with pytest.raises(ValueError, match=r"load\(..., trust='my_pkg.my_mod'\)"):
+        mytrainer.load("out")
+    assert mytrainer.load("out", device="cpu", trust="my_pkg.my_mod").score("01").nats is not None
+    text = [
+        "generate",
+        "--checkpoint",
+        "out",
+        "--device",
+        "cpu",
+        "--prompt",
+        "01",
+        "--max_new_tokens",
+        "40",
+        *trust,
+    ]
     (out, _), (plain, _) = command(*text), command(*text, "--no_cache")
     assert out.startswith("01") and out == plain
-    out, _ = command("eval", "--checkpoint", "out", "--device", "cpu")
+    out, _ = command("eval", "--checkpoint", "out", "--device", "cpu", *trust)
     assert json.loads(out)["score"] == summary["score"]
+    told, _ = command("export", "--checkpoint", "out", "--to", "safetensors", "--output", "exported", *trust)
+    assert "--trust my_pkg.my_mod" in told and "trust='my_pkg.my_mod'" in told
     out, _ = command("show", "--hydra_model_cfg=mine.yaml", "--json")
     assert json.loads(out)["parameters"]["total"] == sum(parameters.values())
 
@@ -191,7 +217,7 @@ def test_an_adapter_of_somebody_else(elsewhere, command):
     assert (
         saved["model_cfg"]["echo_weight"] == 0.5 and saved["model_adapter"] == "my_pkg.my_adapter:EchoAdapter"
     )
-    out, _ = command("eval", "--checkpoint", "out", "--device", "cpu")
+    out, _ = command("eval", "--checkpoint", "out", "--device", "cpu", "--trust", "my_pkg.my_adapter,my_pkg")
     score = json.loads((elsewhere / "out/summary.json").read_text())["score"]
     assert json.loads(out)["score"] == score
     command("--hydra_model_cfg=echo.yaml", "output_dir=without", "model_cfg.echo_weight=0.0")

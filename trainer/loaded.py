@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from adapters.base import Annotation, Context, GenerateOptions, Likelihood, ModelAdapter
+from configs.trust import trusting
 from data.corpus import Document
 from data.rows import Batch, HeldoutRows
 from data.store import encode_documents
@@ -51,6 +52,7 @@ def load(
     overrides: Sequence[str] = (),
     val_seq_len: int | None = None,
     mixed_precision: str | None = None,
+    trust: str | Sequence[str] = (),
     note: Callable[[str], None] = say,
 ) -> Loaded:
     """What `mytrainer.load` says. `note` hears what was passed over and what has no effect; by default it goes to
@@ -65,9 +67,10 @@ def load(
     changes = {name: value for name, value in asked.items() if value is not None}
     given = _best_of(expand_path(path)) if best else path
     raw = weights == "raw"
-    return Loaded(
-        restore(given, raw=raw, device=str(device), overrides=overrides, changes=changes, note=note)
-    )
+    with trusting(trust):
+        return Loaded(
+            restore(given, raw=raw, device=str(device), overrides=overrides, changes=changes, note=note)
+        )
 
 
 def _best_of(run: Path) -> Path:

@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from configs import trust
 from configs.grammar import word
 from data.errors import DataError
 from naming import command_line, shorten
@@ -193,7 +194,10 @@ class Trainer:
                 self._save()
             kept = "Nothing was saved"
             if newest := newest_checkpoint(self.record.folder.path, self.console.warn):
-                go_on = command_line(word("resume", self.record.folder.path))
+                go_on = command_line(
+                    word("resume", self.record.folder.path),
+                    *trust.words(self.cfg.type, self.cfg.model_adapter),
+                )
                 kept = f"The last complete checkpoint is {newest}. Go on with: {go_on}"
             raise TrainingError(f"stopped at step {self.progress.step}: {error}. {kept}") from error
 

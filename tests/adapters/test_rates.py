@@ -12,6 +12,7 @@ from adapters import build_adapter
 from adapters.base import weighted_loss
 from adapters.lora import attach
 from configs.messages import ConfigError
+from configs.trust import trusting
 from data.tokenizers import ByteTokenizer
 from tests.contract.test_run import assert_same_state
 from tests.contract.tiny import Letters, batch_for, config, context, loss_and_gradients
@@ -23,6 +24,13 @@ from trainer.run.restore import restore
 TOY = 'model_adapter="tests.adapters.rates_toy:Adapter"'
 SHORT = ["num_iterations=2", "val_loss_every=0", "val_bytes=64", "sample_tokens=0"]
 LENGTH = 32
+
+
+@pytest.fixture(autouse=True)
+def _trusted():
+    """Runs of the toy here are opened again."""
+    with trusting("tests"):
+        yield
 
 
 def of(*words):

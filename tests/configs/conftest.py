@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from configs.messages import TRUSTED
+
 ARCHITECTURE = '''
 from configs.schema import DefaultModelConfig, Dropout, in_whole, within_context
 
@@ -65,6 +67,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "fake_arch", raising=False)
+    monkeypatch.setenv(TRUSTED, "fake_arch")  # runs of it are ours
     monkeypatch.setattr("configs.hardware.cuda_device_count", lambda: 0)
     return tmp_path
 

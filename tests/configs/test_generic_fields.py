@@ -104,7 +104,7 @@ def test_as_text_it_is_kept_and_where_a_number_or_a_truth_value_belongs_refused(
     assert quiet("x.yaml")[0].sample_prompt == "12:30"
     write("x.yaml", "defaults: [mine, _self_]\nseed: 010\npacking: on\nlearning_rate: 0x10\n")
     seed, packing, rate = sorted(refused("x.yaml"))
-    assert seed == "x.yaml:2: seed: expected int, got '010' (str). Write 10 without quotes"
+    assert seed == "x.yaml:2: seed: expected int, got '010' (str). Write 10"
     assert packing == "x.yaml:3: packing: expected bool, got 'on' (str). Write true"
     assert rate == "x.yaml:4: learning_rate: expected float, got '0x10' (str)"
 

@@ -110,7 +110,9 @@ def test_what_a_runs_file_sets_in_the_environment_is_told_and_not_set(run):
     assert tree_of(plan)["env"]["HOME"] == "/tmp/y"
 
 
-@pytest.mark.parametrize("name", ["LD_PRELOAD", "GIT_CONFIG_GLOBAL", "GIT_SSH_COMMAND"])
+@pytest.mark.parametrize(
+    "name", ["LD_PRELOAD", "GIT_CONFIG_GLOBAL", "GIT_SSH_COMMAND", "HF_DATASETS_TRUST_REMOTE_CODE"]
+)
 def test_what_loads_code_is_refused_in_every_file(run, work, write, name):
     write("f.yaml", f"{MINE}env: {{{name}: x}}\n")
     for words in ([f"resume={run(f'env: {{{name}: x}}')}"], ["f.yaml"]):

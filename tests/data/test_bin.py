@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from tests.data import ranks
 from tests.data.conftest import prose
 from tests.data.foreign import byte_level
 from tests.data.shard_files import headerless, llm_c, megatron, megatron_index
+from tests.data.strange import pickled
 
 TEXTS = [prose(f"shard {number}", 5 + 9 * (number % 13)) for number in range(150)]
 
@@ -75,6 +77,17 @@ def texts(store: TokenStore) -> list[bytes]:
 
 def both(dataset) -> list[list[bytes]]:
     return [texts(store) for store in (dataset.train, dataset.heldout)]
+
+
+def test_a_pickle_beside_shards_is_not_read(load, bpe, ids, tmp_path) -> None:
+    """meta.pkl, in which nanoGPT keeps its characters."""
+    headerless(tmp_path / "train.bin", behind(ids, bpe.eot))
+    alone = load(train_files="train.bin", shards_tokenizer=str(tmp_path / "bpe.json"))
+    mark = pickled(tmp_path / "meta.pkl")
+    beside = load("another", train_files="train.bin", shards_tokenizer=str(tmp_path / "bpe.json"))
+    assert not mark.exists() and both(beside) == both(alone)
+    pickle.loads((tmp_path / "meta.pkl").read_bytes())
+    assert mark.exists(), "loading it would have"
 
 
 # -- documents -----------------------------------------------------------------------------------------------------

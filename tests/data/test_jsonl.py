@@ -13,7 +13,7 @@ import pytest
 
 from data import load_corpus, load_dataset, source_of
 from data.errors import DataError
-from data.jsonl import JsonlPart
+from data.jsonl import RATIO, JsonlPart
 from tests.data.ranks import seed
 
 LINES = [
@@ -106,6 +106,22 @@ def test_a_compressed_file_that_is_cut_off_or_damaged_is_named(tmp_path, kind) -
         path = write(tmp_path / f"cut.jsonl.{kind}", raw)
         with pytest.raises(DataError, match=rf"cut.jsonl.{kind}' is damaged or cut off"):
             texts(path)
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst"])
+@pytest.mark.parametrize("raw", [b'{"text": "a"}\n' * (1 << 16), b" " * (1 << 20)], ids=["rows", "one line"])
+def test_a_compressed_file_that_is_made_to_fill_memory_is_named(tmp_path, monkeypatch, kind, raw) -> None:
+    monkeypatch.setattr("data.jsonl.SPARED", 1 << 18)
+    path = write(tmp_path / f"bomb.jsonl.{kind}", compress(kind, raw))
+    with pytest.raises(DataError, match=rf"bomb.jsonl.{kind}' unpacks to more than 200 times its size"):
+        for _ in JsonlPart("a", path, "text").rows():
+            pass
+
+
+def test_a_small_file_may_unpack_to_anything(tmp_path) -> None:
+    raw = json.dumps({"text": "a" * (1 << 22)}).encode() + b"\n"
+    assert len(compress("gz", raw)) * RATIO < len(raw)
+    assert texts(write(tmp_path / "a.jsonl.gz", compress("gz", raw))) == [b"a" * (1 << 22)]
 
 
 def test_zstd_without_its_package_names_the_extra(tmp_path, monkeypatch) -> None:

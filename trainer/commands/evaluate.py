@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from adapters.base import ModelAdapter
+from configs.trust import trusting
 from data import SOURCES, readers, source_of
 from data.config import Mode
 from data.huggingface.sets import HUB_NAME, is_saved
@@ -267,7 +268,8 @@ def _of_file(args: argparse.Namespace, run: RunConfig) -> dict[str, Any]:
     if not (args.hydra_model_cfg and named(args)) or args.data:
         return {}
     file = f"--hydra_model_cfg={args.hydra_model_cfg}"
-    other, _ = compose([file, "preset=none", *NO_RUN], notify=lambda text: None)
+    with trusting(args.trust):
+        other, _ = compose([file, "preset=none", *NO_RUN], notify=lambda text: None)
     if other.data == type(other).model_fields["data"].default:
         return {}
     read = {"data", "near_copies", "training_mode", *SOURCES[other.data].reads}

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from configs.trust import trusting
 from naming import expand_path, look_up, shorten
 from trainer.errors import StopRequested
 from trainer.export import FORMS
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> int:
     safetensors_library()
 
     console = Console(live=False, stream=sys.stderr)
-    with console.doing("reading the weights"):
+    with trusting(args.trust), console.doing("reading the weights"):
         source = open_source(given, say)
         form.check(*source.config(lambda text: None))  # what there is to note, `restore` says
         restored = restore(source, raw=args.raw, device="cpu")

@@ -32,6 +32,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from configs import trust
 from configs.formats.yaml_text import literal
 from configs.grammar import in_quotes
 from configs.hardware import UNSET, process_count, process_group
@@ -160,7 +161,13 @@ def start(
     require_writable(folder)
     cfg = with_absolute_paths(cfg)
     if launched():
-        _tell({"config": cfg.model_dump(mode="json"), "folder": str(folder), "env": _secret_env(cfg)})
+        _tell(
+            {
+                "config": cfg.model_dump(mode="json"),
+                "folder": str(folder),
+                "env": {**_secret_env(cfg), **trust.passed_on()},
+            }
+        )
         return run_here(cfg, model_cfg, folder, partial(config_text, origin=origin))
     processes = process_count(cfg.num_gpus, cfg.device)
     if processes > 1 or isolated:
@@ -336,9 +343,8 @@ def _of_process(post: Path, folder: Path, ended: Ended) -> TrainingError | None:
         how = f"was ended by {name}{memory}"
     log = _keep_log(post, folder, ended.rank)
     saved = checkpoints(folder)
-    kept = (
-        f"{in_quotes('resume', folder)} goes on from {saved[-1].name}" if saved else "Nothing had been saved"
-    )
+    again = " ".join([in_quotes("resume", folder), *trust.repeated(trust.trusted())])
+    kept = f"{again} goes on from {saved[-1].name}" if saved else "Nothing had been saved"
     return TrainingError(f"{ended} {how}.{log} {kept}")
 
 

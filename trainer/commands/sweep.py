@@ -20,6 +20,7 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from configs import trust
 from configs.compose import Checked, Plan
 from configs.files import CONFIGS, ROOT, digest
 from configs.grammar import word
@@ -72,7 +73,7 @@ def start_sweep(plan: Plan, earlier: Path | None = None) -> int:
     model = f"configs@_global_='{next(iter(plan.models))}'"
     settings = [o for o in plan.overrides if is_setting(o.lstrip("+~"))]
     folder = Path(sweep_folder([*settings, model], plan.where(None, plan.request.values))).absolute()
-    jobs = _there(folder, earlier)
+    jobs = _there(folder, earlier, trust.repeated(plan.trusted))
     numbers = _numbers(checked, jobs, plan.request.sweeps) if checked is not None else []
     own = study.settings(hydra_settings(plan), plan.request.settings, folder) if checked is None else []
     launch.require_writable(folder.parent)
@@ -94,13 +95,13 @@ def start_sweep(plan: Plan, earlier: Path | None = None) -> int:
         from trainer.sweep.table import write_tables  # now: torch comes with it, and jobs set its environment
 
         found = write_tables(folder) if folder.is_dir() else []
-        _say_what_came_of_it(folder, found, len(numbers))
+        _say_what_came_of_it(folder, found, len(numbers), trust.repeated(plan.trusted))
     begun = [job for job in found if job.lives[-1]["begin"] >= began]
     return status or int(any(job.state == "failed" for job in begun))
 
 
-def _say_what_came_of_it(folder: Path, jobs: list[Job], points: int) -> None:
-    """`points`: how many jobs a grid has."""
+def _say_what_came_of_it(folder: Path, jobs: list[Job], points: int, trusting: list[str]) -> None:
+    """`points`: how many jobs a grid has; `trusting`: what the next command trusts as this one did."""
     if not jobs:
         return
     ended = Counter("killed" if job.state == "running" else job.state for job in jobs)
@@ -108,17 +109,17 @@ def _say_what_came_of_it(folder: Path, jobs: list[Job], points: int) -> None:
     counts = ", ".join(f"{count} {state}" for state, count in ended.items() if count)
     print(f"sweep folder {folder}: {counts}; summary.csv, summary.json, compare.html")
     if ended.total() > ended["ok"]:
-        print(f"go on with: {command_line(word('resume', folder), '-m')}")
+        print(f"go on with: {command_line(word('resume', folder), '-m', *trusting)}")
 
 
-def _there(folder: Path, earlier: Path | None) -> list[Job]:
+def _there(folder: Path, earlier: Path | None, trusting: list[str]) -> list[Job]:
     """The jobs that a folder has already. ConfigError where they are another sweep's."""
     try:
         jobs = jobs_in(folder) if folder.is_dir() else []
     except ValueError as error:
         raise ConfigError(f"resume: {error}. Move its folder away") from None
     if jobs and earlier is None:
-        again = command_line(word("resume", folder), "-m")
+        again = command_line(word("resume", folder), "-m", *trusting)
         raise ConfigError(
             f"{folder} already holds a sweep. Choose another hydra.sweep.dir, or go on with it: {again}"
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from configs import trust
 from configs.completion import asked_of, complete
 from configs.compose import Checked, Plan, check, prepare, tree_of, two_rates
 from configs.dump import job_text
@@ -19,8 +20,8 @@ from configs.help import help_text
 from configs.hydra_app import compose_hydra
 from configs.messages import ConfigError
 from configs.runs import checkpoints
-from configs.schema import env_strings, no_variable
-from configs.sweeps import repeated
+from configs.schema import RunConfig, env_strings, no_variable
+from configs.sweeps import MULTIRUN, repeated
 from trainer.commands import launch
 from trainer.commands.sweep import go_to_where_it_began, hand_over, start_sweep
 from trainer.errors import TrainingError
@@ -31,18 +32,19 @@ def main(argv: list[str]) -> int:
     require_meeting_place()
     if launch.launched() and launch.rank() > 0:
         return launch.follow()
-    with launch.leading():
+    with launch.leading(), trust.of_one_command():
         return _lead(argv)
 
 
 def _lead(argv: list[str]) -> int:
     if again := repeated(argv):
         argv = go_to_where_it_began(*again)
-    plan = prepare(argv)
+    plan = prepare(argv, again[1] / MULTIRUN if again else None)
     if plan.request.mode != "run":
         return _show(plan)
     if plan.request.multirun:
         launch.apply_env({}, plan.secrets)
+        trust.pass_on(plan.trusted)
         return start_sweep(plan, again[1] if again else None)
     ready = _checked(plan, composed(plan))
     try:
@@ -56,6 +58,7 @@ def composed(plan: Plan) -> dict[str, Any]:
     """The composition of one run, whose environment is set from now on: before the model file, hence torch, is
     imported."""
     launch.apply_env({}, plan.secrets)
+    trust.pass_on(plan.trusted)
     tree = tree_of(plan)
     launch.apply_env(_env(tree["env"]))
     return tree
@@ -70,17 +73,17 @@ def call(plan: Plan, tree: dict[str, Any]) -> dict[str, Any]:
     except launch.JobFailed as failed:
         problem = failed.error or TrainingError(f"{failed}; its traceback is on standard error")
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(_how_to_go_on(folder)) from None
+        raise KeyboardInterrupt(_how_to_go_on(folder, checked.cfg)) from None
     if problem is not None:
         raise problem  # out here it does not become its own cause
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     return {**summary, "folder": str(folder.absolute())}
 
 
-def _how_to_go_on(folder: Path) -> str:
+def _how_to_go_on(folder: Path, cfg: RunConfig) -> str:
     if not checkpoints(folder):
         return "stopped; nothing was saved"
-    return f"stopped; go on with: train({[f'resume={folder.absolute()}']})"
+    return f"stopped; go on with: train({[f'resume={folder.absolute()}', *trust.words(cfg.type, cfg.model_adapter)]})"
 
 
 def _env(value: object) -> dict[str, str]:

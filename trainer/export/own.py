@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from configs import trust
 from configs.saved import EXPORT
 from configs.schema import redacted
 from models.memory.bank import bits_of
@@ -63,9 +64,13 @@ class Own(Form):
         )
 
     def opened_by(self, folder: Path, contents: Contents) -> list[str]:
+        record: Any = contents.files[EXPORT]
+        said = record["training_config"]
+        needed = trust.option(said["type"], said["model_adapter"])
+        trusting = f", trust={needed[1]!r}" if needed else ""
         return [
-            command_line("generate", "--checkpoint", folder),
-            f"from mytrainer import load; model = load({str(folder)!r})",
+            command_line("generate", "--checkpoint", folder, *needed),
+            f"from mytrainer import load; model = load({str(folder)!r}{trusting})",
         ]
 
 

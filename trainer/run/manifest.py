@@ -6,13 +6,14 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["anonymous_memory_bytes", "collect_environment", "peak_flops", "peak_memory_bytes"]
+__all__ = ["anonymous_memory_bytes", "collect_environment", "git_state", "peak_flops", "peak_memory_bytes"]
 
 # Dense bf16/fp16 tensor-core peaks in FLOP/s, from the vendors' datasheets.
 _PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "RTX 4090": 165e12}
@@ -52,14 +53,34 @@ def anonymous_memory_bytes() -> int:
     return 0
 
 
-def _git(*args: str) -> str | None:
+# A copy of the project brings a configuration of git with it, which may name programs to run.
+_NO_PROGRAMS = ("core.fsmonitor=false", "core.hooksPath=/dev/null", "protocol.allow=never")
+
+
+def _git(folder: Path, *args: str, settings: Iterable[str] = ()) -> str | None:
+    """What git says of a folder, by settings of ours; None where it says nothing. It writes nothing."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    alone = {"GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0"}
+    given = [word for setting in (*_NO_PROGRAMS, *settings) for word in ("-c", setting)]
     try:
         done = subprocess.run(
-            ["git", *args], capture_output=True, timeout=5, cwd=Path(__file__).resolve().parent
+            ["git", *given, *args], capture_output=True, timeout=5, cwd=folder, env={**kept, **alone}
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.decode("utf-8", "replace").strip() if done.returncode == 0 else None
+
+
+def git_state(folder: Path) -> tuple[str | None, bool | None]:
+    """The commit of a folder, and whether files that are tracked have changed since; None where git does not say. No
+    program that its configuration names is run: neither hooks nor monitors nor filters, and none of submodules."""
+    filters = _git(folder, "config", "--name-only", "--get-regexp", r"^filter\..*\.(clean|process|required)$")
+    off = [f"{name}={'false' if name.endswith('.required') else ''}" for name in (filters or "").splitlines()]
+    if any("=" in name for name in (filters or "").splitlines()):
+        return _git(folder, "rev-parse", "HEAD"), None  # such a name cannot be set from here
+    status = ("status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all")
+    changed = _git(folder, *status, settings=off)
+    return _git(folder, "rev-parse", "HEAD"), bool(changed) if changed is not None else None
 
 
 def _load_average() -> float | None:
@@ -72,10 +93,10 @@ def _load_average() -> float | None:
 def collect_environment(device: torch.device) -> dict[str, Any]:
     import numpy
 
-    changed = _git("status", "--porcelain", "--untracked-files=no")
+    commit, dirty = git_state(Path(__file__).resolve().parent)
     return {
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(changed) if changed is not None else None,
+        "git_commit": commit,
+        "git_dirty": dirty,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from configs import trust
 from configs.grammar import word
 from data.yardsticks import NAMES, start_background
 from naming import command_line
@@ -51,6 +52,7 @@ class RunRecord:
         self._sinks: list[Sink] = []  # from `begin` on, on process 0
         self._manifest: dict[str, Any] = {}
         self._yardsticks: Any = None
+        self._trust: list[str] = []  # of a command that goes on with the run
         self._started = time.monotonic()
         self._earlier_seconds = 0.0  # of earlier lives of the run
 
@@ -87,6 +89,7 @@ class RunRecord:
             for told in self._other_kernels(facts.manifest["kernels"]):
                 self.console.note(told)
         self._manifest = facts.manifest
+        self._trust = trust.words(s.cfg.type, s.cfg.model_adapter)
         self.folder.write_json("manifest.json", facts.manifest)
         # The file first: what the others show is in it.
         self._sinks = [MetricsSink(), ConsoleSink(self.console, self.folder)]
@@ -197,7 +200,7 @@ class RunRecord:
         kept = f"saved step {step}" if saved and step else "nothing was saved"
         self.console.note(f"{signal_name or 'stop'} received: {kept}")
         if saved and step:
-            self.console.note(f"go on with: {command_line(word('resume', self.folder.path))}")
+            self.console.note(f"go on with: {command_line(word('resume', self.folder.path), *self._trust)}")
 
     def _read_yardsticks(self, should_stop: Callable[[], bool]) -> dict[str, float]:
         """Bits per byte by name; nothing where there are none, or nobody wants to wait for them."""

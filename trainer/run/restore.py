@@ -22,6 +22,7 @@ from adapters.base import ModelAdapter
 from adapters.lora import merge
 from configs.messages import ConfigError
 from configs.removed import REMOVED
+from configs.trust import trusting
 from data.chats.rows import heldout_rows
 from data.rows import HeldoutRows
 from naming import did_you_mean, not_one_of
@@ -32,6 +33,7 @@ from trainer.memory import NoRoom, largest_that_fits
 from trainer.precision import choose_precision, tune_host
 from trainer.run.checkpoint import as_written, load_named_tensors, load_tensors
 from trainer.run.source import Source, load_weights, open_source
+from trainer.view.stream import patient
 
 if TYPE_CHECKING:
     from configs.saved import WeightsAre
@@ -133,7 +135,7 @@ class Restored:
 
 
 def say(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
+    print(f"note: {text}", file=patient(sys.stderr))
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
@@ -145,6 +147,12 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         "Hugging Face transformers",
     )
     which.add_argument("--model_name", help="short for --checkpoint checkpoints/<model_name>")
+    parser.add_argument(
+        "--trust",
+        default="",
+        metavar="MODULE",
+        help="modules, a,b, whose code may run although only a file of the run names them (type, model_adapter)",
+    )
     parser.add_argument("--raw", action="store_true", help="use the raw weights even if the run kept an EMA")
 
 
@@ -305,6 +313,11 @@ def _changed(cfg: RunConfig, model_cfg: ModelConfig, changes: Mapping[str, Any])
 
 def restore_named(args: argparse.Namespace, changes: dict[str, Any] | None = None) -> Restored:
     """What the arguments of `add_checkpoint_arguments` name. `changes`: generic fields to replace."""
+    with trusting(args.trust):
+        return _restore_named(args, changes)
+
+
+def _restore_named(args: argparse.Namespace, changes: dict[str, Any] | None) -> Restored:
     changes = {**(changes or {}), **({"mixed_precision": p} if (p := args.mixed_precision) else {})}
     if given := named(args):
         found = restore(given, raw=args.raw, device=args.device, overrides=args.overrides, changes=changes)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from configs import trust
 from configs.grammar import in_quotes, word
 from configs.schema import redacted
 from configs.validate import read_saved
@@ -72,9 +73,10 @@ def checkpoint_to_resume(cfg: RunConfig, folder: RunFolder, warn: Callable[[str]
         return newest
     found = find_checkpoint(cfg.resume, warn, cannot_go_on_from)
     if newest is not None and found.resolve() != newest.resolve():
+        again = " ".join([in_quotes("resume", folder.path), *trust.words(cfg.type, cfg.model_adapter)])
         raise ValueError(
             f"{folder.path} holds {newest.name}, which going on from {found} would overwrite. Choose a new output_dir "
-            f"to branch off, or {in_quotes('resume', folder.path)}"
+            f"to branch off, or {again}"
         )
     return found
 
@@ -127,13 +129,13 @@ def check_resumable(
         raise ValueError(
             f"optimizer: the state in {checkpoint} was written by another optimizer, {before.optimizer}, and means "
             f"nothing to {s.cfg.optimizer}. Go on with optimizer={before.optimizer}, or begin a new run from the "
-            f"weights: {_begin_anew(checkpoint, f'optimizer={s.cfg.optimizer}')}"
+            f"weights: {_begin_anew(checkpoint, s.cfg, f'optimizer={s.cfg.optimizer}')}"
         )
     if before.packing != s.cfg.packing and s.cfg.training_mode == "pretraining":
         was, now = (f"packing={str(cfg.packing).lower()}" for cfg in (before, s.cfg))
         raise ValueError(
             f"packing: a place in packed text is none in padded rows. Go on with {was}, or begin a new run from the "
-            f"weights: {_begin_anew(checkpoint, now)}"
+            f"weights: {_begin_anew(checkpoint, s.cfg, now)}"
         )
     old = {**redacted(before), **{f"model_cfg.{k}": then.get(k) for k in other}}
     new = {**redacted(s.cfg), **{f"model_cfg.{k}": mine["model_cfg"][k] for k in other}}
@@ -165,10 +167,11 @@ def go_on_mixing(rows: TrainingRows, saved: dict[str, Any]) -> str:
     )
 
 
-def _begin_anew(checkpoint: Path, *words: str) -> str:
-    """The command for a new run like that of a checkpoint, from its weights."""
+def _begin_anew(checkpoint: Path, cfg: RunConfig, *words: str) -> str:
+    """The command for a new run like that of a checkpoint, from its weights. `cfg`: of the run that needs it."""
     config, weights = checkpoint.parent / "config.yaml", word("init_from_checkpoint", checkpoint)
-    return command_line(config, *words, weights, "output_dir=NEW")
+    trusted = trust.words(cfg.type, cfg.model_adapter)
+    return command_line(config, *words, weights, "output_dir=NEW", *trusted)
 
 
 def load_optimizers(s: Session, state: dict[str, Any], checkpoint: Path) -> None:
@@ -178,7 +181,7 @@ def load_optimizers(s: Session, state: dict[str, Any], checkpoint: Path) -> None
     except ValueError as error:
         raise ValueError(
             f"{checkpoint}: {error}. Its parameters have other roles by now; a new run can begin from the weights: "
-            f"{_begin_anew(checkpoint)}"
+            f"{_begin_anew(checkpoint, s.cfg)}"
         ) from None
 
 

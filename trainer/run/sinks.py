@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from configs import trust
 from configs.grammar import word
 from data.config import CHATS
 from naming import command_line
@@ -64,6 +65,7 @@ class ConsoleSink:
             self._console.note(text)
         self._console.banner(facts.banner)
         self._metrics = facts.console_metrics
+        self._named = facts.config["type"], facts.config["model_adapter"]
         self._epochs: float | None = facts.config["num_epochs"]
         self._prompt = "hello" if facts.config["training_mode"] == CHATS else "def "
 
@@ -89,8 +91,10 @@ class ConsoleSink:
         else:
             longer = f"num_iterations={2 * max(steps, 1)}"
         commands = [
-            command_line("generate", "--checkpoint", path, "--prompt", self._prompt),
-            command_line(word("resume", path), longer),
+            command_line(
+                "generate", "--checkpoint", path, "--prompt", self._prompt, *trust.option(*self._named)
+            ),
+            command_line(word("resume", path), longer, *trust.words(*self._named)),
         ]
         self._console.finish(path, commands if self._folder.has_checkpoint(steps) else [])
 

@@ -7,11 +7,9 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
-from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +24,7 @@ from configs.validate import read_saved
 from configs.weights import not_weights
 from data.cache import file_digest
 from data.tokenizers import Tokenizer, load_tokenizer
-from models import ARCHITECTURES, resolve
+from models import resolve
 from naming import expand_path, load, require_fit, shapes, shorten
 from trainer.run.checkpoint import find_checkpoint, load_named_tensors
 
@@ -58,7 +56,7 @@ KINDS = (
 
 
 class Source(ABC):
-    """A folder of trained weights. Nothing in it is executed."""
+    """A folder of trained weights. Nothing in it is executed that the user has not said to trust."""
 
     data: dict[str, Any] | None = (
         None  # what tells the text apart that they were trained on, where that is known
@@ -183,7 +181,6 @@ class Trained(Source):
     def config(self, note: Note) -> tuple[RunConfig, ModelConfig]:
         notes: list[str] = []
         generic, model_cfg = self.recorded["training_config"], self.architecture["model_cfg"]
-        _refuse_code_within(self.path, generic)
         if self.type != generic.get("type"):
             differ = f"type is {self.type!r} in config.json, and {generic.get('type')!r} in {self.record}"
             raise ValueError(f"{self.path}: {differ}")
@@ -251,17 +248,6 @@ def open_source(given: str | Path, warn: Note) -> Source:
         if (found := load(spec).open(path, warn)) is not None:
             return found
     raise AssertionError("the last kind takes every path")
-
-
-def _refuse_code_within(folder: Path, generic: dict[str, Any]) -> None:
-    """An architecture outside of the table is imported by name. That must not be code that came with the weights, as
-    where they lie in the folder that one is in."""
-    for name in ("type", "model_adapter"):
-        module = re.split(r"[.:]", str(generic.get(name) or ""))[0]
-        found = PathFinder.find_spec(module) if module and module not in ARCHITECTURES else None
-        places = [found.origin, *(found.submodule_search_locations or [])] if found else []
-        if any(place and Path(place).resolve().is_relative_to(folder.resolve()) for place in places):
-            raise ValueError(f"{name}: {generic[name]} lies in {folder}, and nothing there is executed")
 
 
 def load_weights(adapter: ModelAdapter, state: dict[str, torch.Tensor], source: str) -> None:

@@ -29,7 +29,7 @@ from trainer.view.format import (
     ranking,
     ranking_notes,
 )
-from trainer.view.stream import patient
+from trainer.view.stream import escaped, of_our_own, patient
 
 __all__ = ["Console"]
 
@@ -51,7 +51,8 @@ class Console:
         self._stream = patient(stream or sys.stdout)
         if live is None:
             live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
-        self._rich = RichConsole(file=self._stream, force_terminal=True, highlight=False) if live else None
+        own = of_our_own(self._stream)  # what comes there is escaped before
+        self._rich = RichConsole(file=own, force_terminal=True, highlight=False) if live else None
         self._live: Live | None = None
         self._lock = threading.Lock()  # `doing` prints from a thread
 
@@ -123,8 +124,11 @@ class Console:
             return
         if self._live is None:
             self._live = Live(console=self._rich, auto_refresh=False, transient=True)
+            before = sys.stdout, sys.stderr
             self._live.start()
-        self._live.update(Text(line, no_wrap=True, overflow="crop"), refresh=True)
+            if (sys.stdout, sys.stderr) != before:  # what others print goes through Rich until it stops
+                sys.stdout, sys.stderr = patient(sys.stdout), patient(sys.stderr)
+        self._live.update(Text(escaped(line), no_wrap=True, overflow="crop"), refresh=True)
 
     def evaluation(self, line: dict[str, Any]) -> None:
         """A line of `val_...` values of a score; stays on the screen."""
@@ -199,7 +203,7 @@ class Console:
             print(text, file=self._stream, flush=True)
         else:
             # soft_wrap leaves long lines to the terminal, so that a command copies as one line.
-            self._rich.print(Text(text, style=style), soft_wrap=True)
+            self._rich.print(Text(escaped(text), style=style), soft_wrap=True)
 
 
 def step_line(line: dict[str, Any], width: int, metrics: Sequence[str] = ()) -> str:

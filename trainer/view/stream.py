@@ -2,34 +2,53 @@
 
 A pipe may speak cp1252 or ASCII, its reader may leave (`| head`), a terminal may be closed, a log's disk may be full,
 and a descriptor may have been closed before Python started (`>&-`). None of it is worth a run.
+
+What is printed may be a stranger's: text of a model, names of files. On a terminal, which obeys what it reads, it is
+shown and not obeyed.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
-__all__ = ["PatientStream", "patient", "patient_streams", "silence"]
+__all__ = ["PatientStream", "escaped", "of_our_own", "patient", "patient_streams", "silence"]
+
+# What a terminal takes for a command (C0 but for tab and line break, DEL, C1), and what reorders a line.
+_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def escaped(text: str) -> str:
+    """`text` as a terminal shows it and obeys none of it: a control character stands as `\\x1b`."""
+    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class PatientStream:
     """A text stream that takes any text, and stays quiet once nobody can read it any more.
 
-    Characters that the stream's encoding lacks are written as `\\xe9`. `raises`: tell the writer when the reader has
-    left, by BrokenPipeError, for commands whose whole purpose is what they print.
+    Characters that the stream's encoding lacks are written as `\\xe9`, and on a terminal those that it would obey.
+    `raises`: tell the writer when the reader has left, by BrokenPipeError, for commands whose whole purpose is what
+    they print. `obeyed`: what is written here is ours, and may move the cursor.
     """
 
-    def __init__(self, stream: TextIO, raises: bool = False) -> None:
+    def __init__(self, stream: TextIO, raises: bool = False, obeyed: bool = False) -> None:
         self._stream, self._raises, self._silent = stream, raises, False
+        self._shows = not obeyed and _is_terminal(stream)
 
     def write(self, text: str) -> int:
         if not self._silent:
             encoding = getattr(self._stream, "encoding", None) or "utf-8"
-            self._try(lambda: self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding)))
+            shown = escaped(text) if self._shows else text
+            self._try(lambda: self._stream.write(shown.encode(encoding, "backslashreplace").decode(encoding)))
         return len(text)
+
+    def of_our_own(self) -> PatientStream:
+        """The same stream, for text of which the terminal obeys all."""
+        return PatientStream(self._stream, self._raises, obeyed=True)
 
     def writelines(self, lines: Any) -> None:
         self.write("".join(lines))
@@ -54,6 +73,18 @@ class PatientStream:
 def patient(stream: TextIO, raises: bool = False) -> TextIO:
     """The stream as a `PatientStream`, which it may be already."""
     return stream if isinstance(stream, PatientStream) else cast(TextIO, PatientStream(stream, raises))
+
+
+def of_our_own(stream: TextIO) -> TextIO:
+    """The stream to move its cursor by. Nothing of a stranger's goes there but `escaped`."""
+    return cast(TextIO, stream.of_our_own()) if isinstance(stream, PatientStream) else stream
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    try:
+        return stream.isatty()
+    except (AttributeError, ValueError):  # no file, or a closed one
+        return False
 
 
 def silence(stream: TextIO) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from data.tokenizers import Tokenizer, text_of
+from trainer.view.stream import of_our_own
 
 __all__ = ["GAP", "TextView", "with_gaps"]
 
@@ -24,7 +25,7 @@ class TextView:
     """
 
     def __init__(self, tokenizer: Tokenizer, stream: TextIO | None = None) -> None:
-        self.tokenizer, self.stream = tokenizer, stream or sys.stdout
+        self.tokenizer, self.stream = tokenizer, of_our_own(stream or sys.stdout)
         self.lines = 0  # of the last frame, above and including the cursor's
         self.shown_at = 0.0
 

@@ -30,6 +30,7 @@ from trainer.loaded import load
 from trainer.loop import train
 from trainer.run.checkpoint import load_tensors
 from trainer.run.restore import Restored
+from trainer.view.stream import patient
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -209,6 +210,22 @@ def test_what_stands_before_a_text_is_not_printed(capsys, prompt, printed):
         printer.add(0, [token])
     printer.end()
     assert capsys.readouterr().out == printed
+
+
+class Escapes(Words):
+    def decode(self, tokens):
+        return b"".join((b"\x1b", b"[2J")[token] for token in tokens)
+
+
+def test_a_terminal_obeys_no_text_that_a_model_writes(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stdout", patient(terminal))
+    printer = _Printer("\x9b", Escapes(), 1, None)
+    for token in (0, 1):
+        printer.add(0, [token])
+    printer.end()
+    assert terminal.getvalue() == r"\x9b\x1b[2J" + "\n"
 
 
 def test_raw_weights_are_there_too(command):

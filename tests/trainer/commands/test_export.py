@@ -465,11 +465,15 @@ def test_code_that_comes_with_weights_is_not_executed(command, copy, monkeypatch
     (copy / "stranger.py").write_text(f"open({str(copy / 'executed')!r}, 'w')\nclass Model: pass\n")
     record = json.loads((copy / EXPORT).read_text())
     record["training_config"][field] = "stranger:Model"
+    edit_json(copy / "config.json", **{field: "stranger:Model"})
     (copy / EXPORT).write_text(json.dumps(record))
     seal(copy)
     monkeypatch.chdir(copy)
     refused(
-        command("eval", "--checkpoint", ".", status=2), f"{field}: stranger:Model lies in .", "nothing there"
+        command("eval", "--checkpoint", ".", status=2),
+        f"{field}: stranger:Model would run the code of module stranger, which lies in .",
+        "nothing there",
+        "--trust stranger",
     )
     assert not (copy / "executed").exists()
 

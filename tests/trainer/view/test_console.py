@@ -2,6 +2,7 @@
 
 import io
 import re
+import sys
 import time
 
 import pytest
@@ -297,3 +298,22 @@ def test_duration(seconds, text):
 def test_quantity(value, text):
     assert quantity(value) == text
     assert len(text) <= 5
+
+
+def test_a_terminal_obeys_nothing_of_what_is_printed(monkeypatch):
+    """Also of what others print while there is a line that is rewritten."""
+    monkeypatch.setenv("TERM", "xterm")
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stdout", terminal)
+    console = Console(stream=terminal)
+    assert console.is_live
+    bad = "\x1bc\x1b]0;evil\x07"
+    console.note(bad)
+    console.progress(bad)
+    print(bad)
+    print(bad, file=sys.stdout)
+    console.warn(bad)
+    console.close()
+    written = terminal.getvalue()
+    assert written.count(r"\x1bc\x1b]0;evil\x07") >= 4 and "\x1bc" not in written and "\x1b]" not in written
+    assert sys.stdout is terminal

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from trainer.view.stream import PatientStream, patient, patient_streams
+from trainer.view.stream import PatientStream, of_our_own, patient, patient_streams
 
 
 class Left(io.StringIO):
@@ -84,3 +84,40 @@ def test_a_stream_that_was_closed_before_python_started(monkeypatch):
         print("text", file=sys.stderr)
         assert not sys.stdout.isatty()
     assert sys.stdout is None
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\x1b]0;title\x07", r"\x1b]0;title\x07"),
+        ("\x9b2Ja\rb\x08\x7f\x00", r"\x9b2Ja\rb\x08\x7f\x00"),
+        ("abc\u202ecba\u2066", r"abc\u202ecba\u2066"),
+        ("a\tb\nc é 漢 👩\u200d💻 \xa0", "a\tb\nc é 漢 👩\u200d💻 \xa0"),
+    ],
+)
+def test_a_terminal_shows_what_it_would_obey(text, shown):
+    terminal, pipe = Terminal(), io.StringIO()
+    for stream in (terminal, pipe):
+        print(text, end="", file=patient(stream))
+    assert (terminal.getvalue(), pipe.getvalue()) == (shown, text)
+
+
+def test_commands_cannot_be_put_together_of_pieces():
+    """As text comes while it is generated."""
+    terminal = Terminal()
+    for piece in ("\x1b", "[", "2J"):
+        patient(terminal).write(piece)
+    assert terminal.getvalue() == r"\x1b[2J"
+
+
+def test_our_own_commands_are_obeyed():
+    terminal = Terminal()
+    of_our_own(patient(terminal)).write("\r\x1b[J")
+    assert terminal.getvalue() == "\r\x1b[J"
