@@ -493,6 +493,9 @@ def _architecture(
         problems += [p for _, p in explain(error, config_class, fields, where, "model_cfg.")]
     for key in fields:
         if key not in names:
+            if isinstance(fields[key], dict) and fields[key]:
+                problems += _nested(type_, key, fields[key], names, where)
+                continue
             place = where(f"model_cfg.{key}")
             hint = suggest_key(f"model_cfg.{key}", names, (*inner, *GENERIC_FIELDS))
             problems.append(
@@ -501,3 +504,19 @@ def _architecture(
     if problems:
         raise ConfigError(problems)
     return model_cfg
+
+
+def _nested(type_: str, section: str, inner: dict[str, Any], names: list[str], where: Where) -> list[str]:
+    """What to write instead of a section that the architecture does not have: its fields are flat."""
+    problems = []
+    for name in inner:
+        key, field = f"model_cfg.{section}.{name}", ARCHITECTURE_ALIASES.get(name, name)
+        if field in names:
+            said = f"the fields of type '{type_}' are flat: use model_cfg.{field}"
+        elif name in GENERIC_FIELDS:
+            said = f"it has moved: use the top-level field {name}"
+        else:
+            said = f"there is no such section.{suggest_key(f'model_cfg.{name}', names, GENERIC_FIELDS)}"
+        place = where(key) or where(f"model_cfg.{section}")
+        problems.append(f"{place + ': ' if place else ''}unknown key '{key}' for type '{type_}': {said}")
+    return problems

@@ -609,3 +609,25 @@ def test_rows_of_patches_are_whole(work, word, nearest):
         f"command line: {length} must be a multiple of model_cfg.patch (8); nearest: {nearest}"
     ]
     compose([*words[:-1], "train_seq_len=96", "val_seq_len=8"], notify=lambda text: None)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("use_lora", "it has moved: use the top-level field use_lora"),
+        ("num_chapters", "the fields of type 'memory' are flat: use model_cfg.num_chapters"),
+        ("nonsense", "there is no such section"),
+    ],
+)
+def test_a_section_of_flat_fields_is_told_where_they_are(name, expected):
+    with pytest.raises(ConfigError) as raised:
+        compose(["--hydra_model_cfg=memory", f"model_cfg.memory.{name}=1"], notify=lambda _: None)
+    (problem,) = raised.value.problems
+    assert problem.startswith(f"command line: unknown key 'model_cfg.memory.{name}'") and expected in problem
+
+
+def test_words_of_others_in_a_section_are_told_by_our_names_and_lines(work):
+    inner = "model_cfg:\n  section:\n    num_layers: 3\n"
+    (work / "other.yaml").write_text(f"defaults: [mine, _self_]\n{inner}")
+    with pytest.raises(ConfigError, match=r"^other.yaml:4: .*are flat: use model_cfg.n_layers$"):
+        compose(["other.yaml"], notify=lambda _: None)
