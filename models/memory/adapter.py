@@ -85,10 +85,11 @@ class MemoryAdapterConfig(MemoryFields):
 
     elsewhere = frozenset({*SIZES, "n_ctx", "dropout"})
     tiny: ClassVar[dict[str, Any]] = {"freeze_base_model": False, "vanilla_mode": False}
-    examples: ClassVar[dict[str, Any]] = {"norm_eps": 0.1, "n_ctx": 64}
+    examples: ClassVar[dict[str, Any]] = {"norm_eps": 0.1}
     rare: ClassVar[dict[str, str]] = {
         **dict.fromkeys(SIZES, "the base's size alone is legal"),
         "base_model_revision": "a folder has none",
+        "n_ctx": "it bounds how long texts may be, and changes none",
         "freeze_base_model": "without LoRA nothing would be trained",
     }
 
