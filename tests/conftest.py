@@ -38,11 +38,13 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    from tests.contract.located import located
+    from tests.contract.located import code_of, located
 
     folder = config.invocation_params.dir
     try:
         config.option.architecture = [located(name, folder) for name in config.option.architecture]
+        if modules := code_of(config.option.architecture):
+            os.environ["MYTRAINER_TRUST"] = modules
     except ValueError as error:
         raise pytest.UsageError(f"--architecture: {error}") from None
     if config.option.device != "cpu":

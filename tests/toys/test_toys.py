@@ -41,6 +41,7 @@ def in_their_folder():
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(TOYS)
         patch.setenv("PYTHONPATH", "")
+        patch.setenv("MYTRAINER_TRUST", "shapes")  # whose runs are opened again
         patch.setattr(sys, "path", [*sys.path, str(TOYS)])
         patch.setattr(sys, "argv", ["mytrainer.py"])
         torch.set_num_threads(1)
