@@ -264,7 +264,8 @@ def test_processes_of_a_run_and_what_one_of_them_could_not_do(tmp_path):
         from mytrainer import load, train
         two = ["num_gpus=2", *{[word.replace("gpt2", "mine.yaml") for word in TINY]}]
         run = train(two)
-        assert run["steps"] == 2 and load(run["folder"], trust="own_package").score("ab").nats.shape == (2,) and data.MINE
+        assert run["steps"] == 2 and data.MINE
+        assert load(run["folder"], trust="own_package").score("ab").nats.shape == (2,)
         print("MADE")
         for wrong in (["learning_rate=1e38", "max_grad_norm=0"], ["num_epochs=0.0001"]):
             try:
