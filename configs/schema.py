@@ -262,6 +262,11 @@ class ModelConfig(BaseModel):
         does not need it is checked, and training refused."""
         return ""
 
+    def added(self) -> str:
+        """What stands on weights that were trained elsewhere and that other programs, which read those, have no place
+        for; "" for nothing."""
+        return ""
+
     def completed(self) -> Self:
         """With what weights decide that were trained elsewhere. ValueError where they are not there."""
         return self

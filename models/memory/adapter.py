@@ -112,6 +112,9 @@ class MemoryAdapterConfig(MemoryFields):
         require_known(config, self.folder)
         return sizes_of(config)
 
+    def added(self) -> str:
+        return "a memory (model_cfg.vanilla_mode=false)" if self.memory.memory_layers else ""
+
     def completed(self) -> Self:
         base = self.base
         sizes = {name: getattr(base, name) for name in SIZES} | {"n_ctx": self.n_ctx or base.positions}

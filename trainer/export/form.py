@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from configs.saved import WEIGHTS
-from models.memory.adapter import MemoryAdapterConfig
 from trainer.export.rounding import Rounding
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from configs.schema import ModelConfig, RunConfig
     from trainer.run.restore import Restored
 
-__all__ = ["Contents", "Form", "require_no_memory"]
+__all__ = ["Contents", "Form", "require_nothing_added"]
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,10 @@ class Form(ABC):
         """Lines that open the folder, for people to copy."""
 
 
-def require_no_memory(model_cfg: ModelConfig) -> None:
-    """ValueError where layers of a pretrained base read a memory, which forms of others know nothing of."""
-    if isinstance(model_cfg, MemoryAdapterConfig) and model_cfg.memory.memory_layers:
+def require_nothing_added(model_cfg: ModelConfig) -> None:
+    """ValueError where the model has what forms of others know nothing of."""
+    if added := model_cfg.added():
         raise ValueError(
-            "to: transformers and PEFT have no place for a memory (model_cfg.vanilla_mode=false), and without it the "
-            "weights compute something else. --to safetensors keeps it, with the adapters, beside the base"
+            f"to: transformers and PEFT have no place for {added}, and without it the weights compute something else. "
+            f"--to safetensors keeps it, with the adapters, beside the base"
         )

@@ -12,7 +12,7 @@ from data.huggingface.written import huggingface_files
 from models.huggingface import to_config
 from models.layers.huggingface import HEAD, HuggingFaceDecoder
 from models.memory.adapter import MemoryAdapter
-from trainer.export.form import Contents, Form, require_no_memory
+from trainer.export.form import Contents, Form, require_nothing_added
 from trainer.export.rounding import Rounding
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _ANY_WAY = "--to safetensors takes every architecture"
 class HuggingFace(Form):
     def check(self, cfg: RunConfig, model_cfg: ModelConfig) -> None:
         if model_cfg.elsewhere:  # transformers has what it stands on
-            require_no_memory(model_cfg)
+            require_nothing_added(model_cfg)
             return
         try:
             to_config(cfg.type, model_cfg)

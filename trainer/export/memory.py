@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from models.layers.roles import rule_for
 from models.memory.bank import bits_of
 from models.memory.quant import packed_state
 from trainer.export.form import Contents, Form
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["MemoryAlone"]
 
-_ROLES = ("memory", "memory_bank")
-
 
 class MemoryAlone(Form):
     file, whole = "memory.safetensors", False
@@ -30,10 +27,8 @@ class MemoryAlone(Form):
 
     def contents(self, restored: Restored, rounding: Rounding) -> Contents:
         adapter = restored.adapter
-        rules, bits = adapter.param_roles(), bits_of(adapter.model)
-        trained = adapter.trained_state()
-        own = {n for n, _ in adapter.named_model_parameters() if rule_for(rules, n).role in _ROLES}
-        state = {name: tensor.contiguous() for name, tensor in trained.items() if name in own}
+        own, bits = adapter.beside(), bits_of(adapter.model)
+        state = {n: tensor.contiguous() for n, tensor in adapter.trained_state().items() if n in own}
         if not state:
             raise ValueError(
                 "to: memory is for models with a memory, and this one was trained without (vanilla_mode)"

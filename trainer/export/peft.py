@@ -9,7 +9,7 @@ from configs.saved import ADAPTER_CONFIG, read_json
 from models.huggingface import to_config
 from models.layers.huggingface import HuggingFaceDecoder
 from models.memory.adapter import MemoryAdapter
-from trainer.export.form import Contents, Form, require_no_memory
+from trainer.export.form import Contents, Form, require_nothing_added
 from trainer.export.rounding import Rounding
 from trainer.run.peft import ADAPTERS, PREFIX, is_peft
 
@@ -33,7 +33,7 @@ class Peft(Form):
         if not cfg.use_lora:
             raise ValueError("to: peft is for adapters, and this run has none. Train some with use_lora=true")
         if model_cfg.elsewhere:  # transformers has what it stands on
-            require_no_memory(model_cfg)
+            require_nothing_added(model_cfg)
             return
         try:
             to_config(cfg.type, model_cfg)

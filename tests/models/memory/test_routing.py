@@ -35,6 +35,14 @@ def drawn(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+def assert_alike(out, expected, given):
+    """Values, and the gradients of what they were made from."""
+    torch.testing.assert_close(out, expected)
+    weight = drawn(*out.shape, seed=6)
+    mine, theirs = (torch.autograd.grad((made * weight).sum(), given) for made in (out, expected))
+    torch.testing.assert_close(mine, theirs)
+
+
 # -- reading chapters -------------------------------------------------------------------------------------------------
 
 
@@ -60,14 +68,7 @@ def test_chapters_are_read_as_through_a_mask(factors, scores, monkeypatch):
         return torch.einsum("bthcp,cphe->bthe", weights * scale[:, :, None, :, None], values)
 
     out, expected = chapter_attention(q, k, v, chapters, bias, factor), masked()
-    torch.testing.assert_close(out, expected)
-    weight = drawn(*out.shape, seed=6)
-    for mine, theirs in zip(
-        torch.autograd.grad((out * weight).sum(), given),
-        torch.autograd.grad((expected * weight).sum(), given),
-        strict=True,
-    ):
-        torch.testing.assert_close(mine, theirs)
+    assert_alike(out, expected, given)
 
 
 @pytest.mark.parametrize("scores", [2**22, 20], ids=["whole", "in pieces"])
@@ -95,14 +96,7 @@ def test_dropout_is_of_the_probabilities_of_all_tokens_of_the_chapters(scores, m
     out = chapter_attention(q, k, v, chapters, bias, dropout=0.25)
     values = v.repeat_interleave(2, 2).flatten(0, 1)  # (C P, H, e)
     expected = torch.einsum("bthn,nhe->bthe", softmax() * factors, values)
-    torch.testing.assert_close(out, expected)
-    weight = drawn(*out.shape, seed=6)
-    for mine, theirs in zip(
-        torch.autograd.grad((out * weight).sum(), given),
-        torch.autograd.grad((expected * weight).sum(), given),
-        strict=True,
-    ):
-        torch.testing.assert_close(mine, theirs)
+    assert_alike(out, expected, given)
 
 
 def test_dropout_reaches_probabilities_in_training_alone(monkeypatch):
