@@ -23,7 +23,7 @@ from configs.messages import REDACTED, ConfigError, loads_code
 from configs.request import Request
 from configs.runs import folder_of_path
 
-__all__ = ["is_of_a_run", "of_runs", "refuse_code", "resolver", "tame"]
+__all__ = ["harmless", "is_of_a_run", "of_runs", "refuse_code", "resolver", "tame"]
 
 # Variables that change how a run goes, and neither what is loaded nor where something is sent.
 _HARMLESS = re.compile(
@@ -96,12 +96,17 @@ def tame(nodes: Iterable[Node], implied: Path | None, typed: set[str], notices: 
         raise ConfigError(problems)
 
 
+def harmless(name: str) -> bool:
+    """Whether a file of a run may set this variable."""
+    return bool(_HARMLESS.fullmatch(name))
+
+
 def _drop_env(node: Node, typed: set[str]) -> Iterator[str]:
     """Take out variables that nobody asked for; what is said of each."""
     env: Any = node.values.get("env")
     for name, value in list(env.items()) if isinstance(env, dict) else ():
-        harmless = _HARMLESS.fullmatch(str(name)) or value == REDACTED  # which asks for it
-        if not harmless and f"env.{name}" not in typed and not loads_code(str(name)):  # that is refused
+        kept = harmless(str(name)) or value == REDACTED  # which asks for it
+        if not kept and f"env.{name}" not in typed and not loads_code(str(name)):  # that is refused
             del env[name]
             yield (
                 f"{node.place(f'env.{name}')}: env.{name}={value!r} comes with a run and is not set. If you mean it, "

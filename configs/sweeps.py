@@ -21,6 +21,7 @@ from configs.grammar import word
 from configs.hardware import uses_cuda
 from configs.messages import REDACTED, ConfigError
 from configs.request import Request
+from configs.strangers import harmless
 
 MULTIRUN = "multirun.yaml"
 CALLBACK = "sweep"  # among hydra.callbacks: what is told to every job, and recorded
@@ -73,12 +74,24 @@ def repeated(argv: list[str]) -> tuple[list[str], Path] | None:
     models = asked.models or told["models"]
     said = {_key(text) for text in words}
     old = [text for text in told["words"] if _key(text) not in {*said, trust.WORD}]
+    if variables := [text for text in old if _sets_variable(text)]:
+        raise ConfigError(
+            f"{record}: the command of this sweep sets {', '.join(variables)} in the environment, and may "
+            f"be a stranger's. If you mean it, give it again"
+        )
     return [*(f"--hydra_model_cfg={m}" for m in models), *old, *words], folder
 
 
 def _key(text: str) -> str:
     """The key of `key=value`, the whole of another word."""
     return text.lstrip("-+").partition("=")[0] if "=" in text or text.startswith("--") else text
+
+
+def _sets_variable(text: str) -> bool:
+    """Whether a word of a record sets a variable that is not harmless; what is redacted is asked for anyway."""
+    key, _, value = text.lstrip("-+").partition("=")
+    field, _, name = key.partition(".")
+    return field == "env" and not harmless(name) and REDACTED not in value
 
 
 def _told(record: Path) -> dict[str, list[str]]:

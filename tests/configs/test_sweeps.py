@@ -113,6 +113,15 @@ def test_no_secret_is_recorded_and_other_references_stay_text(tmp_path):
     assert parse(words).values["env.MY_KEY"] == "<redacted>"
 
 
+def test_variables_of_a_record_are_set_where_they_are_harmless_or_given_again(tmp_path):
+    record(tmp_path / "s", ["gpt2.yaml", "env.LD_PRELOAD=x.so", "env.OMP_NUM_THREADS=2", "-m"])
+    with pytest.raises(ConfigError, match=r"sets env\.LD_PRELOAD=x\.so in the environment.*give it again"):
+        sweeps.repeated([f"resume={tmp_path / 's'}", "-m"])
+    words, _ = sweeps.repeated([f"resume={tmp_path / 's'}", "env.LD_PRELOAD=y.so", "-m"])
+    assert "env.OMP_NUM_THREADS=2" in words and "env.LD_PRELOAD=y.so" in words
+    assert "env.LD_PRELOAD=x.so" not in words
+
+
 def test_only_a_sweep_is_repeated(tmp_path):
     assert sweeps.repeated(["gpt2.yaml", "-m"]) is None
     assert sweeps.repeated([f"resume={tmp_path}"]) is None  # of one run

@@ -75,7 +75,8 @@ def start_sweep(plan: Plan, earlier: Path | None = None) -> int:
     folder = Path(sweep_folder([*settings, model], plan.where(None, plan.request.values))).absolute()
     jobs = _there(folder, earlier, trust.repeated(plan.trusted))
     numbers = _numbers(checked, jobs, plan.request.sweeps) if checked is not None else []
-    own = study.settings(hydra_settings(plan), plan.request.settings, folder) if checked is None else []
+    searched = hydra_settings(plan) if checked is None else None  # a grid asks nothing more of Hydra
+    own = study.settings(searched, plan.request.settings, folder) if searched else []
     launch.require_writable(folder.parent)
     for text in dict.fromkeys(plan.notices):
         print(f"note: {text}", file=sys.stderr)
@@ -90,7 +91,8 @@ def start_sweep(plan: Plan, earlier: Path | None = None) -> int:
     register(plan.request.sizes, {CALLBACK: told})
     try:
         # The folder is the same though Hydra composes once more, at another time.
-        status = _status(plan, [*own, word("hydra.sweep.dir", folder)]) if own is not None else 0
+        with study.counted_by_hydra(searched):
+            status = _status(plan, [*own, word("hydra.sweep.dir", folder)]) if own is not None else 0
     finally:
         from trainer.sweep.table import write_tables  # now: torch comes with it, and jobs set its environment
 

@@ -6,7 +6,8 @@ failed counts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from configs.grammar import word
 from configs.messages import ConfigError
 
-__all__ = ["settings"]
+__all__ = ["counted_by_hydra", "settings"]
 
 NAME = "sweep"
 FILE = "study.db"
@@ -28,7 +29,7 @@ def settings(hydra: Any, given: Mapping[str, str], folder: Path) -> list[str] | 
     sweepers, None where the study has all its trials. `hydra`: its settings as composed, `given`: those of the command
     line. Raises ConfigError where the study cannot be kept."""
     sweeper = hydra.sweeper
-    if not str(sweeper.get("_target_", "")).endswith(".OptunaSweeper"):
+    if not _is_optuna(sweeper):
         return []
     told = {}
     if "hydra.sweeper.max_failure_rate" not in given:  # the rest of the trials finish
@@ -51,6 +52,28 @@ def settings(hydra: Any, given: Mapping[str, str], folder: Path) -> list[str] | 
         told["hydra.sweeper.sampler.seed"] = str((sampler["seed"] or 0) + before)
     folder.mkdir(parents=True, exist_ok=True)
     return [word(key, value) for key, value in told.items()]
+
+
+@contextmanager
+def counted_by_hydra(hydra: Any) -> Iterator[None]:
+    """Have Optuna's grid, where that is the sweeper of these settings (None: of no searching one), leave it to Hydra
+    meanwhile when its points are at an end. Hydra asks and tells, and a grid stops a loop that is not running then: an
+    error, which the plugin hides, but not for a trial that failed."""
+    if hydra is None or not _is_optuna(hydra.sweeper):
+        yield
+        return
+    from optuna.samplers import GridSampler
+
+    before = GridSampler.after_trial
+    GridSampler.after_trial = lambda *args: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        GridSampler.after_trial = before  # type: ignore[method-assign]
+
+
+def _is_optuna(sweeper: Any) -> bool:
+    return str(sweeper.get("_target_", "")).endswith(".OptunaSweeper")
 
 
 def _require_storage() -> None:
