@@ -141,4 +141,5 @@ def test_a_run_with_adapters_goes_on_exactly(whole_run, architecture, tmp_path):
     found = restore(run)
     assert found.adapter.low_rank
     left = dict(load_tensors(run / f"checkpoint-{STEPS}", "model.pt"))
-    assert {name for name in left if "lora_" not in name} <= set(dict(found.adapter.model.named_buffers()))
+    kept = found.adapter.beside() | set(dict(found.adapter.model.named_buffers()))
+    assert {name for name in left if "lora_" not in name} <= kept

@@ -492,7 +492,7 @@ def test_every_size_of_both_records_can_be_built_and_counted(preset, record):
     model = build_adapter(cfg, c, ByteTokenizer(), device="meta").model
     d, layers, rows = c.d_model, c.depth, 50304
     attending = layers - (layers >= 8)
-    tables = (3 if record == "record26" else {4: 4, 6: 3}.get(layers, 5)) * rows * d
+    tables = (3 if record == "record26" else {4: 4, 6: 3, 8: 3}.get(layers, 5)) * rows * d
     pairs = 377_280 * d if record == "record89" else 0
     known = attending * 4 * d * d + layers * 8 * d * d + 2 * rows * d + tables + pairs
     rest = sum(p.numel() for p in model.parameters()) - known

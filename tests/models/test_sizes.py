@@ -38,8 +38,9 @@ def built(variant, preset, *more):
     return build_adapter(cfg, model_cfg, ByteTokenizer(), device="meta"), model_cfg
 
 
-def blocks(d):
-    """{kind of block: (all of its parameters, those that act on a token)} at a width; the control's layer is f wide."""
+def blocks(d, bias=True):
+    """{kind of block: (all of its parameters, those that act on a token)} at a width; the control's layer is f wide.
+    `bias`: of the layers and norms of gpt2."""
     f, attention, norms = 64 * -(-8 * d // (3 * 64)), 4 * d * d, 2 * d
 
     def experts(number, chosen, shared):
@@ -47,7 +48,7 @@ def blocks(d):
         common = attention + norms + d * number + shared * one
         return common + number * one, common + chosen * one
 
-    dense, gpt2 = attention + 3 * d * f + norms, 12 * d * d + 13 * d
+    dense, gpt2 = attention + 3 * d * f + norms, 12 * d * d + (13 if bias else 2) * d
     return {
         "gpt2": (gpt2, gpt2),
         "vanilla": (dense, dense),
@@ -58,7 +59,7 @@ def blocks(d):
     }
 
 
-def expected_parameters(variant, d, layers, n_ctx):
+def expected_parameters(variant, d, layers, n_ctx, bias):
     """[total, active] of the shipped files."""
     dense, outside = blocks(d)["vanilla"][0], (ROWS + 1) * d
     if (
@@ -73,10 +74,10 @@ def expected_parameters(variant, d, layers, n_ctx):
         return [outside + layers * dense, outside + (layers - routed + share * routed) * dense]
     kind = {"moe": "", "mtm": "", "mtp": "vanilla"}.get(variant.partition("-")[0], variant)
     kind = kind or variant.partition("-")[2]
-    norm = 2 * d if kind == "gpt2" else d
+    norm = 2 * d if kind == "gpt2" and bias else d
     outside = {"gpt2": (ROWS + n_ctx) * d + norm, "ngpt": 2 * ROWS * d + ROWS}.get(kind, ROWS * d + norm)
     found = []
-    for block, dense in zip(blocks(d)[kind], blocks(d)["vanilla"], strict=True):
+    for block, dense in zip(blocks(d, bias)[kind], blocks(d)["vanilla"], strict=True):
         stack = dense + (layers - 1) * block if kind == "deepseek" else layers * block
         further = block + 2 * d * d + 3 * norm if variant == "mtp-deepseek" or "mtm" in variant else 0
         found.append(outside + stack + further)
@@ -91,7 +92,7 @@ PRESETS = [pytest.param(p, marks=[] if p == "nano" else pytest.mark.slow) for p 
 def test_parameters_at_every_size(variant, preset):
     adapter, model_cfg = built(variant, preset)
     c = model_cfg
-    total, active = expected_parameters(variant, c.d_model, c.n_layers, c.n_ctx)
+    total, active = expected_parameters(variant, c.d_model, c.n_layers, c.n_ctx, getattr(c, "bias", True))
     counts = parameters_by_role(adapter.param_roles(), adapter.named_model_parameters())
     assert sum(counts.values()) == total
     assert (adapter.active_parameters() or total) == round(active)

@@ -12,6 +12,7 @@ import pytest
 import mytrainer
 from tests.contract.tiny import config
 from trainer.loop import train
+from trainer.view.stream import escaped
 
 pytestmark = pytest.mark.xdist_group("diffusion commands")  # one worker trains the runs that they share
 ROOT = Path(__file__).resolve().parents[3]
@@ -125,7 +126,7 @@ def test_a_terminal_sees_the_text_resolve(runs, term):
         os.close(ours)
     assert child.returncode == piped.returncode == 0
     shown = seen.decode("utf-8", errors="replace").replace("\r\n", "\n")
-    assert shown.endswith(piped.stdout)
+    assert shown.endswith(escaped(piped.stdout))
     assert ("░" in shown and "\x1b[J" in shown) is (term == "xterm")
 
 
