@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import platform
 import shlex
@@ -75,13 +76,26 @@ def tune_host(cfg: RunConfig, device: torch.device) -> None:
         torch.use_deterministic_algorithms(True)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    if platform.libc_ver()[0] == "glibc":
-        # Activations are freed and asked for again every step; without these, glibc gives the pages back to
-        # the kernel each time (6 to 11 % of a CPU step).
-        libc = ctypes.CDLL(None)
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        libc.mallopt(m_mmap_threshold, 2**31 - 1)
-        libc.mallopt(m_trim_threshold, -1)
+    _keep_freed_pages()
+
+
+@functools.cache
+def _keep_freed_pages() -> None:
+    """Activations are freed and asked for again every step; without this, glibc gives the pages back to the kernel each
+    time (6 to 11 % of a CPU step). Once a process: each call makes the allocator tidy up first."""
+    if not _on_glibc():
+        return
+    libc = ctypes.CDLL(None)
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    libc.mallopt(m_mmap_threshold, 2**31 - 1)
+    libc.mallopt(m_trim_threshold, -1)
+
+
+def _on_glibc() -> bool:
+    try:
+        return bool(os.confstr("CS_GNU_LIBC_VERSION"))
+    except (AttributeError, ValueError, OSError):  # another system, or another C library
+        return False
 
 
 class LossScaler:
