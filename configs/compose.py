@@ -181,6 +181,8 @@ def _models(request: Request) -> tuple[list[Node], str]:
         return [read_model(p) for p in paths], function
     except ConfigError as error:
         request.problems += error.problems
+        if request.implied:  # a run's own file, which nobody wrote
+            request.problems[-1] += runs.how_without_its_file(request.implied.parent)
         return [], ""
 
 

@@ -86,6 +86,18 @@ def implied_model(request: Request) -> str | None:
     return str(config.absolute())
 
 
+def how_without_its_file(folder: Path) -> str:
+    """How to go on with a run whose config.yaml cannot be read, to stand behind what is wrong with it. "" where there
+    is nothing to go on with."""
+    if not checkpoints(folder):
+        return ""
+    go_on = in_quotes("resume", folder)
+    return (
+        f". The checkpoints of the run are there, and know its architecture: give it the model file that it was begun "
+        f"with, --hydra_model_cfg=FILE {go_on}, and what the command line set then"
+    )
+
+
 def not_a_folder(resume: str) -> str:
     """The message for `resume=run/model.pt`."""
     parent = folder_of_path(Path(resume).parent)
@@ -102,6 +114,8 @@ def _no_such_run(folder: Path, request: Request) -> str:
             f"command line: no run called '{name}' ({shown(folder.absolute())} has no config.yaml)."
             f"{did_you_mean(name, known)}{runs} To start it, add --hydra_model_cfg=configs/<name>.yaml"
         )
+    if begun := how_without_its_file(folder):
+        return f"command line: {shown(folder.absolute())} holds no config.yaml that is a file{begun}"
     begin = ""
     if (folder / "config.json").is_file():  # of a model, though of no run
         begin = f", or begin one from the weights there: {in_quotes('init_from_checkpoint', folder)}"

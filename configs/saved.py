@@ -119,7 +119,7 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: no JSON: {error}") from None
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: a JSON object is needed, got a {type(found).__name__}")

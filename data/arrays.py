@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import numpy as np
 
@@ -42,18 +42,18 @@ class ArrayWriter:
         assert self._file.tell() - self._start == _HEADER
 
 
-def array_header(path: Path) -> tuple[np.dtype, tuple[int, ...], int]:
-    """Type and shape of the array of a .npy file, and the byte at which it begins. OSError or ValueError where it is
-    none."""
-    with open(path, "rb") as file:
-        np.lib.format.read_magic(file)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        return dtype, shape, file.tell()
+def array_header(file: IO[bytes]) -> tuple[np.dtype, tuple[int, ...], int]:
+    """Type and shape of the array of a .npy file that was just opened, and the byte at which it begins. OSError or
+    ValueError where it is none."""
+    np.lib.format.read_magic(file)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    return dtype, shape, file.tell()
 
 
 def map_array(path: Path) -> np.ndarray:
     """The array of a .npy file, mapped read-only. OSError or ValueError where it is none."""
-    dtype, shape, _ = array_header(path)
+    with open(path, "rb") as file:
+        dtype, shape, _ = array_header(file)
     if 0 in shape:  # no bytes to map
         return np.zeros(shape, dtype=dtype)
     mapped: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)

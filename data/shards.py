@@ -327,14 +327,18 @@ class ShardTokens:
 
     @classmethod
     def cached(cls, path: Path, offsets: np.ndarray) -> ShardTokens:
-        """Of an array in the cache, where documents lie behind one another. OSError or ValueError where it is none."""
-        dtype, shape, start = array_header(path)
-        status = path.stat()
+        """Of an array in the cache, where documents lie behind one another. OSError or ValueError where it is none.
+
+        What is known of the file is that of the one that was opened: another process that had nothing in the cache
+        either may put its own, of the same bytes and another time, in its place at any moment."""
+        file = FileIO(path)
+        dtype, shape, start = array_header(file)
+        status = os.fstat(file.fileno())
         if len(shape) != 1 or status.st_size != start + shape[0] * dtype.itemsize:
             raise ValueError(f"{path} is no array of ids")
         shard = Shard(str(path), CACHED, dtype.str, start, shape[0], status.st_size, status.st_mtime_ns)
         files = ShardFiles([shard], dtype)
-        files.read(0, min(shape[0], 1))  # open from now on: the cache may be deleted meanwhile
+        files._files[0] = file  # open from now on: the cache may be deleted meanwhile
         return cls(files, offsets[:-1], offsets, shape[0] * dtype.itemsize)
 
     def __len__(self) -> int:

@@ -53,7 +53,14 @@ from trainer.optim.optimizers import clip_gradients
 from trainer.optim.schedules import jump, momentum_at, schedule_factor
 from trainer.optim.stages import common_rows, stages_of
 from trainer.run.adapting import source_of
-from trainer.run.checkpoint import as_written, load_json, load_named_tensors, load_tensors, newest_checkpoint
+from trainer.run.checkpoint import (
+    NotAsWritten,
+    as_written,
+    load_json,
+    load_named_tensors,
+    load_tensors,
+    newest_checkpoint,
+)
 from trainer.run.folder import BEST
 from trainer.run.lines import refuse_taken_names, refuse_taken_names_of_score
 from trainer.run.progress import Progress
@@ -119,8 +126,35 @@ def _trainer(
     tell: Callable[[str], object],
 ) -> Trainer:
     """A trainer before its first step, or where a checkpoint goes on. `tell`: what is being done."""
+    first: NotAsWritten | None = None  # of what was wrong with checkpoints, where another can be gone on with
+    while True:
+        try:
+            checkpoint = world.on_main(lambda: checkpoint_to_resume(cfg, record.folder, record.console.warn))
+        except ValueError:
+            if first is None:
+                raise
+            raise first from None
+        try:
+            return _trainer_at(checkpoint, cfg, model_cfg, world, record, stop, tell)
+        except NotAsWritten as error:
+            if checkpoint is None:
+                raise
+            record.folder.pass_over(checkpoint, str(error))
+            first = first or error.with_traceback(None)  # which holds all of the trainer
+
+
+def _trainer_at(
+    checkpoint: Path | None,
+    cfg: RunConfig,
+    model_cfg: ModelConfig,
+    world: World,
+    record: RunRecord,
+    stop: StopSignal,
+    tell: Callable[[str], object],
+) -> Trainer:
+    """The same where it is known which checkpoint. NotAsWritten, on all processes, where its content is other than was
+    saved."""
     console = record.console
-    checkpoint = world.on_main(lambda: checkpoint_to_resume(cfg, record.folder, console.warn))
     if checkpoint:
         record.make_way()
     saved = load_json(checkpoint, "training_state.json") if checkpoint else {}
@@ -552,18 +586,14 @@ class Trainer:
     def resume(self, checkpoint: Path, saved: dict[str, Any]) -> None:
         s = self.s
         before = check_resumable(s, checkpoint, saved, self.console.note)
-        load_weights(s.adapter, load_named_tensors(checkpoint, "model.pt"), f"{checkpoint}/model.pt")
-        if names := non_finite(s.adapter):
-            raise TrainingError(
-                f"{checkpoint} holds weights that are not finite: {shorten(names)}. Go on from an earlier checkpoint, "
-                f"with a new output_dir"
-            )
-        state = load_tensors(checkpoint, saved["optimizer_file"])
-        with as_written(checkpoint / saved["optimizer_file"]):
-            load_optimizers(s, state["optimizers"], checkpoint)
-            s.scaler.load_state_dict(state["scaler"])
-            self.meter.load_state_dict(state["meter"], self.world)
-        if s.ema and not load_average(s.ema, checkpoint):
+        wrong: NotAsWritten | None = None
+        try:
+            self._take(checkpoint, saved)
+        except NotAsWritten as error:
+            wrong = error
+        if self.world.agree(wrong is not None):
+            raise wrong or NotAsWritten(f"another process cannot read {checkpoint}")
+        if s.ema and not (checkpoint / "ema.pt").is_file():
             self.console.note(
                 f"{checkpoint.name} keeps no average of the weights: ema_decay begins one at its weights"
             )
@@ -580,6 +610,25 @@ class Trainer:
         self.console.note(
             f"resumed {checkpoint.name} at step {self.progress.step}, after {self.progress.seconds:.0f} s of training"
         )
+
+    def _take(self, checkpoint: Path, saved: dict[str, Any]) -> None:
+        """Weights, their average and the optimizers' state. NotAsWritten where one of them is not of this run."""
+        s = self.s
+        try:
+            load_weights(s.adapter, load_named_tensors(checkpoint, "model.pt"), f"{checkpoint}/model.pt")
+            if names := non_finite(s.adapter):
+                raise NotAsWritten(f"{checkpoint} holds weights that are not finite: {shorten(names)}")
+            state = load_tensors(checkpoint, saved["optimizer_file"])
+            with as_written(checkpoint / saved["optimizer_file"]):
+                load_optimizers(s, state["optimizers"], checkpoint)
+                s.scaler.load_state_dict(state["scaler"])
+                self.meter.load_state_dict(state["meter"], self.world)
+            if s.ema:
+                load_average(s.ema, checkpoint)
+        except NotAsWritten:
+            raise
+        except ValueError as error:
+            raise NotAsWritten(str(error)) from error
 
     def _settle_best(self, checkpoint: Path, scores_alike: bool) -> None:
         """The best score is gone on with where it is one of the same text and, if best_model/ is kept, its model is."""

@@ -156,6 +156,7 @@ class Meter:
         }
 
     def load_state_dict(self, state: dict[str, Any], world: World) -> None:
+        _require_written(state)
         share = 1.0 if world.is_main else 0.0  # they are global sums: one process carries them
         # Counts had a mapping of their own once.
         saved = {**state["sums"], **{f"count/{k}": v for k, v in state.get("counts", {}).items()}}
@@ -165,6 +166,23 @@ class Meter:
         }
         self._denominator_of, self._totals = dict(state["denominator_of"]), dict(state["totals"])
         self._likelihoods = list(state["likelihoods"])
+
+
+def _require_written(state: Any) -> None:
+    """TypeError where it is no `state_dict`."""
+
+    def are(found: Any, kind: type | tuple[type, ...]) -> bool:
+        return isinstance(found, dict) and all(
+            isinstance(key, str) and isinstance(value, kind) for key, value in found.items()
+        )
+
+    numbers = (int, float)
+    lists = [value for value in state["sums"].values() if isinstance(value, list)]
+    whole = are(state["sums"], (*numbers, list)) and are(state.get("counts", {}), numbers)
+    whole = whole and all(isinstance(number, numbers) for value in lists for number in value)
+    whole = whole and are(state["denominator_of"], str) and are(state["totals"], numbers)
+    if not whole or not all(isinstance(name, str) for name in state["likelihoods"]):
+        raise TypeError("no sums between two log lines")
 
 
 def _parts(local: Mapping[str, list[float]], values: Iterable[float]) -> Iterator[tuple[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -54,6 +55,24 @@ def test_a_name_alone_goes_on_with_the_run(dante):
     checked, _ = planned("--model_name", "dante", "--num_iterations", "2000")
     assert (checked.cfg.resume, checked.cfg.num_iterations, checked.model_cfg.n_layers) == ("auto", 2000, 5)
     assert checked.cfg.preset == "tiny" and str(checked.folder) == "checkpoints/dante"
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"defaults: [training, _self_]\nenv: {", b"- a\n", b"\0" * 99, b"\xff\xfe", None]
+)
+def test_a_damaged_config_says_how_to_go_on_without_it(dante, content):
+    """One message; the run is gone on with as soon as a model file is named."""
+    (dante / "config.yaml").unlink()
+    if content is None:
+        os.mkfifo(dante / "config.yaml")  # never opened
+    else:
+        (dante / "config.yaml").write_bytes(content)
+    with pytest.raises(ConfigError) as refused:
+        prepare(["resume=checkpoints/dante"])
+    (problem,) = refused.value.problems
+    assert "config.yaml" in problem and "--hydra_model_cfg=FILE resume=" in problem
+    checked, _ = planned("mine.yaml", "resume=checkpoints/dante", "preset=tiny")
+    assert checked.model_cfg.n_layers == 5 and str(checked.folder) == "checkpoints/dante"
 
 
 @pytest.mark.parametrize("path", ["checkpoints/dante", "checkpoints/dante/checkpoint-20"])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data import store
+from data import shards, store
 from data.corpus import Document
 from data.errors import DataError
 from data.rows import TrainingRows
@@ -122,6 +123,20 @@ def test_the_cache_may_be_deleted_while_it_is_read(folder, byte_store) -> None:
     assert np.array_equal(
         rows.batch(np.arange(9)).tokens, TrainingRows(byte_store, 256, 100).batch(np.arange(9)).tokens
     )
+
+
+def test_another_process_may_write_the_same_file_at_any_moment(folder, byte_store, monkeypatch) -> None:
+    """As several do that find nothing in the cache: just before it is opened, here."""
+
+    def opened_late(path: str | Path) -> FileIO:
+        fresh = folder / "fresh"
+        fresh.write_bytes(Path(path).read_bytes())
+        os.utime(fresh, (1e9, 1e9))
+        os.replace(fresh, path)
+        return FileIO(path)
+
+    monkeypatch.setattr(shards, "FileIO", opened_late)
+    assert np.array_equal(opened(folder).tokens[:8], byte_store.tokens[:8])
 
 
 def test_a_file_that_is_gone_before_it_is_read_is_said_to_be_gone(folder) -> None:

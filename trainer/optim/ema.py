@@ -90,6 +90,8 @@ class EMA:
         """Copy a saved average in place. Raises ValueError, before any change, where it does not fit."""
         given = saved["shadow"]
         require_fit("the saved average (EMA)", shapes_and_dtypes(self.shadow), shapes_and_dtypes(given))
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in given.values()):
+            raise ValueError("the saved average (EMA) holds numbers that are not finite")
         for name, live in self.shadow.items():
             live.copy_(given[name])
         self._updates.copy_(saved["updates"])

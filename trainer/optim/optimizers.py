@@ -155,6 +155,8 @@ class Optimizers:
                 f"the optimizer state of {name}", shapes_and_dtypes(entries), shapes_and_dtypes(given)
             )
             pairs += [(live, given[key]) for key, live in entries.items()]
+        if not all(bool(torch.isfinite(value).all()) for _, value in pairs):
+            raise ValueError("the optimizer state holds numbers that are not finite")
         for live, value in pairs:
             live.copy_(value)
 

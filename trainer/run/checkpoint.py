@@ -30,6 +30,7 @@ from trainer.run.files import beside, checkpoints_in, discard, new_folder, repla
 __all__ = [
     "FORMAT",
     "STATE",
+    "NotAsWritten",
     "as_written",
     "checkpoints_in",
     "damage",
@@ -54,14 +55,22 @@ OPTIONAL = ("ema.pt",)
 Content = bytes | Callable[[Any], object]  # of a file: its bytes, or what writes them to one
 
 
-def save_checkpoint(run_dir: Path, step: int, tensors: dict[str, Any], texts: dict[str, str]) -> Path:
-    """Write `checkpoint-<step>/`. `tensors`: file name -> what torch.save takes; `texts`: file name -> text.
+class NotAsWritten(ValueError):
+    """The content of a checkpoint is other than what was saved, though its digests say that it is not."""
+
+
+def save_checkpoint(
+    run_dir: Path, step: int, tensors: dict[str, Any], texts: dict[str, str], *, anew: bool = False
+) -> Path:
+    """Write `checkpoint-<step>/`. `tensors`: file name -> what torch.save takes; `texts`: file name -> text; `anew`:
+    what is there under that name is not to be trusted.
 
     Raises TrainingError when the disk is full or not writable; whatever was saved before is untouched.
     """
     final = run_dir / f"checkpoint-{step}"
     if (
-        final.exists()
+        not anew
+        and final.exists()
         and damage(final) is None
         and _evaluated(load_json(final, STATE)) == _evaluated(json.loads(texts[STATE]))
     ):
@@ -217,27 +226,34 @@ def load_json(checkpoint: Path, name: str) -> Any:
 
 
 def load_tensors(checkpoint: Path, name: str) -> Any:
-    """Tensors and plain containers: nothing in a checkpoint is executed. ValueError where the file holds others."""
+    """Tensors and plain containers: nothing in a checkpoint is executed. NotAsWritten where the file holds
+    others."""
     with as_written(checkpoint / name):
         return torch.load(checkpoint / name, map_location="cpu", weights_only=True)
 
 
 def load_named_tensors(checkpoint: Path, name: str, *keys: str) -> dict[str, torch.Tensor]:
-    """Tensors by name, below `keys` of what a file holds. ValueError where it holds others."""
+    """Tensors by name, below `keys` of what a file holds. NotAsWritten where it holds others."""
     found = load_tensors(checkpoint, name)
     with as_written(checkpoint / name):
         for key in keys:
             found = found[key]
-        if not isinstance(found, dict) or not all(
-            isinstance(tensor, torch.Tensor) for tensor in found.values()
-        ):
-            raise TypeError("no tensors by name")
+        _require_named_tensors(found)
     return found
+
+
+def _require_named_tensors(found: Any) -> None:
+    """TypeError where it is not {name: tensor}, or a tensor is one without numbers."""
+    if not isinstance(found, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
+        raise TypeError("no tensors by name")
+    for name, tensor in found.items():
+        if not isinstance(name, str) or tensor.layout is not torch.strided or tensor.device.type != "cpu":
+            raise TypeError(f"{name} is no tensor of numbers")
 
 
 @contextmanager
 def as_written(path: Path) -> Iterator[None]:
-    """Around what takes a file for one that was written here, whose digest alone is known to be right: a ValueError
+    """Around what takes a file for one that was written here, whose digest alone is known to be right: NotAsWritten
     names the file where it is another."""
     try:
         yield
@@ -252,7 +268,7 @@ def as_written(path: Path) -> Iterator[None]:
     ) as error:
         if isinstance(error, TrainingError) or of_the_machine(error):
             raise
-        raise ValueError(f"{path} is not as this trainer writes it ({sentence(error)})") from error
+        raise NotAsWritten(f"{path} is not as this trainer writes it ({sentence(error)})") from error
 
 
 def prune(run_dir: Path, keep: int | None, newest: Path, is_sound: Callable[[Path], bool]) -> None:

@@ -22,7 +22,7 @@ import yaml
 
 from trainer.errors import TrainingError
 from trainer.run.checkpoint import (
-    damage,
+    STATE,
     link_files,
     link_folder,
     load_json,
@@ -31,6 +31,7 @@ from trainer.run.checkpoint import (
 )
 from trainer.run.files import append, could_not_write, settle_leftovers, write_atomically
 from trainer.run.metrics import MetricsWriter
+from trainer.run.progress import cannot_go_on_from
 
 __all__ = ["BEST", "RunFolder"]
 
@@ -56,6 +57,8 @@ class RunFolder:
         self.path = Path(path)
         self.sampled_at = -1  # step of the last text in samples.txt
         self._sound: set[Path] = set()  # checkpoints that were looked through in this life, or written
+        self._passed_over: dict[Path, str] = {}  # checkpoints, resolved, and what is wrong with them
+        self._told: set[str] = set()
         self._lock = filelock.FileLock(str(self.path / ".lock"))
 
     def lock(self) -> None:
@@ -195,11 +198,30 @@ class RunFolder:
 
     # -- checkpoints -------------------------------------------------------------------------------------------
 
+    def wrong_with(self, checkpoint: Path) -> str | None:
+        """Why a run cannot go on from a checkpoint, of this folder or another. None where it can, as far as is known
+        before its tensors are read."""
+        there = checkpoint.resolve()
+        if there not in self._passed_over and (problem := cannot_go_on_from(checkpoint)):
+            self._passed_over[there] = problem
+        return self._passed_over.get(there)
+
+    def pass_over(self, checkpoint: Path, why: str) -> None:
+        """Go on from no checkpoint of which the tensors turned out to be wrong."""
+        self._passed_over[checkpoint.resolve()] = why
+
+    def say_once(self, text: str, say: Callable[[str], None]) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            say(text)
+
     def save(
         self, step: int, tensors: dict[str, Any], texts: dict[str, str], *, best: bool, keep: int | None
     ) -> None:
         """Write `checkpoint-<step>/`, point the links to it, delete the oldest beyond `keep`."""
-        checkpoint = save_checkpoint(self.path, step, tensors, texts)
+        there = (self.path / f"checkpoint-{step}").resolve()
+        checkpoint = save_checkpoint(self.path, step, tensors, texts, anew=there in self._passed_over)
+        self._passed_over.pop(there, None)
         self._sound.add(checkpoint)
         with self._explained():
             if best:
@@ -209,7 +231,7 @@ class RunFolder:
 
     def _is_sound(self, checkpoint: Path) -> bool:
         """Whether all of it can be read, which is found out once."""
-        if checkpoint not in self._sound and damage(checkpoint) is None:
+        if checkpoint not in self._sound and self.wrong_with(checkpoint) is None:
             self._sound.add(checkpoint)
         return checkpoint in self._sound
 
@@ -234,7 +256,7 @@ class RunFolder:
         the link, a branch begins without one, and `save_best_model` may have been off until now."""
         for run in (self.path, source.parent):
             for found in (run / BEST, run / f"checkpoint-{step}"):
-                if damage(found) is None and load_json(found, "training_state.json")["step"] == step:
+                if cannot_go_on_from(found) is None and load_json(found, STATE)["progress"]["step"] == step:
                     if found != self.path / BEST:
                         with self._explained():
                             link_folder(found, self.path / BEST)

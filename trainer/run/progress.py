@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, create_model
 
-from configs.messages import ConfigError
 from configs.saved import CONFIG, Architecture, Text, Trained, read_record, told
+from configs.validate import read_saved
+from data.tokenizers import load_tokenizer
 from trainer.run.checkpoint import STATE, damage
 
 __all__ = ["Progress", "cannot_go_on_from"]
@@ -64,7 +65,7 @@ class _State(Trained):
     data: Text
     execution: _Execution
     position: int
-    optimizer_file: str
+    optimizer_file: Literal["optimizer.pt"]
     progress: dict[str, Any]
     val_rows: PositiveInt = 1
 
@@ -74,7 +75,9 @@ _entries: Any = {
     field.name: (get_type_hints(Progress)[field.name], field.default) for field in fields(Progress)
 }
 _entries |= {"step": (int, ...), "tokens": (int, ...), "best_bits_per_byte": (float | None, ...)}
-_Saved = create_model("_Saved", __config__=ConfigDict(strict=True, extra="forbid"), **_entries)
+_Saved = create_model(
+    "_Saved", __config__=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False), **_entries
+)
 
 
 def cannot_go_on_from(checkpoint: Path) -> str | None:
@@ -84,9 +87,15 @@ def cannot_go_on_from(checkpoint: Path) -> str | None:
             return problem
         state = read_record(checkpoint / STATE, _State)
         _Saved.model_validate(state["progress"])
-        read_record(checkpoint / CONFIG, Architecture)
+        architecture = read_record(checkpoint / CONFIG, Architecture)
+        tokenizer = load_tokenizer(checkpoint / "tokenizer.json")
+        cfg, _ = read_saved(state["training_config"], architecture["model_cfg"], str(checkpoint), [])
     except ValidationError as error:
-        return f"{STATE}: {'; '.join(told(error))}"
-    except ConfigError as error:
+        return f"{STATE} or {CONFIG}: {'; '.join(told(error))}"
+    except ValueError as error:  # of a record, or of the tokenizer
         return str(error)
+    if cfg.type != architecture["type"]:
+        return f"type is {architecture['type']!r} in {CONFIG}, and {cfg.type!r} in {STATE}"
+    if state["data"].get("tokenizer_digest") not in (None, tokenizer.digest):
+        return "tokenizer.json is another than the one that it was trained with"
     return None

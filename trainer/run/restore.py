@@ -25,13 +25,14 @@ from configs.removed import REMOVED
 from configs.trust import trusting
 from data.chats.rows import heldout_rows
 from data.rows import HeldoutRows
-from naming import did_you_mean, not_one_of
+from naming import did_you_mean, not_one_of, shorten
+from trainer.diagnose import non_finite
 from trainer.distributed import World, choose_device
 from trainer.errors import TrainingError
 from trainer.evaluate import Score, evaluate, try_scoring
 from trainer.memory import NoRoom, largest_that_fits
 from trainer.precision import choose_precision, tune_host
-from trainer.run.checkpoint import as_written, load_named_tensors, load_tensors
+from trainer.run.checkpoint import NotAsWritten, as_written, load_named_tensors, load_tensors
 from trainer.run.source import Source, load_weights, open_source
 from trainer.view.stream import patient
 
@@ -278,7 +279,38 @@ def restore(
         ValueError: there is no such thing, or it cannot be used; ConfigError for `overrides` and `changes`.
     """
     where = _device(device)
-    source = given if isinstance(given, Source) else open_source(given, note)
+    source: Source | None = given if isinstance(given, Source) else open_source(given, note)
+    first: Restored | NotAsWritten | None = None  # what is to be told where nothing sound lies before it
+    while source is not None:
+        found: Restored | NotAsWritten
+        try:
+            found = _restore(source, raw, where, overrides, changes, note)
+            names = non_finite(found.adapter)
+            if not names:
+                break
+            why = f"its weights are not finite: {shorten(names)}"
+        except NotAsWritten as error:
+            found, why = error, str(error)
+        path, source = source.path, source.before(note)
+        first = first or found
+        if source is not None:
+            note(f"{path} is damaged ({why}); using the one before it")
+    else:
+        assert first is not None
+        found = first
+    if isinstance(found, NotAsWritten):
+        raise found
+    return found
+
+
+def _restore(
+    source: Source,
+    raw: bool,
+    where: torch.device,
+    overrides: Sequence[str],
+    changes: Mapping[str, Any],
+    note: Callable[[str], None],
+) -> Restored:
     if raw and source.averaged:
         raise ValueError(f"raw: {source.path} holds the average (EMA) of the weights alone")
     cfg, model_cfg = source.config(note)

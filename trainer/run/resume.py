@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,8 @@ from data import SOURCES
 from data.mix_rows import MixedRows
 from data.tokenizers import Tokenizer
 from naming import command_line
-from trainer.run.checkpoint import checkpoints_in, find_checkpoint, newest_checkpoint
+from trainer.run.checkpoint import NotAsWritten, checkpoints_in, find_checkpoint, newest_checkpoint
 from trainer.run.facts import architecture, execution
-from trainer.run.progress import cannot_go_on_from
 from trainer.run.source import Source, require_same_provenance
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ def checkpoint_to_resume(cfg: RunConfig, folder: RunFolder, warn: Callable[[str]
     if cfg.resume == "none":
         folder.refuse_to_overwrite()
         return None
-    newest = newest_checkpoint(folder.path, warn, cannot_go_on_from)
+    once = partial(folder.say_once, say=warn)
+    newest = newest_checkpoint(folder.path, once, folder.wrong_with)
     if cfg.resume == "auto":
         if newest is None and (damaged := checkpoints_in(folder.path)):
             raise ValueError(
@@ -71,7 +72,7 @@ def checkpoint_to_resume(cfg: RunConfig, folder: RunFolder, warn: Callable[[str]
                 f"{folder.path} holds no checkpoint: its run ended before the first one, and starts over at step 0"
             )
         return newest
-    found = find_checkpoint(cfg.resume, warn, cannot_go_on_from)
+    found = find_checkpoint(cfg.resume, once, folder.wrong_with)
     if newest is not None and found.resolve() != newest.resolve():
         again = " ".join([in_quotes("resume", folder.path), *trust.words(cfg.type, cfg.model_adapter)])
         raise ValueError(
@@ -111,7 +112,7 @@ def check_resumable(
     differing = [k for k in other if k not in s.adapter.model_cfg.free()]
     if theirs["type"] != mine["type"] or differing:
         what = ", ".join(f"{k} {then.get(k)} -> {mine['model_cfg'][k]}" for k in differing)
-        raise ValueError(
+        raise NotAsWritten(
             f"the architecture is fixed by {checkpoint}/config.json (type {theirs['type']}): {what}"
         )
     require_same_provenance(s.adapter, theirs, checkpoint)

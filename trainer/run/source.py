@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,14 @@ from data.cache import file_digest
 from data.tokenizers import Tokenizer, load_tokenizer
 from models import resolve
 from naming import expand_path, load, require_fit, shapes, shorten
-from trainer.run.checkpoint import find_checkpoint, load_named_tensors
+from trainer.run.checkpoint import (
+    STATE,
+    NotAsWritten,
+    checkpoints_in,
+    damage,
+    find_checkpoint,
+    load_named_tensors,
+)
 
 if TYPE_CHECKING:
     from adapters.base import ModelAdapter
@@ -103,6 +111,10 @@ class Source(ABC):
 
     def average(self) -> dict[str, torch.Tensor] | None:
         """Their average over training by parameter name, where one was kept beside them."""
+        return None
+
+    def before(self, warn: Note) -> Source | None:
+        """What else is meant where the content of this turns out to be other than was saved. None for nothing."""
         return None
 
     def begin(self, s: Session, note: Note) -> None:
@@ -183,11 +195,11 @@ class Trained(Source):
         generic, model_cfg = self.recorded["training_config"], self.architecture["model_cfg"]
         if self.type != generic.get("type"):
             differ = f"type is {self.type!r} in config.json, and {generic.get('type')!r} in {self.record}"
-            raise ValueError(f"{self.path}: {differ}")
+            raise NotAsWritten(f"{self.path}: {differ}")
         try:
             found = read_saved(generic, model_cfg, str(self.path), notes)
         except ValidationError as error:
-            raise ValueError(f"{self.path} says what no run can: {'; '.join(told(error))}") from None
+            raise NotAsWritten(f"{self.path} says what no run can: {'; '.join(told(error))}") from None
         for text in notes:
             note(text)
         return found
@@ -223,14 +235,42 @@ class Checkpoint(Trained):
 
     file = "model.pt"
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, "training_state.json", Record)
+    def __init__(self, path: Path, run: Path | None = None) -> None:
+        """`run`: the folder that was named, where it is that of the run."""
+        super().__init__(path, STATE, Record)
+        self.run = run
 
     @classmethod
     def open(cls, path: Path, warn: Note) -> Source | None:
         if problem := not_weights(path):
             raise ValueError(problem)
-        return cls(find_checkpoint(path, warn))
+        found = find_checkpoint(path, warn, _unreadable)
+        return cls(found, None if found == path else path)
+
+    def before(self, warn: Note) -> Source | None:
+        found = checkpoints_in(self.run) if self.run else []
+        for path in reversed(found[: found.index(self.path)] if self.path in found else []):
+            if _unreadable(path) is None:
+                return Checkpoint(path, self.run)
+        return None
+
+    def fill_as_scored(self, adapter: ModelAdapter) -> bool:
+        with self._of_this_model():
+            return super().fill_as_scored(adapter)
+
+    def fill(self, adapter: ModelAdapter) -> None:
+        with self._of_this_model():
+            super().fill(adapter)
+
+    @contextmanager
+    def _of_this_model(self) -> Iterator[None]:
+        """The model was made as config.json has it: weights that do not fit it are none that were saved with that."""
+        try:
+            yield
+        except NotAsWritten:
+            raise
+        except ValueError as error:
+            raise NotAsWritten(str(error)) from error
 
     def state(self) -> dict[str, torch.Tensor]:
         return load_named_tensors(self.path, self.file)
@@ -239,6 +279,17 @@ class Checkpoint(Trained):
         if not (self.path / "ema.pt").is_file():
             return None
         return load_named_tensors(self.path, "ema.pt", "shadow")
+
+
+def _unreadable(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint as a source of weights, as far as is known before these are read."""
+    if problem := damage(checkpoint):
+        return problem
+    try:
+        _ = Checkpoint(checkpoint).tokenizer
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def open_source(given: str | Path, warn: Note) -> Source:

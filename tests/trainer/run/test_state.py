@@ -487,20 +487,52 @@ def test_a_state_that_lacks_what_a_run_needs_is_passed_over(trained, tmp_path, c
     assert summary(path)["score"] == summary(trained)["score"]
 
 
+def changed(path, name, change):
+    """A file of tensors whose content is another."""
+    value = load_tensors(path, name)
+    change(value)
+    return tensor_file(value)
+
+
+def ruin(value):
+    for entry in (value.get("shadow") or value.get("optimizers", {}).get("state") or value).values():
+        for tensor in [entry] if isinstance(entry, torch.Tensor) else entry.values():
+            if tensor.is_floating_point():
+                tensor.view(-1)[0] = math.nan
+                return
+
+
+def sparse(value):
+    value["wte.weight"] = value["wte.weight"].to_sparse()
+
+
 FORGED = {
-    "model.pt": [b"", b"hello", tensor_file([]), tensor_file({"wte.weight": None})],
-    "optimizer.pt": [tensor_file({}), tensor_file({"optimizers": [], "scaler": {}, "meter": None})],
-    "tokenizer.json": [b"[" * 100_000],
+    "model.pt": [b"", b"hello", tensor_file([]), tensor_file({"wte.weight": None}), sparse, ruin],
+    "optimizer.pt": [tensor_file({}), tensor_file({"optimizers": [], "scaler": {}, "meter": None}), ruin],
+    "tokenizer.json": [b"[" * 100_000, b"{}"],
+    "config.json": [b"[" * 100_000, b"{}"],
 }
 
 
 @pytest.mark.parametrize("name", FORGED)
-def test_a_file_that_was_not_written_here_is_named(trained, tmp_path, name):
+def test_a_file_that_was_not_written_here_is_named_and_passed_over(trained, tmp_path, capsys, name):
+    """`resume` goes on from the one before, writes the forged one anew, and is named where there is none before."""
     path = cut_back(trained, tmp_path / "run", 6)
-    for content in FORGED[name]:
-        forge(path / "checkpoint-6", name, content)
-        with pytest.raises(ValueError, match=f"checkpoint-6/{name}'? is not a"):
-            run(path, "resume=auto", "num_iterations=7")
+    there = path / "checkpoint-6"
+    contents = [changed(there, name, c) if callable(c) else c for c in FORGED[name]]
+    forge(there, name, contents.pop())
+    shutil.copytree(there, tmp_path / "alone/checkpoint-6")
+    (path / "summary.json").unlink()
+    run(path, "resume=auto")
+    said = capsys.readouterr().out
+    assert said.count("checkpoint-6 is damaged (") == 1 and "resumed checkpoint-5 at step 5" in said
+    again, whole = (load_tensors(where / "checkpoint-6", "model.pt") for where in (path, trained))
+    assert all(torch.equal(value, again[key]) for key, value in whole.items())
+    for content in contents:
+        forge(tmp_path / "alone/checkpoint-6", name, content)
+        with pytest.raises(ValueError, match="checkpoint-6") as refused:
+            run(tmp_path / "alone", "resume=auto", "num_iterations=7")
+        assert name in str(refused.value) + capsys.readouterr().out
 
 
 # -- weights that are not finite -----------------------------------------------------------------------------
