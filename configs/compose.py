@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import models
-from configs import runs, trust, weights
+from configs import heads, runs, trust, weights
 from configs.choose import model_paths
 from configs.files import (
     BASE,
@@ -61,6 +61,24 @@ class Plan:
     secrets: dict[str, str]  # environment variables that must not reach any file
     notices: list[str]
     trusted: frozenset[str]  # modules outside of the table that may be imported
+
+    def kept_heads(self, option: str | None, tree: dict[str, Any]) -> tuple[list[str], list[str]]:
+        """Have heads keep their width in a composition with this model (`heads.keep_widths`)."""
+        if not heads.given(self.request.keys):
+            return [], []
+        return heads.keep_widths(tree, heads.told(self.where(option, tree).layers), self.request.keys)
+
+    def told_of_heads(self) -> list[dict[str, Any]]:
+        """What the jobs of a sweep need to know for that, by `model` and `preset` ("" where none is chosen for all)."""
+        if not heads.given(self.request.keys):
+            return []
+        chosen = self.request.values.get("preset", "")
+        presets = chosen if isinstance(chosen, list) else [chosen]
+        return [
+            {"model": model, "preset": preset, **heads.told(self.where(model, {"preset": preset}).layers)}
+            for model in self.models
+            for preset in presets
+        ]
 
     def where(self, option: str | None, tree: Mapping[str, Any]) -> Locations:
         """Origins of the keys of a composition with this model (None: the first)."""
@@ -352,13 +370,18 @@ def check(plan: Plan, tree: dict[str, Any], option: str | None = None) -> Checke
     tree.update(usable_paths(tree, where))
     folder = runs.named_folder(tree, plan.request.keys)
     saved = plan.saved or runs.saved_architecture(tree, folder)
+    unfit: list[str] = []
     if saved:
         trust.refuse(saved[0], str(saved[1]), runs.folder_of_path(saved[1].parent), plan.trusted)
         free = architecture_config(saved[0]["type"], saved[0].get("model_adapter"), lambda key: "").free()
         runs.apply_lock(tree, *saved, plan.request.keys, plan.notices, free)
     else:
+        of_files = where
         where = weights.take_sizes(tree, plan.request.keys, plan.notices, where)
-    cfg, model_cfg = validate(tree, where, plan.notices)
+        if where is of_files:  # no weights say how many heads there are
+            remarks, unfit = plan.kept_heads(option, tree)
+            plan.notices += remarks
+    cfg, model_cfg = validate(tree, where, plan.notices, unfit)
     remark = unread(cfg, model_cfg, plan.request.keys)
     plan.notices += [remark] if remark else []
     runs.refuse_overwrite(tree, folder)
