@@ -30,8 +30,9 @@ from configs.files import (
     read_model,
     read_option,
     shown,
+    sizes,
 )
-from configs.frontend import as_gpt, parse
+from configs.frontend import as_gpt, parse, size
 from configs.grammar import override_choices, parse_override
 from configs.hydra_app import MODEL_GROUP, compose_tree, register
 from configs.messages import REDACTED, ConfigError, is_secret, loads_code
@@ -148,7 +149,10 @@ def prepare(argv: list[str], recorded: Path | None = None) -> Plan:
     tame(nodes, request.implied, request.keys, request.notices)
     # The config.yaml of a run states all that a preset brought to it, whose file may be gone.
     of_run = saved and folder and [n.path for n in nodes] == [(folder / "config.yaml").resolve()]
-    registry = Registry(use_presets=not (preset or of_run or "preset" in request.values))
+    use_presets = not (preset or of_run or "preset" in request.values)
+    if use_presets:
+        _own_sizes(request, nodes)
+    registry = Registry(use_presets=use_presets, sizes=request.sizes)
     added = [_option(n, request, registry) for n in nodes]
     names = {model.option: model for model in added}
     _explain_rows(request, nodes)
@@ -165,7 +169,7 @@ def prepare(argv: list[str], recorded: Path | None = None) -> Plan:
     if len(names) > 1:
         overrides = [_added(o) for o in overrides]
     secrets = _hide_secrets(request, nodes, overrides)
-    register(request.sizes)
+    register(_sizes_asked(request, nodes))
     request.notices += _sizes_said(request)
     request.notices += [note for n in nodes for node in n.chain() for note in node.notices]
     return Plan(request, overrides, names, saved, secrets, list(dict.fromkeys(request.notices)), trusted)
@@ -227,6 +231,26 @@ def _of_size(request: Request) -> str | None:
     return str(path) if path.is_file() else None
 
 
+def _own_sizes(request: Request, nodes: list[Node]) -> None:
+    """Have `preset: <file>.json` of a file mean the file at that path, from where it is said, from here or from the
+    project."""
+    for node in (inner for n in nodes for inner in n.chain()):
+        given = node.values.get("preset")
+        if isinstance(given, str) and not node.size and Path(given).suffix == ".json":
+            node.values["preset"], _ = size(request, given, node.place("preset"), (node.path.parent,))
+
+
+def _sizes_asked(request: Request, nodes: list[Node]) -> dict[str, str]:
+    """The JSON files among the presets that a command line or a file names, by their option."""
+    chosen = request.values.get("preset")
+    layers = [inner for node in nodes for inner in node.chain()]
+    named = {*(chosen if isinstance(chosen, list) else [chosen])}
+    named |= {
+        name for node in layers for name in (node.size, node.values.get("preset")) if isinstance(name, str)
+    }
+    return {name: name for name in sizes() & named} | {k: str(path) for k, path in request.sizes.items()}
+
+
 def _sizes_said(request: Request) -> list[str]:
     """What the presets of one's own say of themselves, and of what they leave out."""
     return [note for path in request.sizes.values() for note in read_option("preset", str(path)).notices]
@@ -237,12 +261,31 @@ def _explain_rows(request: Request, nodes: list[Node]) -> None:
     counts = {"batch_size", "gradient_accumulation_steps", "global_batch_size"}
     if counts & request.keys != {"batch_size"}:
         return
+    if _rows_of_the_line(request, nodes):
+        return
     for node in nodes:
         if node.rows.get("batch_size"):
             request.notices.append(
                 f"batch_size on the command line is the rows of a micro-step; a step has the "
                 f"{node.stated('global_batch_size')} of {shown(node.path)}. To change these: global_batch_size=<rows>"
             )
+
+
+def _rows_of_the_line(request: Request, nodes: list[Node]) -> bool:
+    """Where such a file has no multiple of these rows, have a step as it counts them: `batch_size` times its
+    `gradient_accumulation_steps`. Whether that is so."""
+    rows = request.values.get("batch_size")
+    if len(nodes) != 1 or type(rows) is not int or rows < 1 or not nodes[0].rows.get("batch_size"):
+        return False
+    before, steps = nodes[0].stated("global_batch_size"), nodes[0].rows.get("gradient_accumulation_steps", 1)
+    if before % rows == 0:
+        return False
+    request.overrides.append(f"global_batch_size={rows * steps}")
+    request.notices.append(
+        f"global_batch_size is {rows * steps}, batch_size {rows} times the gradient_accumulation_steps of "
+        f"{shown(nodes[0].path)} ({steps}): its {before} rows are no multiple of {rows}"
+    )
+    return True
 
 
 def _imply_source(request: Request, nodes: list[Node]) -> None:

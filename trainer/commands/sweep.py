@@ -90,7 +90,7 @@ def start_sweep(plan: Plan, earlier: Path | None = None) -> int:
         "first": kept.next_number(jobs),
         "heads": plan.told_of_heads(),
     }
-    register(plan.request.sizes, {CALLBACK: told})
+    register({}, {CALLBACK: told})  # presets are there, from the command's own composition
     try:
         # The folder is the same though Hydra composes once more, at another time.
         with study.counted_by_hydra(searched):
