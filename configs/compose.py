@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import models
-from configs import runs, trust, weights
+from configs import heads, runs, trust, weights
 from configs.choose import model_paths
 from configs.files import (
     BASE,
@@ -30,8 +30,9 @@ from configs.files import (
     read_model,
     read_option,
     shown,
+    sizes,
 )
-from configs.frontend import as_gpt, parse
+from configs.frontend import as_gpt, parse, size
 from configs.grammar import override_choices, parse_override
 from configs.hydra_app import MODEL_GROUP, compose_tree, register
 from configs.messages import REDACTED, ConfigError, is_secret, loads_code
@@ -61,6 +62,24 @@ class Plan:
     secrets: dict[str, str]  # environment variables that must not reach any file
     notices: list[str]
     trusted: frozenset[str]  # modules outside of the table that may be imported
+
+    def kept_heads(self, option: str | None, tree: dict[str, Any]) -> tuple[list[str], list[str]]:
+        """Have heads keep their width in a composition with this model (`heads.keep_widths`)."""
+        if not heads.given(self.request.keys):
+            return [], []
+        return heads.keep_widths(tree, heads.told(self.where(option, tree).layers), self.request.keys)
+
+    def told_of_heads(self) -> list[dict[str, Any]]:
+        """What the jobs of a sweep need to know for that, by `model` and `preset` ("" where none is chosen for all)."""
+        if not heads.given(self.request.keys):
+            return []
+        chosen = self.request.values.get("preset", "")
+        presets = chosen if isinstance(chosen, list) else [chosen]
+        return [
+            {"model": model, "preset": preset, **heads.told(self.where(model, {"preset": preset}).layers)}
+            for model in self.models
+            for preset in presets
+        ]
 
     def where(self, option: str | None, tree: Mapping[str, Any]) -> Locations:
         """Origins of the keys of a composition with this model (None: the first)."""
@@ -130,7 +149,10 @@ def prepare(argv: list[str], recorded: Path | None = None) -> Plan:
     tame(nodes, request.implied, request.keys, request.notices)
     # The config.yaml of a run states all that a preset brought to it, whose file may be gone.
     of_run = saved and folder and [n.path for n in nodes] == [(folder / "config.yaml").resolve()]
-    registry = Registry(use_presets=not (preset or of_run or "preset" in request.values))
+    use_presets = not (preset or of_run or "preset" in request.values)
+    if use_presets:
+        _own_sizes(request, nodes)
+    registry = Registry(use_presets=use_presets, sizes=request.sizes)
     added = [_option(n, request, registry) for n in nodes]
     names = {model.option: model for model in added}
     _explain_rows(request, nodes)
@@ -147,7 +169,7 @@ def prepare(argv: list[str], recorded: Path | None = None) -> Plan:
     if len(names) > 1:
         overrides = [_added(o) for o in overrides]
     secrets = _hide_secrets(request, nodes, overrides)
-    register(request.sizes)
+    register(_sizes_asked(request, nodes))
     request.notices += _sizes_said(request)
     request.notices += [note for n in nodes for node in n.chain() for note in node.notices]
     return Plan(request, overrides, names, saved, secrets, list(dict.fromkeys(request.notices)), trusted)
@@ -211,6 +233,26 @@ def _of_size(request: Request) -> str | None:
     return str(path) if path.is_file() else None
 
 
+def _own_sizes(request: Request, nodes: list[Node]) -> None:
+    """Have `preset: <file>.json` of a file mean the file at that path, from where it is said, from here or from the
+    project."""
+    for node in (inner for n in nodes for inner in n.chain()):
+        given = node.values.get("preset")
+        if isinstance(given, str) and not node.size and Path(given).suffix == ".json":
+            node.values["preset"], _ = size(request, given, node.place("preset"), (node.path.parent,))
+
+
+def _sizes_asked(request: Request, nodes: list[Node]) -> dict[str, str]:
+    """The JSON files among the presets that a command line or a file names, by their option."""
+    chosen = request.values.get("preset")
+    layers = [inner for node in nodes for inner in node.chain()]
+    named = {*(chosen if isinstance(chosen, list) else [chosen])}
+    named |= {
+        name for node in layers for name in (node.size, node.values.get("preset")) if isinstance(name, str)
+    }
+    return {name: name for name in sizes() & named} | {k: str(path) for k, path in request.sizes.items()}
+
+
 def _sizes_said(request: Request) -> list[str]:
     """What the presets of one's own say of themselves, and of what they leave out."""
     return [note for path in request.sizes.values() for note in read_option("preset", str(path)).notices]
@@ -221,12 +263,31 @@ def _explain_rows(request: Request, nodes: list[Node]) -> None:
     counts = {"batch_size", "gradient_accumulation_steps", "global_batch_size"}
     if counts & request.keys != {"batch_size"}:
         return
+    if _rows_of_the_line(request, nodes):
+        return
     for node in nodes:
         if node.rows.get("batch_size"):
             request.notices.append(
                 f"batch_size on the command line is the rows of a micro-step; a step has the "
                 f"{node.stated('global_batch_size')} of {shown(node.path)}. To change these: global_batch_size=<rows>"
             )
+
+
+def _rows_of_the_line(request: Request, nodes: list[Node]) -> bool:
+    """Where such a file has no multiple of these rows, have a step as it counts them: `batch_size` times its
+    `gradient_accumulation_steps`. Whether that is so."""
+    rows = request.values.get("batch_size")
+    if len(nodes) != 1 or type(rows) is not int or rows < 1 or not nodes[0].rows.get("batch_size"):
+        return False
+    before, steps = nodes[0].stated("global_batch_size"), nodes[0].rows.get("gradient_accumulation_steps", 1)
+    if before % rows == 0:
+        return False
+    request.overrides.append(f"global_batch_size={rows * steps}")
+    request.notices.append(
+        f"global_batch_size is {rows * steps}, batch_size {rows} times the gradient_accumulation_steps of "
+        f"{shown(nodes[0].path)} ({steps}): its {before} rows are no multiple of {rows}"
+    )
+    return True
 
 
 def _imply_source(request: Request, nodes: list[Node]) -> None:
@@ -354,13 +415,18 @@ def check(plan: Plan, tree: dict[str, Any], option: str | None = None) -> Checke
     tree.update(usable_paths(tree, where))
     folder = runs.named_folder(tree, plan.request.keys)
     saved = plan.saved or runs.saved_architecture(tree, folder)
+    unfit: list[str] = []
     if saved:
         trust.refuse(saved[0], str(saved[1]), runs.folder_of_path(saved[1].parent), plan.trusted)
         free = architecture_config(saved[0]["type"], saved[0].get("model_adapter"), lambda key: "").free()
         runs.apply_lock(tree, *saved, plan.request.keys, plan.notices, free)
     else:
+        of_files = where
         where = weights.take_sizes(tree, plan.request.keys, plan.notices, where)
-    cfg, model_cfg = validate(tree, where, plan.notices)
+        if where is of_files:  # no weights say how many heads there are
+            remarks, unfit = plan.kept_heads(option, tree)
+            plan.notices += remarks
+    cfg, model_cfg = validate(tree, where, plan.notices, unfit)
     remark = unread(cfg, model_cfg, plan.request.keys)
     plan.notices += [remark] if remark else []
     runs.refuse_overwrite(tree, folder)

@@ -19,6 +19,7 @@ def job_text(plan: Plan) -> str:
     """The YAML text. Run as a file of its own it composes to the same; with --package, that part alone."""
     flags = dict(f.partition("=")[::2] for f in plan.request.flags)
     tree = literal(tree_of(plan)) if "--resolve" in flags else compose_unresolved(plan.overrides)
+    plan.kept_heads(None, tree)
     tree["model_cfg"] = _of_the_type(tree.get("type"), tree.get("model_cfg"))
     package = flags.get("--package", "_global_")
     if package == "_global_":

@@ -16,6 +16,7 @@ import yaml
 import models
 from configs.defaults_list import parse_entry, placed
 from configs.formats import directives, gpt_keys, json_preset, legacy_py, memory_sections, yaml_text
+from configs.formats.text import require_file
 from configs.messages import ARCHITECTURE_ALIASES, RENAMED, ConfigError, own_words
 from configs.schema import CHOICES
 from configs.shape import misshapen
@@ -312,6 +313,7 @@ def _has_base(node: Node) -> bool:
 
 def _parse(path: Path) -> tuple[dict[str, Any], dict[str, int], bool]:
     """Values of a file, their lines, and whether Hydra's loader would read others."""
+    require_file(path, shown(path))
     try:
         text = path.read_text(encoding="utf-8")
         values, tree, otherwise = yaml_text.parse(text)

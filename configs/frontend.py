@@ -228,7 +228,7 @@ def _config_file(request: Request) -> None:
         _model(request, f"--{gpt_flags.CONFIG_FILE}", given)
     elif gpt_flags.is_size(given):
         request.claim("preset", f"--{gpt_flags.CONFIG_FILE}")
-        request.values["preset"], chosen = _size(request, given)
+        request.values["preset"], chosen = size(request, given)
         request.write("preset", f"configs/preset={chosen}")
     else:
         raise ConfigError(
@@ -415,7 +415,7 @@ def _group(request: Request, group: str, value: str) -> None:
     parsed = parse_override(f"configs/{group}={value}")
     names = override_choices(parsed, choices(group))
     if group == "preset" and any(Path(name).suffix == ".json" for name in names):
-        names, chosen = map(list, zip(*(_size(request, name) for name in names), strict=True))
+        names, chosen = map(list, zip(*(size(request, name) for name in names), strict=True))
         parsed = parse_override(f"configs/{group}={','.join(chosen)}")
     else:
         for name in names if group != "preset" else [n for n in names if n != "auto"]:
@@ -434,19 +434,23 @@ def _group(request: Request, group: str, value: str) -> None:
             request.write(group, parsed.input_line or "")
 
 
-def _size(request: Request, given: str) -> tuple[str, str]:
-    """A preset as it is recorded, by its name or the path of its file, and as Hydra chooses it."""
+def size(
+    request: Request, given: str, where: str = "command line", beside: tuple[Path, ...] = ()
+) -> tuple[str, str]:
+    """A preset as it is recorded, by its name or the path of its file, and as Hydra chooses it. `where`: the place that
+    names it; `beside`: folders in which a file is looked for first."""
     if Path(given).suffix != ".json":
-        return given, given if given == "auto" else check_option("preset", given, "command line")
+        return given, given if given == "auto" else check_option("preset", given, where)
     try:
         path = expand_path(given)
     except ValueError as error:
-        raise ConfigError(f"command line: preset: {error}") from None
-    tried = [Path(os.path.abspath(base / path)) for base in (Path.cwd(), ROOT)]
-    found = next((t for t in tried if t.is_file()), None)
+        raise ConfigError(f"{where}: preset: {error}") from None
+    bases = (*beside, Path.cwd(), ROOT)
+    tried = list(dict.fromkeys(Path(os.path.abspath(base / path)) for base in bases))
+    found = next((t for t in tried if t.exists()), None)
     if found is None:
         raise ConfigError(
-            f"command line: preset: no such file: {given} (tried {' and '.join(map(str, tried))})."
+            f"{where}: preset: no such file: {given} (tried {' and '.join(map(str, tried))})."
             + did_you_mean(path.stem, choices("preset"))
         )
     if found.parent == CONFIGS:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from secrets import token_hex
 from typing import Any
 
@@ -19,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
-from configs.files import ROOT, choices, options, read_option, sizes
+from configs.files import ROOT, choices, options, read_option
 from configs.messages import ConfigError
 from configs.registry import AMENDMENTS
 from configs.schema import GENERIC_FIELDS
@@ -34,9 +33,9 @@ _LIST_FOR_MAPPING = re.compile(
 )
 
 
-def register(own: Mapping[str, Path], callbacks: Mapping[str, Any] | None = None) -> None:
-    """Store the root config: three group choices and Hydra's own settings. `own`: presets that are files of one's own,
-    by their option; `callbacks`: Hydra's, by name. ConfigError for what is wrong with one of these presets."""
+def register(presets: Mapping[str, str], callbacks: Mapping[str, Any] | None = None) -> None:
+    """Store the root config: three group choices and Hydra's own settings. `presets`: names or paths of those that are
+    JSON files, by their option; `callbacks`: Hydra's, by name. ConfigError for what is wrong with such a file."""
     settings: dict[str, Any] = {
         "callbacks": dict(callbacks or {}),
         "job": {"name": APP, "chdir": False},
@@ -65,19 +64,11 @@ def register(own: Mapping[str, Path], callbacks: Mapping[str, Any] | None = None
     }
     store = ConfigStore.instance()
     store.store(name=APP, node=node)
-    for name in sizes():
-        with suppress(ConfigError):  # it is of who asks for that one
-            _store_size(name, name)
-    for option, path in own.items():
-        _store_size(option, str(path))
+    for option, name in presets.items():
+        values = read_option("preset", name).values
+        store.store(group="configs/preset", name=option, node=values, package="_global_")
     for name in set(choices("data")) - set(options("data")):  # rows of the table need no file
         store.store(group="configs/data", name=name, node={"data": name}, package="_global_")
-
-
-def _store_size(option: str, name: str) -> None:
-    """A JSON file as an option of the group of presets."""
-    values = read_option("preset", name).values
-    ConfigStore.instance().store(group="configs/preset", name=option, node=values, package="_global_")
 
 
 def job_number(number: int, numbers: Sequence[int], first: int) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,11 @@ def amendments(node: Node, type_: str) -> dict[str, Node]:
 
 class Registry:
     """The options of one command line. `use_presets`: whether a `preset:` inside a file applies, that is, whether none
-    is chosen for all."""
+    is chosen for all; `sizes`: presets that are files of one's own, by their option."""
 
-    def __init__(self, *, use_presets: bool) -> None:
+    def __init__(self, *, use_presets: bool, sizes: Mapping[str, Path]) -> None:
         self.use_presets = use_presets
+        self.sizes = {str(path): option for option, path in sizes.items()}
         self.names: dict[str, Path] = {name: CONFIGS / f"{name}.yaml" for name in options()}
         self.names[BASE.stem] = BASE
         ConfigStore.instance().repo.get("configs", {}).pop(
@@ -105,7 +107,8 @@ class Registry:
             else:
                 preset = node.values.get("preset")
                 if self.use_presets and preset not in (None, "auto"):
-                    check_option("preset", preset, shown(node.path))
+                    if preset not in self.sizes:
+                        check_option("preset", preset, node.place("preset"))
                     defaults += self._preset(read_option("preset", preset), model)
                 defaults.append(SELF)
                 model.layers.append(node)
@@ -117,7 +120,7 @@ class Registry:
 
     def _preset(self, node: Node, model: Model) -> list[str]:
         """Entries of `defaults` for a preset that a file names, and for what amends it."""
-        preset = node.size
+        preset = self.sizes.get(node.size, node.size)
         model.layers.append(node)
         if preset not in model.amendments:
             return [f"preset/{preset}"]

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, PositiveInt, ValidationError
 
+from configs.formats.text import require_file
 from configs.messages import ConfigError
 from naming import shorten_text
 
@@ -115,6 +116,7 @@ def is_ours(entries: dict[str, Any]) -> bool:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. ConfigError if the file holds none."""
+    require_file(path, str(path))
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

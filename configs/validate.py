@@ -34,11 +34,15 @@ DEFAULT_GLOBAL_BATCH = 48
 
 
 def validate(
-    tree: Mapping[str, Any], where: Where = lambda key: "", notices: list[str] | None = None
+    tree: Mapping[str, Any],
+    where: Where = lambda key: "",
+    notices: list[str] | None = None,
+    unfit: Iterable[str] = (),
 ) -> tuple[RunConfig, ModelConfig]:
     """Check a resolved tree. Raises ConfigError with every problem of the first stage that has one.
 
-    `notices` collects remarks that stop nothing (a preset's field that the architecture does not have).
+    `notices` collects remarks that stop nothing (a preset's field that the architecture does not have). `unfit`:
+    problems of the architecture that were found before, told before its constraints.
     The returned `RunConfig.model_cfg` states every field of the architecture.
     """
     notices = [] if notices is None else notices
@@ -50,6 +54,7 @@ def validate(
     fields = _drop_preset_extras(run, config_class, where, notices)
     fields = drop_removed(fields, config_class.model_fields, where, notices, "model_cfg.")
     model_cfg = _architecture(run.type, config_class, fields, where)
+    _raise([*unfit], where)
     problems = _tokens(run, model_cfg) + _objective(run) + _masks(run, model_cfg) + _adapted(run, model_cfg)
     _raise(problems + model_cfg.problems(run), where)
     notices += model_cfg.remarks(run)

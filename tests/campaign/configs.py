@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 from configs.files import CONFIGS, FORMATS, options
+from configs.formats.memory_sections import SECTIONS, defaults
 from tests.campaign import hostile
 from tests.campaign.jail import Campaign, Watch
 
@@ -118,7 +119,32 @@ def _of_run(rng: random.Random) -> Case:
     return Case("run", files, [rng.choice(["resume=run", "resume=run/checkpoint-1", "output_dir=run"])])
 
 
-_KINDS: list[Callable[[random.Random], Case]] = [_of_bytes, _of_tree, _of_mutation, _of_words, _of_run]
+def _of_sections(rng: random.Random) -> Case:
+    """A file of `model:`, `memory:` and `training:`, with keys of these sections and others, some of the values as they
+    are meant."""
+    sections: dict[str, Any] = {}
+    for name in rng.sample(SECTIONS, rng.randrange(1, 4)):
+        keys = list(defaults()[name]) + [hostile.key(rng) for _ in range(3)]
+        keys += defaults()[rng.choice(SECTIONS)] if rng.random() < 0.2 else []
+        known = {k: v for section in SECTIONS for k, v in defaults()[section].items()}
+        sections[name] = {
+            k: known[k] if k in known and rng.random() < 0.6 else hostile.value(rng)
+            for k in rng.sample(keys, min(len(keys), rng.choice([0, 1, 2, 4, 12])))
+        }
+    if rng.random() < 0.15:
+        sections[rng.choice([*SECTIONS, hostile.key(rng)])] = hostile.value(rng)
+    data = hostile.as_yaml(rng, sections).encode("utf-8", "surrogatepass")
+    if rng.random() < 0.2:
+        data = hostile.mutated(rng, data)
+    words = ["data=embedded", "training_mode=pretraining", "dataset_name=null", "preset=nano"]
+    return Case(
+        "sections", {"mine.yaml": data}, ["--hydra_model_cfg=mine.yaml", *words[: rng.choice([0, 4])]]
+    )
+
+
+_KINDS: list[Callable[[random.Random], Case]] = [
+    *(_of_bytes, _of_tree, _of_mutation, _of_words, _of_run, _of_sections),
+]
 
 
 def _shipped() -> list[Path]:

@@ -298,9 +298,9 @@ def test_the_last_of_a_repeated_override_counts(work):
 
 
 def test_the_last_of_a_repeated_override_counts_in_a_sweep(work):
-    plan = prepare(["mine.yaml", "model_cfg.d_model=32", "model_cfg.d_model=choice(36,48)", "-m"])
-    assert [o for o in plan.overrides if "d_model" in o] == ["++model_cfg.d_model=choice(36,48)"]
-    assert [p.model_cfg.d_model for p in check_grid(plan)] == [36, 48]
+    plan = prepare(["mine.yaml", "model_cfg.d_model=32", "model_cfg.d_model=choice(48,64)", "-m"])
+    assert [o for o in plan.overrides if "d_model" in o] == ["++model_cfg.d_model=choice(48,64)"]
+    assert [p.model_cfg.d_model for p in check_grid(plan)] == [48, 64]
     assert any("model_cfg.d_model is given more than once; the last value counts" in n for n in plan.notices)
     plan = prepare(
         ["mine.yaml", "seed=1,2", "hydra.sweeper.max_batch_size=1", "hydra.sweeper.max_batch_size=2", "-m"]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from configs import files, help, test_configs
+from configs.compose import compose
 from configs.messages import ConfigError
 
 
@@ -66,3 +69,27 @@ def test_lists_name_every_file(folder, monkeypatch):
     assert listed["latin"].startswith("invalid: not UTF-8 text") and listed["broken"] == "Not yet."
     text = help.help_text()
     assert all(name in text for name in listed) and "invalid: not UTF-8" in text
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["a pipe", "a device"])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("it.yaml", ["--hydra_model_cfg=it.yaml"]),
+        ("it.json", ["it.json"]),
+        ("it.config", ["it.config"]),
+        ("it.py", ["it.py"]),
+        ("it.json", ["mine.yaml", "preset=it.json"]),
+        ("it.json", ["--config_file", "it.json"]),
+        ("it.json", ["sized.yaml"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_is_no_file_is_refused_and_not_waited_for(write, name, words, kind):
+    write("sized.yaml", "defaults: [mine, _self_]\npreset: it.json\n")
+    path = write(name, "")
+    path.unlink()
+    os.mkfifo(path) if kind == "a pipe" else path.symlink_to("/dev/zero")
+    with pytest.raises(ConfigError, match=f"is {kind}, and a configuration is a file"):
+        compose(words, notify=lambda text: None)

@@ -10,6 +10,7 @@ import yaml
 from configs import compose
 from configs.compose import compose_tree, prepare
 from configs.files import CONFIGS, options, read_option
+from configs.formats import json_preset
 from configs.grid import check_grid
 from configs.messages import ConfigError
 from configs.schema import redacted
@@ -110,6 +111,31 @@ def test_any_json_file_is_a_size_by_its_path(write):
     path.write_text("{}")
     with pytest.raises(ConfigError, match="required key 'block_size' has no value"):
         quiet("mine.yaml", "preset='my sizes/tiny.json'")
+
+
+def test_a_file_may_name_a_size_of_its_own(write):
+    """By a path from where it is said."""
+    path = write("lab/own.json", OWN)
+    write("lab/base.yaml", "defaults: [../mine, _self_]\npreset: own.json\n")
+    write("child.yaml", "defaults: [lab/base, _self_]\nseed: 2\n")
+    cfg, model_cfg = quiet("child.yaml")
+    assert (model_cfg.n_layers, model_cfg.d_model, cfg.preset) == (3, 64, str(path))
+    assert quiet("child.yaml", "preset=nano")[0].preset == "nano"
+    assert [c.cfg.preset for c in check_grid(prepare(["child.yaml", "seed=1,2", "-m"]))] == [str(path)] * 2
+    write("lab/base.yaml", "defaults: [../mine, _self_]\npreset: other.json\n")
+    with pytest.raises(
+        ConfigError, match=r"^lab/base.yaml:2: preset: no such file: other.json \(tried .*/lab/"
+    ):
+        quiet("child.yaml")
+
+
+def test_a_composition_reads_no_size_but_the_one_that_is_asked_for(write, monkeypatch):
+    read, load = [], json_preset.load
+    monkeypatch.setattr(json_preset, "load", lambda path, where: read.append(path.stem) or load(path, where))
+    quiet("mine.yaml")
+    assert read == []
+    quiet("mine.yaml", "preset=tiny")
+    assert {*read} == {"tiny"}
 
 
 def test_a_run_goes_on_without_the_file_of_its_size(write):

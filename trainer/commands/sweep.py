@@ -26,6 +26,7 @@ from configs.files import CONFIGS, ROOT, digest
 from configs.grammar import word
 from configs.grid import check_grid, hydra_settings
 from configs.hardware import uses_cuda
+from configs.heads import keep_widths
 from configs.hydra_app import APP, register, sweep_folder
 from configs.hydra_words import is_setting
 from configs.messages import ConfigError
@@ -87,8 +88,9 @@ def start_sweep(plan: Plan, earlier: Path | None = None) -> int:
         "began": began,
         "numbers": numbers,
         "first": kept.next_number(jobs),
+        "heads": plan.told_of_heads(),
     }
-    register(plan.request.sizes, {CALLBACK: told})
+    register({}, {CALLBACK: told})  # presets are there, from the command's own composition
     try:
         # The folder is the same though Hydra composes once more, at another time.
         with study.counted_by_hydra(searched):
@@ -217,10 +219,24 @@ def _fail(settings: HydraConf, job: Job, why: str, told: str, state: str = "fail
 def _checked(tree: dict[str, Any], settings: HydraConf) -> tuple[RunConfig, ModelConfig, Path | None]:
     """What a job trains, and the folder that it names."""
     explicit = {o.partition("=")[0].lstrip("+") for o in settings.overrides.task}
-    where = take_sizes(tree, explicit, [], lambda key: "command line" if key in explicit else "")
+
+    def of_line(key: str) -> str:
+        return "command line" if key in explicit else ""
+
+    where = take_sizes(tree, explicit, [], of_line)
+    unfit = _keep_heads(tree, explicit, settings) if where is of_line else []
     on_one_gpu(tree, settings.launcher)
-    run_cfg, model_cfg = validate(tree, where)
+    run_cfg, model_cfg = validate(tree, where, unfit=unfit)
     return run_cfg, model_cfg, named_folder(run_cfg.model_dump(), explicit)
+
+
+def _keep_heads(tree: dict[str, Any], explicit: set[str], settings: HydraConf) -> list[str]:
+    """Have heads keep their width, as the check of a grid does. Problems where they cannot."""
+    model = settings.runtime.choices["configs@_global_"]
+    for files in settings.callbacks[CALLBACK].heads:
+        if files.model == model and files.preset in ("", tree.get("preset")):
+            return keep_widths(tree, files, explicit)[1]
+    return []
 
 
 def _job(place: Path, named: Path | None, cfg: RunConfig, settings: HydraConf) -> Job:

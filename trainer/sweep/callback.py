@@ -16,7 +16,7 @@ from configs.sweeps import MULTIRUN
 class Sweep(Callback):
     """`models` and `words`: the command. `varied`: the fields that the sweep is over. `began`: when this command did,
     in seconds. `numbers`: folder of each job by Hydra's number, and of those beyond, one after the other from
-    `first`."""
+    `first`. `heads`: what files say of them (`Plan.told_of_heads`)."""
 
     models: list[str]
     words: list[str]
@@ -24,6 +24,7 @@ class Sweep(Callback):
     began: float
     numbers: list[int]
     first: int
+    heads: list[dict[str, Any]]
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Record the command, whichever sweeper it is for."""

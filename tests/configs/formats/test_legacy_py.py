@@ -66,6 +66,25 @@ def test_a_file_of_settings_is_a_run_and_the_command_line_wins(stored):
     assert any("taken as vanilla (gpt2: type = 'gpt2')" in text for text in said)
 
 
+@pytest.mark.parametrize(
+    ("words", "rows", "said"),
+    [
+        (["--batch_size=6"], (6, 60), "a step has the 60 of "),
+        (["--batch_size=16"], (16, 80), "batch_size 16 times the gradient_accumulation_steps of "),
+        (["--batch_size=16", "gradient_accumulation_steps=2"], (16, 32), None),
+        (["--batch_size=16", "global_batch_size=48"], (16, 48), None),
+    ],
+    ids=["a part of them", "no part of them", "both", "the whole"],
+)
+def test_rows_on_the_command_line(stored, words, rows, said):
+    """Of a file whose steps have 60."""
+    notices: list[str] = []
+    file = stored("n_layer = 2\nn_head = 2\nn_embd = 64\nbatch_size = 12\ngradient_accumulation_steps = 5\n")
+    cfg, _ = compose([str(file), *words], notify=notices.append)
+    assert (cfg.batch_size, cfg.global_batch_size) == rows
+    assert [text for text in notices if "batch_size" in text and said and said in text] or said is None
+
+
 def test_it_means_what_the_same_keys_mean_as_directives(stored):
     keys = {"MODEL": ["n_layer=2", "n_embd=64", "n_head=2"], "DATA": ["block_size=32", "batch_size=4"]}
     keys |= {"LR_SCHEDULE": ["decay_lr=True", "warmup_iters=3"], "SYSTEM": ["dtype='float32'"]}
