@@ -430,6 +430,7 @@ def test_padded_text_trains_and_goes_on_as_it_began(tmp_path) -> None:
         ),
         (["training_mode=chat"], "training_mode: .*instruction_finetuning"),
         (["text_field=[]"], "text_field"),
+        (["text_field=[ask,say,ask]"], "text_field names 'ask' twice"),
     ],
 )
 def test_bad_fields_are_refused(given, message) -> None:
