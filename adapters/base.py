@@ -217,6 +217,9 @@ class GenerateOptions:
 
     For models that can draft tokens for themselves to verify: `speculative`, the same text in fewer forward passes, and
     `draft`, how many tokens ahead at most (None = as many as the model can).
+
+    `openings`, where prompts are chats: of each, how many of its tokens stand before its first answer, all of them in a
+    chat without one (`ChatTemplate.opening`). Models that treat these otherwise than what follows read it.
     """
 
     max_new_tokens: int = 100
@@ -232,6 +235,7 @@ class GenerateOptions:
     by_confidence: bool = False
     speculative: bool = False
     draft: int | None = None
+    openings: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.steps < 0:
@@ -327,6 +331,8 @@ class ModelAdapter(nn.Module):
     default_temperature = 0.8  # of generation
     sample_steps = 0  # of the samples along a run: `GenerateOptions.steps`
     generation_notes: tuple[str, ...] = ()  # what a reader of generated text should know
+    # Whether the model is told where chats have their first answer: its `forward` takes `openings` then.
+    reads_openings = False
     # Buffers of the model that are no weights, where it has them: fitted during a "run", so that one that begins with
     # its weights starts without; or to the "text", and taken along only to the same text.
     fitted: Mapping[str, Literal["run", "text"]] = MappingProxyType({})
@@ -503,6 +509,17 @@ class ModelAdapter(nn.Module):
             min_p=options.min_p,
             tokens=self.tokenizer.vocab_size,
         )
+
+    def openings(self, prompts: list[list[int]], options: GenerateOptions) -> list[int]:
+        """Tokens before the first answer of each chat, its start token among them; none of text, and where the model is
+        not told. ValueError where `options.openings` are not those of the prompts."""
+        given = options.openings
+        if given and len(given) != len(prompts):
+            raise ValueError(f"openings: one for each of {len(prompts)} prompts, got {len(given)}")
+        for number, (opening, prompt) in enumerate(zip(given, prompts, strict=False)):
+            if not 0 <= opening <= len(prompt):
+                raise ValueError(f"openings: prompt {number} has {len(prompt)} tokens, got {opening}")
+        return [opening + 1 for opening in given] if self.reads_openings else []
 
     def drafts(self, options: GenerateOptions) -> int:
         """Tokens to draft in each round of generation: 0 unless it is `speculative`. ValueError where the model has no

@@ -11,7 +11,7 @@ Shapes: B running rows, T tokens read in a pass, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,8 @@ ROWS_AT_ONCE = 64
 class LanguageModel:
     """The part of a model that decoding needs."""
 
-    next_logits: Callable[[Tensor, Cache | None], Tensor]  # tokens (B, T) behind the cache's -> (B, V)
+    # Tokens (B, T) behind the cache's, `Row.opening` of each row (B, 1), None of text -> (B, V).
+    next_logits: Callable[[Tensor, Cache | None, Tensor | None], Tensor]
     init_cache: Callable[[int], Cache] | None  # rows -> empty; None = each pass reads whole windows
     max_context: int | None  # tokens it can look back on; None = all
     device: torch.device
@@ -39,13 +40,15 @@ class LanguageModel:
 
 @dataclass
 class Row:
-    """`text` from the document token on, of which the model sees the window from `start`."""
+    """`text` from the document token on, of which the model sees the window from `start`. `opening`, of chats: how many
+    tokens the window begins with that were given before the first answer; where it starts anew, all it has then."""
 
     number: int
     text: list[int]
     prompt: int  # tokens of `text` that were given
     generator: torch.Generator
     start: int = 0
+    opening: int | None = None
 
     @property
     def known(self) -> int:
@@ -60,6 +63,7 @@ class Row:
         """Positions may be absolute, so a full window starts anew with its last half."""
         if limit is not None and self.known > limit:
             self.start = len(self.text) - max(1, limit // 2)
+            self.opening = None if self.opening is None else self.known
 
 
 @dataclass(frozen=True)
@@ -97,10 +101,17 @@ def in_turn(rows: list[Row]) -> Iterator[list[Row]]:
 
 
 def decode(
-    model: LanguageModel, texts: list[list[int]], shaping: Shaping, endings: Endings, seed: int
+    model: LanguageModel,
+    texts: list[list[int]],
+    shaping: Shaping,
+    endings: Endings,
+    seed: int,
+    openings: Sequence[int] = (),
 ) -> Generation:
-    """Continue each of `texts` (not empty) as far as `endings` says."""
+    """Continue each of `texts` (not empty) as far as `endings` says. `openings`, of chats: `Row.opening` of each."""
     rows = rows_of(texts, seed)
+    for row, opening in zip(rows, openings, strict=bool(openings)):
+        row.opening = opening
     calls = sum(_decode_together(model, group, shaping, endings) for group in in_turn(rows))
     return Generation([row.new for row in rows], calls)
 
@@ -143,11 +154,15 @@ class _Windows:
         first = 0 if self.cache is None else self.length
         windows = [row.text[row.start + first : row.start + shortest] for row in rows]
         tokens = torch.tensor(windows, dtype=torch.int64, device=self.model.device)  # (B, T)
-        logits = self.model.next_logits(tokens, self.cache)
+        logits = self.model.next_logits(tokens, self.cache, self._openings(rows))
         self.length = shortest
         self.calls += 1
         assert self.cache is None or self.cache.length == shortest, "the model has not counted its tokens"
         return logits.float().cpu()
+
+    def _openings(self, rows: list[Row]) -> Tensor | None:
+        known = [[row.opening] for row in rows if row.opening is not None]
+        return torch.tensor(known, dtype=torch.int64, device=self.model.device) if known else None
 
     def keep(self, running: list[int]) -> None:
         if self.cache is not None and running:

@@ -218,6 +218,7 @@ class DefaultModelAdapter(ModelAdapter):
         texts = [[self.tokenizer.eot, *prompt] for prompt in prompts]
         endings = Endings(options.max_new_tokens, self.stop_tokens(options), on_tokens)
         how = self.shaping(options), endings, options.seed
+        openings = self.openings(prompts, options)
         told = _Means()
 
         def hear(output: Tensor | Hidden) -> Tensor:
@@ -229,12 +230,13 @@ class DefaultModelAdapter(ModelAdapter):
             found = speculate(self.drafting_model(drafts, hear), texts, *how)
         else:
 
-            def next_logits(tokens: Tensor, cache: Cache | None) -> Tensor:
-                return self.model.logits(hear(self.next_hidden(tokens, cache))[:, -1])
+            def next_logits(tokens: Tensor, cache: Cache | None, given: Tensor | None) -> Tensor:
+                more = {} if given is None else {"openings": given}
+                return self.model.logits(hear(self.next_hidden(tokens, cache, **more))[:, -1])
 
             init_cache = getattr(self.model, "init_cache", None) if options.use_cache else None
             model = LanguageModel(next_logits, init_cache, self.model.max_context, self.device)
-            found = decode(model, texts, *how)
+            found = decode(model, texts, *how, openings)
         found.metrics = told.read()
         return found
 
@@ -246,9 +248,10 @@ class DefaultModelAdapter(ModelAdapter):
             init_drafter, hear, self.model.logits, drafts, self.model.max_context, self.device
         )
 
-    def next_hidden(self, tokens: Tensor, cache: Cache | None) -> Hidden:
-        """What the network makes of tokens (B, T), which continue what `cache` holds, or stand alone."""
-        return as_hidden(self.model(tokens, cache=cache))
+    def next_hidden(self, tokens: Tensor, cache: Cache | None, **more: Tensor) -> Hidden:
+        """What the network makes of tokens (B, T), which continue what `cache` holds, or stand alone. `more`:
+        `openings` (B, 1) of chats, where it reads them."""
+        return as_hidden(self.model(tokens, cache=cache, **more))
 
     def next_logits(self, tokens: Tensor, cache: Cache | None) -> Tensor:
         """Logits (B, V) of what follows them."""

@@ -16,7 +16,7 @@ from data.cache import kept_digest
 from data.huggingface.folder import read_huggingface_tokenizer
 from kernels import REFERENCE
 from kernels.choose import Kernels
-from models.layers.decoder import Hidden
+from models.layers.decoder import Hidden, document_positions
 from models.memory.block import LOSSES
 from models.memory.pretrained import model_digest
 from models.memory.router import auxiliary, balance, squared_normaliser
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from models.memory.adapter import MemoryAdapterConfig
     from models.memory.config import MemoryConfig
 
-__all__ = ["MemoryModelAdapter", "PretrainedAdapter", "chapter_figures"]
+__all__ = ["MemoryModelAdapter", "PretrainedAdapter", "chapter_figures", "openings"]
 
 
 class MemoryModelAdapter(DefaultModelAdapter):
@@ -72,8 +72,9 @@ class MemoryModelAdapter(DefaultModelAdapter):
 
     def prepare(self, batch: Batch, ctx: Context) -> Prepared:
         """Also the host's `share`, of the step's rows, and where chapters are chosen the denominator `rows`, `valid`
-        (B, S) bool, all up to a row's last target that counts, and the host's `alone`: whether the other processes do
-        something else, as where it is found out how many rows fit into memory."""
+        (B, S) bool, all up to a row's last target that counts, of chats `openings` (B, S) int64, the tokens of each one
+        before the first of an answer, and the host's `alone`: whether the other processes do something else, as where
+        it is found out how many rows fit into memory."""
         prepared = super().prepare(batch, ctx)
         prepared.host["share"] = len(batch.rows) / ctx.rows_in_step
         if not self.memory_cfg.routed:
@@ -82,11 +83,17 @@ class MemoryModelAdapter(DefaultModelAdapter):
         prepared.host["alone"] = ctx.of_draws != "drawn"
         counted = torch.from_numpy((batch.weights > 0) | (batch.end_weights > 0))
         prepared.tensors["valid"] = counted.flip(1).cummax(1).values.flip(1)
+        if batch.chats:
+            prepared.tensors["openings"] = openings(prepared.tensors["doc_ids"], prepared.tensors["weights"])
         return prepared
 
     def drawn(self, prepared: Prepared) -> dict[str, Any]:
-        valid = prepared.tensors.get("valid")
-        return super().drawn(prepared) | ({} if valid is None else {"valid": valid})
+        told = {name: prepared.tensors[name] for name in ("valid", "openings") if name in prepared.tensors}
+        return super().drawn(prepared) | told
+
+    @property
+    def reads_openings(self) -> bool:  # type: ignore[override]
+        return self.memory_cfg.routed
 
     def step_output(self, hidden: Hidden, prepared: Prepared) -> StepOutput:
         output, inputs = super().step_output(hidden, prepared), prepared.tensors["inputs"]
@@ -147,6 +154,17 @@ class MemoryModelAdapter(DefaultModelAdapter):
                 for layer, of_layer in zip(self.memory_cfg.memory_layers, chosen, strict=True)
             )
         )
+
+
+def openings(doc_ids: Tensor, weights: Tensor) -> Tensor:
+    """Of each token (B, S): how many tokens of its document stand before the first target that counts; more than a row
+    has where none does. `weights` (B, S) of targets, which are the tokens behind."""
+    index = torch.arange(doc_ids.shape[1], device=doc_ids.device).expand(doc_ids.shape)
+    first = index - document_positions(doc_ids)
+    never = torch.full_like(index, doc_ids.shape[1])
+    counts = torch.where(weights > 0, index, never)
+    found = never.scatter_reduce(1, first, counts, "amin").gather(1, first)
+    return torch.where(found < never, found + 1 - first, never + 1)
 
 
 def chapter_figures(load: Tensor) -> dict[str, float]:

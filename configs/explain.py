@@ -90,7 +90,17 @@ def _message(
     if isinstance(given, str) and choices:
         others = [_NAMES[leaf] for leaf in _leaves(annotation) if leaf in _NAMES]
         return f"{name}: {not_one_of(given, [*choices, *others])}"
-    return f"{name}: expected {_expected(annotation)}, got {_shown(given)}{_hint(given, annotation)}"
+    hint = _left_out(model, key) if given is None else _hint(given, annotation)
+    return f"{name}: expected {_expected(annotation)}, got {_shown(given)}{hint}"
+
+
+def _left_out(model: type[BaseModel], key: str) -> str:
+    """What a field is where nobody sets it, "" of what stands within one."""
+    field = model.model_fields.get(key)
+    default = None if field is None else field.get_default(call_default_factory=False)
+    if isinstance(default, bool):
+        default = "true" if default else "false"
+    return f". Left out it is {default}" if isinstance(default, str | int | float) else ""
 
 
 def _shown(value: Any) -> str:

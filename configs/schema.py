@@ -331,8 +331,8 @@ class RunConfig(BaseModel):
     shards_tokenizer: str | None = None
     dataset_name: FilePath | None = None
     dataset_subset: str | None = None
-    dataset_split: str = "train"
-    eval_split: str | None = "test"
+    dataset_split: Text = "train"
+    eval_split: Text | None = "test"
     dataset_bytes: Positive | None = None
     document_separator: Annotated[str, AfterValidator(one_line)] | None = None
     mix: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None

@@ -192,6 +192,9 @@ def _source(run: RunConfig) -> list[str]:
             f"training_mode=instruction_finetuning learns from rows with turns, which data={run.data} does not have. "
             f"Set data to one of {', '.join(with_rows)}, or training_mode=pretraining"
         )
+    fields = [run.text_field] if isinstance(run.text_field, str) else run.text_field
+    if twice := [name for place, name in enumerate(fields) if name in fields[:place]]:
+        problems.append(f"text_field names {twice[0]!r} twice. Name each field once")
     if run.data == "mix" and not run.packing:
         problems.append(
             "packing=false pads documents of one source, and data=mix joins several. Set packing=true"

@@ -34,6 +34,9 @@ class Batch:
     sizes: np.ndarray | None = None  # (B, S) int64, those bytes by target (held-out rows only)
     # By the name of a mark: (B, S) bool, the targets that it marks (held-out rows only).
     marked: dict[str, np.ndarray] = field(default_factory=dict)
+    chats: bool = (
+        False  # whether documents are chats: what stands before the first target that counts is given
+    )
 
 
 def target_bytes(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:

@@ -38,6 +38,7 @@ def sample_text(s: Session, should_stop: Callable[[], bool]) -> str | None:
         stop_at_document_end=chats,
         stop_ids=ChatTemplate(tokenizer).stop_ids if chats else (),
         steps=s.adapter.sample_steps,
+        openings=(len(prompt),) if chats else (),
     )
     try:
         with evaluating(s.adapter), torch.random.fork_rng(devices=[]):

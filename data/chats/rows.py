@@ -131,7 +131,8 @@ class WholeRows(TrainingRows):
             doc_ids[place, column:] = len(documents) + np.arange(shape[1] - column)
         if self.lookahead > 1:  # targets beyond the row are nobody's
             doc_ids[:, self.seq_len :] = self.store.n_docs + np.arange(self.lookahead)
-        return Batch(tokens, doc_ids, weights, np.zeros_like(weights), ids, total)
+        chats = self.answers is not None
+        return Batch(tokens, doc_ids, weights, np.zeros_like(weights), ids, total, chats=chats)
 
     def _lay(self, document: int, tokens: np.ndarray, weights: np.ndarray) -> int:
         """Put a document into its stretch of a row, `tokens` (targets,), and say in `weights` (targets or more,) which
@@ -266,6 +267,7 @@ class HeldoutChats(HeldoutRows):
             rows=found.rows,
             bytes=int(sizes.sum()),
             sizes=sizes,
+            chats=True,
         )
 
 

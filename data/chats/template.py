@@ -95,6 +95,13 @@ class ChatTemplate:
         """Ids of a chat up to where the next answer begins, without the start token."""
         return self._encode(self._render(chat, opens=True), []).ids.tolist()
 
+    def opening(self, chat: Sequence[Message]) -> int:
+        """How many ids of `prompt(chat)` stand before the first answer: all, where there is none. DataError as
+        `encode`."""
+        first = next((i for i, turn in enumerate(chat) if turn.role == "assistant"), None)
+        learned = [] if first is None else self.encode(chat[: first + 1]).answers != UNLEARNED
+        return int(np.argmax(learned)) if np.any(learned) else len(self.prompt(chat))
+
     def encode(self, chat: Sequence[Message]) -> Encoded:
         """A whole chat. DataError where the template refuses it, or does not show where its answers stand."""
         if self._blocks:

@@ -225,7 +225,8 @@ class BaseCache(MemoryCache):
 
 
 class MemoryAdapter(ReadsMemory):
-    """`forward` takes `valid` (B, T) bool besides, which tokens are text, where chapters are chosen."""
+    """`forward` takes `valid` (B, T) bool besides, which tokens are text, where chapters are chosen, and `openings`,
+    (B, T) or (B, 1) int64, how many tokens are given at the beginning of each document: see `Pooling`."""
 
     Config = MemoryAdapterConfig
 
@@ -293,6 +294,7 @@ class MemoryAdapter(ReadsMemory):
         doc_ids: Tensor | None = None,
         cache: BaseCache | None = None,
         valid: Tensor | None = None,
+        openings: Tensor | None = None,
     ) -> Tensor | Hidden:
         """tokens (B, T) int64 -> hidden (B, T, D) after the base's last norm, with what routers told beside it.
 
@@ -301,7 +303,8 @@ class MemoryAdapter(ReadsMemory):
         """
         if not self.banks:
             return self._of_base(tokens, doc_ids, cache)
-        reading = self.reading(tokens, 0 if cache is None else cache.length, doc_ids, valid)
+        past = 0 if cache is None else cache.length
+        reading = self.reading(tokens, past, doc_ids, valid, openings)
         with self.now.of(reading, cache) as told:
             x = self._of_base(tokens, doc_ids, cache)
         return Hidden(x, stacked(told)) if told else x

@@ -42,8 +42,16 @@ class ReadsMemory(UsesKernels):
     def every_bank(self) -> list[Bank]:
         return [bank for bank in self.banks if isinstance(bank, Bank)]
 
-    def reading(self, tokens: Tensor, past: int, doc_ids: Tensor | None, valid: Tensor | None) -> Reading:
-        """What blocks are told of the memory in a pass over tokens (B, T), which `past` others of a cache precede."""
+    def reading(
+        self,
+        tokens: Tensor,
+        past: int,
+        doc_ids: Tensor | None,
+        valid: Tensor | None,
+        openings: Tensor | None = None,
+    ) -> Reading:
+        """What blocks are told of the memory in a pass over tokens (B, T), which `past` others of a cache precede.
+        `valid` and `openings` as `Pooling` has them."""
         c = self.memory_cfg
         # Here, as what blocks share is converted once: autocast would do it in the first block alone, and again in
         # every one whose activations are recomputed.
@@ -56,7 +64,7 @@ class ReadsMemory(UsesKernels):
                 index = torch.arange(tokens.shape[1], device=tokens.device)
                 first = index - document_positions(doc_ids)
             strategy = c.routing_strategy_train if self.training else c.routing_strategy_inference
-            pooling = Pooling(strategy, c.routing_window_size, c.looks_ahead, first, valid, past)
+            pooling = Pooling(strategy, c.routing_window_size, c.looks_ahead, first, valid, past, openings)
             return Reading(banks, None, pooling)
         visible = Visible(1, tokens.numel(), c.num_memory_tokens, tokens.device, causal=False)
         plan = plan_attention(

@@ -28,8 +28,8 @@ __all__ = ["Choice", "MemoryCache", "Pooling", "Router", "auxiliary", "balance",
 
 
 class MemoryCache(KVCache):
-    """Keys and values, and of each routed layer the states that decisions of later tokens are pooled of: the first of
-    a text, or the latest."""
+    """Keys and values, and of each routed layer what decisions of later tokens are pooled of: the sum of a text's first
+    states, or the latest ones."""
 
     def __init__(self, n_layers: int, rows: int) -> None:
         super().__init__(n_layers, rows)
@@ -57,11 +57,12 @@ class MemoryCache(KVCache):
 class Pooling:
     """How decisions are pooled in a pass. `first` (B, T) int64: where in its row the document of each token begins;
     None: one document each. `valid` (B, T) bool: which tokens are text, behind which there is padding; None: all.
-    `past`: tokens that a cache holds.
+    `past`: tokens that a cache holds. `openings` (B, T) or (B, 1) int64: how many tokens the document of each token
+    begins with that are given, such as those of a chat before its first answer; None: `window` ones.
 
-    `sequence`: one decision for a document, the mean of its first `window` tokens, for those behind them; the first
-    ones have that of 0, as nothing is known of the text. With `lookahead` the mean of all, for all. `rolling`: of the
-    last `window` tokens, the token itself included. `token`: the token itself.
+    `sequence`: one decision for a document, the mean of its opening, for the tokens behind that; those of the opening
+    have that of 0, as nothing is known of the text. With `lookahead` the mean of all, for all. `rolling`: of the last
+    `window` tokens, the token itself included. `token`: the token itself.
     """
 
     strategy: Strategy
@@ -70,6 +71,7 @@ class Pooling:
     first: Tensor | None = None
     valid: Tensor | None = None
     past: int = 0
+    openings: Tensor | None = None
 
     def __call__(self, x: Tensor, layer: int, cache: MemoryCache | None) -> tuple[Tensor, Tensor]:
         """x (B, T, D) -> what the router reads z (B, T, D), in at least fp32; where decisions are made (B, T) bool:
@@ -104,15 +106,22 @@ class Pooling:
 
     def _prefix(self, x: Tensor, layer: int, cache: MemoryCache | None) -> tuple[Tensor, Tensor]:
         here, first = self._places(x)
-        decided = here - first >= self.window  # (B, T)
+        place = here - first  # (B, T), in the document
+        size = (
+            torch.full_like(place, self.window)
+            if self.openings is None
+            else self.openings.expand(place.shape)
+        )
+        decided = place >= size
         if cache is None:
-            last = (first + self.window - 1).clamp(max=x.shape[1] - 1)
-            pooled = means(x, first, last)
+            pooled = means(x, first, (first + size - 1).clamp(max=x.shape[1] - 1))
         else:
-            missing = max(0, self.window - self.past)
-            cache.pooled[layer] = held = _behind(cache, layer, x[:, :missing])[0]
-            pooled = held.mean(1, keepdim=True).expand(x.shape)
-        return torch.where(decided[..., None], pooled, 0.0), here - first == self.window
+            total = x.masked_fill(decided[..., None], 0.0).sum(1, keepdim=True)  # (B, 1, D)
+            if layer in cache.pooled:
+                total = total + cache.pooled[layer]
+            cache.pooled[layer] = total
+            pooled = total / size[..., None]
+        return torch.where(decided[..., None], pooled, 0.0), place == size
 
     def _whole(self, x: Tensor) -> tuple[Tensor, Tensor]:
         here, first = self._places(x)

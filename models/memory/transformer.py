@@ -30,7 +30,8 @@ __all__ = ["MemoryTransformer"]
 
 
 class MemoryTransformer(ReadsMemory, Vanilla):
-    """`forward` takes `valid` (B, T) bool besides, which tokens are text, where chapters are decided by all of it."""
+    """`forward` takes `valid` (B, T) bool besides, which tokens are text, where chapters are decided by all of it, and
+    `openings` (B, T) or (B, 1) int64, how many tokens are given at the beginning of each document: see `Pooling`."""
 
     Config = MemoryConfig
     cfg: MemoryConfig
@@ -46,10 +47,11 @@ class MemoryTransformer(ReadsMemory, Vanilla):
         doc_ids: Tensor | None,
         cu_seqlens: Tensor | None = None,
         valid: Tensor | None = None,
+        openings: Tensor | None = None,
     ) -> tuple[Any, ...]:
         """The plan of attention, the rotation, and what blocks are told of the memory."""
         plan, rotation = super().shared(tokens, past, doc_ids, cu_seqlens)
-        return plan, rotation, self.reading(tokens, past, doc_ids, valid)
+        return plan, rotation, self.reading(tokens, past, doc_ids, valid, openings)
 
     @property
     def attention_dropout(self) -> float:

@@ -276,16 +276,22 @@ def test_no_yardstick_of_text_stands_beside_answers(whole) -> None:
 # -- questions and answers ---------------------------------------------------------------------------------------------
 
 
+class Asked(list):
+    """Prompts with their stops; `opened`: what of each prompt stands before its first answer."""
+
+
 def answers(monkeypatch, said: list[str]):
     """Have models answer so, up to a stop, and tell what they were asked."""
     from adapters.default import DefaultModelAdapter
 
-    asked, left = [], iter(said)
+    asked, left = Asked(), iter(said)
+    asked.opened = []
 
     def generate(self, prompts, options, on_tokens=None, on_state=None):
         from adapters.base import Generation
 
         asked.append((self.tokenizer.decode(prompts[0]).decode(), options.stop_ids))
+        asked.opened.append(self.tokenizer.decode(prompts[0][: options.openings[0]]).decode())
         tokens = self.tokenizer.encode(next(left)).tolist()
         for row in range(len(prompts)):
             on_tokens(row, tokens)
@@ -299,7 +305,12 @@ def test_generate_asks_in_the_template_by_default(whole, command, monkeypatch) -
     asked = answers(monkeypatch, ["an answer"])
     out, err = command("generate", "--checkpoint", whole, "--prompt", "why?", "--system", "Be brief.")
     header = "<|im_start|>system\nBe brief.\n<|im_start|>user\nwhy?\n<|im_start|>assistant\n"
-    assert asked == [(header, (256,))] and out == "an answer\n" and "asked as ChatML has it" in err
+    assert (
+        asked == [(header, (256,))]
+        and asked.opened == [header]
+        and out == "an answer\n"
+        and "asked as ChatML has it" in err
+    )
 
 
 def test_generate_can_continue_text_all_the_same(whole, command) -> None:
@@ -321,9 +332,9 @@ def test_a_chat_goes_on_over_turns_on_a_terminal(whole, command, monkeypatch) ->
     command("generate", "--checkpoint", whole, "--prompt", "first?", "--chat")
     template, turns = ChatTemplate(load_dataset(config("gpt2")[0]).tokenizer), ["first?", "one", "second?"]
     expected = [Message(role, text) for role, text in zip(("user", "assistant", "user"), turns, strict=True)]
-    assert [text for text, _ in asked] == [
-        template.tokenizer.decode(template.prompt(expected[:n])).decode() for n in (1, 3)
-    ]
+    first, second = (template.tokenizer.decode(template.prompt(expected[:n])).decode() for n in (1, 3))
+    assert [text for text, _ in asked] == [first, second] and second.startswith(first)
+    assert asked.opened == [first, first]
 
 
 def test_ctrl_c_at_a_question_ends_the_chat(whole, command, monkeypatch) -> None:
@@ -373,6 +384,7 @@ def test_samples_along_a_run_are_answers(words, monkeypatch, prompt, asked) -> N
     text = sample_text(s, lambda: False)
     assert heard[0][0].startswith(asked) and heard[0][0].endswith("<|im_start|>assistant\n")
     assert text == heard[0][0] + "so" and heard[0][1] == (256,)
+    assert heard.opened == [heard[0][0]]
 
 
 def test_the_example_makes_chats(tmp_path, monkeypatch) -> None:
@@ -418,6 +430,7 @@ def test_padded_text_trains_and_goes_on_as_it_began(tmp_path) -> None:
         ),
         (["training_mode=chat"], "training_mode: .*instruction_finetuning"),
         (["text_field=[]"], "text_field"),
+        (["text_field=[ask,say,ask]"], "text_field names 'ask' twice"),
     ],
 )
 def test_bad_fields_are_refused(given, message) -> None:

@@ -82,6 +82,7 @@ def _answers(
 
     try:
         prompts = [template.prompt(chat)] * args.num_samples
+        options = replace(options, openings=(template.opening(chat),) * args.num_samples)
         found = restored.adapter.generate(prompts, options, on_tokens).tokens
     except StopRequested:
         print("\n(stopped)", file=sys.stderr)

@@ -55,7 +55,7 @@ def test_rows_by_hand() -> None:
     ]
     assert batch.doc_ids.tolist() == [[0] * 5 + [1] * 4, [0] * 4 + [1, 2, 3, 4, 5]]
     assert batch.weights.tolist() == [[0, 0, 1, 1, 0, 0, 1, 1], [0, 1, 1, 0, 0, 0, 0, 0]]
-    assert batch.rows.tolist() == [0, 3] and batch.bytes == 1 + 2 + 1
+    assert batch.rows.tolist() == [0, 3] and batch.bytes == 1 + 2 + 1 and batch.chats
     assert rows._plan(0).first.tolist() == [0, 3]
 
 
@@ -160,9 +160,15 @@ def test_targets_beyond_a_row_are_nobodys() -> None:
 
 def test_held_out_chats_are_scored_by_their_answers() -> None:
     rows = heldout_rows(CHATS, EOT, 11)
-    assert isinstance(rows, HeldoutChats) and rows.complete and rows.scores == "answers"
+    assert (
+        isinstance(rows, HeldoutChats)
+        and rows.complete
+        and rows.scores == "answers"
+        and rows.batch(np.zeros(1, int)).chats
+    )
     assert rows.total_bytes == 1 + 2 + 1 + 1 == CHATS.doc_bytes.sum()
     batch = rows.batch(np.array([0, -1, 3]))
+    assert batch.chats
     assert batch.weights.sum() == 2 + 2 and batch.end_weights.sum() == 0 and batch.bytes == batch.sizes.sum()
     assert isinstance(heldout_rows(encode_documents_of("a"), EOT, 4), HeldoutRows)
 
