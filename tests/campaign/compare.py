@@ -30,6 +30,14 @@ def contents(path: Path) -> dict[str, Any]:
 
 
 def _read(file: Path) -> Any:
+    """What it says, or why that cannot be read."""
+    try:
+        return _content(file)
+    except Exception as error:  # torch.load raises anything
+        return f"unreadable: {error}"
+
+
+def _content(file: Path) -> Any:
     if file.name in _PRESENT:
         return True
     if file.suffix == ".pt":

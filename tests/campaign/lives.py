@@ -40,13 +40,15 @@ GRACE = 20.0  # seconds that a process may outlive another of its run, or its la
 
 
 def make_text(folder: Path) -> None:
-    """The same documents in every format, and a cache beside them, where the lives keep theirs."""
+    """The same documents in every format, and a cache beside them, where the lives keep theirs. No kernel is compiled
+    for it: that takes longer than a life."""
     import pyarrow as pa
     from pyarrow import parquet
 
     from data.prepare import Wanted, prepare
 
     os.environ["MYTRAINER_CACHE"] = str(folder / "cache")
+    os.environ["CXX"] = "no-compiler"
     rng = random.Random(0)
     letters = "etaoin shrdlu"
     texts = [f"{n} " + "".join(rng.choices(letters, k=rng.randrange(40, 400))) for n in range(80)]
