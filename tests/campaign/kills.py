@@ -233,4 +233,4 @@ def _prepare(shared: Path) -> None:
         make_text(shared)
 
 
-CAMPAIGN = Campaign(make, try_, (OK,), _prepare, patience=20, life=20)
+CAMPAIGN = Campaign(make, try_, (OK,), _prepare, patience=20)
