@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
-import os
 import random
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 from configs.files import CONFIGS, FORMATS, options
 from configs.formats.memory_sections import SECTIONS, defaults
 from tests.campaign import hostile
+from tests.campaign.command import CLEAN, OK, outcome, say
 from tests.campaign.jail import Campaign, Watch
-
-OK, CLEAN, FAULT = "ok", "clean config error", "traceback"
 
 
 @dataclass
@@ -163,42 +157,9 @@ def try_(case: Case, folder: Path, watch: Watch) -> tuple[str, str]:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-    out = io.TextIOWrapper(io.BytesIO(), "utf-8")
-    err = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace")  # as in a terminal
-    fault = ""
-    status: Any = None
-    with _nothing_starts(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        import mytrainer
-
-        words = [os.fsdecode(os.fsencode(w)) if w.isprintable() else w for w in case.words]
-        watch.arm(folder, writes=words[:1] == ["convert"])
-        try:
-            status = mytrainer.main(words)
-        except SystemExit as leaving:
-            status = leaving.code
-        except BaseException:
-            fault = traceback.format_exc()
-        watch.armed = False
-    err.flush()
-    said = err.buffer.getvalue().decode()  # type: ignore[attr-defined]
-    if watch.seen is not None:
-        return watch.seen.outcome, str(watch.seen)
-    if (folder / hostile.MARKER).exists():
-        return "executed code", "the bait was run"
-    if fault or "Traceback (most recent call last)" in said:
-        return FAULT, _where(fault or said)
-    if status == 0:
-        return OK, ""
-    told = said.strip()
-    return (CLEAN, "") if status == 2 and told else (FAULT, f"status {status!r}: {told[:300]}")
-
-
-def _where(fault: str) -> str:
-    """The last place in the project of a traceback, and its last line."""
-    places = [line.strip() for line in fault.splitlines() if line.strip().startswith("File ")]
-    ours = [p for p in places if str(CONFIGS.parent) in p] or places
-    last = ours[-1].replace(str(CONFIGS.parent) + "/", "") if ours else ""
-    return f"{last}: {fault.strip().splitlines()[-1][:300]}"
+    with _nothing_starts():
+        said = say(case.words, folder, watch, writes=case.words[:1] == ["convert"])
+    return outcome(said, folder, watch)
 
 
 @contextlib.contextmanager
@@ -214,7 +175,6 @@ def _nothing_starts() -> Iterator[None]:
         mock.patch.object(sweep, "_status", lambda plan, settings: 0),
         mock.patch.object(sweep.study, "settings", lambda *args: []),
         mock.patch.object(launch, "require_writable", lambda folder: None),
-        mock.patch.object(logging.root, "handlers", []),
     ):
         yield
 

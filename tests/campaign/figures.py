@@ -11,12 +11,14 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Found:
-    """What came of one case. `kind` is what was tried, `detail` what was seen, "" where nothing is to be said."""
+    """What came of one case. `kind` is what was tried, `detail` what was seen, "" where nothing is to be said; `counts`
+    what else is counted of it, such as the kills of a run."""
 
     case: int
     kind: str
     outcome: str
     detail: str = ""
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -42,7 +44,12 @@ class Figures:
 
     def write(self, path: Path) -> None:
         seeds = {seed: [asdict(found) for found in cases.values()] for seed, cases in self.seeds.items()}
-        stored = {"campaign": self.campaign, "outcomes": self.outcomes(), "seeds": seeds}
+        stored = {
+            "campaign": self.campaign,
+            "outcomes": self.outcomes(),
+            "counts": self.counts(),
+            "seeds": seeds,
+        }
         path.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
 
     def outcomes(self) -> dict[str, dict[str, int]]:
@@ -52,6 +59,13 @@ class Figures:
             counts.setdefault(found.kind, Counter())[found.outcome] += 1
         return {kind: dict(sorted(counts[kind].items())) for kind in sorted(counts)}
 
+    def counts(self) -> dict[str, int]:
+        """What is counted beside outcomes, added up."""
+        total: Counter[str] = Counter()
+        for found in self._all():
+            total.update(found.counts)
+        return dict(sorted(total.items()))
+
     def bad(self, good: Container[str]) -> list[Found]:
         return [found for found in self._all() if found.outcome not in good]
 
@@ -60,6 +74,7 @@ class Figures:
             f"{kind}: " + ", ".join(f"{n} {outcome}" for outcome, n in counts.items())
             for kind, counts in self.outcomes().items()
         ]
+        lines += [f"{what}: {n}" for what, n in self.counts().items()]
         total = sum(len(cases) for cases in self.seeds.values())
         return "\n".join(
             [*lines, f"{total} cases of {len(self.seeds)} seeds, {len(self.bad(good))} of them bad"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -305,7 +306,7 @@ _DIRECTIVES = [
 ]
 
 
-def prepare() -> None:
+def prepare(folder: Path) -> None:
     """Import what every case needs, torch among it, before the hook listens and memory is counted."""
     import torch  # noqa: F401
 

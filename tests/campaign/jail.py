@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import resource
 import select
@@ -16,6 +17,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ CPU_SECONDS = 10  # of one case; more is a hang
 WALL_SECONDS = 60  # the same on a busy machine, where a case waits for something
 MORE_MEMORY = 2 << 30  # bytes of address space that a worker may add to what it has
 LIFE = 200  # cases of one worker
+SHARED = "shared"  # a folder beside those of the cases
 
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _CHANGES = (
@@ -62,13 +65,20 @@ class Stopped(BaseException):
 
 @dataclasses.dataclass(frozen=True)
 class Campaign:
-    """What is tried. `make(seed, number)` gives a case, `try_(case, folder, watch)` its outcome and what was seen, in a
-    folder of its own; `good` are the outcomes that nobody has to look at."""
+    """What is tried. `make(seed, number)` gives a case, `try_(case, folder, watch)` its outcome, what was seen and,
+    where it counts anything, the counts, in a folder of its own; `good` are the outcomes that nobody has to look at. A
+    case has a `kind` and is printed to be read.
+
+    `prepare(folder)` is called once, before the workers are made, with a folder for what cases share: a worker finds it
+    as `SHARED` beside its own. `patience` is how much longer than a configuration a case may take, by CPU and by the
+    clock."""
 
     make: Callable[[int, int], Any]
-    try_: Callable[[Any, Path, Watch], tuple[str, str]]
+    try_: Callable[[Any, Path, Watch], tuple[Any, ...]]
     good: tuple[str, ...]
-    prepare: Callable[[], None] = lambda: None  # once, before the workers are made
+    prepare: Callable[[Path], None] = lambda folder: None
+    patience: int = 1
+    life: int = LIFE
 
     def shown(self, seed: int, number: int) -> str:
         return str(self.make(seed, number))
@@ -80,13 +90,18 @@ class Watch:
     def __init__(self) -> None:
         self.armed = False
         self.folder = Path("/nowhere")
-        self.writes = False
+        self.writable: tuple[Path, ...] = ()
+        self.programs: tuple[str, ...] = ()
         self.seen: Stopped | None = None
+        self.place = Path()  # where it last asked to write
         sys.addaudithook(self._hear)
 
-    def arm(self, folder: Path, *, writes: bool) -> None:
-        """From now on. `writes`: whether the case may write within its folder. Modules there are never to be run."""
-        self.folder, self.writes = folder, writes
+    def arm(
+        self, folder: Path, *, writes: bool, also: tuple[Path, ...] = (), programs: tuple[str, ...] = ()
+    ) -> None:
+        """From now on. `writes`: whether the case may write within its folder, and in `also`. Modules there are never
+        to be run. `programs` are those that it may start, as their first words."""
+        self.folder, self.writable, self.programs = folder, (folder, *also) if writes else (), programs
         self.seen, self.armed = None, True
 
     def _hear(self, event: str, args: tuple[Any, ...]) -> None:
@@ -106,6 +121,10 @@ class Watch:
             return "touched file" if writes and not self._may_write(path) else ""
         if event in _CHANGES:
             return "" if self._may_write(args[0]) else "touched file"
+        if event == "subprocess.Popen" and self._may_start(args[1]):
+            return ""
+        if event == "os.kill" and self.programs and _is_child(args[0]):
+            return ""
         if event in _PROCESSES:
             return "executed code"
         if event == "exec":  # of a module's code too, however it is imported
@@ -113,11 +132,15 @@ class Watch:
             return "executed code" if inside or self._by_a_reader() else ""
         return ""
 
+    def _may_start(self, command: Any) -> bool:
+        given = [command] if isinstance(command, str) else [os.fspath(word) for word in command]
+        return any(given[: len(words)] == words for words in map(str.split, self.programs))
+
     def _may_write(self, path: Any) -> bool:
         if not isinstance(path, str | bytes | os.PathLike):
             return isinstance(path, int)  # a file that is open already
-        real = os.path.realpath(os.fsdecode(path))
-        return real == os.devnull or (self.writes and Path(real).is_relative_to(self.folder))
+        self.place = Path(os.path.realpath(os.fsdecode(path)))
+        return str(self.place) == os.devnull or any(self.place.is_relative_to(f) for f in self.writable)
 
     @staticmethod
     def _by_a_reader() -> bool:
@@ -126,32 +149,54 @@ class Watch:
         return str(caller).partition(".")[0] in _READERS
 
 
+def _is_child(pid: int) -> bool:
+    """Whether this process has started that one."""
+    stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    return int(stat.rpartition(")")[2].split()[1]) == os.getpid()
+
+
 def run(
-    campaign: Campaign, seed: int, numbers: Sequence[int], folder: Path, workers: int = 1
+    campaign: Campaign,
+    seed: int,
+    numbers: Sequence[int],
+    folder: Path,
+    workers: int = 1,
+    *,
+    end: float = math.inf,
+    keep: bool = False,
 ) -> Iterator[Found]:
-    """Try these cases; what came of each, in the order in which they end."""
-    campaign.prepare()
-    waiting = list(reversed(numbers))
+    """Try these cases; what came of each, in the order in which they end. At `end`, by the monotonic clock, no further
+    one begins. `keep`: leave their folders."""
+    (folder / SHARED).mkdir(exist_ok=True)
+    campaign.prepare(folder / SHARED)
+    begun, ends = 0, len(numbers)
     crew: list[_Worker] = []
+    waiting: list[int] = []  # left by workers that a case ended
     try:
-        while waiting or crew:
-            while waiting and len(crew) < workers:
-                share = [waiting.pop() for _ in range(min(LIFE, len(waiting)))]
-                crew.append(_Worker(campaign, seed, share, folder / f"{share[0]}"))
+        while crew or ((waiting or begun < ends) and time.monotonic() < end):
+            while (waiting or begun < ends) and len(crew) < workers and time.monotonic() < end:
+                if waiting:
+                    share, waiting = waiting, []
+                else:
+                    share = list(numbers[begun : begun + campaign.life])
+                    begun += len(share)
+                crew.append(_Worker(campaign, seed, share, folder, end, keep))
             ready, _, _ = select.select([w.pipe for w in crew], [], [], 1.0)
             for worker in list(crew):
                 yield from worker.heard() if worker.pipe in ready else worker.overdue()
                 if worker.ended:
                     crew.remove(worker)
-                    waiting += reversed(worker.left)
+                    waiting += worker.left
     finally:
         for worker in crew:
             worker.end()
 
 
 class _Worker:
-    def __init__(self, campaign: Campaign, seed: int, numbers: list[int], folder: Path) -> None:
-        self.campaign, self.seed, self.folder = campaign, seed, folder
+    def __init__(
+        self, campaign: Campaign, seed: int, numbers: list[int], folder: Path, end: float, keep: bool
+    ) -> None:
+        self.campaign, self.seed, self.folder, self.keep = campaign, seed, folder, keep
         self.left = list(numbers)
         self.ended = False
         self.since = time.monotonic()
@@ -161,9 +206,12 @@ class _Worker:
         if self.pid == 0:
             status = 1
             try:
-                _live(campaign, seed, numbers, folder, inner)
+                _live(campaign, seed, numbers, folder, inner, end, keep)
                 status = 0
+            except BaseException:
+                traceback.print_exc()  # of the campaign itself
             finally:
+                sys.stderr.flush()
                 os._exit(status)
         os.close(inner)
 
@@ -180,20 +228,23 @@ class _Worker:
             yield from self._died()
 
     def overdue(self) -> Iterator[Found]:
-        if time.monotonic() - self.since > WALL_SECONDS:
+        allowed = WALL_SECONDS * self.campaign.patience
+        if time.monotonic() - self.since > allowed:
             os.kill(self.pid, signal.SIGKILL)
-            yield from self._died(f"waited for more than {WALL_SECONDS} s")
+            yield from self._died(f"waited for more than {allowed} s")
 
     def _died(self, detail: str = "") -> Iterator[Found]:
         _, status = os.waitpid(self.pid, 0)
         os.close(self.pipe)
         self.ended = True
-        shutil.rmtree(self.folder, ignore_errors=True)
-        if self.left:
+        number = os.waitstatus_to_exitcode(status)
+        if self.left and number != 0:  # 0: there was no time for the others
             case = self.left.pop(0)
+            if not self.keep:
+                shutil.rmtree(self.folder / str(case), ignore_errors=True)
             kind = self.campaign.make(self.seed, case).kind
-            number = os.waitstatus_to_exitcode(status)
-            hang = detail or (f"computed for more than {CPU_SECONDS} s" if number == -signal.SIGPROF else "")
+            computed = f"computed for more than {CPU_SECONDS * self.campaign.patience} s"
+            hang = detail or (computed if number == -signal.SIGPROF else "")
             yield Found(
                 case, kind, "hang" if hang else "traceback", hang or f"the process ended with {number}"
             )
@@ -204,8 +255,11 @@ class _Worker:
         os.close(self.pipe)
 
 
-def _live(campaign: Campaign, seed: int, numbers: list[int], folder: Path, pipe: int) -> None:
+def _live(
+    campaign: Campaign, seed: int, numbers: list[int], folder: Path, pipe: int, end: float, keep: bool
+) -> None:
     """A worker's life."""
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # nobody answers a question
     sys.dont_write_bytecode = True
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     size = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
@@ -213,18 +267,21 @@ def _live(campaign: Campaign, seed: int, numbers: list[int], folder: Path, pipe:
     watch = Watch()
     environment, path, argv = dict(os.environ), list(sys.path), list(sys.argv)
     for number in numbers:
+        if time.monotonic() > end:
+            return
         case = campaign.make(seed, number)
         inner = folder / str(number)
-        inner.mkdir(parents=True)
+        inner.mkdir()
         os.chdir(inner)
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-        outcome, detail = campaign.try_(case, inner.resolve(), watch)
+        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS * campaign.patience)
+        outcome, detail, *counts = campaign.try_(case, inner.resolve(), watch)
         signal.setitimer(signal.ITIMER_PROF, 0)
         watch.armed = False
         os.chdir("/")
-        shutil.rmtree(inner)
+        if not keep:
+            shutil.rmtree(inner)
         os.environ.clear()
         os.environ.update(environment)
         sys.path[:], sys.argv[:] = path, argv
-        told = json.dumps(dataclasses.asdict(Found(number, case.kind, outcome, detail)))
+        told = json.dumps(dataclasses.asdict(Found(number, case.kind, outcome, detail, *counts)))
         os.write(pipe, told.encode() + b"\n")

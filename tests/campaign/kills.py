@@ -1,135 +1,107 @@
-"""Runs that are killed: `python -m tests.campaign.kills --minutes 5 --seed 7 --json kills.json`
+"""Runs that something happens to: killed, asked to stop, or with a disk that fails.
 
 A run is killed (SIGKILL) before one of its changes to files, or at a moment, asked to stop there, or has an operation
-fail; it is gone on with, and killed again now and then, until it ends. Then every file of its folder is compared with
-those of the same run that nothing happened to. What happens to run number n is a function of (seed, n). Figures of
-further seeds add up in the same file; the exit status is 1 where something was found.
+fail; it is gone on with, and that again, until it ends. Then every file of its folder is compared with those of the
+same run that nothing happened to. Architectures and forms of text take turns; some runs are of two processes, and of
+those some are started by the launcher, which is killed.
 """
 
 from __future__ import annotations
 
-import argparse
-import builtins
 import errno
 import json
 import os
 import random
-import re
-import shutil
 import signal
-import sys
-import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from tests.contract.tiny import config
-from trainer.errors import TrainingError
-from trainer.loop import train
+from tests.campaign.compare import contents, differences, room
+from tests.campaign.jail import SHARED, Campaign, Watch
+from tests.campaign.lives import FORMATS, SAVE_EVERY, Faults, launched, life, make_text, words_of
+from tests.contract.tiny import TYPES
 from trainer.run.checkpoint import checkpoints_in, damage
 
-STEPS, SAVE_EVERY = 6, 2
-WORDS = [f"num_iterations={STEPS}", f"save_steps={SAVE_EVERY}", "val_loss_every=2", "save_best_model=true"]
-WORDS += ["save_total_limit=1", "ema_decay=0.9", "logging_steps=1"]
-TYPES = ("gpt2", "vanilla", "mamba", "mdl")
-# Everything that Python writes, links, renames or deletes goes through one of these.
-CALLS = ("mkdir", "rename", "replace", "link", "unlink", "rmdir", "fsync")
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS, errno.EMFILE)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-PATIENCE = 120.0  # seconds of a life on a busy machine, after which it hangs
-# What may differ: the place, times and what follows from them, memory, the words of the command line, and the kernels,
-# which are those of the last life.
-TIMED = re.compile(
-    r"output_dir|git_|^kernels$|seconds|tokens_per_second|memory|argv|started|date|load_average|mfu|threads|torch"
-)
-NOT_COMPARED = re.compile(
-    r"\.lock|report\.html|.*\.dropped\.(jsonl|txt)|config\.yaml|digests\.json|process-\d+\.log"
-)
+ROUNDS = 4  # through all architectures before each takes another form of text
+OK, WRONG = "as if nothing had happened", "wrong"
 
 
-def life(path: Path, type_: str, faults: Callable[[int], None] | None) -> str:
-    """One life of a run in a process of its own, before each of whose changes to files `faults` hears its number; how
-    it ended."""
-    child = os.fork()
-    if child == 0:
-        _live(path, type_, faults)
-    return _ended(child, time.monotonic() + PATIENCE)
+@dataclass(frozen=True)
+class Fault:
+    """What happens in a life. `at`: after which part of a whole run's operations, or of its time; `what`: a signal or
+    an errno; `rank`: in which process."""
+
+    kind: str
+    at: float
+    what: int = 0
+    rank: int = 0
+
+    def __str__(self) -> str:
+        what = {"error": errno.errorcode.get(self.what, ""), "operation": "SIGKILL", "moment": "SIGKILL"}
+        name = what.get(self.kind) or signal.Signals(self.what).name
+        return f"{name} ({self.kind}) at {self.at:.3f} in process {self.rank}"
 
 
-def _live(path: Path, type_: str, faults: Callable[[int], None] | None) -> None:
-    status = 70  # a traceback
-    try:
-        os.setsid()
-        with open(path.with_suffix(".log"), "a", encoding="utf-8") as log:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
-        if faults is not None:
-            _hear(faults)
-        cfg, model_cfg = config(type_, *WORDS)
-        cfg = cfg.model_copy(update={"resume": "auto", "output_dir": str(path)})
-        train(cfg, model_cfg, path)
-        status = 0
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 1
-    except SystemExit as leaving:
-        status = leaving.code if isinstance(leaving.code, int) else 70
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+@dataclass(frozen=True)
+class Case:
+    kind: str  # the architecture
+    format: str
+    processes: int
+    faults: tuple[Fault, ...]
+
+    def __str__(self) -> str:
+        lives = "\n".join(map(str, self.faults))
+        return f"--- {self.kind} on {self.format}, {self.processes} process(es)\n{lives}"
 
 
-def _hear(faults: Callable[[int], None]) -> None:
-    done = 0
-
-    def around(call: Any, counts: Callable[..., bool] = lambda *_, **__: True) -> Any:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            nonlocal done
-            if counts(*args, **kwargs):
-                done += 1
-                faults(done)
-            return call(*args, **kwargs)
-
-        return wrapped
-
-    for name in CALLS:
-        setattr(os, name, around(getattr(os, name)))
-    builtins.open = around(builtins.open, lambda path, mode="r", *_, **__: mode[0] in "wa")
+def make(seed: int, number: int) -> Case:
+    rng = random.Random(f"{seed} {number}")
+    place = number % len(TYPES)
+    format_ = FORMATS[(place + number // (ROUNDS * len(TYPES)) + seed) % len(FORMATS)]
+    processes = 2 if rng.random() < 0.12 else 1
+    faults = tuple(_fault(rng, processes) for _ in range(rng.randint(1, 4)))
+    return Case(TYPES[place], format_, processes, faults)
 
 
-def _ended(child: int, deadline: float) -> str:
-    while True:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            code = os.waitstatus_to_exitcode(status)
-            return {0: "ended", 70: "traceback"}.get(code, f"status {code}")
-        if time.monotonic() > deadline:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return "hang"
-        time.sleep(0.005)
+def _fault(rng: random.Random, processes: int) -> Fault:
+    kind = rng.choice(["operation", "operation", "operation", "moment", "signal", "error"])
+    if processes > 1 and rng.random() < 0.25:
+        return Fault("launcher", rng.random(), rng.choice([signal.SIGKILL, *SIGNALS]))
+    if kind == "signal":
+        return Fault(kind, rng.random(), rng.choice(SIGNALS), rng.randrange(processes))
+    if kind == "moment":
+        return Fault(kind, rng.random(), rank=rng.randrange(processes))
+    return Fault(kind, rng.random(), rng.choice(ERRORS) if kind == "error" else 0)  # process 0 writes
 
 
 # -- what happens to a run -----------------------------------------------------------------------------------
 
 
-def _killed_at(number: int) -> Callable[[int], None]:
+def _killed_at(number: int) -> Faults:
     return lambda done: os.kill(os.getpid(), signal.SIGKILL) if done == number else None
 
 
-def _asked_at(number: int, which: int) -> Callable[[int], None]:
-    return lambda done: os.kill(os.getpid(), which) if done == number else None
+def _asked_after(seconds: float, which: int) -> Faults:
+    """At a moment, in whatever phase: the timer is the kernel's, and a handler makes that signal of its."""
+
+    def ask(number: int, frame: object) -> None:
+        os.kill(os.getpid(), which)
+
+    def start() -> None:
+        signal.signal(signal.SIGALRM, ask)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    return _at_first(start)
 
 
-def _failing_at(number: int, code: int) -> Callable[[int], None]:
+def _failing_at(number: int, code: int) -> Faults:
     def fail(done: int) -> None:
         if done == number:
             raise OSError(code, os.strerror(code))
@@ -137,120 +109,109 @@ def _failing_at(number: int, code: int) -> Callable[[int], None]:
     return fail
 
 
-def _killed_after(seconds: float) -> Callable[[int], None]:
+def _killed_after(seconds: float) -> Faults:
     """At a moment, whatever the process is busy with: the timer is the kernel's."""
-    signal_at = [False]
 
-    def start(done: int) -> None:
-        if not signal_at[0]:
-            signal_at[0] = True
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.setitimer(signal.ITIMER_REAL, seconds)
+    def start() -> None:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
-    return start
+    return _at_first(start)
 
 
-def fault(rng: random.Random, operations: int, seconds: float) -> tuple[str, Callable[[int], None]]:
-    kind = rng.choice(["operation", "operation", "moment", "signal", "error"])
-    number = rng.randint(1, operations)
-    if kind == "operation":
-        return kind, _killed_at(number)
-    if kind == "moment":
-        return kind, _killed_after(rng.uniform(0.001, seconds))
-    if kind == "signal":
-        return kind, _asked_at(number, rng.choice(SIGNALS))
-    return kind, _failing_at(number, rng.choice(ERRORS))
+def _at_first(start: Callable[[], None]) -> Faults:
+    begun = [False]
+
+    def hear(done: int) -> None:
+        if not begun[0]:
+            begun[0] = True
+            start()
+
+    return hear
 
 
-# -- what is compared ----------------------------------------------------------------------------------------
-
-
-def contents(path: Path) -> dict[str, Any]:
-    """Name -> what a file of the folder says, without what may differ."""
-    files = (file for file in sorted(path.rglob("*")) if file.is_file())
-    named = {str(file.relative_to(path)): file for file in files}
-    return {name: _read(file) for name, file in named.items() if not NOT_COMPARED.fullmatch(file.name)}
-
-
-def _read(file: Path) -> Any:
-    if file.suffix == ".pt":
-        return _plain(torch.load(file, weights_only=True))
-    if file.suffix == ".jsonl":
-        return [_plain(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
-    return _plain(json.loads(file.read_bytes())) if file.suffix == ".json" else file.read_bytes()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items() if not TIMED.search(str(k))}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return value.tolist() if isinstance(value, torch.Tensor) else value
-
-
-def differences(path: Path, expected: dict[str, Any]) -> list[str]:
-    found = contents(path)
-    return sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-
-
-def room(path: Path) -> int:
-    """Bytes on the disk, each file once however many names it has."""
-    return sum({(s := file.stat()).st_ino: s.st_size for file in path.rglob("*") if file.is_file()}.values())
+def _faults(fault: Fault, whole: Whole, life_: int) -> Faults:
+    """Later lives have less left to do."""
+    number = 1 + int(fault.at * whole.operations / (1 + life_ / 2))
+    seconds = 0.001 + fault.at * whole.seconds / (1 + life_ / 2)
+    if fault.kind == "operation":
+        return _killed_at(number)
+    if fault.kind == "moment":
+        return _killed_after(seconds)
+    return _asked_after(seconds, fault.what) if fault.kind == "signal" else _failing_at(number, fault.what)
 
 
 # -- a campaign ----------------------------------------------------------------------------------------------
 
 
-class Campaign:
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.whole: dict[str, tuple[dict[str, Any], int, float, int]] = {}
+@dataclass(frozen=True)
+class Whole:
+    """A run that nothing happens to."""
 
-    def expected(self, type_: str) -> tuple[dict[str, Any], int, float, int]:
-        """(contents, changes to files, seconds, bytes) of a run that nothing happens to."""
-        if type_ not in self.whole:
-            path, count = self.folder / type_, self.folder / f"{type_}.count"
-            began = time.monotonic()
+    path: Path
+    operations: int
+    seconds: float
+    room: int
 
-            def counted(done: int) -> None:
-                count.touch()
-                os.truncate(count, done)
 
-            if (ended := life(path, type_, counted)) != "ended":
-                raise RuntimeError(
-                    f"{type_} {ended} by itself: {path.with_suffix('.log').read_text()[-2000:]}"
-                )
-            seconds = time.monotonic() - began
-            self.whole[type_] = contents(path), count.stat().st_size, seconds, room(path)
-        return self.whole[type_]
+def whole_run(case: Case, words: list[str], shared: Path) -> Whole:
+    """Of this architecture, text and number of processes: made by the first case that needs it."""
+    path = shared / f"whole-{case.kind}-{case.format}-{case.processes}"
+    facts = path.with_suffix(".json")
+    if not facts.exists():
+        mine = shared / f"{path.name}-{os.getpid()}"
+        count = mine.with_suffix(".count")
+        began = time.monotonic()
 
-    def one(self, seed: int, number: int, counts: Counter[str]) -> list[str]:
-        """Run number `number`: what is wrong with it."""
-        rng = random.Random(f"{seed} {number}")
-        type_, path = TYPES[number % len(TYPES)], self.folder / f"run-{number}"
-        whole, operations, seconds, bytes_ = self.expected(type_)
-        wrong: list[str] = []
-        lives = rng.randint(1, 4)
-        for _ in range(lives):
-            kind, faults = fault(rng, operations, seconds)
-            before = _newest(path)
-            ended = life(path, type_, faults)
-            counts[f"{kind}: {'killed' if ended in ('status -9', 'status -14') else ended}"] += 1
-            if ended in ("traceback", "hang") and kind != "error":
-                wrong.append(f"{kind}: {ended}")
-            if _newest(path) < before:
-                wrong.append(f"{kind}: checkpoint-{before} is lost")
-        ended = life(path, type_, None)
-        counts[f"at last: {ended}"] += 1
-        if ended != "ended":
-            wrong.append(f"at last: {ended}")
-        wrong += [f"differs: {name}" for name in differences(path, whole)]
-        if room(path) > 1.02 * bytes_ + 20_000:  # beside them lie lines of lives cut short
-            wrong.append(f"{room(path)} bytes instead of {bytes_}")
-        if not wrong:
-            shutil.rmtree(path)
-            path.with_suffix(".log").unlink()
-        return wrong
+        def counted(done: int) -> None:
+            count.touch()
+            os.truncate(count, done)
+
+        if (ended := life(mine, case.kind, words, (counted, *[None] * (case.processes - 1)))) != "ended":
+            raise RuntimeError(
+                f"{path.name} {ended} by itself: {mine.with_suffix('.log').read_text()[-2000:]}"
+            )
+        seconds = time.monotonic() - began
+        if not path.exists():  # another worker may have been quicker
+            mine.rename(path)
+            found = {"operations": count.stat().st_size, "seconds": seconds, "room": room(path)}
+            part = facts.with_suffix(f".{os.getpid()}")
+            part.write_text(json.dumps(found), encoding="utf-8")
+            part.rename(facts)
+    return Whole(path, **json.loads(facts.read_text(encoding="utf-8")))
+
+
+def try_(case: Case, folder: Path, watch: Watch) -> tuple[str, str, dict[str, int]]:
+    torch.set_num_threads(1)  # a pool of threads does not survive a fork
+    shared, path = folder.parent / SHARED, folder / "run"
+    words = words_of(case.kind, case.format, shared)
+    whole = whole_run(case, words, shared)
+    counts = Counter({f"of {case.format}": 1, f"of {case.processes} processes": 1})
+    wrong: list[str] = []
+    for number, fault in enumerate(case.faults):
+        before = _newest(path)
+        if fault.kind == "launcher":
+            ended = launched(path, case.kind, words, fault.what, 2 + 12 * fault.at)
+        else:
+            hears: list[Faults | None] = [None] * case.processes
+            hears[fault.rank] = _faults(fault, whole, number)
+            ended = life(path, case.kind, words, hears)
+        counts[f"{fault.kind}: {'killed' if ended in ('status -9', 'status -14') else ended}"] += 1
+        if ended in ("traceback", "hang", "left behind"):
+            wrong.append(f"{fault}: {ended}")
+        if (newest := _newest(path)) < before:
+            wrong.append(f"{fault}: checkpoint-{before} is lost")
+        if _reached(path) - newest > SAVE_EVERY:
+            wrong.append(f"{fault}: saved step {newest} of {_reached(path)}")
+    ended = life(path, case.kind, words, [None] * case.processes)
+    counts[f"at last: {ended}"] += 1
+    if ended != "ended":
+        wrong.append(f"at last: {ended}: {path.with_suffix('.log').read_text(errors='replace')[-300:]!r}")
+    else:
+        wrong += [f"differs: {name}" for name in differences(path, contents(whole.path))]
+    if room(path) > 1.02 * whole.room + 20_000:  # beside them lie lines of lives cut short
+        wrong.append(f"{room(path)} bytes instead of {whole.room}")
+    return WRONG if wrong else OK, "; ".join(wrong), dict(counts)
 
 
 def _newest(path: Path) -> int:
@@ -258,35 +219,18 @@ def _newest(path: Path) -> int:
     return int(sound[-1].name.rpartition("-")[2]) if sound else 0
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.campaign.kills", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=2.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--run", type=int, help="this one alone, whose folder is kept")
-    parser.add_argument("--json", type=Path, help="figures, to which these are added")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)  # a pool of threads does not survive a fork
-    end, counts, bad = time.monotonic() + 60 * args.minutes, Counter[str](), 0
-    folder = Path(tempfile.mkdtemp(prefix="kills-"))
-    campaign, number = Campaign(folder), args.run or 0
-    while time.monotonic() < end:
-        wrong = campaign.one(args.seed, number, counts)
-        counts["runs"] += 1
-        counts["runs with something wrong"] += bool(wrong)
-        for told in wrong:
-            bad += 1
-            print(f"--seed {args.seed} --run {number} ({folder}): {told}", flush=True)
-        if args.run is not None:
-            break
-        number += 1
-    figures = Counter(json.loads(args.json.read_text()) if args.json and args.json.exists() else {}) + counts
-    if args.json:
-        args.json.write_text(json.dumps(dict(sorted(figures.items())), indent=1) + "\n")
-    print(json.dumps(dict(sorted(figures.items())), indent=1))
-    if not bad:
-        shutil.rmtree(folder)
-    return 1 if bad else 0
+def _reached(path: Path) -> int:
+    """The last step that metrics.jsonl has whole."""
+    lines = (
+        (path / "metrics.jsonl").read_bytes().split(b"\n")[:-1] if (path / "metrics.jsonl").exists() else []
+    )
+    return max((json.loads(line).get("step", 0) for line in lines), default=0)
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def _prepare(shared: Path) -> None:
+    torch.set_num_threads(1)
+    if not (shared / "shards").exists():
+        make_text(shared)
+
+
+CAMPAIGN = Campaign(make, try_, (OK,), _prepare, patience=20)

@@ -85,15 +85,35 @@ def test_within_its_folder_a_case_may_write_where_it_is_meant_to(tmp_path):
     assert not [*tmp_path.rglob("outer")]
 
 
+def test_a_case_may_start_and_end_the_programs_that_are_named(tmp_path):
+    def start(case, folder, watch):
+        watch.arm(folder, writes=False, programs=("sleep 9",))
+        with contextlib.suppress(Stopped), subprocess.Popen(case.kind.split()) as program:
+            program.kill()
+        return ("ok", "") if watch.seen is None else (watch.seen.outcome, "")
+
+    commands = ["sleep 9", "sleep 99"]
+    campaign = Campaign(lambda seed, number: Act(commands[number]), start, ("ok",))
+    assert [f.outcome for f in run(campaign, 0, range(2), tmp_path)] == ["ok", "executed code"]
+
+
+def test_no_case_begins_when_time_is_over(tmp_path):
+    campaign = Campaign(lambda seed, number: Act("nothing"), _try, ("ok",), life=1)
+    end = time.monotonic() + 1
+    assert 0 < len(list(run(campaign, 0, range(1 << 31), tmp_path, end=end))) < 10_000
+    assert list(run(campaign, 0, range(9), tmp_path, end=time.monotonic())) == []
+
+
 def test_figures_of_seeds_add_up_and_a_case_counts_once(tmp_path):
     path = tmp_path / "figures.json"
     for seed, outcome in [(1, "ok"), (2, "hang"), (2, "ok"), (3, "hang")]:
         figures = Figures.read(path, "configs")
         for case in (0, 1):
-            figures.add(seed, Found(case, "bytes" if case else "run", outcome))
+            figures.add(seed, Found(case, "bytes" if case else "run", outcome, counts={"kills": 1 + seed}))
         figures.write(path)
     figures = Figures.read(path, "configs")
     assert figures.outcomes() == {"bytes": {"hang": 1, "ok": 2}, "run": {"hang": 1, "ok": 2}}
+    assert figures.counts() == {"kills": 18}
     assert [f.outcome for f in figures.bad(("ok",))] == ["hang"] * 2
     assert "6 cases of 3 seeds, 2 of them bad" in figures.table(("ok",))
     with pytest.raises(ValueError, match="figures of configs"):
@@ -118,7 +138,18 @@ def test_code_that_a_loader_runs_is_seen(tmp_path, monkeypatch):
     assert found.outcome == "executed code"
 
 
+# Together at most two minutes; the architectures take turns from run to run of the campaigns themselves.
+SHARES = {
+    "configs": ["--cases", "400", "--seed", "20"],
+    "kills": ["--minutes", "0.6", "--seed", "3"],
+    "folders": ["--minutes", "0.5", "--seed", "3"],
+    "commands": ["--cases", "100", "--seed", "3"],
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CAMPAIGNS)
 def test_a_share_of_each_campaign_finds_nothing(name, tmp_path, capsys):
-    assert main([name, "--cases", "400", "--seed", "20"]) == 0, capsys.readouterr().out
+    path = tmp_path / "figures.json"
+    assert main([name, *SHARES[name], "--json", str(path)]) == 0, capsys.readouterr().out
+    assert Figures.read(path, name).outcomes(), "there was time for none"

@@ -159,10 +159,15 @@ def damage(folder: Path, always: Sequence[str] = ALWAYS, *, may_link: bool = Fal
 def _no_file(folder: Path, may_link: bool) -> str:
     """The first entry that is neither a file of this folder nor a folder, "" for none. The folder itself may lie behind
     a link, as on scratch disks."""
+    home = os.path.realpath(folder)
     for entry in sorted(folder.iterdir()):
-        if not may_link and entry.is_symlink() and not entry.resolve().is_relative_to(folder.resolve()):
+        # Not by `resolve`, which raises RuntimeError for a link to itself.
+        if not may_link and entry.is_symlink() and not Path(os.path.realpath(entry)).is_relative_to(home):
             return f"{entry.name} is a link that leaves the folder"
-        mode = entry.stat().st_mode
+        try:
+            mode = entry.stat().st_mode
+        except OSError:
+            return f"{entry.name} is a link that leads nowhere"
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             return f"{entry.name} is no file"
     return ""

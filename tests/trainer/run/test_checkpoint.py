@@ -211,7 +211,8 @@ def in_place_of(path, make):
         (os.mkfifo, "is no file"),
         (lambda path: path.symlink_to("/dev/zero"), "is a link that leaves the folder"),
         (lambda path: path.symlink_to("../checkpoint-1/model.pt"), "is a link that leaves the folder"),
-        (lambda path: path.symlink_to("nothing"), "is missing or unreadable"),
+        (lambda path: path.symlink_to("nothing"), "is a link that leads nowhere"),
+        (lambda path: path.symlink_to(path.name), "is a link that leads nowhere"),
     ],
 )
 def test_what_is_no_file_of_a_checkpoint_is_named_and_not_opened(tmp_path, name, make, said):
