@@ -45,7 +45,7 @@ from configs.shape import misshapen
 from configs.size import automatic_preset, without_preset_budget
 from configs.strangers import refuse_code, tame
 from configs.unread import unread
-from configs.validate import architecture_config, refuse_own_words, validate
+from configs.validate import architecture_config, met, refuse_own_words, validate
 from naming import load
 
 ANY_MODEL = "vanilla"  # every configuration has one: for commands that read nothing of it
@@ -416,6 +416,7 @@ def check(plan: Plan, tree: dict[str, Any], option: str | None = None) -> Checke
     folder = runs.named_folder(tree, plan.request.keys)
     saved = plan.saved or runs.saved_architecture(tree, folder)
     unfit: list[str] = []
+    asked = tree.get("model_cfg")
     if saved:
         trust.refuse(saved[0], str(saved[1]), runs.folder_of_path(saved[1].parent), plan.trusted)
         free = architecture_config(saved[0]["type"], saved[0].get("model_adapter"), lambda key: "").free()
@@ -427,6 +428,9 @@ def check(plan: Plan, tree: dict[str, Any], option: str | None = None) -> Checke
             remarks, unfit = plan.kept_heads(option, tree)
             plan.notices += remarks
     cfg, model_cfg = validate(tree, where, plan.notices, unfit)
+    cfg, model_cfg = met(
+        cfg, model_cfg, where, plan.notices, plan.request.keys, asked=asked if saved else None
+    )
     remark = unread(cfg, model_cfg, plan.request.keys)
     plan.notices += [remark] if remark else []
     runs.refuse_overwrite(tree, folder)

@@ -68,7 +68,7 @@ ARCHITECTURE_WORDS = {
 }
 _ARCHITECTURE_PATHS = [f"model_cfg.{w}" for w in sorted(ARCHITECTURE_WORDS)]
 # Mappings whose keys are not generic fields: what may stand in them is checked later.
-_OPEN = ("model_cfg", "env", "kernels")
+_OPEN = ("model_cfg", "env", "kernels", "match", "budget")
 
 
 def parse(argv: list[str]) -> Request:

@@ -18,6 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
+from configs.match import Budget, Match, SizeDials, decoder_dials
 from configs.messages import REDACTED, is_secret
 from naming import Entry, expand_path, load, not_one_of, shorten_text
 
@@ -267,6 +268,10 @@ class ModelConfig(BaseModel):
         for; "" for nothing."""
         return ""
 
+    def size_dials(self) -> SizeDials:
+        """What `match` may change to give the model another size; by default nothing."""
+        return SizeDials()
+
     def completed(self) -> Self:
         """With what weights decide that were trained elsewhere. ValueError where they are not there."""
         return self
@@ -282,6 +287,9 @@ class DefaultModelConfig(ModelConfig):
     n_layers: Positive = 12
 
     tiny = {"n_ctx": 32, "d_model": 64, "n_heads": 4, "n_layers": 2}
+
+    def size_dials(self) -> SizeDials:
+        return decoder_dials(self)
 
     def problems(self, run: RunConfig) -> list[str]:
         return super().problems(run) + divisible("d_model", self.d_model, "n_heads", self.n_heads)
@@ -359,6 +367,10 @@ class RunConfig(BaseModel):
     num_iterations: Positive = 1750
     num_epochs: Rate | None = None
     time_budget: Rate | None = None
+
+    # equal sizes and lengths
+    match: Match = Match()
+    budget: Budget = Budget()
 
     # evaluation
     val_loss_every: NonNegative = 125

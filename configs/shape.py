@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, get_origin
 
+from pydantic import BaseModel
+
 from configs.grammar import field_types
 from configs.schema import GENERIC_FIELDS, PATHS
 
-_OPEN = ("model_cfg", "env")  # fields with fields within
+_OPEN = ("model_cfg", "env", "match", "budget")  # fields with fields within
 
 
 def misshapen(values: Mapping[str, Any], where: Callable[[str], str], *, resolved: bool) -> Iterator[str]:
@@ -38,4 +40,7 @@ def misshapen(values: Mapping[str, Any], where: Callable[[str], str], *, resolve
 
 def _takes(name: str) -> bool:
     """Whether a field takes lists or mappings, whose entries the typed check looks at."""
-    return any(get_origin(kind) in (list, tuple, dict) for kind in field_types(name))
+    types = field_types(name)
+    return any(get_origin(kind) in (list, tuple, dict) for kind in types) or any(
+        isinstance(kind, type) and issubclass(kind, BaseModel) for kind in types
+    )

@@ -63,6 +63,23 @@ def validate(
     return run.model_copy(update={"model_cfg": model_cfg.model_dump(mode="json")}), model_cfg
 
 
+def met(
+    run: RunConfig,
+    model_cfg: ModelConfig,
+    where: Where,
+    notices: list[str],
+    explicit: set[str],
+    asked: Mapping[str, Any] | None = None,
+) -> tuple[RunConfig, ModelConfig]:
+    """A checked run with the size and length that `match` and `budget` ask for; see `trainer.bench.fit.fitted`.
+    Imports the trainer where they ask for any."""
+    if not (run.match.given or run.budget.given):
+        return run, model_cfg
+    run, model_cfg = load("trainer.bench.fit:fitted")(run, model_cfg, explicit, notices, asked)
+    _raise(_relations(run), where)
+    return run, model_cfg
+
+
 def refuse_own_words(type_: str, keys: Iterable[str], place: str) -> None:
     """Raises for `model_cfg.<word>` where the type's row of the table has the word as its own."""
     import models
@@ -101,7 +118,7 @@ def _placed(problem: str, where: Where) -> str:
     places: dict[str, str] = {}
     for key in re.findall(r"[A-Za-z_][\w.]*", problem):
         key = "mix" if key.startswith("mix.") else key  # an entry of a list has no place of its own
-        if key.startswith(("model_cfg.", "kernels.")) or key in GENERIC_FIELDS:
+        if key.startswith(("model_cfg.", "kernels.", "match.", "budget.")) or key in GENERIC_FIELDS:
             places.setdefault(key, where(key))
     if not (first := next(iter(places.values()), "")):
         return problem

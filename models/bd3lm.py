@@ -259,7 +259,9 @@ class BD3LM(DiT):
         c, longest = self.cfg, self.cfg.block_length + 1
         multiplied = (c.n_layers - 1) * one_pass_pairs(seq_len, longest)
         multiplied += one_pass_pairs(seq_len, longest, noisy_only=True)
-        unread = (2 + 4 * c.d_mult) * c.d_model**2  # attention's output and the MLP, of clean tokens
+        unread = (
+            2 * c.d_model**2 + 4 * c.d_model * c.hidden_width
+        )  # attention's output and the MLP, of clean tokens
         pairs = (c.n_layers - 0.5) * (seq_len + c.block_length)
         trunk = 2 * self._products() - unread
         conditioning = 0.0

@@ -11,6 +11,7 @@ V states of a position: n, or n + 1 with the mask.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from configs.match import SizeDials, decoder_dials, ratio_dial
 from configs.schema import DefaultModelConfig, Dropout, Free, Positive, Rate
 from kernels.attention import Plan, Visible, attention, attention_call, plan_attention, training_facts
 from kernels.choose import UsesKernels
@@ -45,7 +47,7 @@ class DiTConfig(DefaultModelConfig):
     """Fields of every diffusion model. `vocab_size` is the tokenizer's, without an appended mask."""
 
     cond_dim: Positive = 128  # width of the time embedding
-    d_mult: Positive = 4  # hidden width of the MLP, in units of d_model
+    d_mult: Positive | Rate = 4  # hidden width of the MLP, in units of d_model
     eps: Rate = 1e-5  # of every LayerNorm
     dropout: Free[Dropout] = 0.1  # of what attention and MLP add
     tie_word_embeddings: bool = False
@@ -56,6 +58,14 @@ class DiTConfig(DefaultModelConfig):
     nelbo_draws: Free[Draws] = 8  # noise draws per held-out row of the bound, in 4 independent replicates
 
     tiny = {"nelbo_draws": 4}
+
+    @property
+    def hidden_width(self) -> int:
+        """Of the MLP."""
+        return max(1, round(self.d_mult * self.d_model))
+
+    def size_dials(self) -> SizeDials:
+        return replace(decoder_dials(self), fine=(ratio_dial("d_mult", self.d_mult),))
 
     @property
     def has_mask(self) -> bool:
@@ -122,8 +132,8 @@ class Attention(UsesKernels):
 class MLP(nn.Module):
     def __init__(self, cfg: DiTConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(cfg.d_model, cfg.d_mult * cfg.d_model)
-        self.down = nn.Linear(cfg.d_mult * cfg.d_model, cfg.d_model)
+        self.up = nn.Linear(cfg.d_model, cfg.hidden_width)
+        self.down = nn.Linear(cfg.hidden_width, cfg.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x), approximate="tanh"))
@@ -329,7 +339,8 @@ class DiT(UsesKernels):
 
     def _products(self) -> float:
         """Operations of the blocks' matrices, per token."""
-        return self.cfg.n_layers * (8 + 4 * self.cfg.d_mult) * self.cfg.d_model**2
+        width, hidden = self.cfg.d_model, self.cfg.hidden_width
+        return self.cfg.n_layers * (8 * width**2 + 4 * width * hidden)
 
     def _conditioning(self) -> float:
         """Operations of the time MLP and all modulations, per value of tau."""

@@ -96,6 +96,7 @@ class HNetXNSAConfig(SparseConfig, HierarchyConfig):
     pools = True
     counted_by = "model_cfg.n_compress_decompress_layers"
     laid_out_by = "stage_layout"
+    depth_field = "n_inner_layers"
 
     # -- what follows for each stage -------------------------------------------------------------------------------
 

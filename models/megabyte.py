@@ -306,10 +306,13 @@ class Megabyte(Decoder):
         """Of a row of so many patches, of which the head reads so many places."""
         cfg, patch = self.cfg, self.cfg.patch_size
         products = 3 if cfg.mlp_type == "swiglu" else 2
-        weights = 4 + products * cfg.d_mult  # of a block, in squares of its width
-        wide = decoder_flops(weights * cfg.d_global**2, [mean_keys(patches)], cfg.d_global, [patches])
+
+        def weights(width: int) -> int:  # of a block
+            return 4 * width**2 + products * width * cfg.hidden_width(width)
+
+        wide = decoder_flops(weights(cfg.d_global), [mean_keys(patches)], cfg.d_global, [patches])
         seen = mean_keys(patch) + cfg.reach * (patches - 1) / patches
-        narrow = decoder_flops(weights * cfg.d_local**2, [seen], cfg.d_local, [patch + cfg.reach])
+        narrow = decoder_flops(weights(cfg.d_local), [seen], cfg.d_local, [patch + cfg.reach])
         between = cfg.d_global_pre_patch * cfg.d_local
         if self.convolutions is not None:
             between += sum(WIDTHS) * cfg.d_global_pre_patch**2

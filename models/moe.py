@@ -11,12 +11,14 @@ Shapes: B rows, T tokens, D width, E experts, k per token, f hidden width of one
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
+from configs.match import SizeDials, multiples, width_dial
 from configs.schema import Fraction, Free, NonNegative, NonNegativeFloat, OpenFraction, Positive, Rate
 from models.huggingface import ROWS, Row, model_type_of
 from models.layers.cache import KVCache
@@ -143,6 +145,19 @@ class MoEConfig(VanillaConfig):
         if self.d_ff_expert is not None:
             return self.d_ff_expert
         return PER_EXPERT * -(-self.hidden_width // (PER_EXPERT * (self.chosen + self.shared)))
+
+    def size_dials(self) -> SizeDials:
+        """Their width, and how many there are, which the tokens do not see."""
+        fine = (
+            multiples("d_ff_expert", self.expert_width, PER_EXPERT),
+            multiples("num_experts", self.experts, 1),
+        )
+        width = width_dial(
+            *(self.d_model, self.n_heads, self.n_kv_heads),
+            ffn_hidden=self.ffn_hidden,
+            d_ff_expert=self.d_ff_expert,
+        )
+        return replace(super().size_dials(), width=width, fine=fine)
 
     def has_experts(self, layer: int) -> bool:
         """Layers beyond the stack's, such as those of another model that is built of these, do."""

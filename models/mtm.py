@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import models
 from configs.explain import explain
 from configs.files import fold_names
+from configs.match import Dial, SizeDials
 from configs.messages import ARCHITECTURE_ALIASES, suggest_key
 from configs.schema import DefaultModelConfig, Dropout, Fraction, Free, NonNegative, NonNegativeFloat
 from models.drafters import ModuleDrafter
@@ -104,6 +105,19 @@ class MTMConfig(DefaultModelConfig):
         """What the trunk has of this Config."""
         fields = self.trunk_class.Config.model_fields
         return {name: getattr(self, name) for name in type(self).model_fields if name in fields}
+
+    def size_dials(self) -> SizeDials:
+        """The trunk's: what it has of its own stands in `trunk_cfg`."""
+        own = self.trunk_config.size_dials()
+
+        def mine(dial: Dial) -> Dial:
+            names = {
+                name: name if name in self._shared else f"trunk_cfg.{name}" for name in dial.fields(dial.at)
+            }
+            return replace(dial, fields=lambda n: {names[k]: v for k, v in dial.fields(n).items()})
+
+        width, depth = (dial and mine(dial) for dial in (own.width, own.depth))
+        return SizeDials(width, depth, tuple(map(mine, own.fine)))
 
     def loss_weights(self, done: float) -> list[float]:
         """Of the trunk and of each module; `done`: share of the training that lies behind."""

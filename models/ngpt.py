@@ -67,6 +67,10 @@ class NGPTConfig(DefaultModelConfig):
         sizes = {name: getattr(self, name) for name in DefaultModelConfig.model_fields}
         return VanillaConfig(**sizes, ffn_hidden=self.ffn_hidden)
 
+    @property
+    def hidden_width(self) -> int:
+        return self.control.hidden_width
+
     def stored_at(self, scale: Rate | None) -> float:
         """What a scale of this setting is stored at."""
         return self.d_model**-0.5 if scale is None else scale

@@ -20,6 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from configs.match import Dial, SizeDials, decoder_dials
 from configs.schema import DefaultModelConfig, Free, NonNegativeFloat, Positive, Rate
 from kernels.attention import Plan, Visible, attention_call, plan_attention, training_facts
 from kernels.precision import compute_dtype
@@ -95,6 +96,21 @@ class RDConfig(DefaultModelConfig, ReadingConfig):
         sizes = {name: getattr(self, name) for name in DefaultModelConfig.model_fields}
         shared = {name: getattr(self, name) for name in ("ffn_hidden", "rope_theta", "norm_eps")}
         return VanillaConfig(**{**sizes, **shared, "n_layers": max(1, sum(self.parts))})
+
+    @property
+    def hidden_width(self) -> int:
+        return self.control.hidden_width
+
+    def size_dials(self) -> SizeDials:
+        """All blocks, or those of the core where the others are given."""
+        total, core = sum(self.parts), self.parts[1]
+
+        def depth(n: int) -> dict[str, Any]:
+            found = {} if self.n_layers is None else {"n_layers": n}
+            return found if self.l_core is None and found else {**found, "l_core": core + n - total}
+
+        least = 3 if self.l_core is None and self.n_layers is not None else 1 + total - core
+        return replace(decoder_dials(self), depth=Dial(total, depth, least))
 
     @property
     def depth_law(self) -> DepthLaw:

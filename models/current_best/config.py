@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
+from configs.match import Dial, SizeDials, decoder_dials
 from configs.schema import (
     DefaultModelConfig,
     Fraction,
@@ -114,6 +116,9 @@ class CurrentBestConfig(DefaultModelConfig):
     @property
     def hidden_width(self) -> int:
         return self.ffn_hidden or 4 * self.d_model
+
+    def size_dials(self) -> SizeDials:
+        return replace(decoder_dials(self), depth=Dial(self.depth, lambda n: {"n_layers": n}))
 
     @property
     def scale_of_scores(self) -> float:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
+from configs.match import SizeDials
 from configs.schema import Execution, Free, ModelConfig, NonNegative, Positive, Rate, byte_vocabulary
+from models.hierarchy.dials import hierarchy_dials
 from models.hierarchy.layout import Stage, stages_of
 from models.sparse.config import NSAConfig
 from models.state_space.config import MambaConfig
@@ -136,6 +138,11 @@ class HierarchyConfig(ModelConfig):
     def ratio_problem(self, number: int, ratio: float) -> str:
         """What to say of chunks that are to be of one length, which is not whole."""
         raise NotImplementedError(f"{type(self).__name__} must define ratio_problem")
+
+    depth_field: ClassVar[str] = "n_layers"  # layers of the innermost stage
+
+    def size_dials(self) -> SizeDials:
+        return hierarchy_dials(self, self.depth_field, FFN_MULTIPLE)
 
     # -- what follows for each stage -------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from configs.match import SizeDials, multiples
 from configs.schema import Execution, Free, OpenFraction, Positive, Rate
 from models.layers.decoder import Hidden, document_positions, stacked
 from models.layers.flops import Flops, decoder_flops, matmul_flops, mean_keys
@@ -111,6 +112,12 @@ class MemoryAdapterConfig(MemoryFields):
         config = read_config(self.folder)
         require_known(config, self.folder)
         return sizes_of(config)
+
+    def size_dials(self) -> SizeDials:
+        """The base is as large as it is: the bank of a memory beside it."""
+        if not self.memory.memory_layers or self.use_chapters:
+            return SizeDials()
+        return SizeDials(fine=(multiples("num_memory_tokens", self.num_memory_tokens, 8),))
 
     def added(self) -> str:
         return "a memory (model_cfg.vanilla_mode=false)" if self.memory.memory_layers else ""

@@ -112,7 +112,7 @@ class MLP(nn.Module):
 
     def __init__(self, cfg: MegabyteConfig, width: int) -> None:
         super().__init__()
-        self.dropout, hidden = cfg.dropout, cfg.d_mult * width
+        self.dropout, hidden = cfg.dropout, cfg.hidden_width(width)
         self.gate_proj = nn.Linear(width, hidden, bias=False) if cfg.mlp_type == "swiglu" else None
         self.up_proj = nn.Linear(width, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, width, bias=False)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+import math
+from typing import TYPE_CHECKING, Any, Literal
 
+from configs.match import Dial, SizeDials, multiples, ratio_dial
 from configs.schema import (
     Dropout,
     Free,
     ModelConfig,
     NonNegative,
     Positive,
+    Rate,
     byte_vocabulary,
     divisible,
     in_whole,
@@ -36,7 +39,7 @@ class MegabyteConfig(ModelConfig):
     n_layers_d_local: Positive = 6
     local_n_heads: Positive = 8
     global_n_heads: Positive = 16
-    d_mult: Positive = 4  # hidden width / width, of both stacks
+    d_mult: Positive | Rate = 4  # hidden width / width, of both stacks
     mlp_type: Literal["relu", "swiglu"] = "relu"
     cross_patch_r: NonNegative | None = (
         None  # bytes of the patch before that local layers see; None = half of it
@@ -64,6 +67,31 @@ class MegabyteConfig(ModelConfig):
     def d_global(self) -> int:
         """Width of the global stack."""
         return self.patch_size * self.d_global_pre_patch
+
+    def hidden_width(self, width: int) -> int:
+        """Of the feed-forward layers of a stack of this width."""
+        return max(1, round(self.d_mult * width))
+
+    def size_dials(self) -> SizeDials:
+        """Both stacks keep their proportions; finer ones are the hidden widths and the local stack's layers."""
+        local_head = self.d_local // self.local_n_heads
+        one = math.lcm(self.patch_size, self.d_global // self.global_n_heads)  # of the global width
+        ratio, layers = self.d_local / self.d_global, self.n_layers_d_local / self.n_layers_d_global
+
+        def width(n: int) -> dict[str, Any]:
+            found = {"d_global_pre_patch": n * one // self.patch_size}
+            found["global_n_heads"] = max(1, round(n * one * self.global_n_heads / self.d_global))
+            heads = max(1, round(ratio * n * one / local_head))
+            return {**found, "d_local": heads * local_head, "local_n_heads": heads}
+
+        def depth(n: int) -> dict[str, Any]:
+            return {"n_layers_d_global": n, "n_layers_d_local": max(1, round(layers * n))}
+
+        return SizeDials(
+            Dial(max(1, round(self.d_global / one)), width),
+            Dial(self.n_layers_d_global, depth),
+            (multiples("n_layers_d_local", self.n_layers_d_local, 1), ratio_dial("d_mult", self.d_mult)),
+        )
 
     @property
     def reach(self) -> int:

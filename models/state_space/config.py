@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
+from configs.match import TILE, Dial, SizeDials, multiples
 from configs.schema import Free, ModelConfig, NonNegative, Positive, Rate
 
 if TYPE_CHECKING:
@@ -67,6 +69,17 @@ class MambaConfig(ModelConfig):
         "time_step_rank": 3,
     }
     rare = {"residual_in_fp32": "numbers are narrower under mixed precision alone"}
+
+    def size_dials(self) -> SizeDials:
+        """Widths in whole heads (version 1: tiles), mixers, states of each channel."""
+        tile = (
+            TILE if self.version == 1 else math.lcm(TILE, self.headdim // math.gcd(self.headdim, self.expand))
+        )
+        return SizeDials(
+            Dial(max(1, round(self.d_model / tile)), lambda n: {"d_model": n * tile}),
+            Dial(self.n_layers, lambda n: {"n_layers": n}),
+            (multiples("d_state", self.states, 1 if self.version == 1 else 4),),
+        )
 
     @property
     def inner(self) -> int:

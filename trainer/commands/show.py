@@ -11,18 +11,13 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from configs.compose import compose
 from configs.files import CONFIGS
 from configs.help import list_configs
-from data.config import Unit
-from data.tokenizer_choice import vocabulary_size
 from trainer.batching import plan_run
 from trainer.optim.stages import stages_of
-from trainer.run.resume import tokenizer_to_take
-from trainer.run.source import open_source
 
 if TYPE_CHECKING:
     from configs.schema import ModelConfig, RunConfig
@@ -57,32 +52,17 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _vocabulary(cfg: RunConfig, model_cfg: ModelConfig, unit: Unit, given: int | None) -> Any:
-    """Stands in for the tokenizer, whose size follows from its name unless it is a file, or comes with weights."""
-    from adapters import own_tokenizer
-
-    if given is None and (own := own_tokenizer(cfg, model_cfg)) is not None:
-        given = own.vocab_size
-    if given is None and cfg.init_from_checkpoint:
-        source = open_source(cfg.init_from_checkpoint, lambda text: print(text, file=sys.stderr))
-        if (theirs := tokenizer_to_take(cfg, source)) is not None:
-            given = theirs.vocab_size
-    size = vocabulary_size(cfg, unit) if given is None else given
-    return SimpleNamespace(vocab_size=size, eot=size - 1, name=cfg.tokenizer)
-
-
 def describe(cfg: RunConfig, model_cfg: ModelConfig, vocab_size: int | None = None) -> dict[str, Any]:
     """Counts from the model built without storage, costs by the documented formulas."""
-    from adapters import adapter_class, build_adapter
-    from adapters.lora import attach
+    from adapters import adapter_class
+    from trainer.bench.counting import unbuilt
+    from trainer.bench.text import known_vocabulary
     from trainer.optim.optimizers import role_table
 
     unit = adapter_class(cfg).unit(model_cfg)
     left_open = getattr(model_cfg, "vocab_size", None) is None
-    tokenizer = _vocabulary(cfg, model_cfg, unit, vocab_size if left_open else None)
-    adapter = build_adapter(cfg, model_cfg, tokenizer, "meta")
-    if cfg.use_lora:
-        attach(adapter, cfg, base="")
+    given = vocab_size if left_open else None
+    adapter = unbuilt(cfg, model_cfg, known_vocabulary(cfg, model_cfg, unit) if given is None else given)
     roles = role_table(adapter.counted_parameters(), adapter.param_roles(), cfg, adapter.width)
     flops = adapter.cost(cfg.train_seq_len)
     given = cfg.batch_size if isinstance(cfg.batch_size, int) else None

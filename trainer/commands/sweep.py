@@ -34,7 +34,7 @@ from configs.runs import named_folder
 from configs.schema import ModelConfig, RunConfig, redacted
 from configs.secret import kept_secret
 from configs.sweeps import CALLBACK, on_one_gpu, recorded_words, side_by_side, working_folder
-from configs.validate import validate
+from configs.validate import met, validate
 from configs.weights import take_sizes
 from naming import command_line
 from trainer import clock
@@ -226,7 +226,7 @@ def _checked(tree: dict[str, Any], settings: HydraConf) -> tuple[RunConfig, Mode
     where = take_sizes(tree, explicit, [], of_line)
     unfit = _keep_heads(tree, explicit, settings) if where is of_line else []
     on_one_gpu(tree, settings.launcher)
-    run_cfg, model_cfg = validate(tree, where, unfit=unfit)
+    run_cfg, model_cfg = met(*validate(tree, where, unfit=unfit), where, [], explicit)
     return run_cfg, model_cfg, named_folder(run_cfg.model_dump(), explicit)
 
 

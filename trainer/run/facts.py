@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,8 @@ from configs.schema import redacted
 from data.mix_rows import MixedRows
 from kernels.choose import Call
 from kernels.precision import compute_dtype
+from trainer.bench.counting import Text, text_of_dataset
+from trainer.bench.targets import told_of_length, told_of_size
 from trainer.optim.optimizers import role_table
 from trainer.precision import autocast
 from trainer.run.checkpoint import FORMAT
@@ -122,8 +124,29 @@ def _manifest(s: Session) -> dict[str, Any]:
         "parameters": {**parameters_of(s), "by_role": by_role},
         "roles": roles,
         "flops_per_token": {"forward": flops.forward_per_token, "training": flops.training_per_token},
+        **_targets(s, lambda name: _planned(s, name)),
         "argv": sys.argv,
     }
+
+
+def _targets(s: Session, came_to: Callable[[str], float]) -> dict[str, Any]:
+    """`match` and `budget` of a run that has them. `came_to`: what its length comes to, of a quantity of `budget`."""
+
+    def text() -> Text:
+        return text_of_dataset(s.dataset, s.cfg.train_seq_len)
+
+    return {**told_of_size(s.cfg, s.adapter, text), **told_of_length(s.cfg, came_to)}
+
+
+def _planned(s: Session, name: str) -> float:
+    tokens = s.loader.stages.rows_before(s.total_steps) * s.cfg.train_seq_len
+    if name == "flops":
+        return tokens * s.adapter.cost(s.cfg.train_seq_len).training_per_token
+    return (
+        tokens * text_of_dataset(s.dataset, s.cfg.train_seq_len).bytes_per_token
+        if name == "bytes"
+        else tokens
+    )
 
 
 def parameters_of(s: Session) -> dict[str, int]:
@@ -264,4 +287,5 @@ def summary_of(
         "peak_memory_bytes": progress.peak_memory_bytes,
         "anonymous_memory_bytes": progress.anonymous_memory_bytes,
         "flops": flops,
+        **_targets(s, {"flops": flops, "tokens": progress.tokens, "bytes": progress.bytes}.__getitem__),
     }
