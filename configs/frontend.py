@@ -62,6 +62,7 @@ COMMANDS = (
     "schema",
     "bench",
     "leaderboard",
+    "attribute",
     "doctor",
     "prepare",
 )

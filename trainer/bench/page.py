@@ -8,7 +8,7 @@ from typing import Any
 from naming import shorten
 from trainer.view.format import printable, quantity
 
-__all__ = ["PAIRED", "a_a_lines", "markdown", "notes", "table", "table_lines"]
+__all__ = ["PAIRED", "a_a_lines", "markdown", "markdown_table", "notes", "table", "table_lines"]
 
 PAIRED = (
     "Pairs are runs of the same seed: the same documents in the same order (as far as contexts and batches allow), the "
@@ -140,7 +140,8 @@ def _pair_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     return [header, *rows]
 
 
-def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The first row is the header."""
     lines = ["| " + " | ".join(word.replace("|", "\\|") for word in row) + " |" for row in rows]
     marks = ["---" if column < _LEFT else "---:" for column in range(len(rows[0]))]
     return [lines[0], "| " + " | ".join(marks) + " |", *lines[1:]]
@@ -148,13 +149,13 @@ def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def markdown(title: str, lines: Sequence[str], result: dict[str, Any]) -> str:
     """The page. `lines`: how it came about."""
-    parts = [f"# {title}", *lines, "\n".join(_markdown_table(table(result))), *notes(result), PAIRED]
+    parts = [f"# {title}", *lines, "\n".join(markdown_table(table(result))), *notes(result), PAIRED]
     if result["pairs"]:
         parts += [
             "## Pairs",
             f"Intervals are Student's t at {result['level']:.2%}, which is 95 % of those told apart (Benjamini and "
             "Hochberg). The last columns are standard errors of the difference: over seeds, and over documents.",
-            "\n".join(_markdown_table(_pair_rows(result))),
+            "\n".join(markdown_table(_pair_rows(result))),
         ]
     return "\n\n".join(parts) + "\n"
 

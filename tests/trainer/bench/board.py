@@ -55,5 +55,6 @@ class Trainer:
         found = self.score(label, float(factor), cfg.seed)
         if found is None:
             raise JobFailed(1, TrainingError("step 3 is not finite"))
-        leave(folder, found, noise=cfg.seed + len(label))
+        kind = "bound" if label == "mdl" else "exact"
+        leave(folder, found, kind=kind, noise=cfg.seed + len(label))
         return found

@@ -69,7 +69,7 @@ def test_each_is_tuned_alike_and_scored_on_the_same_seeds(board, tmp_path):
     assert (tmp_path / "board/compare.html").exists()
 
 
-def test_like_ones_share_their_ranks_and_a_bound_is_marked(board):
+def test_like_ones_share_their_ranks(board):
     status, told, found = board(Trainer(quality), "gpt2", "vanilla", "mtp", "--seeds", "3", "--trials", "1")
     ranks = {entry["label"]: entry["rank"] for entry in found["entries"]}
     assert ranks == {"gpt2": [1, 1], "vanilla": [2, 3], "mtp": [2, 3]}
@@ -83,8 +83,9 @@ def test_like_ones_share_their_ranks_and_a_bound_is_marked(board):
 
 
 def test_one_seed_ranks_nobody(board):
-    _, told, found = board(Trainer(quality), "gpt2", "vanilla", "--seeds", "1", "--trials", "1")
+    _, told, found = board(Trainer(quality), "gpt2", "mdl", "--seeds", "1", "--trials", "1")
     assert [entry["rank"] for entry in found["entries"]] == [[1, 2], [1, 2]]
+    assert re.search(r"mdl +<= 3\.30", told) and "<= is an upper bound" in told
     assert "One seed shows no spread" in told and found["shows"] is None
     assert found["pairs"][0]["high"] is None  # JSON has no infinity
 
