@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from naming import shorten
 from trainer.view.format import printable, quantity
 
-__all__ = ["PAIRED", "a_a_lines", "markdown", "markdown_table", "notes", "table", "table_lines"]
+__all__ = ["PAIRED", "a_a_lines", "markdown", "markdown_table", "notes", "table", "table_lines", "wrapped"]
 
 PAIRED = (
     "Pairs are runs of the same seed: the same documents in the same order (as far as contexts and batches allow), the "
@@ -86,14 +87,7 @@ def notes(result: dict[str, Any]) -> list[str]:
     entries, shows = result["entries"], result["shows"]
     found = []
     if tied := [entry for entry in entries if entry["rank"] and entry["rank"][0] != entry["rank"][1]]:
-        found.append(
-            "A range of ranks: not told apart from others. "
-            + "; ".join(
-                f"{printable(entry['label'])}: not from {shorten(entry['not_told_apart_from'])}"
-                for entry in tied
-            )
-            + "."
-        )
+        found.append(f"A range of ranks: not told apart from others. {_like(tied)}.")
     if shows:
         among = len(result["pairs"])
         only = f"; where it is the only one among {among} pairs, {shows['first']:.4f}" if among > 1 else ""
@@ -117,6 +111,28 @@ def notes(result: dict[str, Any]) -> list[str]:
         for seed, why in entry["failed"].items():
             found.append(f"{printable(entry['label'])}, seed {seed}: {printable(why)}")
     return found
+
+
+def _like(tied: Sequence[dict[str, Any]]) -> str:
+    """Who is not told apart from whom, groups in which nobody is from anybody first."""
+    groups: dict[frozenset[str], list[str]] = {}
+    for entry in tied:
+        groups.setdefault(frozenset([entry["label"], *entry["not_told_apart_from"]]), []).append(
+            entry["label"]
+        )
+    closed = [" = ".join(map(printable, names)) for group, names in groups.items() if group == set(names)]
+    rest = [
+        f"{printable(name)}: not from {printable(shorten(sorted(group - {name}), 8))}"
+        for group, names in groups.items()
+        if group != set(names)
+        for name in names
+    ]
+    return "; ".join([*closed, *rest])
+
+
+def wrapped(lines: Sequence[str]) -> list[str]:
+    """Sentences for a console, a line of 100 columns at a time."""
+    return [part for line in lines for part in textwrap.wrap(line, 100, subsequent_indent="  ") or [""]]
 
 
 def _pair_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:

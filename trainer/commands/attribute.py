@@ -15,7 +15,7 @@ from configs.messages import ConfigError
 from configs.runs import OUTPUTS
 from naming import command_line, expand_path, shorten, shorten_text
 from trainer.bench.attribution import Path, contributions, differing, path_between
-from trainer.bench.page import markdown_table, table_lines
+from trainer.bench.page import markdown_table, table_lines, wrapped
 from trainer.bench.runs import Run, Subject, of_one_folder, subject, train_all
 from trainer.bench.standings import plain
 from trainer.bench.statistics import Interval
@@ -132,7 +132,13 @@ def _attribute(
     page = ["# Attribution", "\n".join(markdown_table(rows)), *notes]
     write_atomically(folder / "attribution.md", "\n\n".join(page) + "\n")
     write_tables(folder)
-    for line in ["", *table_lines(rows), "", *notes, f"attribution.json, attribution.md in {folder}"]:
+    for line in [
+        "",
+        *table_lines(rows),
+        "",
+        *wrapped(notes),
+        f"attribution.json, attribution.md in {folder}",
+    ]:
         _tell(line)
     return int(any(job.done() is None for job in jobs.values()))
 

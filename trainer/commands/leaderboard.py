@@ -17,7 +17,7 @@ from configs.runs import OUTPUTS
 from configs.schema import RunConfig
 from models import ARCHITECTURES
 from naming import command_line, expand_path
-from trainer.bench.page import a_a_lines, markdown, notes, table, table_lines
+from trainer.bench.page import a_a_lines, markdown, notes, table, table_lines, wrapped
 from trainer.bench.runs import Run, Subject, label_of, of_one_folder, subject, train_all
 from trainer.bench.standings import Entry, alike, plain, standings
 from trainer.optim import OPTIMIZERS
@@ -248,7 +248,7 @@ def _write(folder: Path, title: str, how: list[str], result: dict[str, Any], arg
     write_atomically(folder / "leaderboard.md", markdown(title, how, result))
     write_tables(folder)
     _tell("")
-    for line in [*table_lines(table(result)), "", *notes(result)]:
+    for line in [*table_lines(table(result)), "", *wrapped(notes(result))]:
         _tell(line)
     _tell(f"leaderboard.json, leaderboard.md, compare.html in {folder}")
 
@@ -263,7 +263,7 @@ def _a_a(folder: Path, one: Subject, args: argparse.Namespace) -> int:
     halves = [_half(one, jobs, range(1, n + 1)), _half(one, jobs, range(n + 1, 2 * n + 1))]
     found = alike(*halves)
     write_atomically(folder / "a_a.json", json.dumps(plain({"format": 1, **found}), indent=2) + "\n")
-    for line in [*a_a_lines(found), f"a_a.json in {folder}"]:
+    for line in [*wrapped(a_a_lines(found)), f"a_a.json in {folder}"]:
         _tell(line)
     return int(any(job.done() is None for job in jobs.values()))
 
