@@ -53,6 +53,8 @@ COMMANDS = {
     "convert": "trainer.commands.convert:main",
     "schema": "trainer.commands.schema:main",
     "bench": "trainer.commands.bench:main",
+    "leaderboard": "trainer.commands.leaderboard:main",
+    "attribute": "trainer.commands.attribute:main",
     "doctor": "trainer.commands.doctor:main",
     "prepare": "trainer.commands.prepare:main",
     "worker": "trainer.commands.launch:worker_main",  # started by us: one process of a run

@@ -144,6 +144,8 @@ def test_commands_are_understood(somewhere, monkeypatch, capsys, document, words
             "prepare.prepare",
             "prepare.fetch",
             "doctor.lines_of",
+            "leaderboard.train_all",
+            "attribute.train_all",
         ):
             monkeypatch.setattr(f"trainer.commands.{name}", parsed)
         with contextlib.suppress(Parsed):

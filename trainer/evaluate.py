@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -20,6 +20,8 @@ from torch import nn
 
 from adapters.base import Context, Likelihood, ModelAdapter
 from data.errors import DataError
+from trainer.bench.documents import PerDocument
+from trainer.bench.statistics import ratio_standard_error
 from trainer.memory import NoRoom, agree, shortage
 from trainer.meter import Meter
 from trainer.precision import autocast
@@ -68,9 +70,14 @@ class Score:
     # What was scored: "text", or the "answers" of chats, given what comes before: tokens and bytes are those of the
     # answers, nats also of the tokens that end them. The one does not compare with the other.
     of: Literal["text", "answers"] = "text"
+    per_document: PerDocument | None = field(
+        default=None, compare=False, repr=False
+    )  # kept in a file of its own
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        told = asdict(replace(self, per_document=None))
+        del told["per_document"]
+        return told
 
 
 @contextmanager
@@ -180,6 +187,7 @@ def evaluate(
         no_accuracy=[name for name in rows.store.marks if f"{name}_accuracy" not in found.metrics],
         sources={name: sums.of(documents) for name, documents in rows.sources.items()},
         of=rows.scores,
+        per_document=PerDocument(rows, sums.document_nats, sums.document_bytes.astype(np.int64)),
     )
 
 
@@ -237,10 +245,5 @@ class _Sums:
     def spread_over_documents(self) -> float | None:
         """Standard error in bits per byte of the ratio nats / bytes, documents being drawn at random."""
         scored = self.document_bytes > 0
-        nats, bytes_ = self.document_nats[scored], self.document_bytes[scored]
-        n = len(nats)
-        if n < 2:
-            return None
-        residual = nats - nats.sum() / bytes_.sum() * bytes_
-        error = math.sqrt(n / (n - 1) * float((residual**2).sum())) / float(bytes_.sum())
-        return error / math.log(2)
+        error = ratio_standard_error(self.document_nats[scored], self.document_bytes[scored])
+        return None if error is None else error / math.log(2)

@@ -85,6 +85,7 @@ from trainer.step import accumulate_gradients, dropout_seed
 if TYPE_CHECKING:
     from adapters.base import StepOutput
     from configs.schema import ModelConfig, RunConfig
+    from trainer.bench.documents import PerDocument
 
 __all__ = ["train"]
 
@@ -536,7 +537,8 @@ class Trainer:
             self.record.raw_evaluation(p, raw)
         sampled = self._sample()
         if better and (cfg.save_best_model or cfg.save_only_best):
-            self._save(best=cfg.save_best_model)
+            known = cfg.save_best_model and self._same_text
+            self._save(best=cfg.save_best_model, documents=score.per_document if known else None)
         self.latest = score
         return sampled
 
@@ -556,31 +558,32 @@ class Trainer:
         """Whether evaluations along the way cover the text of the final score."""
         return self.cfg.val_bytes_interim in (None, self.cfg.val_bytes)
 
-    def _best(self, last: Score) -> dict[str, Any] | None:
-        """Step and score of best_model/ on the text of the final score; {} where none is kept. None when a stop was
-        asked for meanwhile."""
+    def _best(self, last: Score) -> tuple[dict[str, Any], PerDocument | None] | None:
+        """Step and score of best_model/ on the text of the final score, {} where none is kept; and documents of the
+        score that counts, None where best_model/ has them. None when a stop was asked for meanwhile."""
         p = self.progress
         if not self.cfg.save_best_model or p.best_step < 0:
-            return {}
+            return {}, last.per_document
         if p.best_step == p.step:
-            return {"step": p.step, **last.as_dict()}
+            return {"step": p.step, **last.as_dict()}, last.per_document
         if self._same_text:
-            return {
+            found = {
                 "step": p.best_step,
                 "bits_per_byte": p.best_bits_per_byte,
                 "kind": last.kind,
                 "standard_error": p.best_standard_error,
             }
+            return found, None
         with weights_of(self.s, self.record.folder.path / BEST):
             score = self._score(self.s.heldout(self.cfg.val_bytes))
-        return None if score is None else {"step": p.best_step, **score.as_dict()}
+        return None if score is None else ({"step": p.best_step, **score.as_dict()}, score.per_document)
 
     # -- saving, resuming, leaving -------------------------------------------------------------------------------
 
-    def _save(self, best: bool = False) -> None:
+    def _save(self, best: bool = False, documents: PerDocument | None = None) -> None:
         self._require_finite()
         with self.console.doing("saving"):
-            self.record.save(self.s, self.progress, self.meter, best=best)
+            self.record.save(self.s, self.progress, self.meter, best=best, documents=documents)
         self.last_save = time.monotonic()
 
     def resume(self, checkpoint: Path, saved: dict[str, Any]) -> None:
@@ -659,9 +662,10 @@ class Trainer:
     def _finish(self, score: Score) -> float:
         if not self.cfg.eval_only and self.cfg.save_checkpoint and not self.cfg.save_only_best:
             self._save()
-        best = self._best(score)
-        if best is None:
+        found = self._best(score)
+        if found is None:
             return self._leave()
+        best, documents = found
         early = self.progress.step < self.total and not self.cfg.eval_only
         self.record.finish(
             self.s,
@@ -669,6 +673,7 @@ class Trainer:
             self.meter,
             score,
             best,
+            documents,
             stopped_early=early,
             should_stop=lambda: self.stop.requested,
         )

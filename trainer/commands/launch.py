@@ -23,7 +23,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -152,11 +152,18 @@ def apply_env(env: Mapping[str, str], secrets_: Mapping[str, str] | None = None)
 
 
 def start(
-    cfg: RunConfig, model_cfg: ModelConfig, folder: Path, *, isolated: bool = False, origin: str = ""
+    cfg: RunConfig,
+    model_cfg: ModelConfig,
+    folder: Path,
+    *,
+    isolated: bool = False,
+    origin: str = "",
+    said: Path | None = None,
 ) -> float:
     """Run one training to its end; returns bits per byte (NaN if it was stopped before the first score).
 
-    `isolated`: in a process of its own even if one process is all it takes.
+    `isolated`: in a process of its own even if one process is all it takes. `said`: the end of this file has what it
+    would print.
     """
     require_writable(folder)
     cfg = with_absolute_paths(cfg)
@@ -171,7 +178,7 @@ def start(
         return run_here(cfg, model_cfg, folder, partial(config_text, origin=origin))
     processes = process_count(cfg.num_gpus, cfg.device)
     if processes > 1 or isolated:
-        return run_workers(cfg, folder, processes, origin)
+        return run_workers(cfg, folder, processes, origin, said)
     return run_here(cfg, model_cfg, folder, partial(config_text, origin=origin))
 
 
@@ -202,12 +209,12 @@ def run_here(
         raise JobFailed(2 if mistake else 1, told, everywhere=bool(of_this_process)) from error
 
 
-def run_workers(cfg: RunConfig, folder: Path, processes: int, origin: str) -> float:
+def run_workers(cfg: RunConfig, folder: Path, processes: int, origin: str, said: Path | None = None) -> float:
     """Run one training in processes of its own. Raises JobFailed if they failed, SystemExit if they were stopped."""
     received: list[int] = []
     try:
         with tempfile.TemporaryDirectory(prefix="mytrainer-") as post:
-            ended = _run_workers(Path(post), cfg, folder, processes, origin, received)
+            ended = _run_workers(Path(post), cfg, folder, processes, origin, received, said)
             return _outcome(Path(post), folder, ended, received)
     except SystemExit:
         pass_on(received[0])  # here, as it may end a caller's process, and nobody would delete the folder
@@ -215,7 +222,13 @@ def run_workers(cfg: RunConfig, folder: Path, processes: int, origin: str) -> fl
 
 
 def _run_workers(
-    post: Path, cfg: RunConfig, folder: Path, processes: int, origin: str, received: list[int]
+    post: Path,
+    cfg: RunConfig,
+    folder: Path,
+    processes: int,
+    origin: str,
+    received: list[int],
+    said: Path | None,
 ) -> Ended:
     """Start the worker(s), pass signals on to them (and take note of those in `received`), wait; how they ended."""
     config = post / "config.yaml"
@@ -236,14 +249,14 @@ def _run_workers(
         while len(children) < processes and not received:
             rank = str(len(children))
             own = {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
-            with open(post / _LOG.format(rank), "ab") as log:
-                said = log if children else None
+            log = post / _LOG.format(rank) if children else said
+            with open(log, "ab") if log else nullcontext() as out:
                 worker = subprocess.Popen(
                     command,
                     env={**env, **own},
                     stdin=subprocess.PIPE,
-                    stdout=said,
-                    stderr=said,
+                    stdout=out,
+                    stderr=out,
                     start_new_session=True,
                 )
             children.append(worker)

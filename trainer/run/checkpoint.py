@@ -24,6 +24,7 @@ import torch
 from configs.grammar import word
 from configs.weights import nothing_at
 from naming import command_line, expand_path
+from trainer.bench.documents import FILE as DOCUMENTS
 from trainer.errors import TrainingError, of_the_machine, sentence
 from trainer.run.files import beside, checkpoints_in, discard, new_folder, replace_folder
 
@@ -60,10 +61,15 @@ class NotAsWritten(ValueError):
 
 
 def save_checkpoint(
-    run_dir: Path, step: int, tensors: dict[str, Any], texts: dict[str, str], *, anew: bool = False
+    run_dir: Path,
+    step: int,
+    tensors: dict[str, Any],
+    texts: Mapping[str, str | bytes],
+    *,
+    anew: bool = False,
 ) -> Path:
-    """Write `checkpoint-<step>/`. `tensors`: file name -> what torch.save takes; `texts`: file name -> text; `anew`:
-    what is there under that name is not to be trusted.
+    """Write `checkpoint-<step>/`. `tensors`: file name -> what torch.save takes; `texts`: file name -> text, or bytes;
+    `anew`: what is there under that name is not to be trusted.
 
     Raises TrainingError when the disk is full or not writable; whatever was saved before is untouched.
     """
@@ -77,9 +83,13 @@ def save_checkpoint(
         return final  # a step's state is a function of the run: what is there is what would be written
     writers = {name: partial(torch.save, value) for name, value in tensors.items()}
     with new_folder(final, replace=True) as folder:
-        files: dict[str, Content] = {**writers, **{name: text.encode() for name, text in texts.items()}}
+        files: dict[str, Content] = {**writers, **{name: _as_bytes(text) for name, text in texts.items()}}
         write_digests(folder, {name: write_file(folder / name, content) for name, content in files.items()})
     return final
+
+
+def _as_bytes(text: str | bytes) -> bytes:
+    return text.encode() if isinstance(text, str) else text
 
 
 def _evaluated(state: dict[str, Any]) -> Any:
@@ -304,7 +314,7 @@ def link_files(checkpoint: Path, run_dir: Path) -> None:
     """Put the newest checkpoint's files at the top of the run folder, each replaced atomically. What it no longer has
     goes: it would keep the room of an older one."""
     for file in _files(checkpoint):
-        if file.name == DIGESTS:
+        if file.name in (DIGESTS, DOCUMENTS):  # the run's own are those of its score
             continue
         temporary = beside(run_dir / file.name)
         _link(file, temporary)

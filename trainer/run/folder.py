@@ -1,6 +1,6 @@
 """A run's folder on disk. Process 0 alone touches it, one run at a time.
 
-config.yaml manifest.json metrics.jsonl samples.txt summary.json annotation.json report.html
+config.yaml manifest.json metrics.jsonl samples.txt summary.json annotation.json document_scores.npy report.html
 checkpoint-<step>/  best_model/  final_model/  and links to the newest checkpoint's files
 metrics.dropped.jsonl  samples.dropped.txt  what lives cut short had written beyond the checkpoint that was gone on with
 """
@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import filelock
 import yaml
 
+from trainer.bench.documents import FILE as DOCUMENTS
 from trainer.errors import TrainingError
 from trainer.run.checkpoint import (
     STATE,
@@ -46,6 +47,7 @@ SIDE = (
     "samples.dropped.txt",
     "summary.json",
     "annotation.json",
+    DOCUMENTS,
     "report.html",
 )
 
@@ -168,6 +170,16 @@ class RunFolder:
         there = [name for name in SIDE if os.path.lexists(self.path / name)]
         return [self.set_aside(name, "is no file") for name in there if not (self.path / name).is_file()]
 
+    def keep_documents(self, content: bytes | None) -> None:
+        """Of the score that counts: `content`, or what best_model/ was saved with, or none where neither is there."""
+        kept = self.path / BEST / DOCUMENTS
+        if content is None and kept.is_file():
+            content = kept.read_bytes()
+        if content is None:
+            (self.path / DOCUMENTS).unlink(missing_ok=True)
+        else:
+            self.write(DOCUMENTS, content)
+
     # -- samples -----------------------------------------------------------------------------------------------
 
     def add_sample(self, step: int, text: str) -> None:
@@ -216,7 +228,13 @@ class RunFolder:
             say(text)
 
     def save(
-        self, step: int, tensors: dict[str, Any], texts: dict[str, str], *, best: bool, keep: int | None
+        self,
+        step: int,
+        tensors: dict[str, Any],
+        texts: Mapping[str, str | bytes],
+        *,
+        best: bool,
+        keep: int | None,
     ) -> None:
         """Write `checkpoint-<step>/`, point the links to it, delete the oldest beyond `keep`."""
         there = (self.path / f"checkpoint-{step}").resolve()

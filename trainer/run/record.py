@@ -15,6 +15,7 @@ from configs.grammar import word
 from data.yardsticks import NAMES, start_background
 from naming import command_line
 from trainer.annotate import annotation_of
+from trainer.bench.documents import FILE as DOCUMENTS
 from trainer.errors import sentence
 from trainer.run.facts import checkpoint_contents, execution, facts_of, kernels_of, summary_of
 from trainer.run.files import beside
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from configs.schema import RunConfig
+    from trainer.bench.documents import PerDocument
     from trainer.distributed import World
     from trainer.evaluate import Score
     from trainer.meter import Meter
@@ -140,14 +142,25 @@ class RunRecord:
         for sink in self._sinks:
             sink.evaluation(line)
 
-    def save(self, s: Session, progress: Progress, meter: Meter, *, best: bool) -> None:
-        """Write a checkpoint; `best`: it is also best_model/."""
+    def save(
+        self,
+        s: Session,
+        progress: Progress,
+        meter: Meter,
+        *,
+        best: bool,
+        documents: PerDocument | None = None,
+    ) -> None:
+        """Write a checkpoint; `best`: it is also best_model/, and `documents` what each document was scored with it."""
         unread = meter.state_dict(self.world)  # takes part on every process
 
         def write() -> None:
             self._take_stock(s, progress)
             tensors, texts = checkpoint_contents(s, progress, unread)
-            self.folder.save(progress.step, tensors, texts, best=best, keep=s.cfg.save_total_limit)
+            told = {DOCUMENTS: documents.content(progress.step)} if documents else {}
+            self.folder.save(
+                progress.step, tensors, {**texts, **told}, best=best, keep=s.cfg.save_total_limit
+            )
             self._correct_manifest(s)
 
         self.world.on_main(write)
@@ -227,12 +240,13 @@ class RunRecord:
         meter: Meter,
         score: Score,
         best: dict[str, Any],
+        documents: PerDocument | None,
         *,
         stopped_early: bool,
         should_stop: Callable[[], bool],
     ) -> None:
         """The score stands: what is still to come is made as far as it can be. `best`: step and score of best_model/,
-        {} where the run keeps none."""
+        {} where the run keeps none. `documents`: of the score that counts; None for those that best_model/ has."""
         flops = progress.flops + meter.flops(self.world)  # takes part on every process
         if not self.world.is_main:
             return
@@ -241,6 +255,8 @@ class RunRecord:
             yardsticks["true entropy"] = s.dataset.entropy_bits_per_byte
         self._take_stock(s, progress)
         summary = summary_of(s, progress, flops, score, yardsticks, best, stopped_early)
+        step = best["step"] if best else progress.step
+        self.folder.keep_documents(documents.content(step) if documents else None)
         self.folder.write_json("summary.json", summary)
         self._optional("manifest.json", lambda: self._correct_manifest(s))
         self._optional("annotation.json", lambda: self._annotate(s))
