@@ -52,7 +52,10 @@ from configs.unread import overruled
 from naming import did_you_mean, expand_path, not_one_of
 
 MODEL_FLAGS = ("hydra_model_cfg", "model", "config", "config-name", "cn")
-COMMANDS = ("train", "generate", "eval", "export", "show", "convert", "schema", "bench", "doctor", "prepare")
+COMMANDS = (
+    *("train", "generate", "eval", "compare", "export", "show", "convert", "schema", "bench", "doctor"),
+    "prepare",
+)
 GROUPS = ("preset", "data")
 SWEEP_LIMIT = "sweep_limit"  # of a command, no field of a run
 SIZE_KEYS = ("n_layers", "d_model", "n_heads", "n_kv_heads", "ffn_hidden", "n_ctx")
