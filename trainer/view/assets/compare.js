@@ -11,7 +11,7 @@ const MOST_IN_TIP = 9;
 
 // --- curves -------------------------------------------------------------------------------------------------
 
-// [lowest, highest, base64 of uint16]: in equal ratios for what was spent, in equal steps for bits.
+// [lowest, highest, base64 of uint16]: in equal ratios for what was spent, in equal steps for bits. "=": as the tokens.
 function unpacked([low, high, text], ratios) {
   const raw = atob(text), values = new Float64Array(raw.length / 2);
   for (let i = 0; i < values.length; i++) {
@@ -24,7 +24,8 @@ const kept = new Map();
 function column(run, which, name) {
   const packed = run[which] && run[which][name];
   if (!packed) return null;
-  if (!kept.has(packed)) kept.set(packed, unpacked(packed, name !== "bits"));
+  const [low, high, text] = packed, steps = text === "=" ? run[which].tokens[2] : text;
+  if (!kept.has(packed)) kept.set(packed, unpacked([low, high, steps], name !== "bits"));
   return kept.get(packed);
 }
 // A mean that forgets by `weight` from point to point, without leaning on the first.
@@ -153,6 +154,8 @@ function draw() {
   if (!drawn.length) svg.innerHTML += `<text class="x" x="${width / 2}" y="${height / 2}">nothing to draw</text>`;
   svg.dataset.curves = drawn.length;
   svg.dataset.x = `${x0} ${x1}`;
+  const there = new Set(drawn.map((c) => c.run.group));
+  for (const key of document.querySelectorAll("#keys button")) key.classList.toggle("away", !there.has(Number(key.dataset.group)));
   light(lit);
   press();
 }

@@ -39,7 +39,7 @@ MOST_RUNS = 200  # of a page
 MOST_FIELDS = 60
 MOST_GROUPS = 40  # with a bar of parameters
 MOST_SAMPLES = 60
-ROOM_OF_SAMPLES = 60_000  # characters
+ROOM_OF_SAMPLES = 40_000  # characters
 LONGEST_SAMPLE = 2_000
 POINTS = 2_000  # of a curve, at most
 A_POINT = 2.7 * 5  # bytes
@@ -49,7 +49,7 @@ COLOURS = 18  # of groups that are told apart
 def write_pages(path: Path, title: str, runs: Sequence[Run], where: str) -> None:
     """Write the page to `path`, and Markdown beside it. `runs`: as `set_apart` has left them; `where`: a line on where
     they are from."""
-    ordered = by_score(runs)
+    title, where, ordered = printable(title), printable(where), by_score(runs)
     groups = groups_of(ordered)
     write_atomically(path, _page(title, ordered[:MOST_RUNS], groups, where, len(ordered)))
     write_atomically(path.with_suffix(".md"), markdown(title, ordered, groups, where))
@@ -72,8 +72,8 @@ def _page(title: str, runs: list[Run], groups: list[Group], where: str, of: int)
     parts = {
         "FACTS": f'<p class="where">{escape(where)}{left_out}</p>',
         "CURVES": _chart(runs),
-        "RUNS": _runs("Runs", _of_runs(together), together, runs, styles),
-        "APART": _runs("Set apart", "not comparable with the runs above", apart, runs, styles),
+        "RUNS": _runs("Runs", _believed(together), together, runs, styles),
+        "APART": _runs("Set apart", APART, apart, runs, styles),
         "ROLES": _roles(groups),
         "FIELDS": _fields(runs),
         "SAMPLES": _samples(runs),
@@ -86,6 +86,7 @@ def _page(title: str, runs: list[Run], groups: list[Group], where: str, of: int)
 
 # --- curves ---------------------------------------------------------------------------------------------
 
+APART = "not comparable with the runs above"
 AXES = {"tokens": "tokens", "bytes": "bytes", "flops": "FLOPs", "seconds": "time"}
 TURNS = {"logx": "log x", "logy": "log y"}
 
@@ -112,10 +113,10 @@ def _chart(runs: list[Run]) -> str:
         '<button type="button" id="whole" disabled>whole</button></div>'
     )
     svg = '<svg role="img" aria-label="bits per byte against what was spent" viewBox="0 0 900 420"></svg>'
-    # The page has as much room as there is, which is known once the rest of it is made.
     hint = (
-        '<p class="hint">Drag over the chart to look closer, double-click to see the whole. '
-        "Hollow points and ≤ mark upper bounds: the model may be better. Scores along the way may be of less text "
+        '<p class="hint"><span class="how">Drag over the chart to look closer, double-click to see the whole. '
+        "Click a name to hide its curve.</span> Hollow points and ≤ mark upper bounds: the model may be better. "
+        "Scores along the way may be of less text "
         'than those in the table. <span id="thinned"></span></p><p class="hint" id="told"></p>'
     )
     return (
@@ -181,7 +182,7 @@ def _entropies(runs: list[Run]) -> list[float]:
 # --- tables ---------------------------------------------------------------------------------------------
 
 
-def _of_runs(runs: list[Run]) -> str:
+def _believed(runs: list[Run]) -> str:
     """How much a score may be believed, in a heading."""
     spreads = [s for run in runs if (s := run.score.get("documents_standard_error"))]
     if not spreads:
@@ -197,28 +198,30 @@ def _runs(title: str, about: str, shown: list[Run], runs: list[Run], styles: dic
     of_all = [cells(run) for run in shown]
     # What no run says needs no column.
     names = [name for name in of_all[0] if any(one[name] for one in of_all)]
-    texts = ["run", *map(short, varied)]
-    head = "".join(f"<th>{escape(name)}</th>" for name in texts)
-    head += "".join(f'<th class="n">{escape(name)}</th>' for name in names) + "<th></th>"
+    # Why they are set apart is what to know of them first.
+    first = about == APART
+    head = "".join(f"<th>{escape(name)}</th>" for name in ["run", *["why"] * first, *map(short, varied)])
+    head += "".join(f'<th class="n">{escape(name)}</th>' for name in names) + "<th></th>" * (not first)
     body = "".join(
-        _row(run, places[id(run)], styles[id(run)], varied, {name: one[name] for name in names})
+        _row(run, places[id(run)], styles[id(run)], varied, {name: one[name] for name in names}, first)
         for run, one in zip(shown, of_all, strict=True)
     )
     heading = f"<h2>{escape(title)} <small>{escape(about)}</small></h2>"
-    css = ' class="apart"' if title != "Runs" else ""
+    css = ' class="apart"' if about == APART else ""
     table = f'<table class="runs"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
     return f'<section{css}>{heading}<div class="wide">{table}</div></section>'
 
 
-def _row(run: Run, place: int, number: int, varied: list[str], shown: dict[str, str]) -> str:
-    row = f'<td><i class="{_style(number)}"></i>{escape(shorten(run.name))}</td>'
+def _row(run: Run, place: int, number: int, varied: list[str], shown: dict[str, str], first: bool) -> str:
+    why = f'<td class="hint">{escape("; ".join(remarks(run)))}</td>'
+    row = f'<td><i class="{_style(number)}"></i>{escape(shorten(run.name))}</td>' + why * first
     row += "".join(
         f"<td>{escape(value(run.config[name]) if name in run.config else '')}</td>" for name in varied
     )
     for name, text in shown.items():
         less = " less" if name in OF_TIME and run.slow else " score" if name == "bits per byte" else ""
         row += f'<td class="n{less}">{escape(text)}</td>'
-    return f'<tr data-run="{place}">{row}<td class="hint">{escape("; ".join(remarks(run)))}</td></tr>'
+    return f'<tr data-run="{place}">{row}{"" if first else why}</tr>'
 
 
 def _style(number: int) -> str:
@@ -315,7 +318,7 @@ def _samples(runs: list[Run]) -> str:
     for place, run in enumerate(shown):
         text = printable(run.sample)
         cut = text if len(text) <= room else text[:room] + " [...]"
-        told = escape(f"{run.name[:200]} · {score_of(run)}")
+        told = escape(f"{shorten(run.name, 120)} · {score_of(run)}")
         parts += f"<details{' open' if place < 2 else ''}><summary>{told}</summary><pre>{escape(cut)}</pre></details>"
     more = f'<p class="hint">of {len(shown)} of {len(written)} runs</p>' if len(shown) < len(written) else ""
     return f"<section><h2>Samples <small>the last of each run</small></h2>{more}{parts}</section>"

@@ -12,6 +12,7 @@ from trainer.view.comparison.runs import AXES, Curve
 __all__ = ["packed", "thinned"]
 
 LEAST = 8  # points of a curve
+ALIKE = 5e-4  # share by which what is in proportion to something may be off
 STEPS = 65535  # of a number of two bytes
 
 
@@ -36,12 +37,16 @@ def thinned(curve: Curve, points: int) -> Curve:
 
 def packed(curve: Curve) -> dict[str, Any]:
     """JSON that the page's script reads: by column [lowest, highest, base64 of little-endian uint16], in equal steps
-    for `bits`, in equal ratios for what was spent. Columns with gaps, or of what nothing was spent of, are left out."""
+    for `bits`, in equal ratios for what was spent; "=" for what is in proportion to the tokens. Columns with gaps, or
+    of what nothing was spent of, are left out."""
     found: dict[str, Any] = {"bits": _pack(curve.bits, curve.bits)}
     for axis in AXES:
         values = curve.spent[axis]
         if np.isfinite(values).all() and (values > 0).all():
             found[axis] = _pack(values, np.log(values))
+            each = values / curve.spent["tokens"]
+            if axis != "tokens" and each.max() < (1 + ALIKE) * each.min():
+                found[axis][2] = "="
     return found
 
 
