@@ -52,6 +52,7 @@ COMMANDS = {
     "show_configs": "trainer.commands.show:main",
     "convert": "trainer.commands.convert:main",
     "schema": "trainer.commands.schema:main",
+    "compare": "trainer.commands.compare:main",
     "bench": "trainer.commands.bench:main",
     "leaderboard": "trainer.commands.leaderboard:main",
     "attribute": "trainer.commands.attribute:main",

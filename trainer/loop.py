@@ -243,7 +243,7 @@ class Trainer:
         if self.cfg.eval_only:
             score = self._final_score()
             if score:
-                self.record.evaluation(self.progress, score)
+                self.record.evaluation(self.progress, self.meter, score)
                 self._sample()
             return self._finish(score) if score else self._leave()
         if not (self._evaluate() if self._evaluation_due() else self._make_up_sample()):
@@ -502,10 +502,10 @@ class Trainer:
         try:
             eager = torch.compiler.set_stance("force_eager")
             with self.console.doing("writing a sample"), eager, self.s.averaged_weights():
-                text = sample_text(self.s, lambda: self.stop.requested)
-            if text is None:
+                drawn = sample_text(self.s, lambda: self.stop.requested)
+            if drawn is None:
                 return False
-            folder.add_sample(step, text)
+            self.record.sample(step, drawn)
         except Exception as error:  # a text is to look at: no training ends for it, whatever its model does
             self.console.warn(f"no sample of step {step}: {sentence(error)}")
         return True
@@ -532,7 +532,7 @@ class Trainer:
         if better:
             p.best_bits_per_byte, p.best_step = score.bits_per_byte, p.step
             p.best_standard_error = score.standard_error
-        self.record.evaluation(p, score)
+        self.record.evaluation(p, self.meter, score)
         if raw:
             self.record.raw_evaluation(p, raw)
         sampled = self._sample()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,10 +21,17 @@ from trainer.evaluate import evaluating
 if TYPE_CHECKING:
     from trainer.session import Session
 
-__all__ = ["sample_text"]
+__all__ = ["Sample", "sample_text"]
 
 
-def sample_text(s: Session, should_stop: Callable[[], bool]) -> str | None:
+@dataclass(frozen=True)
+class Sample:
+    text: str  # with its prompt
+    tokens: int  # new ones
+    seconds: float  # that they took, the prompt read
+
+
+def sample_text(s: Session, should_stop: Callable[[], bool]) -> Sample | None:
     """`sample_tokens` new tokens behind `sample_prompt`, of a model of chats an answer to it; None when a stop was
     asked for meanwhile."""
 
@@ -42,10 +51,13 @@ def sample_text(s: Session, should_stop: Callable[[], bool]) -> str | None:
     )
     try:
         with evaluating(s.adapter), torch.random.fork_rng(devices=[]):
+            started = time.perf_counter()
             new = s.adapter.generate([prompt], options, check).tokens[0]
+            seconds = time.perf_counter() - started
     except StopRequested:
         return None
-    return text_of(tokenizer, prompt + new).decode("utf-8", errors="replace")
+    text = text_of(tokenizer, prompt + new).decode("utf-8", errors="replace")
+    return Sample(text, len(new), max(seconds, 1e-9))
 
 
 def _asked(s: Session) -> list[int]:

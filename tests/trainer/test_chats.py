@@ -381,10 +381,10 @@ def test_samples_along_a_run_are_answers(words, monkeypatch, prompt, asked) -> N
 
     s = session_of("gpt2", *sized("gpt2"), *words, f"sample_prompt={prompt}", "sample_tokens=5")
     heard = answers(monkeypatch, ["so"])
-    text = sample_text(s, lambda: False)
+    drawn = sample_text(s, lambda: False)
     assert heard[0][0].startswith(asked) and heard[0][0].endswith("<|im_start|>assistant\n")
-    assert text == heard[0][0] + "so" and heard[0][1] == (256,)
-    assert heard.opened == [heard[0][0]]
+    assert drawn and drawn.text == heard[0][0] + "so" and drawn.tokens == len(drawn.text) - len(heard[0][0])
+    assert heard[0][1] == (256,) and heard.opened == [heard[0][0]]
 
 
 def test_the_example_makes_chats(tmp_path, monkeypatch) -> None:

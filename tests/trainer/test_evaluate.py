@@ -445,6 +445,6 @@ def test_a_score_by_choices_that_saw_later_tokens_says_so_wherever_it_is_kept():
     for adapter, marked in ((fair, False), (other, True)):
         found = score(adapter, HeldoutRows(store, tokenizer.eot, 32))
         assert (found.non_causal_routing, found.comparable) == (marked, not marked)
-        assert evaluation_line(Progress(), found)["val_non_causal_routing"] is marked
+        assert evaluation_line(Progress(), found, 0.0)["val_non_causal_routing"] is marked
         notes = ranking_notes(found.as_dict(), {})
         assert [note.startswith("non-causal routing") for note in notes] == [True] * marked

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,13 +100,12 @@ def kernels_of(s: Session) -> dict[str, dict[str, str]]:
 
 
 def _manifest(s: Session) -> dict[str, Any]:
-    roles = role_table(s.adapter.counted_parameters(), s.adapter.param_roles(), s.cfg, s.adapter.width)
-    by_role: dict[str, int] = {}
-    for row in roles:
-        by_role[row["role"]] = by_role.get(row["role"], 0) + row["parameters"]
+    roles = _roles(s)
     flops = s.adapter.cost(s.cfg.train_seq_len)
     return {
         "type": s.cfg.type,
+        "host": socket.gethostname(),
+        "began": time.time(),  # this life of it
         "environment": collect_environment(s.world.device),
         "kernels": kernels_of(s),
         "precision": s.precision,
@@ -121,7 +122,7 @@ def _manifest(s: Session) -> dict[str, Any]:
             "tokenizer_digest": s.dataset.tokenizer.digest,
             "overlap": s.dataset.overlap and s.dataset.overlap.as_dict(),
         },
-        "parameters": {**parameters_of(s), "by_role": by_role},
+        "parameters": {**parameters_of(s), "by_role": _by_role(roles)},
         "roles": roles,
         "flops_per_token": {"forward": flops.forward_per_token, "training": flops.training_per_token},
         **_targets(s, lambda name: _planned(s, name)),
@@ -147,6 +148,18 @@ def _planned(s: Session, name: str) -> float:
         if name == "bytes"
         else tokens
     )
+
+
+def _roles(s: Session) -> list[dict[str, Any]]:
+    return role_table(s.adapter.counted_parameters(), s.adapter.param_roles(), s.cfg, s.adapter.width)
+
+
+def _by_role(roles: list[dict[str, Any]]) -> dict[str, int]:
+    """Parameters; they sum to the total."""
+    found: dict[str, int] = {}
+    for row in roles:
+        found[row["role"]] = found.get(row["role"], 0) + row["parameters"]
+    return found
 
 
 def parameters_of(s: Session) -> dict[str, int]:
@@ -266,15 +279,18 @@ def summary_of(
     yardsticks: dict[str, float],
     best: dict[str, Any],
     stopped_early: bool,
+    generation_speed: float | None,
 ) -> dict[str, Any]:
-    """`flops`: operations of all steps, as they were. `best`: step and score of best_model/, if the run keeps one."""
+    """`flops`: operations of all steps, as they were. `best`: step and score of best_model/, if the run keeps one.
+    `generation_speed`: new tokens a second of one text, None where this life of the run wrote none."""
+    counts = parameters_of(s)
     return {
         "type": s.cfg.type,
         "score": score.as_dict(),
         **({"best": best} if best else {}),
         "weights": "averaged (EMA)" if s.ema else "raw",
         "precision": s.precision,
-        "parameters": parameters_of(s),
+        "parameters": {"active": counts["total"], **counts, "by_role": _by_role(_roles(s))},
         "yardsticks": yardsticks,
         "steps": progress.step,
         "stopped_early": stopped_early,
@@ -284,8 +300,10 @@ def summary_of(
         "seconds": round(progress.seconds, 3),
         "seconds_total": round(progress.seconds_total, 3),
         "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else None,
+        "generation_tokens_per_second": generation_speed,
         "peak_memory_bytes": progress.peak_memory_bytes,
         "anonymous_memory_bytes": progress.anonymous_memory_bytes,
         "flops": flops,
         **_targets(s, {"flops": flops, "tokens": progress.tokens, "bytes": progress.bytes}.__getitem__),
+        "ended": time.time(),
     }

@@ -113,12 +113,15 @@ def refuse_taken_names_of_score(adapter: ModelAdapter, score: Score) -> None:
             raise _taken(adapter, "held-out metric", name, [*_TAKEN_IN_SCORES, *_TAKEN_BEGINNINGS_IN_SCORES])
 
 
-def evaluation_line(progress: Progress, score: Score) -> dict[str, Any]:
+def evaluation_line(progress: Progress, score: Score, flops: float) -> dict[str, Any]:
+    """`flops`: operations of all steps so far."""
     values = score.as_dict()
     metrics = values.pop("metrics")
     return {
         "step": progress.step,
         "tokens": progress.tokens,
+        "bytes": progress.bytes,
+        "flops": flops,
         "seconds": round(progress.seconds, 3),
         **{f"val_{k}": v for k, v in (values | metrics).items()},
     }

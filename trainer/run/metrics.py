@@ -15,7 +15,7 @@ from configs.runs import OUTPUTS, RUNS, folder_of_path
 from naming import expand_path, nearest, shorten
 from trainer.run.files import append, write_atomically
 
-__all__ = ["MetricsWriter", "columns", "read_metrics"]
+__all__ = ["MetricsWriter", "columns", "read_metrics", "to_json"]
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -30,7 +30,7 @@ class MetricsWriter:
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one object: numbers (of Python, numpy or one-element tensors), strings, lists, mappings."""
-        append(self.path, json.dumps(_to_json(line), allow_nan=False) + "\n")
+        append(self.path, json.dumps(to_json(line), allow_nan=False) + "\n")
 
     def truncate_after(
         self, step: float, *, scored: bool = True, aside: Path | None = None
@@ -133,11 +133,11 @@ def _is_later(record: dict[str, Any], step: float, scored: bool) -> bool:
     return at > step or (at == step and not scored and any(key.startswith("val_") for key in record))
 
 
-def _to_json(value: Any) -> Any:
+def to_json(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(key): _to_json(entry) for key, entry in value.items()}
+        return {str(key): to_json(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_to_json(entry) for entry in value]
+        return [to_json(entry) for entry in value]
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

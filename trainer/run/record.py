@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from trainer.distributed import World
     from trainer.evaluate import Score
     from trainer.meter import Meter
+    from trainer.sample import Sample
     from trainer.session import Session
 
 __all__ = ["RunRecord"]
@@ -57,6 +58,7 @@ class RunRecord:
         self._trust: list[str] = []  # of a command that goes on with the run
         self._started = time.monotonic()
         self._earlier_seconds = 0.0  # of earlier lives of the run
+        self._generation_speed: float | None = None  # tokens a second, of the fastest text of this life
 
     def __enter__(self) -> RunRecord:
         self.world.on_main(self.folder.lock)
@@ -131,8 +133,9 @@ class RunRecord:
         for sink in self._sinks:
             sink.step(line)
 
-    def evaluation(self, progress: Progress, score: Score) -> None:
-        self._evaluation(evaluation_line(progress, score))
+    def evaluation(self, progress: Progress, meter: Meter, score: Score) -> None:
+        flops = progress.flops + meter.flops(self.world)  # takes part on every process
+        self._evaluation(evaluation_line(progress, score, flops))
 
     def raw_evaluation(self, progress: Progress, score: Score) -> None:
         """The score of the weights as they are, beside that of their average."""
@@ -209,6 +212,11 @@ class RunRecord:
             self._optional("final_model", lambda: self.folder.link_final(step))
         self._optional("report.html", lambda: write_report(self.folder.path))
 
+    def sample(self, step: int, drawn: Sample) -> None:
+        """Of process 0 alone. The first text of a process also waits for what is made once."""
+        self.folder.add_sample(step, drawn.text)
+        self._generation_speed = max(self._generation_speed or 0.0, drawn.tokens / drawn.seconds)
+
     def stopped(self, step: int, signal_name: str, saved: bool) -> None:
         kept = f"saved step {step}" if saved and step else "nothing was saved"
         self.console.note(f"{signal_name or 'stop'} received: {kept}")
@@ -254,7 +262,9 @@ class RunRecord:
         if s.dataset.entropy_bits_per_byte is not None:
             yardsticks["true entropy"] = s.dataset.entropy_bits_per_byte
         self._take_stock(s, progress)
-        summary = summary_of(s, progress, flops, score, yardsticks, best, stopped_early)
+        summary = summary_of(
+            s, progress, flops, score, yardsticks, best, stopped_early, self._generation_speed
+        )
         step = best["step"] if best else progress.step
         self.folder.keep_documents(documents.content(step) if documents else None)
         self.folder.write_json("summary.json", summary)

@@ -1,4 +1,5 @@
-"""What a sweep came to, from its run folders alone: summary.csv, summary.json and compare.html in its folder."""
+"""What a sweep came to, from its run folders alone: summary.csv, summary.json, compare.html and compare.md in its
+folder."""
 
 from __future__ import annotations
 
@@ -6,22 +7,24 @@ import csv
 import io
 import json
 import os
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from trainer.run.files import write_atomically
-from trainer.sweep.jobs import PLACES, Job, jobs_in
-from trainer.view.comparison import write_page
+from trainer.sweep.jobs import Job, jobs_in
+from trainer.view.comparison import Run, read_run, set_apart, write_pages
+from trainer.view.comparison.apart import at_the_same_time
+from trainer.view.comparison.runs import differing, flat
+from trainer.view.comparison.table import value as shown
 
-__all__ = ["rows_of", "write_tables"]
+__all__ = ["rows_of", "runs_of", "write_tables"]
 
 # Of summary.json, under the same names.
 MEASURES = ("steps", "tokens", "bytes", "flops", "seconds", "seconds_total", "tokens_per_second")
 
 
 def write_tables(folder: Path) -> list[Job]:
-    """Write the three; returns the jobs. A sweep of which nothing has begun leaves nothing."""
+    """Write them; returns the jobs. A sweep of which nothing has begun leaves nothing."""
     folder = Path(os.path.abspath(folder))
     jobs = jobs_in(folder)
     if not jobs:
@@ -31,36 +34,66 @@ def write_tables(folder: Path) -> list[Job]:
         folder / "summary.json", json.dumps({"format": 1, "varied": varied, "jobs": rows}, indent=2) + "\n"
     )
     write_atomically(folder / "summary.csv", _csv(rows, varied))
-    write_page(folder, varied, rows)
+    runs = runs_of(jobs, folder)
+    set_apart(runs)
+    best = next(
+        (f": {row['bits_per_byte']:.3f} bits per byte at best" for row in rows if row["comparable"]), ""
+    )
+    write_pages(folder / "compare.html", f"Sweep of {len(rows)} runs{best}", runs, str(folder))
     return jobs
+
+
+def runs_of(jobs: list[Job], folder: Path, curves: bool = True) -> list[Run]:
+    """What each job left, for `trainer.view.comparison`. `folder`: the sweep's, in which the jobs have their names."""
+    varied = differing(flat(job.config) for job in jobs)
+    return [_run(job, varied, folder, curves) for job in jobs]
+
+
+def _run(job: Job, varied: list[str], folder: Path, curves: bool) -> Run:
+    config = flat(job.config)
+    given = [shown(config[name]) for name in varied if config.get(name) is not None]
+    name = Path(os.path.relpath(job.place, folder)).as_posix()
+    lives = [(life["host"], life["begin"], life["end"]) for life in job.lives if life["end"]]
+    label = f"{name}: {' '.join(given)}" if given else name
+    try:
+        run = read_run(job.run, label, curves=curves, config=job.config, lives=lives)
+    except ValueError:  # a damaged metrics.jsonl costs no sweep its page
+        run = read_run(job.run, label, curves=False, config=job.config, lives=lives)
+    run.state, run.why = _ending(job)
+    if job.state != "ok":
+        run.score = {}
+    return run
 
 
 def rows_of(jobs: list[Job], folder: Path) -> tuple[list[str], list[dict[str, Any]]]:
     """The fields that differ between jobs, and of each job a row, the best first, those without a score last. Paths of
     runs are relative to `folder`."""
-    flat = [_flat(job.config) for job in jobs]
-    names = dict.fromkeys(name for one in flat for name in one)
-    # Architectures have fields of their own: what only some of them have does not differ between those.
-    varied = [
-        name
-        for name in names
-        if name not in PLACES and len({json.dumps(one[name]) for one in flat if name in one}) > 1
+    configs = [flat(job.config) for job in jobs]
+    varied = differing(configs)
+    runs = runs_of(jobs, folder, curves=False)
+    set_apart(runs)
+    rows = [
+        _row(job, one, varied, folder)
+        | {"shared": bool(at_the_same_time(run, runs)), "comparable": not run.apart, "differs": run.apart}
+        for job, one, run in zip(jobs, configs, runs, strict=True)
     ]
-    rows = [_row(job, one, varied, folder) for job, one in zip(jobs, flat, strict=True)]
-    _mark_shared(rows, jobs)
-    _mark_other(rows, jobs)
     return varied, sorted(rows, key=lambda row: (row["bits_per_byte"] is None, row["bits_per_byte"] or 0))
+
+
+def _ending(job: Job) -> tuple[str, str]:
+    """A job that says it is running has nobody left who runs it."""
+    killed = job.state == "running"
+    return ("killed", "killed, as no one wrote down how it ended") if killed else (job.state, job.why)
 
 
 def _row(job: Job, config: dict[str, Any], varied: list[str], folder: Path) -> dict[str, Any]:
     summary = job.summary()
     score = summary.get("best") or summary.get("score") or {}
-    killed = job.state == "running"  # nobody is left who runs it
-    why = "killed, as no one wrote down how it ended" if killed else job.why
+    state, why = _ending(job)
     return {
         "job": Path(os.path.relpath(job.place, folder)).as_posix(),
         "run": Path(os.path.relpath(job.run, folder)).as_posix(),
-        "state": "killed" if killed else job.state,
+        "state": state,
         "why": why,
         "fields": {name: config.get(name) for name in varied},
         "bits_per_byte": score.get("bits_per_byte") if job.state == "ok" else None,
@@ -68,56 +101,6 @@ def _row(job: Job, config: dict[str, Any], varied: list[str], folder: Path) -> d
         "parameters": (summary.get("parameters") or {}).get("total"),
         **{name: summary.get(name) for name in MEASURES},
     }
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
-
-
-def _mark_shared(rows: list[dict[str, Any]], jobs: list[Job]) -> None:
-    """`shared`: another job ran on the same machine at the same time, so that its seconds say less."""
-    lives = [(number, life) for number, job in enumerate(jobs) for life in job.lives if life["end"]]
-    for number, row in enumerate(rows):
-        row["shared"] = any(
-            a["host"] == b["host"] and a["begin"] < b["end"] and b["begin"] < a["end"]
-            for one, a in lives
-            if one == number
-            for other, b in lives
-            if other != number
-        )
-
-
-def _mark_other(rows: list[dict[str, Any]], jobs: list[Job]) -> None:
-    """`comparable`, and `differs`, why not: a score of other text than most of the sweep's, or of a part of it."""
-    texts = [_text(job) for job in jobs]
-    scored = [text for text, row in zip(texts, rows, strict=True) if row["bits_per_byte"] is not None]
-    common = Counter(scored).most_common(1)[0][0] if scored else None
-    for row, job, text in zip(rows, jobs, texts, strict=True):
-        score = job.summary().get("score") or {}
-        why = ""
-        if row["bits_per_byte"] is None:
-            why = "no score"
-        elif text != common:
-            why = "another held-out text"
-        elif score.get("lossy_documents"):
-            why = "tokens do not give the text back"
-        elif score.get("non_causal_routing"):
-            why = "choices saw later tokens"
-        elif score.get("comparable") is False:
-            why = "scored on a part chosen by tokens"
-        row |= {"comparable": not why, "differs": why}
-
-
-def _text(job: Job) -> tuple[Any, ...]:
-    """What a score is of: the data, how much of it, and whether all of its words or answers."""
-    manifest = job.run / "manifest.json"
-    data = json.loads(manifest.read_text(encoding="utf-8")).get("data", {}) if manifest.is_file() else {}
-    score = job.summary().get("score") or {}
-    names = ("documents", "bytes", "of")
-    return data.get("content"), data.get("heldout_bytes"), *(score.get(name) for name in names)
 
 
 def _csv(rows: list[dict[str, Any]], varied: list[str]) -> str:

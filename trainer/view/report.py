@@ -25,10 +25,10 @@ from trainer.view.format import (
     ranking_notes,
     score_lines,
 )
+from trainer.view.template import filled
 
-__all__ = ["page", "write_picture", "write_report"]
+__all__ = ["write_picture", "write_report"]
 
-_ASSETS = Path(__file__).parent / "assets"
 MAX_SAMPLES = 6
 SAMPLE_CHARACTERS = 3000
 
@@ -49,7 +49,7 @@ def write_report(run_dir: Path) -> Path:
     path = run_dir / "report.html"
     write_atomically(
         path,
-        page(
+        _page(
             title,
             FACTS=_facts(run_dir, summary, manifest),
             SCORE=_score(score, summary.get("yardsticks") or {}, summary.get("best")) if score else "",
@@ -66,23 +66,12 @@ def write_report(run_dir: Path) -> Path:
 
 def write_picture(path: Path, title: str, annotation: dict[str, Any]) -> None:
     """Write a page that has nothing but what `trainer.annotate.annotation_of` made."""
-    write_atomically(path, page(title, ANNOTATION=drawn(annotation)))
+    write_atomically(path, _page(title, ANNOTATION=drawn(annotation)))
 
 
-def page(title: str, **parts: str) -> str:
-    """The template with its parts; those that are not given are empty. AXIS: the x axis that is shown at first."""
-    template = (_ASSETS / "report.html").read_text(encoding="utf-8")
-    parts = {"AXIS": "step", **parts} | {
-        "TITLE": escape(title),
-        "STYLE": (_ASSETS / "report.css").read_text(encoding="utf-8"),
-        "SCRIPT": (_ASSETS / "report.js").read_text(encoding="utf-8"),
-    }
-    # One pass over the template, so that a placeholder's name inside a sample stays what it is.
-    head, *rest = template.split("{{")
-    for piece in rest:
-        name, _, tail = piece.partition("}}")
-        head += parts.get(name, "") + tail
-    return head
+def _page(title: str, **parts: str) -> str:
+    """The template with its parts; those that are not given are empty."""
+    return filled("report", title, ("report",), "report", **parts)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
