@@ -20,6 +20,7 @@ from typing import Any
 import filelock
 import yaml
 
+from configs.concealed import conceal
 from trainer.errors import TrainingError
 from trainer.run.checkpoint import (
     STATE,
@@ -219,6 +220,7 @@ class RunFolder:
         self, step: int, tensors: dict[str, Any], texts: dict[str, str], *, best: bool, keep: int | None
     ) -> None:
         """Write `checkpoint-<step>/`, point the links to it, delete the oldest beyond `keep`."""
+        texts = texts | {STATE: conceal(texts[STATE])}
         there = (self.path / f"checkpoint-{step}").resolve()
         checkpoint = save_checkpoint(self.path, step, tensors, texts, anew=there in self._passed_over)
         self._passed_over.pop(there, None)
