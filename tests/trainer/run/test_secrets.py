@@ -45,7 +45,7 @@ def test_no_file_of_a_sweep_holds_a_secret_and_a_run_asks_for_it_again(start, tm
     taken = ["input_file='${oc.env:TEXT_SECRET}'", "sample_prompt='a ${oc.env:MY_TOKEN}'"]
     words = ["data=text", *taken, "env.MINE='${oc.env:API_KEY}'", "tokenizer=byte", "val_files=[]"]
     sweep = [word for word in overrides("gpt2", *words) if not word.startswith("data=synthetic")]
-    status, said = start(*sweep, "seed=1,2", "-m", "hydra.sweep.dir=sweep")
+    status, said = start(*sweep, "-m", "hydra.sweep.dir=sweep")
     assert status == 0 and "w0rd" not in said and "geheim-nis" not in said, said
     assert {"multirun.yaml", "job.json", "training_state.json", "report.html", "manifest.json"} <= {
         path.name for path in (tmp_path / "sweep").rglob("*")
