@@ -20,15 +20,28 @@ On the command line this is the front door, `python mytrainer.py --help`, and pi
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+
+def _say_interrupted(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Where nothing of the command is there yet, Ctrl-C is one line and a status too."""
+    if kind is not KeyboardInterrupt:
+        return sys.__excepthook__(kind, error, trace)
+    os.write(2, b"interrupted\n")
+    os._exit(130)
+
+
+if __name__ == "__main__":
+    sys.excepthook = _say_interrupted
+
+import importlib  # noqa: E402
+import importlib.util  # noqa: E402
+import threading  # noqa: E402
+from collections.abc import Iterator, Sequence  # noqa: E402
+from contextlib import contextmanager  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
 ADDED = str(ROOT) not in sys.path

@@ -18,6 +18,7 @@ from typing import Any
 import models
 from configs import heads, runs, trust, weights
 from configs.choose import model_paths
+from configs.concealed import lacking
 from configs.files import (
     BASE,
     CONFIGS,
@@ -410,7 +411,7 @@ def check(plan: Plan, tree: dict[str, Any], option: str | None = None) -> Checke
     that `validate` knows."""
     option = option or next(iter(plan.models))
     where: Callable[[str], str] = plan.where(option, tree)
-    if problems := [*misshapen(tree, where, resolved=True)]:
+    if problems := [*misshapen(tree, where, resolved=True), *_asked_for(tree, where)]:
         raise ConfigError(problems)
     tree.update(usable_paths(tree, where))
     folder = runs.named_folder(tree, plan.request.keys)
@@ -436,6 +437,16 @@ def check(plan: Plan, tree: dict[str, Any], option: str | None = None) -> Checke
     runs.refuse_overwrite(tree, folder)
     path = plan.models[option].path
     return Checked(cfg, model_cfg, folder, f"{path} (sha256 {digest(path)})")
+
+
+def _asked_for(tree: dict[str, Any], where: Callable[[str], str]) -> list[str]:
+    """What is said of fields that a run had from secrets."""
+    return [
+        f"{where(key) or 'config'}: {key} is {REDACTED}: it held a secret, which no file of the run keeps. Give it "
+        f"again, {key}='${{oc.env:<NAME>}}'"
+        for key, value in tree.items()
+        if key != "env" and lacking(value)
+    ]
 
 
 def two_rates(plan: Plan, cfg: RunConfig) -> list[str]:

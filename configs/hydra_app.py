@@ -6,6 +6,8 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
@@ -22,7 +24,7 @@ from configs.files import ROOT, choices, options, read_option
 from configs.messages import ConfigError
 from configs.registry import AMENDMENTS
 from configs.schema import GENERIC_FIELDS
-from configs.secret import kept_secret
+from configs.secret import field_of, kept_secret
 from naming import did_you_mean
 
 APP = "mytrainer"
@@ -124,7 +126,7 @@ def compose_tree(overrides: list[str], where: Where = lambda key: "") -> dict[st
     with _hydra(where):
         # Hydra's own part stays beside it while values that point there (${hydra.job.name}) are resolved.
         cfg = hydra.compose(APP, overrides, return_hydra_config=True)
-        return {str(key): _resolved(cfg, key) for key in cfg if key != "hydra"}
+        return {str(key): field_of(str(key), partial(resolved, cfg, key)) for key in cfg if key != "hydra"}
 
 
 def compose_unresolved(overrides: list[str], where: Where = lambda key: "") -> dict[str, Any]:
@@ -194,7 +196,8 @@ def _put(tree: dict[str, Any], override: Override) -> bool:
     return True
 
 
-def _resolved(cfg: DictConfig, key: Any) -> Any:
+def resolved(cfg: DictConfig, key: Any) -> Any:
+    """The value of a key as plain values, "???" where it has none."""
     if OmegaConf.is_missing(cfg, key):
         return "???"
     value = cfg[key]

@@ -139,7 +139,7 @@ def saved_architecture(values: Mapping[str, Any], folder: Path | None) -> tuple[
         run / "config.json",
         *(c / "config.json" for c in checkpoints(run)[::-1]),
     ):
-        if not candidate.is_file():
+        if not candidate.is_file():  # a FIFO would be waited for
             continue
         try:
             saved = json.loads(candidate.read_text(encoding="utf-8"))

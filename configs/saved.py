@@ -47,11 +47,17 @@ class _Record(BaseModel):
     model_config = ConfigDict(strict=True)
 
 
+def _sizes(entries: dict[str, Any]) -> dict[str, Any]:
+    if wrong := [k for k, v in entries.items() if isinstance(v, int) and abs(v) >= 2**63]:
+        raise ValueError(f"no size is {entries[wrong[0]]}")
+    return entries
+
+
 class Architecture(_Record):
     """config.json"""
 
     type: str
-    model_cfg: dict[str, Any]
+    model_cfg: Annotated[dict[str, Any], AfterValidator(_sizes)]
     model_adapter: str | None = None
     batch_size: PositiveInt
     train_seq_len: PositiveInt = 1024

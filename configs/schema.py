@@ -18,6 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
+from configs.concealed import concealed
 from configs.match import Budget, Match, SizeDials, decoder_dials
 from configs.messages import REDACTED, is_secret
 from naming import Entry, expand_path, load, not_one_of, shorten_text
@@ -494,7 +495,7 @@ PATHS: dict[str, Callable[[str], str]] = {
 
 
 def redacted(cfg: RunConfig) -> dict[str, Any]:
-    """The run as JSON values, for whatever is saved or printed: no secret of `env` is in it."""
-    values = cfg.model_dump(mode="json")
+    """The run as JSON values, for whatever is saved or printed: no secret is in it."""
+    values = {k: v if k == "model_cfg" else concealed(v) for k, v in cfg.model_dump(mode="json").items()}
     values["env"] = {k: REDACTED if is_secret(k) else v for k, v in values["env"].items()}
     return values

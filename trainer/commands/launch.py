@@ -32,7 +32,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from configs import trust
+from configs import concealed, trust
 from configs.formats.yaml_text import literal
 from configs.grammar import in_quotes
 from configs.hardware import UNSET, process_count, process_group
@@ -126,11 +126,11 @@ def with_absolute_paths(cfg: RunConfig) -> RunConfig:
     return cfg.model_copy(update=changes)
 
 
-def read_config(path: Path) -> tuple[RunConfig, ModelConfig]:
-    """The inverse of `config_text`, from a file. Raises ConfigError."""
+def read_config(path: Path, secret: Mapping[str, Any] | None = None) -> tuple[RunConfig, ModelConfig]:
+    """The inverse of `config_text`, from a file. `secret`: fields that it does not show. Raises ConfigError."""
     tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     assert isinstance(tree, dict)
-    return validate({str(k): v for k, v in tree.items() if k != "defaults"})
+    return validate({str(k): v for k, v in tree.items() if k != "defaults"} | {**(secret or {})})
 
 
 def apply_env(env: Mapping[str, str], secrets_: Mapping[str, str] | None = None) -> None:
@@ -172,7 +172,7 @@ def start(
             {
                 "config": cfg.model_dump(mode="json"),
                 "folder": str(folder),
-                "env": {**_secret_env(cfg), **trust.passed_on()},
+                "env": {**_secret_env(cfg), **trust.passed_on(), **concealed.pass_on({})},
             }
         )
         return run_here(cfg, model_cfg, folder, partial(config_text, origin=origin))
@@ -234,7 +234,7 @@ def _run_workers(
     config = post / "config.yaml"
     config.write_text(config_text(cfg, of_this_start=True), encoding="utf-8")
     command = [sys.executable, str(ROOT / "mytrainer.py"), "worker", str(config), str(folder), origin]
-    env = {**os.environ, _POST: str(post)}
+    env = {**os.environ, _POST: str(post), **concealed.pass_on(cfg.model_dump(mode="json"))}
     if processes > 1:
         env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
         env |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
@@ -424,13 +424,14 @@ def worker_main(argv: list[str]) -> int:
     orphaned = threading.Event()
     threading.Thread(target=_end_with_parent, args=(post, orphaned), name="parent", daemon=True).start()
     status, score = 1, math.nan
+    secret = concealed.take_over()
     with open(post / _LOG.format(rank()), "a", encoding="utf-8") as log:
         print(f"process {rank()} of {process_group()[1]} begins", file=log, flush=True)
         faulthandler.enable(log)
         try:
             env = OmegaConf.to_container(OmegaConf.load(config), resolve=True).get("env") or {}  # type: ignore[union-attr]
             apply_env(env)
-            score = run_here(*read_config(config), folder, partial(config_text, origin=origin))
+            score = run_here(*read_config(config, secret), folder, partial(config_text, origin=origin))
             status = 0
         except (JobFailed, ConfigError) as error:  # whoever started us says it
             failed = error if isinstance(error, JobFailed) else JobFailed(2, error)
@@ -571,6 +572,7 @@ def follow() -> int:
     for name, value in {**cfg.env, **message["env"]}.items():
         if value != REDACTED:
             os.environ.setdefault(name, value)
+    concealed.take_over()
     cfg, model_cfg = validate(cfg.model_dump(mode="json"))
     try:
         run_here(cfg, model_cfg, folder, None)  # rank 0 writes the config

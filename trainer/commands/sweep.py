@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from configs import trust
@@ -27,12 +28,12 @@ from configs.grammar import word
 from configs.grid import check_grid, hydra_settings
 from configs.hardware import uses_cuda
 from configs.heads import keep_widths
-from configs.hydra_app import APP, register, sweep_folder
+from configs.hydra_app import APP, register, resolved, sweep_folder
 from configs.hydra_words import is_setting
 from configs.messages import ConfigError
 from configs.runs import named_folder
 from configs.schema import ModelConfig, RunConfig, redacted
-from configs.secret import kept_secret
+from configs.secret import field_of, kept_secret
 from configs.sweeps import CALLBACK, on_one_gpu, recorded_words, side_by_side, working_folder
 from configs.validate import met, validate
 from configs.weights import take_sizes
@@ -202,7 +203,7 @@ def sweep_job(cfg: DictConfig) -> float | None:
 def _resolved(cfg: DictConfig) -> Any:
     try:
         with kept_secret():
-            return OmegaConf.to_container(cfg, resolve=True)
+            return {str(k): field_of(str(k), partial(resolved, cfg, k)) for k in cfg}
     except OmegaConfBaseException as error:
         raise CompactHydraException(str(error).partition("\n")[0]) from None
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from configs.concealed import conceal
 from naming import expand_path
 from trainer.errors import TrainingError
 
@@ -69,8 +70,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def _as_bytes(content: str | bytes) -> bytes:
-    """Bytes of the name of a file or folder that are not UTF-8 are written as escapes."""
-    return content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
+    """Bytes of the name of a file or folder that are not UTF-8 are written as escapes, and no secret is."""
+    return conceal(content).encode("utf-8", "backslashreplace") if isinstance(content, str) else content
 
 
 def output_file(given: str, option: str = "output") -> Path:

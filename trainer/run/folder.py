@@ -20,6 +20,7 @@ from typing import Any
 import filelock
 import yaml
 
+from configs.concealed import conceal
 from trainer.bench.documents import FILE as DOCUMENTS
 from trainer.errors import TrainingError
 from trainer.run.checkpoint import (
@@ -237,6 +238,9 @@ class RunFolder:
         keep: int | None,
     ) -> None:
         """Write `checkpoint-<step>/`, point the links to it, delete the oldest beyond `keep`."""
+        state = texts[STATE]
+        assert isinstance(state, str)
+        texts = {**texts, STATE: conceal(state)}
         there = (self.path / f"checkpoint-{step}").resolve()
         checkpoint = save_checkpoint(self.path, step, tensors, texts, anew=there in self._passed_over)
         self._passed_over.pop(there, None)

@@ -314,7 +314,12 @@ def _restore(
     if raw and source.averaged:
         raise ValueError(f"raw: {source.path} holds the average (EMA) of the weights alone")
     cfg, model_cfg = source.config(note)
-    model_cfg = with_free_fields(cfg, model_cfg, [*overrides], note)
+    try:
+        model_cfg = with_free_fields(cfg, model_cfg, [*overrides], note)
+    except ConfigError as error:
+        if overrides:
+            raise
+        raise NotAsWritten(f"{source.path} says what no model can be: {error}") from None
     cfg = _changed(cfg, model_cfg, changes)
     tune_host(cfg, where)
     adapter = build_adapter(cfg, model_cfg, source.tokenizer, where)

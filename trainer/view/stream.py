@@ -4,7 +4,7 @@ A pipe may speak cp1252 or ASCII, its reader may leave (`| head`), a terminal ma
 and a descriptor may have been closed before Python started (`>&-`). None of it is worth a run.
 
 What is printed may be a stranger's: text of a model, names of files. On a terminal, which obeys what it reads, it is
-shown and not obeyed.
+shown and not obeyed. Secrets that a run has taken are shown nowhere.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
+
+from configs.concealed import conceal
 
 __all__ = ["PatientStream", "escaped", "of_our_own", "patient", "patient_streams", "silence"]
 
@@ -42,7 +44,8 @@ class PatientStream:
     def write(self, text: str) -> int:
         if not self._silent:
             encoding = getattr(self._stream, "encoding", None) or "utf-8"
-            shown = escaped(text) if self._shows else text
+            shown = conceal(text)
+            shown = escaped(shown) if self._shows else shown
             self._try(lambda: self._stream.write(shown.encode(encoding, "backslashreplace").decode(encoding)))
         return len(text)
 
