@@ -29,6 +29,11 @@ def cuda_device_count() -> int:
     return count.value
 
 
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def uses_cuda(device: str) -> bool:
     """Whether the field `device` ends up on CUDA here."""
     return device.startswith("cuda") or (device == "auto" and cuda_device_count() > 0)

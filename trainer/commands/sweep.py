@@ -26,7 +26,7 @@ from configs.compose import Checked, Plan
 from configs.files import CONFIGS, ROOT, digest
 from configs.grammar import word
 from configs.grid import check_grid, hydra_settings
-from configs.hardware import uses_cuda
+from configs.hardware import available_cores, uses_cuda
 from configs.heads import keep_widths
 from configs.hydra_app import APP, register, resolved, sweep_folder
 from configs.hydra_words import is_setting
@@ -46,6 +46,7 @@ from trainer.sweep.gpus import own_gpus
 from trainer.sweep.jobs import Job, jobs_in
 from trainer.view.console import Console
 
+BATCH = "hydra.sweeper.max_batch_size"
 STOPPED = "stopped before its end"
 CHECKING = "checking the points of the sweep"
 
@@ -79,6 +80,8 @@ def start_sweep(plan: Plan, earlier: Path | None = None) -> int:
     numbers = _numbers(checked, jobs, plan.request.sweeps) if checked is not None else []
     searched = hydra_settings(plan) if checked is None else None  # a grid asks nothing more of Hydra
     own = study.settings(searched, plan.request.settings, folder) if searched else []
+    if own is not None:
+        own += _no_more_than_cores(plan)
     launch.require_writable(folder.parent)
     for text in dict.fromkeys(plan.notices):
         print(f"note: {text}", file=sys.stderr)
@@ -103,6 +106,19 @@ def start_sweep(plan: Plan, earlier: Path | None = None) -> int:
         _say_what_came_of_it(folder, found, len(numbers), trust.repeated(plan.trusted))
     begun = [job for job in found if job.lives[-1]["begin"] >= began]
     return status or int(any(job.state == "failed" for job in begun))
+
+
+def _no_more_than_cores(plan: Plan) -> list[str]:
+    """Bounds the jobs of a grid that a launcher would start all at once on the cores of this machine. On GPUs they wait
+    for one by themselves."""
+    asked = plan.request.settings
+    bounded = BATCH in asked or asked.get("hydra/sweeper", "basic") != "basic"
+    on_gpus = uses_cuda(str(plan.request.values.get("device", "auto")))
+    if asked.get("hydra/launcher") != "submitit_local" or bounded or on_gpus:
+        return []
+    cores = available_cores()
+    plan.notices.append(f"jobs start {cores} at a time, as many as there are cores. Others: {BATCH}=<jobs>")
+    return [f"{BATCH}={cores}"]
 
 
 def _say_what_came_of_it(folder: Path, jobs: list[Job], points: int, trusting: list[str]) -> None:

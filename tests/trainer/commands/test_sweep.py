@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 import mytrainer
+from configs.compose import prepare
 from configs.messages import ConfigError
 from trainer.commands import launch
+from trainer.commands import sweep as command_of_sweeps
 from trainer.commands import train as command
 from trainer.errors import TrainingError
 from trainer.sweep.jobs import jobs_in
@@ -69,6 +71,37 @@ def test_batches_after_one_with_a_failure_are_started(sweep):
     sweep.ends = {1: launch.JobFailed(1, TrainingError("no memory"))}
     assert sweep(*WORDS, "seed=1,2,3", "hydra.sweeper.max_batch_size=1") == 1
     assert sweep.seeds == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_jobs_have_the_heads_that_the_grid_was_checked_with(sweep):
+    words = ["model=sedd,gpt2", "hydra.sweep.dir=s", "model_cfg.d_model=64,128", "seed=1"]
+    assert sweep(*words) == 0
+    assert [(c.type, c.model_cfg["d_model"], c.model_cfg["n_heads"]) for c in sweep.configs] == [
+        ("sedd", 64, 1), ("sedd", 128, 2), ("gpt2", 64, 1), ("gpt2", 128, 2)
+    ]  # fmt: skip
+    assert sweep(*words) == 2  # the folder holds a sweep
+    assert sweep("resume=s") == 0 and sweep.seeds == []  # all of it is there
+
+
+@pytest.mark.parametrize(
+    ("words", "bound"),
+    [
+        (["hydra/launcher=submitit_local"], ["hydra.sweeper.max_batch_size=3"]),
+        (["hydra/launcher=submitit_local", "hydra.sweeper.max_batch_size=9"], []),
+        (["hydra/launcher=submitit_local", "device=cuda"], []),
+        (["hydra/launcher=joblib"], []),
+        ([], []),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_launcher_without_a_bound_starts_no_more_jobs_than_cores(words, bound, monkeypatch):
+    pytest.importorskip("submitit")
+    monkeypatch.setattr(command_of_sweeps, "available_cores", lambda: 3)
+    monkeypatch.setattr("configs.hardware.cuda_device_count", lambda: 0)
+    plan = prepare([*WORDS, "seed=1,2", *words, "-m"])
+    assert command_of_sweeps._no_more_than_cores(plan) == bound
+    assert any("jobs start 3 at a time" in note for note in plan.notices) == bool(bound)
 
 
 def test_a_sweep_that_goes_on_trains_what_is_missing_and_numbers_what_is_new(sweep):
