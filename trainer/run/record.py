@@ -241,9 +241,10 @@ class RunRecord:
             yardsticks["true entropy"] = s.dataset.entropy_bits_per_byte
         self._take_stock(s, progress)
         summary = summary_of(s, progress, flops, score, yardsticks, best, stopped_early)
-        self.folder.write_json("summary.json", summary)
+        # Before the summary: a life that finds one makes of a run only what can be made without its model.
         self._optional("manifest.json", lambda: self._correct_manifest(s))
         self._optional("annotation.json", lambda: self._annotate(s))
+        self.folder.write_json("summary.json", summary)
         self.complete(progress.step, final=not s.cfg.eval_only)
         for sink in self._sinks:
             sink.finish(summary)
