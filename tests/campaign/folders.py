@@ -30,7 +30,7 @@ from tests.campaign.lives import STEPS, life, make_text, words_of
 from tests.contract.tiny import TYPES
 from trainer.run.checkpoint import DIGESTS, write_digests, write_file
 
-LOST, SILENT = "another result", "says nothing"
+LOST, SILENT, UNMADE = "another result", "says nothing", "not made"
 ROUNDS = 3  # cases of an architecture before the next one's turn: its run is made once
 # They say in a manifest where a run was made, and how well other programs compress its text.
 PROGRAMS = ("git", "uname", f"{sys.executable} -m data.yardsticks", f"{sys.executable} -m data.encoder")
@@ -248,8 +248,8 @@ def try_(case: Case, folder: Path, watch: Watch) -> tuple[str, str, dict[str, in
                 ACCIDENTS[case.kind](rng, file)
             else:
                 _forge(file.parent, file.name, FORGERIES[case.kind](rng, file))
-        except (json.JSONDecodeError, UnicodeDecodeError, ValueError, AttributeError, TypeError) as error:
-            return "not made", f"{case.kind} of {inner}: {error!r}", dict(counts)
+        except (ValueError, AttributeError, TypeError, RuntimeError) as error:  # not of a file like this
+            return UNMADE, f"{case.kind} of {inner}: {error!r}", dict(counts)
         rng.setstate(state)  # the same for the next command
         said, (found, detail) = _say(name, case, words, path.parent, watch)
         if found in (OK, CLEAN) and case.kind in ACCIDENTS:
@@ -362,4 +362,4 @@ def _prepare(shared: Path) -> None:
         make_text(shared)
 
 
-CAMPAIGN = Campaign(make, try_, (OK, CLEAN), _prepare, patience=4, life=30)
+CAMPAIGN = Campaign(make, try_, (OK, CLEAN, UNMADE), _prepare, patience=4, life=30)

@@ -65,8 +65,8 @@ def make(seed: int, number: int) -> Case:
     rng = random.Random(f"{seed} {number}")
     place = number % len(TYPES)
     format_ = FORMATS[(place + number // (ROUNDS * len(TYPES)) + seed) % len(FORMATS)]
-    processes = 2 if rng.random() < 0.12 else 1
-    faults = tuple(_fault(rng, processes) for _ in range(rng.randint(1, 4)))
+    processes = 2 if number % 7 == 3 else 1  # of every architecture in turn
+    faults = tuple(_fault(rng, processes) for _ in range(rng.randint(1, 5)))
     return Case(TYPES[place], format_, processes, faults)
 
 
@@ -132,8 +132,8 @@ def _at_first(start: Callable[[], None]) -> Faults:
 
 def _faults(fault: Fault, whole: Whole, life_: int) -> Faults:
     """Later lives have less left to do."""
-    number = 1 + int(fault.at * whole.operations / (1 + life_ / 2))
-    seconds = 0.001 + fault.at * whole.seconds / (1 + life_ / 2)
+    number = 1 + int(fault.at * whole.operations / (1 + life_))
+    seconds = 0.001 + fault.at * whole.seconds / (1 + life_)
     if fault.kind == "operation":
         return _killed_at(number)
     if fault.kind == "moment":

@@ -215,7 +215,7 @@ def _ended(children: list[int]) -> str:
 # -- as a user starts it -------------------------------------------------------------------------------------
 
 
-def launched(path: Path, type_: str, words: Sequence[str], which: int | None, seconds: float) -> str:
+def launched(path: Path, type_: str, words: Sequence[str], which: int, seconds: float) -> str:
     """A life of two processes that `num_gpus=2` starts. After so many seconds the launcher gets the signal `which`; one
     of SIGKILL must take the others with it, and any other is a request. How it ended, as `life` has it, or "left
     behind"."""
@@ -233,9 +233,8 @@ def launched(path: Path, type_: str, words: Sequence[str], which: int | None, se
     child = os.fork()
     if child == 0:
         _live(command, log, None, {})
-    if which is not None:
-        time.sleep(seconds)
-        os.kill(child, which)
+    time.sleep(seconds)
+    os.kill(child, which)  # a zombie where it has ended by itself
     ended = _ended([child])
     end = time.monotonic() + GRACE
     while left := list(_workers(path)):

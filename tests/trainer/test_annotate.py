@@ -115,3 +115,15 @@ def test_a_run_that_cannot_show_it_ends_well_and_says_so(run, monkeypatch, tmp_p
     assert "no new annotation.json" in (told := "".join(capsys.readouterr())) and "no such layer" in told
     assert (tmp_path / "report.html").exists() and (tmp_path / "summary.json").exists()
     assert not (tmp_path / "annotation.json").exists()
+
+
+def test_where_a_life_is_cut_short_before_it_the_next_one_makes_it(monkeypatch, tmp_path):
+    def cut_short(*args):
+        raise KeyboardInterrupt
+
+    words = ("num_iterations=1", "val_loss_every=0", "sample_tokens=0", f"output_dir={tmp_path}")
+    with monkeypatch.context() as first, pytest.raises(KeyboardInterrupt):
+        first.setattr("trainer.run.record.annotation_of", cut_short)
+        train(*config("mod", *words), tmp_path)
+    train(*config("mod", *words, "resume=auto"), tmp_path)
+    assert json.loads((tmp_path / "annotation.json").read_text())["spans"]

@@ -267,9 +267,10 @@ class RunRecord:
         )
         step = best["step"] if best else progress.step
         self.folder.keep_documents(documents.content(step) if documents else None)
-        self.folder.write_json("summary.json", summary)
+        # Before the summary: a life that finds one makes of a run only what can be made without its model.
         self._optional("manifest.json", lambda: self._correct_manifest(s))
         self._optional("annotation.json", lambda: self._annotate(s))
+        self.folder.write_json("summary.json", summary)
         self.complete(progress.step, final=not s.cfg.eval_only)
         for sink in self._sinks:
             sink.finish(summary)
