@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,8 +18,12 @@ __all__ = [
     "CONFIG",
     "EXPORT",
     "EXPORTED",
+    "MEMORY",
+    "MEMORY_ALONE",
+    "MEMORY_WEIGHTS",
     "Architecture",
     "Export",
+    "Memory",
     "Text",
     "Trained",
     "WEIGHTS",
@@ -36,6 +41,9 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"  # of PEFT
 EXPORT = "export.json"
 EXPORTED = (CONFIG, "tokenizer.json", WEIGHTS, EXPORT)
+# Of `export --to memory`.
+MEMORY, MEMORY_WEIGHTS = "memory.json", "memory.safetensors"
+MEMORY_ALONE = (CONFIG, "tokenizer.json", MEMORY_WEIGHTS, MEMORY)
 
 # What weights are, in a word: an average over training, the trained ones themselves, or from where that is not known.
 WeightsAre = Literal["EMA", "raw", "Hugging Face", "untrained"]
@@ -88,6 +96,12 @@ class Export(Trained):
     shared: dict[str, str]
 
 
+class Memory(Export):
+    """memory.json. `whole`: whether a base whose digest config.json has is all that the model holds besides."""
+
+    whole: bool
+
+
 def is_export(path: Path) -> bool:
     """Whether `export --to safetensors` wrote a folder: by its record, or by all its other files where that is gone."""
     others = (path / name for name in EXPORTED if name != EXPORT)
@@ -109,9 +123,9 @@ def adapted_base(path: Path) -> Path | None:
     return Path(named)
 
 
-def lacking(path: Path) -> str:
-    """Which files such a folder lacks, "" for none."""
-    missing = [name for name in EXPORTED if not (path / name).is_file()]
+def lacking(path: Path, files: Sequence[str] = EXPORTED) -> str:
+    """Which of `files` a folder lacks, "" for none."""
+    missing = [name for name in files if not (path / name).is_file()]
     return f"it lacks {', '.join(missing)}" if missing else ""
 
 

@@ -14,13 +14,22 @@ from configs.grammar import override_choices, parse_override
 from configs.messages import ConfigError
 from configs.request import Request
 from configs.runs import OUTPUTS, RUNS, Fixed, checkpoints, fix, run_meant, saved_architecture
-from configs.saved import ADAPTER_CONFIG, EXPORT, Architecture, adapted_base, is_export, lacking, read_record
+from configs.saved import (
+    ADAPTER_CONFIG,
+    EXPORT,
+    MEMORY,
+    Architecture,
+    adapted_base,
+    is_export,
+    lacking,
+    read_record,
+)
 from models import ARCHITECTURES, alias
 from naming import expand_path
 
 FIELD = "init_from_checkpoint"
 # By which a run, a checkpoint, what `export` writes and a folder of PEFT are known.
-_KNOWN_BY = ("config.yaml", "training_state.json", EXPORT, ADAPTER_CONFIG)
+_KNOWN_BY = ("config.yaml", "training_state.json", EXPORT, MEMORY, ADAPTER_CONFIG)
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
 

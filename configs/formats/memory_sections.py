@@ -132,6 +132,7 @@ def turn(
         try:
             if type_ == "memory_adapter" and section == "model" and key in _DECIDED:
                 _require(_DECIDED[key], value)
+                _require_of_the_base(key, value, stated["model"])
                 notices.append(f"{where}:{line}: {key} is the base's, which decides it")
                 continue
             meant = _fields(section, key, value, own)
@@ -196,6 +197,23 @@ def _home(key: str) -> str:
         if meant in (SPELLINGS.get(name, name) for name in entries):
             return section
     return "training" if key in GENERIC_FIELDS and key not in _NOT_HERE else ""
+
+
+def _require_of_the_base(key: str, value: Any, model: Fields) -> None:
+    """ValueError where a value is another than that of the base, if that is here and says it."""
+    from models.memory.pretrained import base_folder, decided, lacking, read_config
+
+    named, revision = model["base_model_name"], model.get("base_model_revision")
+    if not isinstance(named, str) or not isinstance(revision, str | None) or lacking(named, revision):
+        return
+    folder = base_folder(named, revision)
+    assert folder is not None
+    its = decided(read_config(folder))
+    if key == "attention_dropout" and value == 0 and model.get("freeze_base_model", True):
+        return  # nothing is drawn in a base that stays as it is
+    if key in its and its[key] != value:
+        shown = str(its[key]).lower() if isinstance(its[key], bool) else its[key]
+        raise ValueError(f"it must be that of {named}, {shown}, got {value!r}: leave it out")
 
 
 def _require(kind: Any, value: Any) -> None:

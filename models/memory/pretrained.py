@@ -16,7 +16,16 @@ from typing import Any
 
 from naming import expand_path
 
-__all__ = ["Sizes", "base_folder", "lacking", "model_digest", "read_config", "require_known", "sizes_of"]
+__all__ = [
+    "Sizes",
+    "base_folder",
+    "decided",
+    "lacking",
+    "model_digest",
+    "read_config",
+    "require_known",
+    "sizes_of",
+]
 
 INSTALL = "a pretrained base needs transformers from version 5 on: pip install -e '.[hf]'"
 _OF_HEADS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -120,6 +129,24 @@ def sizes_of(config: Any) -> Sizes:
             (n for name in _OF_FFN if isinstance(n := getattr(config, name, None), int)), 4 * width
         ),
     )
+
+
+def decided(config: Any) -> dict[str, Any]:
+    """What a base decides besides sizes, by the names of fields of our own blocks, as far as its config says it."""
+    rotary = getattr(config, "rope_parameters", None) or {}
+    theta = (
+        rotary.get("rope_theta")
+        or getattr(config, "rope_theta", None)
+        or getattr(config, "rotary_emb_base", None)
+    )
+    dropout = getattr(config, "attention_dropout", getattr(config, "attn_pdrop", None))
+    found = {
+        "use_rope": theta is not None or getattr(config, "rotary_dim", None) is not None,
+        "rope_theta": theta,
+        "attention_dropout": dropout,
+        "tie_embeddings": getattr(config, "tie_word_embeddings", None),
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def require_known(config: Any, where: Path) -> None:

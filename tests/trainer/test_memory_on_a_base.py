@@ -115,18 +115,46 @@ def test_checkpoints_and_optimizers_hold_what_is_trained_alone(trained, chats):
 
 
 @pytest.mark.slow
-def test_forms_of_others_refuse_a_memory_and_our_own_keeps_it(trained, tmp_path, command):
-    _, _, run = trained
+def test_forms_of_others_refuse_a_memory_and_our_own_keeps_it(trained, tmp_path, command, monkeypatch):
+    file, words, run = trained
     ours = logits(restore(run, device="cpu").adapter, IDS)
     for form in ("hf", "peft"):
-        words = ("export", "--checkpoint", run, "--to", form, "--output", tmp_path / form)
-        _, err = command(*words, status=2)
+        _, err = command("export", "--checkpoint", run, "--to", form, "--output", tmp_path / form, status=2)
         assert "have no place for a memory" in err or "adapters, and this run has none" in err
         assert not (tmp_path / form).exists()
     command("export", "--checkpoint", run, "--to", "safetensors", "--output", tmp_path / "own")
     torch.testing.assert_close(
         logits(restore(tmp_path / "own", device="cpu").adapter, IDS), ours, rtol=1e-4, atol=1e-4
     )
+    alone = tmp_path / "alone"
+    out, _ = command("export", "--checkpoint", run, "--to", "memory", "--output", alone)
+    if file == "memory_lora_combined":
+        assert "load_file" in out
+        with pytest.raises(ValueError, match="what else was trained is not there"):
+            restore(alone, device="cpu")
+    else:
+        assert f"generate --checkpoint {alone}" in out
+        found = restore(alone, device="cpu")
+        assert torch.equal(
+            logits(found.adapter, IDS), logits(restore(tmp_path / "own", device="cpu").adapter, IDS)
+        )
+        begun = [
+            word for word in words if not word.startswith(("memory_lr", "num_iterations", "warmup", "save_"))
+        ]
+        begun += [
+            f"init_from_checkpoint={alone}",
+            "num_iterations=1",
+            "memory_lr=0",
+            "memory_bank_lr=0.02",
+            "warmup_steps=0",
+        ]
+        monkeypatch.chdir(ROOT)
+        command(*begun, f"output_dir={tmp_path / 'begun'}")
+        kept = load_tensors(tmp_path / "begun" / "final_model", "model.pt")
+        before = found.adapter.trained_state()
+        assert {n for n, t in before.items() if not torch.equal(kept[n], t)} == {
+            n for n in before if n.startswith("banks.")
+        }
     text, _ = command(
         "generate",
         "--checkpoint",

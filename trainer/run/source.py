@@ -57,6 +57,7 @@ _NO_WEIGHTS = ("optimizer.pt",)
 # "package.module:Class", asked in this order; the last is what any other folder is taken for.
 KINDS = (
     "trainer.run.exported:Exported",
+    "trainer.run.exported:MemoryAlone",
     "trainer.run.peft:PeftFolder",
     "trainer.run.huggingface:HuggingFaceFolder",
     "trainer.run.source:Checkpoint",

@@ -344,6 +344,7 @@ def test_sizes_beside_a_base_are_the_base_s(tmp_path):
     same = (
         "vocab_size: 300, hidden_dim: 64, num_heads: 4, num_kv_heads: 2, num_layers: 2, intermediate_dim: 96"
     )
+    same += ", use_rope: true, rope_theta: 10000, tie_embeddings: false, attention_dropout: 0.0"
     stated = quiet(on_a_base(tmp_path, base, f"{same}, max_seq_len: 64, tokenizer_name: {base}"), *EMBEDDED)
     assert stated[1].completed() == full.model_copy(update={"n_ctx": 64}) and stated[0].tokenizer == "auto"
     assert quiet(on_a_base(tmp_path, base, "tokenizer_name: byte"), *EMBEDDED)[0].tokenizer == "byte"
@@ -366,6 +367,11 @@ def test_sizes_beside_a_base_are_the_base_s(tmp_path):
         ("rope_theta: -1", "model.rope_theta: input should be greater than 0, got -1"),
         ("use_rope: often", "model.use_rope: input should be a valid boolean, got 'often'"),
         ("attention_dropout: 1.0", "model.attention_dropout: input should be less than 1, got 1.0"),
+        ("rope_theta: 500.0", "model.rope_theta: it must be that of "),
+        ("rope_theta: 500.0", ", 10000.0, got 500.0: leave it out"),
+        ("use_rope: false", ", true, got False: leave it out"),
+        ("tie_embeddings: true", ", false, got True: leave it out"),
+        ("attention_dropout: 0.5", ", 0.0, got 0.5: leave it out"),
         ("freeze_base_model: banana", "freeze_base_model"),
         ("initializer_range: 0", "initializer_range"),
     ],

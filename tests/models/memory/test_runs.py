@@ -104,6 +104,11 @@ def test_few_bits_are_exported_and_scored_as_they_are(bits, command, tmp_path):
         command("eval", "--checkpoint", folder, "--val_bytes", "300", "--output", out)
         scores.append(json.loads(out.read_text())["avg_loss"])
     assert scores[0] == scores[1]
+    _, err = command("eval", "--checkpoint", tmp_path / "memory", status=2)
+    assert "holds the memory of a model of type memory alone" in err
+    (tmp_path / "memory" / "memory.json").unlink()
+    _, err = command("eval", "--checkpoint", tmp_path / "memory", status=2)
+    assert "is damaged: it lacks memory.json" in err
 
 
 @pytest.mark.slow
