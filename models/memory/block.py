@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from models.layers.init import normal_
 from models.layers.norms import LayerNorm, RMSNorm
 from models.memory.attention import MemoryAttention, init_projection
-from models.memory.router import MemoryCache, Pooling, Router
+from models.memory.router import Choice, MemoryCache, Pooling, Router
 from models.vanilla import MLP, Block, Rotation
 
 if TYPE_CHECKING:
@@ -68,15 +68,16 @@ class MemoryLayer(nn.Module):
         choice = self.router(z)
         chosen = choice.chapters[..., self.router.shared :] - self.router.shared  # (B, T, K)
         y = self._dropped(self.attn(x, bank, None, choice))
-        return y, self._told(choice.logits, chosen, decided)
+        return y, self._told(choice, chosen, decided)
 
     def _dropped(self, y: Tensor) -> Tensor:
         return F.dropout(y, self.dropout, self.training)
 
-    def _told(self, logits: Tensor, chosen: Tensor, decided: Tensor) -> dict[str, Tensor]:
+    def _told(self, choice: Choice, chosen: Tensor, decided: Tensor) -> dict[str, Tensor]:
         """`chosen` (B, T, K) int64, `decided` (B, T) and `load` (C,) int64, decisions for each chapter. In training
         also sums over decisions, of which losses are made: of probabilities, `importance` (C,), of squared normalisers
         and of entropies."""
+        logits, shares = choice.logits, choice.shares
         with torch.no_grad():
             takes = decided[..., None].expand(chosen.shape).long().flatten()
             load = takes.new_zeros(logits.shape[-1]).scatter_add(0, chosen.flatten(), takes)
@@ -84,10 +85,12 @@ class MemoryLayer(nn.Module):
         if not self.training:
             return told
         made = decided.to(logits.dtype)  # (B, T)
-        shares = logits.log_softmax(-1)  # (B, T, C)
-        told["importance"] = (shares.exp() * made[..., None]).sum((0, 1))
-        told["squares"] = (logits.logsumexp(-1) ** 2 * made).sum()
-        told["entropy"] = -((shares.exp() * shares).detach().sum(-1) * made).sum()
+        # Of the size (B, T, C) backward keeps what the router made, and nothing more.
+        normaliser = logits.logsumexp(-1)  # (B, T)
+        told["importance"] = (shares * made[..., None]).sum((0, 1))
+        told["squares"] = (normaliser**2 * made).sum()
+        with torch.no_grad():
+            told["entropy"] = ((normaliser - (shares * logits).sum(-1)) * made).sum()
         return told
 
     def init_weights(self, generator: torch.Generator) -> None:

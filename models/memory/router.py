@@ -154,13 +154,14 @@ def means(x: Tensor, start: Tensor, last: Tensor) -> Tensor:
 class Choice:
     """`chapters` (B, T, J) int64: those that a token reads, the shared ones first; `bias` (B, T, J) of the logits of
     their keys; `factor` (B, T, J): of their tokens, None = 1; `gain` (B, T): 1, with the gradient of the chosen
-    probability; `logits` (B, T, C)."""
+    probability; `logits` and their softmax `shares`, (B, T, C) both."""
 
     chapters: Tensor
     bias: Tensor
     factor: Tensor | None
     gain: Tensor
     logits: Tensor
+    shares: Tensor
 
 
 class Router(nn.Module):
@@ -183,9 +184,10 @@ class Router(nn.Module):
         with own_dtypes(z.device):
             logits = self.kept(F.linear(z, self.weight.to(z.dtype), self.bias.to(z.dtype)))  # (B, T, C)
             chosen = best(logits.detach(), self.top_k)  # (B, T, K)
-            shares = logits.softmax(-1).gather(-1, chosen)
-            total = shares.sum(-1, keepdim=True)
-            weights = shares / total
+            shares = logits.softmax(-1)
+            of_chosen = shares.gather(-1, chosen)
+            total = of_chosen.sum(-1, keepdim=True)
+            weights = of_chosen / total
             bias, factor = torch.full_like(weights, 0.0), None
             if self.weighting == "log_bias":
                 bias = (self.top_k * weights).log()
@@ -200,6 +202,7 @@ class Router(nn.Module):
                 factor=factor,
                 gain=(total / total.detach()).squeeze(-1),
                 logits=logits,
+                shares=shares,
             )
 
     def init_weights(self, generator: torch.Generator) -> None:
@@ -209,7 +212,8 @@ class Router(nn.Module):
 
 def best(logits: Tensor, k: int) -> Tensor:
     """Places of the k highest of (..., C), the highest first; of equal ones the first: `topk` does not promise it."""
-    return logits.argsort(dim=-1, descending=True, stable=True)[..., :k]
+    # A copy, as what backward keeps of a view is the whole order.
+    return logits.argsort(dim=-1, descending=True, stable=True)[..., :k].clone()
 
 
 def balance(load: Tensor, importance: Tensor) -> Tensor:

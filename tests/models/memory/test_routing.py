@@ -327,6 +327,25 @@ def test_scores_are_not_kept():
     assert max(kept) <= k.numel() < 64 * 2 * 50 * 20
 
 
+def test_of_all_chapters_backward_keeps_logits_and_shares_alone():
+    """Of a layer, whatever it tells: no order of all, and no further probabilities."""
+    fields = {**CHAPTERS, "num_chapters": 64, "routing_strategy_train": "token", "num_memory_tokens": 64}
+    model = build("memory", **fields)
+    model.train()
+    kept, every = {}, ROWS * LENGTH * 64
+
+    def keep(t):
+        if t.untyped_storage().nbytes() >= every * t.itemsize and t.shape[:2] == (ROWS, LENGTH):
+            kept[t.untyped_storage().data_ptr()] = t
+        return t
+
+    layer, x = model.memories[0], drawn(ROWS, LENGTH, model.cfg.d_model)
+    reading = model.reading(tokens_of(ROWS, LENGTH), 0, None, None)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        layer(x, reading, None)
+    assert len(kept) == 2
+
+
 def test_places_of_a_pooling_follow_its_past():
     x = drawn(2, 7, 3)
     whole, _ = Pooling("rolling", 3)(x, 0, None)
