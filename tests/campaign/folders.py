@@ -220,7 +220,11 @@ def _files(path: Path, kind: str) -> list[Path]:
 COMMANDS: dict[str, list[str]] = {
     "resume": ["resume=run"],
     "resume of a checkpoint": [f"resume=run/checkpoint-{STEPS}"],
-    "start from its weights": ["init_from_checkpoint=run", "output_dir=new"],
+    "start from its weights": [
+        "--hydra_model_cfg=run/config.yaml",
+        "init_from_checkpoint=run",
+        "output_dir=new",
+    ],
     "its config": ["--hydra_model_cfg=run/config.yaml", "output_dir=new"],
     "eval": ["eval", "--checkpoint", "run", "--output", "eval.json"],
     "eval of the best": ["eval", "--checkpoint", "run/best_model"],
@@ -251,7 +255,7 @@ def try_(case: Case, folder: Path, watch: Watch) -> tuple[str, str, dict[str, in
         except (ValueError, AttributeError, TypeError, RuntimeError) as error:  # not of a file like this
             return UNMADE, f"{case.kind} of {inner}: {error!r}", dict(counts)
         rng.setstate(state)  # the same for the next command
-        said, (found, detail) = _say(name, case, words, path.parent, watch)
+        said, (found, detail) = _say(name, path.parent, watch)
         if found in (OK, CLEAN) and case.kind in ACCIDENTS:
             found, detail = _after_an_accident(name, said, path, inner, whole, found)
         counts[f"{name}: {found}"] += 1
@@ -261,17 +265,9 @@ def try_(case: Case, folder: Path, watch: Watch) -> tuple[str, str, dict[str, in
     return (*first, dict(counts))
 
 
-def _say(name: str, case: Case, words: list[str], folder: Path, watch: Watch) -> tuple[Said, tuple[str, str]]:
+def _say(name: str, folder: Path, watch: Watch) -> tuple[Said, tuple[str, str]]:
     given = list(COMMANDS[name])
-    if name == "start from its weights":
-        given = [
-            f"--hydra_model_cfg={case.type_}",
-            "preset=none",
-            "num_iterations=1",
-            *_not_of_runs(words),
-            *given,
-        ]
-    elif name == "its config":
+    if name in ("start from its weights", "its config"):
         given += ["num_iterations=1"]
     (folder / "bait.py").write_text(hostile.BAIT, encoding="utf-8")
     os.chdir(folder)
@@ -279,10 +275,6 @@ def _say(name: str, case: Case, words: list[str], folder: Path, watch: Watch) ->
     found = outcome(said, folder, watch, (1, 2))
     os.chdir(folder.parent)
     return said, found
-
-
-def _not_of_runs(words: list[str]) -> list[str]:
-    return [word for word in words if word.startswith(("data=", "train_files=", "model_cfg."))]
 
 
 def _after_an_accident(
