@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from configs.messages import ConfigError
-from trainer.bench.length import fit_length
+from trainer.bench.length import LENGTH, fit_length
 from trainer.bench.size import fit_size, kept_size
 
 if TYPE_CHECKING:
@@ -39,6 +39,11 @@ def fitted(
         cfg = kept_size(cfg, model_cfg, asked)
     elif cfg.match.given:
         cfg, model_cfg = fit_size(cfg, model_cfg, explicit, notices)
+    longer = explicit & set(LENGTH) and not any(key.startswith("budget.") for key in explicit)
+    if cfg.budget.given and asked is not None and longer:
+        cfg = cfg.model_copy(
+            update={"budget": type(cfg.budget)()}
+        )  # it goes on for as long as its command says
     if cfg.budget.given and not cfg.eval_only:
         cfg = fit_length(cfg, model_cfg, explicit, notices)
     return cfg, model_cfg

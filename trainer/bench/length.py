@@ -18,7 +18,7 @@ from trainer.optim.stages import stages_of, steps_of_rows
 if TYPE_CHECKING:
     from configs.schema import ModelConfig, RunConfig
 
-__all__ = ["fit_length"]
+__all__ = ["LENGTH", "fit_length"]
 
 LENGTH = ("num_iterations", "num_epochs", "global_batch_size", "time_budget")  # what a budget decides
 OF_BATCH = ("batch_size", "gradient_accumulation_steps")  # which together say global_batch_size
