@@ -51,7 +51,15 @@ def refusals(model_type, **entries):
 
 def test_sizes_are_read():
     assert fields("gpt2") == {
-        **{"vocab_size": 300, "n_ctx": 32, "d_model": 64, "n_layers": 2, "n_heads": 4, "tie_embeddings": True}
+        **{
+            "vocab_size": 300,
+            "n_ctx": 32,
+            "d_model": 64,
+            "n_layers": 2,
+            "n_heads": 4,
+            "ffn_hidden": None,
+            "tie_embeddings": True,
+        }
     }
     assert fields("llama", num_key_value_heads=2, rms_norm_eps=1e-5, attention_bias=True, mlp_bias=True) == {
         **{"vocab_size": 300, "n_ctx": 32, "d_model": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2},
