@@ -33,6 +33,9 @@ def fitted(
     """
     if problems := cfg.match.problems("match") + cfg.budget.problems("budget"):
         raise ConfigError(problems)
+    if explicit & {"preset", "configs/preset"}:  # whose sizes are where the search begins
+        targets = {"match": cfg.match, "budget": cfg.budget}
+        cfg = cfg.model_copy(update={k: v.model_copy(update={"start": None}) for k, v in targets.items()})
     if model_cfg.lacking():  # it cannot be built here, and training is refused
         return cfg, model_cfg
     if cfg.match.given and asked is not None:

@@ -95,6 +95,8 @@ def test_what_is_near_enough_stays_and_a_search_begins_where_the_first_did():
     assert again == once
     other, _, _ = fit(once, found, match={**once.match.model_dump(), "params": 900_000})
     assert other.model_cfg == fit(cfg, model_cfg, match={"params": 900_000})[0].model_cfg
+    anew, _, _ = fit(once, found, {"preset"}, match=once.match.model_dump())
+    assert anew.model_cfg == once.model_cfg and anew.match.start is None
 
 
 def test_what_counts_is_said():
@@ -118,6 +120,13 @@ def test_what_cannot_be_met_is_met_as_nearly_as_can_be_and_marked():
     cfg, model_cfg, notices = fit(*config("vanilla"), match={"params": 5_000})
     told = require_met_or_marked(cfg, model_cfg, notices)
     assert not told["met"] and told["found"] < 12_000, notices
+
+
+@pytest.mark.slow
+def test_a_base_is_as_large_as_it_is():
+    cfg, model_cfg, notices = fit(*config("memory_adapter"), match={"params": 10_000_000})
+    told = require_met_or_marked(cfg, model_cfg, notices)
+    assert not told["met"] and set(told["moved"]) == {"model_cfg.num_memory_tokens"}
 
 
 def test_points_of_a_sweep_share_what_was_counted(monkeypatch):
