@@ -38,7 +38,7 @@ def fit_length(cfg: RunConfig, model_cfg: ModelConfig, explicit: set[str], notic
     cfg, value = _steps(cfg, target, per_row)
     moved = {name: getattr(cfg, name) for name in LENGTH if getattr(cfg, name) != start[name]}
     before = {name: start[name] for name in moved}
-    notices.append(remark(f"budget.{quantity_}", target, value, before, moved))
+    notices.append(remark(f"budget.{quantity_}", cfg.type, target, value, before, moved))
     return cfg.model_copy(update={"budget": cfg.budget.model_copy(update={"start": before or None})})
 
 

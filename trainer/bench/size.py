@@ -57,7 +57,7 @@ def fit_size(
     fitting = _with(begin, fields)
     assert fitting is not None  # it was built
     said = f"match.{quantity_}" + (f" ({cfg.match.counted})" if quantity_ == "params" else "")
-    notices.append(remark(said, target, found.value, start, fields))
+    notices.append(remark(said, cfg.type, target, found.value, start, fields))
     match = cfg.match.model_copy(update={"start": start or None})
     return cfg.model_copy(update={"match": match, "model_cfg": fitting.model_dump(mode="json")}), fitting
 
