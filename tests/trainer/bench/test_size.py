@@ -57,21 +57,23 @@ def test_a_size_meets_its_target(architecture):
     assert now and all(f" -> {value}" in notices[0] for value in now.values() if isinstance(value, int))
 
 
+TARGETS = [
+    *({"params": 10**6 * millions} for millions in (2, 10, 60)),
+    *({"params": 5 * 10**6, "counted": counted} for counted in ("active", "non_embedding")),
+    *({"flops_per_byte": 10**6 * millions} for millions in (10, 100)),
+]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [name for name in TYPES if name != "memory_adapter"])
 def test_every_architecture_meets_targets_of_its_size(architecture):
-    words = [f"--hydra_model_cfg={architecture}", "preset=nano"]
-    for target in ("params=2M", "params=10M", "params=60M", "flops_per_byte=10M", "flops_per_byte=100M"):
-        notices: list[str] = []
-        cfg, _ = compose([*words, f"match.{target}"], notify=notices.append)
-        (said,) = [notice for notice in notices if notice.startswith("match.")]
+    cfg, model_cfg = compose([f"--hydra_model_cfg={architecture}", "preset=nano"], notify=lambda text: None)
+    for target in TARGETS:
+        found, its, (said,) = fit(cfg, model_cfg, match=target)
         assert "the run is marked" not in said, said
-        assert cfg.match.given
-    for counted in ("active", "non_embedding"):
-        notices = []
-        compose([*words, "match.params=5M", f"match.counted={counted}"], notify=notices.append)
-        (said,) = [notice for notice in notices if notice.startswith("match.")]
-        assert f"({counted})" in said and "the run is marked" not in said, said
+        assert not its.problems(found) and found.match.given == {
+            k: v for k, v in target.items() if k != "counted"
+        }
 
 
 def test_heads_stay_as_wide_and_widths_fill_tiles():
