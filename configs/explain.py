@@ -44,7 +44,7 @@ def _key(loc: tuple[Any, ...], model: type[BaseModel]) -> str:
         return ""
     field = model.model_fields.get(str(loc[0]))
     inside = field is not None and any(
-        typing.get_origin(a) in (dict, list, tuple) for a in _leaves(field.annotation)
+        typing.get_origin(a) in (dict, list, tuple) or _models(a) for a in _leaves(field.annotation)
     )
     members = ("dict[", "list[", "tuple[", "literal[", "constrained-", "function-")
     rest = [str(p) for p in loc[1:] if inside and not str(p).startswith(members)]
@@ -174,6 +174,8 @@ def _expected(annotation: Any) -> str:
         origin = typing.get_origin(leaf)
         if origin is typing.Literal:
             words += [repr(v) for v in typing.get_args(leaf)]
+        elif _models(leaf):
+            words.append("mapping")
         else:
             words.append(
                 {dict: "mapping", list: "list", tuple: "list"}.get(

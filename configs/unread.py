@@ -75,6 +75,8 @@ def unread(run: RunConfig, model_cfg: ModelConfig, explicit: set[str]) -> str:
     for name in GENERIC_FIELDS:
         if name in explicit and name in reasons:
             told.setdefault(reasons[name], []).append(name)
+    if "match.counted" in explicit and run.match.params is None:
+        told.setdefault("match.params=null", []).append("match.counted")
     for name, why in model_cfg.unread().items():
         if f"model_cfg.{name}" in explicit:
             told.setdefault(f"model_cfg.{why}", []).append(f"model_cfg.{name}")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from configs.schema import DefaultModelConfig, Dropout, Free, within_context
+from configs.schema import DefaultModelConfig, Dropout, Free, Positive, within_context
 from kernels.attention import Plan, Visible, attention, attention_call, plan_attention, training_facts
 from kernels.precision import compute_dtype
 from models.huggingface import ROWS
@@ -45,10 +45,16 @@ class GPT2Config(DefaultModelConfig):
     dropout: Free[Dropout] = (
         0.0  # of embeddings, attention probabilities and what blocks add; 0.1 in the paper
     )
+    ffn_hidden: Positive | None = None  # None = 4 d_model
     bias: bool = True  # False: none in any linear or norm
     pad_vocab: bool = True  # embedding rows up to a multiple of 128, never predicted
     wpe_init_std: Annotated[float, Field(gt=0, allow_inf_nan=False)] = INIT_STD  # 0.01 in OpenAI's code
     tie_embeddings: bool = True
+
+    @property
+    def hidden_width(self) -> int:
+        """Of the feed-forward layer."""
+        return self.ffn_hidden or 4 * self.d_model
 
     def problems(self, run: RunConfig) -> list[str]:
         return super().problems(run) + within_context(run, self.n_ctx)
@@ -74,8 +80,8 @@ class MLP(nn.Module):
     def __init__(self, cfg: GPT2Config) -> None:
         super().__init__()
         self.dropout = cfg.dropout
-        self.c_fc = nn.Linear(cfg.d_model, 4 * cfg.d_model, bias=cfg.bias)
-        self.c_proj = nn.Linear(4 * cfg.d_model, cfg.d_model, bias=cfg.bias)
+        self.c_fc = nn.Linear(cfg.d_model, cfg.hidden_width, bias=cfg.bias)
+        self.c_proj = nn.Linear(cfg.hidden_width, cfg.d_model, bias=cfg.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(self.c_fc(x), approximate="tanh")  # the erf form does not reproduce released weights
@@ -181,7 +187,9 @@ class GPT2(HuggingFaceDecoder):
 
     def block_flops(self, seq_len: int) -> Flops:
         width = self.cfg.d_model
-        return decoder_flops(12 * width**2, [mean_keys(seq_len)], width, [seq_len])
+        return decoder_flops(
+            4 * width**2 + 2 * width * self.cfg.hidden_width, [mean_keys(seq_len)], width, [seq_len]
+        )
 
     def flops(self, seq_len: int) -> Flops:
         return self.block_flops(seq_len) * self.cfg.n_layers + matmul_flops(self.head_weight.numel())

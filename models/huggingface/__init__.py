@@ -71,12 +71,12 @@ ROWS: dict[str, Row] = {
             "n_embd": Field("d_model", int, 768),
             "n_layer": Field("n_layers", int, 12),
             "n_head": Field("n_heads", int, 12),
+            "n_inner": Field("ffn_hidden", int, None, nullable=True),
             "tie_word_embeddings": Field("tie_embeddings", bool, True),
         },
         required={
             "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
             "layer_norm_epsilon": (1e-5,),
-            "n_inner": lambda fields: (None, 4 * fields["d_model"]),
             "scale_attn_weights": (True,),
         },
         ours={},

@@ -16,6 +16,7 @@ CHANGES = {
         "d_model": 32,
         "n_heads": 2,
         "n_layers": 1,
+        "ffn_hidden": 24,
         "dropout": 0.3,
         "bias": False,
         "pad_vocab": False,

@@ -51,7 +51,15 @@ def refusals(model_type, **entries):
 
 def test_sizes_are_read():
     assert fields("gpt2") == {
-        **{"vocab_size": 300, "n_ctx": 32, "d_model": 64, "n_layers": 2, "n_heads": 4, "tie_embeddings": True}
+        **{
+            "vocab_size": 300,
+            "n_ctx": 32,
+            "d_model": 64,
+            "n_layers": 2,
+            "n_heads": 4,
+            "ffn_hidden": None,
+            "tie_embeddings": True,
+        }
     }
     assert fields("llama", num_key_value_heads=2, rms_norm_eps=1e-5, attention_bias=True, mlp_bias=True) == {
         **{"vocab_size": 300, "n_ctx": 32, "d_model": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2},
@@ -124,7 +132,7 @@ def test_rotary_positions_are_read_as_every_version_writes_them(entries):
         ),
         (
             "gpt2",
-            {"activation_function": "gelu_pytorch_tanh", "n_inner": 256, "bos_token_id": 0, "n_ctx": 32},
+            {"activation_function": "gelu_pytorch_tanh", "n_inner": None, "bos_token_id": 0, "n_ctx": 32},
         ),
         ("llama", {"head_dim": 16, "torch_dtype": "float16", "pretraining_tp": 2, "attention_dropout": 0.1}),
         ("llama", {"quantization_config": None, "use_sliding_window": False, "pruned_heads": {}}),
@@ -183,7 +191,7 @@ def test_published_files_are_read(name):
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 500000.0}
 REFUSED = [
     ("gpt2", {"activation_function": "relu"}, 'activation_function is "relu": GPT-2 is computed with "gelu_new" or'),
-    ("gpt2", {"n_inner": 100}, "n_inner is 100: GPT-2 is computed with null or 256 here"),
+    ("gpt2", {"n_inner": 0}, "n_inner is 0: a whole number from 1 on, or null, is needed"),
     ("gpt2", {"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06: GPT-2 is computed with 1e-05 here"),
     ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is false: GPT-2 is computed with true here"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is true: this is not"),

@@ -18,7 +18,7 @@ from trainer.optim.stages import stages_of, steps_of_rows
 if TYPE_CHECKING:
     from configs.schema import ModelConfig, RunConfig
 
-__all__ = ["fit_length"]
+__all__ = ["LENGTH", "fit_length"]
 
 LENGTH = ("num_iterations", "num_epochs", "global_batch_size", "time_budget")  # what a budget decides
 OF_BATCH = ("batch_size", "gradient_accumulation_steps")  # which together say global_batch_size
@@ -38,7 +38,7 @@ def fit_length(cfg: RunConfig, model_cfg: ModelConfig, explicit: set[str], notic
     cfg, value = _steps(cfg, target, per_row)
     moved = {name: getattr(cfg, name) for name in LENGTH if getattr(cfg, name) != start[name]}
     before = {name: start[name] for name in moved}
-    notices.append(remark(f"budget.{quantity_}", target, value, before, moved))
+    notices.append(remark(f"budget.{quantity_}", cfg.type, target, value, before, moved))
     return cfg.model_copy(update={"budget": cfg.budget.model_copy(update={"start": before or None})})
 
 

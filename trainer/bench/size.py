@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["fit_size", "kept_size"]
 
 OTHER_WIDTHS = (-1, 1, -2, 2)  # tried where neither depth nor finer dials meet the target at the nearest one
+OTHER_DEPTHS = 2  # times as deep or as shallow, before any depth is tried
 REACH = 8  # neighbours of a place that the Config refuses, to either side
 
 Fields = Mapping[str, Any]  # field of `model_cfg`, dotted where it lies within another -> value
@@ -56,7 +57,7 @@ def fit_size(
     fitting = _with(begin, fields)
     assert fitting is not None  # it was built
     said = f"match.{quantity_}" + (f" ({cfg.match.counted})" if quantity_ == "params" else "")
-    notices.append(remark(said, target, found.value, start, fields))
+    notices.append(remark(said, cfg.type, target, found.value, start, fields))
     match = cfg.match.model_copy(update={"start": start or None})
     return cfg.model_copy(update={"match": match, "model_cfg": fitting.model_dump(mode="json")}), fitting
 
@@ -141,38 +142,43 @@ class _Search:
         return min(seen, key=lambda size: size.error)
 
     def _sizes(self) -> Iterator[_Size]:
-        """In the order in which they are to be tried."""
-        dials = self.begin.size_dials()
-        if dials.width is None:
+        """In the order in which they are to be tried: first those of about the depth that it has."""
+        width = self.begin.size_dials().width
+        if width is None:
             yield from self._deeper({})
             return
-        width, number = dials.width, self._nearest({}, dials.width)
+        number = self._nearest({}, width)
         if number is None:
             return
-        for other in (0, *OTHER_WIDTHS):
-            if width.least <= number + other <= width.most:
-                fields = dict(width.fields(number + other))
-                if (size := self._size(fields)) is not None:
-                    yield size
-                yield from self._deeper(fields)
+        for any_depth in (False, True):
+            for other in (0, *OTHER_WIDTHS):
+                if width.least <= number + other <= width.most:
+                    fields = dict(width.fields(number + other))
+                    if (size := self._size(fields)) is not None:
+                        yield size
+                    yield from self._deeper(fields, any_depth=any_depth)
 
-    def _deeper(self, fields: dict[str, Any]) -> Iterator[_Size]:
+    def _deeper(self, fields: dict[str, Any], *, any_depth: bool = True) -> Iterator[_Size]:
         """At this width: the nearest depth, and at that what finer dials make of it."""
-        for dial in self._dials(fields, lambda dials: [dials.depth]):
-            if dial is not None and (number := self._nearest(fields, dial)) is not None:
-                fields = {**fields, **dial.fields(number)}
-                if (size := self._size(fields)) is not None:
-                    yield size
-        for index in range(len(self._dials(fields, lambda dials: dials.fine))):
-            dial = self._dials(fields, lambda dials: dials.fine)[index]
-            if (number := self._nearest(fields, dial)) is not None and number != dial.at:
-                fields = {**fields, **dial.fields(number)}
-                if (size := self._size(fields)) is not None:
-                    yield size
+        depth = self._dials(fields).depth
+        if depth is not None and not any_depth:
+            least, most = -(-depth.at // OTHER_DEPTHS), depth.at * OTHER_DEPTHS
+            depth = replace(depth, least=max(depth.least, least), most=min(depth.most, most))
+        for dial in (depth, *self._dials(fields).fine):
+            # The places of finer ones follow from what the others are by now.
+            if dial is not depth and dial is not None:
+                name = [*dial.fields(dial.at)]
+                dial = next((d for d in self._dials(fields).fine if [*d.fields(d.at)] == name), None)
+            if dial is None or (number := self._nearest(fields, dial)) in (None, dial.at):
+                continue
+            fields = {**fields, **dial.fields(number)}
+            if (size := self._size(fields)) is not None:
+                yield size
 
-    def _dials(self, fields: Fields, of: Callable[[SizeDials], Any]) -> list[Any]:
+    def _dials(self, fields: Fields) -> SizeDials:
+        """Of the Config with these fields."""
         there = _with(self.begin, fields)
-        return [] if there is None else [*of(there.size_dials())]
+        return SizeDials() if there is None else there.size_dials()
 
     def _nearest(self, fields: Fields, dial: Dial) -> int | None:
         """The place of a dial at which the target is met most nearly. None where no place of it is legal, or nothing

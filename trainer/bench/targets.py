@@ -34,12 +34,16 @@ def refuse_given(given: list[str], target: str) -> None:
     )
 
 
-def remark(said: str, target: float, found: float, start: Mapping[str, Any], moved: Mapping[str, Any]) -> str:
-    """What a person should know of what was found. `said`: the target's field; `start`, `moved`: fields before and
-    after."""
+def remark(
+    said: str, type_: str, target: float, found: float, start: Mapping[str, Any], moved: Mapping[str, Any]
+) -> str:
+    """What a person should know of what was found for a type. `said`: the target's field; `start`, `moved`: fields
+    before and after."""
     changed = ", ".join(f"{name} {_short(start[name])} -> {_short(moved[name])}" for name in moved)
     far = f"; nothing nearer was found, and the run is marked: more than {TOLERANCE:.0%} away"
-    told = f"{quantity(found)} ({found / target - 1:+.1%}){'' if target_met(target, found) else far}"
+    told = (
+        f"{type_} of {quantity(found)} ({found / target - 1:+.1%}){'' if target_met(target, found) else far}"
+    )
     return f"{said}={quantity(target)}: {told}; {changed or 'nothing had to change'}"
 
 

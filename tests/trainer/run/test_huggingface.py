@@ -174,7 +174,10 @@ def test_no_folder_at_all(gpt2, monkeypatch):
             "config.json: model_type: 'lama' is not one of gpt2, llama, mamba, mamba2, mixtral, glm4_moe. "
             "Did you mean 'llama'?",
         ),
-        ({"n_inner": 5}, "config.json: n_inner is 5: GPT-2 is computed with null or 64 here"),
+        (
+            {"layer_norm_epsilon": 0.1},
+            "config.json: layer_norm_epsilon is 0.1: GPT-2 is computed with 1e-05 here",
+        ),
     ],
 )
 def test_what_config_json_may_not_say(gpt2, entries, message):
