@@ -16,7 +16,7 @@ from configs.runs import OUTPUTS
 from naming import command_line, expand_path, shorten, shorten_text
 from trainer.bench.attribution import Path, contributions, differing, path_between
 from trainer.bench.page import markdown_table, table_lines, wrapped
-from trainer.bench.runs import Run, Subject, of_one_folder, subject, train_all
+from trainer.bench.runs import Run, Subject, of_one_folder, say_notices, subject, train_all
 from trainer.bench.standings import plain
 from trainer.bench.statistics import Interval
 from trainer.run.files import write_atomically
@@ -34,6 +34,7 @@ def main(argv: list[str]) -> int:
         fields = differing(first, second)
         path = path_between(first, second)
         folder = _folder(args.output, first, second)
+        say_notices([first, second])
         with of_one_folder(folder):
             return _attribute(folder, path, fields, args.seeds, argv)
 

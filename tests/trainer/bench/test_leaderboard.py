@@ -11,7 +11,9 @@ import pytest
 import mytrainer
 from tests.contract.tiny import RUN
 from tests.trainer.bench.board import Trainer
+from trainer.bench.runs import subject
 from trainer.commands import launch
+from trainer.commands.leaderboard import scaled
 from trainer.sweep.jobs import jobs_in
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -204,3 +206,15 @@ def test_real_runs_each_in_a_process_of_its_own(tmp_path):
     assert "not finite" not in done.stdout and (tmp_path / "board/gpt2/x1-seed-1/console.txt").stat().st_size
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "..." not in again.stdout  # nothing left to train
+
+
+def test_every_rate_that_is_read_is_scaled():
+    def rates(*words):
+        return scaled(subject("x", words[0], ["preset=nano", *words[1:]]), 2.0)
+
+    assert set(rates("gpt2", "optimizer=adamw")) == {"learning_rate"}
+    own = rates("gpt2", "optimizer=muon")  # matrices have one of their own
+    assert own == {"learning_rate": 0.002, "muon_learning_rate": 0.04}
+    assert rates("memory")["memory_lr"] == 0.002
+    adapted = rates("gpt2", "use_lora=true", "init_from_checkpoint=null")
+    assert adapted["lora_lr"] == 2e-4 and "memory_bank_lr" not in adapted
