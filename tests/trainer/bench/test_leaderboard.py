@@ -209,12 +209,12 @@ def test_real_runs_each_in_a_process_of_its_own(tmp_path):
 
 
 def test_every_rate_that_is_read_is_scaled():
-    def rates(*words):
-        return scaled(subject("x", words[0], ["preset=nano", *words[1:]]), 2.0)
+    def rates(*words, **changed):
+        return scaled(subject("x", words[0], ["preset=nano", *words[1:]]).changed(**changed), 2.0)
 
     assert set(rates("gpt2", "optimizer=adamw")) == {"learning_rate"}
     own = rates("gpt2", "optimizer=muon")  # matrices have one of their own
     assert own == {"learning_rate": 0.002, "muon_learning_rate": 0.04}
     assert rates("memory")["memory_lr"] == 0.002
-    adapted = rates("gpt2", "use_lora=true", "init_from_checkpoint=null")
+    adapted = rates("gpt2", use_lora=True)
     assert adapted["lora_lr"] == 2e-4 and "memory_bank_lr" not in adapted
