@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path as FilePath
@@ -93,7 +94,7 @@ def _split(word: str) -> list[str]:
 def _folder(given: str | None, first: Subject, second: Subject) -> FilePath:
     """The same for the same two."""
     if given is not None:
-        return expand_path(given).absolute()
+        return FilePath(os.path.abspath(expand_path(given)))
     asked = json.dumps([one.cfg.model_dump(mode="json") for one in (first, second)])
     return (OUTPUTS / f"attribution-{hashlib.sha256(asked.encode()).hexdigest()[:8]}").absolute()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -135,7 +136,7 @@ def _stands_on_a_base(type_: str) -> bool:
 def _folder(given: str | None, subjects: Sequence[Subject], words: Sequence[str], a_a: bool) -> Path:
     """The same for the same architectures and fields."""
     if given is not None:
-        return expand_path(given).absolute()
+        return Path(os.path.abspath(expand_path(given)))
     asked = json.dumps([[s.label for s in subjects], sorted(words), a_a])
     kind = "a-a" if a_a else "leaderboard"
     return (OUTPUTS / f"{kind}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}").absolute()
