@@ -55,8 +55,12 @@ def main(argv: list[str]) -> int:
             )
         folder = _folder(args.output, subjects, words, args.a_a)
         say_notices(subjects)
-        with of_one_folder(folder):
-            return _a_a(folder, subjects[0], args) if args.a_a else _board(folder, subjects, args, argv)
+        try:
+            with of_one_folder(folder):
+                return _a_a(folder, subjects[0], args) if args.a_a else _board(folder, subjects, args, argv)
+        except SystemExit:  # a signal: the run that it met has been saved
+            _tell(f"stopped; go on with: {command_line('leaderboard', *argv)}")
+            raise
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
@@ -173,27 +177,18 @@ def _board(folder: Path, subjects: Sequence[Subject], args: argparse.Namespace, 
         one.label: [_trial(one, factor) for factor in factors] if len(factors) > 1 else [] for one in subjects
     }
     jobs: dict[str, Job] = {}
-    chosen: dict[str, float | None] = {}
-    try:
-        _tell(
-            f"architectures: {len(subjects)}; of each {len(factors) if len(factors) > 1 else 'no'} trials of its "
-            f"learning rate, and {args.seeds} scored runs, in {folder}"
-        )
-        jobs |= train_all(folder, [run for runs in trials.values() for run in runs], _tell)
-        chosen = {
-            one.label: _best(factors, [jobs[run.place] for run in trials[one.label]]) for one in subjects
-        }
-        # A seed of all of them after the other: what is there when it is stopped makes pairs.
-        scored = [
-            _scored(one, factor, seed)
-            for seed in seeds
-            for one in subjects
-            if (factor := chosen[one.label]) is not None
-        ]
-        jobs |= train_all(folder, scored, _tell)
-    except SystemExit:
-        _tell(f"stopped; go on with: {command_line('leaderboard', *argv)}")
-        raise
+    tuned = f"{len(factors)} trials of its learning rates" if len(factors) > 1 else "the rates of its file"
+    _tell(f"architectures: {len(subjects)}; each has {tuned} and {args.seeds} scored runs, in {folder}")
+    jobs |= train_all(folder, [run for runs in trials.values() for run in runs], _tell)
+    chosen = {one.label: _best(factors, [jobs[run.place] for run in trials[one.label]]) for one in subjects}
+    # A seed of all of them after the other: what is there when it is stopped makes pairs.
+    scored = [
+        _scored(one, factor, seed)
+        for seed in seeds
+        for one in subjects
+        if (factor := chosen[one.label]) is not None
+    ]
+    jobs |= train_all(folder, scored, _tell)
     entries = []
     for one in subjects:
         factor = chosen[one.label]

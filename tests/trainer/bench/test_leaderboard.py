@@ -96,7 +96,7 @@ def test_one_seed_ranks_nobody(board):
     assert found["pairs"][0]["high"] is None  # JSON has no infinity
 
 
-def test_it_goes_on_where_it_stopped_and_takes_more(board, tmp_path):
+def test_it_goes_on_where_it_stopped_and_takes_more(board, tmp_path, capsys):
     class Stopped(Trainer):
         def __call__(self, *args, **more):
             if len(self.trained) == 5:
@@ -105,6 +105,7 @@ def test_it_goes_on_where_it_stopped_and_takes_more(board, tmp_path):
 
     with pytest.raises(SystemExit):
         board(Stopped(quality), "gpt2", "vanilla")
+    assert "stopped; go on with: python mytrainer.py leaderboard gpt2 vanilla" in capsys.readouterr().out
     states = [job.state for job in jobs_in(tmp_path / "board")]
     assert sorted(states) == ["ok"] * 5 + ["stopped"]
     rest = Trainer(quality)
