@@ -232,7 +232,7 @@ def _notes(result: dict[str, Any]) -> list[str]:
         if step.get("told_apart", {}).get("interaction"):
             name = " and ".join(step["fields"])
             above, below = (
-                shorten(step["on_top_of"][kind], 3) or "nothing" for kind in ("forward", "backward")
+                shorten(step["on_top_of"][kind], 3) or "A alone" for kind in ("forward", "backward")
             )
             found.append(
                 f"Interaction: {name} makes {step['forward']['mean']:+.4f} on top of {above}, and "
