@@ -6,6 +6,8 @@ tokens; inputs are tokens[:, :S], next-token targets tokens[:, 1 : S + 1].
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -291,6 +293,12 @@ class HeldoutRows:
             return int(self.store.doc_bytes[self.documents].sum())
         every = (self.batch(np.arange(row, min(row + 64, self.n_rows))) for row in range(0, self.n_rows, 64))
         return sum(batch.bytes for batch in every)
+
+    @functools.cached_property
+    def digests(self) -> np.ndarray:
+        """(n, 16) uint8: what each of `documents` is known by whatever the tokenizer, half the SHA-256 of its text."""
+        found = [hashlib.sha256(self.store.text(int(index))).digest()[:16] for index in self.documents]
+        return np.frombuffer(b"".join(found), dtype=np.uint8).reshape(-1, 16)
 
     def targets_of(self, row: int) -> slice:
         """Which targets of its document a row scores: tokens of the text, from 0, and behind them the end."""

@@ -21,8 +21,18 @@ from trainer.sweep.jobs import MACHINE
 
 __all__ = ["Path", "contributions", "differing", "path_between"]
 
-# What changes no score: a preset is what it brought, which the other fields have; and what is shown or saved.
-_NO_STEP = {*DECIDED, *MACHINE, "preset", "logging_steps", "sample_tokens", "sample_prompt", "env"}
+# What changes no score: how sizes were found, as the other fields have them; and what is shown or saved.
+_NO_STEP = {
+    *DECIDED,
+    *MACHINE,
+    "preset",
+    "match",
+    "budget",
+    "logging_steps",
+    "sample_tokens",
+    "sample_prompt",
+    "env",
+}
 _NO_STEP |= {"save_checkpoint", "save_minutes", "save_steps", "save_total_limit"}
 _NO_STEP |= {"wandb_run_name", "wandb_project", "use_wandb", "use_tensorboard"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +17,13 @@ from configs import trust
 from configs.compose import check, prepare_one, tree_of
 from configs.messages import ConfigError
 from configs.schema import ModelConfig, RunConfig, redacted
+from naming import shorten
 from trainer.commands import launch
 from trainer.errors import TrainingError
 from trainer.sweep.jobs import RECORD, Job, digest
 from trainer.view.format import duration
 
-__all__ = ["Run", "Subject", "find_jobs", "label_of", "of_one_folder", "subject", "train_all"]
+__all__ = ["Run", "Subject", "find_jobs", "label_of", "of_one_folder", "say_notices", "subject", "train_all"]
 
 LOG = "console.txt"  # what a run prints
 # Fields that a comparison decides by itself.
@@ -37,6 +39,7 @@ class Subject:
     model_cfg: ModelConfig
     origin: str
     words: tuple[str, ...]  # those that were given with it
+    notices: tuple[str, ...] = ()  # remarks that stop nothing
 
     def changed(self, **fields: Any) -> Subject:
         """With other generic fields."""
@@ -73,7 +76,19 @@ def subject(label: str, model: str, words: Sequence[str], decided: Iterable[str]
             f"{model}: names the folder of its run, {checked.folder}, which several would share. Leave model_name and "
             "output_dir out of it"
         )
-    return Subject(label, checked.cfg, checked.model_cfg, checked.origin, tuple(words))
+    notices = tuple(dict.fromkeys(plan.notices))
+    return Subject(label, checked.cfg, checked.model_cfg, checked.origin, tuple(words), notices)
+
+
+def say_notices(subjects: Sequence[Subject]) -> None:
+    """Each remark once, with those that it is of where it is not of all."""
+    of: dict[str, list[str]] = {}
+    for one in subjects:
+        for text in one.notices:
+            of.setdefault(text, []).append(one.label)
+    for text, labels in of.items():
+        whose = "" if len(labels) == len(subjects) else f"{shorten(labels)}: "
+        print(f"note: {whose}{text}", file=sys.stderr)
 
 
 @contextmanager

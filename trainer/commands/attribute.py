@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path as FilePath
@@ -16,7 +17,7 @@ from configs.runs import OUTPUTS
 from naming import command_line, expand_path, shorten, shorten_text
 from trainer.bench.attribution import Path, contributions, differing, path_between
 from trainer.bench.page import markdown_table, table_lines, wrapped
-from trainer.bench.runs import Run, Subject, of_one_folder, subject, train_all
+from trainer.bench.runs import Run, Subject, of_one_folder, say_notices, subject, train_all
 from trainer.bench.standings import plain
 from trainer.bench.statistics import Interval
 from trainer.run.files import write_atomically
@@ -34,6 +35,7 @@ def main(argv: list[str]) -> int:
         fields = differing(first, second)
         path = path_between(first, second)
         folder = _folder(args.output, first, second)
+        say_notices([first, second])
         with of_one_folder(folder):
             return _attribute(folder, path, fields, args.seeds, argv)
 
@@ -92,7 +94,7 @@ def _split(word: str) -> list[str]:
 def _folder(given: str | None, first: Subject, second: Subject) -> FilePath:
     """The same for the same two."""
     if given is not None:
-        return expand_path(given).absolute()
+        return FilePath(os.path.abspath(expand_path(given)))
     asked = json.dumps([one.cfg.model_dump(mode="json") for one in (first, second)])
     return (OUTPUTS / f"attribution-{hashlib.sha256(asked.encode()).hexdigest()[:8]}").absolute()
 
@@ -230,7 +232,7 @@ def _notes(result: dict[str, Any]) -> list[str]:
         if step.get("told_apart", {}).get("interaction"):
             name = " and ".join(step["fields"])
             above, below = (
-                shorten(step["on_top_of"][kind], 3) or "nothing" for kind in ("forward", "backward")
+                shorten(step["on_top_of"][kind], 3) or "A alone" for kind in ("forward", "backward")
             )
             found.append(
                 f"Interaction: {name} makes {step['forward']['mean']:+.4f} on top of {above}, and "

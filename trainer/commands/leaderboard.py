@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from configs.schema import RunConfig
 from models import ARCHITECTURES
 from naming import command_line, expand_path
 from trainer.bench.page import a_a_lines, markdown, notes, table, table_lines, wrapped
-from trainer.bench.runs import Run, Subject, label_of, of_one_folder, subject, train_all
+from trainer.bench.runs import Run, Subject, label_of, of_one_folder, say_notices, subject, train_all
 from trainer.bench.standings import Entry, alike, plain, standings
 from trainer.optim import OPTIMIZERS
 from trainer.run.files import write_atomically
@@ -37,7 +38,8 @@ FACTORS = (
     8.0,
     0.125,
 )  # of the file's rates, in the order in which trials take them
-RATES = ("learning_rate", "base_model_lr", *dict.fromkeys(n for names in COMPONENTS.values() for n in names))
+COMPONENT_RATES = ("base_model_lr", *dict.fromkeys(name for names in COMPONENTS.values() for name in names))
+RATES = {"learning_rate", *COMPONENT_RATES, *(row.rate for row in OPTIMIZERS.values())}
 
 
 def main(argv: list[str]) -> int:
@@ -52,8 +54,13 @@ def main(argv: list[str]) -> int:
                 f"command line: --a_a compares one architecture with itself, and {len(named)} are given"
             )
         folder = _folder(args.output, subjects, words, args.a_a)
-        with of_one_folder(folder):
-            return _a_a(folder, subjects[0], args) if args.a_a else _board(folder, subjects, args, argv)
+        say_notices(subjects)
+        try:
+            with of_one_folder(folder):
+                return _a_a(folder, subjects[0], args) if args.a_a else _board(folder, subjects, args, argv)
+        except SystemExit:  # a signal: the run that it met has been saved
+            _tell(f"stopped; go on with: {command_line('leaderboard', *argv)}")
+            raise
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
@@ -109,7 +116,7 @@ def _subjects(named: list[str], words: list[str]) -> list[Subject]:
             )
             continue
         try:
-            found[label] = subject(label, model, words, {*RATES, *(row.rate for row in OPTIMIZERS.values())})
+            found[label] = subject(label, model, words, RATES)
         except ConfigError as error:
             if "all" in named and model not in named and _stands_on_a_base(label):
                 print(f"note: {label} is left out: {error.problems[0]}", file=sys.stderr)
@@ -133,7 +140,7 @@ def _stands_on_a_base(type_: str) -> bool:
 def _folder(given: str | None, subjects: Sequence[Subject], words: Sequence[str], a_a: bool) -> Path:
     """The same for the same architectures and fields."""
     if given is not None:
-        return expand_path(given).absolute()
+        return Path(os.path.abspath(expand_path(given)))
     asked = json.dumps([[s.label for s in subjects], sorted(words), a_a])
     kind = "a-a" if a_a else "leaderboard"
     return (OUTPUTS / f"{kind}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}").absolute()
@@ -146,18 +153,21 @@ def _tell(text: str) -> None:
 # -- tuning and scoring ----------------------------------------------------------------------------------------
 
 
-def scaled(cfg: RunConfig, factor: float) -> dict[str, Any]:
-    """All learning rates of a run times `factor`: matrices and vectors may have rates of their own."""
-    names = {*RATES, OPTIMIZERS[cfg.optimizer].rate}
+def scaled(one: Subject, factor: float) -> dict[str, Any]:
+    """All learning rates of a run times `factor`: matrices, vectors and components may have rates of their own."""
+    cfg, fields = one.cfg, RunConfig.model_fields
+    in_parts = cfg.use_lora or cfg.base_model_lr is not None or bool(one.model_cfg.elsewhere)
+    parts = [name for name in COMPONENT_RATES if in_parts or getattr(cfg, name) != fields[name].default]
+    names = {"learning_rate", OPTIMIZERS[cfg.optimizer].rate, *parts}
     return {name: rate * factor for name in sorted(names) if (rate := getattr(cfg, name)) is not None}
 
 
 def _trial(one: Subject, factor: float) -> Run:
-    return Run(f"{one.label}/x{factor:g}-tune", one.changed(seed=TUNING_SEED, **scaled(one.cfg, factor)))
+    return Run(f"{one.label}/x{factor:g}-tune", one.changed(seed=TUNING_SEED, **scaled(one, factor)))
 
 
 def _scored(one: Subject, factor: float, seed: int) -> Run:
-    return Run(f"{one.label}/x{factor:g}-seed-{seed}", one.changed(seed=seed, **scaled(one.cfg, factor)))
+    return Run(f"{one.label}/x{factor:g}-seed-{seed}", one.changed(seed=seed, **scaled(one, factor)))
 
 
 def _board(folder: Path, subjects: Sequence[Subject], args: argparse.Namespace, argv: list[str]) -> int:
@@ -167,27 +177,18 @@ def _board(folder: Path, subjects: Sequence[Subject], args: argparse.Namespace, 
         one.label: [_trial(one, factor) for factor in factors] if len(factors) > 1 else [] for one in subjects
     }
     jobs: dict[str, Job] = {}
-    chosen: dict[str, float | None] = {}
-    try:
-        _tell(
-            f"{len(subjects)} architectures, {len(factors) if len(factors) > 1 else 'no'} trials of the learning rate "
-            f"and {args.seeds} seeds each, in {folder}"
-        )
-        jobs |= train_all(folder, [run for runs in trials.values() for run in runs], _tell)
-        chosen = {
-            one.label: _best(factors, [jobs[run.place] for run in trials[one.label]]) for one in subjects
-        }
-        # A seed of all of them after the other: what is there when it is stopped makes pairs.
-        scored = [
-            _scored(one, factor, seed)
-            for seed in seeds
-            for one in subjects
-            if (factor := chosen[one.label]) is not None
-        ]
-        jobs |= train_all(folder, scored, _tell)
-    except SystemExit:
-        _tell(f"stopped; go on with: {command_line('leaderboard', *argv)}")
-        raise
+    tuned = f"{len(factors)} trials of its learning rates" if len(factors) > 1 else "the rates of its file"
+    _tell(f"architectures: {len(subjects)}; each has {tuned} and {args.seeds} scored runs, in {folder}")
+    jobs |= train_all(folder, [run for runs in trials.values() for run in runs], _tell)
+    chosen = {one.label: _best(factors, [jobs[run.place] for run in trials[one.label]]) for one in subjects}
+    # A seed of all of them after the other: what is there when it is stopped makes pairs.
+    scored = [
+        _scored(one, factor, seed)
+        for seed in seeds
+        for one in subjects
+        if (factor := chosen[one.label]) is not None
+    ]
+    jobs |= train_all(folder, scored, _tell)
     entries = []
     for one in subjects:
         factor = chosen[one.label]
@@ -226,7 +227,7 @@ def _told(
         edge = f"every trial failed, the first by: {trials[0].why}"
     elif len(factors) > 2 and factor in (min(factors), max(factors)):
         edge = f"its best rate, x{factor:g}, is at the edge of what was tried: a further one may be better."
-    rates = {} if factor is None else scaled(one.cfg, factor)
+    rates = {} if factor is None else scaled(one, factor)
     return {"type": one.cfg.type, "rate_factor": factor, "rates": rates, "trials": tried, "edge": edge}
 
 

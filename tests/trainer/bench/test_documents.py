@@ -75,13 +75,19 @@ def test_a_run_that_goes_on_finds_the_same_to_the_last_bit(whole, tmp_path):
 
 def test_where_the_best_model_counts_its_documents_do(tmp_path):
     """Of a run that gets worse, by a rate that is far too high: they lie in best_model/ until the end."""
-    worse = ["learning_rate=3", "save_best_model=true", "warmup_steps=0", "max_grad_norm=0"]
-    tiny(tmp_path, *worse, "num_iterations=2", "val_loss_every=1")
+    worse = ["learning_rate=3", "save_best_model=true", "warmup_steps=0", "max_grad_norm=0", "save_steps=1"]
+    worse += ["num_iterations=2", "val_loss_every=1", f"output_dir={tmp_path}"]
+    tiny(tmp_path, *worse)
     told = load_json(tmp_path, "summary.json")
     assert told["best"]["step"] == 1 < told["steps"]
-    found = read_document_scores(tmp_path)
+    found, before = read_document_scores(tmp_path), (tmp_path / FILE).read_bytes()
     assert found.step == 1
     assert found.nats.sum() / math.log(2) / found.bytes.sum() == pytest.approx(told["best"]["bits_per_byte"])
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    for name in ("summary.json", FILE):
+        (tmp_path / name).unlink()
+    tiny(tmp_path, *worse, "resume=auto")  # a life that scores step 2 alone
+    assert (tmp_path / FILE).read_bytes() == before
 
 
 @pytest.mark.parametrize(

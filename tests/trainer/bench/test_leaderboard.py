@@ -11,7 +11,9 @@ import pytest
 import mytrainer
 from tests.contract.tiny import RUN
 from tests.trainer.bench.board import Trainer
+from trainer.bench.runs import subject
 from trainer.commands import launch
+from trainer.commands.leaderboard import scaled
 from trainer.sweep.jobs import jobs_in
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -94,7 +96,7 @@ def test_one_seed_ranks_nobody(board):
     assert found["pairs"][0]["high"] is None  # JSON has no infinity
 
 
-def test_it_goes_on_where_it_stopped_and_takes_more(board, tmp_path):
+def test_it_goes_on_where_it_stopped_and_takes_more(board, tmp_path, capsys):
     class Stopped(Trainer):
         def __call__(self, *args, **more):
             if len(self.trained) == 5:
@@ -103,6 +105,7 @@ def test_it_goes_on_where_it_stopped_and_takes_more(board, tmp_path):
 
     with pytest.raises(SystemExit):
         board(Stopped(quality), "gpt2", "vanilla")
+    assert "stopped; go on with: python mytrainer.py leaderboard gpt2 vanilla" in capsys.readouterr().out
     states = [job.state for job in jobs_in(tmp_path / "board")]
     assert sorted(states) == ["ok"] * 5 + ["stopped"]
     rest = Trainer(quality)
@@ -204,3 +207,15 @@ def test_real_runs_each_in_a_process_of_its_own(tmp_path):
     assert "not finite" not in done.stdout and (tmp_path / "board/gpt2/x1-seed-1/console.txt").stat().st_size
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "..." not in again.stdout  # nothing left to train
+
+
+def test_every_rate_that_is_read_is_scaled():
+    def rates(*words, **changed):
+        return scaled(subject("x", words[0], ["preset=nano", *words[1:]]).changed(**changed), 2.0)
+
+    assert set(rates("gpt2", "optimizer=adamw")) == {"learning_rate"}
+    own = rates("gpt2", "optimizer=muon")  # matrices have one of their own
+    assert own == {"learning_rate": 0.002, "muon_learning_rate": 0.04}
+    assert rates("memory")["memory_lr"] == 0.002
+    adapted = rates("gpt2", use_lora=True)
+    assert adapted["lora_lr"] == 2e-4 and "memory_bank_lr" not in adapted
