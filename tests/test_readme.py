@@ -144,6 +144,7 @@ def test_commands_are_understood(somewhere, monkeypatch, capsys, document, words
             "prepare.prepare",
             "prepare.fetch",
             "doctor.lines_of",
+            "compare._read",
         ):
             monkeypatch.setattr(f"trainer.commands.{name}", parsed)
         with contextlib.suppress(Parsed):

@@ -133,6 +133,16 @@ def test_seconds_compare_on_a_machine_of_its_own(tmp_path):
     assert not any(run.apart for run in runs), "their scores compare"
 
 
+def test_scores_on_the_way_compare_where_they_are_of_the_same_documents(tmp_path):
+    runs = [read(made_up(tmp_path / name, along=along)) for name, along in (("a", 3), ("b", 3), ("c", 2))]
+    set_apart(runs)
+    assert [(run.apart, run.aside) for run in runs] == [
+        ("", ""),
+        ("", ""),
+        ("", "scores on the way are of other documents"),
+    ]
+
+
 def test_a_run_that_was_cut_short_has_the_score_of_its_last_evaluation(tmp_path):
     folder = made_up(tmp_path / "a")
     (folder / "summary.json").unlink()

@@ -43,7 +43,7 @@ let drawn = [], lit = -1, frame = null;
 
 function curves() {
   const fair = data.runs.some((run) => !run.apart && !run.slow);
-  let late = 0, without = 0, other = 0;
+  let late = 0, without = 0, other = 0, aside = 0;
   const found = [];
   data.runs.forEach((run, index) => {
     if (run.apart && !state.apart) { other += Boolean(run[state.curve]); return; }
@@ -51,12 +51,14 @@ function curves() {
     const bits = column(run, state.curve, "bits"), xs = column(run, state.curve, state.axis);
     if (!bits) return;
     if (!xs) { without++; return; }
+    if (state.curve === "held_out" && run.aside && !state.apart) { aside++; return; }
     if (state.axis === "seconds" && run.slow && fair && !state.apart) { late++; return; }
     found.push({ index, run, xs, ys: smoothed(bits, state.smooth) });
   });
   const told = [];
   const runs = (n) => (n === 1 ? "1 run" : `${n} runs`);
   if (other) told.push(`${runs(other)} set apart, see below, not drawn.`);
+  if (aside) told.push(`${runs(aside)} not drawn: scores on the way are of other documents.`);
   if (late) told.push(`${runs(late)} not drawn over time: shared a machine, or ran on another; see the remarks.`);
   if (state.axis === "seconds" && !fair) told.push("Every run shared its machine: time says less.");
   if (without) told.push(`${runs(without)} without a count of ${NAMES[state.axis]}.`);

@@ -19,10 +19,10 @@ __all__ = ["at_the_same_time", "set_apart"]
 
 
 def set_apart(runs: Sequence[Run]) -> None:
-    """Fill in `apart` and `slow` of every run."""
+    """Fill in `apart`, `slow` and `aside` of every run."""
     for run in runs:
         run.apart = _of_itself(run)
-        run.slow = ""
+        run.slow = run.aside = ""
     scored = [run for run in runs if not run.apart]
     # Earlier runs have no digest that compares over forms of files, but that of the text and its split.
     digest = (
@@ -34,6 +34,10 @@ def set_apart(runs: Sequence[Run]) -> None:
         bounds = [r for r in runs if not r.apart and r.type == type_ and r.score.get("kind") == "bound"]
         _leave_most(bounds, _estimator)
     _mark_slow(runs)
+    along = Counter(run.along_of for run in runs if run.along_of and not run.apart)
+    for run in runs:
+        if run.along_of and not run.apart and run.along_of != along.most_common(1)[0][0]:
+            run.aside = "scores on the way are of other documents"
 
 
 def _of_itself(run: Run) -> str:

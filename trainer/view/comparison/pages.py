@@ -103,7 +103,7 @@ def _chart(runs: list[Run]) -> str:
         for name, text in (("held_out", "held-out text"), ("training", "training"))
     )
     turns = "".join(f'<button type="button" data-turn="{k}">{v}</button>' for k, v in TURNS.items())
-    if any(run.apart or run.slow for run in runs):
+    if any(run.apart or run.slow or run.aside for run in runs):
         turns += '<button type="button" data-turn="apart">those set apart</button>'
     slider = (
         '<label>smoothing <input type="range" id="smooth" min="0" max="0.98" step="0.02" value="0"></label>'
@@ -116,7 +116,7 @@ def _chart(runs: list[Run]) -> str:
     hint = (
         '<p class="hint"><span class="how">Drag over the chart to look closer, double-click to see the whole. '
         "Click a name to hide its curve.</span> Hollow points and ≤ mark upper bounds: the model may be better. "
-        "Scores along the way may be of less text "
+        "Scores on the way may be of fewer documents "
         'than those in the table. <span id="thinned"></span></p><p class="hint" id="told"></p>'
     )
     return (
@@ -140,6 +140,7 @@ def _data(runs: list[Run], groups: list[Group], styles: dict[int, int], room: in
                 "group": styles[id(run)],
                 "apart": bool(run.apart),
                 "slow": bool(run.slow),
+                "aside": bool(run.aside),
                 "bound": run.score.get("kind") == "bound",
             }
             for run in runs

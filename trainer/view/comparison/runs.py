@@ -35,8 +35,9 @@ class Curve:
 @dataclass
 class Run:
     """`config`: by dotted name. `score`: {} where there is none; its `step` where it is not the last. `lives`: when it
-    was at work, as (host, first second, last second). `apart`: why its score does not compare with the others', `slow`:
-    why its seconds do not; "" where they do."""
+    was at work, as (host, first second, last second). `along_of`: what the scores on the way are of, as (text or
+    answers, documents, bytes). `apart`: why its score does not compare with the others', `slow`: why its seconds do
+    not, `aside`: why its scores on the way do not; "" where they do."""
 
     path: Path
     name: str
@@ -50,9 +51,11 @@ class Run:
     why: str = ""
     held_out: Curve | None = None
     training: Curve | None = None
+    along_of: tuple[Any, ...] = ()
     sample: str = ""
     apart: str = ""
     slow: str = ""
+    aside: str = ""
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -110,6 +113,7 @@ def read_run(
     )
     if curves:
         run.held_out, run.training, last = _curves(path, manifest)
+        run.along_of = (last.get("of", "text"), last.get("documents"), last.get("bytes")) if last else ()
         run.sample = _last_sample(path)
         if not run.score and last:
             run.score, run.state = last, "unfinished"

@@ -114,8 +114,7 @@ def remarks(run: Run) -> list[str]:
     found = [f"{run.state}: {run.why}" if run.state != "unfinished" else run.why] if run.state != "ok" else []
     if run.score and run.apart:
         found.append(f"not comparable: {run.apart}")
-    if run.slow:
-        found.append(run.slow)
+    found += [why for why in (run.aside, run.slow) if why]
     error: Any = run.match.get("error")
     if _is_number(error) and abs(error) > WITHIN:
         found.append(f"misses the size it was to meet by {abs(error):.1%}")
