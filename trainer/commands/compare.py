@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from trainer.view.comparison.markdown import MARK
 from trainer.view.comparison.pages import by_score
 from trainer.view.comparison.runs import Curve, differing
 from trainer.view.comparison.table import remarks, score
+from trainer.view.console import Console
 
 __all__ = ["main"]
 
@@ -56,7 +58,8 @@ def main(argv: list[str]) -> int:
     output = None if args.json and args.output is None else expand_path(args.output or "compare.html")
     if output is not None:
         _check(output)
-    runs = _read(args.runs)
+    with Console(stream=sys.stderr).doing("reading the runs"):
+        runs = _read(args.runs)
     set_apart(runs)
     if output is not None:
         write_pages(output, _title(runs), runs, " · ".join(shown(run.path.absolute()) for run in runs[:8]))

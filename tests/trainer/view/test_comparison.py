@@ -244,6 +244,15 @@ def test_the_page_needs_nothing_else_and_says_what_each_run_cost(tmp_path):
     assert "| learning\\_rate | 0.01: two; 0.02: one |" in markdown
 
 
+def test_unlike_contexts_are_said(tmp_path):
+    alike = [made_up(tmp_path / name, score={"context_bytes": 512.0}) for name in "ab"]
+    page, markdown = pages(tmp_path, *alike)
+    assert "context" not in page.split("<script")[0].split("</style>")[1] and "context" not in markdown
+    page, markdown = pages(tmp_path, *alike, made_up(tmp_path / "c", score={"context_bytes": 2048.0}))
+    assert "not all see as much of the text before" in page and "512B" in page and "2.05kB" in page
+    assert "| context |" in markdown and "2.05kB" in markdown
+
+
 def test_what_strangers_wrote_is_text(tmp_path):
     folder = made_up(tmp_path / "a", type_=EVIL, sample=EVIL, config={"input_file": EVIL})
     runs = [read_run(folder, EVIL), read(made_up(tmp_path / "b"))]

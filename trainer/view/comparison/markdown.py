@@ -6,7 +6,17 @@ import re
 from collections.abc import Iterable, Sequence
 
 from trainer.view.comparison.runs import Run
-from trainer.view.comparison.table import Group, cells, columns, fields, remarks, short, shorten, value
+from trainer.view.comparison.table import (
+    Group,
+    cells,
+    columns,
+    columns_of,
+    fields,
+    remarks,
+    short,
+    shorten,
+    value,
+)
 from trainer.view.format import printable, quantity
 
 __all__ = ["MARK", "markdown"]
@@ -40,7 +50,7 @@ def markdown(title: str, runs: Sequence[Run], groups: Sequence[Group], where: st
 def _runs(shown: Sequence[Run], runs: Sequence[Run]) -> str:
     varied = columns(runs)
     of_all = [cells(run) for run in shown]
-    names = [name for name in of_all[0] if any(one[name] for one in of_all)]
+    names = columns_of(of_all)
     rows = [
         [
             shorten(run.name),

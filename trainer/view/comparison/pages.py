@@ -17,10 +17,12 @@ from trainer.view.charts import style
 from trainer.view.comparison.markdown import markdown
 from trainer.view.comparison.runs import Curve, Run
 from trainer.view.comparison.table import (
+    CONTEXT,
     OF_TIME,
     Group,
     cells,
     columns,
+    columns_of,
     fields,
     groups_of,
     remarks,
@@ -185,10 +187,12 @@ def _entropies(runs: list[Run]) -> list[float]:
 
 def _believed(runs: list[Run]) -> str:
     """How much a score may be believed, in a heading."""
-    spreads = [s for run in runs if (s := run.score.get("documents_standard_error"))]
-    if not spreads:
-        return "best first"
-    return f"best first; other documents of the kind would move a score by about {max(spreads):.3f}"
+    told = "best first"
+    if spreads := [s for run in runs if (s := run.score.get("documents_standard_error"))]:
+        told += f"; other documents of the kind would move a score by about {max(spreads):.3f}"
+    if len({cells(run)[CONTEXT] for run in runs}) > 1:
+        told += "; not all see as much of the text before, see context"
+    return told
 
 
 def _runs(title: str, about: str, shown: list[Run], runs: list[Run], styles: dict[int, int]) -> str:
@@ -197,8 +201,7 @@ def _runs(title: str, about: str, shown: list[Run], runs: list[Run], styles: dic
     varied = columns(runs)
     places = {id(run): place for place, run in enumerate(runs)}
     of_all = [cells(run) for run in shown]
-    # What no run says needs no column.
-    names = [name for name in of_all[0] if any(one[name] for one in of_all)]
+    names = columns_of(of_all)
     # Why they are set apart is what to know of them first.
     first = about == APART
     head = "".join(f"<th>{escape(name)}</th>" for name in ["run", *["why"] * first, *map(short, varied)])

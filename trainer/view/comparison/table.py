@@ -10,7 +10,18 @@ from typing import Any
 from trainer.view.comparison.runs import Run, differing
 from trainer.view.format import bits_per_byte, duration, printable, quantity
 
-__all__ = ["COLUMNS", "Group", "cells", "columns", "fields", "groups_of", "remarks", "score", "value"]
+__all__ = [
+    "COLUMNS",
+    "Group",
+    "cells",
+    "columns",
+    "columns_of",
+    "fields",
+    "groups_of",
+    "remarks",
+    "score",
+    "value",
+]
 
 LONGEST = 60  # characters of a value, and of a name
 WITHIN = 0.02  # by which a size may miss what it was to meet
@@ -36,6 +47,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "peak memory": ("peak_memory_bytes", _memory),
     "written tokens/s": ("generation_tokens_per_second", quantity),
 }
+CONTEXT = "context"
 OF_TIME = ("time", "tokens/s", "written tokens/s")
 
 
@@ -90,15 +102,30 @@ def _others(varied: list[str]) -> list[str]:
 def cells(run: Run) -> dict[str, str]:
     """By name of the column, the score first; "" where a run does not say it."""
     counts = run.parameters
-    found = {"bits per byte": score(run), "parameters": _parameters(counts)}
+    found = {"bits per byte": score(run), CONTEXT: _context(run), "parameters": _parameters(counts)}
     measured = run.measures
     for name, (key, form) in COLUMNS.items():
         found[name] = form(measured[key]) if _is_number(measured[key]) else ""
     return found
 
 
+def columns_of(shown: Sequence[dict[str, str]]) -> list[str]:
+    """Those `cells` that say something: not what no run says, and the context where it is not the same for all."""
+    return [
+        name
+        for name in shown[0]
+        if any(one[name] for one in shown) and (name != CONTEXT or len({one[name] for one in shown}) > 1)
+    ]
+
+
 def score(run: Run) -> str:
     return bits_per_byte(run.score).replace("<=", "≤") if run.score else ""
+
+
+def _context(run: Run) -> str:
+    """What is seen of the text before, at most."""
+    size: Any = run.score.get("context_bytes")
+    return f"{quantity(size)}B" if _is_number(size) else ""
 
 
 def _parameters(counts: dict[str, Any]) -> str:
