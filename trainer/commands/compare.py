@@ -139,6 +139,9 @@ def _sweep(path: Path, text: str) -> list[Run]:
         raise ConfigError(
             f"command line: {text} holds no run (no manifest.json, no metrics.jsonl), and no sweep.{_near(path)}"
         )
+    for run in runs:
+        if run.state == "killed":  # which nobody knows of a sweep that may be going on
+            run.state, run.why = "running", "running still, or killed"
     if not any(run.score for run in runs):
         raise ConfigError(f"command line: no job of the sweep {text} has a score yet")
     return runs

@@ -107,9 +107,7 @@ def _chart(runs: list[Run]) -> str:
     turns = "".join(f'<button type="button" data-turn="{k}">{v}</button>' for k, v in TURNS.items())
     if any(run.apart or run.slow or run.aside for run in runs):
         turns += '<button type="button" data-turn="apart">those set apart</button>'
-    slider = (
-        '<label>smoothing <input type="range" id="smooth" min="0" max="0.98" step="0.02" value="0"></label>'
-    )
+    slider = '<label>smoothing <input type="range" id="smooth" min="0" max="1" step="0.02" value="0"></label>'
     switches = (
         f'<div class="bar-of-switches"><div>{which}</div><div>over {axes}</div><div>{turns}</div>{slider}'
         '<button type="button" id="whole" disabled>whole</button></div>'

@@ -21,6 +21,7 @@ __all__ = [
     "remarks",
     "score",
     "value",
+    "within_a_type",
 ]
 
 LONGEST = 60  # characters of a value, and of a name
@@ -138,7 +139,9 @@ def _parameters(counts: dict[str, Any]) -> str:
 
 def remarks(run: Run) -> list[str]:
     """What to know before its numbers are believed."""
-    found = [f"{run.state}: {run.why}" if run.state != "unfinished" else run.why] if run.state != "ok" else []
+    found = []
+    if run.state != "ok":
+        found.append(run.why if run.why.startswith(run.state) else f"{run.state}: {run.why}")
     if run.score and run.apart:
         found.append(f"not comparable: {run.apart}")
     found += [why for why in (run.aside, run.slow) if why]
