@@ -52,7 +52,7 @@ def runs_of(jobs: list[Job], folder: Path, curves: bool = True) -> list[Run]:
     for run in runs:
         given = [f"{short(name)} {value(run.config[name])}" for name in varied if name in run.config]
         if told := [*([run.type] if several else []), *given[:MOST_FIELDS]]:
-            run.name = f"{run.name}: {', '.join(told)}"
+            run.name = " · ".join([run.name, *told])
     return runs
 
 

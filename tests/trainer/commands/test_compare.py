@@ -73,7 +73,7 @@ def test_a_sweep_stands_for_its_runs(here, compare):
         job.end("failed" if number == 2 else "ok", "step 3 is not finite" if number == 2 else "")
     status, out, _ = compare("multirun/x", "outputs/a")
     assert status == 0
-    assert [line.split()[0] for line in out.splitlines()[1:5]] == ["0:", "a", "1:", "2:"]
+    assert [line.split()[0] for line in out.splitlines()[1:5]] == ["0", "a", "1", "2"]
     assert "failed: step 3 is not finite" in out
     status, _, err = compare("multirun/x", "multirun/x/1")
     assert status == 2 and "multirun/x/1 is given 2 times. Leave one of them out" in err
