@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from configs.files import shown
+from configs.grammar import word
 from configs.messages import ConfigError
 from configs.runs import OUTPUTS, RUNS, folder_of_path
+from configs.sweeps import MULTIRUN
 from naming import command_line, did_you_mean, expand_path
 from trainer.run.metrics import to_json
 from trainer.sweep.jobs import RECORD, jobs_in
@@ -107,7 +109,8 @@ def _one(path: Path, text: str) -> Run:
     run = _readable(path)
     if not run.score:
         raise ConfigError(
-            f"command line: {text} has no score yet. Go on with it: {command_line(f'resume={path}')}, or leave it out"
+            f"command line: {text} has no score yet. Go on with it: {command_line(word('resume', path))}, or leave it "
+            "out"
         )
     return run
 
@@ -131,7 +134,7 @@ def _sweep(path: Path, text: str) -> list[Run]:
     if not path.is_dir():
         raise ConfigError(f"command line: {text} is a file; the folder of a run is needed")
     try:
-        jobs = jobs_in(path)
+        jobs = jobs_in(path) if (path / MULTIRUN).is_file() else []
         runs = runs_of(jobs, path)
     except ValueError as error:
         raise ConfigError(f"command line: {error}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,17 @@ from trainer.run.metrics import read_metrics
 __all__ = ["AXES", "Curve", "Run", "differing", "flat", "read_run"]
 
 AXES = ("tokens", "bytes", "flops", "seconds")
+# Of summary.json: what a score cost.
+MEASURES = (
+    *("steps", "tokens", "bytes", "flops", "seconds", "seconds_total", "tokens_per_second"),
+    *("peak_memory_bytes", "generation_tokens_per_second"),
+)
+_NUMBERS = ("standard_error", "documents_standard_error", "context_bytes")  # of a score, or null
+# Of summary.json and manifest.json.
+_OBJECTS = (
+    *("score", "best", "yardsticks", "parameters", "match"),
+    *("data", "environment", "execution", "flops_per_token"),
+)
 # Where a run lies: no part of what it is.
 PLACES = ("output_dir", "model_name", "resume", "data_root")
 
@@ -61,19 +73,20 @@ class Run:
     def parameters(self) -> dict[str, Any]:
         """`total`, `active` and `by_role`, as far as the run says them."""
         counts = {**(self.manifest.get("parameters") or {}), **(self.summary.get("parameters") or {})}
-        return {"active": counts.get("total"), **counts}
+        by_role = counts.get("by_role")
+        shares = by_role.items() if isinstance(by_role, dict) else ()
+        return {
+            "active": counts.get("total"),
+            **counts,
+            "by_role": {role: count for role, count in shares if _is_number(count)},
+        }
 
     @property
     def measures(self) -> dict[str, Any]:
         """What the score cost; None where the run does not say it."""
-        flops, size = self.summary.get("flops"), self.summary.get("bytes")
-        names = ("steps", "tokens", "bytes", "flops", "seconds", "seconds_total", "tokens_per_second")
-        return {
-            **{name: self.summary.get(name) for name in names},
-            "flops_per_byte": flops / size if flops and size else None,
-            "peak_memory_bytes": self.summary.get("peak_memory_bytes"),
-            "generation_tokens_per_second": self.summary.get("generation_tokens_per_second"),
-        }
+        found = {name: one if _is_number(one := self.summary.get(name)) else None for name in MEASURES}
+        flops, size = found["flops"], found["bytes"]
+        return found | {"flops_per_byte": flops / size if flops and size else None}
 
     @property
     def match(self) -> dict[str, Any]:
@@ -83,7 +96,8 @@ class Run:
     @property
     def entropy(self) -> float | None:
         """Of the text, in bits per byte, where it is known."""
-        return (self.summary.get("yardsticks") or {}).get("true entropy")
+        found = (self.summary.get("yardsticks") or {}).get("true entropy")
+        return found if _is_number(found) else None
 
 
 def read_run(
@@ -156,6 +170,9 @@ def _object(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged: it holds no JSON object")
+    for name in _OBJECTS:
+        if not isinstance(found.get(name) or {}, dict):
+            raise ValueError(f"{path} is damaged: its {name} is no object")
     return found
 
 
@@ -175,15 +192,18 @@ def _score(path: Path, summary: dict[str, Any]) -> dict[str, Any]:
     """Of the best model where one is kept. What its score leaves out, it has in common with that of the last."""
     last, best = summary.get("score") or {}, summary.get("best") or {}
     found = {**last, **best}
-    if found and not isinstance(found.get("bits_per_byte"), float):
+    if found and not _is_number(found.get("bits_per_byte")):
         raise ValueError(f"{path / 'summary.json'} is damaged: its score has no bits_per_byte")
+    strange = [name for name in _NUMBERS if not _is_number(found.get(name, 0.0)) and found[name] is not None]
+    if strange:
+        raise ValueError(f"{path / 'summary.json'} is damaged: its {strange[0]} is no number")
     return found
 
 
 def _lives(summary: dict[str, Any], manifest: dict[str, Any]) -> list[tuple[str, float, float]]:
     """The last alone: nothing says when earlier ones were."""
     host, began, ended = manifest.get("host"), manifest.get("began"), summary.get("ended")
-    return [(host, began, ended)] if host and began and ended else []
+    return [(str(host), began, ended)] if host and _is_number(began) and _is_number(ended) else []
 
 
 def _last_sample(path: Path) -> str:
@@ -247,4 +267,4 @@ def _column(lines: list[dict[str, Any]], key: str) -> np.ndarray:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
