@@ -202,7 +202,9 @@ def _score(path: Path, summary: dict[str, Any]) -> dict[str, Any]:
 
 def _lives(summary: dict[str, Any], manifest: dict[str, Any]) -> list[tuple[str, float, float]]:
     """The last alone: nothing says when earlier ones were."""
-    host, began, ended = manifest.get("host"), manifest.get("began"), summary.get("ended")
+    host: Any = manifest.get("host")
+    began: Any = manifest.get("began")
+    ended: Any = summary.get("ended")
     return [(str(host), began, ended)] if host and _is_number(began) and _is_number(ended) else []
 
 
