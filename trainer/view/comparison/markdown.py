@@ -15,7 +15,6 @@ from trainer.view.comparison.table import (
     remarks,
     short,
     shorten,
-    value,
 )
 from trainer.view.format import printable, quantity
 
@@ -49,18 +48,17 @@ def markdown(title: str, runs: Sequence[Run], groups: Sequence[Group], where: st
 
 def _runs(shown: Sequence[Run], runs: Sequence[Run]) -> str:
     varied = columns(runs)
-    of_all = [cells(run) for run in shown]
+    of_all = [cells(run, varied) for run in shown]
     names = columns_of(of_all)
     rows = [
         [
             shorten(run.name),
-            *(value(run.config[name]) if name in run.config else "" for name in varied),
             *(one[name] for name in names),
             "; ".join(remarks(run)),
         ]
         for run, one in zip(shown, of_all, strict=True)
     ]
-    return _table(["run", *map(short, varied), *names, "remarks"], rows)
+    return _table(["run", *map(short, names), "remarks"], rows)
 
 
 def _roles(groups: Sequence[Group]) -> list[str]:

@@ -19,6 +19,7 @@ from trainer.view.comparison.runs import Curve, Run
 from trainer.view.comparison.table import (
     CONTEXT,
     OF_TIME,
+    SCORE,
     Group,
     cells,
     columns,
@@ -198,12 +199,16 @@ def _runs(title: str, about: str, shown: list[Run], runs: list[Run], styles: dic
         return ""
     varied = columns(runs)
     places = {id(run): place for place, run in enumerate(runs)}
-    of_all = [cells(run) for run in shown]
+    of_all = [cells(run, varied) for run in shown]
     names = columns_of(of_all)
     # Why they are set apart is what to know of them first.
     first = about == APART
-    head = "".join(f"<th>{escape(name)}</th>" for name in ["run", *["why"] * first, *map(short, varied)])
-    head += "".join(f'<th class="n">{escape(name)}</th>' for name in names) + "<th></th>" * (not first)
+    head = "<th>run</th>" + "<th>why</th>" * first
+    head += "".join(
+        f"<th>{escape(short(name))}</th>" if name in varied else f'<th class="n">{escape(name)}</th>'
+        for name in names
+    )
+    head += "<th></th>" * (not first)
     body = "".join(
         _row(run, places[id(run)], styles[id(run)], varied, {name: one[name] for name in names}, first)
         for run, one in zip(shown, of_all, strict=True)
@@ -217,12 +222,10 @@ def _runs(title: str, about: str, shown: list[Run], runs: list[Run], styles: dic
 def _row(run: Run, place: int, number: int, varied: list[str], shown: dict[str, str], first: bool) -> str:
     why = f'<td class="hint">{escape("; ".join(remarks(run)))}</td>'
     row = f'<td><i class="{_style(number)}"></i>{escape(shorten(run.name))}</td>' + why * first
-    row += "".join(
-        f"<td>{escape(value(run.config[name]) if name in run.config else '')}</td>" for name in varied
-    )
     for name, text in shown.items():
-        less = " less" if name in OF_TIME and run.slow else " score" if name == "bits per byte" else ""
-        row += f'<td class="n{less}">{escape(text)}</td>'
+        css = "" if name in varied else "n score" if name == SCORE else "n"
+        css += " less" if name in OF_TIME and run.slow else ""
+        row += f'<td class="{css}">{escape(text)}</td>' if css else f"<td>{escape(text)}</td>"
     return f'<tr data-run="{place}">{row}{"" if first else why}</tr>'
 
 
@@ -327,4 +330,4 @@ def _samples(runs: list[Run]) -> str:
 
 
 def score_of(run: Run) -> str:
-    return cells(run)["bits per byte"] or "no score"
+    return cells(run)[SCORE] or "no score"

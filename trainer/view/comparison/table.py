@@ -48,7 +48,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "peak memory": ("peak_memory_bytes", _memory),
     "written tokens/s": ("generation_tokens_per_second", quantity),
 }
-CONTEXT = "context"
+SCORE, CONTEXT = "bits per byte", "context"
 OF_TIME = ("time", "tokens/s", "written tokens/s")
 
 
@@ -100,10 +100,12 @@ def _others(varied: list[str]) -> list[str]:
     return [name for name in varied if name not in ("preset", "seed", "type")]
 
 
-def cells(run: Run) -> dict[str, str]:
-    """By name of the column, the score first; "" where a run does not say it."""
+def cells(run: Run, varied: Sequence[str] = ()) -> dict[str, str]:
+    """By name of the column, the score first, then the `varied` fields; "" where a run does not say it."""
     counts = run.parameters
-    found = {"bits per byte": score(run), CONTEXT: _context(run), "parameters": _parameters(counts)}
+    found = {SCORE: score(run)}
+    found |= {name: value(run.config[name]) if name in run.config else "" for name in varied}
+    found |= {CONTEXT: _context(run), "parameters": _parameters(counts)}
     measured = run.measures
     for name, (key, form) in COLUMNS.items():
         found[name] = form(measured[key]) if _is_number(measured[key]) else ""
