@@ -15,7 +15,7 @@ from typing import Any
 from trainer.run.files import write_atomically
 from trainer.view.charts import style
 from trainer.view.comparison.markdown import markdown
-from trainer.view.comparison.runs import Curve, Run
+from trainer.view.comparison.runs import Run
 from trainer.view.comparison.table import (
     CONTEXT,
     OF_TIME,
@@ -31,7 +31,7 @@ from trainer.view.comparison.table import (
     shorten,
     value,
 )
-from trainer.view.comparison.thinning import packed, thinned
+from trainer.view.comparison.thinning import LEAST, packed, thinned
 from trainer.view.format import printable, quantity
 from trainer.view.template import filled
 
@@ -45,7 +45,7 @@ MOST_SAMPLES = 60
 ROOM_OF_SAMPLES = 40_000  # characters
 LONGEST_SAMPLE = 2_000
 POINTS = 2_000  # of a curve, at most
-A_POINT = 2.7 * 5  # bytes
+A_POINT, HEAD = 2.7 * 5, 160  # bytes of a point, and of a curve beside them
 COLOURS = 18  # of groups that are told apart
 
 
@@ -147,28 +147,46 @@ def _data(runs: list[Run], groups: list[Group], styles: dict[int, int], room: in
             for run in runs
         ],
     }
-    room -= len(_json(found)) + 160 * len(curves)
-    # Shorter curves leave their share to the longer ones.
-    points, left = POINTS, room / A_POINT
-    for done, length in enumerate(sorted(map(len, curves))):
-        share = int(left / (len(curves) - done))
-        points = min(POINTS, share)
-        if length > points:
-            break
-        left -= length
-    thinner = [len(curve) for curve in curves if len(curve) > points]
+    room -= len(_json(found).encode()) + 200
+    lengths = sorted(len(curve) for curve in curves)
+    points = _points(lengths, room - HEAD * len(curves), A_POINT)
+    drawn = _drawn(runs, points)
+    if lengths and lengths[-1] > points:  # what is in proportion to something else took no room: once more
+        of_a_point = (len(_json(drawn)) - HEAD * len(curves)) / sum(min(one, points) for one in lengths)
+        more = _points(lengths, 0.97 * room - HEAD * len(curves), max(of_a_point, 1.0))
+        if len(_json(again := _drawn(runs, more))) <= room:
+            points, drawn = more, again
+    thinner = [one for one in lengths if one > points]
     found["thinned"] = (
         f"Of {len(thinner)} curves of up to {max(thinner):,} points, {points:,} each are drawn, the lowest and the "
         "highest of every stretch among them; compare --json has all."
         if thinner
         else ""
     )
-    for run, told in zip(runs, found["runs"], strict=True):
-        for name in ("held_out", "training"):
-            curve: Curve | None = getattr(run, name)
-            if curve:
-                told[name] = packed(thinned(curve, points))
+    found["runs"] = [told | own for told, own in zip(found["runs"], drawn, strict=True)]
     return _json(found)
+
+
+def _points(lengths: list[int], room: float, of_a_point: float) -> int:
+    """Of a curve, at most: shorter ones leave their share to the longer ones. `lengths`: the shortest first."""
+    points, left = POINTS, room / of_a_point
+    for done, length in enumerate(lengths):
+        points = max(LEAST, min(POINTS, int(left / (len(lengths) - done))))
+        if length > points:
+            break
+        left -= length
+    return points
+
+
+def _drawn(runs: list[Run], points: int) -> list[dict[str, Any]]:
+    return [
+        {
+            name: packed(thinned(curve, points))
+            for name, curve in (("held_out", run.held_out), ("training", run.training))
+            if curve
+        }
+        for run in runs
+    ]
 
 
 def _json(value: Any) -> str:
