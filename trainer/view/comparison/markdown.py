@@ -93,7 +93,7 @@ def _samples(runs: Sequence[Run]) -> list[str]:
     written = [run for run in runs if run.sample]
     parts = ["## Samples", "The last of each run."] if written else []
     for run in written[:MOST_SAMPLES]:
-        text = printable(run.sample)
+        text = printable(run.sample[: LONGEST_SAMPLE + 1])
         cut = text if len(text) <= LONGEST_SAMPLE else text[:LONGEST_SAMPLE] + " [...]"
         fence = "`" * max(3, 1 + max((len(found) for found in re.findall("`+", cut)), default=0))
         parts += [f"### {_plain(shorten(run.name))}", f"{fence}text\n{cut}\n{fence}"]

@@ -339,7 +339,7 @@ def _samples(runs: list[Run]) -> str:
     room = min(LONGEST_SAMPLE, ROOM_OF_SAMPLES // len(shown))
     parts = ""
     for place, run in enumerate(shown):
-        text = printable(run.sample)
+        text = printable(run.sample[: room + 1])
         cut = text if len(text) <= room else text[:room] + " [...]"
         told = escape(f"{shorten(run.name, 120)} · {score_of(run)}")
         parts += f"<details{' open' if place < 2 else ''}><summary>{told}</summary><pre>{escape(cut)}</pre></details>"
