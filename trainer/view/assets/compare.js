@@ -197,7 +197,8 @@ function keysOfGroups() {
     b.title = "show or hide";
     const i = document.createElement("i"), span = document.createElement("span");
     i.className = style(index);
-    span.textContent = group.name;
+    const bound = data.runs.some((run) => run.group === index && run.bound);
+    span.textContent = `${bound ? "≤ " : ""}${group.name}`;
     b.append(i, span);
     b.addEventListener("click", () => {
       hidden.has(index) ? hidden.delete(index) : hidden.add(index);

@@ -75,8 +75,9 @@ def _name(members: list[Run], varied: list[str]) -> str:
     if len(members) == 1:
         return shorten(members[0].name)
     config = members[0].config
+    what = "seeds" if len({run.config.get("seed") for run in members}) == len(members) else "runs"
     told = [f"{short(name)} {value(config[name])}" for name in varied if name in config and name != "type"]
-    return shorten(" ".join([members[0].type, *told[:2]])) + f" ({len(members)} seeds)"
+    return shorten(" ".join([members[0].type, *told[:2]])) + f" ({len(members)} {what})"
 
 
 def columns(runs: Sequence[Run]) -> list[str]:
