@@ -53,7 +53,16 @@ from naming import did_you_mean, expand_path, not_one_of
 
 MODEL_FLAGS = ("hydra_model_cfg", "model", "config", "config-name", "cn")
 COMMANDS = (
-    *("train", "generate", "eval", "compare", "export", "show", "convert", "schema", "bench", "doctor"),
+    "train",
+    "generate",
+    "eval",
+    "compare",
+    "export",
+    "show",
+    "convert",
+    "schema",
+    "bench",
+    "doctor",
     "prepare",
 )
 GROUPS = ("preset", "data")

@@ -61,8 +61,10 @@ def _run(job: Job, folder: Path, curves: bool) -> Run:
     lives = [(life["host"], life["begin"], life["end"]) for life in job.lives if life["end"]]
     try:
         run = read_run(job.run, name, curves=curves, config=job.config, lives=lives)
-    except ValueError:  # a damaged metrics.jsonl costs no sweep its page
-        run = read_run(job.run, name, curves=False, config=job.config, lives=lives)
+    except ValueError as error:  # which costs no sweep its page
+        run = Run(job.run, name, str(job.config.get("type")), flat(job.config), {}, {}, {}, lives)
+        run.state, run.why = "damaged", str(error)
+        return run
     run.state, run.why = _ending(job)
     if job.state != "ok":
         run.score = {}

@@ -22,11 +22,12 @@ MEASURES = (
     *("steps", "tokens", "bytes", "flops", "seconds", "seconds_total", "tokens_per_second"),
     *("peak_memory_bytes", "generation_tokens_per_second"),
 )
+TARGETS = ("match", "budget")
 _NUMBERS = ("standard_error", "documents_standard_error", "context_bytes")  # of a score, or null
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # several times as fast, where it was built
 # Of summary.json and manifest.json.
 _OBJECTS = (
-    *("score", "best", "yardsticks", "parameters", "match"),
+    *("score", "best", "yardsticks", "parameters", *TARGETS),
     *("data", "environment", "execution", "flops_per_token"),
 )
 # Where a run lies: no part of what it is.
@@ -90,9 +91,10 @@ class Run:
         return found | {"flops_per_byte": flops / size if flops and size else None}
 
     @property
-    def match(self) -> dict[str, Any]:
-        """What sizes were chosen to meet, and how far off they are; {} where nothing was to be met."""
-        return self.summary.get("match") or self.manifest.get("match") or {}
+    def missed(self) -> dict[str, float]:
+        """By how much of it a target is missed that sizes (`match`) or length (`budget`) were chosen to meet."""
+        told = {name: self.summary.get(name) or self.manifest.get(name) or {} for name in TARGETS}
+        return {name: float(one["error"]) for name, one in told.items() if _is_number(one.get("error"))}
 
     @property
     def entropy(self) -> float | None:
@@ -190,9 +192,12 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def _score(path: Path, summary: dict[str, Any]) -> dict[str, Any]:
-    """Of the best model where one is kept. What its score leaves out, it has in common with that of the last."""
+    """Of the best model where one is kept. What its score leaves out, it has in common with that of the last. {} of a
+    run that diverged."""
     last, best = summary.get("score") or {}, summary.get("best") or {}
     found = {**last, **best}
+    if isinstance(bits := found.get("bits_per_byte"), float) and not math.isfinite(bits):
+        return {}
     if found and not _is_number(found.get("bits_per_byte")):
         raise ValueError(f"{path / 'summary.json'} is damaged: its score has no bits_per_byte")
     strange = [name for name in _NUMBERS if not _is_number(found.get(name, 0.0)) and found[name] is not None]

@@ -148,10 +148,11 @@ def remarks(run: Run) -> list[str]:
     if run.score and run.apart:
         found.append(f"not comparable: {run.apart}")
     found += [why for why in (run.aside, run.slow) if why]
-    error: Any = run.match.get("error")
-    if _is_number(error) and abs(error) > WITHIN:
-        found.append(f"misses the size it was to meet by {abs(error):.1%}")
-    return found
+    return found + [
+        f"misses the target of {name} by {abs(error):.1%}"
+        for name, error in run.missed.items()
+        if abs(error) > WITHIN
+    ]
 
 
 def fields(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, list[str]]]]]:
