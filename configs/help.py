@@ -24,7 +24,7 @@ def help_text() -> str:
 Sweep:  python mytrainer.py --hydra_model_cfg=a,b learning_rate=1e-3,3e-4 -m    (a process per point)
 Go on:  python mytrainer.py --model_name <name> [--num_iterations N]           (checkpoints/<name>)
 Other:  python mytrainer.py generate | eval | export | show | convert | schema | bench | doctor | prepare --help
-        python mytrainer.py leaderboard | attribute --help                       (which is better, and why)
+        python mytrainer.py compare | leaderboard | attribute --help            (which is better, and why)
 
 Show instead of run: --cfg job [--resolve] [--package model_cfg], --info defaults-tree
 

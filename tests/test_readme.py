@@ -146,6 +146,7 @@ def test_commands_are_understood(somewhere, monkeypatch, capsys, document, words
             "doctor.lines_of",
             "leaderboard.train_all",
             "attribute.train_all",
+            "compare._read",
         ):
             monkeypatch.setattr(f"trainer.commands.{name}", parsed)
         with contextlib.suppress(Parsed):

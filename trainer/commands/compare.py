@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from configs.files import shown
+from configs.grammar import word
 from configs.messages import ConfigError
 from configs.runs import OUTPUTS, RUNS, folder_of_path
+from configs.sweeps import MULTIRUN
 from naming import command_line, did_you_mean, expand_path
 from trainer.run.metrics import to_json
 from trainer.sweep.jobs import RECORD, jobs_in
@@ -25,6 +28,7 @@ from trainer.view.comparison.markdown import MARK
 from trainer.view.comparison.pages import by_score
 from trainer.view.comparison.runs import Curve, differing
 from trainer.view.comparison.table import remarks, score
+from trainer.view.console import Console
 
 __all__ = ["main"]
 
@@ -56,7 +60,8 @@ def main(argv: list[str]) -> int:
     output = None if args.json and args.output is None else expand_path(args.output or "compare.html")
     if output is not None:
         _check(output)
-    runs = _read(args.runs)
+    with Console(stream=sys.stderr).doing("reading the runs"):
+        runs = _read(args.runs)
     set_apart(runs)
     if output is not None:
         write_pages(output, _title(runs), runs, " · ".join(shown(run.path.absolute()) for run in runs[:8]))
@@ -104,7 +109,8 @@ def _one(path: Path, text: str) -> Run:
     run = _readable(path)
     if not run.score:
         raise ConfigError(
-            f"command line: {text} has no score yet. Go on with it: {command_line(f'resume={path}')}, or leave it out"
+            f"command line: {text} has no score yet. Go on with it: {command_line(word('resume', path))}, or leave it "
+            "out"
         )
     return run
 
@@ -128,7 +134,7 @@ def _sweep(path: Path, text: str) -> list[Run]:
     if not path.is_dir():
         raise ConfigError(f"command line: {text} is a file; the folder of a run is needed")
     try:
-        jobs = jobs_in(path)
+        jobs = jobs_in(path) if (path / MULTIRUN).is_file() else []
         runs = runs_of(jobs, path)
     except ValueError as error:
         raise ConfigError(f"command line: {error}") from None
@@ -136,6 +142,9 @@ def _sweep(path: Path, text: str) -> list[Run]:
         raise ConfigError(
             f"command line: {text} holds no run (no manifest.json, no metrics.jsonl), and no sweep.{_near(path)}"
         )
+    for run in runs:
+        if run.state == "killed":  # which nobody knows of a sweep that may be going on
+            run.state, run.why = "running", "running still, or killed"
     if not any(run.score for run in runs):
         raise ConfigError(f"command line: no job of the sweep {text} has a score yet")
     return runs

@@ -15,10 +15,11 @@ from trainer.sweep.jobs import Job, jobs_in
 from trainer.view.comparison import Run, read_run, set_apart, write_pages
 from trainer.view.comparison.apart import at_the_same_time
 from trainer.view.comparison.runs import differing, flat
-from trainer.view.comparison.table import value as shown
+from trainer.view.comparison.table import short, value, within_a_type
 
 __all__ = ["rows_of", "runs_of", "write_tables"]
 
+MOST_FIELDS = 3  # in the name of a run
 # Of summary.json, under the same names.
 MEASURES = ("steps", "tokens", "bytes", "flops", "seconds", "seconds_total", "tokens_per_second")
 
@@ -45,20 +46,25 @@ def write_tables(folder: Path) -> list[Job]:
 
 def runs_of(jobs: list[Job], folder: Path, curves: bool = True) -> list[Run]:
     """What each job left, for `trainer.view.comparison`. `folder`: the sweep's, in which the jobs have their names."""
-    varied = differing(flat(job.config) for job in jobs)
-    return [_run(job, varied, folder, curves) for job in jobs]
+    runs = [_run(job, folder, curves) for job in jobs]
+    varied = within_a_type(runs)
+    several = len({run.type for run in runs}) > 1
+    for run in runs:
+        given = [f"{short(name)} {value(run.config[name])}" for name in varied if name in run.config]
+        if told := [*([run.type] if several else []), *given[:MOST_FIELDS]]:
+            run.name = " · ".join([run.name, *told])
+    return runs
 
 
-def _run(job: Job, varied: list[str], folder: Path, curves: bool) -> Run:
-    config = flat(job.config)
-    given = [shown(config[name]) for name in varied if config.get(name) is not None]
+def _run(job: Job, folder: Path, curves: bool) -> Run:
     name = Path(os.path.relpath(job.place, folder)).as_posix()
     lives = [(life["host"], life["begin"], life["end"]) for life in job.lives if life["end"]]
-    label = f"{name}: {' '.join(given)}" if given else name
     try:
-        run = read_run(job.run, label, curves=curves, config=job.config, lives=lives)
-    except ValueError:  # a damaged metrics.jsonl costs no sweep its page
-        run = read_run(job.run, label, curves=False, config=job.config, lives=lives)
+        run = read_run(job.run, name, curves=curves, config=job.config, lives=lives)
+    except ValueError as error:  # which costs no sweep its page
+        run = Run(job.run, name, str(job.config.get("type")), flat(job.config), {}, {}, {}, lives)
+        run.state, run.why = "damaged", str(error)
+        return run
     run.state, run.why = _ending(job)
     if job.state != "ok":
         run.score = {}

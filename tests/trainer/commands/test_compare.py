@@ -71,9 +71,10 @@ def test_a_sweep_stands_for_its_runs(here, compare):
         job = Job.new(folder, folder, RunConfig(type="gpt2", seed=number, model_cfg={"d_model": 64}))
         job.begin()
         job.end("failed" if number == 2 else "ok", "step 3 is not finite" if number == 2 else "")
+    (here / "multirun/x/multirun.yaml").write_text("hydra: {}")
     status, out, _ = compare("multirun/x", "outputs/a")
     assert status == 0
-    assert [line.split()[0] for line in out.splitlines()[1:5]] == ["0:", "a", "1:", "2:"]
+    assert [line.split()[0] for line in out.splitlines()[1:5]] == ["0", "a", "1", "2"]
     assert "failed: step 3 is not finite" in out
     status, _, err = compare("multirun/x", "multirun/x/1")
     assert status == 2 and "multirun/x/1 is given 2 times. Leave one of them out" in err
@@ -97,6 +98,7 @@ def test_a_sweep_stands_for_its_runs(here, compare):
         (["outputs/a", "linked"], "outputs/a is given 2 times. Leave one of them out"),
         (["outputs/a"], "outputs/a is one run, and a comparison takes two or more"),
         (["outputs/a", "damaged"], "damaged/summary.json is damaged: Expecting value"),
+        (["outputs/a", "strange"], "strange/manifest.json is damaged: its data is no object"),
         (["outputs/a", "torn"], "torn/metrics.jsonl:2: not a JSON object: what"),
         (
             ["outputs/a", "outputs/b", "--output", "x.pdf"],
@@ -113,6 +115,7 @@ def test_a_mistake_gets_one_message_and_writes_nothing(here, compare, words, mes
     (here / "linked").symlink_to(here / "outputs/a")
     made_up(here / "damaged")
     (here / "damaged/summary.json").write_text("{")
+    made_up(here / "strange", manifest={"data": ["a"]})
     made_up(here / "torn")
     lines = (here / "torn/metrics.jsonl").read_text().splitlines()
     (here / "torn/metrics.jsonl").write_text("\n".join([lines[0], "what", *lines[1:]]))

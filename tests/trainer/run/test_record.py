@@ -70,6 +70,20 @@ def test_operations_between_two_log_lines_are_not_lost_over_a_resume(reported, t
     assert again == once
 
 
+def test_a_score_says_what_was_spent_until_then_also_between_log_lines(tmp_path):
+    train(*of("Reporting", f"output_dir={tmp_path}", "logging_steps=3", "sample_tokens=4"), tmp_path)
+    (trained,) = [line for line in lines(tmp_path) if "loss" in line]
+    early, late = [line for line in lines(tmp_path) if "val_bits_per_byte" in line]
+    assert (early["step"], early["flops"]) == (2, 2 * 4 * 1000) and 0 < early["bytes"] < late["bytes"]
+    assert {key: late[key] for key in ("flops", "bytes", "tokens")} == {
+        key: trained[key] for key in ("flops", "bytes", "tokens")
+    }
+    summary, manifest = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("summary", "manifest")
+    )
+    assert summary["generation_tokens_per_second"] > 0 and manifest["began"] < summary["ended"]
+
+
 def test_active_parameters_stand_beside_the_total(reported):
     counts = json.loads((reported / "manifest.json").read_text())["parameters"]
     assert counts["active"] == 1234 < counts["total"] == sum(counts["by_role"].values())

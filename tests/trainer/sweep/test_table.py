@@ -98,5 +98,13 @@ def test_the_three_files_say_the_same(sweep):
     assert "not comparable: another held-out text" in (sweep / "compare.md").read_text()
 
 
+def test_what_is_damaged_costs_the_others_nothing(sweep):
+    (sweep / "2/metrics.jsonl").write_text("what\n{}\n")
+    (sweep / "0/summary.json").write_text('{"score": {"bits_per_byte": NaN}}')
+    assert len(write_tables(sweep)) == 4
+    page = (sweep / "compare.html").read_text()
+    assert "2/metrics.jsonl:1: not a JSON object: what" in page and "step 3 is not finite" in page
+
+
 def test_a_sweep_of_which_nothing_has_begun_leaves_nothing(tmp_path):
     assert write_tables(tmp_path) == [] and not list(tmp_path.iterdir())

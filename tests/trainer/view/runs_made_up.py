@@ -24,6 +24,7 @@ def made_up(
     type_: str = "gpt2",
     bits: float = 2.0,
     points: int = 40,
+    along: int = 3,
     score: dict[str, Any] | None = None,
     summary: dict[str, Any] | None = None,
     data: dict[str, Any] | None = None,
@@ -31,7 +32,8 @@ def made_up(
     manifest: dict[str, Any] | None = None,
     sample: str = "once upon a time",
 ) -> Path:
-    """The parts that are given are put into what a run of `points` log lines, every tenth with a score, leaves."""
+    """The parts that are given are put into what a run of `points` log lines, every tenth with a score of
+    `along` documents, leaves."""
     folder.mkdir(parents=True)
     lines = []
     for step in range(1, points + 1):
@@ -45,7 +47,7 @@ def made_up(
         value = bits + 5 / step
         lines.append({**spent, "loss": value, "bits_per_byte": value + 0.01 * (step % 2)})
         if step % 10 == 0:
-            lines.append({**spent, "val_bits_per_byte": value, "val_kind": "exact", "val_documents": 3})
+            lines.append({**spent, "val_bits_per_byte": value, "val_kind": "exact", "val_documents": along})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = {
         "type": type_,

@@ -133,6 +133,16 @@ def test_seconds_compare_on_a_machine_of_its_own(tmp_path):
     assert not any(run.apart for run in runs), "their scores compare"
 
 
+def test_scores_on_the_way_compare_where_they_are_of_the_same_documents(tmp_path):
+    runs = [read(made_up(tmp_path / name, along=along)) for name, along in (("a", 3), ("b", 3), ("c", 2))]
+    set_apart(runs)
+    assert [(run.apart, run.aside) for run in runs] == [
+        ("", ""),
+        ("", ""),
+        ("", "scores on the way are of other documents"),
+    ]
+
+
 def test_a_run_that_was_cut_short_has_the_score_of_its_last_evaluation(tmp_path):
     folder = made_up(tmp_path / "a")
     (folder / "summary.json").unlink()
@@ -145,7 +155,7 @@ def test_a_size_that_misses_what_it_was_to_meet_is_marked(tmp_path):
     near = made_up(tmp_path / "near", summary={"match": {"target": 100, "found": 101, "error": 0.01}})
     far = made_up(tmp_path / "far", summary={"match": {"target": 100, "found": 96, "error": -0.04}})
     page, _ = pages(tmp_path, near, far)
-    assert page.count("misses the size it was to meet by") == 1 and "by 4.0%" in page
+    assert page.count("misses the target of match by 4.0%") == page.count("misses the target") == 1
 
 
 # --- curves ---------------------------------------------------------------------------------------------
@@ -232,6 +242,15 @@ def test_the_page_needs_nothing_else_and_says_what_each_run_cost(tmp_path):
     assert data_of(page)["entropy"] == [1.5] and "Entropy of the text: 1.500" in markdown
     assert "<th>learning_rate</th><td>0.01</td><td>0.02</td>" in page
     assert "| learning\\_rate | 0.01: two; 0.02: one |" in markdown
+
+
+def test_unlike_contexts_are_said(tmp_path):
+    alike = [made_up(tmp_path / name, score={"context_bytes": 512.0}) for name in "ab"]
+    page, markdown = pages(tmp_path, *alike)
+    assert "context" not in page.split("<script")[0].split("</style>")[1] and "context" not in markdown
+    page, markdown = pages(tmp_path, *alike, made_up(tmp_path / "c", score={"context_bytes": 2048.0}))
+    assert "not all see as much of the text before" in page and "512B" in page and "2.05kB" in page
+    assert "| context |" in markdown and "2.05kB" in markdown
 
 
 def test_what_strangers_wrote_is_text(tmp_path):

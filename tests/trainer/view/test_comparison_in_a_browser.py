@@ -40,6 +40,7 @@ const box = chart.getBoundingClientRect();
 const send = (kind, x, y) => chart.dispatchEvent(new PointerEvent(kind, {
   clientX: box.left + x * box.width, clientY: box.top + y * box.height, pointerType: "mouse", button: 0 }));
 seen.start = now();
+seen.keys = [...document.querySelectorAll("#keys button")].map((b) => b.textContent);
 for (const axis of ["bytes", "flops", "seconds", "tokens"]) {
   click(`[data-set=axis][data-value=${axis}]`);
   seen[axis] = now();
@@ -107,6 +108,7 @@ def test_every_switch_does_what_it_says(tmp_path, width):
     assert start["pressed"] == ["held_out", "tokens"] and start["labels"][-1] == "tokens"
     assert start["entropy"] == "entropy of the text 1.500"
     assert start["told"] == "1 run set apart, see below, not drawn."
+    assert seen["keys"] == [f"≤ b{EVIL}", "gpt2 (4 runs)"]
     for axis, name, most in (
         ("bytes", "bytes of text", 8000),
         ("flops", "FLOPs", 256_000),

@@ -28,11 +28,23 @@ function column(run, which, name) {
   if (!kept.has(packed)) kept.set(packed, unpacked([low, high, steps], name !== "bits"));
   return kept.get(packed);
 }
-// A mean that forgets by `weight` from point to point, without leaning on the first.
-function smoothed(values, weight) {
-  if (!weight) return values;
-  let sum = 0, mass = 0;
-  return values.map((v) => (sum = weight * sum + (1 - weight) * v) / (mass = weight * mass + 1 - weight));
+// A mean around each point, whose weights fall off with the distance in the chart to either side: points that are kept of
+// a long curve do not stand at equal distances.
+function smoothed(values, at, reach) {
+  if (!reach) return values;
+  const pass = (order) => {
+    const sums = new Float64Array(values.length), masses = new Float64Array(values.length);
+    let sum = 0, mass = 0, before = NaN;
+    for (const i of order) {
+      const kept = Number.isNaN(before) ? 0 : Math.exp(-Math.abs(at[i] - before) / reach);
+      sums[i] = sum = kept * sum + values[i];
+      masses[i] = mass = kept * mass + 1;
+      before = at[i];
+    }
+    return [sums, masses];
+  };
+  const order = [...values.keys()], [s, m] = pass(order), [t, n] = pass(order.reverse());
+  return values.map((v, i) => (s[i] + t[i] - v) / (m[i] + n[i] - 1));
 }
 
 // --- what is shown ------------------------------------------------------------------------------------------
@@ -43,7 +55,7 @@ let drawn = [], lit = -1, frame = null;
 
 function curves() {
   const fair = data.runs.some((run) => !run.apart && !run.slow);
-  let late = 0, without = 0, other = 0;
+  let late = 0, without = 0, other = 0, aside = 0;
   const found = [];
   data.runs.forEach((run, index) => {
     if (run.apart && !state.apart) { other += Boolean(run[state.curve]); return; }
@@ -51,12 +63,14 @@ function curves() {
     const bits = column(run, state.curve, "bits"), xs = column(run, state.curve, state.axis);
     if (!bits) return;
     if (!xs) { without++; return; }
+    if (state.curve === "held_out" && run.aside && !state.apart) { aside++; return; }
     if (state.axis === "seconds" && run.slow && fair && !state.apart) { late++; return; }
-    found.push({ index, run, xs, ys: smoothed(bits, state.smooth) });
+    found.push({ index, run, xs, ys: bits });
   });
   const told = [];
   const runs = (n) => (n === 1 ? "1 run" : `${n} runs`);
   if (other) told.push(`${runs(other)} set apart, see below, not drawn.`);
+  if (aside) told.push(`${runs(aside)} not drawn: scores on the way are of other documents.`);
   if (late) told.push(`${runs(late)} not drawn over time: shared a machine, or ran on another; see the remarks.`);
   if (state.axis === "seconds" && !fair) told.push("Every run shared its machine: time says less.");
   if (without) told.push(`${runs(without)} without a count of ${NAMES[state.axis]}.`);
@@ -115,10 +129,14 @@ function draw() {
   const ends = ([low, high]) => (state.logx ? [low / Math.pow(high / low, 0.02), high * Math.pow(high / low, 0.02)] : [0, high * 1.02]);
   const lines = data.entropy.filter((e) => !state.logy || e > 0);
   let [x0, x1] = state.zoom ? state.zoom.x : ends(range(all("xs"), state.logx, false));
-  let [y0, y1] = state.zoom ? state.zoom.y : padded(range([...all("ys"), ...lines], state.logy, state.curve === "training"), state.logy);
   const fx = state.logx ? Math.log : (v) => v, fy = state.logy ? Math.log : (v) => v;
   const w = width - LEFT - RIGHT, h = height - TOP - BOTTOM;
   const px = (x) => LEFT + ((fx(x) - fx(x0)) / (fx(x1) - fx(x0))) * w;
+  for (const c of drawn) {
+    c.px = Float64Array.from(c.xs, px);
+    c.ys = smoothed(c.ys, c.px, 0.2 * state.smooth * state.smooth * w);
+  }
+  let [y0, y1] = state.zoom ? state.zoom.y : padded(range([...all("ys"), ...lines], state.logy, state.curve === "training"), state.logy);
   const py = (y) => TOP + ((fy(y1) - fy(y)) / (fy(y1) - fy(y0))) * h;
   const back = (p, from, size, a, b, log) => {
     const share = (p - from) / size;
@@ -139,7 +157,6 @@ function draw() {
   const few = state.curve === "held_out" && drawn.reduce((n, c) => n + c.xs.length, 0) <= 900;
   // The first groups lie on top.
   for (const c of [...drawn].reverse()) {
-    c.px = Float64Array.from(c.xs, px);
     c.py = Float64Array.from(c.ys, py);
     let d = "";
     for (let i = 0; i < c.px.length; i++)
@@ -180,7 +197,8 @@ function keysOfGroups() {
     b.title = "show or hide";
     const i = document.createElement("i"), span = document.createElement("span");
     i.className = style(index);
-    span.textContent = group.name;
+    const bound = data.runs.some((run) => run.group === index && run.bound);
+    span.textContent = `${bound ? "≤ " : ""}${group.name}`;
     b.append(i, span);
     b.addEventListener("click", () => {
       hidden.has(index) ? hidden.delete(index) : hidden.add(index);

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,10 +19,10 @@ __all__ = ["at_the_same_time", "set_apart"]
 
 
 def set_apart(runs: Sequence[Run]) -> None:
-    """Fill in `apart` and `slow` of every run."""
+    """Fill in `apart`, `slow` and `aside` of every run."""
     for run in runs:
         run.apart = _of_itself(run)
-        run.slow = ""
+        run.slow = run.aside = ""
     scored = [run for run in runs if not run.apart]
     # Earlier runs have no digest that compares over forms of files, but that of the text and its split.
     digest = (
@@ -34,6 +34,10 @@ def set_apart(runs: Sequence[Run]) -> None:
         bounds = [r for r in runs if not r.apart and r.type == type_ and r.score.get("kind") == "bound"]
         _leave_most(bounds, _estimator)
     _mark_slow(runs)
+    along = Counter(repr(run.along_of) for run in runs if run.along_of and not run.apart)
+    for run in runs:
+        if run.along_of and not run.apart and repr(run.along_of) != along.most_common(1)[0][0]:
+            run.aside = "scores on the way are of other documents"
 
 
 def _of_itself(run: Run) -> str:
@@ -50,37 +54,37 @@ def _of_itself(run: Run) -> str:
     return ""
 
 
-def _leave_most(runs: Sequence[Run], key_and_words: Callable[[Run], tuple[Hashable, str]]) -> None:
+def _leave_most(runs: Sequence[Run], key_and_words: Callable[[Run], tuple[Any, str]]) -> None:
     """Set apart those whose key is not the most frequent one; of equally frequent ones the first stays."""
-    keys = [key_and_words(run)[0] for run in runs]
+    keys = [repr(key_and_words(run)[0]) for run in runs]
     if len(set(keys)) < 2:
         return
     (common, _), *_ = Counter(keys).most_common(1)
-    stays = next(words for run in runs for key, words in [key_and_words(run)] if key == common)
+    stays = key_and_words(runs[keys.index(common)])[1]
     for run, key in zip(runs, keys, strict=True):
         if key != common:
             words = key_and_words(run)[1]
             run.apart = words if words == stays else f"{words}, the others {stays}"
 
 
-def _text(digest: str, run: Run) -> tuple[Hashable, str]:
+def _text(digest: str, run: Run) -> tuple[Any, str]:
     data = run.manifest.get("data") or {}
     return (data.get(digest), data.get("heldout_bytes")), "another held-out text"
 
 
-def _scored(run: Run) -> tuple[Hashable, str]:
+def _scored(run: Run) -> tuple[Any, str]:
     score = run.score
     of, documents, size = score.get("of", "text"), score.get("documents"), score.get("bytes")
     words = f"scored on {_count(documents)} documents of {_count(size)} bytes"
     return (of, documents, size), words if of == "text" else f"{words}, of chats the answers alone"
 
 
-def _precision(run: Run) -> tuple[Hashable, str]:
+def _precision(run: Run) -> tuple[Any, str]:
     found = run.summary.get("precision") or run.manifest.get("precision")
     return found, f"scored in {'fp32' if found == 'no' else found or 'unknown precision'}"
 
 
-def _estimator(run: Run) -> tuple[Hashable, str]:
+def _estimator(run: Run) -> tuple[Any, str]:
     """Without its numbers: how many steps or blocks a bound has is the model's, how often it is drawn only noise."""
     words = str(run.score.get("estimator")).partition(";")[0]
     return re.sub(r"\d+", "#", words), f"estimated by {words}"
@@ -100,11 +104,11 @@ def _mark_slow(runs: Sequence[Run]) -> None:
             more = f" and {len(beside) - 1} more" if len(beside) > 1 else ""
             run.slow = f"shared the machine with {beside[0]}{more}"
     alone = [run for run in runs if not run.slow and run.summary]
-    kinds = Counter(_machine(run) for run in alone)
+    kinds = Counter(repr(_machine(run)) for run in alone)
     if len(kinds) > 1:
         common = kinds.most_common(1)[0][0]
         for run in alone:
-            if _machine(run) != common:
+            if repr(_machine(run)) != common:
                 run.slow = f"ran on {_machine_in_words(run)}"
 
 

@@ -6,7 +6,16 @@ import re
 from collections.abc import Iterable, Sequence
 
 from trainer.view.comparison.runs import Run
-from trainer.view.comparison.table import Group, cells, columns, fields, remarks, short, shorten, value
+from trainer.view.comparison.table import (
+    Group,
+    cells,
+    columns,
+    columns_of,
+    fields,
+    remarks,
+    short,
+    shorten,
+)
 from trainer.view.format import printable, quantity
 
 __all__ = ["MARK", "markdown"]
@@ -39,18 +48,17 @@ def markdown(title: str, runs: Sequence[Run], groups: Sequence[Group], where: st
 
 def _runs(shown: Sequence[Run], runs: Sequence[Run]) -> str:
     varied = columns(runs)
-    of_all = [cells(run) for run in shown]
-    names = [name for name in of_all[0] if any(one[name] for one in of_all)]
+    of_all = [cells(run, varied) for run in shown]
+    names = columns_of(of_all)
     rows = [
         [
             shorten(run.name),
-            *(value(run.config[name]) if name in run.config else "" for name in varied),
             *(one[name] for name in names),
             "; ".join(remarks(run)),
         ]
         for run, one in zip(shown, of_all, strict=True)
     ]
-    return _table(["run", *map(short, varied), *names, "remarks"], rows)
+    return _table(["run", *map(short, names), "remarks"], rows)
 
 
 def _roles(groups: Sequence[Group]) -> list[str]:
@@ -85,7 +93,7 @@ def _samples(runs: Sequence[Run]) -> list[str]:
     written = [run for run in runs if run.sample]
     parts = ["## Samples", "The last of each run."] if written else []
     for run in written[:MOST_SAMPLES]:
-        text = printable(run.sample)
+        text = printable(run.sample[: LONGEST_SAMPLE + 1])
         cut = text if len(text) <= LONGEST_SAMPLE else text[:LONGEST_SAMPLE] + " [...]"
         fence = "`" * max(3, 1 + max((len(found) for found in re.findall("`+", cut)), default=0))
         parts += [f"### {_plain(shorten(run.name))}", f"{fence}text\n{cut}\n{fence}"]

@@ -15,12 +15,15 @@ from typing import Any
 from trainer.run.files import write_atomically
 from trainer.view.charts import style
 from trainer.view.comparison.markdown import markdown
-from trainer.view.comparison.runs import Curve, Run
+from trainer.view.comparison.runs import Run
 from trainer.view.comparison.table import (
+    CONTEXT,
     OF_TIME,
+    SCORE,
     Group,
     cells,
     columns,
+    columns_of,
     fields,
     groups_of,
     remarks,
@@ -28,7 +31,7 @@ from trainer.view.comparison.table import (
     shorten,
     value,
 )
-from trainer.view.comparison.thinning import packed, thinned
+from trainer.view.comparison.thinning import LEAST, packed, thinned
 from trainer.view.format import printable, quantity
 from trainer.view.template import filled
 
@@ -42,7 +45,7 @@ MOST_SAMPLES = 60
 ROOM_OF_SAMPLES = 40_000  # characters
 LONGEST_SAMPLE = 2_000
 POINTS = 2_000  # of a curve, at most
-A_POINT = 2.7 * 5  # bytes
+A_POINT, HEAD = 2.7 * 5, 160  # bytes of a point, and of a curve beside them
 COLOURS = 18  # of groups that are told apart
 
 
@@ -103,11 +106,9 @@ def _chart(runs: list[Run]) -> str:
         for name, text in (("held_out", "held-out text"), ("training", "training"))
     )
     turns = "".join(f'<button type="button" data-turn="{k}">{v}</button>' for k, v in TURNS.items())
-    if any(run.apart or run.slow for run in runs):
+    if any(run.apart or run.slow or run.aside for run in runs):
         turns += '<button type="button" data-turn="apart">those set apart</button>'
-    slider = (
-        '<label>smoothing <input type="range" id="smooth" min="0" max="0.98" step="0.02" value="0"></label>'
-    )
+    slider = '<label>smoothing <input type="range" id="smooth" min="0" max="1" step="0.02" value="0"></label>'
     switches = (
         f'<div class="bar-of-switches"><div>{which}</div><div>over {axes}</div><div>{turns}</div>{slider}'
         '<button type="button" id="whole" disabled>whole</button></div>'
@@ -116,7 +117,7 @@ def _chart(runs: list[Run]) -> str:
     hint = (
         '<p class="hint"><span class="how">Drag over the chart to look closer, double-click to see the whole. '
         "Click a name to hide its curve.</span> Hollow points and ≤ mark upper bounds: the model may be better. "
-        "Scores along the way may be of less text "
+        "Scores on the way may be of fewer documents "
         'than those in the table. <span id="thinned"></span></p><p class="hint" id="told"></p>'
     )
     return (
@@ -140,33 +141,52 @@ def _data(runs: list[Run], groups: list[Group], styles: dict[int, int], room: in
                 "group": styles[id(run)],
                 "apart": bool(run.apart),
                 "slow": bool(run.slow),
+                "aside": bool(run.aside),
                 "bound": run.score.get("kind") == "bound",
             }
             for run in runs
         ],
     }
-    room -= len(_json(found)) + 160 * len(curves)
-    # Shorter curves leave their share to the longer ones.
-    points, left = POINTS, room / A_POINT
-    for done, length in enumerate(sorted(map(len, curves))):
-        share = int(left / (len(curves) - done))
-        points = min(POINTS, share)
-        if length > points:
-            break
-        left -= length
-    thinner = [len(curve) for curve in curves if len(curve) > points]
+    room -= len(_json(found).encode()) + 200
+    lengths = sorted(len(curve) for curve in curves)
+    points = _points(lengths, room - HEAD * len(curves), A_POINT)
+    drawn = _drawn(runs, points)
+    if lengths and lengths[-1] > points:  # what is in proportion to something else took no room: once more
+        of_a_point = (len(_json(drawn)) - HEAD * len(curves)) / sum(min(one, points) for one in lengths)
+        more = _points(lengths, 0.97 * room - HEAD * len(curves), max(of_a_point, 1.0))
+        if len(_json(again := _drawn(runs, more))) <= room:
+            points, drawn = more, again
+    thinner = [one for one in lengths if one > points]
     found["thinned"] = (
         f"Of {len(thinner)} curves of up to {max(thinner):,} points, {points:,} each are drawn, the lowest and the "
         "highest of every stretch among them; compare --json has all."
         if thinner
         else ""
     )
-    for run, told in zip(runs, found["runs"], strict=True):
-        for name in ("held_out", "training"):
-            curve: Curve | None = getattr(run, name)
-            if curve:
-                told[name] = packed(thinned(curve, points))
+    found["runs"] = [told | own for told, own in zip(found["runs"], drawn, strict=True)]
     return _json(found)
+
+
+def _points(lengths: list[int], room: float, of_a_point: float) -> int:
+    """Of a curve, at most: shorter ones leave their share to the longer ones. `lengths`: the shortest first."""
+    points, left = POINTS, room / of_a_point
+    for done, length in enumerate(lengths):
+        points = max(LEAST, min(POINTS, int(left / (len(lengths) - done))))
+        if length > points:
+            break
+        left -= length
+    return points
+
+
+def _drawn(runs: list[Run], points: int) -> list[dict[str, Any]]:
+    return [
+        {
+            name: packed(thinned(curve, points))
+            for name, curve in (("held_out", run.held_out), ("training", run.training))
+            if curve
+        }
+        for run in runs
+    ]
 
 
 def _json(value: Any) -> str:
@@ -184,10 +204,12 @@ def _entropies(runs: list[Run]) -> list[float]:
 
 def _believed(runs: list[Run]) -> str:
     """How much a score may be believed, in a heading."""
-    spreads = [s for run in runs if (s := run.score.get("documents_standard_error"))]
-    if not spreads:
-        return "best first"
-    return f"best first; other documents of the kind would move a score by about {max(spreads):.3f}"
+    told = "best first"
+    if spreads := [s for run in runs if (s := run.score.get("documents_standard_error"))]:
+        told += f"; other documents of the kind would move a score by about {max(spreads):.3f}"
+    if len({cells(run)[CONTEXT] for run in runs}) > 1:
+        told += "; not all see as much of the text before, see context"
+    return told
 
 
 def _runs(title: str, about: str, shown: list[Run], runs: list[Run], styles: dict[int, int]) -> str:
@@ -195,13 +217,16 @@ def _runs(title: str, about: str, shown: list[Run], runs: list[Run], styles: dic
         return ""
     varied = columns(runs)
     places = {id(run): place for place, run in enumerate(runs)}
-    of_all = [cells(run) for run in shown]
-    # What no run says needs no column.
-    names = [name for name in of_all[0] if any(one[name] for one in of_all)]
+    of_all = [cells(run, varied) for run in shown]
+    names = columns_of(of_all)
     # Why they are set apart is what to know of them first.
     first = about == APART
-    head = "".join(f"<th>{escape(name)}</th>" for name in ["run", *["why"] * first, *map(short, varied)])
-    head += "".join(f'<th class="n">{escape(name)}</th>' for name in names) + "<th></th>" * (not first)
+    head = "<th>run</th>" + "<th>why</th>" * first
+    head += "".join(
+        f"<th>{escape(short(name))}</th>" if name in varied else f'<th class="n">{escape(name)}</th>'
+        for name in names
+    )
+    head += "<th></th>" * (not first)
     body = "".join(
         _row(run, places[id(run)], styles[id(run)], varied, {name: one[name] for name in names}, first)
         for run, one in zip(shown, of_all, strict=True)
@@ -215,12 +240,10 @@ def _runs(title: str, about: str, shown: list[Run], runs: list[Run], styles: dic
 def _row(run: Run, place: int, number: int, varied: list[str], shown: dict[str, str], first: bool) -> str:
     why = f'<td class="hint">{escape("; ".join(remarks(run)))}</td>'
     row = f'<td><i class="{_style(number)}"></i>{escape(shorten(run.name))}</td>' + why * first
-    row += "".join(
-        f"<td>{escape(value(run.config[name]) if name in run.config else '')}</td>" for name in varied
-    )
     for name, text in shown.items():
-        less = " less" if name in OF_TIME and run.slow else " score" if name == "bits per byte" else ""
-        row += f'<td class="n{less}">{escape(text)}</td>'
+        css = "" if name in varied else "n score" if name == SCORE else "n"
+        css += " less" if name in OF_TIME and run.slow else ""
+        row += f'<td class="{css}">{escape(text)}</td>' if css else f"<td>{escape(text)}</td>"
     return f'<tr data-run="{place}">{row}{"" if first else why}</tr>'
 
 
@@ -316,7 +339,7 @@ def _samples(runs: list[Run]) -> str:
     room = min(LONGEST_SAMPLE, ROOM_OF_SAMPLES // len(shown))
     parts = ""
     for place, run in enumerate(shown):
-        text = printable(run.sample)
+        text = printable(run.sample[: room + 1])
         cut = text if len(text) <= room else text[:room] + " [...]"
         told = escape(f"{shorten(run.name, 120)} · {score_of(run)}")
         parts += f"<details{' open' if place < 2 else ''}><summary>{told}</summary><pre>{escape(cut)}</pre></details>"
@@ -325,4 +348,4 @@ def _samples(runs: list[Run]) -> str:
 
 
 def score_of(run: Run) -> str:
-    return cells(run)["bits per byte"] or "no score"
+    return cells(run)[SCORE] or "no score"

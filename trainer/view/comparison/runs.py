@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,19 @@ from trainer.run.metrics import read_metrics
 __all__ = ["AXES", "Curve", "Run", "differing", "flat", "read_run"]
 
 AXES = ("tokens", "bytes", "flops", "seconds")
+# Of summary.json: what a score cost.
+MEASURES = (
+    *("steps", "tokens", "bytes", "flops", "seconds", "seconds_total", "tokens_per_second"),
+    *("peak_memory_bytes", "generation_tokens_per_second"),
+)
+TARGETS = ("match", "budget")
+_NUMBERS = ("standard_error", "documents_standard_error", "context_bytes")  # of a score, or null
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # several times as fast, where it was built
+# Of summary.json and manifest.json.
+_OBJECTS = (
+    *("score", "best", "yardsticks", "parameters", *TARGETS),
+    *("data", "environment", "execution", "flops_per_token"),
+)
 # Where a run lies: no part of what it is.
 PLACES = ("output_dir", "model_name", "resume", "data_root")
 
@@ -35,8 +49,9 @@ class Curve:
 @dataclass
 class Run:
     """`config`: by dotted name. `score`: {} where there is none; its `step` where it is not the last. `lives`: when it
-    was at work, as (host, first second, last second). `apart`: why its score does not compare with the others', `slow`:
-    why its seconds do not; "" where they do."""
+    was at work, as (host, first second, last second). `along_of`: what the scores on the way are of, as (text or
+    answers, documents, bytes). `apart`: why its score does not compare with the others', `slow`: why its seconds do
+    not, `aside`: why its scores on the way do not; "" where they do."""
 
     path: Path
     name: str
@@ -50,37 +65,42 @@ class Run:
     why: str = ""
     held_out: Curve | None = None
     training: Curve | None = None
+    along_of: tuple[Any, ...] = ()
     sample: str = ""
     apart: str = ""
     slow: str = ""
+    aside: str = ""
 
     @property
     def parameters(self) -> dict[str, Any]:
         """`total`, `active` and `by_role`, as far as the run says them."""
         counts = {**(self.manifest.get("parameters") or {}), **(self.summary.get("parameters") or {})}
-        return {"active": counts.get("total"), **counts}
+        by_role = counts.get("by_role")
+        shares = by_role.items() if isinstance(by_role, dict) else ()
+        return {
+            "active": counts.get("total"),
+            **counts,
+            "by_role": {role: count for role, count in shares if _is_number(count)},
+        }
 
     @property
     def measures(self) -> dict[str, Any]:
         """What the score cost; None where the run does not say it."""
-        flops, size = self.summary.get("flops"), self.summary.get("bytes")
-        names = ("steps", "tokens", "bytes", "flops", "seconds", "seconds_total", "tokens_per_second")
-        return {
-            **{name: self.summary.get(name) for name in names},
-            "flops_per_byte": flops / size if flops and size else None,
-            "peak_memory_bytes": self.summary.get("peak_memory_bytes"),
-            "generation_tokens_per_second": self.summary.get("generation_tokens_per_second"),
-        }
+        found = {name: one if _is_number(one := self.summary.get(name)) else None for name in MEASURES}
+        flops, size = found["flops"], found["bytes"]
+        return found | {"flops_per_byte": flops / size if flops and size else None}
 
     @property
-    def match(self) -> dict[str, Any]:
-        """What sizes were chosen to meet, and how far off they are; {} where nothing was to be met."""
-        return self.summary.get("match") or self.manifest.get("match") or {}
+    def missed(self) -> dict[str, float]:
+        """By how much of it a target is missed that sizes (`match`) or length (`budget`) were chosen to meet."""
+        told = {name: self.summary.get(name) or self.manifest.get(name) or {} for name in TARGETS}
+        return {name: float(one["error"]) for name, one in told.items() if _is_number(one.get("error"))}
 
     @property
     def entropy(self) -> float | None:
         """Of the text, in bits per byte, where it is known."""
-        return (self.summary.get("yardsticks") or {}).get("true entropy")
+        found = (self.summary.get("yardsticks") or {}).get("true entropy")
+        return found if _is_number(found) else None
 
 
 def read_run(
@@ -110,6 +130,7 @@ def read_run(
     )
     if curves:
         run.held_out, run.training, last = _curves(path, manifest)
+        run.along_of = (last.get("of", "text"), last.get("documents"), last.get("bytes")) if last else ()
         run.sample = _last_sample(path)
         if not run.score and last:
             run.score, run.state = last, "unfinished"
@@ -152,6 +173,9 @@ def _object(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged: it holds no JSON object")
+    for name in _OBJECTS:
+        if not isinstance(found.get(name) or {}, dict):
+            raise ValueError(f"{path} is damaged: its {name} is no object")
     return found
 
 
@@ -159,7 +183,7 @@ def _settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = yaml.load(path.read_text(encoding="utf-8"), _LOADER)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
     if not isinstance(found, dict):
@@ -168,18 +192,26 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def _score(path: Path, summary: dict[str, Any]) -> dict[str, Any]:
-    """Of the best model where one is kept. What its score leaves out, it has in common with that of the last."""
+    """Of the best model where one is kept. What its score leaves out, it has in common with that of the last. {} of a
+    run that diverged."""
     last, best = summary.get("score") or {}, summary.get("best") or {}
     found = {**last, **best}
-    if found and not isinstance(found.get("bits_per_byte"), float):
+    if isinstance(bits := found.get("bits_per_byte"), float) and not math.isfinite(bits):
+        return {}
+    if found and not _is_number(found.get("bits_per_byte")):
         raise ValueError(f"{path / 'summary.json'} is damaged: its score has no bits_per_byte")
+    strange = [name for name in _NUMBERS if not _is_number(found.get(name, 0.0)) and found[name] is not None]
+    if strange:
+        raise ValueError(f"{path / 'summary.json'} is damaged: its {strange[0]} is no number")
     return found
 
 
 def _lives(summary: dict[str, Any], manifest: dict[str, Any]) -> list[tuple[str, float, float]]:
     """The last alone: nothing says when earlier ones were."""
-    host, began, ended = manifest.get("host"), manifest.get("began"), summary.get("ended")
-    return [(host, began, ended)] if host and began and ended else []
+    host: Any = manifest.get("host")
+    began: Any = manifest.get("began")
+    ended: Any = summary.get("ended")
+    return [(str(host), began, ended)] if host and _is_number(began) and _is_number(ended) else []
 
 
 def _last_sample(path: Path) -> str:
@@ -243,4 +275,4 @@ def _column(lines: list[dict[str, Any]], key: str) -> np.ndarray:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -10,7 +10,19 @@ from typing import Any
 from trainer.view.comparison.runs import Run, differing
 from trainer.view.format import bits_per_byte, duration, printable, quantity
 
-__all__ = ["COLUMNS", "Group", "cells", "columns", "fields", "groups_of", "remarks", "score", "value"]
+__all__ = [
+    "COLUMNS",
+    "Group",
+    "cells",
+    "columns",
+    "columns_of",
+    "fields",
+    "groups_of",
+    "remarks",
+    "score",
+    "value",
+    "within_a_type",
+]
 
 LONGEST = 60  # characters of a value, and of a name
 WITHIN = 0.02  # by which a size may miss what it was to meet
@@ -36,6 +48,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "peak memory": ("peak_memory_bytes", _memory),
     "written tokens/s": ("generation_tokens_per_second", quantity),
 }
+SCORE, CONTEXT = "bits per byte", "context"
 OF_TIME = ("time", "tokens/s", "written tokens/s")
 
 
@@ -62,8 +75,9 @@ def _name(members: list[Run], varied: list[str]) -> str:
     if len(members) == 1:
         return shorten(members[0].name)
     config = members[0].config
+    what = "seeds" if len({run.config.get("seed") for run in members}) == len(members) else "runs"
     told = [f"{short(name)} {value(config[name])}" for name in varied if name in config and name != "type"]
-    return shorten(" ".join([members[0].type, *told[:2]])) + f" ({len(members)} seeds)"
+    return shorten(" ".join([members[0].type, *told[:2]])) + f" ({len(members)} {what})"
 
 
 def columns(runs: Sequence[Run]) -> list[str]:
@@ -87,18 +101,35 @@ def _others(varied: list[str]) -> list[str]:
     return [name for name in varied if name not in ("preset", "seed", "type")]
 
 
-def cells(run: Run) -> dict[str, str]:
-    """By name of the column, the score first; "" where a run does not say it."""
+def cells(run: Run, varied: Sequence[str] = ()) -> dict[str, str]:
+    """By name of the column, the score first, then the `varied` fields; "" where a run does not say it."""
     counts = run.parameters
-    found = {"bits per byte": score(run), "parameters": _parameters(counts)}
+    found = {SCORE: score(run)}
+    found |= {name: value(run.config[name]) if name in run.config else "" for name in varied}
+    found |= {CONTEXT: _context(run), "parameters": _parameters(counts)}
     measured = run.measures
     for name, (key, form) in COLUMNS.items():
         found[name] = form(measured[key]) if _is_number(measured[key]) else ""
     return found
 
 
+def columns_of(shown: Sequence[dict[str, str]]) -> list[str]:
+    """Those `cells` that say something: not what no run says, and the context where it is not the same for all."""
+    return [
+        name
+        for name in shown[0]
+        if any(one[name] for one in shown) and (name != CONTEXT or len({one[name] for one in shown}) > 1)
+    ]
+
+
 def score(run: Run) -> str:
     return bits_per_byte(run.score).replace("<=", "≤") if run.score else ""
+
+
+def _context(run: Run) -> str:
+    """What is seen of the text before, at most."""
+    size: Any = run.score.get("context_bytes")
+    return f"{quantity(size)}B" if _is_number(size) else ""
 
 
 def _parameters(counts: dict[str, Any]) -> str:
@@ -111,15 +142,17 @@ def _parameters(counts: dict[str, Any]) -> str:
 
 def remarks(run: Run) -> list[str]:
     """What to know before its numbers are believed."""
-    found = [f"{run.state}: {run.why}" if run.state != "unfinished" else run.why] if run.state != "ok" else []
+    found = []
+    if run.state != "ok":
+        found.append(run.why if run.why.startswith(run.state) else f"{run.state}: {run.why}")
     if run.score and run.apart:
         found.append(f"not comparable: {run.apart}")
-    if run.slow:
-        found.append(run.slow)
-    error: Any = run.match.get("error")
-    if _is_number(error) and abs(error) > WITHIN:
-        found.append(f"misses the size it was to meet by {abs(error):.1%}")
-    return found
+    found += [why for why in (run.aside, run.slow) if why]
+    return found + [
+        f"misses the target of {name} by {abs(error):.1%}"
+        for name, error in run.missed.items()
+        if abs(error) > WITHIN
+    ]
 
 
 def fields(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, list[str]]]]]:

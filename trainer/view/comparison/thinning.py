@@ -9,7 +9,7 @@ import numpy as np
 
 from trainer.view.comparison.runs import AXES, Curve
 
-__all__ = ["packed", "thinned"]
+__all__ = ["LEAST", "packed", "thinned"]
 
 LEAST = 8  # points of a curve
 ALIKE = 5e-4  # share by which what is in proportion to something may be off
