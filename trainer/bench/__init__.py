@@ -1,0 +1,1 @@
+"""Which of several is better, by how much, and how sure one may be of it."""
