@@ -17,7 +17,7 @@ from data.huggingface.sets import HUB_NAME, is_saved
 from data.scored import text_to_score
 from naming import expand_path, shorten
 from trainer.annotate import annotation_of
-from trainer.bench.certify.certificate import Heard, certify, compare, read_certificate
+from trainer.bench.certify.certificate import Heard, certify, compare, other_environment, read_certificate
 from trainer.bench.certify.certificate import lines as certificate_lines
 from trainer.diagnose import non_finite
 from trainer.run.files import output_file, write_atomically
@@ -297,6 +297,8 @@ def _tell_whether(kept: dict[str, Any], made: dict[str, Any]) -> int:
         print(f"  {line}", file=sys.stderr)
     for line in gone:
         print(f"no longer holds: {line}" if kept["certified"] else f"does not hold: {line}", file=sys.stderr)
+    for line in other_environment(kept, made):
+        print(f"note: {line}", file=sys.stderr)
     if not gone:
         print(f"the certificate of {kept['made']} holds", file=sys.stderr)
     print(json.dumps({"holds": not gone, "no_longer_holds": gone, "score": made["score"]}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path as File
@@ -26,9 +27,10 @@ from trainer.run.manifest import collect_environment
 if TYPE_CHECKING:
     from trainer.run.restore import Restored
 
-__all__ = ["FORMAT", "Heard", "certify", "compare", "lines", "read_certificate"]
+__all__ = ["FORMAT", "Heard", "certify", "compare", "lines", "other_environment", "read_certificate"]
 
 FORMAT = 1
+INDENT, WIDTH = 11, 110  # of what is printed
 ROWS = 4  # of text that are probed: the first of the longest windows
 
 
@@ -41,7 +43,8 @@ class Heard:
         self.batch_rows = 0  # of a forward pass; less from one where memory did not suffice
 
     def hear(self, batch: Batch, found: Likelihood) -> None:
-        self.batch_rows = len(batch.rows)
+        if 0 in batch.rows:
+            self.batch_rows = len(batch.rows)
         assert batch.sizes is not None
         each = zip(batch.rows.tolist(), found.nats.tolist(), batch.sizes.sum(1).tolist(), strict=True)
         for row, nats, bytes_ in each:
@@ -186,15 +189,23 @@ def _scores(kept: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return gone
 
 
+def other_environment(kept: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What the certificate was made with that is another here. Numbers may then differ by rounding."""
+    then, here = kept.get("environment") or {}, now["environment"]
+    return [
+        f"{name} was {then.get(name)}, and is {here[name]}"
+        for name in ("python", "torch", "numpy", "platform", "device", "cpu_capability")
+        if then.get(name) != here[name]
+    ]
+
+
 def lines(content: dict[str, Any]) -> list[str]:
     """What people read: each check, what was asked, what would pass and what came out."""
     found = []
     for check in content["checks"]:
-        found.append(
-            f"{check['result'].upper() if check['result'] == 'failed' else check['result']:<11}{check['name']}"
-        )
-        found.append(f"{'':<11}{check['asked']}")
-        if check["tolerance"]:
-            found.append(f"{'':<11}tolerance: {check['tolerance']}")
-        found.append(f"{'':<11}{check['found']}")
+        result = "FAILED" if check["result"] == "failed" else check["result"]
+        found.append(f"{result:<{INDENT}}{check['name']}")
+        told = (check["asked"], check["tolerance"] and f"tolerance: {check['tolerance']}", check["found"])
+        for text in told:
+            found += textwrap.wrap(text, WIDTH, initial_indent=INDENT * " ", subsequent_indent=INDENT * " ")
     return found

@@ -38,13 +38,12 @@ def _again(path: Path, rows: HeldoutRows, nats: dict[int, float]) -> Check:
     chosen = starts[np.unique(np.linspace(0, len(starts) - 1, BATCHES).round().astype(int))]
     apart, count = 0.0, 0
     for start in chosen.tolist():
-        ids = np.arange(start, start + path.batch_rows)
-        ids = np.where(ids < rows.n_rows, ids, -1)
+        ids = np.arange(start, min(start + path.batch_rows, rows.n_rows))
         found = path.score(rows.batch(ids)).nats.tolist()
         for number, again in zip(ids.tolist(), found, strict=True):
-            if number >= 0:
-                apart, count = max(apart, _apart(again, nats[number])), count + 1
-    found_ = f"{count:,} rows in {len(chosen)} batches: apart by at most {apart:.2g} of their nats"
+            apart, count = max(apart, _apart(again, nats[number])), count + 1
+    how = f"apart by at most {apart:.2g} of their nats" if apart else "equal to the last digit"
+    found_ = f"{count:,} rows in {len(chosen)} batches: {how}"
     result: Result = "passed" if apart <= most else "failed"
     return Check("repeatability", result, asked, allowed, found_, {"apart": apart, "rows": float(count)})
 
