@@ -68,6 +68,7 @@ __all__ = [
     "OfDraws",
     "OnState",
     "OnTokens",
+    "Otherwise",
     "Prepared",
     "Rule",
     "Span",
@@ -204,6 +205,16 @@ class Likelihood:
     estimates: dict[str, Tensor] = field(default_factory=dict)
     per_token: Tensor | None = None
     metrics: dict[str, Metric] = field(default_factory=dict)
+
+
+@dataclass
+class Otherwise:
+    """A bound that is not taken from the code that estimates it: `nats` (B,) fp64 and their standard `errors` (B,), 0
+    where everything that may be drawn was summed. `how`, in words."""
+
+    nats: Tensor
+    errors: Tensor
+    how: str
 
 
 @dataclass(frozen=True)
@@ -464,6 +475,28 @@ class ModelAdapter(nn.Module):
     def likelihood(self, batch: Batch, ctx: Context) -> Likelihood:
         """Score held-out rows. `batch.weights` marks text positions, `batch.end_weights` document ends."""
         raise NotImplementedError(f"{type(self).__name__} must define likelihood")
+
+    @property
+    def scored_together(self) -> int | None:
+        """How many targets of a row, counted from its first, are scored as one, each such group given all that stands
+        before it: 1 of a model that predicts one token after the other. None: the whole row, in no order."""
+        return 1
+
+    @property
+    def reserved_ids(self) -> frozenset[int]:
+        """Ids of the model's vocabulary that no text may have, such as a mask's."""
+        return frozenset()
+
+    @property
+    def bound_window(self) -> int:
+        """The most targets of a row, 6 or fewer, for which `bound_otherwise` takes no longer than a person waits."""
+        return 6
+
+    def bound_otherwise(self, batch: Batch, ctx: Context) -> Otherwise | None:
+        """The mean of what `likelihood` estimates of short rows, by code and means of its own, such as the sum over all
+        that may be drawn: what `eval --certify` compares the estimate with. None where a model that has a bound
+        knows no such means, and then its bound cannot be certified."""
+        return None
 
     def clean_states(self, batch: Batch, ctx: Context) -> Tensor:
         """Last hidden states (B, S, D) of the rows' first S tokens as they stand, nothing noised or hidden: what one

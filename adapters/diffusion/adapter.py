@@ -27,11 +27,13 @@ from adapters.base import (
     ModelAdapter,
     OnState,
     OnTokens,
+    Otherwise,
     Prepared,
     StepOutput,
 )
 from adapters.diffusion.likelihood import estimate_bound
 from adapters.diffusion.network import Network, Rows
+from adapters.diffusion.otherwise import bound_by_levels, largest_window
 from adapters.diffusion.process import Process, Sampling
 from adapters.diffusion.sampling import continue_text, fill, same_length
 from adapters.documents import documents, documents_among
@@ -195,6 +197,23 @@ class DiffusionAdapter(ModelAdapter):
             estimates=bound.estimates,
             per_token=bound.per_token,
         )
+
+    @property
+    def scored_together(self) -> int | None:
+        return None
+
+    @property
+    def reserved_ids(self) -> frozenset[int]:
+        return frozenset() if self.model.mask_id is None else frozenset({self.model.mask_id})
+
+    @property
+    def bound_window(self) -> int:
+        return largest_window(self.process, super().bound_window)
+
+    @torch.no_grad()
+    def bound_otherwise(self, batch: Batch, ctx: Context) -> Otherwise:
+        x0, noised, doc_ids = self.tokens_of(batch, training=False)
+        return bound_by_levels(self.process, self.network(), x0, noised, doc_ids, ctx.seed)
 
     def clean_states(self, batch: Batch, ctx: Context) -> Tensor:
         """As `Process.read` says."""

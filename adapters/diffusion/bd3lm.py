@@ -23,6 +23,7 @@ from adapters.diffusion.adapter import DiffusionAdapter
 from adapters.diffusion.clipping import ClipSearch, clipped_count
 from adapters.diffusion.mdl import MDLProcess
 from adapters.diffusion.network import Network, RowLoss, Rows
+from adapters.diffusion.otherwise import Level, Levels, cross_entropy, over_log_odds
 from adapters.diffusion.process import Draw, Process, Window
 from adapters.diffusion.schedules import AlphaSchedule
 from adapters.diffusion.scores import AbsorbingGraph, reveal_by_scores
@@ -189,6 +190,21 @@ class BD3LMProcess(MDLProcess):
         nats[rows.index.cpu()] = draw.network.loss(hidden, rows, "subs").nats.double().cpu()
         return self._block_sums(nats.view_as(xt))
 
+    def levels(self) -> Levels:
+        """As `mdl`, within a block."""
+        if not self.cfg.time_conditioning:
+            how = "block by block, in exact counts of masks"
+            return Levels(self._levels_of_counts(), torch.zeros_like, how)
+        over = over_log_odds(lambda t: t, SMALLEST_U)
+        nodes = [Level(t, cross_entropy(self.mask, weight), u) for t, u, weight in over]
+        nodes.append(Level(SMALLEST_U, cross_entropy(self.mask, 1.0), SMALLEST_U))
+        how = f"block by block, at {len(over)} times of a quadrature, and at the clean end"
+        return Levels(nodes, torch.zeros_like, how)
+
+    def noised_together(self, noised: Tensor) -> list[Tensor]:
+        blocks, places = block_of(len(noised), self.size), noised.nonzero().squeeze(1)
+        return [places[blocks[places] == block] for block in blocks[places].unique()]
+
     # -- sampling --------------------------------------------------------------------------------------------------
 
     def resolve(self, network: Network, window: Window) -> Iterator[Tensor]:
@@ -323,6 +339,10 @@ class BD3LMAdapter(DiffusionAdapter):
         """The range that training step `step` draws masking probabilities from."""
         cfg, found = self.model_cfg, self._range_at(step)
         return (cfg.sampling_eps_min, cfg.sampling_eps_max) if found[0] < 0 else cfg.clip_of(*found)
+
+    @property
+    def scored_together(self) -> int:
+        return self.model_cfg.block_length
 
     def process_at(self, step: int) -> Process:
         if not self.search:

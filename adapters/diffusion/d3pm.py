@@ -10,6 +10,7 @@ which holds for any s < t, so that sampling and bounds may skip steps. M positio
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from adapters.diffusion.mutual_information import (
 )
 from adapters.diffusion.neighbors import balance, generator_matrix, load_embedding, neighbor_graph, spectrum
 from adapters.diffusion.network import Network, RowLoss, Rows
+from adapters.diffusion.otherwise import Level, Levels, Nats, absorbing_kl
 from adapters.diffusion.process import Draw, Process, Sampling, Window
 from adapters.diffusion.reverse import NEVER, ancestral_step, reverse_kl
 from adapters.diffusion.schedules import absorbing_mutual_info_betas, cosine_betas, linear_betas
@@ -272,6 +274,43 @@ class D3PMProcess(Process):
         prior = torch.zeros(draw.x0.shape, dtype=torch.float64)
         prior[draw.noised] = self.chain.prior_nats(draw.x0[draw.noised]).double()
         return {"diffusion": diffusion, "prior": prior.sum(1), "paper": diffusion}
+
+    def levels(self) -> Levels:
+        """The steps of the bound's grid: in closed form where noise is a mask, else by the chain's matrices."""
+        cfg, nodes = self.cfg, []
+        options = cfg.zero_mask_logit, cfg.reverse_param == "mixture", cfg.l0_mode == "x0"
+        grid = self.bound_grid.flip(0).tolist()
+        for s, t in zip(grid, grid[1:], strict=False):
+            if isinstance(self.chain, AbsorbingChain):
+                kept = float(self.chain.alpha_bar[s]), float(self.chain.alpha_bar[t])
+                nodes.append(Level(t, absorbing_kl(self.mask, kept, *options), 1 - kept[1]))
+            else:
+                nodes.append(Level(t, self._kl_by_matrices(s, t), noise=partial(self._noisy, t)))
+        drawn = "" if self.mask_id is not None else "by the chain's matrices, with noise of its own, "
+        how = f"{drawn}at all {len(nodes)} steps of the bound, prior included"
+        return Levels(nodes, lambda x0: self.chain.prior_nats(x0).double(), how)
+
+    def _noisy(self, t: int, x0: Tensor, generator: torch.Generator) -> Tensor:
+        law = self.chain.row(x0, torch.full_like(x0, t)).double()
+        return torch.multinomial(law, 1, generator=generator).squeeze(1)
+
+    def _kl_by_matrices(self, s: int, t: int) -> Nats:
+        """KL(q(x_s | x_t, x_0) || p(x_s | x_t)), both as products of [Q_{s..t}] and [Qbar_s] that are normalised."""
+
+        def nats(logits: Tensor, x0: Tensor, xt: Tensor) -> Tensor:
+            p, at = logits.softmax(1), torch.full_like(xt, s)
+            if s == 0 and self.cfg.l0_mode == "x0":
+                return -p.gather(1, x0.unsqueeze(1)).squeeze(1).log()
+            step = self.chain.column(xt, at, torch.full_like(xt, t)).double()  # (M, V) by x_s
+            if self.cfg.reverse_param == "mixture":
+                reach = self.chain.column(xt, torch.zeros_like(xt), torch.full_like(xt, t)).double()
+                p = torch.where(reach > 0, p / reach, 0.0)
+            q = step * self.chain.row(x0, at).double()
+            r = step * self.chain.push(p.to(self.chain.dtype), at).double()
+            q, r = q / q.sum(1, keepdim=True), r / r.sum(1, keepdim=True)
+            return (torch.xlogy(q, q) - torch.xlogy(q, r)).sum(1)
+
+        return nats
 
     # -- sampling --------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from adapters.diffusion import masked
 from adapters.diffusion.adapter import DiffusionAdapter
 from adapters.diffusion.chains import AbsorbingChain
 from adapters.diffusion.network import Network, RowLoss, Rows
+from adapters.diffusion.otherwise import Level, Levels, absorbing_kl, cross_entropy, gauss, over_log_odds
 from adapters.diffusion.process import Draw, Process, Window
 from adapters.diffusion.reverse import ancestral_step
 from adapters.diffusion.schedules import AlphaSchedule, Geometric, LinearSigma, Schedule
@@ -157,6 +158,35 @@ class MDLProcess(Process):
         rows = Rows.of(draw.noised & (xt == self.mask), draw.x0, xt, per_position)
         rows = rows.to(draw.network.device, draw.network.dtype)
         return draw.by_row(rows, draw.network.loss(draw.hidden(xt, self.tau(time), rows), rows, "subs").nats)
+
+    def levels(self) -> Levels:
+        """The integral over log u of u^k (1 - u)^(N - k), k masks among N; or the steps."""
+        cfg, nodes, ends = self.cfg, [], ""
+        if self.exact_count:
+            return Levels(self._levels_of_counts(), torch.zeros_like, "in exact counts of masks")
+        if cfg.continuous_time:
+            over = over_log_odds(self.schedule.mask_probability, cfg.sampling_eps)
+            nodes = [Level(t, cross_entropy(self.mask, weight), u) for t, u, weight in over]
+            clean, ends = cfg.sampling_eps, f"at {len(over)} times of a quadrature, and at both ends"
+        else:
+            reached = [self._mask_probability(t / cfg.num_timesteps) for t in range(cfg.num_timesteps + 1)]
+            for t in range(1, cfg.num_timesteps + 1):
+                u_s, u_t = reached[t - 1], reached[t]
+                nats = (
+                    cross_entropy(self.mask, (u_t - u_s) / u_t)
+                    if cfg.use_subs_parameterization
+                    else absorbing_kl(self.mask, (1 - u_s, 1 - u_t), False, False, False)
+                )
+                nodes.append(Level(t / cfg.num_timesteps, nats, u_t))
+            clean, ends = 0.0, f"at all {cfg.num_timesteps} steps, and at both ends"
+        if u := self._mask_probability(clean):
+            nodes.append(Level(clean, cross_entropy(self.mask, 1.0), u))
+        left = (1 - self.last_u) * math.log(self.n)
+        return Levels(nodes, lambda x0: torch.full(x0.shape, left, dtype=torch.float64), ends)
+
+    def _levels_of_counts(self) -> list[Level]:
+        """A polynomial in u of no more than the window's degree: this rule is exact up to 15."""
+        return [Level(1.0, cross_entropy(self.mask, w / u), u) for u, w in gauss(0.0, 1.0, 8)]
 
     # -- sampling --------------------------------------------------------------------------------------------------
 

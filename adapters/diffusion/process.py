@@ -17,6 +17,7 @@ from torch import Tensor
 
 from adapters.base import LossTerm
 from adapters.diffusion.network import Network, RowLoss, Rows
+from adapters.diffusion.otherwise import Levels
 from adapters.documents import documents
 from adapters.randomness import Noise
 from adapters.shaping import Shaping
@@ -175,6 +176,14 @@ class Process(ABC):
     def estimate(self, draw: Draw) -> dict[str, Tensor]:
         """One unbiased draw of the bound: nats (B,) fp64 by part. `diffusion`, `recon` and `prior` add up to it;
         `paper` is the released code's, without the ends. Where the process is `exact`, `per_token` (B, L - 1) too."""
+
+    @abstractmethod
+    def levels(self) -> Levels:
+        """The bound written out as a sum over times."""
+
+    def noised_together(self, noised: Tensor) -> list[Tensor]:
+        """Places of `noised` (L,) by what shares a time, (G,) each."""
+        return [noised.nonzero().squeeze(1)]
 
     # -- sampling ----------------------------------------------------------------------------------------------
 

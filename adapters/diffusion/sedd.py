@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from adapters.diffusion import masked
 from adapters.diffusion.adapter import DiffusionAdapter
 from adapters.diffusion.likelihood import REPLICATES
 from adapters.diffusion.network import Network, RowLoss, Rows, sampling_dtype
+from adapters.diffusion.otherwise import Level, Levels, Nats, cross_entropy, over_log_odds
 from adapters.diffusion.process import Draw, Process, Window
 from adapters.diffusion.schedules import AlphaSchedule, Geometric, Schedule
 from adapters.diffusion.scores import AbsorbingGraph, Step, UniformGraph, reveal_by_scores
@@ -159,6 +161,65 @@ class SEDDProcess(Process):
             nats[chosen] = -p.gather(1, rows.x0[chosen].to(device).unsqueeze(1)).squeeze(1).log().cpu()
         return nats
 
+    def levels(self) -> Levels:
+        """Absorbing: sigma' dt = (e^sigma - 1) d log u, with u = 1 - e^-sigma the probability of a mask. Uniform:
+        sigma' dt = sigma d log sigma, and a jump, of probability u, goes anywhere."""
+        eps, nodes = self.cfg.sampling_eps, []
+        clean = torch.tensor(eps, dtype=torch.float64)
+        u_clean = float(self.schedule.mask_probability(clean))
+        if self.mask_id is not None:
+            over = over_log_odds(self.schedule.mask_probability, eps)
+            nodes = [Level(t, self._masked_entropy(u, weight), u) for t, u, weight in over]
+            nodes.append(Level(eps, cross_entropy(self.mask, 1.0), u_clean))
+            left = float(1 - self.schedule.mask_probability(torch.ones((), dtype=torch.float64)))
+            left *= math.log(self.n)
+        else:
+            over = over_log_odds(self.schedule.sigma, eps)
+            for t, sigma, weight in over:
+                u = -math.expm1(-sigma)
+                nats = self._uniform_entropy(u, sigma * weight)
+                nodes.append(Level(t, nats, noise=partial(_anywhere, u, self.n)))
+            sigma = float(self.schedule.sigma(clean))
+            nodes.append(Level(eps, self._last_step(sigma), noise=partial(_anywhere, u_clean, self.n)))
+            left = self.prior_nats()
+        drawn = "" if self.mask_id is not None else "the definition, with noise of its own, "
+        how = f"{drawn}at {len(over)} times of a quadrature, and at both ends"
+        return Levels(nodes, lambda x0: torch.full(x0.shape, left, dtype=torch.float64), how)
+
+    def _masked_entropy(self, u: float, weight: float) -> Nats:
+        """Denoising score entropy at a mask: sum over tokens of s_y - r log s_x0 + r (log r - 1), r the true ratio."""
+        r = (1 - u) / u
+
+        def nats(logits: Tensor, x0: Tensor, xt: Tensor) -> Tensor:
+            log_s = logits + math.log(r / self.n) if self.cfg.scaled else logits
+            total = log_s.exp().sum(1) - log_s[:, self.mask].exp()
+            own = log_s.gather(1, x0.unsqueeze(1)).squeeze(1)
+            return weight / r * (total - r * own + r * (math.log(r) - 1))
+
+        return nats
+
+    def _uniform_entropy(self, u: float, weight: float) -> Nats:
+        """The same over all tokens but the present one, of ratios q(y | x_0) / q(x_t | x_0)."""
+        n = self.n
+
+        def nats(logits: Tensor, x0: Tensor, xt: Tensor) -> Tensor:
+            q = torch.full_like(logits, u / n).scatter(1, x0.unsqueeze(1), 1 - u + u / n)
+            ratio = q / q.gather(1, xt.unsqueeze(1))
+            each = logits.exp() - ratio * logits + ratio * (ratio.log() - 1)
+            return weight / n * each.scatter(1, xt.unsqueeze(1), 0.0).sum(1)
+
+        return nats
+
+    def _last_step(self, sigma: float) -> Nats:
+        """-log of the law that the final denoising step draws from."""
+
+        def nats(logits: Tensor, x0: Tensor, xt: Tensor) -> Tensor:
+            p = self.graph.analytic(self.log_scores(logits, xt, sigma), xt, sigma)
+            p = (1 - RECON_FLOOR) * p / p.sum(1, keepdim=True) + RECON_FLOOR / self.n
+            return -p.gather(1, x0.unsqueeze(1)).squeeze(1).log()
+
+        return nats
+
     # -- sampling --------------------------------------------------------------------------------------------------
 
     def log_scores(self, logits: Tensor, now: Tensor, sigma: float) -> Tensor:
@@ -184,6 +245,12 @@ class SEDDProcess(Process):
         plan = [(s, step, a) for s, a in zip(sigma[:-1].tolist(), amounts.tolist(), strict=True)]
         plan.append((float(sigma[-1]), self.graph.analytic, float(sigma[-1])))
         return reveal_by_scores(self, self, network, window, plan, cfg.final_step == "argmax")
+
+
+def _anywhere(u: float, n: int, x0: Tensor, generator: torch.Generator) -> Tensor:
+    """Tokens (M,) that jumped to any of `n` with probability u."""
+    jumped = torch.rand(x0.shape, dtype=torch.float64, generator=generator) < u
+    return torch.where(jumped, torch.randint(n, x0.shape, generator=generator), x0)
 
 
 class SEDDAdapter(DiffusionAdapter):

@@ -17,10 +17,12 @@ from data.huggingface.sets import HUB_NAME, is_saved
 from data.scored import text_to_score
 from naming import expand_path, shorten
 from trainer.annotate import annotation_of
+from trainer.bench.certify.certificate import Heard, certify, compare, other_environment, read_certificate
+from trainer.bench.certify.certificate import lines as certificate_lines
 from trainer.diagnose import non_finite
 from trainer.run.files import output_file, write_atomically
 from trainer.run.lines import refuse_taken_names_of_score
-from trainer.run.restore import NO_RUN, add_checkpoint_arguments, named, restore_named
+from trainer.run.restore import NO_RUN, Restored, add_checkpoint_arguments, named, restore_named
 from trainer.signals import StopSignal
 from trainer.view.console import Console
 from trainer.view.format import bits_per_byte, ranking_notes, score_lines
@@ -32,8 +34,24 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 
+# What a certificate keeps of the command line, to score the same again.
+REPEATED = (
+    *("checkpoint", "raw", "hydra_model_cfg", "device", "mixed_precision", "overrides"),
+    *("data", "input_file", "dataset", "split", "text_field", "training_mode", "near_copies"),
+    *("val_seq_len", "val_bytes", "max_samples", "batch_size"),
+)
+# What may be given beside a certificate: where the weights lie now, and what one may decide anew.
+BESIDE_VERIFY = ("checkpoint", "model_name", "trust", "device", "verify")
+
+
 def main(argv: list[str]) -> int:
     """`python mytrainer.py eval`: score a checkpoint on held-out text."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    return _verify(parser, args) if args.verify else _evaluate(args)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python mytrainer.py eval",
         description="Bits per byte of a trained model on the held-out documents of its run, or of other text.",
@@ -67,7 +85,23 @@ def main(argv: list[str]) -> int:
         "--picture",
         help="draw into this HTML file what the model did with a sample of the text; --output keeps its data too",
     )
-    args = parser.parse_args(argv)
+    certificate = parser.add_mutually_exclusive_group()
+    certificate.add_argument(
+        "--certify",
+        metavar="FILE.json",
+        help="also check that the score means what it says (causality, normalisation, bytes, bounds, repeatability), "
+        "and write that here; status 1 where a check fails",
+    )
+    certificate.add_argument(
+        "--verify",
+        metavar="FILE.json",
+        help="do again what such a file says, and tell what of it no longer holds; status 1 where something does not",
+    )
+    return parser
+
+
+def _evaluate(args: argparse.Namespace, kept: dict[str, Any] | None = None) -> int:
+    """`kept`: a certificate, to be compared with what comes out now."""
     for name in ("val_seq_len", "val_bytes", "max_samples", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"{name}: must be at least 1, got {getattr(args, name)}")
@@ -84,6 +118,10 @@ def main(argv: list[str]) -> int:
     picture = output_file(args.picture, "picture") if args.picture else None
     if picture and output and picture == output:
         raise ValueError(f"picture: {picture} is the file of --output too. Give another")
+
+    certificate = output_file(args.certify, "certify") if args.certify else None
+    if certificate and certificate in (output, picture):
+        raise ValueError(f"certify: {certificate} is the file of another option too. Give another")
 
     restored = restore_named(args, {"val_seq_len": args.val_seq_len} if args.val_seq_len else {})
     cfg, checkpoint = restored.cfg, restored.checkpoint
@@ -113,8 +151,11 @@ def main(argv: list[str]) -> int:
         text = text_to_score(run, asked, restored.tokenizer, trained_on, whole=split is not None)
     limit = args.val_bytes or (None if text.whole or args.max_samples else cfg.val_bytes)
     rows = restored.rows(text.store, limit, max_documents=args.max_samples)
+    heard = Heard()
     with StopSignal("leaving without a score") as stop, console.doing("scoring"):
-        score = restored.score(rows, args.batch_size, should_stop=lambda: stop.requested, estimates=True)
+        score = restored.score(
+            rows, args.batch_size, should_stop=lambda: stop.requested, estimates=True, hear=heard.hear
+        )
     if score is None:
         print(f"{stop.name} received: stopped before the score was complete", file=sys.stderr)
         return 0
@@ -140,14 +181,30 @@ def main(argv: list[str]) -> int:
     if not math.isfinite(score.bits_per_byte):
         told = f"the score of {checkpoint} is {score.bits_per_byte}. Try --mixed_precision no"
         return _no_score(result, told, output)
-    drawn, kept = "", result
+    if certificate or kept:
+        with console.doing("certifying") as doing:
+            made = certify(
+                restored,
+                rows,
+                score,
+                heard,
+                _request(args, restored),
+                lambda targets: restored.rows(text.store, limit, targets, args.max_samples),
+                lambda what: doing(f"checking {what}"),
+            )
+        if kept:
+            return _tell_whether(kept, made)
+        assert certificate is not None
+        write_atomically(certificate, json.dumps(made, indent=2) + "\n")
+        result["certificate"] = {"file": str(certificate), "certified": made["certified"]}
+    drawn, written = "", result
     if picture:
         context = cfg.val_seq_len or cfg.train_seq_len
         found = annotation_of(restored.adapter, text.store, context, restored.precision)
-        kept = result | {"annotation": found}
+        written = result | {"annotation": found}
         drawn = _draw(picture, f"{cfg.type} on {text}", found)
     if output:  # before anything is printed: nobody may be reading that to its end
-        write_atomically(output, json.dumps(_without_nan(kept), indent=2) + "\n")
+        write_atomically(output, json.dumps(_without_nan(written), indent=2) + "\n")
     whence = f" of {checkpoint}" if checkpoint and not known else ""
     print(f"{cfg.type} ({restored.weights} weights{whence}) on {text}", file=sys.stderr)
     if restored.weights == "untrained":
@@ -168,8 +225,84 @@ def main(argv: list[str]) -> int:
         print(f"  {name:<18}{value}", file=sys.stderr)
     for note in [*ranking_notes(shown, {}), *text.notes]:
         print(f"  {note}", file=sys.stderr)
+    if certificate:
+        print(f"{'certified' if made['certified'] else 'NOT CERTIFIED'}: {certificate}", file=sys.stderr)
+        for line in certificate_lines(made):
+            print(f"  {line}", file=sys.stderr)
     print(json.dumps(_without_nan(result)))
-    return 0
+    return 0 if not certificate or made["certified"] else 1
+
+
+def _request(args: argparse.Namespace, restored: Restored) -> dict[str, Any]:
+    """What scores the same again from any folder: the arguments that were given, and the weights that they named."""
+    found = {name: value for name in REPEATED if (value := getattr(args, name)) not in (None, False, [])}
+    if restored.checkpoint:
+        found["checkpoint"] = str(restored.checkpoint.absolute())
+    for name in ("input_file", "hydra_model_cfg"):
+        if name in found:
+            found[name] = _absolute(found[name])
+    found["device"] = restored.device.type
+    return found
+
+
+def _absolute(given: str) -> str:
+    """A path that is there, from the root; what else it may be (a name of ours) as it is."""
+    path = expand_path(given)
+    return str(path.absolute()) if path.exists() else given
+
+
+def _verify(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """Do again what a certificate says, and tell what of it no longer holds."""
+    beside = [
+        name
+        for name, value in vars(args).items()
+        if name not in BESIDE_VERIFY and value != parser.get_default(name) and value != []
+    ]
+    if beside:
+        raise ValueError(
+            f"verify: what is scored is as {args.verify} says. Leave out {', '.join(f'--{name}' for name in beside)}; "
+            f"beside it may stand {', '.join(f'--{name}' for name in BESIDE_VERIFY[:-1])}"
+        )
+    kept = read_certificate(expand_path(args.verify))
+    again = parser.parse_args([])
+    request = kept["request"]
+    if not isinstance(request, dict) or (strange := sorted(request.keys() - {*REPEATED})):
+        raise ValueError(f"verify: {args.verify} asks for what eval does not have: {strange or request}")
+    for name, value in request.items():
+        setattr(again, name, _of_type(parser, name, value, args.verify))
+    if given := named(args):
+        again.checkpoint = given
+    again.trust = args.trust
+    if args.device != parser.get_default("device"):
+        again.device = args.device
+    if again.dataset is not None:  # which the command has read into these already
+        again.data = again.input_file = None
+    return _evaluate(again, kept)
+
+
+def _of_type(parser: argparse.ArgumentParser, name: str, value: Any, file: str) -> Any:
+    """A value as the command line would give it."""
+    option = next(action for action in parser._actions if action.dest == name)
+    wanted = bool if option.nargs == 0 else option.type or str
+    values = value if option.nargs in ("*", "+") else [value]
+    if not isinstance(values, list) or not all(type(one) is wanted for one in values):
+        raise ValueError(f"verify: {file} says {name}={value!r}, which is no value of --{name}")
+    return value
+
+
+def _tell_whether(kept: dict[str, Any], made: dict[str, Any]) -> int:
+    """Print what no longer holds, and the result of both as JSON on stdout."""
+    gone = compare(kept, made)
+    for line in certificate_lines(made):
+        print(f"  {line}", file=sys.stderr)
+    for line in gone:
+        print(f"no longer holds: {line}" if kept["certified"] else f"does not hold: {line}", file=sys.stderr)
+    for line in other_environment(kept, made):
+        print(f"note: {line}", file=sys.stderr)
+    if not gone:
+        print(f"the certificate of {kept['made']} holds", file=sys.stderr)
+    print(json.dumps({"holds": not gone, "no_longer_holds": gone, "score": made["score"]}))
+    return 1 if gone else 0
 
 
 def _no_score(result: dict[str, Any], why: str, output: Path | None) -> int:
