@@ -122,7 +122,10 @@ def _readable(path: Path) -> Run:
         if record.is_file():
             told = json.loads(record.read_text(encoding="utf-8"))["lives"]
             lives = [(life["host"], life["begin"], life["end"]) for life in told if life["end"]]
-        return read_run(path, path.resolve().name, lives=lives)
+        folder = path.resolve()
+        # The number of a job alone says nothing.
+        name = f"{folder.parent.name}/{folder.name}" if folder.name.isdecimal() else folder.name
+        return read_run(path, name, lives=lives)
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"command line: {error}") from None
 

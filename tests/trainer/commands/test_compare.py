@@ -76,6 +76,7 @@ def test_a_sweep_stands_for_its_runs(here, compare):
     assert status == 0
     assert [line.split()[0] for line in out.splitlines()[1:5]] == ["0", "a", "1", "2"]
     assert "failed: step 3 is not finite" in out
+    assert "\nx/1 " in compare("outputs/a", "multirun/x/1")[1]
     status, _, err = compare("multirun/x", "multirun/x/1")
     assert status == 2 and "multirun/x/1 is given 2 times. Leave one of them out" in err
 
