@@ -48,10 +48,11 @@ def told(layers: Sequence[Node]) -> Told:
 
 def _of_type(type_: Any, files: Told) -> dict[str, int]:
     """Those of them that an architecture has, with the values of its own YAML behind them. Of one that is not ours,
-    what a preset alone states is left out, as it drops what it lacks."""
+    what a preset alone states is left out, as it drops what it lacks; and so is a width that our YAML leaves to weights
+    from elsewhere, of which presets say nothing either."""
     shipped = CONFIGS / f"{type_}.yaml"
     known = _fields(read(shipped)) if type_ in models.ARCHITECTURES and shipped.is_file() else {}
-    names = set(known or files["own"])
+    names = {n for n in known if known[n] or n not in HEADS} or set(files["own"])
     values = {**known, **files["values"]}
     return {n: v for n in names if (v := values[n])} if OWN_WIDTH not in names else {}
 

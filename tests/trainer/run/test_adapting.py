@@ -119,7 +119,7 @@ def test_what_no_loss_depends_on_is_refused_before_the_first_step(base):
 
 
 def test_dropout_is_refused_before_the_first_step_where_it_cannot_act(tmp_path):
-    sizes = ["model_cfg.d_model=32", "model_cfg.num_experts=2"]
+    sizes = ["model_cfg.d_model=32", "model_cfg.n_heads=4", "model_cfg.num_experts=2"]
     train(*config("moe", *SHORT, *sizes), tmp_path / "base")
     words = [
         *SHORT,
