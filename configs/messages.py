@@ -108,10 +108,12 @@ NO_FIELDS = {
     "use_liger": "how the loss of a head is computed is a choice of the run: kernels.linear_cross_entropy",
 }
 _SECRET = re.compile(r"KEY|TOKEN(?!IZERS_)|SECRET|PASS|AUTH|CREDENTIAL|DATABASE_URL", re.IGNORECASE)
+# Of a language's own variables all but those that say how it prints and counts: further ones come with every version.
 _LOADS = re.compile(
-    r"(LD|DYLD)_\w+|GIT_\w+|PYTHON(PATH|HOME|STARTUP|USERBASE|PLATLIBDIR|EXECUTABLE|BREAKPOINT|WARNINGS|INSPECT|CASEOK|NOUSERSITE)"
-    r"|PATH|BASH_ENV|GCONV_PATH|CC|CXX|CUDA_HOME|CUDA_PATH|TRITON_\w*_PATH|NCCL_\w*PLUGIN"
-    r"|\w*TRUST_REMOTE_CODE",
+    r"(LD|DYLD|GLIBC|GIT|XDG)_\w+|PERL5\w+|RUBY(OPT|LIB)|NODE_(OPTIONS|PATH)|OMP_TOOL\w*"
+    r"|PYTHON(?!(UNBUFFERED|HASHSEED|UTF8|IOENCODING|FAULTHANDLER)$)\w*"
+    r"|PATH|HOME|BASH_ENV|ENV|SHELL|GCONV_PATH|CC|CXX|CUDA_(HOME|PATH|CACHE_PATH|INJECTION\w*)|TRITON_\w*(PATH|DIR|HOME)"
+    r"|TORCH(_EXTENSIONS_DIR|INDUCTOR_\w+|_HOME|_LOGS_OUT|DYNAMO_\w+)|NCCL_\w*PLUGIN|\w*TRUST_REMOTE_CODE",
     re.IGNORECASE,
 )
 REDACTED = "<redacted>"

@@ -98,7 +98,7 @@ def tame(nodes: Iterable[Node], implied: Path | None, typed: set[str], notices: 
 
 def harmless(name: str) -> bool:
     """Whether a file of a run may set this variable."""
-    return bool(_HARMLESS.fullmatch(name))
+    return bool(_HARMLESS.fullmatch(name)) and not loads_code(name)
 
 
 def _drop_env(node: Node, typed: set[str]) -> Iterator[str]:

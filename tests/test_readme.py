@@ -139,6 +139,7 @@ def test_commands_are_understood(somewhere, monkeypatch, capsys, document, words
         for name in (
             "generate.restore_named",
             "evaluate.restore_named",
+            "evaluate.read_certificate",
             "export.open_source",
             "prepare.prepare",
             "prepare.fetch",

@@ -211,7 +211,7 @@ class DiffusionAdapter(ModelAdapter):
         return largest_window(self.process, super().bound_window)
 
     @torch.no_grad()
-    def bound_otherwise(self, batch: Batch, ctx: Context) -> Otherwise:
+    def bound_otherwise(self, batch: Batch, ctx: Context) -> Otherwise | None:
         x0, noised, doc_ids = self.tokens_of(batch, training=False)
         return bound_by_levels(self.process, self.network(), x0, noised, doc_ids, ctx.seed)
 

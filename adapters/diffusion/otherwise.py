@@ -5,8 +5,8 @@ that the loss reads. The levels are written out: the steps of a chain, or nodes 
 Where noise is a mask, all patterns of masks are too, and nothing is drawn. Chains with more states draw noise at each
 level, from torch's generator, and compute the nats by their definition.
 
-What this shares with the estimate is the network, what it is told of the time, and the tables of chains; not the draws,
-their weights, the fused losses or the ends.
+What this shares with the estimate is the network, what it is told of the time, and the tables of chains, the prior at
+their noisy end and the last step of the uniform one among them; not the draws, their weights or the fused losses.
 
 B rows, L positions, M gathered positions, P patterns of masks, R repeats, V states.
 """
@@ -72,9 +72,11 @@ class Levels:
 
 def bound_by_levels(
     process: Process, network: Network, x0: Tensor, noised: Tensor, doc_ids: Tensor, seed: int
-) -> Otherwise:
-    """Of x0 (B, L) at the `noised` positions, given all others."""
-    told, nats, errors = process.levels(), [], []
+) -> Otherwise | None:
+    """Of x0 (B, L) at the `noised` positions, given all others; None of a process that knows no levels."""
+    if (told := process.levels()) is None:
+        return None
+    nats, errors = [], []
     for row in range(len(x0)):
         one = (x0[row], noised[row], doc_ids[row])
         if process.mask_id is None:
@@ -93,9 +95,10 @@ def bound_by_levels(
 
 def largest_window(process: Process, most: int) -> int:
     """Targets of a row whose patterns of masks are no more than `NETWORK_ROWS` at all levels."""
-    if process.mask_id is None:
+    told = process.levels()
+    if process.mask_id is None or told is None:
         return most
-    times = len({level.time for level in process.levels().levels})
+    times = len({level.time for level in told.levels})
     return max(1, min(most, int(math.log2(NETWORK_ROWS / times + 1))))
 
 

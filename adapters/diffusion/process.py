@@ -177,9 +177,10 @@ class Process(ABC):
         """One unbiased draw of the bound: nats (B,) fp64 by part. `diffusion`, `recon` and `prior` add up to it;
         `paper` is the released code's, without the ends. Where the process is `exact`, `per_token` (B, L - 1) too."""
 
-    @abstractmethod
-    def levels(self) -> Levels:
-        """The bound written out as a sum over times."""
+    def levels(self) -> Levels | None:
+        """The bound written out as a sum over times, which `eval --certify` compares its estimates with. None where
+        that is not known: the bound cannot be certified then."""
+        return None
 
     def noised_together(self, noised: Tensor) -> list[Tensor]:
         """Places of `noised` (L,) by what shares a time, (G,) each."""

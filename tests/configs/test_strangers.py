@@ -102,16 +102,25 @@ def test_a_file_of_ones_own_may(work, write, monkeypatch):
 
 
 def test_what_a_runs_file_sets_in_the_environment_is_told_and_not_set(run):
-    folder = run("env: {HOME: /tmp/x, OMP_NUM_THREADS: '3', API_KEY: <redacted>}")
+    folder = run("env: {HTTPS_PROXY: /tmp/x, OMP_NUM_THREADS: '3', API_KEY: <redacted>}")
     plan = prepare([f"resume={folder}"])
     assert tree_of(plan)["env"] == {"OMP_NUM_THREADS": "3", "API_KEY": "<redacted>"}
-    assert [n for n in plan.notices if "env.HOME='/tmp/x' comes with a run and is not set" in n]
-    plan = prepare([f"resume={folder}", "env.HOME=/tmp/y"])
-    assert tree_of(plan)["env"]["HOME"] == "/tmp/y"
+    assert [n for n in plan.notices if "env.HTTPS_PROXY='/tmp/x' comes with a run and is not set" in n]
+    plan = prepare([f"resume={folder}", "env.HTTPS_PROXY=/tmp/y"])
+    assert tree_of(plan)["env"]["HTTPS_PROXY"] == "/tmp/y"
 
 
 @pytest.mark.parametrize(
-    "name", ["LD_PRELOAD", "GIT_CONFIG_GLOBAL", "GIT_SSH_COMMAND", "HF_DATASETS_TRUST_REMOTE_CODE"]
+    "name",
+    [
+        "LD_PRELOAD",
+        "GIT_CONFIG_GLOBAL",
+        "HF_DATASETS_TRUST_REMOTE_CODE",
+        "HOME",  # modules of its user
+        "PYTHONPYCACHEPREFIX",  # compiled modules
+        "TORCHINDUCTOR_CACHE_DIR",
+        "OMP_TOOL_LIBRARIES",
+    ],
 )
 def test_what_loads_code_is_refused_in_every_file(run, work, write, name):
     write("f.yaml", f"{MINE}env: {{{name}: x}}\n")
