@@ -41,8 +41,9 @@ def on_one_gpu(tree: dict[str, Any], launcher: Mapping[str, Any]) -> None:
 
 
 def recorded_words(request: Request, secrets: Mapping[str, str]) -> dict[str, list[str]]:
-    """The command as Hydra's settings keep it: `models` and the other `words`, without secrets."""
-    words = [text for given in request.words if _key(given[0]) != trust.WORD for text in given]
+    """The command as Hydra's settings keep it: `models` and the other `words`, without secrets. An option and its value
+    are one word, so that one of the same name takes the place of both."""
+    words = ["=".join(given) for given in request.words if _key(given[0]) != trust.WORD]
     for secret in sorted(secrets.values(), key=len, reverse=True):
         words = [text.replace(secret, REDACTED) for text in words]
     return {"models": [_plain(text) for text in request.models], "words": [_plain(text) for text in words]}

@@ -62,7 +62,7 @@ def load(path: Path, where: str) -> list[Stated]:
     except SyntaxError as error:
         raise ConfigError(f"{where}:{error.lineno or 1}: not Python: {error.msg}") from None
     except (ValueError, RecursionError, MemoryError) as error:
-        raise ConfigError(f"{where}: cannot be read: {error or type(error).__name__}") from None
+        raise ConfigError(f"{where}: cannot be read: {str(error) or type(error).__name__}") from None
     names: dict[str, Any] = {}
     lines: dict[str, int] = {}
     problems: list[str] = []

@@ -120,6 +120,7 @@ def test_what_a_runs_file_sets_in_the_environment_is_told_and_not_set(run):
         "PYTHONPYCACHEPREFIX",  # compiled modules
         "TORCHINDUCTOR_CACHE_DIR",
         "OMP_TOOL_LIBRARIES",
+        "MYTRAINER_CACHE",  # compiled kernels
     ],
 )
 def test_what_loads_code_is_refused_in_every_file(run, work, write, name):

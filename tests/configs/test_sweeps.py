@@ -94,12 +94,14 @@ def test_a_command_is_repeated_with_what_is_said_anew(tmp_path, monkeypatch):
     ]
     record(tmp_path / "s", given)
     place = f"hydra.sweep.dir={tmp_path / 's'}"
-    plain = ["--hydra_model_cfg=gpt2.yaml", "--learning_rate", "1e-3,2e-3", "sample_prompt=a\\${b}"]
+    plain = ["--hydra_model_cfg=gpt2.yaml", "--learning_rate=1e-3,2e-3", "sample_prompt=a\\${b}"]
     words, folder = sweeps.repeated(["resume=s", "-m"])
     assert (words, folder) == ([*plain, "seed=1", "-m", place], tmp_path / "s")
     words, _ = sweeps.repeated(["--resume", "./s", "seed=1,2", "model=vanilla", "-m"])
     assert words == ["--hydra_model_cfg=vanilla", *plain[1:], "seed=1,2", "-m", place]
     assert sweeps.working_folder(folder) == tmp_path
+    words, _ = sweeps.repeated(["resume=s", "learning_rate=1e-3,5e-3", "-m"])
+    assert words == [plain[0], plain[2], "seed=1", "learning_rate=1e-3,5e-3", "-m", place]
 
 
 def test_no_secret_is_recorded_and_other_references_stay_text(tmp_path):
