@@ -14,7 +14,8 @@ __all__ = ["contents", "differences", "room"]
 # What may differ: the place, times and what follows from them, memory, the words of the command line, the state of the
 # working tree, and the kernels, which are those of the last life.
 _TIMED = re.compile(
-    r"output_dir|git_|^kernels$|seconds|tokens_per_second|memory|argv|started|date|load_average|mfu|threads|torch"
+    r"output_dir|git_|^kernels$|seconds|tokens_per_second|memory|argv|started|^began$|^ended$|date|load_average|mfu"
+    r"|threads|torch"
 )
 _PLACE = re.compile(rb"(?m)^(output_dir|# Composed from).*$")
 # These say when and where; of them it counts that they are there.
